@@ -1,0 +1,127 @@
+"""What a federation in one process costs over the training itself: wall clock and peak memory, each in its own process.
+
+    plain   a torch loop over the very same batches, peft and AdamW by hand: no federation, no fedtune
+    local   fedtune's local cohort
+    flower  the same recipe on Flower's simulation engine (Ray); only with --full
+
+    python benchmarks/simulation.py [--full]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH, RATE, LENGTH = 8, 3e-3, 32
+
+
+def overrides(clients: int, rounds: int, steps: int) -> list[str]:
+    """The built-in federation without scores and comparisons."""
+    changes = {"partition.clients": clients, "partition.by": "iid", "rounds": rounds, "method.train.steps": steps, "method.train.batch": BATCH}
+    changes |= {"method.train.lr": RATE, "data.max_length": LENGTH, "method.train.clip": 0.0, "data.test_share": 0.01}
+    off = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
+    return [f"{path}={json.dumps(value)}" for path, value in changes.items()] + off
+
+
+def plain(clients: int, rounds: int, steps: int) -> float:
+    """Seconds of the training loop alone: the same model, rows, adapter and number of steps, written by hand."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from fedtune.config import read
+    from fedtune.data import load
+    from fedtune.model.base import locate
+
+    recipe = read(None, overrides(clients, rounds, steps))
+    federation = load(recipe.data, recipe.partition, recipe.seed)
+    place = locate(recipe.model.name)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=len(federation.labels))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")).train()
+    trained = [value for value in model.parameters() if value.requires_grad]
+    began = time.perf_counter()
+    for number in range(rounds):
+        for client in federation.clients:
+            optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+            for step in range(steps):
+                start = (number * steps + step) * BATCH
+                rows = [client.train[i % len(client.train)] for i in range(start, start + BATCH)]
+                batch = tokenizer([row["text"] for row in rows], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
+                labels = torch.tensor([federation.labels.index(row["label"]) for row in rows])
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+                optimizer.step()
+    return time.perf_counter() - began
+
+
+def ours(engine: str, clients: int, rounds: int, steps: int) -> float:
+    """Seconds from the first round's start to the last round's commit, as the journal has them."""
+    from fedtune.cli import main
+
+    with tempfile.TemporaryDirectory() as runs:
+        sets = [f"--set={change}" for change in overrides(clients, rounds, steps)]
+        if main(["simulate", "--engine", engine, "--runs", runs, *sets]):
+            raise SystemExit("the run failed")
+        events = [json.loads(line) for line in (Path(runs) / "demo" / "events.jsonl").read_text().splitlines()]
+        return sum(event["seconds"] for event in events if event["event"] == "RoundDone")
+
+
+def measure(kind: str, clients: int, rounds: int, steps: int) -> dict[str, float]:
+    """Run one kind in a fresh process; seconds of the whole process, of its rounds, and peak memory of it and its children."""
+    began = time.perf_counter()
+    command = [sys.executable, __file__, "--worker", kind, str(clients), str(rounds), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"FLWR_LOG_LEVEL": "ERROR"}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{kind} failed:\n{done.stderr[-2000:]}")
+    return {**json.loads(done.stdout.splitlines()[-1]), "process_seconds": time.perf_counter() - began}
+
+
+def worker(kind: str, clients: int, rounds: int, steps: int) -> None:
+    from fedtune.cli.common import quiet
+
+    quiet()
+    seconds = plain(clients, rounds, steps) if kind == "plain" else ours(kind, clients, rounds, steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"round_seconds": seconds, "peak_bytes": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="100 clients too, three repetitions, and Flower's engine")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        kind, *numbers = options.worker
+        return worker(kind, *map(int, numbers))
+    claims: list[dict[str, Any]] = []
+    sizes = [(8, 3, 4), (100, 1, 4)] if options.full else [(8, 2, 3)]
+    for size in sizes:
+        kinds = ["plain", "local"]
+        taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+        for _ in range(3 if options.full else 2):
+            for kind in kinds:
+                taken[kind].append(measure(kind, *size))
+        if options.full:
+            taken["flower"] = [measure("flower", *size)]
+        for kind, runs in taken.items():
+            middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            print(f"{size[0]:>4} clients  {kind:<7} rounds {middle['round_seconds']:7.2f} s  process {middle['process_seconds']:7.2f} s  peak {middle['peak_bytes'] / 2**20:7.0f} MiB")
+        for key, goal in (("round_seconds", 1.10), ("process_seconds", 1.10), ("peak_bytes", 1.15)):
+            mine, other = (statistics.median(run[key] for run in taken[kind]) for kind in ("local", "plain"))
+            claims.append({"claim": f"local cohort over plain loop, {key}, {size[0]} clients", "ours": mine, "other": other, "ratio": mine / other, "goal": goal, "met": mine / other <= goal})
+    print(json.dumps(claims))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Flower's ClientApp: a node says which client it is, and answers what it is asked."""
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.runtime.flower import answer, hello
+
+app = ClientApp()
+
+
+@app.query("hello")
+def on_hello(message: Message, context: Context) -> Message:
+    """Which client this node is."""
+    return hello(message, context)
+
+
+@app.train("ask")
+def on_ask(message: Message, context: Context) -> Message:
+    """The client's half of a round."""
+    return answer(message, context)

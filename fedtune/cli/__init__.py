@@ -1,0 +1,48 @@
+"""The command line: two arguments at most where one would do; torch is imported by the commands that need it, not here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from fedtune.errors import FedtuneError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a mistake that the user can mend, 70 a defect of fedtune."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except FedtuneError as error:
+        print(f"fedtune: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fedtune: stopped; what was committed is kept, go on with: fedtune resume RUN", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if os.environ.get("FEDTUNE_DEBUG"):
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); run again with FEDTUNE_DEBUG=1 and report what it prints.", file=sys.stderr)
+        return 70
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands; each module under fedtune/cli/ adds its own."""
+    from fedtune.cli import check, runs, simulate
+
+    parser = argparse.ArgumentParser(prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower.")
+    parser.set_defaults(command=lambda options: (parser.print_help(), 0)[1])
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for module in (simulate, check, runs):
+        module.add_commands(commands)
+    return parser
+

@@ -1,0 +1,32 @@
+"""fedtune check: what a recipe would do, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fedtune.cli.common import add_recipe, quiet
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("check", help="resolved recipe, clients, bytes, memory, who sees what; downloads nothing", description=__doc__)
+    add_recipe(parser)
+    parser.add_argument("--resolved", action="store_true", help="also print the whole resolved recipe as TOML")
+    parser.set_defaults(command=check)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print the report; the first mistake ends it with one sentence."""
+    from fedtune.config import read
+
+    recipe = read(options.recipe, options.set)
+    if options.resolved:
+        import tomli_w
+
+        print(tomli_w.dumps(recipe.model_dump(mode="json")))
+    quiet()
+    from fedtune.runtime.check import check as work
+    from fedtune.runtime.check import rows
+
+    print("\n".join(rows(work(recipe))))
+    return 0

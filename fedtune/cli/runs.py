@@ -1,0 +1,72 @@
+"""fedtune resume | eval | export | report: what one does with a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from fedtune.cli.common import quiet, sinks
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("resume", help="continue a run after its last committed round")
+    parser.add_argument("run", help="the run's folder")
+    parser.set_defaults(command=resume)
+
+    parser = commands.add_parser("eval", help="score a run's state on its test set and on every client's held-out rows")
+    parser.add_argument("run", help="the run's folder")
+    parser.set_defaults(command=evaluate)
+
+    parser = commands.add_parser("export", help="write a run's model as a PEFT adapter or as a merged model")
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--as", dest="form", choices=("adapter", "merged"), default="adapter", help="a stock PEFT adapter, or the whole model")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
+    parser.set_defaults(command=export)
+
+    parser = commands.add_parser("report", help="write a run's report.html")
+    parser.add_argument("run", help="the run's folder")
+    parser.set_defaults(command=report)
+
+
+def resume(options: argparse.Namespace) -> int:
+    """A finished run says its result again; an unfinished one goes on."""
+    from fedtune.runtime.folder import existing, recipe_of
+
+    folder = existing(options.run)
+    recipe = recipe_of(folder)
+    quiet()
+    from fedtune.runtime.run import run
+
+    run(recipe, folder, sinks(folder))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from fedtune.runtime.folder import existing
+
+    folder = existing(options.run)
+    quiet()
+    from fedtune.runtime.after import evaluate_run
+
+    print(json.dumps(evaluate_run(folder), indent=2))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from fedtune.runtime.folder import existing
+
+    folder = existing(options.run)
+    quiet()
+    from fedtune.runtime.after import export_run
+
+    print(export_run(folder, options.form, options.to))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from fedtune.runtime.folder import existing
+    from fedtune.sinks.report import write_report
+
+    print(write_report(existing(options.run)))
+    return 0

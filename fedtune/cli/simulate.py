@@ -1,0 +1,37 @@
+"""fedtune simulate: a whole federation on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedtune.cli.common import add_recipe, quiet, sinks
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("simulate", help="run a whole federation on this machine", description=__doc__)
+    add_recipe(parser)
+    parser.add_argument("--engine", choices=("local", "flower"), default="local", help="local: in this process; flower: Flower's simulation engine (Ray)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.set_defaults(command=simulate)
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """Read the recipe, make the run folder, run."""
+    from fedtune.config import read
+
+    recipe = read(options.recipe, options.set)
+    quiet()
+    from fedtune.runtime.folder import create
+    from fedtune.runtime.run import run
+
+    folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
+    folder.write_json("config.json", recipe.model_dump(mode="json"))
+    carry = None
+    if options.engine == "flower":
+        from fedtune.runtime.flower import simulation
+
+        return simulation(recipe, folder, sinks(folder))
+    run(recipe, folder, sinks(folder), carry)
+    return 0

@@ -1,0 +1,74 @@
+"""The tables [data] and [partition] of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedtune.settings import Settings
+
+Task = Literal["causal-lm", "instruct", "classify", "image-classify"]
+Source = Literal["docstrings", "jsonl", "csv", "parquet", "text", "plays", "clinc150", "images", "digits", "hub"]
+
+
+class DataSettings(Settings):
+    """Where the rows come from, what they mean, and what is held out."""
+
+    source: Source = "docstrings"
+    """Kind of source; `docstrings` is built in and needs no file, `hub` takes a data set's name as path."""
+    path: str = ""
+    """File or folder (relative to the working directory), or a hub data set's name."""
+    split: str = "train"
+    """Hub only: which split to load."""
+    task: Task = "classify"
+    """What is learned: next tokens, responses to prompts, a class of a text, a class of an image."""
+    text: str = "text"
+    """Column of the text (causal-lm, classify)."""
+    label: str = "label"
+    """Column of the class (classify, image-classify)."""
+    prompt: str = "prompt"
+    """Column of the prompt (instruct)."""
+    response: str = "response"
+    """Column of the response (instruct)."""
+    messages: str = ""
+    """Column of chat messages, a list of {role, content} (instruct); replaces prompt and response."""
+    image: str = "image"
+    """Column of the image (image-classify)."""
+    labels: tuple[str, ...] = ()
+    """The label set; empty takes the sorted labels of the data."""
+    max_length: int = Field(128, ge=2)
+    """Tokens per example; longer ones are cut and counted. For causal-lm, the length of a block."""
+    stride: int = Field(0, ge=0)
+    """causal-lm: distance between the starts of training blocks; 0 means max_length (no overlap)."""
+    separator: Literal["eos", "none"] = "eos"
+    """causal-lm: what stands between two rows of the token stream."""
+    overlong: Literal["cut", "refuse"] = "cut"
+    """What to do with examples longer than max_length: cut and report, or refuse to start."""
+    limit: int = Field(0, ge=0)
+    """Use at most this many rows, drawn with the run's seed; 0 means all."""
+    test_share: float = Field(0.1, ge=0, lt=1)
+    """Share of all rows that becomes the global test set; 0 pools the clients' held-out shares instead."""
+    client_test_share: float = Field(0.1, ge=0, lt=1)
+    """Share of each client's rows that it holds out for itself."""
+    order: Literal["random", "time"] = "random"
+    """How held-out rows are chosen: at random with the run's seed, or the last ones in file order."""
+
+
+class PartitionSettings(Settings):
+    """How the rows of one source become clients (simulation only: a real site has its own rows)."""
+
+    by: Literal["iid", "dirichlet", "column", "shards", "size"] = "dirichlet"
+    """iid; dirichlet over labels; one client per value of a column; label shards (pathological); size skew."""
+    clients: int = Field(8, ge=1)
+    """Number of clients; with by = "column", the values with most text are kept (0 is not allowed, see `all_values`)."""
+    all_values: bool = False
+    """by = "column": every value becomes a client, whatever `clients` says."""
+    alpha: float = Field(0.5, gt=0)
+    """Concentration of the Dirichlet distribution: small is skewed."""
+    column: str = ""
+    """by = "column": the column that names the client; by = "dirichlet" or "shards": the column to skew, if not the label."""
+    shards_per_client: int = Field(2, ge=1)
+    """by = "shards": label-sorted shards that each client receives."""
+    min_rows: int = Field(1, ge=1)
+    """A client with fewer training rows is an error."""

@@ -1,0 +1,42 @@
+"""Files that are whole or absent, whatever the disk or the power does."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedtune.errors import FedtuneError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Temporary file, fsync, rename, fsync of the folder. Raises R404."""
+    temporary = path.with_name(f".{path.name}.part")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        parent = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system says into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        what = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"a path that cannot be written ({error.strerror})"
+        raise FedtuneError("R404", f"{what} at '{path}'", "room and rights to write", "free space or choose another --runs folder, then: fedtune resume") from error

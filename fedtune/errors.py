@@ -1,0 +1,76 @@
+"""Every mistake that a user can meet: a code, and one sentence with what was found, what was expected, what to do.
+
+    FedtuneError          a mistake somebody can mend; the program ends with exit code 2
+      ClientFailed        one client's answer is unusable; the round goes on without it
+      Refused             a message from the network that is not what it should be; it is dropped and counted
+
+The catalogue below is the source of docs/errors.md; a code is never reused.
+"""
+
+from __future__ import annotations
+
+CATALOGUE: dict[str, str] = {
+    # C: the recipe
+    "C101": "The recipe has a key that fedtune does not know.",
+    "C102": "A value in the recipe has the wrong type or is out of range.",
+    "C103": "The recipe is not valid TOML, or a --set argument is not path=value.",
+    "C104": "Two settings of the recipe cannot go together.",
+    "C105": "The recipe file does not exist or cannot be read.",
+    # D: data
+    "D201": "A data file or folder does not exist.",
+    "D202": "The data is empty, or nothing is left after cleaning.",
+    "D203": "A row of the data cannot be read.",
+    "D204": "A column that the recipe names is not in the data.",
+    "D205": "A client has no rows after the split.",
+    "D206": "A label is not in the label set.",
+    "D207": "A text is longer than the model's context.",
+    "D208": "An optional package that this data source needs is not installed.",
+    # M: model and adapter
+    "M301": "The model cannot be found or loaded.",
+    "M302": "A target module of the adapter is not in the model.",
+    "M303": "The model and its tokenizer have different vocabularies.",
+    "M304": "An adapter was exported for another base model.",
+    "M305": "The tensors offered do not fit the model.",
+    "M306": "The adapter kind does not work with this model or task.",
+    "M307": "The tokenizer has no chat template, which chat messages need.",
+    # R: runs
+    "R401": "The run folder already exists.",
+    "R402": "The run folder does not exist or holds no run.",
+    "R403": "A state file is damaged.",
+    "R404": "The disk is full or a file cannot be written.",
+    "R405": "No client gave a usable answer.",
+    "R406": "The run was started with another recipe, base model or version.",
+    "R407": "Another process is working on this run.",
+    # F: Flower
+    "F501": "Flower, or the part of it that this command needs, is not installed.",
+    "F502": "Too few nodes are connected.",
+    "F503": "A node answered with an error.",
+    # W: messages
+    "W601": "A message is not in fedtune's wire format, or is truncated.",
+    "W602": "A message was made by a version that this one cannot read.",
+    "W603": "A message carries other tensors than were asked for.",
+    "W604": "A message belongs to another run, round, client or base model.",
+    "W605": "A message was already received.",
+    "W606": "A message claims more than the declared bound.",
+    "W607": "A message holds numbers that are not finite or out of range.",
+}
+
+
+class FedtuneError(Exception):
+    """A mistake, in one sentence. `code` is a key of CATALOGUE."""
+
+    exit_code = 2
+
+    def __init__(self, code: str, found: str, expected: str, do: str) -> None:
+        if code not in CATALOGUE:
+            raise KeyError(code)
+        self.code, self.found, self.expected, self.do = code, found, expected, do
+        super().__init__(f"{code}: found {found}, expected {expected}; {do}.")
+
+
+class ClientFailed(FedtuneError):
+    """One client's answer is unusable."""
+
+
+class Refused(FedtuneError):
+    """A message from outside is not what it should be."""

@@ -1,0 +1,67 @@
+"""A run's model in the forms that other programs read, each with a card that says where it came from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.config import Recipe
+from fedtune.errors import FedtuneError
+
+if TYPE_CHECKING:
+    from fedtune.model.bench import Bench
+
+
+def export_adapter(bench: Bench, target: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
+    """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
+    from fedtune.model.export import save
+
+    temporary = target.with_name(f".{target.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(bench, temporary, recipe.model.name, card(recipe, str(result["base_sha256"]), int(result["rounds"]), result))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+
+
+def check_target(target: Path) -> Path:
+    """Refuse to write over anything. Raises R401."""
+    if target.exists():
+        raise FedtuneError("R401", f"something at '{target}' already", "a folder that does not exist", "choose another --to")
+    return target
+
+
+def card(recipe: Recipe, base: str, rounds: int, result: Mapping[str, Any] | None = None) -> str:
+    """README.md of an export: recipe, rounds, data, privacy, fingerprints."""
+    scores = [f"| {key} | {result[key]:.4f} |" for key in ("base", "local", "federated", "centralised") if result and result.get(key) is not None]
+    table = [f"| | {result['metric']} |", "|---|---|", *scores, ""] if result else []
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            f"base_model: {recipe.model.name}",
+            "tags: [federated, fedtune]",
+            "---",
+            "",
+            f"# {recipe.method.type} / {recipe.method.adapter.kind} after {rounds} rounds",
+            "",
+            *table,
+            f"- task: {recipe.data.task}, data source: {recipe.data.source}, partition: {recipe.partition.by}",
+            f"- seed: {recipe.seed}; recipe SHA-256: {recipe.fingerprint}",
+            f"- base model SHA-256: {base}",
+            "- differential privacy: none (epsilon is unbounded)",
+            "",
+            "```toml",
+            *recipe_lines(recipe),
+            "```",
+            "",
+        ]
+    )
+
+
+def recipe_lines(recipe: Recipe) -> list[str]:
+    """The resolved recipe as TOML lines."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json")).splitlines()

@@ -1,0 +1,134 @@
+"""The shared base with one adapter on it: the few tensors that are trained can be read and written, nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.errors import FedtuneError
+from fedtune.model import kinds
+from fedtune.model.base import Base
+from fedtune.model.settings import AdapterSettings
+
+CONTAINERS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+@dataclass(eq=False)
+class Bench:
+    """What a client trains on.
+
+    net     called with the batch's tensors; the base's network, or peft's wrapper around it
+    named   name -> parameter, sorted; peft's file names where peft has the kind, the network's own names otherwise
+    before  what `detach` goes back to
+    total   number of all values, base and adapter
+    """
+
+    base: Base
+    settings: AdapterSettings | None
+    net: Any
+    named: dict[str, torch.nn.Parameter]
+    before: list[tuple[Any, dict[str, Any]]] = field(repr=False)
+    total: int = 0
+
+    @property
+    def kind(self) -> str:
+        return self.settings.kind if self.settings else "none"
+
+    @property
+    def trainable(self) -> int:
+        """Number of trained values."""
+        return sum(value.numel() for value in self.named.values())
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Trained parameters in name order."""
+        return list(self.named.values())
+
+    def read(self) -> dict[str, np.ndarray]:
+        """Float32 copies of the trained tensors."""
+        return {name: value.detach().to("cpu", torch.float32, copy=True).numpy() for name, value in self.named.items()}
+
+    def write(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Copy values into the trained tensors, in place. Raises M305 and changes nothing if names or shapes differ."""
+        odd = sorted(self.named.keys() ^ tensors.keys())
+        if odd:
+            side = "a missing" if odd[0] in self.named else "an unknown"
+            raise FedtuneError(
+                "M305",
+                f"{side} tensor '{odd[0]}' ({len(odd)} names differ)",
+                f"the {len(self.named)} tensors of a '{self.kind}' adapter",
+                "use tensors made with the same [model] and [method.adapter]",
+            )
+        for name, value in self.named.items():
+            if tuple(value.shape) != tuple(tensors[name].shape):
+                raise FedtuneError(
+                    "M305",
+                    f"'{name}' of shape {tuple(tensors[name].shape)}",
+                    f"{tuple(value.shape)}",
+                    "use tensors made with the same [model] and [method.adapter]",
+                )
+        with torch.no_grad():
+            for name, value in self.named.items():
+                value.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
+
+
+def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
+    """Put an adapter on the base, initialised from `seed` alone; one that sits there already is taken off first.
+
+    Trained tensors are float32. Raises M302 (unknown target) and M306 (kind unfit for the model).
+    """
+    if base.attached is not None:
+        detach(base.attached)
+    before = snapshot(base.net)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # every kind draws on the CPU, so that the device does not matter
+            net, named = kinds.BUILD[settings.kind](base, settings)
+    except BaseException:
+        restore(before)
+        raise
+    named = {name: named[name] for name in sorted(named)}
+    trained = {id(value) for value in named.values()}
+    for value in net.parameters():
+        value.requires_grad_(id(value) in trained)
+    for value in named.values():
+        value.data = value.data.float()
+    bench = Bench(base, settings, net.eval(), named, before, base.size + sum(v.numel() for n, v in named.items() if kinds.plain(n) not in base.weights))
+    base.attached = bench
+    return bench
+
+
+def bare(base: Base) -> Bench:
+    """The base as it is, with nothing to train: for the score before tuning."""
+    if base.attached is not None:
+        detach(base.attached)
+    return Bench(base, None, base.net, {}, [], base.size)
+
+
+def detach(bench: Bench) -> None:
+    """Take the adapter off: the base's network is again what it was before `attach`, bit for bit."""
+    restore(bench.before)
+    if bench.base.attached is bench:
+        bench.base.attached = None
+
+
+def snapshot(net: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """What every module holds (children, parameters, hooks, flags), by reference: no weights are copied.
+
+    Adapters replace modules, parameters and hooks but never write into a pristine parameter, so this is all that it takes to go back.
+    """
+    return [(module, {name: value.copy() if name in CONTAINERS else value for name, value in vars(module).items()}) for module in net.modules()]
+
+
+def restore(before: list[tuple[Any, dict[str, Any]]]) -> None:
+    """The inverse of `snapshot`."""
+    for module, held in before:
+        vars(module).clear()
+        vars(module).update({name: value.copy() if name in CONTAINERS else value for name, value in held.items()})
+        for value in held["_parameters"].values():
+            if value is not None:
+                value.requires_grad_(False)
+                value.grad = None

@@ -1,0 +1,201 @@
+"""Rows of data -> examples of numbers, once per client; batches are padded to their own longest example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.errors import FedtuneError
+from fedtune.model import chat, pixels
+from fedtune.model.base import Base
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+Example = dict[str, np.ndarray]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A client's examples.
+
+    examples   dicts of arrays; input_ids (and labels, for language models) are int32, images uint8 (channels, height, width)
+    tokens     tokens that carry loss (language models), all tokens (classify), images (image-classify)
+    truncated  rows cut to max_length
+    dropped    rows left out because their whole response was cut
+    """
+
+    examples: Sequence[Example]
+    collate: Callable[[Sequence[int]], dict[str, torch.Tensor]]
+    tokens: int
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def length(self, index: int) -> int:
+        """Tokens of one example; 1 for an image."""
+        return len(self.examples[index].get("input_ids", (0,)))
+
+
+def encode(
+    rows: Sequence[Row],
+    base: Base,
+    *,
+    max_length: int = 128,
+    text: str = "text",
+    label: str = "label",
+    prompt: str = "prompt",
+    response: str = "response",
+    messages: str = "",
+    image: str = "image",
+    stride: int = 0,
+    separator: str = "eos",
+    overlong: str = "cut",
+    training: bool = True,
+) -> Encoded:
+    """Encode rows for the base's task; the names are those of [data].
+
+    `training` = False makes language-model blocks that do not overlap, whatever `stride` says, so that every token is scored once.
+    Raises D203 (row unreadable), D204 (no such column), D206 (unknown label), D207 (too long), M307 (no chat template).
+    """
+    if base.context is not None and max_length > base.context and len(rows):
+        raise FedtuneError(
+            "D207", f"data.max_length = {max_length} with {base.name}", f"at most the model's context of {base.context} tokens", "lower data.max_length"
+        )
+    if base.task == "image-classify":
+        classes = [class_of(row, number, label, base.labels) for number, row in enumerate(rows)]
+        examples: list[Example] = [
+            {"pixels": pixels.resized(cell(row, number, image), base.tokenizer, number), "labels": np.asarray(c)}
+            for number, (row, c) in enumerate(zip(rows, classes, strict=True))
+        ]
+        return Encoded(examples, lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer), len(examples))
+    if base.task == "classify":
+        examples, truncated = encode_classify(rows, base, text, label, max_length, overlong)
+        dropped, tokens = 0, sum(len(e["input_ids"]) for e in examples)
+    elif base.task == "causal-lm":
+        examples, truncated, dropped = encode_stream(rows, base, text, max_length, (stride or max_length) if training else max_length, separator), 0, 0
+        tokens = sum(len(e["input_ids"]) - 1 for e in examples)
+    else:
+        examples, truncated, dropped = encode_instruct(rows, base, prompt, response, messages, max_length, overlong)
+        tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
+    pad = base.tokenizer.pad_token_id
+    return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad), tokens, truncated, dropped)
+
+
+def encode_classify(rows: Sequence[Row], base: Base, text: str, label: str, max_length: int, overlong: str) -> tuple[list[Example], int]:
+    """Texts with the tokenizer's special tokens; a text that is cut keeps its last special token."""
+    classes = [class_of(row, number, label, base.labels) for number, row in enumerate(rows)]
+    texts = [str(cell(row, number, text)) for number, row in enumerate(rows)]
+    ids = base.tokenizer(texts)["input_ids"] if texts else []
+    long = [number for number, line in enumerate(ids) if len(line) > max_length]
+    if long:
+        refuse_overlong(overlong, long[0], len(ids[long[0]]), max_length)
+        cut = base.tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)["input_ids"]
+        for number, line in zip(long, cut, strict=True):
+            ids[number] = line
+    return [{"input_ids": np.asarray(line, np.int32), "labels": np.asarray(c)} for line, c in zip(ids, classes, strict=True)], len(long)
+
+
+def encode_stream(rows: Sequence[Row], base: Base, text: str, max_length: int, stride: int, separator: str) -> list[Example]:
+    """All rows as one stream of tokens, in blocks of max_length that start every `stride` tokens; the last block may be shorter."""
+    end = []
+    if separator == "eos":
+        if base.tokenizer.eos_token_id is None:
+            raise FedtuneError(
+                "C104",
+                f'data.separator = "eos" with {base.name}, whose tokenizer has no end-of-text token',
+                "a tokenizer with one",
+                'set data.separator = "none"',
+            )
+        end = [base.tokenizer.eos_token_id]
+    texts = [str(cell(row, number, text)) for number, row in enumerate(rows)]
+    ids = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    stream = np.asarray([token for line in ids for token in line + end], np.int32)
+    blocks: list[Example] = []
+    for start in range(0, len(stream), stride):
+        block = stream[start : start + max_length]
+        if len(block) >= 2:  # a single token has nothing to predict
+            blocks.append({"input_ids": block, "labels": block})
+        if start + max_length >= len(stream):
+            break
+    return blocks
+
+
+def encode_instruct(
+    rows: Sequence[Row], base: Base, prompt: str, response: str, messages: str, max_length: int, overlong: str
+) -> tuple[list[Example], int, int]:
+    """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out and counted."""
+    examples, truncated, dropped = [], 0, 0
+    for number, row in enumerate(rows):
+        if messages:
+            ids, answered = chat.conversation(base.tokenizer, cell(row, number, messages), number, base.name)
+        else:
+            ids, answered = chat.pair(base.tokenizer, str(cell(row, number, prompt)), str(cell(row, number, response)))
+        if len(ids) > max_length:
+            refuse_overlong(overlong, number, len(ids), max_length)
+            truncated += 1
+        labels = np.where(answered, ids, IGNORED)[:max_length].astype(np.int32)
+        if (labels[1:] == IGNORED).all():
+            dropped += 1
+        else:
+            examples.append({"input_ids": np.asarray(ids[:max_length], np.int32), "labels": labels})
+    return examples, truncated, dropped
+
+
+def collate_text(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
+    """Padded on the right: input_ids, attention_mask (examples, tokens); labels (examples,) or (examples, tokens)."""
+    width = max(len(e["input_ids"]) for e in examples)
+    ids = np.full((len(examples), width), pad, np.int64)
+    mask = np.zeros((len(examples), width), np.int64)
+    for row, example in enumerate(examples):
+        ids[row, : len(example["input_ids"])] = example["input_ids"]
+        mask[row, : len(example["input_ids"])] = 1
+    if examples[0]["labels"].ndim == 0:
+        labels = np.asarray([e["labels"] for e in examples], np.int64)
+    else:
+        labels = np.full((len(examples), width), IGNORED, np.int64)
+        for row, example in enumerate(examples):
+            labels[row, : len(example["labels"])] = example["labels"]
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
+
+
+def cell(row: Row, number: int, column: str) -> Any:
+    """One cell. Raises D204 (no such column) and D203 (empty)."""
+    if column not in row:
+        raise FedtuneError(
+            "D204", f"row {number} without a column '{column}'", f"one of its columns: {', '.join(map(str, row))}", "correct the column's name in [data]"
+        )
+    if row[column] is None:
+        raise FedtuneError("D203", f"row {number} with an empty '{column}'", "a value in every row", "fill or remove the row")
+    return row[column]
+
+
+def class_of(row: Row, number: int, column: str, labels: Sequence[str]) -> int:
+    """Index of the row's label. Raises D206."""
+    value = str(cell(row, number, column))
+    if value not in labels:
+        raise FedtuneError(
+            "D206",
+            f"the label '{value}' in row {number}",
+            f"one of {', '.join(labels[:8])}{' ...' if len(labels) > 8 else ''}",
+            "add it to data.labels or correct the row",
+        )
+    return labels.index(value)
+
+
+def refuse_overlong(overlong: str, number: int, length: int, max_length: int) -> None:
+    if overlong == "refuse":
+        raise FedtuneError(
+            "D207",
+            f"row {number} with {length} tokens",
+            f"at most data.max_length = {max_length}",
+            'shorten it, raise data.max_length, or set data.overlong = "cut"',
+        )

@@ -1,0 +1,102 @@
+"""What a federation leaves behind: an adapter folder that stock peft loads, or a merged model, each with a card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.numpy import load_file, save_file
+
+from fedtune.errors import FedtuneError
+from fedtune.model.base import LM_TASKS, Base
+from fedtune.model.bench import Bench, attach
+from fedtune.model.kinds import plain
+from fedtune.model.settings import AdapterSettings
+
+SIDECAR = "fedtune.json"
+OWN_FILE = "fedtune_adapter.safetensors"  # tensors under fedtune's names, where peft's file does not hold them
+MERGES = ("lora", "ia3", "layernorm", "bias", "head", "full")
+
+
+def is_stock(bench: Bench) -> bool:
+    """Whether `PeftModel.from_pretrained` loads what `save_adapter` writes. Not bias, head, full, bottlenecks and our own prompts."""
+    return isinstance(bench.net, peft.PeftModel)
+
+
+def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) -> None:
+    """Write the adapter, the card (README.md) and fedtune.json, which names the base by fingerprint.
+
+    Kinds that peft has become adapter_config.json and adapter_model.safetensors. The others become fedtune_adapter.safetensors, which only
+    `load_adapter` reads: peft has no form for them (bias, head and full can be exported as a merged model instead).
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    if is_stock(bench):
+        config = bench.net.peft_config["default"]
+        config.base_model_name_or_path = base_name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bench.net.save_pretrained(str(place), safe_serialization=True, save_embedding_layers=False)
+    if not is_stock(bench) or bench.kind == "p-tuning":  # peft keeps what p-tuning's network says, not the network
+        save_file(bench.read(), str(place / OWN_FILE))
+    base = bench.base
+    about = {"format": 1, "base": base_name, "base_fingerprint": base.fingerprint, "task": base.task, "labels": list(base.labels)}
+    about["adapter"] = bench.settings.model_dump(mode="json") if bench.settings else None
+    (place / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+    (place / "README.md").write_text(card)
+
+
+def load_adapter(base: Base, folder: str | Path) -> Bench:
+    """A bench with the adapter that `save_adapter` wrote. Raises M304 if it was made for another base, task or label set."""
+    place = Path(folder)
+    try:
+        about = json.loads((place / SIDECAR).read_text())
+        settings = AdapterSettings.model_validate_json(json.dumps(about["adapter"]))
+        file = place / OWN_FILE if (place / OWN_FILE).exists() else place / "adapter_model.safetensors"
+        tensors = load_file(str(file))
+    except (OSError, ValueError, KeyError) as error:
+        raise FedtuneError(
+            "M304", f"no adapter of fedtune in {place} ({str(error)[:120]})", f"{SIDECAR} beside the tensors", "name the folder that 'fedtune export' wrote"
+        ) from error
+    for what, want, have in (
+        ("task", base.task, about["task"]),
+        ("labels", list(base.labels), about["labels"]),
+        ("base model", base.fingerprint, about["base_fingerprint"]),
+    ):
+        alike = what == "task" and {want, have} <= set(LM_TASKS)
+        if want != have and not alike:
+            raise FedtuneError("M304", f"an adapter whose {what} is {str(have)[:80]}", str(want)[:80], f"load it on the base it was made for ({about['base']})")
+    bench = attach(base, settings, 0)
+    bench.write(tensors)
+    return bench
+
+
+def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
+    """Write the whole model with the adapter folded in, and its tokenizer; trained values are rounded to the base's dtype.
+
+    Costs one copy of the model. Raises M306 for kinds that add layers or tokens.
+    """
+    if bench.kind not in MERGES:
+        raise FedtuneError(
+            "M306", f"kind '{bench.kind}' for a merged model", f"one of {', '.join(MERGES)}", 'export it as an adapter (export.form = "adapter")'
+        )
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    merged: Any = copy.deepcopy(bench.net).to("cpu")
+    if is_stock(bench):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged = merged.merge_and_unload()
+        for name, value in bench.named.items():  # peft 0.21 forgets the task head when it merges layer norms
+            if plain(name) in bench.base.weights:
+                merged.get_parameter(plain(name)).data = value.detach().to("cpu", copy=True)
+    merged = merged.to(next(iter(bench.base.weights.values())).dtype)
+    with torch.no_grad():
+        merged.save_pretrained(str(place))
+    bench.base.tokenizer.save_pretrained(str(place))
+    (place / "README.md").write_text(card)

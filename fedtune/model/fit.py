@@ -1,0 +1,154 @@
+"""A client's local loop: seeded batches, one optimiser made anew, and nothing left behind but the trained tensors."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.model.bench import Bench
+from fedtune.model.encode import Encoded
+from fedtune.model.loss import autocast, carries, summed_loss, tokens_in
+from fedtune.model.settings import TrainSettings
+from fedtune.rng import seed_of, stream
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """loss: mean over the steps of each step's mean loss, without the proximal term; tokens and examples count what was trained on."""
+
+    loss: float
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float
+
+
+def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, progress: tuple[int, int] = (0, 1)) -> FitReport:
+    """Train the bench's tensors on the client's examples. `progress` = (rounds done, rounds) places the learning-rate schedule.
+
+    A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the step, so that accumulation equals
+    one big batch. Raises ClientFailed W607 where the loss is not finite, D205 without examples.
+    """
+    if not len(encoded):
+        raise FedtuneError("D205", "a client without training examples", "at least one", "give it rows or leave it out")
+    began = time.perf_counter()
+    parameters = bench.parameters()
+    origin = [value.detach().clone() for value in parameters] if settings.prox else []
+    optimizer = make_optimizer(parameters, settings)
+    plan = list(step_batches(len(encoded), settings, seed))
+    loss_sum, examples, tokens = 0.0, 0, 0
+    with training(bench, settings, seed):
+        for number, micro in enumerate(plan):
+            rate = settings.lr * schedule_factor(settings, progress, number, len(plan))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = [encoded.collate(indices) for indices in micro]
+            terms = sum(carries(bench.base.task, batch) for batch in batches)
+            loss = 0.0
+            optimizer.zero_grad(set_to_none=True)
+            for batch in batches:
+                with autocast(bench, settings.autocast):
+                    part = summed_loss(bench, batch)[0] / terms
+                part.backward()
+                loss += part.item()
+            if not math.isfinite(loss):
+                raise ClientFailed(
+                    "W607",
+                    f"a loss of {loss} at local step {number + 1}",
+                    "a finite number",
+                    "lower method.train.lr, set method.train.clip, or look at this client's data",
+                )
+            for value, start in zip(parameters, origin, strict=False):  # FedProx: the gradient of mu/2 ||w - w_round||^2
+                value.grad = (
+                    (value.detach() - start).mul_(settings.prox) if value.grad is None else value.grad.add_(value.detach() - start, alpha=settings.prox)
+                )
+            if settings.clip:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            loss_sum, examples, tokens = loss_sum + loss, examples + sum(map(len, micro)), tokens + sum(map(tokens_in, batches))
+    return FitReport(loss_sum / max(len(plan), 1), len(plan), examples, tokens, time.perf_counter() - began)
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], s: TrainSettings) -> torch.optim.Optimizer:
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
+
+
+def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[Sequence[int]]]:
+    """Per optimiser step, its micro-batches of example numbers: every epoch is one permutation, its last batch may be smaller.
+
+    Steps may wrap over epochs; a client with fewer examples than a batch uses all it has.
+    """
+    draw = stream("batches", seed)
+
+    def batches() -> Iterator[Sequence[int]]:
+        epoch = 0
+        while s.steps or epoch < s.epochs:
+            order = draw.permutation(count).tolist()
+            yield from (order[start : start + s.batch] for start in range(0, count, s.batch))
+            epoch += 1
+
+    source = batches()
+    done = 0
+    while not s.steps or done < s.steps:
+        micro = list(islice(source, s.accumulate))
+        if not micro:
+            return
+        yield micro
+        done += 1
+
+
+def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, steps: int) -> float:
+    """What the learning rate is multiplied by. Counted in shares of the run, since clients may take different numbers of steps."""
+    done, rounds = progress
+    now, after = (done + step / steps) / rounds, (done + (step + 1) / steps) / rounds
+    if now < s.warmup:
+        return min(1.0, after / s.warmup)
+    rest = (now - s.warmup) / (1 - s.warmup)
+    return {"constant": 1.0, "linear": 1 - rest, "cosine": 0.5 * (1 + math.cos(math.pi * rest))}[s.schedule]
+
+
+@contextmanager
+def training(bench: Bench, settings: TrainSettings, seed: int) -> Iterator[None]:
+    """Train mode with seeded dropout and, if asked, recomputation (which transformers does in train mode only); eval mode afterwards."""
+    device, net = bench.base.device, bench.base.net
+    if settings.checkpointing and bench.kind == "prefix":
+        raise FedtuneError(
+            "M306",
+            "method.train.checkpointing with kind 'prefix'",
+            "another kind: prefixes are a cache, which recomputation cannot use",
+            "turn one of them off",
+        )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of("dropout", seed))
+        bench.net.train()
+        if settings.checkpointing:
+            recompute(net, True)
+        try:
+            yield
+        finally:
+            if settings.checkpointing:
+                recompute(net, False)
+            bench.net.eval()
+            for value in bench.parameters():
+                value.grad = None
+
+
+def recompute(net: Any, on: bool) -> None:
+    """Switch recomputation of activations. The name is deprecated since transformers 5.2x, but all of 5 has it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            net.gradient_checkpointing_disable()

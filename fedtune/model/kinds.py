@@ -1,0 +1,239 @@
+"""One function a kind: puts the adapter on the network and names the tensors that are trained.
+
+peft supplies lora, ia3, prefix, p-tuning, layernorm and the shallow prompt of texts; bias, head, full, the bottleneck and
+deep prompts are ours (see `blocks`). Names are peft's file names, or the network's own.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from fedtune.errors import FedtuneError
+from fedtune.model import blocks
+from fedtune.model.base import LM_TASKS, Base
+from fedtune.model.settings import AdapterSettings
+
+Named = dict[str, nn.Parameter]
+PEFT_TASK = {"classify": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "instruct": "CAUSAL_LM", "image-classify": None}
+KEYS_AND_VALUES = ("key", "k_proj", "value", "v_proj", "query_key_value", "c_attn", "qkv", "Wqkv")
+
+
+def lora(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Hu et al. 2021. A is Kaiming-uniform from the seed, B is zero: the first state is the base itself."""
+    return with_peft(
+        base,
+        peft.LoraConfig(
+            r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets(base, s.targets), use_rslora=s.rslora, use_dora=s.dora, **common(base)
+        ),
+    )
+
+
+def ia3(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Liu et al. 2022: scales on keys, values and the inner activation of the feed-forward part.
+
+    all-linear means just those; a linear that narrows outside the attention is taken for the second half of a feed-forward part.
+    """
+    wanted = [name for name in targets(base, s.targets) if s.targets != ("all-linear",) or name.rpartition(".")[2] in KEYS_AND_VALUES or narrows(base, name)]
+    if not wanted:
+        raise FedtuneError(
+            "M306", f"no key, value or feed-forward layer that 'ia3' knows in {base.name}", "names of layers to scale", "set method.adapter.targets"
+        )
+    return with_peft(base, peft.IA3Config(target_modules=wanted, feedforward_modules=[name for name in wanted if narrows(base, name)], **common(base)))
+
+
+def layernorm(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Zhao et al. 2023: gains and offsets of every normalisation layer."""
+    norms = [
+        name for name, module in base.net.named_modules() if re.search(r"(Layer|RMS)Norm$|^T5LayerNorm$", type(module).__name__) and not in_head(base, name)
+    ]
+    if not norms:
+        raise FedtuneError("M306", f"no normalisation layer in {base.name}", "a model with LayerNorm or RMSNorm", "choose another method.adapter.kind")
+    return with_peft(base, peft.LNTuningConfig(target_modules=norms, **common(base)))
+
+
+def prompt(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Lester et al. 2021 through peft, started from rows of the vocabulary; or our own prompts (deep, images, generative classifiers).
+
+    A generative classifier reads the last token that is not padding, which peft's prompts hide from it (they replace ids by embeddings).
+    """
+    if s.deep or base.task == "image-classify" or (base.task == "classify" and not blocks.is_encoder(base.net)):
+        return base.net, blocks.add_prompts(base.net, s.tokens, s.deep, base.device) | head_parameters(base)
+    return with_peft(base, peft.PromptTuningConfig(num_virtual_tokens=s.tokens, prompt_tuning_init="SAMPLE_VOCAB", **sizes(base), **common(base)))
+
+
+def p_tuning(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Liu et al. 2021: prompts from a small network; the network travels while training, its output alone is exported."""
+    if base.task == "image-classify" or (base.task == "classify" and not blocks.is_encoder(base.net)):
+        raise unfit(base, "p-tuning", "a text encoder or a causal language model", 'choose kind = "prompt"')
+    width = sizes(base)["token_dim"]
+    return with_peft(base, peft.PromptEncoderConfig(num_virtual_tokens=s.tokens, encoder_hidden_size=width, **sizes(base), **common(base)))
+
+
+def prefix(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Li and Liang 2021: keys and values before every block's own; needs a model that takes a cache."""
+    if base.task == "image-classify" or blocks.is_encoder(base.net):
+        raise unfit(base, "prefix", "a decoder, which takes a cache of keys and values", 'choose kind = "prompt" with deep = true')
+    return with_peft(base, peft.PrefixTuningConfig(num_virtual_tokens=s.tokens, **common(base)))
+
+
+def bias(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """BitFit (Ben Zaken et al. 2021): every parameter named bias, and the task head."""
+    own = {name for name in base.weights if name.rpartition(".")[2] == "bias" and not in_head(base, name)}
+    if not own:
+        raise unfit(base, "bias", "a model whose layers have biases", "choose another method.adapter.kind")
+    return base.net, opened(base, own) | head_parameters(base)
+
+
+def head(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """The task head alone; for language models the output layer, if it is not tied to the embeddings."""
+    if base.task not in LM_TASKS:
+        return base.net, head_parameters(base)
+    names = [name for name, value in base.net.get_output_embeddings().named_parameters(remove_duplicate=False)]
+    prefix_ = next(name for name, module in base.net.named_modules() if module is base.net.get_output_embeddings())
+    if base.net.get_output_embeddings().weight is base.net.get_input_embeddings().weight:
+        raise unfit(base, "head", "an output layer of its own (here it is tied to the embeddings)", "choose another method.adapter.kind")
+    return base.net, opened(base, {f"{prefix_}.{name}" for name in names})
+
+
+def full(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Every parameter, tied ones once; costs a float32 copy of the model while attached."""
+    return base.net, opened(base, set(base.weights))
+
+
+def adapter(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
+    """Houlsby et al. 2019, as in FedPEFT's code: one bottleneck after every block, shared by all blocks or one each."""
+    return base.net, blocks.add_bottleneck(base.net, s.reduction, s.shared, base.device) | head_parameters(base)
+
+
+BUILD: dict[str, Callable[[Base, AdapterSettings], tuple[Any, Named]]] = {
+    "lora": lora,
+    "ia3": ia3,
+    "layernorm": layernorm,
+    "prompt": prompt,
+    "p-tuning": p_tuning,
+    "prefix": prefix,
+    "bias": bias,
+    "head": head,
+    "full": full,
+    "adapter": adapter,
+}
+
+
+# --- what the kinds share ---------------------------------------------------------------------------------------
+
+
+def common(base: Base) -> dict[str, Any]:
+    """Settings of every peft config: the task, and the head that travels with the adapter."""
+    return {"task_type": PEFT_TASK[base.task], "modules_to_save": list(heads(base)) or None}
+
+
+def sizes(base: Base) -> dict[str, int]:
+    """What peft's prompts ask of a model; it guesses them for some models only (not for DistilBERT)."""
+    text = base.net.config.get_text_config()
+    return {"token_dim": base.net.get_input_embeddings().weight.shape[1], "num_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads}
+
+
+def with_peft(base: Base, config: Any) -> tuple[Any, Named]:
+    """Wrap the network with peft; names are those of peft's own adapter file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about inference with a fresh head, which the federation trains
+        net = peft.get_peft_model(base.net, config)
+    named = {file_name(name): value for name, value in net.named_parameters() if value.requires_grad}
+    if isinstance(config, (peft.PromptTuningConfig, peft.PrefixTuningConfig)):  # p-tuning's file holds what its network says, not the network
+        named["prompt_embeddings"] = named.pop("prompt_encoder.embedding.weight")
+    return net, named
+
+
+def file_name(name: str) -> str:
+    """peft's parameter name -> the key in its adapter_model.safetensors.
+
+    >>> file_name("base_model.model.classifier.modules_to_save.default.weight")
+    'base_model.model.classifier.weight'
+    >>> file_name("base_model.model.q_proj.lora_A.default.weight")
+    'base_model.model.q_proj.lora_A.weight'
+    """
+    name = name.replace(".modules_to_save.default", "").replace("prompt_encoder.default.", "prompt_encoder.")
+    name = re.sub(r"\.lora_magnitude_vector\.default\.weight$", ".lora_magnitude_vector", name)
+    return re.sub(r"\.default(?=\.[^.]+$|$)", "", name)
+
+
+def plain(name: str) -> str:
+    """The network's own name for a tensor that peft copied, so that copies are not counted as additions."""
+    return re.sub(r"^base_model\.(model\.(?=.*\.))?", "", name).replace(".ln_tuning_layers", "")
+
+
+def heads(base: Base) -> tuple[str, ...]:
+    """Modules that start fresh: the children of a classifier beside its backbone, and a pooler that the pretrained file lacks.
+
+    Whatever is fresh is trained and travels; a frozen random layer would be lost in an export.
+    """
+    beside = (
+        []
+        if base.task in LM_TASKS
+        else [name for name, module in base.net.named_children() if name != base.net.base_model_prefix and any(True for _ in module.parameters())]
+    )
+    missing = sorted({".".join(name.split(".")[:2]) for name in base.fresh if name.partition(".")[0] not in beside})
+    return (*beside, *missing)
+
+
+def in_head(base: Base, name: str) -> bool:
+    return any(name == head or name.startswith(head + ".") for head in heads(base))
+
+
+def head_parameters(base: Base) -> Named:
+    """The task head, opened for training."""
+    return opened(base, {name for name in base.weights if in_head(base, name)})
+
+
+def opened(base: Base, names: set[str]) -> Named:
+    """Replace parameters by float32 copies to train, everywhere they are tied; the base's own stay untouched."""
+    copies = {id(base.weights[name]): nn.Parameter(base.weights[name].detach().to(torch.float32, copy=True)) for name in names}
+    for module in base.net.modules():
+        for key, value in module._parameters.items():
+            if id(value) in copies:
+                module._parameters[key] = copies[id(value)]
+    return {name: copies[id(base.weights[name])] for name in names}
+
+
+def linears(base: Base) -> list[str]:
+    """Names of the linear layers, without the task head and the output layer."""
+    output = base.net.get_output_embeddings()
+    kinds = {"Linear", "Conv1D"}
+    return [n for n, module in base.net.named_modules() if type(module).__name__ in kinds and module is not output and not in_head(base, n)]
+
+
+def targets(base: Base, wanted: Sequence[str]) -> list[str]:
+    """Full names of the modules that `wanted` means: all-linear, or endings of names. Raises M302."""
+    known = linears(base)
+    found: set[str] = set()
+    for target in wanted:
+        hits = known if target == "all-linear" else [name for name in known if name == target or name.endswith("." + target)]
+        if not hits:
+            have = sorted({name.rpartition(".")[2] for name in known})
+            raise FedtuneError(
+                "M302",
+                f"the target '{target}', which no linear layer of {base.name} is called",
+                f"names such as {', '.join(have[:8])}",
+                'correct method.adapter.targets or use ["all-linear"]',
+            )
+        found |= set(hits)
+    return [name for name in known if name in found]
+
+
+def narrows(base: Base, name: str) -> bool:
+    """Whether a linear layer outside the attention has more inputs than outputs: the second half of a feed-forward part."""
+    rows, columns = base.net.get_submodule(name).weight.shape  # (out, in); Conv1D keeps (in, out)
+    if type(base.net.get_submodule(name)).__name__ == "Conv1D":
+        rows, columns = columns, rows
+    return bool(columns > rows) and not re.search(r"attn|attention", name)
+
+
+def unfit(base: Base, kind: str, expected: str, do: str) -> FedtuneError:
+    return FedtuneError("M306", f"kind '{kind}' with a {type(base.net).__name__}", expected, do)

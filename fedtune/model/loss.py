@@ -1,0 +1,57 @@
+"""The forward pass that training and scoring share: logits, and the summed cross entropy over what carries loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedtune.model.base import LM_TASKS
+from fedtune.model.bench import Bench
+from fedtune.model.blocks import is_encoder
+
+
+def inputs_of(bench: Bench, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
+    """The network's arguments on its device, and the labels, which stay out of it: each model would normalise its loss its own way."""
+    moved = {name: value.to(bench.base.device, non_blocking=True) for name, value in batch.items()}
+    labels = moved.pop("labels")
+    if bench.base.task != "image-classify" and not is_encoder(bench.base.net) and bench.kind != "prefix":
+        return moved | {"use_cache": False}, labels  # a cache is of no use here and costs memory; prefixes are one
+    return moved, labels
+
+
+def summed_loss(bench: Bench, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the cross entropy in float32, logits, aligned labels).
+
+    Language models: logits (examples, tokens - 1, vocabulary) predict labels (examples, tokens - 1). Virtual tokens in front of the logits
+    (peft's prompts) are cut off.
+    """
+    arguments, labels = inputs_of(bench, batch)
+    logits = bench.net(**arguments).logits
+    if bench.base.task in LM_TASKS:
+        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"), logits, labels
+
+
+def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
+    """How many terms a batch's loss sums over: predicted tokens, or examples."""
+    labels = batch["labels"]
+    return int((labels[:, 1:] != -100).sum()) if task in LM_TASKS else len(labels)
+
+
+def tokens_in(batch: dict[str, torch.Tensor]) -> int:
+    """As `Encoded.tokens` counts: predicted tokens (language models), all tokens (classify), images."""
+    if batch["labels"].ndim == 2:
+        return int((batch["labels"][:, 1:] != -100).sum())
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["labels"])
+
+
+def autocast(bench: Bench, wanted: str) -> torch.autocast:
+    """Mixed precision: as asked, as CUDA has it, or because the base itself is stored in half precision (trained tensors never are)."""
+    stored = next(iter(bench.base.weights.values())).dtype
+    device = bench.base.device.type
+    if stored in (torch.bfloat16, torch.float16):
+        return torch.autocast(device, stored)
+    fits = wanted == "bfloat16" or (wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=fits)

@@ -1,0 +1,46 @@
+"""How good the bench's state is on examples: accuracy, or perplexity with every token counted once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.errors import FedtuneError
+from fedtune.model.base import LM_TASKS
+from fedtune.model.bench import Bench
+from fedtune.model.encode import Encoded
+from fedtune.model.loss import autocast, carries, summed_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: mean cross entropy in nats; metric: accuracy in 0..1, or exp(loss); name: which; count: examples or tokens scored."""
+
+    loss: float
+    metric: float
+    name: str
+    count: int
+
+
+def score(bench: Bench, encoded: Encoded, batch: int = 32) -> Score:
+    """Score in eval mode, without mixed precision on float32 models. Examples are sorted by length, so that batches hold little padding."""
+    if not len(encoded):
+        raise FedtuneError("D202", "no examples to score", "at least one", "give the test set rows (data.test_share)")
+    language = bench.base.task in LM_TASKS
+    order = sorted(range(len(encoded)), key=lambda i: (-encoded.length(i), i))
+    loss, right, count = 0.0, 0, 0
+    bench.net.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch):
+            examples = encoded.collate(order[start : start + batch])
+            with autocast(bench, "off"):
+                part, logits, labels = summed_loss(bench, examples)
+            loss += part.item()
+            count += carries(bench.base.task, examples)
+            right += 0 if language else int((logits.argmax(-1) == labels).sum())
+    mean = loss / count
+    if language:
+        return Score(mean, math.exp(mean) if mean < 700 else math.inf, "perplexity", count)
+    return Score(mean, right / count, "accuracy", count)

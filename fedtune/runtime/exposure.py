@@ -1,0 +1,33 @@
+"""Who sees what: read off the same declarations that the runtime obeys, so that it cannot drift from the code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtune.transforms.base import Chain
+from fedtune.types import Method
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """One row: what the server can see of a client's answer to a verb, and through which steps it came."""
+
+    verb: str
+    sees: str
+    through: tuple[str, ...]
+
+
+def exposure(method: Method, chain: Chain) -> list[Exposure]:
+    """A row for each verb of the method."""
+    rows = []
+    for verb in method.verbs:
+        alone = verb in method.reads_each
+        steps = [s for s in chain.steps if not alone or s.undone == "reply"]
+        if alone:
+            sees = "each client's answer, and uses it singly"
+        elif any(s.hides for s in steps):
+            sees = "the sum only"
+        else:
+            sees = "each client's answer as it passes, uses the sum only"
+        rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
+    return rows

@@ -1,0 +1,105 @@
+"""A run's folder: the truth about a run. Everything is written so that a crash leaves the old or the new, never a half.
+
+    config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ValidationError
+
+from fedtune.config import Recipe
+from fedtune.disk import disk_errors, write_atomic
+from fedtune.errors import FedtuneError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and atomic writes of one run."""
+
+    path: Path
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.db"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def state(self, number: int) -> Path:
+        return self.path / "state" / f"round-{number:04d}.safetensors"
+
+    def memory(self, client: int, number: int) -> Path:
+        return self.path / "memory" / f"client-{client:05d}" / f"round-{number:04d}.safetensors"
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomic(self.path / name, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FedtuneError("R402", f"no readable {name} in '{self.path}' ({type(error).__name__})", "the folder of a run", "check the path, or list runs/") from None
+        if not isinstance(content, dict):
+            raise FedtuneError("R402", f"a {name} in '{self.path}' that is no table", "the folder of a run", "check the path, or list runs/")
+        return content
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the lock falls with the process, however it dies. Raises R407."""
+        with open_for_write(self.path / "lock") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FedtuneError("R407", f"another process working in '{self.path}'", "one process per run", "wait for it to end, or stop it") from None
+            yield
+
+
+def create(root: Path, name: str, stem: str) -> RunFolder:
+    """A new folder: `name` if given (R401 where it exists), else the stem and the first free number."""
+    if name:
+        return RunFolder(make(root / name))
+    number = 1
+    while True:
+        path = root / (stem if number == 1 else f"{stem}-{number}")
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):
+                return RunFolder(make(path))
+        number += 1
+
+
+def make(path: Path) -> Path:
+    if path.exists():
+        raise FedtuneError("R401", f"a run folder that exists, '{path}'", "a new name", f"choose another name, or continue it with: fedtune resume {path}")
+    with disk_errors(path):
+        (path / "state").mkdir(parents=True)
+    return path
+
+
+def existing(path: str | Path) -> RunFolder:
+    """The folder of a run that was started before. Raises R402."""
+    folder = RunFolder(Path(path))
+    folder.read_json("config.json")
+    return folder
+
+
+def open_for_write(path: Path) -> IO[str]:
+    with disk_errors(path):
+        return path.open("a", encoding="utf-8")
+
+
+def recipe_of(folder: RunFolder) -> Recipe:
+    """The resolved recipe of a run. Raises R402."""
+    try:
+        return Recipe.model_validate_json(json.dumps(folder.read_json("config.json")))
+    except ValidationError as error:
+        raise FedtuneError("R402", f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)", "the config.json of a run",
+                           "use the version that began the run") from None  # fmt: skip

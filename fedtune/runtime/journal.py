@@ -1,0 +1,141 @@
+"""The journal: what happened, round by round, in SQLite. A round counts once its row is committed, not before.
+
+The order of a commit is the whole of the crash safety: state file (temporary, fsync, rename), then one transaction
+with the round, its members' outcomes and the link of the hash chain. A crash between the two leaves a state file
+that no row names; the next start removes it and does the round again, with the same seeds and so the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.disk import disk_errors
+from fedtune.errors import FedtuneError
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS facts  (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS rounds (number INTEGER PRIMARY KEY, state_sha256 TEXT NOT NULL, file_sha256 TEXT NOT NULL, link TEXT NOT NULL,
+                                   seconds REAL NOT NULL, metrics TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS answers (round INTEGER NOT NULL, client INTEGER NOT NULL, outcome TEXT NOT NULL, weight REAL NOT NULL,
+                                   up_bytes INTEGER NOT NULL, down_bytes INTEGER NOT NULL, note TEXT NOT NULL, PRIMARY KEY (round, client)) STRICT;
+CREATE TABLE IF NOT EXISTS phases (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS ledger (round INTEGER PRIMARY KEY, epsilon REAL NOT NULL, delta REAL NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one member's answer in one round."""
+
+    client: int
+    outcome: str  # "ok", or the error's code
+    weight: float = 0.0
+    up_bytes: int = 0  # the message on the wire, header included
+    down_bytes: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A row of `rounds`."""
+
+    number: int
+    state_sha256: str
+    file_sha256: str
+    link: str
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Journal:
+    """One run's journal.db."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with disk_errors(path), sentences(path):
+            self.db = sqlite3.connect(path, isolation_level=None)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute("PRAGMA synchronous=FULL")  # WAL's default may lose the last commit at a power cut
+            self.db.executescript(TABLES)
+
+    def close(self) -> None:
+        self.db.close()
+
+    def facts(self) -> dict[str, str]:
+        """What was written once: recipe and base fingerprints, versions, client names."""
+        return dict(self.db.execute("SELECT key, value FROM facts"))
+
+    def remember(self, facts: Mapping[str, str]) -> None:
+        with self._transaction():
+            self.db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", facts.items())
+
+    def rounds(self) -> list[Committed]:
+        rows = self.db.execute("SELECT number, state_sha256, file_sha256, link, seconds, metrics FROM rounds ORDER BY number")
+        return [Committed(n, state, file, link, seconds, json.loads(metrics)) for n, state, file, link, seconds, metrics in rows]
+
+    def answers(self) -> list[tuple[int, Answer]]:
+        rows = self.db.execute("SELECT round, client, outcome, weight, up_bytes, down_bytes, note FROM answers ORDER BY round, client")
+        return [(number, Answer(*rest)) for number, *rest in rows]
+
+    def commit(self, number: int, state_sha256: str, file_sha256: str, seconds: float, metrics: Mapping[str, float], answers: Iterable[Answer]) -> None:
+        """Make a round count."""
+        with self._transaction():
+            before = self.db.execute("SELECT link FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
+            link = chain(before[0] if before else "", number, state_sha256)
+            self.db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (number, state_sha256, file_sha256, link, seconds, json.dumps(dict(metrics))))
+            self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                [(number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note) for a in answers])  # fmt: skip
+
+    def phase(self, name: str) -> dict[str, Any] | None:
+        """The result of a finished phase (base, local, centralised), so that a resumed run need not repeat it."""
+        row = self.db.execute("SELECT value FROM phases WHERE name = ?", (name,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def finish(self, name: str, value: Mapping[str, Any]) -> None:
+        with self._transaction():
+            self.db.execute("INSERT OR REPLACE INTO phases VALUES (?, ?)", (name, json.dumps(dict(value))))
+
+    def check(self) -> None:
+        """Walk the hash chain. Raises R403 where a row was changed or lost."""
+        link = ""
+        for expected, row in enumerate(self.rounds(), 1):
+            link = chain(link, row.number, row.state_sha256)
+            if row.number != expected or row.link != link:
+                raise FedtuneError("R403", f"a journal whose round {row.number} does not follow from the one before", "an unbroken hash chain",
+                                   f"restore '{self.path}' from a backup, or start a new run")  # fmt: skip
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """BEGIN IMMEDIATE ... COMMIT; an exception rolls back."""
+        with sentences(self.path):
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self.db.execute("ROLLBACK")
+                raise
+            self.db.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def sentences(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        what = "no space left on the disk" if "full" in str(error) else f"a journal that cannot be written ({error})"
+        raise FedtuneError("R404", f"{what} at '{path}'", "room and rights to write", "mend that, then: fedtune resume") from error
+    except sqlite3.DatabaseError as error:
+        raise FedtuneError("R403", f"a damaged journal at '{path}' ({error})", "an SQLite database", "restore it from a backup, or start a new run") from error
+
+
+def chain(before: str, number: int, state_sha256: str) -> str:
+    """The next link: SHA-256 of the link before, the round and its state."""
+    return hashlib.sha256(f"{before}|{number}|{state_sha256}".encode()).hexdigest()

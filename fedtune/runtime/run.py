@@ -1,0 +1,165 @@
+"""A run from the first file to the last: rounds, journal, scores, comparisons, result. `resume` is the same, later."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune import methods, transforms
+from fedtune.config import Recipe
+from fedtune.errors import FedtuneError
+from fedtune.events import Event, RoundDone, RunDone, RunStarted
+from fedtune.runtime.cohort import Carrier, Link, RoundCohort
+from fedtune.runtime.compare import compare, score_test
+from fedtune.runtime.folder import RunFolder
+from fedtune.runtime.journal import Journal
+from fedtune.runtime.local import local_carrier
+from fedtune.runtime.sampling import sample
+from fedtune.runtime.states import Memories, load_state, prune_states, save_state
+from fedtune.runtime.world import World, build_world
+from fedtune.schema import digest
+from fedtune.types import Round, State
+from fedtune.versions import versions
+
+STARTED = time.time()  # the nearest thing to the start of the command; time to the first round is counted from here
+
+
+@dataclass
+class Run:
+    """Everything one run holds open."""
+
+    recipe: Recipe
+    folder: RunFolder
+    journal: Journal
+    world: World
+    link: Link
+    carrier: Carrier
+    tell: Callable[[Event], None]
+    state: State
+    done: int
+    start: State  # before the first round: what the comparisons begin with
+    first_round_at: float = 0.0
+
+
+def run(recipe: Recipe, folder: RunFolder, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None = None) -> dict[str, Any]:
+    """Start or continue the run in `folder`; returns what result.json holds.
+
+    `carry` makes the carrier from the link and the world; the default keeps every client in this process.
+    Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
+    """
+    with folder.locked():
+        journal = Journal(folder.journal)
+        try:
+            work = open_run(recipe, folder, journal, tell, carry)
+            for number in range(work.done + 1, recipe.rounds + 1):
+                one_round(work, number)
+            result = finish(work)
+        finally:
+            journal.close()
+    return result
+
+
+def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None) -> Run:
+    """Build the world, and take up the state where the journal left it. Raises R403, R406."""
+    method = methods.build(recipe.method, recipe.rounds)
+    memories = Memories(folder)
+    world = build_world(recipe, method, memories, tell)
+    check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint})
+    journal.check()
+    committed = journal.rounds()
+    done = committed[-1].number if committed else 0
+    memories.restore(done)
+    prune_states(folder, done)
+    start = method.start(world.bench)
+    state = load_state(folder, done, committed[-1].file_sha256) if committed else start
+    # The identity of a run is its recipe: the same recipe gives the same bytes, messages included, wherever it runs.
+    link = Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain))
+    carrier = carry(link, world) if carry else local_carrier(link, world.client)
+    bench = world.bench
+    tell(RunStarted(folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done))
+    if recipe.evaluate.base and not journal.phase("base"):
+        method.install(start, bench)
+        journal.finish("base", score_test(world, "base", 0, tell))
+    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start)
+
+
+def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
+    """A run goes on only with the recipe and the base model that it began with. Raises R406."""
+    known = journal.facts()
+    for key, value in facts.items():
+        if known.get(key, value) != value:
+            raise FedtuneError("R406", f"a run begun with {key} {known[key][:12]}", f"the same {key} (now {value[:12]})", "start a new run for the new one")
+    journal.remember(dict(facts) | {"versions": json.dumps(versions())})
+
+
+def one_round(work: Run, number: int) -> None:
+    """Sample, converse, commit: the state file first, then the journal's row that makes it count."""
+    began = time.time()
+    recipe, world = work.recipe, work.world
+    members = sample(recipe.sampling, len(world.names), recipe.seed, number)
+    now = Round(number, recipe.seed, members)
+    cohort = RoundCohort(work.link, now, work.carrier, work.tell, world.names)
+    work.state = work.link.method.round(work.state, cohort, now)
+    answers = [cohort.answers[c] for c in members]
+    counted = [a for a in answers if a.outcome == "ok"]
+    weight = sum(a.weight for a in counted)
+    metrics = {name: value / weight for name, value in cohort.metrics.items()} if weight else {}
+    file_sha256 = save_state(work.folder, number, work.state)
+    world.memories.save(number, dict.fromkeys(members))
+    seconds = time.time() - began
+    work.journal.commit(number, digest(work.state.shared), file_sha256, seconds, metrics, answers)
+    world.memories.prune(number)
+    prune_states(work.folder, number)
+    work.first_round_at = work.first_round_at or time.time()
+    up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
+    work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
+    if recipe.evaluate.every and number % recipe.evaluate.every == 0 and number < recipe.rounds:
+        work.link.method.install(work.state, world.bench)
+        score_test(world, "federated", number, work.tell)
+
+
+def finish(work: Run) -> dict[str, Any]:
+    """Scores, comparisons, adapter, result.json."""
+    scores = compare(work.recipe, work.world, work.link.method, work.start, work.state, work.journal, work.tell)
+    from fedtune.export import export_adapter
+
+    work.link.method.install(work.state, work.world.bench)
+    result = summary(work, scores)
+    export_adapter(work.world.bench, work.folder.adapter, work.recipe, result)
+    work.folder.write_json("result.json", result)
+    work.tell(RunDone(result))
+    return result
+
+
+def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What other programs read (DESIGN: result.json)."""
+    answers = [a for _, a in work.journal.answers()]
+    asked = max(1, len(answers))
+    rounds = work.journal.rounds()
+    return {
+        "metric": scores["metric"],
+        **{key: scores.get(key) for key in ("base", "local", "federated", "centralised")},
+        "rounds": len(rounds),
+        "clients": len(work.world.names),
+        "left_out": sum(a.outcome != "ok" for a in answers),
+        "up_bytes_per_client_round": sum(a.up_bytes for a in answers) / asked,
+        "down_bytes_per_client_round": sum(a.down_bytes for a in answers) / asked,
+        "seconds": time.time() - STARTED,
+        "first_round_seconds": (work.first_round_at or time.time()) - STARTED,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "state_sha256": rounds[-1].state_sha256,
+        "epsilon": None,
+        "phases": {name: scores[name] for name in ("loss", "clients_metric") if name in scores},
+        "trainable": work.world.bench.trainable,
+        "total": work.world.bench.total,
+        "adapter": str(work.folder.adapter),
+        "method": work.recipe.method.type,
+        "seed": work.recipe.seed,
+        "recipe_sha256": work.recipe.fingerprint,
+        "base_sha256": work.world.base.fingerprint,
+        "versions": versions(),
+    }

@@ -1,0 +1,80 @@
+"""One process's share of a federation: data and model once, whatever the number of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedtune.config import Recipe
+from fedtune.data import Federation, load
+from fedtune.events import Event, Noted
+from fedtune.runtime.states import Memories
+from fedtune.types import Client, Method
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
+    from fedtune.model.bench import Bench
+    from fedtune.model.encode import Encoded
+
+
+@dataclass
+class World:
+    """Slices of data, the shared base with the method's tensors, and the clients' memories."""
+
+    recipe: Recipe
+    federation: Federation
+    base: Base
+    bench: Bench
+    memories: Memories
+    tell: Callable[[Event], None]
+    _encoded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {slice_.id: slice_.name for slice_ in self.federation.clients}
+
+    def client(self, number: int) -> Client:
+        """A client at work: the shared bench, its own data and memory."""
+        return Client(number, self.names[number], self.bench, self.train(number), self.memories.of(number))
+
+    def train(self, number: int) -> Encoded:
+        slice_ = self.federation.clients[number]
+        return self._encode(f"train:{number}", slice_.train, f"client {slice_.name}")
+
+    def held_out(self, number: int) -> Encoded:
+        slice_ = self.federation.clients[number]
+        return self._encode(f"test:{number}", slice_.test, f"client {slice_.name} (held out)", scored=True)
+
+    def test(self) -> Encoded:
+        return self._encode("test", self.federation.test, "the test set", scored=True)
+
+    def pooled(self) -> Encoded:
+        """All clients' training rows in one place: what a federation exists to avoid, for comparison only."""
+        rows = [row for slice_ in self.federation.clients for row in slice_.train]
+        return self._encode("pooled", rows, "the pooled data")
+
+    def _encode(self, key: str, rows: list[dict[str, Any]], whose: str, scored: bool = False) -> Encoded:
+        if key not in self._encoded:
+            from fedtune.model.encode import encode
+
+            data = self.recipe.data
+            encoded = encode(
+                rows, self.base, max_length=data.max_length, stride=0 if scored else data.stride, separator=data.separator, overlong=data.overlong
+            )
+            if encoded.truncated:
+                self.tell(Noted(f"{encoded.truncated} of {len(rows)} rows of {whose} were cut to {data.max_length} tokens"))
+            self._encoded[key] = encoded
+        result: Encoded = self._encoded[key]
+        return result
+
+
+def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callable[[Event], None]) -> World:
+    """Load data, then the model: mistakes in the data show before the model's seconds are spent."""
+    federation = load(recipe.data, recipe.partition, recipe.seed)
+    for reason, count in federation.dropped.items():
+        tell(Noted(f"{count} rows left out: {reason}"))
+    from fedtune.model.base import load as load_base
+
+    base = load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
+    return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)

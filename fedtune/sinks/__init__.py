@@ -1,0 +1,1 @@
+"""Where events go: a JSON lines file, the console, an HTML report."""

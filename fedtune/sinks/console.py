@@ -1,0 +1,62 @@
+"""What a person sees while a run goes on: a line a round, and a table at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fedtune.events import ClientLeftOut, Event, Noted, RoundDone, RunDone, RunStarted, Scored
+
+
+def console_sink(event: Event) -> None:
+    """Print the events that a person wants to see; everything is in events.jsonl."""
+    text = line(event)
+    if text:
+        print(text, file=sys.stdout, flush=True)
+
+
+def line(event: Event) -> str:
+    """One event as text, or nothing."""
+    match event:
+        case RunStarted():
+            share = f"{event.trainable:,} of {event.total:,} parameters ({100 * event.trainable / event.total:.2f} %)"
+            again = f", going on after round {event.resumed_after}" if event.resumed_after else ""
+            return f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: {share}"
+        case Noted():
+            return f"note: {event.text}"
+        case ClientLeftOut():
+            return f"round {event.round}: client {event.name} left out. {event.text}"
+        case RoundDone():
+            loss = f"  loss {event.metrics['loss']:.4f}" if "loss" in event.metrics else ""
+            answered = f"{event.members - event.left_out} of {event.members} clients"
+            return f"round {event.round:>3}  {answered}{loss}  up {size(event.up_bytes)}  down {size(event.down_bytes)}  {event.seconds:.1f} s"
+        case Scored() if not event.phase.startswith("local:"):
+            return f"{event.phase}: {event.metric} {event.value:.4f}" + (f" after round {event.round}" if event.round else "")
+        case RunDone():
+            return table(event.result)
+    return ""
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The final table of a run."""
+    metric = result["metric"]
+    rows = [(name, result.get(key)) for name, key in (("base model", "base"), ("local only (mean over clients)", "local"), ("federated", "federated"), ("centralised", "centralised"))]
+    out = ["", f"{'':<34}{metric}"]
+    out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
+    out += [
+        "",
+        f"{'bytes per client and round':<34}up {size(result['up_bytes_per_client_round'])}, down {size(result['down_bytes_per_client_round'])}",
+        f"{'seconds':<34}{result['seconds']:.1f} (first round after {result['first_round_seconds']:.1f})",
+        f"{'adapter':<34}{result['adapter']}",
+    ]
+    return "\n".join(out)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1 KiB = 1024 bytes."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024 or unit == "MiB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""

@@ -1,0 +1,98 @@
+"""What happens to an update between a client's hand and the server's sum.
+
+A transform has a client half and a server half, side by side. The server half runs either on each reply or on
+the sum, never on both, and `undone` says which. One rule makes a chain legal: every step undone on the sum stands
+before every step undone on a reply, and each step takes what the one before it gives.
+
+`private > quantize > mask > sign` is legal; `ternary > mask` is not: a mask adds ring numbers, and packed levels
+of different clients cannot be added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import ClassVar, Literal
+
+from fedtune.errors import FedtuneError
+from fedtune.schema import Schema
+from fedtune.types import Client, Round, Tensors, Update
+
+Kind = Literal["real", "ring", "packed", "any", "same"]
+
+
+class Transform:
+    """One step of a chain; a subclass overrides the halves that it has."""
+
+    name: str = "transform"
+    undone: ClassVar[Literal["reply", "sum"]] = "reply"
+    takes: ClassVar[Kind] = "real"
+    gives: ClassVar[Kind] = "real"
+    hides: ClassVar[bool] = False  # after it, a single client's answer can no longer be read
+
+    said: str = ""  # what it chose last, and why, for the runtime's events; "" where there is no choice
+
+    def on_client(self, update: Update, client: Client, now: Round) -> Update:
+        return update
+
+    def on_reply(self, update: Update, client: int, now: Round) -> Update:
+        return update
+
+    def on_sum(self, total: Update, now: Round) -> Update:
+        return total
+
+    def bits(self, schema: Schema, before: float) -> float:
+        """Estimated bits a parameter on the wire after this step, given those before it."""
+        return before
+
+
+class Chain:
+    """Transforms in order. Where a verb moves what it was given (`near`), the steps work on the difference.
+
+    Without steps nothing is subtracted: the value itself travels, so that one client equals ordinary training to
+    the bit (old + (new - old) is not always new in float32).
+    """
+
+    def __init__(self, steps: Sequence[Transform] = ()) -> None:
+        held = check_order(steps)
+        self.steps = tuple(steps)
+        self.kinds = frozenset({{"real": "values", "ring": "ring", "packed": "levels"}[held]})  # what a receiver may expect
+
+    def send(self, update: Update, client: Client, now: Round, near: Tensors | None = None) -> Update:
+        """The client's halves, in order."""
+        if self.steps and near is not None:
+            update = update.shifted(near, -1)
+        return reduce(lambda u, step: step.on_client(u, client, now), self.steps, update)
+
+    def receive(self, update: Update, client: int, now: Round) -> Update:
+        """The server's halves for one reply, in reverse."""
+        return reduce(lambda u, step: step.on_reply(u, client, now), reversed(self.steps), update)
+
+    def settle(self, total: Update, now: Round, near: Tensors | None = None) -> Update:
+        """The server's halves for the sum, in reverse."""
+        total = reduce(lambda u, step: step.on_sum(u, now), reversed(self.steps), total)
+        return total.shifted(near, +1) if self.steps and near is not None else total
+
+
+def check_order(steps: Sequence[Transform]) -> Kind:
+    """Refuse a chain that could not be undone, with the reason; the kind of numbers that leaves it. Raises C104."""
+    held: Kind = "real"
+    late = ""
+    for step in steps:
+        if step.takes not in ("any", held):
+            raise FedtuneError(
+                "C104",
+                f"'{step.name}' after a step that gives {held} numbers",
+                f"{step.takes} numbers before '{step.name}'",
+                "reorder or remove steps of [[chain]]",
+            )
+        if step.undone == "sum" and late:
+            raise FedtuneError(
+                "C104",
+                f"'{step.name}', which is undone on the sum, after '{late}', which is undone on each reply",
+                "steps undone on the sum first",
+                f"move '{step.name}' before '{late}' in [[chain]]",
+            )
+        late = step.name if step.undone == "reply" else late
+        held = held if step.gives == "same" else step.gives
+    return held

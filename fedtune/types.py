@@ -1,0 +1,149 @@
+"""The words that every room speaks: updates, rounds, clients, cohorts, methods.
+
+An `Update` is what a client answers. It can be added, so that a server may see sums only:
+
+    >>> a = Update.of({"w": np.float32([1, 2])}, weight=1)
+    >>> b = Update.of({"w": np.float32([4, 5])}, weight=2)
+    >>> (a + b).mean().tensors["w"].tolist()
+    [3.0, 4.0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedtune.schema import Schema
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Update:
+    """A client's answer, or a sum of answers.
+
+    tensors  name -> array, already times `weight`; float64 unless a transform changed them, so that a sum of
+             up to 2**20 weighted float32 values divides back to the float32 it came from
+    weight   how much this answer counts (examples, tokens, or 1)
+    metrics  name -> number, already times `weight`
+    scales   name -> array, filled only by transforms that turn tensors into integer levels
+    """
+
+    tensors: Tensors
+    weight: float = 1.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    scales: Tensors = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Tensors, weight: float = 1.0, metrics: Mapping[str, float] | None = None) -> Update:
+        """An update that says `values`, with the given weight."""
+        return cls(
+            {name: np.multiply(value, weight, dtype=np.float64) for name, value in values.items()},
+            float(weight),
+            {name: float(number) * weight for name, number in (metrics or {}).items()},
+        )
+
+    def __add__(self, other: Update) -> Update:
+        """The sum of two answers; names must agree."""
+        if self.tensors.keys() != other.tensors.keys():
+            raise ValueError(f"updates of different names cannot be added: {sorted(self.tensors.keys() ^ other.tensors.keys())[:3]}")
+        return Update(
+            {name: value + other.tensors[name] for name, value in self.tensors.items()},
+            self.weight + other.weight,
+            {name: self.metrics.get(name, 0.0) + other.metrics.get(name, 0.0) for name in self.metrics.keys() | other.metrics.keys()},
+        )
+
+    def mean(self) -> Update:
+        """What the answers say on average: tensors and metrics divided by the weight, which becomes 1."""
+        tensors = {name: value / self.weight for name, value in self.tensors.items()}
+        return Update(tensors, 1.0, {name: number / self.weight for name, number in self.metrics.items()})
+
+    def values(self) -> dict[str, np.ndarray]:
+        """The mean as float32, which is how values are stored and sent."""
+        return {name: np.asarray(value / self.weight, dtype=np.float32) for name, value in self.tensors.items()}
+
+    def shifted(self, origin: Tensors, sign: int) -> Update:
+        """Values moved by `sign` times `origin`: -1 turns states into differences, +1 turns them back."""
+        step = sign * self.weight
+        return replace(self, tensors={name: value + np.multiply(origin[name], step, dtype=np.float64) for name, value in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Round:
+    """All that a half of a conversation may know about now."""
+
+    number: int  # 1 is the first
+    seed: int  # the run's seed
+    members: tuple[int, ...]  # ids of the clients asked, ascending
+
+
+@dataclass
+class Client:
+    """A site's world. `memory` is the only thing that outlives a round; it holds numpy arrays and stays at the site."""
+
+    id: int
+    name: str
+    model: Any  # fedtune.model.bench.Bench: the shared base with this method's trainable tensors
+    data: Any  # fedtune.model.encode.Encoded: the site's training examples
+    memory: dict[str, np.ndarray] = field(default_factory=dict)
+    body: Any = None  # the split service, where the method needs one
+
+
+@dataclass(frozen=True)
+class State:
+    """What the server carries from round to round: what clients are given, and what it keeps to itself."""
+
+    shared: Tensors
+    kept: Tensors = field(default_factory=dict)
+
+
+class Cohort(Protocol):
+    """This round's clients. Members that fail are left out, counted and named by the runtime."""
+
+    def sum(self, verb: str, given: Tensors) -> Update:
+        """Ask every member; the caller sees the sum only."""
+
+    def each(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:
+        """Ask every member and read single answers, in ascending id; the method must list `verb` in `reads_each`."""
+
+
+class Verb(Protocol):
+    """A client's half: what it does when asked."""
+
+    def __call__(self, client: Client, given: Tensors, now: Round) -> Update: ...
+
+
+class Method(Protocol):
+    """Both halves of a federated algorithm; one file each under fedtune/methods/.
+
+    reads_each  verbs whose single answers the server reads
+    moves       verbs that answer with the given tensors, moved: under a chain, the difference travels
+    """
+
+    type: str
+    reads_each: frozenset[str]
+    moves: frozenset[str]
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]: ...
+
+    def prepare(self, base: Any, seed: int) -> Any:
+        """Base model -> the bench that clients and server share in this process."""
+
+    def start(self, bench: Any) -> State:
+        """The state before the first round."""
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        """The server's half of one round."""
+
+    def given(self, verb: str, bench: Any) -> Schema:
+        """The schema of what a client is given with `verb`, so that it can refuse anything else before it allocates."""
+
+    def answer(self, verb: str, given: Schema) -> Schema:
+        """The schema of the answer, for the same reason on the server."""
+
+    def install(self, state: State, bench: Any) -> None:
+        """Put a state into the bench, to evaluate or to export it."""

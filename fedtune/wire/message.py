@@ -1,0 +1,228 @@
+"""Updates and states as bytes and back. Equal updates give equal bytes; what comes from outside is checked before memory is taken.
+
+    data = encode(update, Header(run, round, client, verb, base))
+    header, update = decode(data, Expect(run, round, client, verb, base, schema=asked))
+
+What each field means stands in protos/fedtune/wire/v1/message.proto. Names and shapes travel only where the receiver cannot know
+them (`named=True`); otherwise the schema's fingerprint says that both sides mean the same tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.errors import ClientFailed
+from fedtune.schema import Schema
+from fedtune.types import Tensors, Update
+from fedtune.wire import coder
+from fedtune.wire.frame import VERSION, sealed
+from fedtune.wire.guard import METRICS, Expect, accepted, check_norm, refuse
+from fedtune.wire.scales import blocks, expand, to_halves
+from fedtune.wire.v1 import message_pb2 as pb
+
+EVERYONE = -1  # client of a state that is the same for all
+DTYPES: dict[str, int] = {"float32": 1, "float64": 2, "int8": 3, "uint8": 4, "int32": 5, "uint32": 6, "int64": 7}
+KINDS: dict[str, pb.Kind] = {"values": pb.KIND_VALUES, "levels": pb.KIND_LEVELS, "ring": pb.KIND_RING, "state": pb.KIND_STATE}
+WIDTHS = {code: np.dtype(name).itemsize for name, code in DTYPES.items()}
+
+SCALINGS: dict[int, pb.Scaling] = {0: pb.SCALING_TENSOR, 1: pb.SCALING_BLOCK64, 2: pb.SCALING_KEPT}  # by dimensions of the scales
+
+
+@dataclass(frozen=True)
+class Header:
+    """Who says it, and about what. Weight and metrics are the update's own.
+
+    run     the run's id
+    round   1 is the first
+    client  sender of an answer, receiver of a state, EVERYONE
+    verb    what was asked
+    base    fingerprint of the frozen base model, "" where there is none
+    schema  fingerprint of names and shapes; "" takes that of the tensors sent
+    """
+
+    run: str
+    round: int
+    client: int
+    verb: str
+    base: str = ""
+    schema: str = ""
+
+
+def kind_of(update: Update) -> str:
+    """values, levels or ring, from the types of the tensors. Raises TypeError for anything else."""
+    types = {np.asarray(value).dtype.name for value in update.tensors.values()}
+    if types <= {"float64", "float32"} and not update.scales:
+        return "values"
+    if types == {"int8"} and update.scales.keys() == update.tensors.keys():
+        return "levels"
+    if types == {"uint32"} and not update.scales:
+        return "ring"
+    raise TypeError(f"no message kind for tensors of type {sorted(types)} with {len(update.scales)} scales")
+
+
+def encode(update: Update, header: Header, named: bool = False) -> bytes:
+    """An answer as bytes: float32 means, integer levels with scales, or ring numbers. Raises ClientFailed W607."""
+    check_weight(update)
+    kind = kind_of(update)
+    message = headed(header, kind, Schema.of(update.tensors), update.weight, named)
+    if len(update.metrics) > METRICS or any(len(name) > 64 for name in update.metrics):
+        raise ValueError(f"at most {METRICS} metrics with names of at most 64 characters can travel")
+    for name in sorted(update.metrics):
+        if not math.isfinite(update.metrics[name]):
+            raise unfit(f"metric '{name}' = {update.metrics[name]}")
+        message.metrics.append(pb.Metric(name=name, value=update.metrics[name]))
+    if kind == "levels":
+        return sealed(message, [fill_levels(message, update)])
+    with np.errstate(over="ignore"):  # what overflows float32 is found by the check below and named
+        tensors = update.values() if kind == "values" else update.tensors
+    check_finite(tensors)
+    return sealed(message, raw(tensors))
+
+
+def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes:
+    """A state as bytes, every tensor of its own type. Raises ClientFailed W607, TypeError for other types."""
+    types = [np.asarray(tensors[name]).dtype.name for name in sorted(tensors)]
+    if strange := set(types) - DTYPES.keys():
+        raise TypeError(f"no message type for {sorted(strange)}")
+    check_finite(tensors)
+    message = headed(header, "state", Schema.of(tensors), 1.0, named)
+    message.dtypes = bytes(DTYPES[name] for name in types)
+    return sealed(message, raw(tensors))
+
+
+def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
+    """The answer in `data`, as its sender held it to the bit. Raises Refused W601 to W607 (not W605, see Seen)."""
+    message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
+    if kind == "state":
+        raise refuse("W603", "a state", "an answer", "send what was asked for")
+    weight, metrics = message.weight, {metric.name: metric.value for metric in message.metrics}
+    header = header_of(message)
+    if kind == "levels":
+        levels, scales = read_levels(message, payload, schema)
+        update = Update(levels, weight, metrics, scales)
+        if math.isfinite(expect.max_norm):
+            check_norm((expand(levels[name], scales[name]) for name in levels), expect)
+        return header, update
+    if kind == "ring":
+        return header, Update(split(np.frombuffer(payload, "<u4").astype(np.uint32), schema), weight, metrics)
+    flat = np.frombuffer(payload, "<f4")
+    if not np.isfinite(flat).all():
+        raise refuse("W607", "a value that is not finite", "finite numbers", "check the sender's training")
+    values = split(flat, schema)
+    check_norm(values.values(), expect)
+    return header, Update(Update.of(values, weight).tensors, weight, metrics)
+
+
+def decode_state(data: bytes, expect: Expect) -> tuple[Header, dict[str, np.ndarray]]:
+    """The state in `data`, every tensor of the type that it was sent as. Raises Refused."""
+    message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
+    if kind != "state":
+        raise refuse("W603", f"an answer of kind '{kind}'", "a state", "send what was asked for")
+    names = {code: name for name, code in DTYPES.items()}
+    tensors, at = {}, 0
+    for (name, shape), code in zip(schema.entries, message.dtypes, strict=True):
+        kept = np.dtype(names[code])
+        size = math.prod(shape)
+        value = np.frombuffer(payload, kept.newbyteorder("<"), size, at).astype(kept).reshape(shape)
+        if kept.kind == "f" and not np.isfinite(value).all():
+            raise refuse("W607", f"a value of '{name}' that is not finite", "finite numbers", "check the sender's state")
+        tensors[name] = value
+        at += size * kept.itemsize
+    return header_of(message), tensors
+
+
+def as_sent(update: Update) -> Update:
+    """What `decode(encode(update))` gives, without the bytes: the same numbers on both roads."""
+    return Update(Update.of(update.values(), update.weight).tensors, update.weight, update.metrics) if kind_of(update) == "values" else update
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool) -> pb.Message:
+    """A message with everything but its numbers."""
+    message = pb.Message(version=VERSION, run=header.run, round=header.round, client=header.client, verb=header.verb, base=header.base)
+    message.kind, message.weight = KINDS[kind], weight
+    message.schema = bytes.fromhex(header.schema or schema.fingerprint)
+    if named:
+        message.entries.extend(pb.Entry(name=name, shape=shape) for name, shape in schema.entries)
+    return message
+
+
+def header_of(message: pb.Message) -> Header:
+    return Header(message.run, message.round, message.client, message.verb, message.base, message.schema.hex())
+
+
+def fill_levels(message: pb.Message, update: Update) -> bytes:
+    """Scales into the message, and the packed levels. Raises ValueError for scales that do not fit their tensors."""
+    names = sorted(update.tensors)
+    ranks = {update.scales[name].ndim for name in names}
+    if len(ranks) != 1:
+        raise ValueError(f"scales of {sorted(ranks)} dimensions in one message")
+    message.scaling = SCALINGS[ranks.pop()]
+    for name in names:
+        fits = scale_shape(message.scaling, update.tensors[name])
+        if update.scales[name].shape != fits:
+            raise ValueError(f"scales of '{name}' have shape {update.scales[name].shape}, its levels need {fits}")
+    halves, message.exponent = to_halves(np.concatenate([update.scales[name].reshape(-1) for name in names]).astype(np.float32, copy=False))
+    message.scales = halves.tobytes()
+    return coder.pack(np.concatenate([update.tensors[name].reshape(-1) for name in names]))
+
+
+def read_levels(message: pb.Message, payload: memoryview, schema: Schema) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Levels (int8) and scales (float32) of every tensor; `check_sizes` has seen the scales."""
+    levels = split(coder.unpack(payload, schema.count), schema)
+    flat = np.ldexp(np.frombuffer(message.scales, "<f2").astype(np.float64), message.exponent).astype(np.float32)
+    scales: dict[str, np.ndarray] = {}
+    at = 0
+    for name, value in levels.items():
+        shape = scale_shape(message.scaling, value)
+        size = math.prod(shape)
+        if at + size > flat.size:
+            break
+        scales[name] = flat[at : at + size].reshape(shape)
+        at += size
+    if at != flat.size or len(scales) != len(levels):
+        raise refuse("W601", f"{flat.size} scales", "as many as the levels need", "the message is dropped; the sender should send it again")
+    return levels, scales
+
+
+def scale_shape(scaling: pb.Scaling, levels: np.ndarray) -> tuple[int, ...]:
+    """The shape of a tensor's scales, see fedtune/wire/scales.py."""
+    if scaling == pb.SCALING_TENSOR:
+        return ()
+    return (blocks(levels.size),) if scaling == pb.SCALING_BLOCK64 else (int(np.count_nonzero(levels)), 1)
+
+
+def split(flat: np.ndarray, schema: Schema) -> dict[str, np.ndarray]:
+    """A flat array as the schema's tensors (views)."""
+    out, at = {}, 0
+    for name, shape in schema.entries:
+        size = math.prod(shape)
+        out[name] = flat[at : at + size].reshape(shape)
+        at += size
+    return out
+
+
+def raw(tensors: Tensors) -> list[bytes]:
+    """All tensors in name order as little-endian bytes."""
+    arrays = [np.asarray(tensors[name]) for name in sorted(tensors)]
+    return [np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes() for value in arrays]
+
+
+def check_weight(update: Update) -> None:
+    if not (math.isfinite(update.weight) and update.weight > 0):
+        raise unfit(f"weight {update.weight}")
+
+
+def check_finite(tensors: Tensors) -> None:
+    for name, value in tensors.items():
+        if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all():
+            raise unfit(f"a value of '{name}' that is not finite in float32")
+
+
+def unfit(found: str) -> ClientFailed:
+    return ClientFailed("W607", found, "finite numbers", "lower the learning rate or check the data of this client")

@@ -1,0 +1,1 @@
+"""Generated stubs of protos/fedtune/wire/v1; `python -m tests.regen` writes them."""

@@ -1,0 +1,240 @@
+"""Laws that every method keeps, on a real tiny model; a method is enrolled by a line in METHODS.
+
+One client without a chain is ordinary training; order does not matter; k copies of a client are one client; a resumed
+run is an undisturbed one; what is sent is what the shapes say. The Flower half of the laws is in tests/e2e.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune import methods, transforms
+from fedtune.config import Recipe
+from fedtune.errors import ClientFailed, FedtuneError, Refused
+from fedtune.events import ClientDone, Event, RoundDone
+from fedtune.rng import seed_of
+from fedtune.runtime.check import check
+from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, RoundCohort, respond
+from fedtune.runtime.local import local_carrier
+from fedtune.runtime.run import run
+from fedtune.runtime.states import Memories, load_state
+from fedtune.runtime.world import World, build_world
+from fedtune.schema import Schema, digest
+from fedtune.types import Client, Round, State, Tensors, Update
+from fedtune.wire import EVERYONE, encode_state
+from tests import small
+
+METHODS: dict[str, dict[str, Any]] = {
+    "fedpeft-lora": {},
+    "fedpeft-bias": {"method__adapter": {"kind": "bias"}},
+    "fedpeft-full": {"method__adapter": {"kind": "full"}},
+    "fedpeft-outer": {"method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
+    "fedpeft-chain": {"chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}]},
+}
+EXACT = [name for name in METHODS if name not in ("fedpeft-outer", "fedpeft-chain")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def world_of(recipe: Recipe) -> tuple[World, Link]:
+    method = methods.build(recipe.method, recipe.rounds)
+    world = build_world(recipe, method, Memories(None), lambda event: None)
+    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
+
+
+def sha(recipe: Recipe, root: Path, **more: Any) -> str:
+    return str(small.play(recipe, root, **more)[1]["state_sha256"])
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_one_client_is_ordinary_training_to_the_bit(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, partition__clients=1, **METHODS[name])
+    folder, result, _ = small.play(recipe, tmp_path)
+    assert result["state_sha256"] == digest(plain_training(recipe))
+    assert load_state(folder, 3, "").shared.keys() == plain_training(recipe).keys()
+
+
+def plain_training(recipe: Recipe) -> Tensors:
+    """A torch loop over the client's batches, with no federation in it: AdamW made anew at every round's start."""
+    from fedtune.model.fit import step_batches
+
+    world, _ = world_of(recipe)
+    bench, encoded, train = world.bench, world.train(0), recipe.method.train
+    net = bench.net.train()
+    for number in range(1, recipe.rounds + 1):
+        seed = seed_of("train", recipe.seed, number, 0)
+        optimizer = torch.optim.AdamW(list(bench.named.values()), lr=train.lr, weight_decay=0.0)
+        for micro in step_batches(len(encoded), train, seed):
+            optimizer.zero_grad()
+            batch = encoded.collate(micro[0])
+            labels = batch.pop("labels")
+            logits = net(**batch).logits
+            (torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(labels)).backward()
+            optimizer.step()
+    return bench.read()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_answers_does_not_change_the_result(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, **METHODS[name])
+
+    def backwards(link: Link, world: World) -> Carrier:
+        carry = local_carrier(link, world.client)
+        return lambda asks: reversed(list(carry(list(reversed(asks)))))
+
+    def shuffled(link: Link, world: World) -> Carrier:
+        carry = local_carrier(link, world.client)
+        return lambda asks: sorted(carry(asks), key=lambda reply: (reply.client % 2, -reply.client))
+
+    want = sha(recipe, tmp_path / "a")
+    assert sha(recipe, tmp_path / "b", carry=backwards) == want == sha(recipe, tmp_path / "c", carry=shuffled)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_k_identical_clients_equal_one(name: str, tiny_bert: Path, data: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, **METHODS[name])
+    one, five = clones(recipe, 1), clones(recipe, 5)
+    assert one.keys() == five.keys()
+    for tensor in one:
+        np.testing.assert_array_equal(one[tensor], five[tensor], err_msg=tensor)
+
+
+def clones(recipe: Recipe, count: int) -> Tensors:
+    """One round in which every member has client 0's data and draws client 0's randomness."""
+    world, link = world_of(recipe)
+    real = link.method
+    verbs = {verb: lambda client, given, now, half=half: half(replace(client, id=0), given, now) for verb, half in real.verbs.items()}
+    twin = replace(link, method=Proxy(real, verbs))
+
+    def client(number: int) -> Client:
+        return replace(world.client(0), id=number, memory={})
+
+    now = Round(1, recipe.seed, tuple(range(count)))
+    cohort = RoundCohort(twin, now, local_carrier(twin, client), lambda event: None, {n: str(n) for n in range(count)})
+    state = real.start(world.bench)
+    return real.round(state, cohort, now).shared
+
+
+class Proxy:
+    """A method with other verbs, for the law above."""
+
+    def __init__(self, method: Any, verbs: Any) -> None:
+        self._method, self.verbs = method, verbs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_equals_an_undisturbed_one(name: str, after: int, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, **METHODS[name])
+
+    def stop(event: Event) -> None:
+        if isinstance(event, ClientDone) and (event.round, event.client) == (after + 1, 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.play(recipe, tmp_path / "cut", tell=stop)
+    cut = small.RunFolder(tmp_path / "cut" / "run")
+    told: list[Event] = []
+    result = run(recipe, cut, told.append)
+    assert [e.round for e in told if isinstance(e, RoundDone)] == list(range(after + 1, 4))
+    whole, undisturbed, _ = small.play(recipe, tmp_path / "whole")
+    assert result["state_sha256"] == undisturbed["state_sha256"]
+    assert cut.state(3).read_bytes() == whole.state(3).read_bytes()
+    for path in sorted(p for p in whole.adapter.iterdir() if p.suffix == ".safetensors"):
+        assert (cut.adapter / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "fedpeft-chain"])
+def test_bytes_sent_are_what_the_shapes_say(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, **METHODS[name])
+    predicted = check(recipe)
+    _, result, events = small.play(recipe, tmp_path)
+    sent = [e for e in events if isinstance(e, ClientDone)]
+    assert {e.up_bytes for e in sent} == {predicted.up_bytes}
+    assert {e.down_bytes for e in sent} == {predicted.down_bytes}
+    assert predicted.up_bytes - 4 * result["trainable"] < 256  # the whole overhead of a message
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+    other = small.recipe(tiny_bert, data, seed=4)
+    assert sha(recipe, tmp_path / "a") == sha(recipe, tmp_path / "b") != sha(other, tmp_path / "c")
+
+
+def test_the_mean_is_weighted_by_examples(tiny_bert: Path, data: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, partition__by="column", partition__column="label", partition__clients=3)
+    world, link = world_of(recipe)
+    now = Round(1, recipe.seed, (0, 1, 2))
+    start = link.method.start(world.bench)
+    updates = [link.method.verbs["train"](world.client(n), start.shared, now) for n in now.members]
+    weights = [len(world.train(n)) for n in now.members]
+    assert [u.weight for u in updates] == weights
+    got = link.method.round(start, RoundCohort(link, now, local_carrier(link, world.client), lambda e: None, world.names), now)
+    for tensor in got.shared:
+        want = sum(w * u.values()[tensor].astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
+        np.testing.assert_array_equal(got.shared[tensor], want.astype(np.float32))
+
+
+def test_a_client_that_answers_nan_is_left_out_and_named(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+
+    def poisoned(link: Link, world: World) -> Carrier:
+        return with_client(link, world, 2, lambda u: replace(u, tensors={k: v * np.nan for k, v in u.tensors.items()}))
+
+    _, result, events = small.play(recipe, tmp_path, carry=poisoned)
+    out = [e for e in events if type(e).__name__ == "ClientLeftOut"]
+    assert result["left_out"] == 3 and {(e.client, e.code) for e in out} == {(2, "W607")}  # type: ignore[attr-defined]
+    assert "client" in str(out[0].text) and all(e.left_out == 1 for e in events if isinstance(e, RoundDone))  # type: ignore[attr-defined]
+
+    honest = small.recipe(tiny_bert, data, sampling={"count": 3})  # the others' answers still count
+    assert result["state_sha256"] != sha(honest, tmp_path / "h")
+
+
+def with_client(link: Link, world: World, bad: int, spoil: Any) -> Carrier:
+    """The local carrier, with one client's answers spoiled before they are sent."""
+    verbs = {v: lambda c, g, n, half=half: spoil(half(c, g, n)) if c.id == bad else half(c, g, n) for v, half in link.method.verbs.items()}
+    return local_carrier(replace(link, method=Proxy(link.method, verbs)), world.client)
+
+
+def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+
+    def nobody(link: Link, world: World) -> Carrier:
+        real = local_carrier(link, world.client)
+        failure = ClientFailed("F503", "no answer", "one", "wait")
+        return lambda asks: real(asks) if asks[0].now.number < 2 else [Reply(ask.client, failure=failure) for ask in asks]
+
+    with pytest.raises(FedtuneError, match=r"R405.*round 2.*F503"):
+        small.play(recipe, tmp_path, carry=nobody)
+    result = run(recipe, small.RunFolder(tmp_path / "run"), lambda event: None)
+    assert result["state_sha256"] == sha(recipe, tmp_path / "whole")
+
+
+def test_respond_refuses_a_state_of_other_shapes(tiny_bert: Path, data: Path) -> None:
+    world, link = world_of(small.recipe(tiny_bert, data))
+    wrong = {"x": np.zeros(3, np.float32)}
+    now = Round(1, 3, (0,))
+    payload = encode_state(wrong, link.header("train", EVERYONE, now, Schema.of(wrong)))
+    with pytest.raises(Refused, match="W603"):
+        respond(link, world.client(0), Ask(0, "train", now, payload))
+
+
+def test_a_hundred_clients_cost_one_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Every client works on the same parameter objects; nothing but its memory is its own."""
+    recipe = small.recipe(tiny_bert, data)
+    world, _ = world_of(recipe)
+    assert world.client(0).model is world.client(3).model
+    state = State(world.bench.read())
+    assert Update.of(state.shared).weight == 1.0

@@ -1,0 +1,29 @@
+"""Every adapter kind on every class of model that supports it; the rest must be refused with M306."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODELS = ("causal", "decoder", "encoder", "images")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora"},
+    "rslora": {"kind": "lora", "rslora": True, "targets": ("all-linear",)},
+    "dora": {"kind": "lora", "dora": True},
+    "bias": {"kind": "bias"},
+    "adapter": {"kind": "adapter"},
+    "adapter each": {"kind": "adapter", "shared": False},
+    "prompt": {"kind": "prompt", "tokens": 4},
+    "prompt deep": {"kind": "prompt", "tokens": 4, "deep": True},
+    "prefix": {"kind": "prefix", "tokens": 4},
+    "p-tuning": {"kind": "p-tuning", "tokens": 4},
+    "ia3": {"kind": "ia3"},
+    "layernorm": {"kind": "layernorm"},
+    "head": {"kind": "head"},
+    "full": {"kind": "full"},
+}
+REFUSED = {
+    ("causal", "bias"), ("decoder", "bias"),  # a Llama has no biases
+    ("encoder", "prefix"), ("images", "prefix"),  # encoders take no cache
+    ("decoder", "p-tuning"), ("images", "p-tuning"),
+}  # fmt: skip
+ALL = [(model, variant) for model in MODELS for variant in VARIANTS if (model, variant) not in REFUSED]

@@ -1,0 +1,160 @@
+"""The journal and the run folder: a round counts once it is committed, and nothing damaged is taken for good."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedtune.errors import FedtuneError
+from fedtune.runtime import folder as folders
+from fedtune.runtime.folder import RunFolder
+from fedtune.runtime.journal import Answer, Journal, chain
+from fedtune.runtime.states import Memories, load_state, prune_states, save_state
+from fedtune.types import State
+
+STATE = State({"a": np.float32([1, 2])}, {"momentum/a": np.float64([0.5])})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return folders.create(tmp_path, "", "demo")
+
+
+def commit(journal: Journal, number: int, state: str = "s") -> None:
+    journal.commit(number, f"{state}{number}", "f", 0.1, {"loss": 1.0}, [Answer(0, "ok", 3.0, 10, 20), Answer(1, "W607", note="NaN")])
+
+
+def test_rounds_and_answers_come_back_in_order(folder: RunFolder) -> None:
+    journal = Journal(folder.journal)
+    commit(journal, 1)
+    commit(journal, 2)
+    journal.close()
+    again = Journal(folder.journal)
+    assert [r.number for r in again.rounds()] == [1, 2]
+    assert again.answers()[1] == (1, Answer(1, "W607", note="NaN"))
+    again.check()
+
+
+def test_a_round_cannot_be_committed_twice(folder: RunFolder) -> None:
+    journal = Journal(folder.journal)
+    commit(journal, 1)
+    with pytest.raises(FedtuneError):
+        commit(journal, 1)
+    assert len(journal.answers()) == 2
+
+
+def test_links_are_the_chained_hash_and_a_changed_row_breaks_them(folder: RunFolder) -> None:
+    journal = Journal(folder.journal)
+    commit(journal, 1)
+    commit(journal, 2)
+    assert journal.rounds()[1].link == chain(chain("", 1, "s1"), 2, "s2")
+    sqlite3.connect(folder.journal).execute("UPDATE rounds SET state_sha256 = 'x' WHERE number = 1").connection.commit()
+    with pytest.raises(FedtuneError, match=r"R403.*round 1"):
+        journal.check()
+
+
+def test_a_phase_is_remembered(folder: RunFolder) -> None:
+    journal = Journal(folder.journal)
+    assert journal.phase("base") is None
+    journal.finish("base", {"value": 0.5})
+    assert journal.phase("base") == {"value": 0.5}
+
+
+def test_a_file_that_is_no_database_is_refused(folder: RunFolder) -> None:
+    folder.journal.write_bytes(b"not a database at all, sorry" * 100)
+    with pytest.raises(FedtuneError, match="R403.*damaged"):
+        Journal(folder.journal)
+
+
+def test_state_comes_back_to_the_bit_and_damage_is_seen(folder: RunFolder) -> None:
+    sha = save_state(folder, 1, STATE)
+    back = load_state(folder, 1, sha)
+    assert back.shared["a"].dtype == np.float32 and back.shared["a"].tolist() == [1, 2]
+    assert back.kept["momentum/a"].tolist() == [0.5]
+    content = bytearray(folder.state(1).read_bytes())
+    content[-1] ^= 1
+    folder.state(1).write_bytes(bytes(content))
+    with pytest.raises(FedtuneError, match="R403.*SHA-256"):
+        load_state(folder, 1, sha)
+    folder.state(1).write_bytes(b"12")
+    with pytest.raises(FedtuneError, match="R403"):
+        load_state(folder, 1, "")
+    with pytest.raises(FedtuneError, match="R403"):
+        load_state(folder, 2, "")
+
+
+def test_states_that_no_commit_names_are_removed(folder: RunFolder) -> None:
+    for number in (1, 2, 3, 4):
+        save_state(folder, number, STATE)
+    (folder.path / "state" / ".round-0005.safetensors.part").write_bytes(b"half")
+    prune_states(folder, 3)
+    assert sorted(p.name for p in (folder.path / "state").iterdir()) == ["round-0002.safetensors", "round-0003.safetensors"]
+
+
+def test_memories_follow_the_committed_round(folder: RunFolder) -> None:
+    memories = Memories(folder)
+    for number in (1, 2, 3):
+        memories.of(7)["residual"] = np.float32([number])
+        memories.of(8)  # an empty memory makes no file
+        memories.save(number, {7: None, 8: None})
+        if number < 3:
+            memories.prune(number)
+    crashed = Memories(folder)  # round 3 was never committed
+    crashed.restore(2)
+    assert crashed.of(7)["residual"].tolist() == [2]
+    assert not folder.memory(7, 3).exists() and not folder.memory(8, 1).exists()
+
+
+def test_a_folder_is_never_taken_twice(tmp_path: Path) -> None:
+    first, second = folders.create(tmp_path, "", "demo"), folders.create(tmp_path, "", "demo")
+    assert (first.path.name, second.path.name) == ("demo", "demo-2")
+    with pytest.raises(FedtuneError, match="R401.*resume"):
+        folders.create(tmp_path, "demo", "x")
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedtuneError, match="R402"):
+        folders.existing(tmp_path)
+    (tmp_path / "config.json").write_text("{nonsense")
+    with pytest.raises(FedtuneError, match="R402"):
+        folders.existing(tmp_path)
+    (tmp_path / "config.json").write_text('{"rounds": "many"}')
+    with pytest.raises(FedtuneError, match="R402"):
+        folders.recipe_of(RunFolder(tmp_path))
+
+
+def hold(path: Path, ready: object) -> None:
+    with RunFolder(path).locked():
+        ready.set()  # type: ignore[attr-defined]
+        time.sleep(60)
+
+
+def test_one_process_per_run_and_a_killed_one_lets_go(folder: RunFolder) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    other = context.Process(target=hold, args=(folder.path, ready))
+    other.start()
+    assert ready.wait(30)
+    with pytest.raises(FedtuneError, match="R407"), folder.locked():
+        pass
+    os.kill(other.pid or 0, signal.SIGKILL)
+    other.join()
+    with folder.locked():
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    target.write_text("old")
+    (tmp_path / ".result.json.part").symlink_to("/dev/full")  # every write to it fails with ENOSPC, as on a full disk
+    with pytest.raises(FedtuneError, match="R404.*no space left"):
+        RunFolder(tmp_path).write_json("result.json", {"a": 1})
+    assert target.read_text() == "old"

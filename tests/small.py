@@ -1,0 +1,71 @@
+"""A federation that runs in a second: a tiny encoder, three classes of word salad, a few clients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedtune import config
+from fedtune.config import Recipe
+from fedtune.events import Event
+from fedtune.rng import stream
+from fedtune.runtime.folder import RunFolder, create
+from fedtune.runtime.run import run
+
+WORDS = {"animals": "fox cat dog runs sleeps barks", "music": "song piano plays slow he", "weather": "rain falls roof house on"}
+
+
+def rows(count: int = 120) -> list[dict[str, Any]]:
+    """Labelled sentences of words that the tiny tokenizer knows; half the words say the label."""
+    draw = stream("test rows", 0)
+    made = []
+    for number in range(count):
+        label = sorted(WORDS)[number % 3]
+        words = draw.choice(WORDS[label].split(), 4).tolist() + draw.choice("the a of is and".split(), 3).tolist()
+        made.append({"text": " ".join(draw.permutation(words).tolist()), "label": label, "site": f"site-{number % 4}"})
+    return made
+
+
+def write_rows(folder: Path, count: int = 120) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    return path
+
+
+def tree(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe as a tree; `changes` are dotted paths with __ for the dot."""
+    base: dict[str, Any] = {
+        "seed": 3,
+        "rounds": 3,
+        "model": {"name": str(model), "threads": 1},
+        "data": {"source": "jsonl", "path": str(data), "task": "classify", "max_length": 12, "test_share": 0.2, "client_test_share": 0.1},
+        "partition": {"by": "iid", "clients": 4},
+        "method": {"type": "fedpeft", "adapter": {"kind": "lora", "rank": 2}, "train": {"lr": 0.01, "steps": 2, "batch": 4}},
+        "evaluate": {"local": False, "centralised": False, "base": False},
+    }
+    for path, value in changes.items():
+        node = base
+        *parents, last = path.split("__")
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return base
+
+
+def recipe(model: Path, data: Path, **changes: Any) -> Recipe:
+    return config.parse(tree(model, data, **changes))
+
+
+def play(recipe: Recipe, root: Path, tell: Any = None, carry: Any = None) -> tuple[RunFolder, dict[str, Any], list[Event]]:
+    """Run a recipe in a new folder; its folder, result and events."""
+    folder = create(root, "", "run")
+    folder.write_json("config.json", recipe.model_dump(mode="json"))
+    events: list[Event] = []
+
+    def both(event: Event) -> None:
+        events.append(event)
+        if tell:
+            tell(event)
+
+    return folder, run(recipe, folder, both, carry), events

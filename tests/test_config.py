@@ -1,0 +1,83 @@
+"""Reading a recipe: what is right is resolved, what is wrong is one sentence with a code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune import config
+from fedtune.errors import CATALOGUE, FedtuneError
+
+ROOT = Path(__file__).parent.parent
+
+
+def bad(tmp_path: Path, text: str, *overrides: str) -> str:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(FedtuneError) as caught:
+        config.read(str(path), overrides)
+    return str(caught.value)
+
+
+def test_the_built_in_recipe_is_complete_and_stable() -> None:
+    recipe = config.read(None)
+    assert recipe.data.source == "docstrings" and recipe.partition.clients == 8
+    assert recipe.fingerprint == config.read(None).fingerprint != config.read(None, ["seed=2"]).fingerprint
+
+
+def test_the_name_of_a_run_is_not_part_of_its_identity() -> None:
+    assert config.read(None, ["name=a"]).fingerprint == config.read(None, ["name=b"]).fingerprint
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    assert config.read(str(path)).rounds >= 1
+
+
+def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
+    recipe = config.read(None, ["rounds=3", "model.name=../some/folder", "method.train.lr=1e-2", "method.adapter.targets=['query']", "partition.by=iid"])
+    assert (recipe.rounds, recipe.model.name, recipe.method.train.lr) == (3, "../some/folder", 0.01)
+    assert recipe.method.adapter.targets == ("query",) and recipe.partition.by == "iid"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rond = 3", "C101: found unknown key 'rond', expected one of name, seed, rounds"),
+        ("[method.train]\nsteeps = 3", "unknown key 'method.train.steeps', expected one of optimizer"),
+        ("[method.train]\nsteeps = 3", "write 'steps'"),
+        ("rounds = 'three'", 'C102: found rounds = "three", expected a valid integer'),
+        ("rounds = 0", "C102: found rounds = 0, expected greater than or equal to 1"),
+        ("[method.adapter]\nrank = 0", "C102: found method.adapter.rank = 0"),
+        ("[method.adapter]\nkind = 'lore'", "C102: found method.adapter.kind = \"lore\", expected 'lora'"),
+        ("[method]\ntype = 'fedsgd'", 'C102: found method.type = "fedsgd"'),
+        ("method = 3", "C102: found method = 3"),
+        ("rounds = ", "C103"),
+        ("[data]\nsource = 'jsonl'", "C104: found no data.path"),
+        ("[data]\ntask = 'image-classify'", "C104: found data.task = 'image-classify' with data.source = 'docstrings'"),
+        ("[partition]\nby = 'column'", "C104: found partition.by = 'column' without partition.column"),
+        ("[data]\ntask = 'causal-lm'\n[partition]\nby = 'dirichlet'", "C104: found partition.by = 'dirichlet' for a task without labels"),
+        ("[sampling]\ncount = 9", "C104: found sampling.count = 9 of 8 clients"),
+        ("[method.adapter]\nkind = 'bias'\nrank = 4", "C104: found method.adapter.rank for kind 'bias'"),
+        ("[method.server]\noptimizer = 'adam'\nmomentum = 0.9", "C104: found method.server.momentum with optimizer 'adam'"),
+        ("[method.train]\nepochs = 2", "C104: found method.train.epochs beside method.train.steps"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    said = bad(tmp_path, text)
+    assert sentence in said and "\n" not in said and said[:4] in CATALOGUE
+
+
+@pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "a..b=1"])
+def test_a_broken_override_names_itself(override: str) -> None:
+    with pytest.raises(FedtuneError, match="C10[123]"):
+        config.read(None, [override])
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FedtuneError, match="C105.*nothere"):
+        config.read(str(tmp_path / "nothere.toml"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FedtuneError, match="C105"):
+        config.read(str(tmp_path / "binary.toml"))
