@@ -1,10 +1,10 @@
 """What a federation in one process costs over the training itself: wall clock and peak memory, each in its own process.
 
-    plain   a torch loop over the very same batches, peft and AdamW by hand: no federation, no fedtune
-    local   fedtune's local cohort
-    flower  the same recipe on Flower's simulation engine (Ray); only with --full
+plain   a torch loop over the very same batches, peft and AdamW by hand: no federation, no fedtune
+local   fedtune's local cohort
+flower  the same recipe on Flower's simulation engine (Ray); only with --full
 
-    python benchmarks/simulation.py [--full]
+python benchmarks/simulation.py [--full]
 """
 
 from __future__ import annotations
@@ -115,10 +115,22 @@ def main() -> None:
             taken["flower"] = [measure("flower", *size)]
         for kind, runs in taken.items():
             middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            print(f"{size[0]:>4} clients  {kind:<7} rounds {middle['round_seconds']:7.2f} s  process {middle['process_seconds']:7.2f} s  peak {middle['peak_bytes'] / 2**20:7.0f} MiB")
+            print(
+                f"{size[0]:>4} clients  {kind:<7} rounds {middle['round_seconds']:7.2f} s  "
+                f"process {middle['process_seconds']:7.2f} s  peak {middle['peak_bytes'] / 2**20:7.0f} MiB"
+            )
         for key, goal in (("round_seconds", 1.10), ("process_seconds", 1.10), ("peak_bytes", 1.15)):
             mine, other = (statistics.median(run[key] for run in taken[kind]) for kind in ("local", "plain"))
-            claims.append({"claim": f"local cohort over plain loop, {key}, {size[0]} clients", "ours": mine, "other": other, "ratio": mine / other, "goal": goal, "met": mine / other <= goal})
+            claims.append(
+                {
+                    "claim": f"local cohort over plain loop, {key}, {size[0]} clients",
+                    "ours": mine,
+                    "other": other,
+                    "ratio": mine / other,
+                    "goal": goal,
+                    "met": mine / other <= goal,
+                }
+            )
     print(json.dumps(claims))
     return None
 

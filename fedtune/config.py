@@ -1,6 +1,6 @@
 """A recipe: one TOML file describes a federation. What can be decided now is decided now, before any download.
 
-    recipe = read("my.toml", ["rounds=3", "method.adapter.rank=4"])
+recipe = read("my.toml", ["rounds=3", "method.adapter.rank=4"])
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise FedtuneError("C105", f"no readable recipe at '{path}' ({type(error).__name__})", "a TOML file", "check the path, or run without one for the built-in federation") from None
+            raise FedtuneError(
+                "C105",
+                f"no readable recipe at '{path}' ({type(error).__name__})",
+                "a TOML file",
+                "check the path, or run without one for the built-in federation",
+            ) from None
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

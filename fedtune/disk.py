@@ -39,4 +39,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"a path that cannot be written ({error.strerror})"
-        raise FedtuneError("R404", f"{what} at '{path}'", "room and rights to write", "free space or choose another --runs folder, then: fedtune resume") from error
+        raise FedtuneError(
+            "R404", f"{what} at '{path}'", "room and rights to write", "free space or choose another --runs folder, then: fedtune resume"
+        ) from error

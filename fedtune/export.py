@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 def export_adapter(bench: Bench, target: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
     """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
-    from fedtune.model.export import save
+    from fedtune.model.export import save_adapter
 
     temporary = target.with_name(f".{target.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    save(bench, temporary, recipe.model.name, card(recipe, str(result["base_sha256"]), int(result["rounds"]), result))
+    save_adapter(bench, temporary, recipe.model.name, card(recipe, str(result["base_sha256"]), int(result["rounds"]), result))
     shutil.rmtree(target, ignore_errors=True)
     temporary.replace(target)
 

@@ -22,7 +22,7 @@ def rows(count: int = 120) -> list[dict[str, Any]]:
     made = []
     for number in range(count):
         label = sorted(WORDS)[number % 3]
-        words = draw.choice(WORDS[label].split(), 4).tolist() + draw.choice("the a of is and".split(), 3).tolist()
+        words = draw.choice(WORDS[label].split(), 4).tolist() + draw.choice(["the", "a", "of", "is", "and"], 3).tolist()
         made.append({"text": " ".join(draw.permutation(words).tolist()), "label": label, "site": f"site-{number % 4}"})
     return made
 

@@ -71,12 +71,12 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
 
 @pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "a..b=1"])
 def test_a_broken_override_names_itself(override: str) -> None:
-    with pytest.raises(FedtuneError, match="C10[123]"):
+    with pytest.raises(FedtuneError, match=r"C10[123]"):
         config.read(None, [override])
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FedtuneError, match="C105.*nothere"):
+    with pytest.raises(FedtuneError, match=r"C105.*nothere"):
         config.read(str(tmp_path / "nothere.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FedtuneError, match="C105"):

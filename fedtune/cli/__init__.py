@@ -15,6 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a mistake that the user can mend, 70 a defect of fedtune."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    if not hasattr(options, "command"):
+        parser.print_help()
+        return 0
     try:
         code: int = options.command(options)
     except FedtuneError as error:
@@ -30,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("FEDTUNE_DEBUG"):
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); run again with FEDTUNE_DEBUG=1 and report what it prints.", file=sys.stderr)
+        print(
+            f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); "
+            "run again with FEDTUNE_DEBUG=1 and report what it prints.",
+            file=sys.stderr,
+        )
         return 70
     return code
 
@@ -40,9 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     from fedtune.cli import check, runs, simulate
 
     parser = argparse.ArgumentParser(prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower.")
-    parser.set_defaults(command=lambda options: (parser.print_help(), 0)[1])
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (simulate, check, runs):
         module.add_commands(commands)
     return parser
-

@@ -28,10 +28,10 @@ def simulate(options: argparse.Namespace) -> int:
 
     folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
     folder.write_json("config.json", recipe.model_dump(mode="json"))
-    carry = None
     if options.engine == "flower":
         from fedtune.runtime.flower import simulation
 
-        return simulation(recipe, folder, sinks(folder))
-    run(recipe, folder, sinks(folder), carry)
+        simulation(recipe, folder, sinks(folder))
+    else:
+        run(recipe, folder, sinks(folder))
     return 0

@@ -16,9 +16,13 @@ class DataSettings(Settings):
     """Where the rows come from, what they mean, and what is held out."""
 
     source: Source = "docstrings"
-    """Kind of source; `docstrings` is built in and needs no file, `hub` takes a data set's name as path."""
+    """Kind of source; `docstrings` is built in and needs no file, `hub` takes a data set's name as path.
+
+    Columns of the sources that bring their own: docstrings text, label; text (one row a paragraph) text, file; plays (one row
+    a speaker's turn) text, speaker; clinc150 text, label, domain; images (one subfolder per class) and digits image, label."""
     path: str = ""
-    """File or folder (relative to the working directory), or a hub data set's name."""
+    """File or folder (relative to the working directory), or a hub data set's name. Of a folder, jsonl, csv, parquet and text read
+    all files with their suffix (.txt for text); one named `test` is the global test set."""
     split: str = "train"
     """Hub only: which split to load."""
     task: Task = "classify"
@@ -26,7 +30,7 @@ class DataSettings(Settings):
     text: str = "text"
     """Column of the text (causal-lm, classify)."""
     label: str = "label"
-    """Column of the class (classify, image-classify)."""
+    """Column of the class (classify, image-classify); whole numbers become their digits."""
     prompt: str = "prompt"
     """Column of the prompt (instruct)."""
     response: str = "response"
@@ -46,22 +50,25 @@ class DataSettings(Settings):
     overlong: Literal["cut", "refuse"] = "cut"
     """What to do with examples longer than max_length: cut and report, or refuse to start."""
     limit: int = Field(0, ge=0)
-    """Use at most this many rows, drawn with the run's seed; 0 means all."""
+    """Use at most this many rows, drawn with the run's seed; 0 means all. A source's own test set is not limited."""
     test_share: float = Field(0.1, ge=0, lt=1)
-    """Share of all rows that becomes the global test set; 0 pools the clients' held-out shares instead."""
+    """Share of all rows that becomes the global test set, drawn with the run's seed; 0 pools the clients' held-out shares instead.
+
+    Ignored where the source has a test set of its own, which is used whole: clinc150, and folders with a file named `test`."""
     client_test_share: float = Field(0.1, ge=0, lt=1)
-    """Share of each client's rows that it holds out for itself."""
+    """Share of each client's rows that it holds out for itself: of n rows int((1 - share) * n) train."""
     order: Literal["random", "time"] = "random"
-    """How held-out rows are chosen: at random with the run's seed, or the last ones in file order."""
+    """How a client's held-out rows are chosen: at random with the run's seed, or the last ones in file order."""
 
 
 class PartitionSettings(Settings):
     """How the rows of one source become clients (simulation only: a real site has its own rows)."""
 
     by: Literal["iid", "dirichlet", "column", "shards", "size"] = "dirichlet"
-    """iid; dirichlet over labels; one client per value of a column; label shards (pathological); size skew."""
+    """iid; dirichlet over labels; one client per value of a column; label shards (pathological); sizes of 1 : 2 : ... : clients."""
     clients: int = Field(8, ge=1)
-    """Number of clients; with by = "column", the values with most text are kept (0 is not allowed, see `all_values`)."""
+    """Number of clients; with by = "column", the values with most characters (classes: most rows) are kept, and the rows of the
+    others left out and counted (0 is not allowed, see `all_values`)."""
     all_values: bool = False
     """by = "column": every value becomes a client, whatever `clients` says."""
     alpha: float = Field(0.5, gt=0)
@@ -69,6 +76,6 @@ class PartitionSettings(Settings):
     column: str = ""
     """by = "column": the column that names the client; by = "dirichlet" or "shards": the column to skew, if not the label."""
     shards_per_client: int = Field(2, ge=1)
-    """by = "shards": label-sorted shards that each client receives."""
+    """by = "shards": label-sorted shards of equal size (to one row) that each client receives."""
     min_rows: int = Field(1, ge=1)
     """A client with fewer training rows is an error."""

@@ -83,4 +83,3 @@ class FedPEFT:
         report = fit(bench, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
         weight = {"examples": float(len(client.data)), "tokens": float(client.data.tokens), "equal": 1.0}[self.settings.weight]
         return Update.of(bench.read(), weight, {"loss": report.loss})
-

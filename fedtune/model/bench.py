@@ -43,6 +43,11 @@ class Bench:
         """Number of trained values."""
         return sum(value.numel() for value in self.named.values())
 
+    def check_live(self) -> None:
+        """A bench whose adapter was taken off shares its network with whatever came after it: using it is a programmer's mistake."""
+        if self.base.attached is not (self if self.settings else None):
+            raise RuntimeError("this bench was taken off its base; attach it again")
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """Trained parameters in name order."""
         return list(self.named.values())
@@ -52,7 +57,7 @@ class Bench:
         return {name: value.detach().to("cpu", torch.float32, copy=True).numpy() for name, value in self.named.items()}
 
     def write(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Copy values into the trained tensors, in place. Raises M305 and changes nothing if names or shapes differ."""
+        """Copy values into the trained tensors, in place. Raises M305 and changes nothing if names, shapes or types differ."""
         odd = sorted(self.named.keys() ^ tensors.keys())
         if odd:
             side = "a missing" if odd[0] in self.named else "an unknown"
@@ -63,6 +68,8 @@ class Bench:
                 "use tensors made with the same [model] and [method.adapter]",
             )
         for name, value in self.named.items():
+            if tensors[name].dtype != np.float32:
+                raise FedtuneError("M305", f"'{name}' as {tensors[name].dtype}", "float32", "use tensors made with the same [model] and [method.adapter]")
             if tuple(value.shape) != tuple(tensors[name].shape):
                 raise FedtuneError(
                     "M305",
@@ -87,8 +94,12 @@ def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # every kind draws on the CPU, so that the device does not matter
             net, named = kinds.BUILD[settings.kind](base, settings)
-    except BaseException:
+    except BaseException as error:
         restore(before)
+        if isinstance(error, (ValueError, TypeError, AttributeError, NotImplementedError)):  # how peft says that a model is not for it
+            why = next(iter(str(error).splitlines()), "")[:160]
+            found = f"kind '{settings.kind}' with a {type(base.net).__name__} ({why})"
+            raise FedtuneError("M306", found, "a model that it fits", "choose another method.adapter.kind") from error
         raise
     named = {name: named[name] for name in sorted(named)}
     trained = {id(value) for value in named.values()}
@@ -109,9 +120,9 @@ def bare(base: Base) -> Bench:
 
 
 def detach(bench: Bench) -> None:
-    """Take the adapter off: the base's network is again what it was before `attach`, bit for bit."""
-    restore(bench.before)
+    """Take the adapter off: the base's network is again what it was before `attach`, bit for bit. Nothing happens if it is off already."""
     if bench.base.attached is bench:
+        restore(bench.before)
         bench.base.attached = None
 
 

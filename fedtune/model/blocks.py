@@ -9,7 +9,6 @@ from torch import nn
 
 from fedtune.errors import FedtuneError
 
-
 ENTANGLED = ("modernbert", "deberta", "deberta-v2", "swin", "swinv2")  # positions or masks are fixed before the embeddings are made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,61 +50,53 @@ def encode(
     base: Base,
     *,
     max_length: int = 128,
-    text: str = "text",
-    label: str = "label",
-    prompt: str = "prompt",
-    response: str = "response",
-    messages: str = "",
-    image: str = "image",
     stride: int = 0,
-    separator: str = "eos",
-    overlong: str = "cut",
-    training: bool = True,
+    separator: Literal["eos", "none"] = "eos",
+    overlong: Literal["cut", "refuse"] = "cut",
 ) -> Encoded:
-    """Encode rows for the base's task; the names are those of [data].
+    """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages}, {image, label}. Settings as in [data].
 
-    `training` = False makes language-model blocks that do not overlap, whatever `stride` says, so that every token is scored once.
-    Raises D203 (row unreadable), D204 (no such column), D206 (unknown label), D207 (too long), M307 (no chat template).
+    Language models: leave `stride` at 0 for what is scored, so that every token counts once.
+    Raises D203 (row unreadable), D206 (unknown label), D207 (too long), C104 (no separator token), M307 (no chat template); rows are counted from 1.
     """
-    if base.context is not None and max_length > base.context and len(rows):
+    if base.context is not None and max_length > base.context:
         raise FedtuneError(
             "D207", f"data.max_length = {max_length} with {base.name}", f"at most the model's context of {base.context} tokens", "lower data.max_length"
         )
+    truncated = dropped = 0
     if base.task == "image-classify":
-        classes = [class_of(row, number, label, base.labels) for number, row in enumerate(rows)]
-        examples: list[Example] = [
-            {"pixels": pixels.resized(cell(row, number, image), base.tokenizer, number), "labels": np.asarray(c)}
-            for number, (row, c) in enumerate(zip(rows, classes, strict=True))
+        examples = [
+            {"pixels": pixels.resized(cell(row, n, "image"), base.tokenizer, n), "labels": class_of(row, n, base.labels)} for n, row in enumerate(rows, 1)
         ]
         return Encoded(examples, lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer), len(examples))
     if base.task == "classify":
-        examples, truncated = encode_classify(rows, base, text, label, max_length, overlong)
-        dropped, tokens = 0, sum(len(e["input_ids"]) for e in examples)
+        examples, truncated = encode_classify(rows, base, max_length, overlong)
+        tokens = sum(len(e["input_ids"]) for e in examples)
     elif base.task == "causal-lm":
-        examples, truncated, dropped = encode_stream(rows, base, text, max_length, (stride or max_length) if training else max_length, separator), 0, 0
+        examples = encode_stream(rows, base, max_length, stride or max_length, separator)
         tokens = sum(len(e["input_ids"]) - 1 for e in examples)
     else:
-        examples, truncated, dropped = encode_instruct(rows, base, prompt, response, messages, max_length, overlong)
+        examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong)
         tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
     pad = base.tokenizer.pad_token_id
     return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad), tokens, truncated, dropped)
 
 
-def encode_classify(rows: Sequence[Row], base: Base, text: str, label: str, max_length: int, overlong: str) -> tuple[list[Example], int]:
+def encode_classify(rows: Sequence[Row], base: Base, max_length: int, overlong: str) -> tuple[list[Example], int]:
     """Texts with the tokenizer's special tokens; a text that is cut keeps its last special token."""
-    classes = [class_of(row, number, label, base.labels) for number, row in enumerate(rows)]
-    texts = [str(cell(row, number, text)) for number, row in enumerate(rows)]
+    classes = [class_of(row, number, base.labels) for number, row in enumerate(rows, 1)]
+    texts = [str(cell(row, number, "text")) for number, row in enumerate(rows, 1)]
     ids = base.tokenizer(texts)["input_ids"] if texts else []
     long = [number for number, line in enumerate(ids) if len(line) > max_length]
     if long:
-        refuse_overlong(overlong, long[0], len(ids[long[0]]), max_length)
+        refuse_overlong(overlong, long[0] + 1, len(ids[long[0]]), max_length)
         cut = base.tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)["input_ids"]
         for number, line in zip(long, cut, strict=True):
             ids[number] = line
-    return [{"input_ids": np.asarray(line, np.int32), "labels": np.asarray(c)} for line, c in zip(ids, classes, strict=True)], len(long)
+    return [{"input_ids": np.asarray(line, np.int32), "labels": c} for line, c in zip(ids, classes, strict=True)], len(long)
 
 
-def encode_stream(rows: Sequence[Row], base: Base, text: str, max_length: int, stride: int, separator: str) -> list[Example]:
+def encode_stream(rows: Sequence[Row], base: Base, max_length: int, stride: int, separator: str) -> list[Example]:
     """All rows as one stream of tokens, in blocks of max_length that start every `stride` tokens; the last block may be shorter."""
     end = []
     if separator == "eos":
@@ -116,7 +108,7 @@ def encode_stream(rows: Sequence[Row], base: Base, text: str, max_length: int, s
                 'set data.separator = "none"',
             )
         end = [base.tokenizer.eos_token_id]
-    texts = [str(cell(row, number, text)) for number, row in enumerate(rows)]
+    texts = [str(cell(row, number, "text")) for number, row in enumerate(rows, 1)]
     ids = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     stream = np.asarray([token for line in ids for token in line + end], np.int32)
     blocks: list[Example] = []
@@ -129,16 +121,14 @@ def encode_stream(rows: Sequence[Row], base: Base, text: str, max_length: int, s
     return blocks
 
 
-def encode_instruct(
-    rows: Sequence[Row], base: Base, prompt: str, response: str, messages: str, max_length: int, overlong: str
-) -> tuple[list[Example], int, int]:
+def encode_instruct(rows: Sequence[Row], base: Base, max_length: int, overlong: str) -> tuple[list[Example], int, int]:
     """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out and counted."""
     examples, truncated, dropped = [], 0, 0
-    for number, row in enumerate(rows):
-        if messages:
-            ids, answered = chat.conversation(base.tokenizer, cell(row, number, messages), number, base.name)
+    for number, row in enumerate(rows, 1):
+        if "messages" in row:
+            ids, answered = chat.conversation(base.tokenizer, cell(row, number, "messages"), number, base.name)
         else:
-            ids, answered = chat.pair(base.tokenizer, str(cell(row, number, prompt)), str(cell(row, number, response)))
+            ids, answered = chat.pair(base.tokenizer, str(cell(row, number, "prompt")), str(cell(row, number, "response")))
         if len(ids) > max_length:
             refuse_overlong(overlong, number, len(ids), max_length)
             truncated += 1
@@ -168,27 +158,19 @@ def collate_text(examples: Sequence[Example], pad: int) -> dict[str, torch.Tenso
 
 
 def cell(row: Row, number: int, column: str) -> Any:
-    """One cell. Raises D204 (no such column) and D203 (empty)."""
-    if column not in row:
-        raise FedtuneError(
-            "D204", f"row {number} without a column '{column}'", f"one of its columns: {', '.join(map(str, row))}", "correct the column's name in [data]"
-        )
-    if row[column] is None:
-        raise FedtuneError("D203", f"row {number} with an empty '{column}'", "a value in every row", "fill or remove the row")
+    """One cell. Raises D203 where there is none."""
+    if row.get(column) is None:
+        raise FedtuneError("D203", f"row {number} without a value for '{column}'", "one in every row", "fill or remove the row")
     return row[column]
 
 
-def class_of(row: Row, number: int, column: str, labels: Sequence[str]) -> int:
-    """Index of the row's label. Raises D206."""
-    value = str(cell(row, number, column))
+def class_of(row: Row, number: int, labels: Sequence[str]) -> np.ndarray:
+    """Index of the row's label, as an array without dimensions. Raises D206."""
+    value = str(cell(row, number, "label"))
     if value not in labels:
-        raise FedtuneError(
-            "D206",
-            f"the label '{value}' in row {number}",
-            f"one of {', '.join(labels[:8])}{' ...' if len(labels) > 8 else ''}",
-            "add it to data.labels or correct the row",
-        )
-    return labels.index(value)
+        some = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
+        raise FedtuneError("D206", f"the label '{value}' in row {number}", f"one of {some}", "add it to data.labels or correct the row")
+    return np.asarray(labels.index(value))
 
 
 def refuse_overlong(overlong: str, number: int, length: int, max_length: int) -> None:

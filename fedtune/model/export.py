@@ -10,12 +10,12 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils import ModulesToSaveWrapper
 from safetensors.numpy import load_file, save_file
 
 from fedtune.errors import FedtuneError
 from fedtune.model.base import LM_TASKS, Base
 from fedtune.model.bench import Bench, attach
-from fedtune.model.kinds import plain
 from fedtune.model.settings import AdapterSettings
 
 SIDECAR = "fedtune.json"
@@ -92,9 +92,9 @@ def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             merged = merged.merge_and_unload()
-        for name, value in bench.named.items():  # peft 0.21 forgets the task head when it merges layer norms
-            if plain(name) in bench.base.weights:
-                merged.get_parameter(plain(name)).data = value.detach().to("cpu", copy=True)
+        for name, module in list(merged.named_modules()):  # peft 0.21 leaves the task head wrapped when it merges layer norms
+            if isinstance(module, ModulesToSaveWrapper):
+                merged.set_submodule(name, module.modules_to_save["default"])
     merged = merged.to(next(iter(bench.base.weights.values())).dtype)
     with torch.no_grad():
         merged.save_pretrained(str(place))

@@ -16,7 +16,7 @@ import torch
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import autocast, carries, summed_loss, tokens_in
+from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
 from fedtune.model.settings import TrainSettings
 from fedtune.rng import seed_of, stream
 
@@ -38,8 +38,10 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
     A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the step, so that accumulation equals
     one big batch. Raises ClientFailed W607 where the loss is not finite, D205 without examples.
     """
+    bench.check_live()
     if not len(encoded):
         raise FedtuneError("D205", "a client without training examples", "at least one", "give it rows or leave it out")
+    check_room(bench, encoded)
     began = time.perf_counter()
     parameters = bench.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
@@ -67,10 +69,9 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
                     "a finite number",
                     "lower method.train.lr, set method.train.clip, or look at this client's data",
                 )
-            for value, start in zip(parameters, origin, strict=False):  # FedProx: the gradient of mu/2 ||w - w_round||^2
-                value.grad = (
-                    (value.detach() - start).mul_(settings.prox) if value.grad is None else value.grad.add_(value.detach() - start, alpha=settings.prox)
-                )
+            for value, start in zip(parameters, origin, strict=False):  # FedProx: the gradient of mu/2 ||w - w_round||^2; no origin, no term
+                pull = (value.detach() - start).mul_(settings.prox)
+                value.grad = pull if value.grad is None else value.grad.add_(pull)
             if settings.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
@@ -93,7 +94,7 @@ def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[S
 
     def batches() -> Iterator[Sequence[int]]:
         epoch = 0
-        while s.steps or epoch < s.epochs:
+        while count and (s.steps or epoch < s.epochs):
             order = draw.permutation(count).tolist()
             yield from (order[start : start + s.batch] for start in range(0, count, s.batch))
             epoch += 1
@@ -122,13 +123,9 @@ def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, step
 def training(bench: Bench, settings: TrainSettings, seed: int) -> Iterator[None]:
     """Train mode with seeded dropout and, if asked, recomputation (which transformers does in train mode only); eval mode afterwards."""
     device, net = bench.base.device, bench.base.net
-    if settings.checkpointing and bench.kind == "prefix":
-        raise FedtuneError(
-            "M306",
-            "method.train.checkpointing with kind 'prefix'",
-            "another kind: prefixes are a cache, which recomputation cannot use",
-            "turn one of them off",
-        )
+    if settings.checkpointing and (bench.kind == "prefix" or not net.supports_gradient_checkpointing):
+        found = f"method.train.checkpointing with kind '{bench.kind}' on a {type(net).__name__}"
+        raise FedtuneError("M306", found, "a model that can recompute, and no prefixes (they are a cache)", "turn method.train.checkpointing off")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of("dropout", seed))
         bench.net.train()

@@ -50,9 +50,7 @@ def ia3(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
 
 def layernorm(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     """Zhao et al. 2023: gains and offsets of every normalisation layer."""
-    norms = [
-        name for name, module in base.net.named_modules() if re.search(r"(Layer|RMS)Norm$|^T5LayerNorm$", type(module).__name__) and not in_head(base, name)
-    ]
+    norms = [name for name, module in base.net.named_modules() if re.search(r"(Layer|RMS)Norm$", type(module).__name__) and not in_head(base, name)]
     if not norms:
         raise FedtuneError("M306", f"no normalisation layer in {base.name}", "a model with LayerNorm or RMSNorm", "choose another method.adapter.kind")
     return with_peft(base, peft.LNTuningConfig(target_modules=norms, **common(base)))
@@ -88,18 +86,23 @@ def bias(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     own = {name for name in base.weights if name.rpartition(".")[2] == "bias" and not in_head(base, name)}
     if not own:
         raise unfit(base, "bias", "a model whose layers have biases", "choose another method.adapter.kind")
-    return base.net, opened(base, own) | head_parameters(base)
+    named = opened(base, own) | head_parameters(base)
+    for module in base.net.modules():  # a norm wants gain and offset in one type; a linear's are brought together by autocast
+        gain = module._parameters.get("weight")
+        if gain is not None and gain.ndim == 1 and module._parameters.get("bias") is not None:
+            module._parameters["weight"] = nn.Parameter(gain.detach().float(), requires_grad=False)
+    return base.net, named
 
 
 def head(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     """The task head alone; for language models the output layer, if it is not tied to the embeddings."""
     if base.task not in LM_TASKS:
         return base.net, head_parameters(base)
-    names = [name for name, value in base.net.get_output_embeddings().named_parameters(remove_duplicate=False)]
-    prefix_ = next(name for name, module in base.net.named_modules() if module is base.net.get_output_embeddings())
-    if base.net.get_output_embeddings().weight is base.net.get_input_embeddings().weight:
+    output = base.net.get_output_embeddings()
+    if output.weight is base.net.get_input_embeddings().weight:
         raise unfit(base, "head", "an output layer of its own (here it is tied to the embeddings)", "choose another method.adapter.kind")
-    return base.net, opened(base, {f"{prefix_}.{name}" for name in names})
+    own = {id(value) for value in output.parameters()}
+    return base.net, opened(base, {name for name, value in base.weights.items() if id(value) in own})
 
 
 def full(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
@@ -174,11 +177,8 @@ def heads(base: Base) -> tuple[str, ...]:
 
     Whatever is fresh is trained and travels; a frozen random layer would be lost in an export.
     """
-    beside = (
-        []
-        if base.task in LM_TASKS
-        else [name for name, module in base.net.named_children() if name != base.net.base_model_prefix and any(True for _ in module.parameters())]
-    )
+    children = [] if base.task in LM_TASKS else list(base.net.named_children())
+    beside = [name for name, module in children if name != base.net.base_model_prefix and any(True for _ in module.parameters())]
     missing = sorted({".".join(name.split(".")[:2]) for name in base.fresh if name.partition(".")[0] not in beside})
     return (*beside, *missing)
 

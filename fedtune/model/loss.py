@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from fedtune.errors import FedtuneError
 from fedtune.model.base import LM_TASKS
 from fedtune.model.bench import Bench
 from fedtune.model.blocks import is_encoder
+from fedtune.model.encode import Encoded
 
 
 def inputs_of(bench: Bench, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -38,6 +40,17 @@ def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
     """How many terms a batch's loss sums over: predicted tokens, or examples."""
     labels = batch["labels"]
     return int((labels[:, 1:] != -100).sum()) if task in LM_TASKS else len(labels)
+
+
+def check_room(bench: Bench, encoded: Encoded) -> None:
+    """Virtual tokens take places of the context, except behind an encoder's embeddings, which have no positions. Raises D207."""
+    base, s = bench.base, bench.settings
+    if s is None or base.context is None or s.kind not in ("prompt", "prefix", "p-tuning") or ("prompts" in bench.named and is_encoder(base.net)):
+        return
+    longest = max(encoded.length(i) for i in range(len(encoded)))
+    if longest + s.tokens > base.context:
+        found = f"{longest} tokens and {s.tokens} virtual ones (method.adapter.tokens)"
+        raise FedtuneError("D207", found, f"at most the model's context of {base.context} tokens", f"set data.max_length to {base.context - s.tokens} or less")
 
 
 def tokens_in(batch: dict[str, torch.Tensor]) -> int:

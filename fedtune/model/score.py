@@ -11,7 +11,7 @@ from fedtune.errors import FedtuneError
 from fedtune.model.base import LM_TASKS
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import autocast, carries, summed_loss
+from fedtune.model.loss import autocast, carries, check_room, summed_loss
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Score:
 
 def score(bench: Bench, encoded: Encoded, batch: int = 32) -> Score:
     """Score in eval mode, without mixed precision on float32 models. Examples are sorted by length, so that batches hold little padding."""
+    bench.check_live()
     if not len(encoded):
         raise FedtuneError("D202", "no examples to score", "at least one", "give the test set rows (data.test_share)")
+    check_room(bench, encoded)
     language = bench.base.task in LM_TASKS
     order = sorted(range(len(encoded)), key=lambda i: (-encoded.length(i), i))
     loss, right, count = 0.0, 0, 0

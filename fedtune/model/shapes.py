@@ -14,12 +14,21 @@ from fedtune.model.settings import AdapterSettings, ModelSettings
 
 @dataclass(frozen=True)
 class Plan:
-    """trainable, total: counts of values; shapes: tensor name -> shape, as `Bench.named`; weights_bytes: the frozen base in memory."""
+    """What would be trained, and the sizes that memory estimates need.
+
+    trainable, total      counts of values
+    shapes                tensor name -> shape, as `Bench.named`
+    weights_bytes         the frozen base in memory
+    layers, hidden, heads of the transformer
+    """
 
     trainable: int
     total: int
     shapes: dict[str, tuple[int, ...]]
     weights_bytes: int
+    layers: int
+    hidden: int
+    heads: int
 
 
 def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: int) -> Plan:
@@ -36,4 +45,6 @@ def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: in
     base = Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
     bench = attach(base, adapter, 0)
     weights = sum(value.numel() * value.element_size() for value in base.weights.values())
-    return Plan(bench.trainable, bench.total, {name: tuple(value.shape) for name, value in bench.named.items()}, weights)
+    text = config.get_text_config()
+    shapes = {name: tuple(value.shape) for name, value in bench.named.items()}
+    return Plan(bench.trainable, bench.total, shapes, weights, text.num_hidden_layers, text.hidden_size, text.num_attention_heads)

@@ -58,7 +58,9 @@ def installed(folder: RunFolder) -> tuple[World, int]:
     method = methods.build(recipe.method, recipe.rounds)
     world = build_world(recipe, method, Memories(None), nobody)
     if world.base.fingerprint != base:
-        raise FedtuneError("M304", f"base model {world.base.fingerprint[:12]}", f"{base[:12]}, which this run was trained on", "point model.name at the same weights")
+        raise FedtuneError(
+            "M304", f"base model {world.base.fingerprint[:12]}", f"{base[:12]}, which this run was trained on", "point model.name at the same weights"
+        )
     method.install(load_state(folder, committed[-1].number, committed[-1].file_sha256), world.bench)
     return world, committed[-1].number
 

@@ -13,7 +13,7 @@ from fedtune.data import Federation, histogram, load
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.sampling import sample
 from fedtune.schema import Schema
-from fedtune.types import Round, Update
+from fedtune.types import Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ def memory(recipe: Recipe, plan: Plan) -> dict[str, int]:
 def rows(checked: Checked) -> list[str]:
     """The report as lines of text."""
     recipe, federation, plan = checked.recipe, checked.federation, checked.plan
-    lines = [f"recipe    {recipe.method.type} / {recipe.method.adapter.kind} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"]
+    whole = checked.asked * recipe.rounds * (checked.up_bytes + checked.down_bytes)
+    lines = [
+        f"recipe    {recipe.method.type} / {recipe.method.adapter.kind} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"
+    ]
     lines.append(f"trained   {plan.trainable:,} of {plan.total:,} parameters ({100 * plan.trainable / plan.total:.3f} %)")
     lines.append(f"clients   {len(federation.clients)}, {checked.asked} asked per round; test set {len(federation.test)} rows")
     for client in federation.clients:
@@ -81,8 +84,12 @@ def rows(checked: Checked) -> list[str]:
         labels = "  ".join(f"{label}:{n}" for label, n in list(counts.items())[:12]) + (" ..." if len(counts) > 12 else "")
         lines.append(f"  {client.name:<24}{len(client.train):>7} rows, {len(client.test)} held out  {labels}")
     lines += [f"left out  {count} rows: {reason}" for reason, count in federation.dropped.items()]
-    lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {checked.asked * recipe.rounds * (checked.up_bytes + checked.down_bytes) / MIB:,.1f} MiB")
+    lines.append(
+        f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB"
+    )
     lines += [f"memory    {what}: {count / MIB:,.1f} MiB" for what, count in checked.memory.items()]
     for row in checked.exposed:
-        lines.append(f"server    verb '{row.verb}': sees {row.sees}" + (f"; through {' > '.join(row.through)}" if row.through else "; as sent, no step in the chain"))
+        lines.append(
+            f"server    verb '{row.verb}': sees {row.sees}" + (f"; through {' > '.join(row.through)}" if row.through else "; as sent, no step in the chain")
+        )
     return lines

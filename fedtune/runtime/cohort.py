@@ -99,7 +99,12 @@ class RoundCohort:
             total = update if total is None else total + update
         if total is None:
             reasons = "; ".join(sorted({a.note for a in self.answers.values()}))[:300]
-            raise FedtuneError("R405", f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})", "at least one", "look at the clients' errors, then: fedtune resume")
+            raise FedtuneError(
+                "R405",
+                f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})",
+                "at least one",
+                "look at the clients' errors, then: fedtune resume",
+            )
         return self.link.steps(verb).settle(total, self.now, self.link.near(verb, given))
 
     def each(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:

@@ -7,7 +7,6 @@ round and one array 5.5 s. The message loop is our own push and pull: Flower's `
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,14 +70,19 @@ def conversation(grid: Grid, messages: dict[int, Message], deadline: float) -> I
             yield waiting.pop(answer.metadata.reply_to_message_id), answer
         time.sleep(POLL_SECONDS if waiting else 0)
     for client in waiting.values():
-        yield client, Reply(client, failure=ClientFailed("F503", f"no answer within {deadline:.0f} s", "an answer", "look at the node's log, or raise the deadline"))
+        yield (
+            client,
+            Reply(client, failure=ClientFailed("F503", f"no answer within {deadline:.0f} s", "an answer", "look at the node's log, or raise the deadline")),
+        )
 
 
 def read_answer(client: int, answer: Message) -> Reply:
     """A node's message as a reply; its failure, or Flower's, as a sentence."""
     if answer.has_error():
         reason = (answer.error.reason or "no reason given").splitlines()[0]
-        return Reply(client, failure=ClientFailed("F503", f"Flower's error {answer.error.code} from a node ({reason[:200]})", "an answer", "look at the node's log"))
+        return Reply(
+            client, failure=ClientFailed("F503", f"Flower's error {answer.error.code} from a node ({reason[:200]})", "an answer", "look at the node's log")
+        )
     outcome = answer.content["outcome"]
     if outcome["code"]:
         failure = ClientFailed(str(outcome["code"]), str(outcome["found"]), str(outcome["expected"]), str(outcome["do"]))
@@ -91,7 +95,12 @@ def find_nodes(grid: Grid, wanted: int, seconds: float) -> dict[int, int]:
     end = time.monotonic() + seconds
     while len(ids := sorted(grid.get_node_ids())) < wanted:
         if time.monotonic() > end:
-            raise FedtuneError("F502", f"{len(ids)} connected nodes after {seconds:.0f} s", f"{wanted}, one for each client", "start more SuperNodes, or lower partition.clients")
+            raise FedtuneError(
+                "F502",
+                f"{len(ids)} connected nodes after {seconds:.0f} s",
+                f"{wanted}, one for each client",
+                "start more SuperNodes, or lower partition.clients",
+            )
         time.sleep(POLL_SECONDS)
     nodes: dict[int, int] = {}
     hello = {node: Message(RecordDict({}), node, HELLO, ttl=seconds) for node in ids}
@@ -99,11 +108,18 @@ def find_nodes(grid: Grid, wanted: int, seconds: float) -> dict[int, int]:
         if isinstance(answer, Message) and not answer.has_error():
             client = int(answer.content["hello"]["client"])  # type: ignore[arg-type]
             if client in nodes:
-                raise FedtuneError("F503", f"two nodes that both say they are client {client}", "a partition-id of its own for each", "set --node-config 'partition-id=N' on every SuperNode")
+                raise FedtuneError(
+                    "F503",
+                    f"two nodes that both say they are client {client}",
+                    "a partition-id of its own for each",
+                    "set --node-config 'partition-id=N' on every SuperNode",
+                )
             nodes[client] = node
     missing = sorted(set(range(wanted)) - nodes.keys())
     if missing:
-        raise FedtuneError("F502", f"no node for client {missing[0]}", f"partition-id 0 to {wanted - 1}", "set --node-config 'partition-id=N' on every SuperNode")
+        raise FedtuneError(
+            "F502", f"no node for client {missing[0]}", f"partition-id 0 to {wanted - 1}", "set --node-config 'partition-id=N' on every SuperNode"
+        )
     return nodes
 
 
@@ -162,7 +178,12 @@ def read_ask(message: Message) -> Ask:
         now = Round(int(asked["round"]), int(asked["seed"]), tuple(int(m) for m in asked["members"]))
         return Ask(int(asked["client"]), str(asked["verb"]), now, unwrap(message.content["payload"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise Refused("W601", f"a message without a readable question ({type(error).__name__})", "verb, client, round, seed, members", "run the same fedtune on server and nodes") from None
+        raise Refused(
+            "W601",
+            f"a message without a readable question ({type(error).__name__})",
+            "verb, client, round, seed, members",
+            "run the same fedtune on server and nodes",
+        ) from None
 
 
 _worlds: dict[str, tuple[World, Link]] = {}  # this process's model and data, by recipe: an actor answers for many clients

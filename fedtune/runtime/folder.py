@@ -1,6 +1,6 @@
 """A run's folder: the truth about a run. Everything is written so that a crash leaves the old or the new, never a half.
 
-    config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  report.html
+config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  report.html
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class RunFolder:
         try:
             content = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FedtuneError("R402", f"no readable {name} in '{self.path}' ({type(error).__name__})", "the folder of a run", "check the path, or list runs/") from None
+            raise FedtuneError(
+                "R402", f"no readable {name} in '{self.path}' ({type(error).__name__})", "the folder of a run", "check the path, or list runs/"
+            ) from None
         if not isinstance(content, dict):
             raise FedtuneError("R402", f"a {name} in '{self.path}' that is no table", "the folder of a run", "check the path, or list runs/")
         return content
@@ -101,5 +103,5 @@ def recipe_of(folder: RunFolder) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(folder.read_json("config.json")))
     except ValidationError as error:
-        raise FedtuneError("R402", f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)", "the config.json of a run",
-                           "use the version that began the run") from None  # fmt: skip
+        found = f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)"
+        raise FedtuneError("R402", found, "the config.json of a run", "use the version that began the run") from None

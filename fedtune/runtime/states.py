@@ -44,10 +44,14 @@ def load_tensors(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
         content = path.read_bytes()
         found = hashlib.sha256(content).hexdigest()
         if sha256 and found != sha256:
-            raise FedtuneError("R403", f"'{path}' with SHA-256 {found[:12]}", f"{sha256[:12]} as the journal says", "restore the file from a backup, or start a new run")
+            raise FedtuneError(
+                "R403", f"'{path}' with SHA-256 {found[:12]}", f"{sha256[:12]} as the journal says", "restore the file from a backup, or start a new run"
+            )
         return dict(load(content))
     except (OSError, SafetensorError) as error:
-        raise FedtuneError("R403", f"'{path}', which cannot be read ({type(error).__name__})", "a state file", "restore it from a backup, or start a new run") from error
+        raise FedtuneError(
+            "R403", f"'{path}', which cannot be read ({type(error).__name__})", "a state file", "restore it from a backup, or start a new run"
+        ) from error
 
 
 class Memories:

@@ -59,9 +59,7 @@ class World:
             from fedtune.model.encode import encode
 
             data = self.recipe.data
-            encoded = encode(
-                rows, self.base, max_length=data.max_length, stride=0 if scored else data.stride, separator=data.separator, overlong=data.overlong
-            )
+            encoded = encode(rows, self.base, max_length=data.max_length, stride=0 if scored else data.stride, separator=data.separator, overlong=data.overlong)
             if encoded.truncated:
                 self.tell(Noted(f"{encoded.truncated} of {len(rows)} rows of {whose} were cut to {data.max_length} tokens"))
             self._encoded[key] = encoded

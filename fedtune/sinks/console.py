@@ -41,7 +41,10 @@ def line(event: Event) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """The final table of a run."""
     metric = result["metric"]
-    rows = [(name, result.get(key)) for name, key in (("base model", "base"), ("local only (mean over clients)", "local"), ("federated", "federated"), ("centralised", "centralised"))]
+    rows = [
+        (name, result.get(key))
+        for name, key in (("base model", "base"), ("local only (mean over clients)", "local"), ("federated", "federated"), ("centralised", "centralised"))
+    ]
     out = ["", f"{'':<34}{metric}"]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
     out += [

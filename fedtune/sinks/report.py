@@ -12,7 +12,10 @@ from fedtune.runtime.folder import RunFolder
 from fedtune.sinks.console import size
 
 WIDTH, HEIGHT, MARGIN = 640, 220, 40  # of a curve, in pixels
-STYLE = "body{font:16px/1.5 system-ui;max-width:52rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem .8rem;text-align:right}th:first-child,td:first-child{text-align:left}"
+STYLE = (
+    "body{font:16px/1.5 system-ui;max-width:52rem;margin:2rem auto;padding:0 1rem}"
+    "td,th{padding:.2rem .8rem;text-align:right}th:first-child,td:first-child{text-align:left}"
+)
 
 
 def write_report(folder: RunFolder) -> str:
@@ -41,7 +44,11 @@ def page(name: str, config: dict[str, Any], events: list[dict[str, Any]], result
     left_out = [e for e in events if e["event"] == "ClientLeftOut"]
     parts = [f"<h1>{html.escape(name)}</h1>"]
     if result:
-        scores = [(label, result[key]) for label, key in (("base model", "base"), ("local only", "local"), ("federated", "federated"), ("centralised", "centralised")) if result[key] is not None]
+        scores = [
+            (label, result[key])
+            for label, key in (("base model", "base"), ("local only", "local"), ("federated", "federated"), ("centralised", "centralised"))
+            if result[key] is not None
+        ]
         parts.append(grid(["", result["metric"]], [[label, f"{value:.4f}"] for label, value in scores]))
         parts.append(
             f"<p>{size(result['up_bytes_per_client_round'])} up and {size(result['down_bytes_per_client_round'])} down per client and round; "
@@ -50,7 +57,10 @@ def page(name: str, config: dict[str, Any], events: list[dict[str, Any]], result
     else:
         parts.append("<p>This run is not finished.</p>")
     parts += ["<h2>Training loss by round</h2>", plot(curve)] if len(curve) > 1 else []
-    table = [[str(n), f"{e['members'] - e['left_out']} of {e['members']}", size(e["up_bytes"]), size(e["down_bytes"]), f"{e['seconds']:.1f}"] for n, e in sorted(rounds.items())]
+    table = [
+        [str(n), f"{e['members'] - e['left_out']} of {e['members']}", size(e["up_bytes"]), size(e["down_bytes"]), f"{e['seconds']:.1f}"]
+        for n, e in sorted(rounds.items())
+    ]
     parts += ["<h2>Rounds</h2>", grid(["round", "clients", "up", "down", "seconds"], table)]
     if left_out:
         parts += ["<h2>Left out</h2>", grid(["round", "client", "why"], [[str(e["round"]), e["name"], e["text"]] for e in left_out])]
@@ -76,4 +86,5 @@ def plot(points: list[tuple[int, float]]) -> str:
 
     line = " ".join(at(x, y) for x, y in points)
     labels = f"<text x=0 y={MARGIN} font-size=12>{high:.3f}</text><text x=0 y={HEIGHT - MARGIN} font-size=12>{low:.3f}</text>"
-    return f"<svg width={WIDTH} height={HEIGHT} role=img aria-label='training loss'><polyline points='{line}' fill=none stroke=currentColor stroke-width=2 />{labels}</svg>"
+    curve = f"<polyline points='{line}' fill=none stroke=currentColor stroke-width=2 />"
+    return f"<svg width={WIDTH} height={HEIGHT} role=img aria-label='training loss'>{curve}{labels}</svg>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -84,7 +85,7 @@ def block_levels(values: Values, rng: np.random.Generator, top: int, random: boo
 
 def sign_levels(values: Values) -> Coded:
     """Levels -1 and 1 (0 stays 0), scale = mean magnitude of the tensor's numbers that are not 0."""
-    levels = {name: np.sign(value).astype(np.int8) for name, value in values.items()}
+    levels = {name: np.asarray(np.sign(value), np.int8) for name, value in values.items()}
     return levels, scaled({name: mean_kept(value, levels[name]) for name, value in values.items()})
 
 
@@ -102,7 +103,7 @@ def step_levels(values: Values, sigma: float) -> Coded:
     levels, scales = {}, {}
     for name, value in values.items():
         size = np.floor(np.abs(value) / step + (1 - ROUND_UP_FROM))
-        levels[name] = np.copysign(size, value).astype(np.int8)
+        levels[name] = np.asarray(np.copysign(size, value), np.int8)
         energy = float(np.sum(size * size))
         scales[name] = float(np.sum(np.abs(value) / largest * size)) / energy * largest if energy else 0.0
     return levels, scaled(scales)
@@ -118,5 +119,5 @@ def deadzone_rate(sigma: float) -> float:
     """Entropy of the levels of a normal variable, bits."""
     edges = [sigma * (k + ROUND_UP_FROM) for k in range(128)]  # |level| > k from here on
     above = [math.erfc(edge / math.sqrt(2)) for edge in edges]
-    shares = [1 - above[0]] + [(a - b) / 2 for a, b in zip(above, above[1:], strict=False) for _ in (0, 1)]
+    shares = [1 - above[0]] + [(a - b) / 2 for a, b in pairwise(above) for _ in (0, 1)]
     return -sum(p * math.log2(p) for p in shares if p > 0)

@@ -75,7 +75,7 @@ def largest_signs(values: Values, keep: float) -> Levels:
         return {name: np.zeros(value.shape, np.int8) for name, value in values.items()}
     count = max(1, round(keep * sizes.size))
     threshold = np.partition(sizes, sizes.size - count)[sizes.size - count]
-    return {name: (np.sign(value) * (np.abs(value) >= threshold)).astype(np.int8) for name, value in values.items()}
+    return {name: np.asarray(np.sign(value) * (np.abs(value) >= threshold), np.int8) for name, value in values.items()}
 
 
 def deviation(values: Values) -> float:

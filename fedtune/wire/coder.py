@@ -6,6 +6,8 @@ Positions are the distances between the rarer of the two, levels that are 0 or l
 and go on), through raw deflate in its Huffman-only mode. For independent levels that are within 1 % of H2(p) + p bits a level
 at densities p of 5, 10 and 20 %, and exactly 1 bit where no level is 0. Magnitudes follow only where one is above 1. Many
 levels of many magnitudes (int8, int4) take the dense road: every level a byte, Huffman-only.
+
+Equal levels are equal bytes wherever zlib is the same; another build of zlib may choose other codes, which every one can read.
 """
 
 from __future__ import annotations

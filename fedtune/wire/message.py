@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.errors import ClientFailed
+from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.schema import Schema
 from fedtune.types import Tensors, Update
 from fedtune.wire import coder
-from fedtune.wire.frame import VERSION, sealed
-from fedtune.wire.guard import METRICS, Expect, accepted, check_norm, refuse
+from fedtune.wire.frame import METRICS, VERSION, refuse, sealed
+from fedtune.wire.guard import Expect, accepted, check_norm
 from fedtune.wire.scales import blocks, expand, to_halves
 from fedtune.wire.v1 import message_pb2 as pb
 
@@ -78,16 +78,18 @@ def encode(update: Update, header: Header, named: bool = False) -> bytes:
         return sealed(message, [fill_levels(message, update)])
     with np.errstate(over="ignore"):  # what overflows float32 is found by the check below and named
         tensors = update.values() if kind == "values" else update.tensors
-    check_finite(tensors)
+    if name := not_finite(tensors):
+        raise unfit(f"a value of '{name}' that is not finite in float32")
     return sealed(message, raw(tensors))
 
 
 def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes:
-    """A state as bytes, every tensor of its own type. Raises ClientFailed W607, TypeError for other types."""
+    """A state as bytes, every tensor of its own type. Raises FedtuneError W607, TypeError for types that cannot travel."""
     types = [np.asarray(tensors[name]).dtype.name for name in sorted(tensors)]
     if strange := set(types) - DTYPES.keys():
         raise TypeError(f"no message type for {sorted(strange)}")
-    check_finite(tensors)
+    if name := not_finite(tensors):
+        raise FedtuneError("W607", f"a value of '{name}' in the state that is not finite", "finite numbers", "lower the learning rate or the server's")
     message = headed(header, "state", Schema.of(tensors), 1.0, named)
     message.dtypes = bytes(DTYPES[name] for name in types)
     return sealed(message, raw(tensors))
@@ -218,10 +220,9 @@ def check_weight(update: Update) -> None:
         raise unfit(f"weight {update.weight}")
 
 
-def check_finite(tensors: Tensors) -> None:
-    for name, value in tensors.items():
-        if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all():
-            raise unfit(f"a value of '{name}' that is not finite in float32")
+def not_finite(tensors: Tensors) -> str:
+    """The first tensor with a number that is not finite; "" if there is none."""
+    return next((name for name, value in tensors.items() if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all()), "")
 
 
 def unfit(found: str) -> ClientFailed:

@@ -54,7 +54,7 @@ def to_halves(flat: NDArray[np.float32]) -> tuple[NDArray[np.float16], int]:
 
 def expand(levels: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Levels times scales, float64, in the levels' shape."""
-    out = levels.astype(np.float64)
+    out = np.array(levels, np.float64)
     if scale.ndim == 0:
         out *= float(scale)
     elif scale.ndim == 1:

@@ -96,6 +96,16 @@ def test_a_language_model_without_its_output_layer_is_refused(world: Any, tmp_pa
         load(ModelSettings(name=str(tmp_path / "half"), threads=1), "causal-lm", (), 1)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damaged_files_are_one_sentence(world: Any, tmp_path: Path, file: str) -> None:
+    shutil.copytree(world.folders["encoder"], tmp_path / "damaged")
+    whole = (tmp_path / "damaged" / file).read_bytes()
+    (tmp_path / "damaged" / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FedtuneError, match="M301") as caught:
+        load(ModelSettings(name=str(tmp_path / "damaged"), threads=1), "classify", ("a", "b"), 1)
+    assert "\n" not in str(caught.value)
+
+
 def test_pickled_weights_are_refused(world: Any, tmp_path: Path) -> None:
     tiny.bert(tmp_path)
     net = transformers.AutoModel.from_pretrained(tmp_path)

@@ -10,6 +10,7 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.model.bench import attach, bare, detach
+from fedtune.model.encode import encode
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
 from fedtune.model.score import score
@@ -75,6 +76,19 @@ def test_the_first_state_is_the_base_itself(world: Any, variant: str) -> None:
     assert torch.allclose(logits(attach(base, AdapterSettings(**VARIANTS[variant]), 3), encoded), plain, atol=1e-6)
 
 
+def test_a_bench_that_was_taken_off_is_not_used_by_mistake(world: Any) -> None:
+    base, encoded = world.base("encoder"), world.encoded("encoder")
+    untouched = bare(base)
+    old = attach(base, AdapterSettings(kind="head"), 1)
+    new = attach(base, AdapterSettings(kind="bias"), 1)
+    detach(old)  # is off already: the new one stays
+    assert base.attached is new
+    for stale in (old, untouched):
+        with pytest.raises(RuntimeError, match="taken off"):
+            score(stale, encoded)
+    assert score(new, encoded).count == 6
+
+
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(world: Any) -> None:
     bench = attach(world.base("encoder"), AdapterSettings(kind="head"), 1)
     good = bench.read()
@@ -82,6 +96,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(world: Any)
     for wrong in (
         {"classifier.bias": good["classifier.bias"] + 1},
         good | {"more": good["classifier.bias"]},
+        {name: value.astype(np.float64) + 1 for name, value in good.items()},
         {"classifier.bias": good["classifier.bias"] + 1, "classifier.weight": good["classifier.weight"][:1]},
     ):
         with pytest.raises(FedtuneError, match="M305"):
@@ -151,8 +166,7 @@ def test_shallow_prompts_of_ours_equal_embeddings_put_in_by_hand(world: Any) -> 
         assert torch.allclose(base.net.score(hidden[0, -1]), ours, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["causal", "encoder"])
-@pytest.mark.parametrize("variant", ["lora", "adapter", "prompt", "prompt deep", "ia3", "layernorm", "head", "full"])
+@pytest.mark.parametrize(("model", "variant"), ALL)
 def test_a_bfloat16_base_trains_float32_tensors(world: Any, model: str, variant: str) -> None:
     base, encoded = world.load(model, dtype="bfloat16"), world.encoded(model)
     bench = attach(base, AdapterSettings(**VARIANTS[variant]), 3)
@@ -161,3 +175,12 @@ def test_a_bfloat16_base_trains_float32_tensors(world: Any, model: str, variant:
     fit(bench, encoded, TrainSettings(steps=10, lr=1e-2, batch=6), 5)
     assert score(bench, encoded).loss < first
     assert {value.dtype for value in base.weights.values()} == {torch.bfloat16}
+
+
+def test_virtual_tokens_need_room(world: Any) -> None:
+    """The encoder has 32 places: 30 words and 4 prompts do not fit, unless the prompts stand behind the embeddings."""
+    base = world.base("encoder")
+    encoded = encode([{"text": "the " * 40, "label": "a"}], base, max_length=30)
+    with pytest.raises(FedtuneError, match=r"D207.*30 tokens and 4 virtual.*32.*28"):
+        score(attach(base, AdapterSettings(kind="prompt", tokens=4), 1), encoded)
+    assert score(attach(base, AdapterSettings(kind="prompt", tokens=4, deep=True), 1), encoded).count == 1

@@ -42,11 +42,15 @@ def recipe() -> dict[str, str]:
     """docs/recipe.md: one table of keys for each settings class, in the order in which the recipe reaches them."""
     from fedtune.config import Recipe
 
-    lines = [NOTE, "# The recipe\n", "One TOML file. Every key has a default; `--set path=value` overrides one, for example `--set rounds=3`.\n"]
+    lines = [
+        NOTE,
+        "# The recipe\n",
+        "One TOML file. What it leaves out has the default below; `--set path=value` overrides one key, for example `--set rounds=3`.\n",
+    ]
     for path, cls in tables("", Recipe):
         fields = [(name, field) for name, field in cls.model_fields.items() if not inner(field.annotation)]
-        about = inspect.getdoc(cls) or ""
-        lines.append(f"## {path or 'Top level'}\n\n{about}\n")
+        about = re.sub(r"^\[.*?: ", "", inspect.getdoc(cls) or "")  # the docstring repeats the heading
+        lines.append(f"## {path or 'Top level'}\n\n{about[:1].upper()}{about[1:]}\n")
         if fields:
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
             lines += [f"| `{name}` | {cell(kind(field))} | {cell(default(field))} | {cell(field.description or '')} |" for name, field in fields]

@@ -69,7 +69,7 @@ def test_a_phase_is_remembered(folder: RunFolder) -> None:
 
 def test_a_file_that_is_no_database_is_refused(folder: RunFolder) -> None:
     folder.journal.write_bytes(b"not a database at all, sorry" * 100)
-    with pytest.raises(FedtuneError, match="R403.*damaged"):
+    with pytest.raises(FedtuneError, match=r"R403.*damaged"):
         Journal(folder.journal)
 
 
@@ -81,12 +81,12 @@ def test_state_comes_back_to_the_bit_and_damage_is_seen(folder: RunFolder) -> No
     content = bytearray(folder.state(1).read_bytes())
     content[-1] ^= 1
     folder.state(1).write_bytes(bytes(content))
-    with pytest.raises(FedtuneError, match="R403.*SHA-256"):
+    with pytest.raises(FedtuneError, match=r"R403.*SHA-256"):
         load_state(folder, 1, sha)
     folder.state(1).write_bytes(b"12")
-    with pytest.raises(FedtuneError, match="R403"):
+    with pytest.raises(FedtuneError, match=r"R403"):
         load_state(folder, 1, "")
-    with pytest.raises(FedtuneError, match="R403"):
+    with pytest.raises(FedtuneError, match=r"R403"):
         load_state(folder, 2, "")
 
 
@@ -115,18 +115,18 @@ def test_memories_follow_the_committed_round(folder: RunFolder) -> None:
 def test_a_folder_is_never_taken_twice(tmp_path: Path) -> None:
     first, second = folders.create(tmp_path, "", "demo"), folders.create(tmp_path, "", "demo")
     assert (first.path.name, second.path.name) == ("demo", "demo-2")
-    with pytest.raises(FedtuneError, match="R401.*resume"):
+    with pytest.raises(FedtuneError, match=r"R401.*resume"):
         folders.create(tmp_path, "demo", "x")
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedtuneError, match="R402"):
+    with pytest.raises(FedtuneError, match=r"R402"):
         folders.existing(tmp_path)
     (tmp_path / "config.json").write_text("{nonsense")
-    with pytest.raises(FedtuneError, match="R402"):
+    with pytest.raises(FedtuneError, match=r"R402"):
         folders.existing(tmp_path)
     (tmp_path / "config.json").write_text('{"rounds": "many"}')
-    with pytest.raises(FedtuneError, match="R402"):
+    with pytest.raises(FedtuneError, match=r"R402"):
         folders.recipe_of(RunFolder(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_one_process_per_run_and_a_killed_one_lets_go(folder: RunFolder) -> None
     other = context.Process(target=hold, args=(folder.path, ready))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(FedtuneError, match="R407"), folder.locked():
+    with pytest.raises(FedtuneError, match=r"R407"), folder.locked():
         pass
     os.kill(other.pid or 0, signal.SIGKILL)
     other.join()
@@ -155,6 +155,6 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path: Path) -> No
     target = tmp_path / "result.json"
     target.write_text("old")
     (tmp_path / ".result.json.part").symlink_to("/dev/full")  # every write to it fails with ENOSPC, as on a full disk
-    with pytest.raises(FedtuneError, match="R404.*no space left"):
+    with pytest.raises(FedtuneError, match=r"R404.*no space left"):
         RunFolder(tmp_path).write_json("result.json", {"a": 1})
     assert target.read_text() == "old"

@@ -1,0 +1,125 @@
+"""The built-in data: docstrings of packages that every installation has, labelled by package.
+
+The files are parsed, never imported. A row is a docstring's first paragraph without markup; whatever names a package is
+masked, so that a classifier must know what the packages are about. The rows depend on the installed versions only.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedtune.data.rows import Table
+from fedtune.data.settings import DataSettings
+from fedtune.errors import FedtuneError
+from fedtune.rng import stream
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    # package (a dependency of fedtune or of its dependencies) -> other names by which texts call it, as whole words
+    "fontTools": ("font tools", "ttlib", "ttx"),
+    "matplotlib": ("mpl", "plt", "pyplot", "pylab"),
+    "networkx": ("nx",),
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "prompt_toolkit": ("prompt toolkit", "ptk"),
+    "sqlalchemy": ("sqla",),
+    "sympy": ("isympy",),
+    "torch": ("aten", "nn"),
+    "transformers": ("transformer", "hugging face", "huggingface", "hf", "tf"),
+}
+PER_PACKAGE = 450  # rows; ten packages make 4,500 in the time that parsing 12 MB takes
+MIN_WORDS = 5
+SKIPPED = {"tests", "test", "testing", "_vendor", "__pycache__"}
+MASK = "library"
+
+# a package's name inside any longer name or dotted path ("torch.nn.Module", "PyTorch", "numpydoc"), or another name as a word
+NAMES = re.compile(
+    rf"[\w.\-]*(?:{'|'.join(PACKAGES)})(?:[\w.\-]*\w)?|\b(?:{'|'.join(alias for aliases in PACKAGES.values() for alias in aliases)})\b(?:\.\w+)*",
+    re.IGNORECASE,
+)
+SECTION = re.compile(r"\n\s*(?:Args?|Arguments|Parameters|Returns?|Raises|Yields|Notes?|Examples?)\s*:?\s*(?:\n.*)?\Z", re.DOTALL)  # not parted by a blank line
+WORD = re.compile(r"[A-Za-z]{2}")
+MARKUP: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), into)
+    for pattern, into in (
+        (r">>>[\s\S]*", ""),  # a doctest and all that follows
+        (r"`([^`<]*?)\s*<[^`>]*>`_*", r"\1"),  # `text <target>`_
+        (r":[\w:+-]+:`~?([^`]*)`", r"\1"),  # :class:`~a.B`
+        (r"\[([^\]]*)\]\([^)]*\)", r"\1"),  # [text](target)
+        (r"https?://\S+", ""),
+        (r"[`*|]+", ""),
+        (r"\s+", " "),
+    )
+)
+
+
+def docstrings(data: DataSettings) -> Table:
+    """Columns text and label; the same rows in every process. Raises D208 (a package is not installed)."""
+    return Table([{data.text: text, data.label: label} for text, label in collect()], "the built-in docstrings")
+
+
+@cache
+def collect() -> tuple[tuple[str, str], ...]:
+    """(text, package) by package; a text that two packages share stays with the first."""
+    seen: set[str] = set()
+    pairs: list[tuple[str, str]] = []
+    for number, package in enumerate(PACKAGES):
+        before = len(pairs)
+        for paragraph in paragraphs(package, number):
+            text = cleaned(paragraph)
+            words = [word for word in text.split() if WORD.search(word) and MASK not in word]
+            if len(words) >= MIN_WORDS and text.lower() not in seen:
+                seen.add(text.lower())
+                pairs.append((text, package))
+                if len(pairs) - before == PER_PACKAGE:
+                    break
+    return tuple(pairs)
+
+
+def paragraphs(package: str, number: int) -> Iterator[str]:
+    """First paragraphs of a package's docstrings, its files in a fixed random order: a sample of the whole package, read only as far as needed."""
+    spec = find_spec(package)  # finds a top-level package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise FedtuneError("D208", f"no package '{package}', which the built-in data is made from", "it installed", f"install it with: pip install {package}")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort(key=lambda path: path.relative_to(root).as_posix())
+    for index in stream("docstrings", number).permutation(len(files)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            try:
+                tree = ast.parse(files[index].read_bytes())
+            except (SyntaxError, ValueError):  # templates, or syntax of another Python: no source of text
+                continue
+        for docstring in documented(tree):
+            yield docstring.split("\n\n", 1)[0]
+
+
+def documented(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+    """Docstrings of a module's classes, their methods and its functions, in the order of the file."""
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(child)
+            if docstring:
+                yield docstring
+        if isinstance(child, ast.ClassDef):
+            yield from documented(child)
+
+
+def cleaned(paragraph: str) -> str:
+    """Prose on one line, packages masked; "" for what is a directive rather than prose."""
+    if paragraph.lstrip().startswith((".. ", ">>>")):
+        return ""
+    paragraph = SECTION.sub("", paragraph)
+    for pattern, into in MARKUP:
+        paragraph = pattern.sub(into, paragraph)
+    return NAMES.sub(MASK, paragraph).strip()

@@ -1,0 +1,161 @@
+"""A federation's data: every client's training and held-out rows, and one test set.
+
+The order of events: read, limit, (by = "column") keep the clients, draw the test set, make the clients, hold out at each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.data.partition import kept_values, partition_rows, too_few
+from fedtune.data.rows import BLANK, Clean, Rows, Table, clean
+from fedtune.data.settings import DataSettings, PartitionSettings
+from fedtune.data.sources import SOURCES
+from fedtune.errors import FedtuneError
+from fedtune.rng import stream
+
+__all__ = ["Federation", "Rows", "Slice", "histogram", "load", "load_slice"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One client's rows; `test` is what it holds out for itself."""
+
+    id: int
+    name: str
+    train: Rows
+    test: Rows
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All clients, numbered from 0 in order.
+
+    test     the global test set: the source's own, or test_share of the rows, or what the clients hold out, pooled
+    labels   the label set, in the order of the class numbers; () for tasks without labels
+    dropped  reason -> rows left out; callers report them
+    """
+
+    clients: tuple[Slice, ...]
+    test: Rows
+    labels: tuple[str, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def load(data: DataSettings, partition: PartitionSettings, seed: int) -> Federation:
+    """Same settings and seed, same rows in every process. Raises D201 to D206 and D208."""
+    column = partition.column if partition.by in ("column", "dirichlet", "shards") else ""
+    table = SOURCES[data.source](data)
+    rows, dropped = usable(data, table, seed, column)
+    test = None if table.test is None else clean(data, table.test, f"the test set of {table.where}", table.folder, column if partition.by == "column" else "")
+    if test is not None:
+        count(dropped, BLANK, test.blank)
+    values: list[str] = []
+    if partition.by == "column":
+        values = kept_values(partition, sizes(data, rows))
+        rows, test = only(rows, values, partition, dropped), None if test is None else only(test, values, partition, dropped)
+    held: Rows | None = None if test is None else test.rows
+    if held is None and data.test_share:
+        kept, out = cut(len(rows.rows), data.test_share, "random", seed, -1)
+        held = [rows.rows[i] for i in out]
+        rows = Clean([rows.rows[i] for i in kept], [rows.keys[i] for i in kept], 0)
+    if partition.by == "column":
+        groups = [(value, [i for i, key in enumerate(rows.keys) if key == value]) for value in values]
+    else:
+        groups = partition_rows(partition, rows.keys, seed)
+    clients = tuple(sliced(data, seed, number, name, [rows.rows[i] for i in group]) for number, (name, group) in enumerate(groups))
+    for client in clients:
+        if len(client.train) < partition.min_rows:
+            raise too_few(partition, client.name, len(client.train))
+    if held is None:
+        held = [row for client in clients for row in client.test]
+    if not held and (table.test is not None or data.client_test_share):
+        raise FedtuneError("D202", f"no rows in the test set of {table.where}", "at least one", "correct the data or raise data.test_share")
+    return Federation(clients, held, label_set(data, [*rows.rows, *held]), dropped)
+
+
+def load_slice(data: DataSettings, seed: int, id: int = 0, name: str = "site") -> tuple[Slice, dict[str, int]]:
+    """A real site's own rows, all of one client, and the rows left out. A source's own test set is what the site holds out; test_share does not apply.
+
+    Raises what `load` raises, and D206 if the task has labels and the recipe does not list them: sites that each sorted their
+    own labels would number the classes differently.
+    """
+    if data.task in ("classify", "image-classify") and not data.labels:
+        raise FedtuneError("D206", "no data.labels at a site", "the same label set at every site", "list all labels in data.labels")
+    table = SOURCES[data.source](data)
+    rows, dropped = usable(data, table, seed, "")
+    if table.test is None:
+        mine = sliced(data, seed, id, name, rows.rows)
+    else:
+        test = clean(data, table.test, f"the test set of {table.where}", table.folder)
+        count(dropped, BLANK, test.blank)
+        mine = Slice(id, name, rows.rows, test.rows)
+    if not mine.train:
+        raise FedtuneError("D205", f"0 training rows at '{name}'", "at least one", "use more data or lower data.client_test_share")
+    return mine, dropped
+
+
+def histogram(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Label -> rows, by label; empty for rows without labels."""
+    return dict(sorted(Counter(row["label"] for row in rows if "label" in row).items()))
+
+
+def usable(data: DataSettings, table: Table, seed: int, column: str) -> tuple[Clean, dict[str, int]]:
+    """The rows that may train, at most data.limit of them, and what was left out. Raises D202."""
+    rows, dropped = clean(data, table.rows, table.where, table.folder, column), dict(table.dropped)
+    count(dropped, BLANK, rows.blank)
+    if not rows.rows:
+        raise FedtuneError("D202", f"no usable rows in {table.where}", "at least one", "correct data.path and the columns named in [data]")
+    if 0 < data.limit < len(rows.rows):
+        chosen = sorted(stream("limit", seed).permutation(len(rows.rows))[: data.limit].tolist())
+        count(dropped, f"more than data.limit = {data.limit}", len(rows.rows) - len(chosen))
+        rows = Clean([rows.rows[i] for i in chosen], [rows.keys[i] for i in chosen], 0)
+    return rows, dropped
+
+
+def sizes(data: DataSettings, rows: Clean) -> Counter[str]:
+    """How much each value of the column has: characters, where a task learns from text as such, otherwise rows."""
+    total: Counter[str] = Counter()
+    for row, key in zip(rows.rows, rows.keys, strict=True):
+        if data.task == "causal-lm":
+            total[key] += len(row["text"])
+        elif data.task == "instruct":
+            total[key] += sum(len(turn["content"]) for turn in row["messages"]) if "messages" in row else len(row["prompt"]) + len(row["response"])
+        else:
+            total[key] += 1
+    return total
+
+
+def only(rows: Clean, values: Sequence[str], partition: PartitionSettings, dropped: dict[str, int]) -> Clean:
+    """Rows of the clients that are kept."""
+    kept = [i for i, key in enumerate(rows.keys) if key in set(values)]
+    count(dropped, f"other values of '{partition.column}' than the {len(values)} clients", len(rows.rows) - len(kept))
+    return Clean([rows.rows[i] for i in kept], [rows.keys[i] for i in kept], 0)
+
+
+def sliced(data: DataSettings, seed: int, number: int, name: str, rows: Rows) -> Slice:
+    kept, out = cut(len(rows), data.client_test_share, data.order, seed, number)
+    return Slice(number, name, [rows[i] for i in kept], [rows[i] for i in out])
+
+
+def cut(rows: int, share: float, order: str, seed: int, number: int) -> tuple[list[int], list[int]]:
+    """Row numbers kept and held out, both rising: int((1 - share) * rows) are kept, the first ones or at random."""
+    keep = int((1 - share) * rows)
+    if order == "time":
+        return list(range(keep)), list(range(keep, rows))
+    shuffled = stream("held out", seed, number).permutation(rows).tolist()
+    return sorted(shuffled[:keep]), sorted(shuffled[keep:])
+
+
+def label_set(data: DataSettings, rows: Rows) -> tuple[str, ...]:
+    if data.task not in ("classify", "image-classify"):
+        return ()
+    return data.labels or tuple(histogram(rows))
+
+
+def count(dropped: dict[str, int], reason: str, rows: int) -> None:
+    if rows:
+        dropped[reason] = dropped.get(reason, 0) + rows

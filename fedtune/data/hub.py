@@ -1,0 +1,38 @@
+"""A data set of the Hugging Face hub, or a local folder that `datasets` can load or has saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.data.rows import Rows, Table
+from fedtune.data.settings import DataSettings
+from fedtune.errors import FedtuneError
+
+
+def hub(data: DataSettings) -> Table:
+    """The split `data.split`; classes kept as numbers with names become their names. Raises D201 and D202."""
+    import datasets
+
+    try:
+        if (Path(data.path) / "state.json").is_file() or (Path(data.path) / "dataset_dict.json").is_file():  # written by save_to_disk
+            loaded = datasets.load_from_disk(data.path)
+            found = loaded if isinstance(loaded, datasets.Dataset) else loaded[data.split]
+        else:
+            found = datasets.load_dataset(data.path, split=data.split)
+    except Exception as error:  # loaders, file formats and the network raise what they like; all of it means: no data
+        said = " ".join(str(error).split())[:160]
+        raise FedtuneError(
+            "D201",
+            f"no split '{data.split}' of '{data.path}' ({type(error).__name__}: {said})",
+            "a data set that can be loaded",
+            "correct data.path and data.split, or go online once",
+        ) from error
+    names = {column: feature.names for column, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
+    rows: Rows = [dict(row) for row in found]
+    for row in rows:
+        for column, classes in names.items():
+            if row[column] is not None and row[column] >= 0:  # -1 marks a hidden label
+                row[column] = classes[row[column]]
+    if not rows:
+        raise FedtuneError("D202", f"no rows in split '{data.split}' of '{data.path}'", "at least one", "correct data.split")
+    return Table(rows, f"{data.path} ({data.split})")

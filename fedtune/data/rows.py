@@ -1,0 +1,152 @@
+"""From what a source gives to rows of one shape per task, checked one by one.
+
+    causal-lm        {"text": str}
+    instruct         {"messages": [{"role", "content"}, ...]} or {"prompt": str, "response": str}
+    classify         {"text": str, "label": str}
+    image-classify   {"image": path or uint8 array (height, width, channels), "label": str}
+
+Nothing is cast but labels and client names: whole numbers become their digits, because files keep classes as either.
+Rows are counted from 1 in messages.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fedtune.data.settings import DataSettings
+from fedtune.errors import FedtuneError
+
+Rows = list[dict[str, Any]]
+BLANK = "an empty text or response"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a source gives: rows with the columns that they came with.
+
+    test     the source's own test set, None if it has none
+    dropped  reason -> rows that the source left out
+    folder   where relative paths in an image column start
+    """
+
+    rows: Rows
+    where: str
+    test: Rows | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Clean:
+    """Rows in the task's shape, beside each the value of the column that makes clients ("" if none), and how many were blank."""
+
+    rows: Rows
+    keys: list[str]
+    blank: int
+
+
+def clean(data: DataSettings, rows: Rows, where: str, folder: Path | None = None, column: str = "") -> Clean:
+    """Raises D203 (a cell that cannot be used), D204 (no such column), D206 (a label outside data.labels)."""
+    made: Rows = []
+    keys: list[str] = []
+    for number, row in enumerate(rows, 1):
+        at = f"row {number} of {where}"
+        shaped = shape(data, row, at, folder)
+        if shaped is None:
+            continue
+        made.append(shaped)
+        keys.append(name_of(row, column, at, "partition.column") if column else shaped.get("label", ""))
+    return Clean(made, keys, len(rows) - len(made))
+
+
+def shape(data: DataSettings, row: Mapping[str, Any], at: str, folder: Path | None) -> dict[str, Any] | None:
+    """One row in the task's shape; None if it has no text."""
+    if data.task == "image-classify":
+        return {"image": picture(cell(row, data.image, at, "data.image"), data.image, at, folder), "label": label_of(data, row, at)}
+    if data.task == "instruct" and data.messages:
+        return {"messages": chat(row, data.messages, at)}
+    if data.task == "instruct":
+        prompt, response = text_of(row, data.prompt, at, "data.prompt"), text_of(row, data.response, at, "data.response")
+        return {"prompt": prompt, "response": response} if response.strip() else None
+    text = text_of(row, data.text, at, "data.text")
+    if not text.strip():
+        return None
+    return {"text": text, "label": label_of(data, row, at)} if data.task == "classify" else {"text": text}
+
+
+def cell(row: Mapping[str, Any], column: str, at: str, setting: str) -> Any:
+    """Raises D204 (no such column) and D203 (nothing in it)."""
+    if column not in row:
+        raise FedtuneError("D204", f"no column '{column}' in {at}", f"one of its columns: {', '.join(sorted(map(str, row)))}", f"correct {setting}")
+    if row[column] is None:
+        unreadable(f"nothing in column '{column}' of {at}", "a value in every row")
+    return row[column]
+
+
+def text_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
+    value = cell(row, column, at, setting)
+    if not isinstance(value, str):
+        unreadable(f"{kind(value)} in column '{column}' of {at}", "a text")
+    return value
+
+
+def name_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
+    """A label or a client's name: a text that is not empty, or a whole number, which becomes its digits."""
+    value = cell(row, column, at, setting)
+    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)) or value == "":
+        unreadable(f"{kind(value)} in column '{column}' of {at}", "a name or a whole number")
+    return str(value)
+
+
+def label_of(data: DataSettings, row: Mapping[str, Any], at: str) -> str:
+    label = name_of(row, data.label, at, "data.label")
+    if data.labels and label not in data.labels:
+        known = ", ".join(data.labels[:8]) + (" ..." if len(data.labels) > 8 else "")
+        raise FedtuneError("D206", f"the label '{label}' in {at}", f"one of {known}", "add it to data.labels or correct the row")
+    return label
+
+
+def chat(row: Mapping[str, Any], column: str, at: str) -> list[dict[str, str]]:
+    """Chat messages: a list of {role, content}, both texts; other keys do not travel."""
+    value = cell(row, column, at, "data.messages")
+    turns = list(value) if isinstance(value, (list, tuple, np.ndarray)) else []
+    if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns):
+        unreadable(f"{kind(value)} in column '{column}' of {at}", "a list of messages, each with the texts role and content")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def picture(value: Any, column: str, at: str, folder: Path | None) -> str | np.ndarray:
+    """A path stays a path (opened when encoded); anything else becomes uint8 (height, width, channels). Raises D203."""
+    from PIL import Image
+
+    if isinstance(value, str):
+        return value if folder is None else str(folder / value)
+    if isinstance(value, Mapping) and value.get("bytes") is not None:  # as `datasets` keeps images in Parquet
+        value = value["bytes"]
+    if isinstance(value, bytes):
+        try:
+            value = Image.open(io.BytesIO(value))
+            value.load()
+        except (OSError, ValueError) as error:
+            unreadable(f"an image in column '{column}' of {at} that Pillow cannot read", "an image file's bytes", error)
+    if isinstance(value, Image.Image):
+        value = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim not in (2, 3):
+        unreadable(f"{kind(value)} in column '{column}' of {at}", "a path, an image or a uint8 array (height, width, channels)")
+    return value if value.ndim == 3 else value[:, :, None]
+
+
+def kind(value: Any) -> str:
+    """What was found, in words short enough for a sentence."""
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+
+
+def unreadable(found: str, expected: str, cause: Exception | None = None) -> NoReturn:
+    raise FedtuneError("D203", found, expected, "correct or remove the row") from cause

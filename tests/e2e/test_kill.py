@@ -1,0 +1,92 @@
+"""SIGKILL at any moment, then `fedtune resume`: the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.run import run
+from tests import small
+
+CHANGES = {"chain": [{"step": "sign", "error_feedback": True}], "rounds": 4, "evaluate__centralised": True}
+DIE_IN = """
+import os, signal, sys
+from fedtune.runtime import run as module
+real = module.{name}
+def dying(*arguments, **more):
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **more)
+module.{name} = dying
+from fedtune.cli import main
+main(["resume", sys.argv[1]])
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The config of a run, and the digest that it ends with."""
+    root = tmp_path_factory.mktemp("kill")
+    folder, result, _ = small.play(small.recipe(tiny_bert, small.write_rows(root), **CHANGES), root)
+    return folder.path / "config.json", result["state_sha256"]
+
+
+def fresh(config: Path, root: Path) -> RunFolder:
+    folder = RunFolder(root / "run")
+    (folder.path / "state").mkdir(parents=True)
+    (folder.path / "config.json").write_bytes(config.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("save_state", "arguments[1] == 2"),  # before the state of round 2 is written
+        ("digest", "module_rounds() == 2"),  # after it is written, before its row is committed
+        ("prune_states", "arguments[1] == 3"),  # after the commit of round 3
+        ("compare", "True"),  # after the last round, before any score
+        ("summary", "True"),  # after the scores, before adapter and result
+    ],
+)
+def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(name: str, when: str, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+    config, want = undisturbed
+    folder = fresh(config, tmp_path)
+    if name == "digest":  # called once a round, just before the commit
+        program = "count = 0\ndef module_rounds():\n    global count\n    count += 1\n    return count\n" + DIE_IN.format(name=name, when=when)
+    else:
+        program = DIE_IN.format(name=name, when=when)
+    died = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True, check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (folder.path / "result.json").exists()
+    assert run(recipe_of(folder), folder, lambda event: None)["state_sha256"] == want
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+    """Killed from outside as soon as it has done something new, until it is through."""
+    config, want = undisturbed
+    folder = fresh(config, tmp_path)
+    kills = 0
+    for patience in (1, 4, 6):
+        process = subprocess.Popen([sys.executable, "-m", "fedtune", "resume", str(folder.path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        seen = told(folder)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and told(folder) < seen + patience and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    assert run(recipe_of(folder), folder, lambda event: None)["state_sha256"] == want
+
+
+def told(folder: RunFolder) -> int:
+    """Answers that the run has told so far."""
+    path = folder.path / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(json.loads(line)["event"] in ("ClientDone", "RoundDone") for line in lines if line.endswith("}"))

@@ -1,0 +1,202 @@
+"""The local loop against plain torch and plain peft, and each of its terms against arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.model.bench import attach
+from fedtune.model.encode import encode
+from fedtune.model.fit import fit, schedule_factor, step_batches
+from fedtune.model.settings import AdapterSettings, TrainSettings
+from fedtune.schema import digest
+from tests import tiny
+
+
+def plain_loop(net: Any, parameters: list[Any], encoded: Any, settings: TrainSettings, seed: int) -> None:
+    """Ordinary training, as anybody would write it."""
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    net.train()
+    for (indices,) in step_batches(len(encoded), settings, seed):
+        batch = encoded.collate(indices)
+        optimizer.zero_grad()
+        logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = batch["labels"]
+        if labels.ndim == 2:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)).backward()
+        optimizer.step()
+
+
+SETTINGS = TrainSettings(steps=7, lr=1e-2, batch=4, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("model", ["causal", "encoder"])
+def test_full_equals_a_plain_torch_loop_bit_for_bit(world: Any, model: str) -> None:
+    base, encoded = world.base(model), world.encoded(model)
+    bench = attach(base, AdapterSettings(kind="full"), 1)
+    start = bench.read()
+    fit(bench, encoded, SETTINGS, 9)
+    auto = transformers.AutoModelForCausalLM if model == "causal" else transformers.AutoModelForSequenceClassification
+    net = auto.from_pretrained(world.folders[model])
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in start.items()}, strict=False)
+    plain_loop(net, list(net.parameters()), encoded, SETTINGS, 9)
+    theirs = {name: value.detach().numpy() for name, value in net.named_parameters()}
+    assert digest(bench.read()) == digest(theirs)
+
+
+def test_lora_equals_a_plain_peft_loop_bit_for_bit(world: Any) -> None:
+    base, encoded = world.base("causal"), world.encoded("causal")
+    bench = attach(base, AdapterSettings(rank=4, alpha=8.0, targets=("q_proj", "v_proj")), 11)
+    start = bench.read()
+    fit(bench, encoded, SETTINGS, 9)
+    net = transformers.AutoModelForCausalLM.from_pretrained(world.folders["causal"])
+    torch.manual_seed(11)
+    net = peft.get_peft_model(net, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    assert digest(peft_state(net)) == digest(start)  # peft's own initialisation from the same seed, under peft's own file names
+    plain_loop(net, [value for value in net.parameters() if value.requires_grad], encoded, SETTINGS, 9)
+    assert digest(peft_state(net)) == digest(bench.read())
+
+
+def peft_state(net: Any) -> dict[str, np.ndarray]:
+    return {name: value.detach().clone().numpy() for name, value in peft.get_peft_model_state_dict(net, save_embedding_layers=False).items()}
+
+
+def test_same_seed_same_bytes_and_dropout_is_seeded(world: Any, tmp_path: Any) -> None:
+    from fedtune.model.base import load
+    from fedtune.model.settings import ModelSettings
+
+    base = load(ModelSettings(name=str(tiny.bert(tmp_path, dropout=0.2)), threads=1), "classify", ("a", "b"), 1)
+    encoded = encode(tiny.texts(), base, max_length=16)
+
+    def once(seed: int) -> str:
+        bench = attach(base, AdapterSettings(dropout=0.1), 1)
+        torch.rand(3)
+        fit(bench, encoded, TrainSettings(steps=3, batch=6), seed)
+        return digest(bench.read())
+
+    outside = torch.get_rng_state()
+    assert once(1) == once(1) != once(2)
+    torch.set_rng_state(outside)
+    expected = torch.rand(3), torch.rand(3)  # what two calls of `once` draw between
+    torch.set_rng_state(outside)
+    once(1)
+    assert torch.equal(torch.rand(3), expected[1])  # training does not move the global generator
+
+
+@pytest.mark.parametrize("model", ["causal", "instruct", "encoder", "images"])
+def test_accumulation_equals_one_big_batch(world: Any, model: str) -> None:
+    """Examples of different lengths: a mean of micro-batch means would differ."""
+    base, encoded = world.base(model), world.encoded(model)
+    results = []
+    for batch, accumulate in ((len(encoded), 1), (2, len(encoded) // 2)):
+        bench = attach(base, AdapterSettings(), 1)
+        report = fit(bench, encoded, TrainSettings(optimizer="sgd", lr=0.1, steps=1, batch=batch, accumulate=accumulate), 3)
+        results.append((bench.read(), report.loss, report.examples, report.tokens))
+    assert results[0][2:] == results[1][2:] == (len(encoded), encoded.tokens)
+    assert math.isclose(results[0][1], results[1][1], rel_tol=1e-5)
+    for name, value in results[0][0].items():
+        np.testing.assert_allclose(results[1][0][name], value, atol=1e-6)
+
+
+def test_fedprox_by_hand(world: Any) -> None:
+    """Two SGD steps: the first sees no pull, since w = w_round; the second is pulled by lr * mu * (w - w_round)."""
+    base, encoded = world.base("encoder"), world.encoded("encoder")
+    settings = {"optimizer": "sgd", "lr": 0.1, "batch": 6}
+
+    def after(steps: int, prox: float) -> dict[str, np.ndarray]:
+        bench = attach(base, AdapterSettings(kind="bias"), 1)
+        fit(bench, encoded, TrainSettings(steps=steps, prox=prox, **settings), 3)
+        return bench.read()
+
+    start = attach(base, AdapterSettings(kind="bias"), 1).read()
+    one, two, pulled = after(1, 0.0), after(2, 0.0), after(2, 0.5)
+    assert digest(one) == digest(after(1, 0.5))
+    for name in start:
+        np.testing.assert_allclose(pulled[name], two[name] - 0.1 * 0.5 * (one[name] - start[name]), atol=1e-7)
+
+
+def test_clipping_limits_the_step(world: Any) -> None:
+    bench = attach(world.base("encoder"), AdapterSettings(), 1)
+    start = bench.read()
+    fit(bench, world.encoded("encoder"), TrainSettings(optimizer="sgd", lr=1.0, steps=1, clip=0.01), 3)
+    moved = math.sqrt(sum(float(((value - start[name]) ** 2).sum()) for name, value in bench.read().items()))
+    assert math.isclose(moved, 0.01, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["lora", "adapter", "full", "bias"])
+def test_recomputation_gives_the_same_bytes(world: Any, variant: str) -> None:
+    states = []
+    for checkpointing in (False, True):
+        bench = attach(world.base("causal" if variant != "bias" else "encoder"), AdapterSettings(kind=variant), 1)
+        calls = count_calls(bench)
+        fit(bench, world.encoded("causal" if variant != "bias" else "encoder"), TrainSettings(steps=2, checkpointing=checkpointing), 3)
+        states.append((digest(bench.read()), len(calls)))
+    assert states[0][0] == states[1][0]
+    assert states[1][1] == 2 * states[0][1]  # each block ran twice: it was really recomputed
+
+
+def count_calls(bench: Any) -> list[int]:
+    """Grows by one whenever the attention of the first block runs (recomputation stops before a block's last layer: its output is not needed)."""
+    from fedtune.model.blocks import block_list
+
+    calls: list[int] = []
+    block = block_list(bench.base.net)[0]
+    (block.self_attn if hasattr(block, "self_attn") else block.attention).register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_prefixes_cannot_be_recomputed(world: Any) -> None:
+    bench = attach(world.base("causal"), AdapterSettings(kind="prefix"), 1)
+    with pytest.raises(FedtuneError, match="M306"):
+        fit(bench, world.encoded("causal"), TrainSettings(steps=1, checkpointing=True), 3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_client(world: Any) -> None:
+    bench = attach(world.base("encoder"), AdapterSettings(kind="head"), 1)
+    bench.write({name: np.full_like(value, np.nan) for name, value in bench.read().items()})
+    with pytest.raises(ClientFailed, match=r"W607.*nan at local step 1"):
+        fit(bench, world.encoded("encoder"), TrainSettings(steps=5), 3)
+    with pytest.raises(FedtuneError, match="D205"):
+        fit(bench, encode([], world.base("encoder"), max_length=8), TrainSettings(steps=5), 3)
+
+
+def test_batches_are_epochs_of_permutations() -> None:
+    steps = list(step_batches(5, TrainSettings(steps=6, batch=2), 1))
+    assert [len(b) for (b,) in steps] == [2, 2, 1, 2, 2, 1]
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(i for (b,) in epoch for i in b) == [0, 1, 2, 3, 4]
+    assert steps == list(step_batches(5, TrainSettings(steps=6, batch=2), 1)) != list(step_batches(5, TrainSettings(steps=6, batch=2), 2))
+    assert [[len(b) for b in micro] for micro in step_batches(5, TrainSettings(steps=0, epochs=2, batch=2, accumulate=2), 1)] == [[2, 2], [1, 2], [2, 1]]
+    assert [sorted(b) for (b,) in step_batches(3, TrainSettings(steps=2, batch=8), 1)] == [[0, 1, 2]] * 2
+
+
+def test_schedules_run_over_all_rounds() -> None:
+    """4 rounds of 5 steps: 20 steps; a warm-up over a quarter of them."""
+
+    def factors(schedule: str, warmup: float) -> list[float]:
+        settings = TrainSettings(schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+        return [schedule_factor(settings, (done, 4), step, 5) for done in range(4) for step in range(5)]
+
+    assert factors("constant", 0.0) == [1.0] * 20
+    np.testing.assert_allclose(factors("constant", 0.25), [0.2, 0.4, 0.6, 0.8] + [1.0] * 16)
+    np.testing.assert_allclose(factors("linear", 0.0), [1 - k / 20 for k in range(20)])
+    np.testing.assert_allclose(factors("cosine", 0.0), [0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
+    np.testing.assert_allclose(factors("linear", 0.25)[5:], [1 - k / 15 for k in range(15)])
+
+
+def test_bfloat16_autocast_trains_close_to_float32(world: Any) -> None:
+    losses = []
+    for autocast in ("off", "bfloat16"):
+        bench = attach(world.base("causal"), AdapterSettings(), 1)
+        losses.append(fit(bench, world.encoded("causal"), TrainSettings(steps=5, lr=1e-2, autocast=autocast), 3).loss)
+    assert losses[0] != losses[1]
+    assert math.isclose(*losses, rel_tol=0.02)

@@ -1,0 +1,202 @@
+"""Each step on numbers that can be checked on paper, and against naive twins."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.schema import Schema
+from fedtune.transforms import STEPS, ChainStep, bits_per_parameter, build
+from fedtune.transforms.auto import AutoSettings, choose, density, kurtosis
+from fedtune.transforms.levels import Packed
+from fedtune.transforms.quantize import block_levels, deadzone_rate, sign_levels, step_levels
+from fedtune.transforms.sparsify import ternary_bits, ternary_levels, topk_levels
+from fedtune.types import Client, Round, Update
+from fedtune.wire.scales import expand, rounded
+
+RNG = np.random.default_rng(0)
+
+
+def step(**fields: object) -> Packed:
+    made = build([TypeAdapter(ChainStep).validate_python(fields)]).steps[0]
+    assert isinstance(made, Packed) or fields["step"] == "auto"
+    return made  # type: ignore[return-value]
+
+
+def test_two_bits_round_to_the_blocks_largest() -> None:
+    values = {"w": np.array([4.0, -1.9, 2.1, 0.0] + [0.0] * 60 + [0.5, -0.5])}  # blocks with 4 and 0.5 as largest
+    levels, scales = block_levels(values, RNG, 1, random=False)
+    assert levels["w"].tolist() == [1, 0, 1, 0] + [0] * 60 + [1, -1]
+    assert scales["w"].tolist() == [4.0, 0.5]
+
+
+@pytest.mark.parametrize("top", [1, 7, 127])
+def test_blocks_equal_a_naive_twin(top: int) -> None:
+    value = RNG.normal(0, 1e-4, (5, 77))
+    levels, scales = block_levels({"w": value}, RNG, top, random=False)
+    flat, got = value.reshape(-1), levels["w"].reshape(-1)
+    largest = rounded({"w": np.array([max(abs(x) for x in flat[i : i + 64]) / top for i in range(0, flat.size, 64)])})["w"]
+    assert np.array_equal(scales["w"], largest)
+    assert got.tolist() == [max(-top, min(top, round(x / float(largest[i // 64])))) for i, x in enumerate(flat)]
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    value = np.full(64, 0.3)
+    value[0] = 1.0
+    draws = [block_levels({"w": value}, np.random.default_rng(seed), 1, random=True)[0]["w"][1:].mean() for seed in range(200)]
+    assert np.mean(draws) == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / (63 * 200)))
+
+
+def test_stochastic_draws_differ_by_client_and_round() -> None:
+    chain = build([TypeAdapter(ChainStep).validate_python({"step": "quantize", "bits": 2, "rounding": "stochastic"})])
+    update = Update.of({"w": RNG.normal(size=200).astype(np.float32)})
+    sent = {(c, r): chain.send(update, Client(c, "", None, None), Round(r, 1, ())).tensors["w"].tobytes() for c in (0, 1) for r in (1, 2)}
+    assert len(set(sent.values())) == 4
+
+
+def test_sign_by_hand() -> None:
+    levels, scales = sign_levels({"w": np.array([3.0, -1.0, 0.0]), "b": np.array([-5.0])})
+    assert levels["w"].tolist() == [1, -1, 0] and levels["b"].tolist() == [-1]
+    assert (scales["w"], scales["b"]) == (2.0, 5.0)
+
+
+def test_deadzone_by_hand() -> None:
+    values = {"w": np.array([1.0, -1.0, 5.0, 0.0, 0.0, 0.0])}  # root mean square 2.1213, step the same: 1 is in the dead zone
+    levels, scales = step_levels(values, 1.0)
+    assert levels["w"].tolist() == [0, 0, 2, 0, 0, 0]
+    assert scales["w"] == 2.5  # fits 2 levels to 5
+
+
+def test_deadzone_reaches_the_largest_number() -> None:
+    value = np.full(100_000, 1e-3)
+    value[7] = 1.0  # 316 root mean squares
+    levels, scales = step_levels({"w": value}, 1.0)
+    assert levels["w"].max() == 127
+    assert expand(levels["w"], scales["w"])[7] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_ternary_has_one_threshold_for_all_tensors() -> None:
+    values = {"a": np.array([9.0, -7.0, 1.0, 0.5]), "b": np.array([8.0, 0.1])}
+    levels, scales = ternary_levels(values, 0.5)
+    assert levels["a"].tolist() == [1, -1, 0, 0] and levels["b"].tolist() == [1, 0]
+    assert (scales["a"], scales["b"]) == (8.0, 8.0)
+
+
+def test_compefts_scale_is_that_of_its_code() -> None:
+    """alpha * std of the whole vector, for every tensor (ComPEFT, ties_utils.py)."""
+    values = {"a": RNG.normal(0, 1, 500), "b": RNG.normal(0, 3, 300)}
+    levels, scales = ternary_levels(values, 0.1, alpha=4.0)
+    spread = 4.0 * np.concatenate([values["a"], values["b"]]).std()
+    assert scales["a"] == scales["b"] == pytest.approx(spread, rel=2**-11)
+    assert sum(int(np.count_nonzero(level)) for level in levels.values()) == 80
+
+
+def test_zeros_are_never_kept() -> None:
+    levels, _ = ternary_levels({"w": np.array([0.0, 0.0, 0.0, 2.0])}, 0.75)
+    assert levels["w"].tolist() == [0, 0, 0, 1]
+
+
+def test_topk_sends_the_values() -> None:
+    values = {"w": np.array([[0.1, -4.0], [3.0, 0.2]])}
+    levels, scales = topk_levels(values, 0.5)
+    assert expand(levels["w"], scales["w"]).tolist() == [[0.0, -4.0], [3.0, 0.0]]
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-12, 1e-6, 1.0, 65504.0, 1e30])
+def test_scales_keep_eleven_bits_at_every_size(size: float) -> None:
+    scales = {"a": np.float64(size), "b": np.array([0.0, size / 3, size / 1000])}
+    once = rounded(scales)
+    assert once["a"] == pytest.approx(size, rel=2**-11)
+    assert once["b"] == pytest.approx(scales["b"], rel=2**-11 if size > 1e-30 else 1e-2)
+    again = rounded(once)
+    assert all(np.array_equal(once[name], again[name]) for name in once)
+
+
+@pytest.mark.parametrize("size", [2047.9 / 2048, 65535.0 / 65536, 0.99999])
+def test_a_scale_that_rounds_up_to_a_power_of_two(size: float) -> None:
+    once = rounded({"a": np.array([size, 3e-9])})
+    assert np.array_equal(rounded(once)["a"], once["a"])
+
+
+def test_float32_is_the_end() -> None:
+    with pytest.raises(OverflowError):
+        rounded({"a": 3.4028e38 * 1.01})
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+def test_kurtosis_of_known_shapes() -> None:
+    assert kurtosis({"w": np.array([1.0, -1.0, 1.0])}) == 1.0
+    assert kurtosis({"a": RNG.uniform(-1e30, 1e30, 100_000)}) == pytest.approx(1.8, abs=0.02)
+    assert kurtosis({"a": RNG.normal(size=200_000)}) == pytest.approx(3.0, abs=0.1)
+    assert kurtosis({"w": np.zeros(3)}) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("measured", "ratio", "name", "rate", "feedback"),
+    [
+        (2.0, 1.9, "quantize", 8.0, False),
+        (2.0, 3.8, "quantize", 3.9, False),
+        (2.0, 8.0, "quantize", 1.5, False),
+        (2.0, 15.0, "sign", 1.0, True),
+        (3.0, 15.0, "ternary", 0.93, True),
+        (5.0, 15.0, "ternary", 0.57, True),
+        (2.0, 40.0, "ternary", 0.40, True),
+    ],
+)
+def test_auto_picks_the_most_faithful_that_fits(measured: float, ratio: float, name: str, rate: float, feedback: bool) -> None:
+    pick = choose(measured, AutoSettings(step="auto", ratio=ratio))
+    assert (pick.name, pick.feedback) == (name, feedback)
+    assert pick.rate == pytest.approx(rate, abs=0.01)
+    assert pick.bits(Schema((("w", (1000, 1000)),)), 32.0) <= 16 / ratio + 0.01
+
+
+def test_auto_says_what_it_chose_and_why() -> None:
+    auto = step(step="auto", ratio=15.0)
+    auto.on_client(Update.of({"w": np.float32([1, -1, 1, 1])}), Client(0, "", None, None), Round(1, 1, (0,)))
+    assert auto.said == "auto: sign at about 1.00 bits with error feedback, because the kurtosis is 1.00 and the target 15 times smaller than bfloat16"
+
+
+def test_auto_without_memory_stops_at_two_bits() -> None:
+    with pytest.raises(ValidationError, match="at most 9"):
+        AutoSettings(step="auto", ratio=15.0, error_feedback=False)
+
+
+def test_density_inverts_the_entropy() -> None:
+    for share in (0.01, 0.05, 0.2):
+        assert density(1.008 * ternary_bits(share)) == pytest.approx(share, rel=1e-6)
+
+
+# --- registry and estimates -------------------------------------------------------------------------------------------
+
+
+def test_every_step_can_be_named_in_a_recipe() -> None:
+    union = get_args(get_args(ChainStep)[0])
+    assert {settings for settings, _ in STEPS.values()} == set(union)
+    for name, (settings, _) in STEPS.items():
+        assert TypeAdapter(ChainStep).validate_python({"step": name}) == settings(step=name)
+
+
+def test_estimates_are_the_entropies_of_the_facts() -> None:
+    schema = Schema((("w", (1_000_000,)),))
+
+    def bits(**fields: object) -> float:
+        return bits_per_parameter(build([TypeAdapter(ChainStep).validate_python(fields)]), schema)
+
+    assert bits_per_parameter([], schema) == 32
+    assert bits(step="quantize", bits=4) == pytest.approx(3.9 + 0.25)
+    assert bits(step="sign") == pytest.approx(1.0, abs=1e-3)
+    for keep, entropy in ((0.05, 0.336), (0.1, 0.569), (0.2, 0.922)):
+        assert bits(step="ternary", keep=keep) == pytest.approx(entropy, rel=0.01)
+        assert bits(step="topk", keep=keep) == pytest.approx(entropy + 16 * keep, rel=0.01)
+
+
+def test_the_deadzones_rate_is_that_of_normal_numbers() -> None:
+    levels, _ = step_levels({"w": RNG.normal(size=400_000)}, 1.0)
+    _, counts = np.unique(levels["w"], return_counts=True)
+    shares = counts / counts.sum()
+    assert deadzone_rate(1.0) == pytest.approx(-(shares * np.log2(shares)).sum(), abs=0.01)

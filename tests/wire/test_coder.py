@@ -1,0 +1,114 @@
+"""The lossless coder: what went in comes out, at the rate that entropy allows, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedtune.errors import Refused
+from fedtune.wire import coder
+
+LEVELS = hnp.arrays(np.int8, st.integers(0, 700), elements=st.one_of(st.just(0), st.sampled_from([-1, 1]), st.integers(-127, 127)))
+
+
+def ternary(share: float, count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return ((rng.random(count) < share) * rng.choice([-1, 1], count)).astype(np.int8)
+
+
+def bound(levels: np.ndarray) -> float:
+    """H2(p) + p bits a level, for the share that is there."""
+    p = np.count_nonzero(levels) / levels.size
+    return -p * math.log2(p) - (1 - p) * math.log2(1 - p) + p
+
+
+@given(LEVELS)
+@settings(max_examples=200, deadline=None)
+def test_levels_come_back(levels: np.ndarray) -> None:
+    assert np.array_equal(coder.unpack(coder.pack(levels), levels.size), levels)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.2, 0.45, 0.6, 0.9, 1.0])
+def test_every_density_comes_back(share: float) -> None:
+    levels = ternary(share, 20_000)
+    assert np.array_equal(coder.unpack(coder.pack(levels), levels.size), levels)
+
+
+def test_gaps_by_hand() -> None:
+    places = np.array([0, 3, 300])  # 0 skipped, 2 skipped, 296 = 255 + 41 skipped
+    assert list(coder.gap_bytes(places)) == [0, 2, 255, 41]
+    assert coder.places_of(bytes([0, 2, 255, 41]), 3, 301).tolist() == [0, 3, 300]
+
+
+def test_signs_alone_cost_one_bit() -> None:
+    levels = np.where(np.arange(8000) % 3, 1, -1).astype(np.int8)
+    assert len(coder.pack(levels)) == coder.HEAD.size + 1000
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
+def test_rate_is_within_one_percent_of_the_bound(share: float) -> None:
+    levels = ternary(share, 1_000_000)
+    assert 8 * len(coder.pack(levels)) / levels.size < 1.01 * bound(levels)
+
+
+def test_many_levels_are_near_their_entropy() -> None:
+    levels = np.clip(np.rint(np.random.default_rng(0).normal(0, 2.0, 200_000)), -7, 7).astype(np.int8)
+    _, counts = np.unique(levels, return_counts=True)
+    shares = counts / levels.size
+    assert 8 * len(coder.pack(levels)) / levels.size < 1.03 * -(shares * np.log2(shares)).sum()
+
+
+def test_minus_128_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="-128"):
+        coder.pack(np.int8([-128]))
+
+
+def packed(road: int, marks: int, gaps: bytes, sizes: bytes = b"", signs: bytes = b"") -> bytes:
+    first, second = coder.deflate(gaps), coder.deflate(sizes)
+    return coder.HEAD.pack(road, marks, len(first), len(second)) + first + second + signs
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 12,
+        packed(3, 0, b""),
+        packed(0, 9, bytes(9), signs=b"\0\0"),  # more marks than levels
+        packed(0, 2, bytes([7, 0]), signs=b"\0"),  # the second mark is at 8 of 8
+        packed(0, 2, bytes([0]), signs=b"\0"),  # one gap for two marks
+        packed(0, 1, bytes([0, 255]), signs=b"\0"),  # ends in the middle of a gap
+        packed(0, 1, bytes([0]), signs=b""),
+        packed(0, 1, bytes([0]), signs=b"\0\0"),
+        packed(0, 1, bytes([0]), signs=b"\x01"),  # padding that is not 0: two messages would mean the same
+        packed(0, 1, bytes([0]), bytes([127]), b"\0"),  # a magnitude of 128
+        packed(0, 1, bytes([0]), bytes([1, 1]), b"\0"),
+        packed(2, 0, bytes(7)),
+        packed(2, 0, bytes(9)),
+        packed(2, 0, bytes([128] + [0] * 7)),  # -128
+        packed(2, 0, bytes(8)) + b"\0",
+        packed(0, 1, bytes([0]), signs=b"\0")[:-2] + b"\xff\0",
+    ],
+)
+def test_broken_levels_are_refused(data: bytes) -> None:
+    with pytest.raises(Refused, match="W601"):
+        coder.unpack(data, 8)
+
+
+def test_a_bomb_is_not_unpacked() -> None:
+    bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = bomb.compress(bytes(50_000_000)) + bomb.flush()  # 50 MB in 49 kB
+    message = coder.HEAD.pack(coder.DENSE, 0, len(data), 0) + data
+    tracemalloc.start()
+    with pytest.raises(Refused, match="W601"):
+        coder.unpack(message, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
