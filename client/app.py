@@ -3,6 +3,7 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.cli.common import quiet
 from fedtune.runtime.flower import answer, hello
 
 app = ClientApp()
@@ -17,4 +18,5 @@ def on_hello(message: Message, context: Context) -> Message:
 @app.train("ask")
 def on_ask(message: Message, context: Context) -> Message:
     """The client's half of a round."""
+    quiet()
     return answer(message, context)

@@ -20,9 +20,10 @@ from fedtune.data.settings import DataSettings, PartitionSettings
 from fedtune.errors import FedtuneError
 from fedtune.methods import MethodSettings
 from fedtune.model.settings import ModelSettings
-from fedtune.rules import check_rules
+from fedtune.rules import SELECTORS, check_rules, used
 from fedtune.settings import Settings
 from fedtune.transforms import ChainStep
+from fedtune.transforms.broadcast import DownlinkSettings
 
 
 class SamplingSettings(Settings):
@@ -67,6 +68,7 @@ class Recipe(Settings):
     sampling: SamplingSettings = SamplingSettings()
     chain: tuple[ChainStep, ...] = ()
     """Steps between a client's update and the server's sum, in the client's order."""
+    downlink: DownlinkSettings = DownlinkSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     def canonical(self) -> str:
@@ -125,6 +127,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = raw
     node: Any = tree
+    if ".".join(keys) in SELECTORS:
+        drop_unused(tree, keys, value)
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
@@ -137,6 +141,16 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             node = node[key]
         else:
             raise FedtuneError("C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path")
+
+
+def drop_unused(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """An override that changes a selector (say, the adapter's kind) takes the file's keys for the old value with it."""
+    table: Any = tree
+    for key in keys[:-1]:
+        table = table.get(key, {}) if isinstance(table, dict) else {}
+    if isinstance(table, dict):
+        for key in table.keys() - used(".".join(keys), str(value)):
+            del table[key]
 
 
 def sentence(error: ValidationError) -> FedtuneError:

@@ -45,6 +45,7 @@ CATALOGUE: dict[str, str] = {
     "F501": "Flower, or the part of it that this command needs, is not installed.",
     "F502": "Too few nodes are connected.",
     "F503": "A node answered with an error.",
+    "F504": "Flower's simulation engine did not start, or stopped.",
     # W: messages
     "W601": "A message is not in fedtune's wire format, or is truncated.",
     "W602": "A message was made by a version that this one cannot read.",

@@ -38,6 +38,17 @@ class Noted(Event):
 
 
 @dataclass(frozen=True)
+class Truncated(Event):
+    """Texts longer than the recipe's max_length: `cut` were shortened, `left_out` kept nothing that could be learned from."""
+
+    whose: str
+    rows: int
+    cut: int
+    left_out: int
+    max_length: int
+
+
+@dataclass(frozen=True)
 class ClientDone(Event):
     round: int
     client: int

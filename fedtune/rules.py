@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedtune.errors import FedtuneError
-from fedtune.model.settings import AdapterSettings
+from fedtune.settings import Settings
 
 if TYPE_CHECKING:
     from fedtune.config import Recipe
 
+# Which keys of a table the value of its selector uses; other keys would be ignored, so they are refused.
 ADAPTER_KEYS: dict[str, set[str]] = {
-    "lora": {"rank", "alpha", "dropout", "targets", "rslora", "dora"},
-    "ia3": {"targets"},
+    "lora": {"rank", "alpha", "dropout", "targets", "last", "rslora", "dora"},
+    "ia3": {"targets", "last"},
     "adapter": {"reduction", "shared"},
     "prompt": {"tokens", "deep"},
     "prefix": {"tokens"},
     "p-tuning": {"tokens"},
+}
+PARTITION_KEYS: dict[str, set[str]] = {"dirichlet": {"alpha", "column"}, "column": {"column", "all_values"}, "shards": {"column", "shards_per_client"}}
+SELECTORS = {
+    "method.adapter.kind": ({"kind"}, ADAPTER_KEYS),
+    "partition.by": ({"by", "clients", "min_rows"}, PARTITION_KEYS),
+    "downlink.step": ({"step"}, {"delta": {"keep"}}),
 }
 SOURCE_TASKS: dict[str, set[str]] = {
     "docstrings": {"classify", "causal-lm"},
@@ -47,7 +54,11 @@ def check_rules(recipe: Recipe) -> None:
         refuse("both sampling.count and sampling.fraction", "one of them", "remove one")
     if recipe.sampling.count > partition.clients and not partition.all_values:
         refuse(f"sampling.count = {recipe.sampling.count} of {partition.clients} clients", "at most all of them", "lower it")
-    check_adapter(method.adapter)
+    if recipe.downlink.step != "none" and not recipe.chain:
+        refuse(f"downlink.step = '{recipe.downlink.step}' without a [[chain]]", "a chain with a step, so that clients answer with differences",
+               "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]")  # fmt: skip
+    for path, table in (("method.adapter.kind", method.adapter), ("partition.by", partition), ("downlink.step", recipe.downlink)):
+        check_used(path, table)
     if method.train.steps and "epochs" in method.train.model_fields_set:
         refuse("method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs")
     for table in ("train", "server"):
@@ -58,12 +69,18 @@ def check_rules(recipe: Recipe) -> None:
             refuse(f"method.{table}.momentum with optimizer '{settings.optimizer}'", "optimizer = 'sgd'", f"change method.{table}.optimizer or remove momentum")
 
 
-def check_adapter(adapter: AdapterSettings) -> None:
-    """A setting that the chosen kind would ignore is a mistake, not a wish."""
-    used = ADAPTER_KEYS.get(adapter.kind, set()) | {"kind"}
-    ignored = sorted(adapter.model_fields_set - used)
-    if ignored:
-        refuse(f"method.adapter.{ignored[0]} for kind '{adapter.kind}'", f"only {', '.join(sorted(used))}", "remove it or change the kind")
+def used(path: str, value: str) -> set[str]:
+    """Keys that may stand beside a selector of that value."""
+    always, by_value = SELECTORS[path]
+    return always | by_value.get(value, set())
+
+
+def check_used(path: str, table: Settings) -> None:
+    """A key that the selector's value would ignore is a mistake, not a wish."""
+    parent, _, selector = path.rpartition(".")
+    value = str(getattr(table, selector))
+    for key in sorted(table.model_fields_set - used(path, value)):
+        refuse(f"{parent}.{key} with {path} = '{value}'", f"only {', '.join(sorted(used(path, value)))}", f"remove it or change {path}")
 
 
 def refuse(found: str, expected: str, do: str) -> None:

@@ -44,7 +44,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, dtypes, shapes and little-endian bytes in name order, as hex: equal states, equal digests."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        value = np.ascontiguousarray(tensors[name])
+        value = np.asarray(tensors[name], order="C")  # ascontiguousarray would make a scalar a vector
         value = value.astype(value.dtype.newbyteorder("<"), copy=False)
         total.update(json.dumps([name, value.dtype.str, value.shape]).encode())
         total.update(value.data)

@@ -5,6 +5,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedtune.cli.common import quiet, sinks
 from fedtune.runtime.flower import serve_context
 
 app = ServerApp()
@@ -13,4 +14,5 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run of the recipe, with the connected nodes as clients."""
-    serve_context(grid, context, Path(__file__).parent.parent)
+    quiet()
+    serve_context(grid, context, Path(__file__).parent.parent, sinks)

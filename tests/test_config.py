@@ -59,7 +59,7 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("[partition]\nby = 'column'", "C104: found partition.by = 'column' without partition.column"),
         ("[data]\ntask = 'causal-lm'\n[partition]\nby = 'dirichlet'", "C104: found partition.by = 'dirichlet' for a task without labels"),
         ("[sampling]\ncount = 9", "C104: found sampling.count = 9 of 8 clients"),
-        ("[method.adapter]\nkind = 'bias'\nrank = 4", "C104: found method.adapter.rank for kind 'bias'"),
+        ("[method.adapter]\nkind = 'bias'\nrank = 4", "C104: found method.adapter.rank with method.adapter.kind = 'bias'"),
         ("[method.server]\noptimizer = 'adam'\nmomentum = 0.9", "C104: found method.server.momentum with optimizer 'adam'"),
         ("[method.train]\nepochs = 2", "C104: found method.train.epochs beside method.train.steps"),
     ],
@@ -67,6 +67,15 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
 def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     said = bad(tmp_path, text)
     assert sentence in said and "\n" not in said and said[:4] in CATALOGUE
+
+
+def test_an_override_of_a_selector_takes_the_old_keys_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[method.adapter]\nkind = 'lora'\nrank = 4\n[partition]\nby = 'dirichlet'\nalpha = 0.1")
+    recipe = config.read(str(path), ["method.adapter.kind=prompt", "method.adapter.tokens=5", "partition.by=iid"])
+    assert (recipe.method.adapter.kind, recipe.method.adapter.tokens, recipe.partition.by) == ("prompt", 5, "iid")
+    with pytest.raises(FedtuneError, match="C104"):
+        config.read(str(path), ["method.adapter.kind=prompt", "method.adapter.rank=5"])
 
 
 @pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "a..b=1"])

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+from typing import Any
 
 import torch
 
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
+from fedtune.model.kinds import in_head, plain
 from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
 from fedtune.model.settings import TrainSettings
 from fedtune.rng import seed_of, stream
@@ -45,14 +47,14 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
     began = time.perf_counter()
     parameters = bench.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
-    optimizer = make_optimizer(parameters, settings)
+    optimizer = make_optimizer(bench, settings)
     plan = list(step_batches(len(encoded), settings, seed))
     loss_sum, examples, tokens = 0.0, 0, 0
     with training(bench, settings, seed):
         for number, micro in enumerate(plan):
-            rate = settings.lr * schedule_factor(settings, progress, number, len(plan))
+            factor = schedule_factor(settings, progress, number, len(plan))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = factor * group["full_lr"]
             batches = [encoded.collate(indices) for indices in micro]
             terms = sum(carries(bench.base.task, batch) for batch in batches)
             loss = 0.0
@@ -79,10 +81,14 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
     return FitReport(loss_sum / max(len(plan), 1), len(plan), examples, tokens, time.perf_counter() - began)
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], s: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(bench: Bench, s: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW or SGD; the task head is a group of its own where it has its own rate."""
+    head = {name for name in bench.named if s.head_lr and in_head(bench.base, plain(name))}
+    parts = ((s.lr, [v for n, v in bench.named.items() if n not in head]), (s.head_lr, [v for n, v in bench.named.items() if n in head]))
+    groups: list[dict[str, Any]] = [{"params": values, "lr": rate, "full_lr": rate} for rate, values in parts if values]
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
-    return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
+        return torch.optim.AdamW(groups, weight_decay=s.weight_decay)
+    return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
 
 
 def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[Sequence[int]]]:

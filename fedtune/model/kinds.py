@@ -30,7 +30,7 @@ def lora(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     return with_peft(
         base,
         peft.LoraConfig(
-            r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets(base, s.targets), use_rslora=s.rslora, use_dora=s.dora, **common(base)
+            r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets(base, s), use_rslora=s.rslora, use_dora=s.dora, **common(base)
         ),
     )
 
@@ -40,7 +40,7 @@ def ia3(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
 
     all-linear means just those; a linear that narrows outside the attention is taken for the second half of a feed-forward part.
     """
-    wanted = [name for name in targets(base, s.targets) if s.targets != ("all-linear",) or name.rpartition(".")[2] in KEYS_AND_VALUES or narrows(base, name)]
+    wanted = [name for name in targets(base, s) if s.targets != ("all-linear",) or name.rpartition(".")[2] in KEYS_AND_VALUES or narrows(base, name)]
     if not wanted:
         raise FedtuneError(
             "M306", f"no key, value or feed-forward layer that 'ia3' knows in {base.name}", "names of layers to scale", "set method.adapter.targets"
@@ -209,11 +209,11 @@ def linears(base: Base) -> list[str]:
     return [n for n, module in base.net.named_modules() if type(module).__name__ in kinds and module is not output and not in_head(base, n)]
 
 
-def targets(base: Base, wanted: Sequence[str]) -> list[str]:
-    """Full names of the modules that `wanted` means: all-linear, or endings of names. Raises M302."""
+def targets(base: Base, s: AdapterSettings) -> list[str]:
+    """Full names of the modules that the settings mean: all-linear or endings of names, in the last blocks or all. Raises M302."""
     known = linears(base)
     found: set[str] = set()
-    for target in wanted:
+    for target in s.targets:
         hits = known if target == "all-linear" else [name for name in known if name == target or name.endswith("." + target)]
         if not hits:
             have = sorted({name.rpartition(".")[2] for name in known})
@@ -224,7 +224,9 @@ def targets(base: Base, wanted: Sequence[str]) -> list[str]:
                 'correct method.adapter.targets or use ["all-linear"]',
             )
         found |= set(hits)
-    return [name for name in known if name in found]
+    blocks_of = {name: int(number.group(1)) for name in known if (number := re.search(r"\.(\d+)\.", name))}
+    first = max(blocks_of.values(), default=-1) + 1 - s.last if s.last else 0
+    return [name for name in known if name in found and blocks_of.get(name, 0 if not s.last else -1) >= first]
 
 
 def narrows(base: Base, name: str) -> bool:

@@ -39,6 +39,8 @@ class AdapterSettings(Settings):
     """lora: dropout before A."""
     targets: tuple[str, ...] = ("all-linear",)
     """lora, ia3: names of modules, or all-linear."""
+    last: int = Field(0, ge=0)
+    """lora, ia3: adapt the last so many blocks only, which also ends the backward pass there; 0 means all."""
     rslora: bool = False
     """lora: rank-stabilised scale."""
     dora: bool = False
@@ -60,6 +62,8 @@ class TrainSettings(Settings):
     """torch.optim.AdamW or SGD; made anew every round, so a client keeps no optimiser state."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
+    head_lr: float = Field(0.0, ge=0)
+    """Learning rate of the task head, which starts from nothing where an adapter does not; 0 means lr."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of the local optimiser."""
     momentum: float = Field(0.0, ge=0, lt=1)

@@ -61,7 +61,7 @@ def installed(folder: RunFolder) -> tuple[World, int]:
         raise FedtuneError(
             "M304", f"base model {world.base.fingerprint[:12]}", f"{base[:12]}, which this run was trained on", "point model.name at the same weights"
         )
-    method.install(load_state(folder, committed[-1].number, committed[-1].file_sha256), world.bench)
+    method.install(load_state(folder, committed[-1].number, committed[-1].file_sha256)[0], world.bench)
     return world, committed[-1].number
 
 

@@ -13,6 +13,7 @@ from fedtune.data import Federation, histogram, load
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.sampling import sample
 from fedtune.schema import Schema
+from fedtune.transforms.broadcast import down_bits
 from fedtune.types import Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
@@ -44,17 +45,18 @@ def check(recipe: Recipe) -> Checked:
     plan = plan_of(recipe.model, recipe.method.adapter, recipe.data.task, len(federation.labels))
     method, chain = methods.build(recipe.method, recipe.rounds), transforms.build(recipe.chain)
     schema = Schema(tuple(sorted(plan.shapes.items())))
-    bits = transforms.bits_per_parameter(chain, schema)
+    bits, down = transforms.bits_per_parameter(chain, schema), down_bits(recipe.downlink, schema)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits), memory(recipe, plan), exposure(method, chain))
+    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits, down[1]), memory(recipe, plan), exposure(method, chain))
 
 
-def message_bytes(schema: Schema, bits: float) -> tuple[int, int]:
-    """Bytes of one answer and of one broadcast, measured on real messages of zeros; a chain's answer by its own estimate."""
+def message_bytes(schema: Schema, bits: float, down_bits: float) -> tuple[int, int]:
+    """Bytes of one answer and of one broadcast, measured on real messages of zeros; codes by their own estimate of bits a value."""
     header = Header(run="0" * 16, base="0" * 64, round=1, client=1, verb="train", schema=schema.fingerprint)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in schema.entries}
     up = len(encode(Update.of(zeros, 1.0, {"loss": 1.0}), header))
-    return round(up - (32 - bits) * schema.count / 8), len(encode_state(zeros, replace(header, client=EVERYONE)))
+    down = len(encode_state(zeros, replace(header, client=EVERYONE)))
+    return round(up - (32 - bits) * schema.count / 8), round(down - (32 - down_bits) * schema.count / 8)
 
 
 def memory(recipe: Recipe, plan: Plan) -> dict[str, int]:

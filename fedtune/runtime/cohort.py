@@ -17,6 +17,7 @@ from fedtune.events import ClientDone, ClientLeftOut, Event
 from fedtune.runtime.journal import Answer
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
+from fedtune.transforms.broadcast import DownlinkSettings, Held, hold, holding, pack, unpack
 from fedtune.types import Client, Method, Round, Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_state
 
@@ -29,6 +30,23 @@ class Ask:
     verb: str
     now: Round
     payload: bytes
+    last: int = 0  # the last round in which an answer of this client counted; 0: none yet
+    first: bool = True  # the first question of its round
+
+
+Versions = dict[int, dict[str, np.ndarray]]  # round -> what a client's memory was after it
+
+
+def memory_before(versions: Versions, ask: Ask) -> dict[str, np.ndarray]:
+    """The memory to answer with: that of the last answer that counted. What a lost answer wrote is forgotten, so that
+    error feedback never takes for sent what the server did not get."""
+    return dict(versions.get(ask.last if ask.first else ask.now.number, {}))
+
+
+def memory_after(versions: Versions, ask: Ask, memory: dict[str, np.ndarray]) -> Versions:
+    """The two memories worth keeping: before this round, and after this answer if it will count."""
+    kept = {ask.last: versions.get(ask.last, {}), ask.now.number: memory}
+    return {number: tensors for number, tensors in kept.items() if tensors}
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Link:
     base: str  # fingerprint of the base model
     method: Method
     chain: Chain
+    downlink: DownlinkSettings = DownlinkSettings()
 
     def steps(self, verb: str) -> Chain:
         """The chain for a verb: where single answers are read, steps that only a sum can undo are left out."""
@@ -60,8 +79,12 @@ class Link:
     def near(self, verb: str, given: Tensors) -> Tensors | None:
         return given if verb in self.method.moves else None
 
-    def header(self, verb: str, client: int, now: Round, schema: Schema) -> Header:
-        return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint)
+    def coded(self, verb: str) -> bool:
+        """Whether what is given with a verb travels through the downlink's code: only what the verb moves can be lossy."""
+        return self.downlink.step != "none" and verb in self.method.moves
+
+    def header(self, verb: str, client: int, now: Round, schema: Schema, since: int = 0) -> Header:
+        return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since)
 
     def expect(self, verb: str, client: int, now: Round, schema: Schema, kinds: frozenset[str]) -> Expect:
         return Expect(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema, kinds=kinds)
@@ -70,14 +93,48 @@ class Link:
 def respond(link: Link, client: Client, ask: Ask) -> bytes:
     """The client's half of one question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
     schema = link.method.given(ask.verb, client.model)
-    _, given = decode_state(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, STATE))
+    given = received(link, client, ask, schema)
     update = link.method.verbs[ask.verb](client, given, ask.now)
     require_finite(update, client.name)
     sent = link.steps(ask.verb).send(update, client, ask.now, link.near(ask.verb, given))
     return encode(sent, link.header(ask.verb, client.id, ask.now, link.method.answer(ask.verb, schema)))
 
 
-STATE = frozenset({"state"})
+def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
+    """What the server gives, as this client now holds it. Raises Refused."""
+    if not link.coded(ask.verb):
+        return decode_state(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"state"})))[1]
+    header, message = decode(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"})))
+    before = holding(client.memory) if header.since else None
+    if header.since != (before.round if before else 0):
+        raise Refused("W604", f"a change to the broadcast of round {header.since}", "one that this client holds", "the server sends the whole state next time")
+    given = unpack(link.downlink, message, before.tensors if before else None)
+    if link.downlink.step == "delta":
+        hold(client.memory, Held(ask.now.number, given))
+    return given
+
+
+@dataclass
+class Downlink:
+    """What the server knows of what clients hold. Committed with the round, because the next broadcast builds on it."""
+
+    held: Held | None = None
+    last: dict[int, int] = field(default_factory=dict)  # client -> the last round in which its answer counted
+
+    def encode(self, link: Link, verb: str, given: Tensors, now: Round) -> Callable[[int], bytes]:
+        """This question's payload by client: one for all, or two where some hold the broadcast before."""
+        schema = Schema.of(given)
+        if not link.coded(verb):
+            whole = encode_state(given, link.header(verb, EVERYONE, now, schema))
+            return lambda client: whole
+        sent = pack(link.downlink, given, self.held, now.number)
+        full = encode(sent.full, link.header(verb, EVERYONE, now, schema))
+        delta = encode(sent.delta, link.header(verb, EVERYONE, now, schema, sent.since)) if sent.delta else full
+        current = {client for client, number in self.last.items() if sent.delta and number == sent.since}
+        if link.downlink.step == "delta":
+            self.held = sent.held
+        return lambda client: delta if client in current else full
+
 
 
 @dataclass
@@ -89,6 +146,7 @@ class RoundCohort:
     carrier: Carrier
     tell: Callable[[Event], None]
     names: Mapping[int, str]
+    downlink: Downlink = field(default_factory=Downlink)
     answers: dict[int, Answer] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # sums over the answers that count
 
@@ -116,11 +174,12 @@ class RoundCohort:
             yield client, self.link.steps(verb).settle(update, self.now, near)
 
     def _replies(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:
-        schema = Schema.of(given)
-        payload = encode_state(given, self.link.header(verb, EVERYONE, self.now, schema))
-        asks = [Ask(client, verb, self.now, payload) for client in self.now.members]
-        answer = self.link.method.answer(verb, schema)
+        payload = self.downlink.encode(self.link, verb, given, self.now)
+        last, first = self.downlink.last, not self.answers
+        asks = [Ask(client, verb, self.now, payload(client), last.get(client, 0), first) for client in self.now.members]
+        answer = self.link.method.answer(verb, Schema.of(given))
         for reply in ascending(self.carrier(asks), self.now.members):
+            down = len(payload(reply.client))
             try:
                 if reply.failure:
                     raise reply.failure
@@ -128,14 +187,14 @@ class RoundCohort:
                 update = self.link.steps(verb).receive(sent, reply.client, self.now)
                 require_finite(update, self.names[reply.client])
             except (ClientFailed, Refused) as error:
-                self._note(reply.client, Answer(reply.client, error.code, 0.0, len(reply.payload), len(payload), str(error)))
+                self._note(reply.client, Answer(reply.client, error.code, 0.0, len(reply.payload), down, str(error)))
                 self.tell(ClientLeftOut(self.now.number, reply.client, self.names[reply.client], error.code, str(error)))
                 continue
             for name, number in update.metrics.items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + number
-            self._note(reply.client, Answer(reply.client, "ok", update.weight, len(reply.payload), len(payload)))
+            self._note(reply.client, Answer(reply.client, "ok", update.weight, len(reply.payload), down))
             metrics = {name: number / update.weight for name, number in update.metrics.items()}
-            self.tell(ClientDone(self.now.number, reply.client, self.names[reply.client], update.weight, len(reply.payload), len(payload), metrics))
+            self.tell(ClientDone(self.now.number, reply.client, self.names[reply.client], update.weight, len(reply.payload), down, metrics))
             yield reply.client, update
 
     def _note(self, client: int, answer: Answer) -> None:

@@ -7,137 +7,186 @@ round and one array 5.5 s. The message loop is our own push and pull: Flower's `
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import queue
+import secrets
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedtune import config, methods, transforms
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, respond
+from fedtune.runtime.folder import RunFolder, create
+from fedtune.runtime.run import run
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world
 from fedtune.types import Client, Round
 
 ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
 STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as an ndarray
-POLL_SECONDS = 0.05
+WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
+ANSWER_SECONDS = 3600.0  # for one answer; after it the round goes on without that client
+NODE_CONFIG = "give every SuperNode its own: --node-config 'partition-id=N'"
+
+
+class Grid(Protocol):
+    """What we use of Flower's Grid; flwr.serverapp.Grid has it."""
+
+    def get_node_ids(self) -> Iterable[int]: ...
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]: ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]: ...
 
 
 # --- at the server ----------------------------------------------------------------------------------------------
 
 
-def flower_carrier(grid: Grid, link: Link, recipe: config.Recipe, nodes: dict[int, int], deadline: float) -> Carrier:
-    """Ask members through Flower's grid. `nodes`: client id -> node id; `deadline`: seconds for one question."""
+def flower_carrier(grid: Grid, recipe: config.Recipe, nodes: dict[int, int], seconds: float = ANSWER_SECONDS) -> Carrier:
+    """Ask members through Flower's grid. `nodes`: client id -> node id; `seconds`: how long one answer may take."""
+    text = recipe.canonical()
 
     def message(ask: Ask) -> Message:
-        question = {
-            "verb": ask.verb,
-            "client": ask.client,
-            "round": ask.now.number,
-            "seed": ask.now.seed,
-            "members": list(ask.now.members),
-            "recipe": recipe.canonical(),
-        }
-        return Message(RecordDict({"ask": ConfigRecord(question), "payload": wrap(ask.payload)}), nodes[ask.client], ASK, ttl=deadline)
+        now = ask.now
+        question = {"verb": ask.verb, "client": ask.client, "round": now.number, "seed": now.seed, "members": list(now.members), "recipe": text}
+        return Message(RecordDict({"ask": ConfigRecord(question), "payload": wrap(ask.payload)}), nodes[ask.client], ASK, ttl=seconds)
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
-        for client, answer in conversation(grid, {ask.client: message(ask) for ask in asks}, deadline):
-            yield answer if isinstance(answer, Reply) else read_answer(client, answer)
+        post = Post(grid)
+        for ask in asks:
+            post.send(ask.client, message(ask))
+        for client, answer in post.answers(seconds):
+            yield read_answer(client, answer)
 
     return carry
 
 
-def conversation(grid: Grid, messages: dict[int, Message], deadline: float) -> Iterator[tuple[int, Message | Reply]]:
-    """Push one message per client, yield each answer as it comes. Flower's own error replies bear the sender's number 1,
-    so the client is found by the message that was answered."""
-    pushed = list(grid.push_messages(messages.values()))
-    waiting = {identity: client for identity, client in zip(pushed, messages, strict=True) if identity}
-    for client in set(messages) - set(waiting.values()):
-        yield client, Reply(client, failure=ClientFailed("F503", "a message that Flower did not take", "a connected node", "look at the node's log"))
-    end = time.monotonic() + deadline
-    while waiting and time.monotonic() < end:
-        for answer in grid.pull_messages(list(waiting)):
-            yield waiting.pop(answer.metadata.reply_to_message_id), answer
-        time.sleep(POLL_SECONDS if waiting else 0)
-    for client in waiting.values():
-        yield (
-            client,
-            Reply(client, failure=ClientFailed("F503", f"no answer within {deadline:.0f} s", "an answer", "look at the node's log, or raise the deadline")),
-        )
+class Post:
+    """Messages under way, each under a key of the sender's. Flower's own error replies bear the SuperLink's number instead
+    of the failed node's, so an answer is known by the message that it answers."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.waiting: dict[str, int] = {}  # message id -> key
+        self.refused: list[int] = []
+
+    def send(self, key: int, message: Message) -> None:
+        """One push a message: a batch comes back shorter, and from some grids without a gap, where Flower refuses one."""
+        identity = next(iter(self.grid.push_messages([message])), None)
+        if identity:
+            self.waiting[identity] = key
+        else:
+            self.refused.append(key)
+
+    def pull(self) -> Iterator[tuple[int, Message]]:
+        """What has come in since the last time."""
+        for answer in self.grid.pull_messages(list(self.waiting)) if self.waiting else []:
+            key = self.waiting.pop(answer.metadata.reply_to_message_id, None)
+            if key is not None:
+                yield key, answer
+
+    def answers(self, seconds: float) -> Iterator[tuple[int, Message | FedtuneError]]:
+        """Every answer as it comes; a failure for each message that Flower refused or that nobody answered in time."""
+        for key in self.refused:
+            yield key, ClientFailed("F503", "a message that Flower did not take", "a connected node", "look at the node's log")
+        began = time.monotonic()
+        while self.waiting and time.monotonic() < began + seconds:
+            yield from self.pull()
+            if self.waiting:
+                pause(began)
+        for key in self.waiting.values():
+            yield key, ClientFailed("F503", f"no answer within {seconds:.0f} s", "an answer", "look at the node's log")
 
 
-def read_answer(client: int, answer: Message) -> Reply:
+def pause(began: float) -> None:
+    """Sleep between two polls: 5 % of what was waited so far, so that polling costs neither a quick round nor a busy server."""
+    time.sleep(min(0.5, max(0.01, 0.05 * (time.monotonic() - began))))
+
+
+def read_answer(client: int, answer: Message | FedtuneError) -> Reply:
     """A node's message as a reply; its failure, or Flower's, as a sentence."""
+    if isinstance(answer, FedtuneError):
+        return Reply(client, failure=answer)
     if answer.has_error():
-        reason = (answer.error.reason or "no reason given").splitlines()[0]
-        return Reply(
-            client, failure=ClientFailed("F503", f"Flower's error {answer.error.code} from a node ({reason[:200]})", "an answer", "look at the node's log")
-        )
-    outcome = answer.content["outcome"]
-    if outcome["code"]:
-        failure = ClientFailed(str(outcome["code"]), str(outcome["found"]), str(outcome["expected"]), str(outcome["do"]))
-        return Reply(client, failure=failure)
-    return Reply(client, unwrap(answer.content["payload"]))
+        return Reply(client, failure=ClientFailed("F503", said(answer), "an answer", "look at the node's log"))
+    try:
+        outcome = answer.content["outcome"]
+        if outcome["code"]:
+            failure = ClientFailed(str(outcome["code"]), str(outcome["found"]), str(outcome["expected"]), str(outcome["do"]))
+            return Reply(client, failure=failure)
+        return Reply(client, unwrap(answer.content["payload"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        found = f"a node's answer that cannot be read ({type(error).__name__})"
+        return Reply(client, failure=Refused("W601", found, "an outcome and a payload", "run the same fedtune on server and nodes"))
 
 
-def find_nodes(grid: Grid, wanted: int, seconds: float) -> dict[int, int]:
-    """Client id -> node id, once `wanted` nodes have connected and said which client they are. Raises F502, F503."""
-    end = time.monotonic() + seconds
-    while len(ids := sorted(grid.get_node_ids())) < wanted:
-        if time.monotonic() > end:
-            raise FedtuneError(
-                "F502",
-                f"{len(ids)} connected nodes after {seconds:.0f} s",
-                f"{wanted}, one for each client",
-                "start more SuperNodes, or lower partition.clients",
-            )
-        time.sleep(POLL_SECONDS)
-    nodes: dict[int, int] = {}
-    hello = {node: Message(RecordDict({}), node, HELLO, ttl=seconds) for node in ids}
-    for node, answer in conversation(grid, hello, seconds):
-        if isinstance(answer, Message) and not answer.has_error():
-            client = int(answer.content["hello"]["client"])  # type: ignore[arg-type]
-            if client in nodes:
-                raise FedtuneError(
-                    "F503",
-                    f"two nodes that both say they are client {client}",
-                    "a partition-id of its own for each",
-                    "set --node-config 'partition-id=N' on every SuperNode",
-                )
-            nodes[client] = node
-    missing = sorted(set(range(wanted)) - nodes.keys())
-    if missing:
-        raise FedtuneError(
-            "F502", f"no node for client {missing[0]}", f"partition-id 0 to {wanted - 1}", "set --node-config 'partition-id=N' on every SuperNode"
-        )
-    return nodes
+def said(answer: Message) -> str:
+    """Flower's error in one line."""
+    reason = (answer.error.reason or "no reason given").strip().splitlines()[0]
+    return f"Flower's error {answer.error.code} instead of a node's answer ({reason[:200]})"
 
 
-def serve(grid: Grid, recipe: config.Recipe, folder: Any, tell: Callable[[Event], None], wait: float = 600.0, deadline: float = 3600.0) -> dict[str, Any]:
+def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS) -> dict[int, int]:
+    """Client id -> node id, once there is a node for each of `wanted` clients and every node greeted so far has answered.
+
+    Raises F502 where nodes are missing after `seconds`, F503 where a node does not say which client it is or two say the same.
+    """
+    post, nodes, silent = Post(grid), dict[int, int](), set[int]()
+    began = time.monotonic()
+    while time.monotonic() < began + seconds:
+        for node in sorted(set(grid.get_node_ids()) - nodes.keys() - silent):
+            silent.add(node)
+            post.send(node, Message(RecordDict({}), node, HELLO, ttl=seconds))
+        for node, answer in post.pull():
+            if not answer.has_error():  # an error: a node that has gone; another may come in its place
+                nodes[node] = client_of(answer, nodes.values())
+                silent.discard(node)
+        known = {client: node for node, client in nodes.items()}
+        if not post.waiting and not set(range(wanted)) - known.keys():
+            return known
+        pause(began)
+    missing = sorted(set(range(wanted)) - set(nodes.values()))
+    found = f"no node for client {missing[0]} after {seconds:.0f} s ({len(nodes)} nodes answered)" if missing else f"a node silent for {seconds:.0f} s"
+    raise FedtuneError("F502", found, f"partition-id 0 to {wanted - 1}", f"start the SuperNodes that are missing, or lower partition.clients; {NODE_CONFIG}")
+
+
+def client_of(answer: Message, taken: Iterable[int]) -> int:
+    """The client that a node says it is. Raises F503."""
+    try:
+        client = int(answer.content["hello"]["client"])  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError):
+        client = -1
+    if client < 0:
+        raise FedtuneError("F503", "a node that does not say which client it is", "a partition-id", NODE_CONFIG)
+    if client in taken:
+        raise FedtuneError("F503", f"two nodes that both say they are client {client}", "a partition-id of its own for each", NODE_CONFIG)
+    return client
+
+
+def serve(grid: Grid, recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None], wait: float = WAIT_SECONDS) -> dict[str, Any]:
     """A whole run with Flower's nodes as clients; the journal and the bytes are those of a local run."""
-    from fedtune.runtime.run import run
-
-    def carry(link: Link, world: World) -> Carrier:
-        return flower_carrier(grid, link, recipe, find_nodes(grid, len(world.names), wait), deadline)
-
-    return run(recipe, folder, tell, carry)
+    return run(recipe, folder, tell, lambda link, world: flower_carrier(grid, recipe, find_nodes(grid, len(world.names), wait)))
 
 
-def serve_context(grid: Grid, context: Context, app_folder: Path) -> None:
-    """`flwr run`: recipe path, overrides and runs folder come from the run config."""
-    from fedtune.cli.common import sinks
-    from fedtune.runtime.folder import create
+def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callable[[RunFolder], Callable[[Event], None]]) -> None:
+    """`flwr run`: recipe path, overrides and runs folder come from the run config.
 
+    A relative path is looked for where the SuperLink runs, then in the app's bundle; run folders are made where the SuperLink runs.
+    """
     options = {key: str(context.run_config.get(key, "")) for key in ("recipe", "set", "runs")}
     path = options["recipe"]
     if path and not Path(path).exists() and (app_folder / path).exists():
@@ -152,8 +201,9 @@ def serve_context(grid: Grid, context: Context, app_folder: Path) -> None:
 
 
 def hello(message: Message, context: Context) -> Message:
-    """Which client this node is: its `partition-id`."""
-    return Message(RecordDict({"hello": ConfigRecord({"client": int(context.node_config["partition-id"])})}), reply_to=message)
+    """Which client this node is: its `partition-id`, or -1 where it has none."""
+    client = context.node_config.get("partition-id", -1)
+    return Message(RecordDict({"hello": ConfigRecord({"client": int(client)})}), reply_to=message)
 
 
 def answer(message: Message, context: Context) -> Message:
@@ -225,37 +275,142 @@ def unwrap(record: Any) -> bytes:
 # --- Flower's simulation engine ---------------------------------------------------------------------------------
 
 
-def simulation(recipe: config.Recipe, folder: Any, tell: Callable[[Event], None]) -> dict[str, Any]:
-    """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501.
+def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None]) -> dict[str, Any]:
+    """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501, F504."""
+    with contextlib.ExitStack() as stack:
+
+        def carry(link: Link, world: World) -> Carrier:
+            nodes = len(world.names)
+            grid = stack.enter_context(engine(nodes, actor_size(recipe.model.threads, world.base.device.type)))
+            return flower_carrier(grid, recipe, find_nodes(grid, nodes))
+
+        return run(recipe, folder, tell, carry)
+
+
+def actor_size(threads: int, device: str) -> dict[str, float]:
+    """What one Ray actor takes. Ray gives torch as many threads as the actor has CPUs, and bits may depend on them: so an
+    actor takes as many as the local engine would. Where the work is on a GPU, one actor has it to itself."""
+    if device == "cuda":
+        return {"num_cpus": 1, "num_gpus": 1}
+    return {"num_cpus": threads or int(os.environ.get("OMP_NUM_THREADS") or cores()), "num_gpus": 0}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
+    """Flower's simulation engine with virtual nodes 0 to nodes - 1; it is gone when the block ends. Raises F501, F504.
 
     `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's back and
-    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call.
+    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs in a thread,
+    so that a run's own errors, and Ctrl-C, happen where they do in a local run.
     """
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on all interfaces, and without a token to anybody
+    # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when it is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
-        import ray  # noqa: F401
+        import ray
+        from flwr.clientapp import ClientApp
+        from flwr.serverapp import ServerApp
         from flwr.simulation import run_simulation
     except ImportError:
         raise FedtuneError("F501", "no Ray", "Flower's simulation engine", "install it with: pip install 'flwr[simulation]'") from None
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp import ServerApp
-
-    from fedtune.data import load
-
     server, client = ServerApp(), ClientApp()
-    box: list[Any] = []
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        try:
-            box.append(serve(grid, recipe, folder, tell))
-        except BaseException as error:  # the engine would only log it
-            box.append(error)
-
     client.query("hello")(hello)
     client.train("ask")(answer)
-    nodes = len(load(recipe.data, recipe.partition, recipe.seed).clients)
-    run_simulation(server, client, nodes, backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}})
-    if not box or isinstance(box[0], BaseException):
-        raise box[0] if box else FedtuneError("F503", "a simulation that ended without a result", "a result", "set FEDTUNE_DEBUG=1 and look at Flower's log")
-    return dict(box[0])
+    grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+    over = threading.Event()
+
+    @server.main()
+    def main(grid: Any, context: Context) -> None:
+        grids.put(grid)
+        over.wait()
+
+    # A killed actor is started again and asked once more: the same seeds, the same bytes.
+    resources = {**size, "max_restarts": -1, "max_task_retries": 1}
+
+    def work() -> None:
+        try:
+            run_simulation(server, client, nodes, backend_config={"client_resources": resources})
+        except BaseException as error:
+            failures.append(error)
+        grids.put(None)
+
+    with hushed(ray._private.worker), ray_cluster(ray, nodes, size):
+        thread = threading.Thread(target=work, name="flower", daemon=True)
+        thread.start()
+        try:
+            yield Watched(grids.get(), thread, failures)
+        finally:
+            over.set()
+            thread.join(10)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A grid that says so when its engine has stopped, instead of waiting for answers that cannot come."""
+
+    grid: Grid | None
+    thread: threading.Thread
+    failures: list[BaseException]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.alive().get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.alive().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.alive().pull_messages(message_ids)
+
+    def alive(self) -> Grid:
+        if self.grid is None or not self.thread.is_alive():
+            reason = str(self.failures[0].__cause__ or self.failures[0]) if self.failures else "no reason given"
+            raise FedtuneError("F504", f"Flower's simulation engine stopped ({reason[:200]})", "a running engine", "see its log with FEDTUNE_DEBUG=1")
+        return self.grid
+
+
+@contextlib.contextmanager
+def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
+    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone afterwards.
+
+    Its folder is in /tmp because the names of the sockets in it may have no more than 107 characters.
+    """
+    debug = bool(os.environ.get("FEDTUNE_DEBUG"))
+    each = int(size["num_cpus"])
+    with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(each, min(cores(), nodes * each)),
+                include_dashboard=False,
+                log_to_driver=debug,
+                logging_level=logging.INFO if debug else logging.CRITICAL,
+                _temp_dir=folder,
+            )
+        except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FedtuneError("F504", f"a Ray that does not start ({reason[:200]})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def hushed(ray_worker: Any) -> Iterator[None]:
+    """Flower's log, and Ray's, are for FEDTUNE_DEBUG: what users need to know comes as our events."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    if not os.environ.get("FEDTUNE_DEBUG"):
+        log.setLevel(logging.CRITICAL + 1)
+        # Ray prints its complaints about dead actors to standard output, whatever log_to_driver says; this is its own switch.
+        ray_worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        ray_worker._worker_logs_enabled = True

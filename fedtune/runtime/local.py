@@ -9,13 +9,16 @@ from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, respond
 from fedtune.types import Client
 
 
-def local_carrier(link: Link, client: Callable[[int], Client]) -> Carrier:
-    """Ask members by calling their half; memory does not grow with their number."""
+def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[Ask, Client], None]) -> Carrier:
+    """Ask members by calling their half, `client` before and `done` after it; memory does not grow with their number."""
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
         for ask in asks:
             try:
-                yield Reply(ask.client, respond(link, client(ask.client), ask))
+                world = client(ask)
+                reply = Reply(ask.client, respond(link, world, ask))
+                done(ask, world)
+                yield reply
             except (ClientFailed, Refused) as error:
                 yield Reply(ask.client, failure=error)
 

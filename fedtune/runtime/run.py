@@ -13,7 +13,7 @@ from fedtune import methods, transforms
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, RoundDone, RunDone, RunStarted
-from fedtune.runtime.cohort import Carrier, Link, RoundCohort
+from fedtune.runtime.cohort import Carrier, Downlink, Link, RoundCohort
 from fedtune.runtime.compare import compare, score_test
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
@@ -42,6 +42,7 @@ class Run:
     state: State
     done: int
     start: State  # before the first round: what the comparisons begin with
+    downlink: Downlink
     first_round_at: float = 0.0
 
 
@@ -75,16 +76,17 @@ def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable
     memories.restore(done)
     prune_states(folder, done)
     start = method.start(world.bench)
-    state = load_state(folder, done, committed[-1].file_sha256) if committed else start
+    state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
+    downlink = Downlink(held, {answer.client: number for number, answer in journal.answers() if answer.outcome == "ok"})
     # The identity of a run is its recipe: the same recipe gives the same bytes, messages included, wherever it runs.
-    link = Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain))
-    carrier = carry(link, world) if carry else local_carrier(link, world.client)
+    link = Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
+    carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done)
     bench = world.bench
     tell(RunStarted(folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done))
     if recipe.evaluate.base and not journal.phase("base"):
         method.install(start, bench)
         journal.finish("base", score_test(world, "base", 0, tell))
-    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start)
+    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink)
 
 
 def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
@@ -102,17 +104,18 @@ def one_round(work: Run, number: int) -> None:
     recipe, world = work.recipe, work.world
     members = sample(recipe.sampling, len(world.names), recipe.seed, number)
     now = Round(number, recipe.seed, members)
-    cohort = RoundCohort(work.link, now, work.carrier, work.tell, world.names)
+    cohort = RoundCohort(work.link, now, work.carrier, work.tell, world.names, work.downlink)
     work.state = work.link.method.round(work.state, cohort, now)
     answers = [cohort.answers[c] for c in members]
     counted = [a for a in answers if a.outcome == "ok"]
     weight = sum(a.weight for a in counted)
     metrics = {name: value / weight for name, value in cohort.metrics.items()} if weight else {}
-    file_sha256 = save_state(work.folder, number, work.state)
-    world.memories.save(number, dict.fromkeys(members))
+    file_sha256 = save_state(work.folder, number, work.state, work.downlink.held)
+    world.memories.save(number, [a.client for a in counted])
     seconds = time.time() - began
     work.journal.commit(number, digest(work.state.shared), file_sha256, seconds, metrics, answers)
-    world.memories.prune(number)
+    world.memories.prune(number, [a.client for a in counted])
+    work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number)
     work.first_round_at = work.first_round_at or time.time()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)

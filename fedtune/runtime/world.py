@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedtune.config import Recipe
 from fedtune.data import Federation, load
-from fedtune.events import Event, Noted
+from fedtune.events import Event, Noted, Truncated
+from fedtune.runtime.cohort import Ask, memory_after, memory_before
 from fedtune.runtime.states import Memories
 from fedtune.types import Client, Method
 
@@ -34,9 +37,16 @@ class World:
     def names(self) -> dict[int, str]:
         return {slice_.id: slice_.name for slice_ in self.federation.clients}
 
-    def client(self, number: int) -> Client:
-        """A client at work: the shared bench, its own data and memory."""
-        return Client(number, self.names[number], self.bench, self.train(number), self.memories.of(number))
+    def client(self, ask: Ask) -> Client:
+        """A client at work: the shared bench, its own data, and its memory as the server counts it."""
+        return self.client_with(ask.client, memory_before(self.memories.of(ask.client), ask))
+
+    def client_with(self, number: int, memory: dict[str, np.ndarray]) -> Client:
+        return Client(number, self.names[number], self.bench, self.train(number), memory)
+
+    def done(self, ask: Ask, client: Client) -> None:
+        """Keep what the client remembers after an answer."""
+        self.memories.held[ask.client] = memory_after(self.memories.of(ask.client), ask, client.memory)
 
     def train(self, number: int) -> Encoded:
         slice_ = self.federation.clients[number]
@@ -59,9 +69,10 @@ class World:
             from fedtune.model.encode import encode
 
             data = self.recipe.data
-            encoded = encode(rows, self.base, max_length=data.max_length, stride=0 if scored else data.stride, separator=data.separator, overlong=data.overlong)
-            if encoded.truncated:
-                self.tell(Noted(f"{encoded.truncated} of {len(rows)} rows of {whose} were cut to {data.max_length} tokens"))
+            stride = 0 if scored else data.stride
+            encoded = encode(rows, self.base, max_length=data.max_length, stride=stride, separator=data.separator, overlong=data.overlong)
+            if encoded.truncated or encoded.dropped:
+                self.tell(Truncated(whose, len(rows), encoded.truncated, encoded.dropped, data.max_length))
             self._encoded[key] = encoded
         result: Encoded = self._encoded[key]
         return result

@@ -100,6 +100,8 @@ def check_header(message: pb.Message, expect: Expect) -> Schema:
         found, asked = getattr(message, word), getattr(expect, word)
         if found != asked:
             raise refuse("W604", f"{word} {str(found)[:60]!r}", f"{str(asked)!r}", "answer what was asked, in the round in which it was asked")
+    if message.since and not message.since < message.round:
+        raise refuse("W604", f"a change to round {message.since} in round {message.round}", "a change to an earlier round", "ask for the whole state")
     schema = schema_of(message, expect)
     if message.schema.hex() != schema.fingerprint:
         raise refuse("W603", f"schema {message.schema.hex()[:12]}", schema.fingerprint[:12], "use the same model, adapter and recipe on both sides")

@@ -41,6 +41,7 @@ class Header:
     verb    what was asked
     base    fingerprint of the frozen base model, "" where there is none
     schema  fingerprint of names and shapes; "" takes that of the tensors sent
+    since   of a state: the numbers change the broadcast of this round; 0: they are the whole state
     """
 
     run: str
@@ -49,6 +50,7 @@ class Header:
     verb: str
     base: str = ""
     schema: str = ""
+    since: int = 0
 
 
 def kind_of(update: Update) -> str:
@@ -146,7 +148,7 @@ def as_sent(update: Update) -> Update:
 
 def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool) -> pb.Message:
     """A message with everything but its numbers."""
-    message = pb.Message(version=VERSION, run=header.run, round=header.round, client=header.client, verb=header.verb, base=header.base)
+    message = pb.Message(version=VERSION, run=header.run, round=header.round, client=header.client, verb=header.verb, base=header.base, since=header.since)
     message.kind, message.weight = KINDS[kind], weight
     message.schema = bytes.fromhex(header.schema or schema.fingerprint)
     if named:
@@ -155,7 +157,7 @@ def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool
 
 
 def header_of(message: pb.Message) -> Header:
-    return Header(message.run, message.round, message.client, message.verb, message.base, message.schema.hex())
+    return Header(message.run, message.round, message.client, message.verb, message.base, message.schema.hex(), message.since)
 
 
 def fill_levels(message: pb.Message, update: Update) -> bytes:

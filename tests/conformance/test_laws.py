@@ -36,8 +36,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedpeft-full": {"method__adapter": {"kind": "full"}},
     "fedpeft-outer": {"method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
     "fedpeft-chain": {"chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}]},
+    "fedpeft-both-ways": {"chain": [{"step": "sign", "error_feedback": True}], "downlink": {"step": "delta"}, "sampling": {"count": 3}},
 }
-EXACT = [name for name in METHODS if name not in ("fedpeft-outer", "fedpeft-chain")]
+EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
+UNCODED = [*EXACT, "fedpeft-outer"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def test_one_client_is_ordinary_training_to_the_bit(name: str, tiny_bert: Path, 
     recipe = small.recipe(tiny_bert, data, partition__clients=1, **METHODS[name])
     folder, result, _ = small.play(recipe, tmp_path)
     assert result["state_sha256"] == digest(plain_training(recipe))
-    assert load_state(folder, 3, "").shared.keys() == plain_training(recipe).keys()
+    assert load_state(folder, 3, "")[0].shared.keys() == plain_training(recipe).keys()
 
 
 def plain_training(recipe: Recipe) -> Tensors:
@@ -88,11 +90,11 @@ def test_the_order_of_answers_does_not_change_the_result(name: str, tiny_bert: P
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
 
     def backwards(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client)
+        carry = local_carrier(link, world.client, world.done)
         return lambda asks: reversed(list(carry(list(reversed(asks)))))
 
     def shuffled(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client)
+        carry = local_carrier(link, world.client, world.done)
         return lambda asks: sorted(carry(asks), key=lambda reply: (reply.client % 2, -reply.client))
 
     want = sha(recipe, tmp_path / "a")
@@ -115,11 +117,11 @@ def clones(recipe: Recipe, count: int) -> Tensors:
     verbs = {verb: lambda client, given, now, half=half: half(replace(client, id=0), given, now) for verb, half in real.verbs.items()}
     twin = replace(link, method=Proxy(real, verbs))
 
-    def client(number: int) -> Client:
-        return replace(world.client(0), id=number, memory={})
+    def client(ask: Ask) -> Client:
+        return world.client_with(0, {}) if ask.client == 0 else replace(world.client_with(0, {}), id=ask.client)
 
     now = Round(1, recipe.seed, tuple(range(count)))
-    cohort = RoundCohort(twin, now, local_carrier(twin, client), lambda event: None, {n: str(n) for n in range(count)})
+    cohort = RoundCohort(twin, now, local_carrier(twin, client, lambda ask, done: None), lambda event: None, {n: str(n) for n in range(count)})
     state = real.start(world.bench)
     return real.round(state, cohort, now).shared
 
@@ -156,13 +158,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(name: str, after: int, tiny_ber
         assert (cut.adapter / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "fedpeft-chain"])
+@pytest.mark.parametrize("name", UNCODED)
 def test_bytes_sent_are_what_the_shapes_say(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
     predicted = check(recipe)
     _, result, events = small.play(recipe, tmp_path)
     sent = [e for e in events if isinstance(e, ClientDone)]
-    assert {e.up_bytes for e in sent} == {predicted.up_bytes}
+    assert {e.up_bytes + 2 * (e.client == 0) for e in sent} == {predicted.up_bytes}  # protobuf leaves out a client number of 0
     assert {e.down_bytes for e in sent} == {predicted.down_bytes}
     assert predicted.up_bytes - 4 * result["trainable"] < 256  # the whole overhead of a message
 
@@ -178,10 +180,10 @@ def test_the_mean_is_weighted_by_examples(tiny_bert: Path, data: Path) -> None:
     world, link = world_of(recipe)
     now = Round(1, recipe.seed, (0, 1, 2))
     start = link.method.start(world.bench)
-    updates = [link.method.verbs["train"](world.client(n), start.shared, now) for n in now.members]
+    updates = [link.method.verbs["train"](world.client_with(n, {}), start.shared, now) for n in now.members]
     weights = [len(world.train(n)) for n in now.members]
     assert [u.weight for u in updates] == weights
-    got = link.method.round(start, RoundCohort(link, now, local_carrier(link, world.client), lambda e: None, world.names), now)
+    got = link.method.round(start, RoundCohort(link, now, local_carrier(link, world.client, world.done), lambda e: None, world.names), now)
     for tensor in got.shared:
         want = sum(w * u.values()[tensor].astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
         np.testing.assert_array_equal(got.shared[tensor], want.astype(np.float32))
@@ -205,14 +207,14 @@ def test_a_client_that_answers_nan_is_left_out_and_named(tiny_bert: Path, data: 
 def with_client(link: Link, world: World, bad: int, spoil: Any) -> Carrier:
     """The local carrier, with one client's answers spoiled before they are sent."""
     verbs = {v: lambda c, g, n, half=half: spoil(half(c, g, n)) if c.id == bad else half(c, g, n) for v, half in link.method.verbs.items()}
-    return local_carrier(replace(link, method=Proxy(link.method, verbs)), world.client)
+    return local_carrier(replace(link, method=Proxy(link.method, verbs)), world.client, world.done)
 
 
 def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
 
     def nobody(link: Link, world: World) -> Carrier:
-        real = local_carrier(link, world.client)
+        real = local_carrier(link, world.client, world.done)
         failure = ClientFailed("F503", "no answer", "one", "wait")
         return lambda asks: real(asks) if asks[0].now.number < 2 else [Reply(ask.client, failure=failure) for ask in asks]
 
@@ -228,13 +230,13 @@ def test_respond_refuses_a_state_of_other_shapes(tiny_bert: Path, data: Path) ->
     now = Round(1, 3, (0,))
     payload = encode_state(wrong, link.header("train", EVERYONE, now, Schema.of(wrong)))
     with pytest.raises(Refused, match="W603"):
-        respond(link, world.client(0), Ask(0, "train", now, payload))
+        respond(link, world.client_with(0, {}), Ask(0, "train", now, payload))
 
 
 def test_a_hundred_clients_cost_one_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Every client works on the same parameter objects; nothing but its memory is its own."""
     recipe = small.recipe(tiny_bert, data)
     world, _ = world_of(recipe)
-    assert world.client(0).model is world.client(3).model
+    assert world.client_with(0, {}).model is world.client_with(3, {}).model
     state = State(world.bench.read())
     assert Update.of(state.shared).weight == 1.0

@@ -75,7 +75,8 @@ def test_a_file_that_is_no_database_is_refused(folder: RunFolder) -> None:
 
 def test_state_comes_back_to_the_bit_and_damage_is_seen(folder: RunFolder) -> None:
     sha = save_state(folder, 1, STATE)
-    back = load_state(folder, 1, sha)
+    back, held = load_state(folder, 1, sha)
+    assert held is None
     assert back.shared["a"].dtype == np.float32 and back.shared["a"].tolist() == [1, 2]
     assert back.kept["momentum/a"].tolist() == [0.5]
     content = bytearray(folder.state(1).read_bytes())
@@ -101,14 +102,15 @@ def test_states_that_no_commit_names_are_removed(folder: RunFolder) -> None:
 def test_memories_follow_the_committed_round(folder: RunFolder) -> None:
     memories = Memories(folder)
     for number in (1, 2, 3):
-        memories.of(7)["residual"] = np.float32([number])
-        memories.of(8)  # an empty memory makes no file
-        memories.save(number, {7: None, 8: None})
+        memories.held[7] = {number: {"residual": np.float32([number])}}
+        memories.held[8] = {number: {}}  # an empty memory makes no file
+        memories.save(number, [7, 8])
         if number < 3:
-            memories.prune(number)
+            memories.prune(number, [7, 8])
     crashed = Memories(folder)  # round 3 was never committed
     crashed.restore(2)
-    assert crashed.of(7)["residual"].tolist() == [2]
+    assert crashed.of(7)[2]["residual"].tolist() == [2]
+    assert not folder.memory(7, 1).exists()
     assert not folder.memory(7, 3).exists() and not folder.memory(8, 1).exists()
 
 

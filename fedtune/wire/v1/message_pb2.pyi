@@ -49,7 +49,7 @@ class Entry(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("version", "run", "round", "client", "verb", "schema", "base", "kind", "weight", "metrics", "entries", "scaling", "exponent", "dtypes", "digest", "scales", "payload")
+    __slots__ = ("version", "run", "round", "client", "verb", "schema", "base", "kind", "weight", "metrics", "entries", "scaling", "exponent", "dtypes", "digest", "scales", "since", "payload")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class Message(_message.Message):
     DTYPES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     version: int
     run: str
@@ -83,5 +84,6 @@ class Message(_message.Message):
     dtypes: bytes
     digest: bytes
     scales: bytes
+    since: int
     payload: bytes
-    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., verb: _Optional[str] = ..., schema: _Optional[bytes] = ..., base: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., scaling: _Optional[_Union[Scaling, str]] = ..., exponent: _Optional[int] = ..., dtypes: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., round: _Optional[int] = ..., client: _Optional[int] = ..., verb: _Optional[str] = ..., schema: _Optional[bytes] = ..., base: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., weight: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., entries: _Optional[_Iterable[_Union[Entry, _Mapping]]] = ..., scaling: _Optional[_Union[Scaling, str]] = ..., exponent: _Optional[int] = ..., dtypes: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., since: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
