@@ -192,9 +192,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def prepare_torch(settings: ModelSettings) -> None:
-    """Threads (0 leaves torch's own choice, the cores of the machine) and, on the CPU, deterministic kernels."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    """Threads and, on the CPU, deterministic kernels.
+
+    0 threads are the cores that this process may use, said aloud: Ray would leave its actors one, and bits depend on the number.
+    """
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     if pick_device(settings.device).type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and nothing here reads such memory

@@ -29,12 +29,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from fedtune import config, methods, transforms
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event
-from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, respond
+from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.run import run
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world
-from fedtune.types import Client, Round
+from fedtune.types import Round
 
 ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
 STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as an ndarray
@@ -62,7 +62,8 @@ def flower_carrier(grid: Grid, recipe: config.Recipe, nodes: dict[int, int], sec
 
     def message(ask: Ask) -> Message:
         now = ask.now
-        question = {"verb": ask.verb, "client": ask.client, "round": now.number, "seed": now.seed, "members": list(now.members), "recipe": text}
+        question = {"verb": ask.verb, "client": ask.client, "last": ask.last, "first": ask.first, "recipe": text}
+        question |= {"round": now.number, "seed": now.seed, "members": list(now.members)}
         return Message(RecordDict({"ask": ConfigRecord(question), "payload": wrap(ask.payload)}), nodes[ask.client], ASK, ttl=seconds)
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
@@ -167,7 +168,7 @@ def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS) -> dict[i
 def client_of(answer: Message, taken: Iterable[int]) -> int:
     """The client that a node says it is. Raises F503."""
     try:
-        client = int(answer.content["hello"]["client"])  # type: ignore[arg-type]
+        client = int(answer.content["hello"]["client"])
     except (KeyError, TypeError, ValueError):
         client = -1
     if client < 0:
@@ -211,10 +212,10 @@ def answer(message: Message, context: Context) -> Message:
     try:
         ask = read_ask(message)
         world, link = worlds(str(message.content["ask"]["recipe"]))
-        memory = load_memory(context)
-        client = Client(ask.client, world.names[ask.client], world.bench, world.train(ask.client), memory)
+        versions = load_memory(context)
+        client = world.client_with(ask.client, memory_before(versions, ask))
         payload = respond(link, client, ask)
-        context.state["memory"] = save_memory(memory)
+        context.state["memory"] = save_memory(memory_after(versions, ask, client.memory))
         outcome = {"code": "", "found": "", "expected": "", "do": ""}
     except FedtuneError as error:
         payload, outcome = b"", {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
@@ -226,7 +227,8 @@ def read_ask(message: Message) -> Ask:
     try:
         asked = message.content["ask"]
         now = Round(int(asked["round"]), int(asked["seed"]), tuple(int(m) for m in asked["members"]))
-        return Ask(int(asked["client"]), str(asked["verb"]), now, unwrap(message.content["payload"]))
+        payload = unwrap(message.content["payload"])
+        return Ask(int(asked["client"]), str(asked["verb"]), now, payload, int(asked["last"]), bool(asked["first"]))
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(
             "W601",
@@ -246,22 +248,21 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
         method = methods.build(recipe.method, recipe.rounds)
         world = build_world(recipe, method, Memories(None), lambda event: None)
         _worlds.clear()  # one recipe at a time: two models may not fit
-        _worlds[recipe_json] = world, Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain))
+        _worlds[recipe_json] = world, Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
     return _worlds[recipe_json]
 
 
-def load_memory(context: Context) -> dict[str, Any]:
-    """The client's memory from Flower's per-node state."""
+def load_memory(context: Context) -> Versions:
+    """The client's memories, by round, from Flower's per-node state. A SuperNode holds it in RAM: it is lost when the node restarts."""
     from safetensors.numpy import load
 
-    record = context.state.get("memory")
-    return dict(load(bytes(record["tensors"]))) if record else {}
+    return {int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()}
 
 
-def save_memory(memory: dict[str, Any]) -> ConfigRecord:
+def save_memory(versions: Versions) -> ConfigRecord:
     from safetensors.numpy import save
 
-    return ConfigRecord({"tensors": save(memory)})
+    return ConfigRecord({str(number): save(tensors) for number, tensors in versions.items()})
 
 
 def wrap(payload: bytes) -> ArrayRecord:
@@ -324,10 +325,11 @@ def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
     failures: list[BaseException] = []
     over = threading.Event()
 
-    @server.main()
     def main(grid: Any, context: Context) -> None:
         grids.put(grid)
         over.wait()
+
+    server.main()(main)
 
     # A killed actor is started again and asked once more: the same seeds, the same bytes.
     resources = {**size, "max_restarts": -1, "max_task_retries": 1}
@@ -368,9 +370,15 @@ class Watched:
 
     def alive(self) -> Grid:
         if self.grid is None or not self.thread.is_alive():
-            reason = str(self.failures[0].__cause__ or self.failures[0]) if self.failures else "no reason given"
-            raise FedtuneError("F504", f"Flower's simulation engine stopped ({reason[:200]})", "a running engine", "see its log with FEDTUNE_DEBUG=1")
+            raise FedtuneError("F504", f"Flower's simulation engine stopped ({root(*self.failures)})", "a running engine", "see its log with FEDTUNE_DEBUG=1")
         return self.grid
+
+
+def root(*errors: BaseException) -> str:
+    """The first line of what an error began with."""
+    for error in errors:
+        return root(error.__cause__) if error.__cause__ else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "no reason given"
 
 
 @contextlib.contextmanager
@@ -392,8 +400,7 @@ def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
                 _temp_dir=folder,
             )
         except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FedtuneError("F504", f"a Ray that does not start ({reason[:200]})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
+            raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
         try:
             yield
         finally:

@@ -1,0 +1,122 @@
+"""Run a table of variants over seeds and keep the results: simulations/results/<table>.json, with hardware and month.
+
+    python simulations/record.py shakespeare --set model.name=FOLDER --set data.path=input.txt [--only outer] [--seeds 1 2 3]
+
+Every row is a run of a shipped recipe with overrides; rows that are already recorded for a seed are kept unless --again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+KEEP = ("metric", "base", "local", "federated", "centralised", "up_bytes_per_client_round", "down_bytes_per_client_round")
+KEEP += ("rounds", "clients", "trainable", "total", "seconds", "peak_rss_bytes", "state_sha256")
+OUTER = ["method.server.optimizer=sgd", "method.server.lr=0.7", "method.server.momentum=0.9", "method.server.nesterov=true"]
+ALONE = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
+
+
+def chain(step: str, **settings: Any) -> list[str]:
+    words = ", ".join([f'step = "{step}"', *(f"{key} = {json.dumps(value)}" for key, value in settings.items())])
+    return [f"chain=[{{{words}}}]", *ALONE]
+
+
+CODES: dict[str, list[str]] = {
+    "fp32": ALONE,
+    "int8": chain("quantize", bits=8),
+    "int4": chain("quantize", bits=4),
+    "int2": chain("quantize", bits=2),
+    "sign + EF": chain("sign", error_feedback=True),
+    "deadzone + EF": chain("deadzone", error_feedback=True),
+    "ternary 20 % + EF": chain("ternary", keep=0.2, error_feedback=True),
+    "ternary 10 % + EF": chain("ternary", keep=0.1, error_feedback=True),
+    "ternary 5 % + EF": chain("ternary", keep=0.05, error_feedback=True),
+    "ternary 20 %": chain("ternary", keep=0.2),
+    "ternary 10 %": chain("ternary", keep=0.1),
+    "ternary 5 %": chain("ternary", keep=0.05),
+    "ComPEFT 20 %, alpha 1": chain("ternary", keep=0.2, scale="sigma", alpha=1.0),
+    "ComPEFT 5 %, alpha 1": chain("ternary", keep=0.05, scale="sigma", alpha=1.0),
+    "ComPEFT 5 %, alpha 3": chain("ternary", keep=0.05, scale="sigma", alpha=3.0),
+    "sign + EF, delta down": [*chain("sign", error_feedback=True), "downlink.step=delta"],
+    "int4, int8 down": [*chain("quantize", bits=4), "downlink.step=int8"],
+}
+KINDS: dict[str, list[str]] = {
+    "full": ["method.adapter.kind=full", "method.train.lr=2e-4"],
+    "head": ["method.adapter.kind=head"],
+    "bias": ["method.adapter.kind=bias", "method.train.lr=5e-3"],
+    "adapter": ["method.adapter.kind=adapter", "method.train.lr=2e-3"],
+    "prompt": ["method.adapter.kind=prompt", "method.adapter.deep=true", "method.train.lr=1e-2"],
+    "lora": ["method.adapter.kind=lora", "method.train.lr=2e-3"],
+}
+DIRICHLET = ["partition.by=dirichlet", "partition.alpha=0.1"]
+TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
+    "demo": ("", {"built-in": []}),
+    "shakespeare": ("shakespeare.toml", {"federated": [], "outer Nesterov": [*OUTER, *ALONE]}),
+    "shakespeare-codes": ("shakespeare.toml", CODES),
+    "clinc150-kinds-domains": ("clinc150.toml", KINDS),
+    "clinc150-kinds-dirichlet": ("clinc150.toml", {name: [*sets, *DIRICHLET] for name, sets in KINDS.items()}),
+    "clinc150-codes": ("clinc150.toml", {name: [*sets, *DIRICHLET] for name, sets in CODES.items()}),
+}
+
+
+def hardware() -> str:
+    """Processor, cores used and month, as a line."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, CPU only, {time.strftime('%B %Y')}"
+
+
+def play(recipe: str, sets: list[str], seed: int) -> dict[str, Any]:
+    """One run in a process of its own; what its result.json says."""
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, "-m", "fedtune", "simulate", *([str(HERE / recipe)] if recipe else []), "--runs", runs]
+        done = subprocess.run([*command, *(f"--set={one}" for one in [*sets, f"seed={seed}", "name=run"])], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        result = json.loads((Path(runs) / "run" / "result.json").read_text())
+    return {key: result[key] for key in KEEP}
+
+
+def show(table: dict[str, Any]) -> None:
+    """Mean and spread over seeds."""
+    for name, seeds in table["rows"].items():
+        finals = [run["federated"] for run in seeds.values()]
+        up = statistics.mean(run["up_bytes_per_client_round"] for run in seeds.values())
+        bits = 8 * up / next(iter(seeds.values()))["trainable"]
+        spread = f"{min(finals):.4f} to {max(finals):.4f}"
+        print(f"{name:<26} {statistics.mean(finals):9.4f}  ({spread}, {len(finals)} seeds)  up {up / 1024:9.1f} KiB  {bits:6.3f} bits/parameter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--again", action="store_true")
+    options = parser.parse_args()
+    recipe, rows = TABLES[options.table]
+    path = HERE / "results" / f"{options.table}.json"
+    table = json.loads(path.read_text()) if path.exists() else {"recipe": recipe or "built-in", "rows": {}}
+    table["hardware"] = hardware()
+    for seed in options.seeds:
+        for name in options.only or rows:
+            known = table["rows"].setdefault(name, {})
+            if str(seed) not in known or options.again:
+                known[str(seed)] = play(recipe, [*options.set, *rows[name]], seed)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(table, indent=1) + "\n")
+    show(table)
+
+
+if __name__ == "__main__":
+    main()
