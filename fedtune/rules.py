@@ -61,6 +61,8 @@ def check_rules(recipe: Recipe) -> None:
         check_used(path, table)
     if method.train.steps and "epochs" in method.train.model_fields_set:
         refuse("method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs")
+    if method.server.amsgrad and method.server.optimizer not in ("adam", "adamw"):
+        refuse(f"method.server.amsgrad with optimizer '{method.server.optimizer}'", "optimizer = 'adam' or 'adamw'", "change it or remove amsgrad")
     for table in ("train", "server"):
         settings = getattr(method, table)
         if settings.nesterov and not settings.momentum:

@@ -106,6 +106,8 @@ class OuterSettings(Settings):
     """sgd: momentum."""
     nesterov: bool = False
     """sgd: Nesterov momentum."""
+    amsgrad: bool = False
+    """adam, adamw: second moments never fall, the nearest that torch has to FedYogi's slow ones."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """adam, adamw: decay of the first moment."""
     beta2: float = Field(0.99, ge=0, lt=1)

@@ -25,6 +25,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from safetensors.numpy import load, save
 
 from fedtune import config, methods, transforms
 from fedtune.errors import ClientFailed, FedtuneError, Refused
@@ -40,6 +41,7 @@ ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
 STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as an ndarray
 WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
 ANSWER_SECONDS = 3600.0  # for one answer; after it the round goes on without that client
+SAME = "run the same fedtune on server and nodes"
 NODE_CONFIG = "give every SuperNode its own: --node-config 'partition-id=N'"
 
 
@@ -123,22 +125,17 @@ def read_answer(client: int, answer: Message | FedtuneError) -> Reply:
     if isinstance(answer, FedtuneError):
         return Reply(client, failure=answer)
     if answer.has_error():
-        return Reply(client, failure=ClientFailed("F503", said(answer), "an answer", "look at the node's log"))
+        reason = ((answer.error.reason or "").strip() or "no reason given").splitlines()[0]
+        found = f"Flower's error {answer.error.code} instead of a node's answer ({reason[:200]})"
+        return Reply(client, failure=ClientFailed("F503", found, "an answer", "look at the node's log"))
     try:
         outcome = answer.content["outcome"]
         if outcome["code"]:
-            failure = ClientFailed(str(outcome["code"]), str(outcome["found"]), str(outcome["expected"]), str(outcome["do"]))
-            return Reply(client, failure=failure)
+            return Reply(client, failure=ClientFailed(*(str(outcome[part]) for part in ("code", "found", "expected", "do"))))
         return Reply(client, unwrap(answer.content["payload"]))
     except (KeyError, TypeError, AttributeError) as error:
         found = f"a node's answer that cannot be read ({type(error).__name__})"
-        return Reply(client, failure=Refused("W601", found, "an outcome and a payload", "run the same fedtune on server and nodes"))
-
-
-def said(answer: Message) -> str:
-    """Flower's error in one line."""
-    reason = (answer.error.reason or "no reason given").strip().splitlines()[0]
-    return f"Flower's error {answer.error.code} instead of a node's answer ({reason[:200]})"
+        return Reply(client, failure=Refused("W601", found, "an outcome and a payload", SAME))
 
 
 def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS) -> dict[int, int]:
@@ -230,12 +227,8 @@ def read_ask(message: Message) -> Ask:
         payload = unwrap(message.content["payload"])
         return Ask(int(asked["client"]), str(asked["verb"]), now, payload, int(asked["last"]), bool(asked["first"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise Refused(
-            "W601",
-            f"a message without a readable question ({type(error).__name__})",
-            "verb, client, round, seed, members",
-            "run the same fedtune on server and nodes",
-        ) from None
+        found = f"a message without a readable question ({type(error).__name__})"
+        raise Refused("W601", found, "verb, client, round, seed, members", SAME) from None
 
 
 _worlds: dict[str, tuple[World, Link]] = {}  # this process's model and data, by recipe: an actor answers for many clients
@@ -254,14 +247,10 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
 
 def load_memory(context: Context) -> Versions:
     """The client's memories, by round, from Flower's per-node state. A SuperNode holds it in RAM: it is lost when the node restarts."""
-    from safetensors.numpy import load
-
     return {int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()}
 
 
 def save_memory(versions: Versions) -> ConfigRecord:
-    from safetensors.numpy import save
-
     return ConfigRecord({str(number): save(tensors) for number, tensors in versions.items()})
 
 
@@ -311,6 +300,7 @@ def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
     # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else Flower's late calls after Ctrl-C would start a second Ray
     try:
         import ray
         from flwr.clientapp import ClientApp
@@ -318,9 +308,6 @@ def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
         from flwr.simulation import run_simulation
     except ImportError:
         raise FedtuneError("F501", "no Ray", "Flower's simulation engine", "install it with: pip install 'flwr[simulation]'") from None
-    server, client = ServerApp(), ClientApp()
-    client.query("hello")(hello)
-    client.train("ask")(answer)
     grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
     failures: list[BaseException] = []
     over = threading.Event()
@@ -329,8 +316,10 @@ def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
         grids.put(grid)
         over.wait()
 
+    server, client = ServerApp(), ClientApp()
     server.main()(main)
-
+    client.query("hello")(hello)
+    client.train("ask")(answer)
     # A killed actor is started again and asked once more: the same seeds, the same bytes.
     resources = {**size, "max_restarts": -1, "max_task_retries": 1}
 
@@ -348,7 +337,7 @@ def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
             yield Watched(grids.get(), thread, failures)
         finally:
             over.set()
-            thread.join(10)
+            thread.join(5)  # longer only where a client is still at work: Ray's end is then its end
 
 
 @dataclass(frozen=True)
@@ -388,17 +377,11 @@ def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
     Its folder is in /tmp because the names of the sockets in it may have no more than 107 characters.
     """
     debug = bool(os.environ.get("FEDTUNE_DEBUG"))
-    each = int(size["num_cpus"])
+    each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
     with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(each, min(cores(), nodes * each)),
-                include_dashboard=False,
-                log_to_driver=debug,
-                logging_level=logging.INFO if debug else logging.CRITICAL,
-                _temp_dir=folder,
-            )
+            cpus = max(each, min(cores(), nodes * each))
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
         except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
             raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
         try:
@@ -410,8 +393,7 @@ def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
 @contextlib.contextmanager
 def hushed(ray_worker: Any) -> Iterator[None]:
     """Flower's log, and Ray's, are for FEDTUNE_DEBUG: what users need to know comes as our events."""
-    log = logging.getLogger("flwr")
-    before = log.level
+    log, before = logging.getLogger("flwr"), logging.getLogger("flwr").level
     if not os.environ.get("FEDTUNE_DEBUG"):
         log.setLevel(logging.CRITICAL + 1)
         # Ray prints its complaints about dead actors to standard output, whatever log_to_driver says; this is its own switch.

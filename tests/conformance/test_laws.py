@@ -30,16 +30,17 @@ from fedtune.types import Client, Round, State, Tensors, Update
 from fedtune.wire import EVERYONE, encode_state
 from tests import small
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {  # name of the method, a dash, the variant -> changes to the small recipe
     "fedpeft-lora": {},
     "fedpeft-bias": {"method__adapter": {"kind": "bias"}},
     "fedpeft-full": {"method__adapter": {"kind": "full"}},
     "fedpeft-outer": {"method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
+    "fedpeft-adam": {"method__server": {"optimizer": "adam", "lr": 0.01, "amsgrad": True}},
     "fedpeft-chain": {"chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}]},
     "fedpeft-both-ways": {"chain": [{"step": "sign", "error_feedback": True}], "downlink": {"step": "delta"}, "sampling": {"count": 3}},
 }
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
-UNCODED = [*EXACT, "fedpeft-outer"]
+UNCODED = [*EXACT, "fedpeft-outer", "fedpeft-adam"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,10 @@ def world_of(recipe: Recipe) -> tuple[World, Link]:
 
 def sha(recipe: Recipe, root: Path, **more: Any) -> str:
     return str(small.play(recipe, root, **more)[1]["state_sha256"])
+
+
+def test_every_method_is_enrolled() -> None:
+    assert {name.partition("-")[0] for name in METHODS} == set(methods.METHODS)
 
 
 @pytest.mark.parametrize("name", EXACT)
