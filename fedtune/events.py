@@ -49,6 +49,16 @@ class Truncated(Event):
 
 
 @dataclass(frozen=True)
+class Chose(Event):
+    """What a client's chain chose by itself, and why."""
+
+    round: int
+    client: int
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
 class ClientDone(Event):
     round: int
     client: int

@@ -57,8 +57,8 @@ def check_rules(recipe: Recipe) -> None:
     if recipe.downlink.step != "none" and not recipe.chain:
         refuse(f"downlink.step = '{recipe.downlink.step}' without a [[chain]]", "a chain with a step, so that clients answer with differences",
                "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]")  # fmt: skip
-    for path, table in (("method.adapter.kind", method.adapter), ("partition.by", partition), ("downlink.step", recipe.downlink)):
-        check_used(path, table)
+    for path, owner in (("method.adapter.kind", method.adapter), ("partition.by", partition), ("downlink.step", recipe.downlink)):
+        check_used(path, owner)
     if method.train.steps and "epochs" in method.train.model_fields_set:
         refuse("method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs")
     if method.server.amsgrad and method.server.optimizer not in ("adam", "adamw"):
@@ -77,11 +77,11 @@ def used(path: str, value: str) -> set[str]:
     return always | by_value.get(value, set())
 
 
-def check_used(path: str, table: Settings) -> None:
+def check_used(path: str, owner: Settings) -> None:
     """A key that the selector's value would ignore is a mistake, not a wish."""
     parent, _, selector = path.rpartition(".")
-    value = str(getattr(table, selector))
-    for key in sorted(table.model_fields_set - used(path, value)):
+    value = str(getattr(owner, selector))
+    for key in sorted(owner.model_fields_set - used(path, value)):
         refuse(f"{parent}.{key} with {path} = '{value}'", f"only {', '.join(sorted(used(path, value)))}", f"remove it or change {path}")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 KEEP = ("metric", "base", "local", "federated", "centralised", "up_bytes_per_client_round", "down_bytes_per_client_round")
-KEEP += ("rounds", "clients", "trainable", "total", "seconds", "peak_rss_bytes", "state_sha256")
+KEEP += ("first_round_seconds", "rounds", "clients", "trainable", "total", "seconds", "peak_rss_bytes", "state_sha256")
 OUTER = ["method.server.optimizer=sgd", "method.server.lr=0.7", "method.server.momentum=0.9", "method.server.nesterov=true"]
 ALONE = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedtune.errors import ClientFailed, FedtuneError, Refused
-from fedtune.events import ClientDone, ClientLeftOut, Event
+from fedtune.events import Chose, ClientDone, ClientLeftOut, Event
 from fedtune.runtime.journal import Answer
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
@@ -56,6 +56,7 @@ class Reply:
     client: int
     payload: bytes = b""
     failure: FedtuneError | None = None
+    said: str = ""  # what the client's chain chose, and why
 
 
 Carrier = Callable[[Sequence[Ask]], Iterable[Reply]]  # every ask gets exactly one reply, in any order
@@ -69,7 +70,7 @@ class Link:
     base: str  # fingerprint of the base model
     method: Method
     chain: Chain
-    downlink: DownlinkSettings = DownlinkSettings()
+    downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
 
     def steps(self, verb: str) -> Chain:
         """The chain for a verb: where single answers are read, steps that only a sum can undo are left out."""
@@ -136,7 +137,6 @@ class Downlink:
         return lambda client: delta if client in current else full
 
 
-
 @dataclass
 class RoundCohort:
     """The server's half: asks all members of one round, leaves out what fails, adds up the rest in ascending id."""
@@ -190,6 +190,8 @@ class RoundCohort:
                 self._note(reply.client, Answer(reply.client, error.code, 0.0, len(reply.payload), down, str(error)))
                 self.tell(ClientLeftOut(self.now.number, reply.client, self.names[reply.client], error.code, str(error)))
                 continue
+            if reply.said:
+                self.tell(Chose(self.now.number, reply.client, self.names[reply.client], reply.said))
             for name, number in update.metrics.items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + number
             self._note(reply.client, Answer(reply.client, "ok", update.weight, len(reply.payload), down))

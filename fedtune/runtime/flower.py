@@ -7,6 +7,7 @@ round and one array 5.5 s. The message loop is our own push and pull: Flower's `
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import contextlib
 import logging
 import os
@@ -132,7 +133,7 @@ def read_answer(client: int, answer: Message | FedtuneError) -> Reply:
         outcome = answer.content["outcome"]
         if outcome["code"]:
             return Reply(client, failure=ClientFailed(*(str(outcome[part]) for part in ("code", "found", "expected", "do"))))
-        return Reply(client, unwrap(answer.content["payload"]))
+        return Reply(client, unwrap(answer.content["payload"]), said=str(outcome["said"]))
     except (KeyError, TypeError, AttributeError) as error:
         found = f"a node's answer that cannot be read ({type(error).__name__})"
         return Reply(client, failure=Refused("W601", found, "an outcome and a payload", SAME))
@@ -213,7 +214,7 @@ def answer(message: Message, context: Context) -> Message:
         client = world.client_with(ask.client, memory_before(versions, ask))
         payload = respond(link, client, ask)
         context.state["memory"] = save_memory(memory_after(versions, ask, client.memory))
-        outcome = {"code": "", "found": "", "expected": "", "do": ""}
+        outcome = {"code": "", "found": "", "expected": "", "do": "", "said": link.chain.said}
     except FedtuneError as error:
         payload, outcome = b"", {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
     return Message(RecordDict({"outcome": ConfigRecord(outcome), "payload": wrap(payload)}), reply_to=message)
@@ -337,7 +338,9 @@ def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
             yield Watched(grids.get(), thread, failures)
         finally:
             over.set()
-            thread.join(5)  # longer only where a client is still at work: Ray's end is then its end
+            thread.join(5)
+            if thread.is_alive():  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
+                getattr(concurrent.futures.thread, "_threads_queues", {}).clear()  # so that Python's exit does not wait for the pool
 
 
 @dataclass(frozen=True)

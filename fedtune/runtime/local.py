@@ -16,7 +16,7 @@ def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[A
         for ask in asks:
             try:
                 world = client(ask)
-                reply = Reply(ask.client, respond(link, world, ask))
+                reply = Reply(ask.client, respond(link, world, ask), said=link.chain.said)
                 done(ask, world)
                 yield reply
             except (ClientFailed, Refused) as error:

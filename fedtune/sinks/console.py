@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.events import ClientLeftOut, Event, Noted, RoundDone, RunDone, RunStarted, Scored
+from fedtune.events import Chose, ClientLeftOut, Event, Noted, RoundDone, RunDone, RunStarted, Scored, Truncated
 
 
 def console_sink(event: Event) -> None:
@@ -25,6 +25,11 @@ def line(event: Event) -> str:
             return f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: {share}"
         case Noted():
             return f"note: {event.text}"
+        case Truncated() if event.whose.startswith("the "):
+            left_out = f", {event.left_out} left out" if event.left_out else ""
+            return f"note: {event.cut} of {event.rows} texts of {event.whose} were cut to {event.max_length} tokens{left_out}; events.jsonl has every client's"
+        case Chose() if event.round == 1:
+            return f"client {event.name}: {event.text}"
         case ClientLeftOut():
             return f"round {event.round}: client {event.name} left out. {event.text}"
         case RoundDone():

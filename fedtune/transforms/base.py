@@ -58,6 +58,11 @@ class Chain:
         self.steps = tuple(steps)
         self.kinds = frozenset({{"real": "values", "ring": "ring", "packed": "levels"}[held]})  # what a receiver may expect
 
+    @property
+    def said(self) -> str:
+        """What the steps chose for the last answer, and why; "" where they have no choice."""
+        return "; ".join(step.said for step in self.steps if step.said)
+
     def send(self, update: Update, client: Client, now: Round, near: Tensors | None = None) -> Update:
         """The client's halves, in order."""
         if self.steps and near is not None:

@@ -34,7 +34,8 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 
 
 def test_reading_a_recipe_loads_no_torch() -> None:
-    probe = "import sys, fedtune.config as c, fedtune.runtime.check; c.read(None); print([m for m in ('torch', 'flwr', 'transformers', 'peft') if m in sys.modules])"
+    probe = "import sys, fedtune.config, fedtune.runtime.check; fedtune.config.read(None); "
+    probe += "print([m for m in ('torch', 'flwr', 'transformers', 'peft') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

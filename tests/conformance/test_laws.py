@@ -17,7 +17,7 @@ import torch
 from fedtune import methods, transforms
 from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, FedtuneError, Refused
-from fedtune.events import ClientDone, Event, RoundDone
+from fedtune.events import Chose, ClientDone, Event, RoundDone
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, RoundCohort, respond
@@ -245,3 +245,10 @@ def test_a_hundred_clients_cost_one_model(tiny_bert: Path, data: Path, tmp_path:
     assert world.client_with(0, {}).model is world.client_with(3, {}).model
     state = State(world.bench.read())
     assert Update.of(state.shared).weight == 1.0
+
+
+def test_a_chain_that_chooses_says_what_and_why(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, chain=[{"step": "auto", "ratio": 16.0}])
+    _, _, events = small.play(recipe, tmp_path)
+    said = [e for e in events if isinstance(e, Chose)]
+    assert len(said) == 12 and all("kurtosis" in e.text and "because" in e.text for e in said)

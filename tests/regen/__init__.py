@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.regen import docs, golden, stubs
+from tests.regen import docs, golden, results, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
@@ -17,6 +17,7 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "golden": golden.generate,
     "errors": docs.errors,
     "recipe": docs.recipe,
+    "results": results.generate,
 }
 
 
