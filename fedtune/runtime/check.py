@@ -33,6 +33,7 @@ class Checked:
     asked: int  # clients per round
     up_bytes: int  # per client and round, header included; with a chain, by its own estimate
     down_bytes: int
+    bits: tuple[float, float]  # a trained parameter, up and down, headers left out
     memory: dict[str, int]  # what -> bytes
     exposed: list[Exposure]
 
@@ -47,7 +48,7 @@ def check(recipe: Recipe) -> Checked:
     schema = Schema(tuple(sorted(plan.shapes.items())))
     bits, down = transforms.bits_per_parameter(chain, schema), down_bits(recipe.downlink, schema)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits, down[1]), memory(recipe, plan), exposure(method, chain))
+    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits, down[1]), (bits, down[1]), memory(recipe, plan), exposure(method, chain))
 
 
 def message_bytes(schema: Schema, bits: float, down_bits: float) -> tuple[int, int]:
@@ -87,6 +88,7 @@ def rows(checked: Checked) -> list[str]:
         lines.append(f"  {client.name:<24}{len(client.train):>7} rows, {len(client.test)} held out  {labels}")
     lines += [f"left out  {count} rows: {reason}" for reason, count in federation.dropped.items()]
     lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
+    lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))
     lines += [f"memory    {what}: {count / MIB:,.1f} MiB" for what, count in checked.memory.items()]
     for row in checked.exposed:
         lines.append(

@@ -42,6 +42,7 @@ ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
 STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as an ndarray
 WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
 ANSWER_SECONDS = 3600.0  # for one answer; after it the round goes on without that client
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SAME = "run the same fedtune on server and nodes"
 NODE_CONFIG = "give every SuperNode its own: --node-config 'partition-id=N'"
 
@@ -182,10 +183,7 @@ def serve(grid: Grid, recipe: config.Recipe, folder: RunFolder, tell: Callable[[
 
 
 def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callable[[RunFolder], Callable[[Event], None]]) -> None:
-    """`flwr run`: recipe path, overrides and runs folder come from the run config.
-
-    A relative path is looked for where the SuperLink runs, then in the app's bundle; run folders are made where the SuperLink runs.
-    """
+    """`flwr run`: recipe, overrides and runs folder from the run config; relative paths count from the SuperLink's folder, a recipe's also from the app's."""
     options = {key: str(context.run_config.get(key, "")) for key in ("recipe", "set", "runs")}
     path = options["recipe"]
     if path and not Path(path).exists() and (app_folder / path).exists():
@@ -201,8 +199,7 @@ def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callabl
 
 def hello(message: Message, context: Context) -> Message:
     """Which client this node is: its `partition-id`, or -1 where it has none."""
-    client = context.node_config.get("partition-id", -1)
-    return Message(RecordDict({"hello": ConfigRecord({"client": int(client)})}), reply_to=message)
+    return Message(RecordDict({"hello": ConfigRecord({"client": int(context.node_config.get("partition-id", -1))})}), reply_to=message)
 
 
 def answer(message: Message, context: Context) -> Message:
@@ -283,11 +280,7 @@ def actor_size(threads: int, device: str) -> dict[str, float]:
     actor takes as many as the local engine would. Where the work is on a GPU, one actor has it to itself."""
     if device == "cuda":
         return {"num_cpus": 1, "num_gpus": 1}
-    return {"num_cpus": threads or int(os.environ.get("OMP_NUM_THREADS") or cores()), "num_gpus": 0}
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"num_cpus": threads or int(os.environ.get("OMP_NUM_THREADS") or CORES), "num_gpus": 0}
 
 
 @contextlib.contextmanager
@@ -375,15 +368,12 @@ def root(*errors: BaseException) -> str:
 
 @contextlib.contextmanager
 def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
-    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone afterwards.
-
-    Its folder is in /tmp because the names of the sockets in it may have no more than 107 characters.
-    """
+    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone afterwards."""
     debug = bool(os.environ.get("FEDTUNE_DEBUG"))
     each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
-    with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # /tmp: names of sockets end at 107 characters
         try:
-            cpus = max(each, min(cores(), nodes * each))
+            cpus = max(each, min(CORES, nodes * each))
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
         except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
             raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error

@@ -85,7 +85,10 @@ def test_check_says_what_would_happen_and_makes_nothing(recipe: Path, tmp_path: 
     said = capsys.readouterr().out
     for word in ("trained", "clients", "bytes", "memory", "sees each client's answer as it passes", "held out"):
         assert word in said
-    assert not (tmp_path / "runs").exists()
+    assert "up 32.000, down 32.000" in said and not (tmp_path / "runs").exists()
+    assert main(["check", str(recipe), "--set", "chain=[{step='sign'}]", "--set", "downlink.step=int8", "--resolved"]) == 0
+    said = capsys.readouterr().out
+    assert "through sign" in said and "up 1." in said and "down 8.25" in said and 'step = "sign"' in said
 
 
 @pytest.mark.parametrize(
