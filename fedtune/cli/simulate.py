@@ -29,7 +29,7 @@ def simulate(options: argparse.Namespace) -> int:
     folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
     folder.write_json("config.json", recipe.model_dump(mode="json"))
     if options.engine == "flower":
-        from fedtune.runtime.flower import simulation
+        from fedtune.runtime.flower_engine import simulation
 
         simulation(recipe, folder, sinks(folder))
     else:

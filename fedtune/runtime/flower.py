@@ -1,4 +1,4 @@
-"""The only module that speaks Flower. Flower carries the questions and answers of a cohort; the rest of a run is ours.
+"""Where fedtune meets Flower (with flower_engine.py, and nowhere else). Flower carries the questions and answers of a cohort; the rest of a run is ours.
 
 A message to a node holds the question in a ConfigRecord and the payload, in fedtune's own wire format, as ONE flat
 byte array: Flower moves every array as at least two HTTP objects per hop, so that 448 tensors of 7 MB took 37 s a
@@ -7,17 +7,9 @@ round and one array 5.5 s. The message loop is our own push and pull: Flower's `
 
 from __future__ import annotations
 
-import concurrent.futures.thread
-import contextlib
-import logging
 import os
-import queue
-import secrets
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +26,7 @@ from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.run import run
-from fedtune.runtime.states import Memories
+from fedtune.runtime.states import Memories, load_tensors, round_of, save_tensors
 from fedtune.runtime.world import World, build_world
 from fedtune.types import Round
 
@@ -42,7 +34,6 @@ ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
 STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as an ndarray
 WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
 ANSWER_SECONDS = 3600.0  # for one answer; after it the round goes on without that client
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SAME = "run the same fedtune on server and nodes"
 NODE_CONFIG = "give every SuperNode its own: --node-config 'partition-id=N'"
 
@@ -202,15 +193,20 @@ def hello(message: Message, context: Context) -> Message:
     return Message(RecordDict({"hello": ConfigRecord({"client": int(context.node_config.get("partition-id", -1))})}), reply_to=message)
 
 
-def answer(message: Message, context: Context) -> Message:
-    """Do what is asked; a mistake travels back as its code and sentence, never as a traceback."""
+def answer(message: Message, context: Context, shelf: Path | None = None) -> Message:
+    """Do what is asked; a mistake travels back as its code and sentence, never as a traceback.
+
+    The client's memory lies on `shelf`, or in the folder that the node's config calls `memory`, and then outlives the
+    SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where: it has no say over a site's disk.
+    """
     try:
         ask = read_ask(message)
         world, link = worlds(str(message.content["ask"]["recipe"]))
-        versions = load_memory(context)
+        place = shelf or (Path(str(context.node_config["memory"])) / link.run if "memory" in context.node_config else None)
+        versions = load_memory(context, place, ask.client)
         client = world.client_with(ask.client, memory_before(versions, ask))
         payload = respond(link, client, ask)
-        context.state["memory"] = save_memory(memory_after(versions, ask, client.memory))
+        save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
         outcome = {"code": "", "found": "", "expected": "", "do": "", "said": link.chain.said}
     except FedtuneError as error:
         payload, outcome = b"", {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
@@ -243,13 +239,24 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
     return _worlds[recipe_json]
 
 
-def load_memory(context: Context) -> Versions:
-    """The client's memories, by round, from Flower's per-node state. A SuperNode holds it in RAM: it is lost when the node restarts."""
+def load_memory(context: Context, place: Path | None, client: int) -> Versions:
+    """The client's memories, by round."""
+    if place:
+        return {round_of(path): load_tensors(path) for path in RunFolder(place).memory(client, 0).parent.glob("round-*.safetensors")}
+
     return {int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()}
 
 
-def save_memory(versions: Versions) -> ConfigRecord:
-    return ConfigRecord({str(number): save(tensors) for number, tensors in versions.items()})
+def save_memory(context: Context, place: Path | None, client: int, versions: Versions) -> None:
+    """Keep these memories and no others; on disk, each file is whole or absent."""
+    if place is None:
+        context.state["memory"] = ConfigRecord({str(number): save(tensors) for number, tensors in versions.items()})
+        return
+    for number, tensors in versions.items():
+        save_tensors(RunFolder(place).memory(client, number), tensors)
+    for path in RunFolder(place).memory(client, 0).parent.glob("round-*.safetensors"):
+        if round_of(path) not in versions:
+            path.unlink()
 
 
 def wrap(payload: bytes) -> ArrayRecord:
@@ -258,141 +265,3 @@ def wrap(payload: bytes) -> ArrayRecord:
 
 def unwrap(record: Any) -> bytes:
     return bytes(record["bytes"].data)
-
-
-# --- Flower's simulation engine ---------------------------------------------------------------------------------
-
-
-def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None]) -> dict[str, Any]:
-    """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501, F504."""
-    with contextlib.ExitStack() as stack:
-
-        def carry(link: Link, world: World) -> Carrier:
-            nodes = len(world.names)
-            grid = stack.enter_context(engine(nodes, actor_size(recipe.model.threads, world.base.device.type)))
-            return flower_carrier(grid, recipe, find_nodes(grid, nodes))
-
-        return run(recipe, folder, tell, carry)
-
-
-def actor_size(threads: int, device: str) -> dict[str, float]:
-    """What one Ray actor takes. Ray gives torch as many threads as the actor has CPUs, and bits may depend on them: so an
-    actor takes as many as the local engine would. Where the work is on a GPU, one actor has it to itself."""
-    if device == "cuda":
-        return {"num_cpus": 1, "num_gpus": 1}
-    return {"num_cpus": threads or int(os.environ.get("OMP_NUM_THREADS") or CORES), "num_gpus": 0}
-
-
-@contextlib.contextmanager
-def engine(nodes: int, size: dict[str, float]) -> Iterator[Grid]:
-    """Flower's simulation engine with virtual nodes 0 to nodes - 1; it is gone when the block ends. Raises F501, F504.
-
-    `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's back and
-    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs in a thread,
-    so that a run's own errors, and Ctrl-C, happen where they do in a local run.
-    """
-    # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when it is imported.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else Flower's late calls after Ctrl-C would start a second Ray
-    try:
-        import ray
-        from flwr.clientapp import ClientApp
-        from flwr.serverapp import ServerApp
-        from flwr.simulation import run_simulation
-    except ImportError:
-        raise FedtuneError("F501", "no Ray", "Flower's simulation engine", "install it with: pip install 'flwr[simulation]'") from None
-    grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
-    failures: list[BaseException] = []
-    over = threading.Event()
-
-    def main(grid: Any, context: Context) -> None:
-        grids.put(grid)
-        over.wait()
-
-    server, client = ServerApp(), ClientApp()
-    server.main()(main)
-    client.query("hello")(hello)
-    client.train("ask")(answer)
-    # A killed actor is started again and asked once more: the same seeds, the same bytes.
-    resources = {**size, "max_restarts": -1, "max_task_retries": 1}
-
-    def work() -> None:
-        try:
-            run_simulation(server, client, nodes, backend_config={"client_resources": resources})
-        except BaseException as error:
-            failures.append(error)
-        grids.put(None)
-
-    with hushed(ray._private.worker), ray_cluster(ray, nodes, size):
-        thread = threading.Thread(target=work, name="flower", daemon=True)
-        thread.start()
-        try:
-            yield Watched(grids.get(), thread, failures)
-        finally:
-            over.set()
-            thread.join(5)
-            if thread.is_alive():  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
-                getattr(concurrent.futures.thread, "_threads_queues", {}).clear()  # so that Python's exit does not wait for the pool
-
-
-@dataclass(frozen=True)
-class Watched:
-    """A grid that says so when its engine has stopped, instead of waiting for answers that cannot come."""
-
-    grid: Grid | None
-    thread: threading.Thread
-    failures: list[BaseException]
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self.alive().get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self.alive().push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self.alive().pull_messages(message_ids)
-
-    def alive(self) -> Grid:
-        if self.grid is None or not self.thread.is_alive():
-            raise FedtuneError("F504", f"Flower's simulation engine stopped ({root(*self.failures)})", "a running engine", "see its log with FEDTUNE_DEBUG=1")
-        return self.grid
-
-
-def root(*errors: BaseException) -> str:
-    """The first line of what an error began with."""
-    for error in errors:
-        return root(error.__cause__) if error.__cause__ else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return "no reason given"
-
-
-@contextlib.contextmanager
-def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
-    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone afterwards."""
-    debug = bool(os.environ.get("FEDTUNE_DEBUG"))
-    each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
-    with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # /tmp: names of sockets end at 107 characters
-        try:
-            cpus = max(each, min(CORES, nodes * each))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
-        except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
-            raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextlib.contextmanager
-def hushed(ray_worker: Any) -> Iterator[None]:
-    """Flower's log, and Ray's, are for FEDTUNE_DEBUG: what users need to know comes as our events."""
-    log, before = logging.getLogger("flwr"), logging.getLogger("flwr").level
-    if not os.environ.get("FEDTUNE_DEBUG"):
-        log.setLevel(logging.CRITICAL + 1)
-        # Ray prints its complaints about dead actors to standard output, whatever log_to_driver says; this is its own switch.
-        ray_worker._worker_logs_enabled = False
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-        ray_worker._worker_logs_enabled = True

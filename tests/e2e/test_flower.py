@@ -25,6 +25,7 @@ from fedtune.runtime.folder import RunFolder, create
 from tests import small
 
 flower = pytest.importorskip("fedtune.runtime.flower")
+flower_engine = pytest.importorskip("fedtune.runtime.flower_engine")
 from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
@@ -96,8 +97,14 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
     folder = RunFolder(tmp_path / "runs" / "small")
     assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
     assert journal(folder) == journal(local)
+    assert memories(folder) == memories(local) != {}  # so `fedtune resume` would go on with the same bytes
     assert [line.split()[0] for line in lines if line.strip()][:4] == [f"{folder.path}:", "round", "round", "round"]  # no chatter before or between
     assert (tmp_path / "stderr").read_text() == ""
+
+
+def memories(folder: RunFolder) -> dict[str, bytes]:
+    """What clients remember after the last round, by file."""
+    return {str(path.relative_to(folder.path)): path.read_bytes() for path in sorted((folder.path / "memory").rglob("*.safetensors"))}
 
 
 def processes(mark: str) -> list[int]:
@@ -116,7 +123,7 @@ def processes(mark: str) -> list[int]:
 def test_an_engine_that_cannot_start_says_so_at_once() -> None:
     with (
         pytest.raises(FedtuneError, match=r"F504: found Flower's simulation engine stopped \(ActorPool is empty"),
-        flower.engine(1, {"num_cpus": 1, "num_gpus": 99}) as grid,
+        flower_engine.engine(1, {"num_cpus": 1, "num_gpus": 99}) as grid,
     ):
         flower.find_nodes(grid, 1, 60)
 

@@ -1,0 +1,165 @@
+"""Flower's simulation engine (Ray) under a run: started, watched and removed. The other module that speaks Flower."""
+
+from __future__ import annotations
+
+import concurrent.futures.thread
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+
+from fedtune import config
+from fedtune.errors import FedtuneError
+from fedtune.events import Event
+from fedtune.runtime.cohort import Carrier, Link
+from fedtune.runtime.flower import Grid, answer, find_nodes, flower_carrier, hello
+from fedtune.runtime.folder import RunFolder
+from fedtune.runtime.run import run
+from fedtune.runtime.world import World
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None]) -> dict[str, Any]:
+    """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501, F504."""
+    with contextlib.ExitStack() as stack:
+
+        def carry(link: Link, world: World) -> Carrier:
+            nodes = len(world.names)
+            grid = stack.enter_context(engine(nodes, actor_size(recipe.model.threads, world.base.device.type), folder.path.resolve()))
+            return flower_carrier(grid, recipe, find_nodes(grid, nodes))
+
+        return run(recipe, folder, tell, carry)
+
+
+def actor_size(threads: int, device: str) -> dict[str, float]:
+    """What one Ray actor takes. An actor computes with as many threads as the local engine would, because bits may
+    depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to itself."""
+    if device == "cuda":
+        return {"num_cpus": 1, "num_gpus": 1}
+    return {"num_cpus": threads or CORES, "num_gpus": 0}
+
+
+@contextlib.contextmanager
+def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Iterator[Grid]:
+    """Flower's simulation engine with virtual nodes 0 to nodes - 1; it is gone when the block ends. Raises F501, F504.
+
+    `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's back and
+    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs in a thread,
+    so that a run's own errors, and Ctrl-C, happen where they do in a local run.
+    """
+    # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when it is imported.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else Flower's late calls after Ctrl-C would start a second Ray
+    try:
+        import ray
+        from flwr.clientapp import ClientApp
+        from flwr.serverapp import ServerApp
+        from flwr.simulation import run_simulation
+    except ImportError:
+        raise FedtuneError("F501", "no Ray", "Flower's simulation engine", "install it with: pip install 'flwr[simulation]'") from None
+    grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+    over = threading.Event()
+
+    def main(grid: Any, context: Context) -> None:
+        grids.put(grid)
+        over.wait()
+
+    server, client = ServerApp(), ClientApp()
+    server.main()(main)
+    client.query("hello")(hello)
+    client.train("ask")(partial(answer, shelf=shelf))  # memories in the run's own folder, where resume looks for them
+    # A killed actor is started again and asked once more: the same seeds, the same bytes.
+    resources = {**size, "max_restarts": -1, "max_task_retries": 1}
+
+    def work() -> None:
+        try:
+            run_simulation(server, client, nodes, backend_config={"client_resources": resources})
+        except BaseException as error:
+            failures.append(error)
+        grids.put(None)
+
+    with hushed(ray._private.worker), ray_cluster(ray, nodes, size):
+        thread = threading.Thread(target=work, name="flower", daemon=True)
+        thread.start()
+        try:
+            yield Watched(grids.get(), thread, failures)
+        finally:
+            over.set()
+            thread.join(5)
+            if thread.is_alive():  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
+                getattr(concurrent.futures.thread, "_threads_queues", {}).clear()  # so that Python's exit does not wait for the pool
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A grid that says so when its engine has stopped, instead of waiting for answers that cannot come."""
+
+    grid: Grid | None
+    thread: threading.Thread
+    failures: list[BaseException]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.alive().get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.alive().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.alive().pull_messages(message_ids)
+
+    def alive(self) -> Grid:
+        if self.grid is None or not self.thread.is_alive():
+            raise FedtuneError("F504", f"Flower's simulation engine stopped ({root(*self.failures)})", "a running engine", "see its log with FEDTUNE_DEBUG=1")
+        return self.grid
+
+
+def root(*errors: BaseException) -> str:
+    """The first line of what an error began with."""
+    for error in errors:
+        return root(error.__cause__) if error.__cause__ else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return "no reason given"
+
+
+@contextlib.contextmanager
+def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
+    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone afterwards."""
+    debug = bool(os.environ.get("FEDTUNE_DEBUG"))
+    each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
+    with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # /tmp: names of sockets end at 107 characters
+        try:
+            cpus = max(each, min(CORES, nodes * each))
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
+        except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
+            raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def hushed(ray_worker: Any) -> Iterator[None]:
+    """Flower's log, and Ray's, are for FEDTUNE_DEBUG: what users need to know comes as our events."""
+    log, before = logging.getLogger("flwr"), logging.getLogger("flwr").level
+    if not os.environ.get("FEDTUNE_DEBUG"):
+        log.setLevel(logging.CRITICAL + 1)
+        # Ray prints its complaints about dead actors to standard output, whatever log_to_driver says; this is its own switch.
+        ray_worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        ray_worker._worker_logs_enabled = True
