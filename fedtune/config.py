@@ -47,9 +47,9 @@ class EvaluateSettings(Settings):
     base: bool = True
     """Score the model before any training."""
     local: bool = True
-    """Compare with clients that train alone, for the same number of steps each."""
+    """Compare with clients that train alone, each for the steps of a client that takes part in every round."""
     centralised: bool = True
-    """Compare with one training on the pooled data, for the same number of steps."""
+    """Compare with one training on the pooled data, for the same number of steps (or epochs, where steps = 0)."""
 
 
 class Recipe(Settings):

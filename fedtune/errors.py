@@ -39,7 +39,7 @@ CATALOGUE: dict[str, str] = {
     "R403": "A state file is damaged.",
     "R404": "The disk is full or a file cannot be written.",
     "R405": "No client gave a usable answer.",
-    "R406": "The run was started with another recipe, base model or version.",
+    "R406": "The run was started with another recipe, base model or data.",
     "R407": "Another process is working on this run.",
     # F: Flower
     "F501": "Flower, or the part of it that this command needs, is not installed.",

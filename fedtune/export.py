@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from fedtune.config import Recipe
+from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
 
 if TYPE_CHECKING:
@@ -18,11 +22,35 @@ def export_adapter(bench: Bench, target: Path, recipe: Recipe, result: Mapping[s
     """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
     from fedtune.model.export import save_adapter
 
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_adapter(bench, temporary, recipe.model.name, card(recipe, str(result["base_sha256"]), int(result["rounds"]), result))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.replace(target)
+    with whole_folder(target) as temporary:
+        save_adapter(bench, temporary, recipe.model.name, card(recipe, str(result["base_sha256"]), int(result["rounds"]), result))
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the target's place; a crash leaves the old one, the new one, or for an
+    instant neither; never a part of one. Raises R404."""
+    temporary, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old.part")
+    with disk_errors(target):
+        try:
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
+            yield temporary
+            swap(temporary, target, old)
+        except SafetensorError as error:  # how safetensors tells of a full disk
+            raise FedtuneError(
+                "R404", f"files that cannot be written to '{target}' ({error})", "room and rights to write", "free space and try again"
+            ) from error
+        finally:
+            for left in (temporary, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def swap(new: Path, target: Path, old: Path) -> None:
+    """Put a folder in the place of another."""
+    if target.exists():
+        target.replace(old)
+    new.replace(target)
 
 
 def check_target(target: Path) -> Path:
@@ -32,14 +60,14 @@ def check_target(target: Path) -> Path:
     return target
 
 
-def card(recipe: Recipe, base: str, rounds: int, result: Mapping[str, Any] | None = None) -> str:
+def card(recipe: Recipe, base: str, rounds: int, result: Mapping[str, Any] | None = None, form: str = "adapter") -> str:
     """README.md of an export: recipe, rounds, data, privacy, fingerprints."""
     scores = [f"| {key} | {result[key]:.4f} |" for key in ("base", "local", "federated", "centralised") if result and result.get(key) is not None]
     table = [f"| | {result['metric']} |", "|---|---|", *scores, ""] if result else []
     return "\n".join(
         [
             "---",
-            "library_name: peft",
+            f"library_name: {'peft' if form == 'adapter' else 'transformers'}",
             f"base_model: {recipe.model.name}",
             "tags: [federated, fedtune]",
             "---",

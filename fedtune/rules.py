@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedtune.errors import FedtuneError
+from fedtune.model.settings import TrainSettings
 from fedtune.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,10 +21,21 @@ ADAPTER_KEYS: dict[str, set[str]] = {
     "p-tuning": {"tokens"},
 }
 PARTITION_KEYS: dict[str, set[str]] = {"dirichlet": {"alpha", "column"}, "column": {"column", "all_values"}, "shards": {"column", "shards_per_client"}}
+TRAIN_KEYS: dict[str, set[str]] = {"sgd": {"momentum", "nesterov"}}
+SERVER_KEYS: dict[str, set[str]] = {
+    "sgd": {"lr", "momentum", "nesterov"},
+    "adam": {"lr", "beta1", "beta2", "eps", "amsgrad"},
+    "adamw": {"lr", "beta1", "beta2", "eps", "amsgrad", "weight_decay"},
+    "adagrad": {"lr", "eps"},
+    "rmsprop": {"lr", "beta2", "eps"},
+}
+TRAIN_ALWAYS = set(TrainSettings.model_fields) - {"momentum", "nesterov"}
 SELECTORS = {
     "method.adapter.kind": ({"kind"}, ADAPTER_KEYS),
     "partition.by": ({"by", "clients", "min_rows"}, PARTITION_KEYS),
     "downlink.step": ({"step"}, {"delta": {"keep"}}),
+    "method.train.optimizer": (TRAIN_ALWAYS, TRAIN_KEYS),
+    "method.server.optimizer": ({"optimizer"}, SERVER_KEYS),
 }
 SOURCE_TASKS: dict[str, set[str]] = {
     "docstrings": {"classify", "causal-lm"},
@@ -57,18 +69,26 @@ def check_rules(recipe: Recipe) -> None:
     if recipe.downlink.step != "none" and not recipe.chain:
         refuse(f"downlink.step = '{recipe.downlink.step}' without a [[chain]]", "a chain with a step, so that clients answer with differences",
                "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]")  # fmt: skip
-    for path, owner in (("method.adapter.kind", method.adapter), ("partition.by", partition), ("downlink.step", recipe.downlink)):
+    for path, owner in (
+        ("method.adapter.kind", method.adapter),
+        ("partition.by", partition),
+        ("downlink.step", recipe.downlink),
+        ("method.train.optimizer", method.train),
+        ("method.server.optimizer", method.server),
+    ):
         check_used(path, owner)
+    if data.messages and data.task != "instruct":
+        refuse(f"data.messages with data.task = '{data.task}'", "data.task = 'instruct'", "remove one of them")
+    if data.stride > data.max_length:
+        refuse(f"data.stride = {data.stride} above data.max_length = {data.max_length}", "at most max_length, so that no token is passed over", "lower it")
+    if method.train.head_lr and data.task in ("causal-lm", "instruct"):
+        refuse(f"method.train.head_lr with data.task = '{data.task}'", "a task with a head of its own", "remove it")
     if method.train.steps and "epochs" in method.train.model_fields_set:
         refuse("method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs")
-    if method.server.amsgrad and method.server.optimizer not in ("adam", "adamw"):
-        refuse(f"method.server.amsgrad with optimizer '{method.server.optimizer}'", "optimizer = 'adam' or 'adamw'", "change it or remove amsgrad")
     for table in ("train", "server"):
         settings = getattr(method, table)
         if settings.nesterov and not settings.momentum:
             refuse(f"method.{table}.nesterov without momentum", "momentum above 0", f"set method.{table}.momentum")
-        if settings.optimizer != "sgd" and settings.momentum:
-            refuse(f"method.{table}.momentum with optimizer '{settings.optimizer}'", "optimizer = 'sgd'", f"change method.{table}.optimizer or remove momentum")
 
 
 def used(path: str, value: str) -> set[str]:

@@ -60,7 +60,7 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("[data]\ntask = 'causal-lm'\n[partition]\nby = 'dirichlet'", "C104: found partition.by = 'dirichlet' for a task without labels"),
         ("[sampling]\ncount = 9", "C104: found sampling.count = 9 of 8 clients"),
         ("[method.adapter]\nkind = 'bias'\nrank = 4", "C104: found method.adapter.rank with method.adapter.kind = 'bias'"),
-        ("[method.server]\noptimizer = 'adam'\nmomentum = 0.9", "C104: found method.server.momentum with optimizer 'adam'"),
+        ("[method.server]\noptimizer = 'adam'\nmomentum = 0.9", "C104: found method.server.momentum with method.server.optimizer = 'adam'"),
         ("[method.train]\nepochs = 2", "C104: found method.train.epochs beside method.train.steps"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -24,22 +25,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedtune: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fedtune: stopped; what was committed is kept, go on with: fedtune resume RUN", file=sys.stderr)
+        print("fedtune: stopped; of a run, what was committed is kept: fedtune resume goes on with it", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return defect(error)
+        print("fedtune: R404: found no space left where the output goes, expected room to write; free space and run the command again.", file=sys.stderr)
+        return 2
     except Exception as error:
-        if os.environ.get("FEDTUNE_DEBUG"):
-            raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); "
-            "run again with FEDTUNE_DEBUG=1 and report what it prints.",
-            file=sys.stderr,
-        )
-        return 70
+        return defect(error)
     return code
+
+
+def defect(error: Exception) -> int:
+    """An error that we did not foresee: one line, and how to see more."""
+    if os.environ.get("FEDTUNE_DEBUG"):
+        raise error
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    print(
+        f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); run again with FEDTUNE_DEBUG=1 and report what it prints.",
+        file=sys.stderr,
+    )
+    return 70
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from fedtune.cli.common import add_recipe, quiet
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("check", help="resolved recipe, clients, bytes, memory, who sees what; downloads nothing", description=__doc__)
+    parser = commands.add_parser("check", help="resolved recipe, clients, bytes, memory, who sees what; reads no weights", description=__doc__)
     add_recipe(parser)
     parser.add_argument("--resolved", action="store_true", help="also print the whole resolved recipe as TOML")
     parser.set_defaults(command=check)

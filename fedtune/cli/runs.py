@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.common import quiet, sinks
+
+if TYPE_CHECKING:
+    from fedtune.runtime.folder import RunFolder
 
 
 def add_commands(commands: Any) -> None:
@@ -29,11 +35,23 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(command=report)
 
 
+def opened(path: str) -> RunFolder:
+    """A run's folder. Its recipe's relative paths are meant from where the run was begun, so that is where we go."""
+    from fedtune.runtime.folder import existing
+
+    folder = existing(Path(path).resolve())
+    origin = folder.path / "origin.json"
+    if origin.exists():
+        with contextlib.suppress(OSError):  # gone since: absolute paths still work, others say what is missing
+            os.chdir(str(folder.read_json("origin.json")["working_directory"]))
+    return folder
+
+
 def resume(options: argparse.Namespace) -> int:
     """A finished run says its result again; an unfinished one goes on."""
-    from fedtune.runtime.folder import existing, recipe_of
+    from fedtune.runtime.folder import recipe_of
 
-    folder = existing(options.run)
+    folder = opened(options.run)
     recipe = recipe_of(folder)
     quiet()
     from fedtune.runtime.run import run
@@ -43,9 +61,7 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from fedtune.runtime.folder import existing
-
-    folder = existing(options.run)
+    folder = opened(options.run)
     quiet()
     from fedtune.runtime.after import evaluate_run
 
@@ -54,13 +70,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    from fedtune.runtime.folder import existing
-
-    folder = existing(options.run)
+    target = Path(options.to).resolve()
+    folder = opened(options.run)
     quiet()
     from fedtune.runtime.after import export_run
 
-    print(export_run(folder, options.form, options.to))
+    export_run(folder, options.form, target)
+    print(options.to)
     return 0
 
 

@@ -23,15 +23,21 @@ def simulate(options: argparse.Namespace) -> int:
 
     recipe = read(options.recipe, options.set)
     quiet()
-    from fedtune.runtime.folder import create
+    from fedtune.errors import FedtuneError
+    from fedtune.runtime.folder import create, discard_if_empty
     from fedtune.runtime.run import run
 
     folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
-    folder.write_json("config.json", recipe.model_dump(mode="json"))
-    if options.engine == "flower":
-        from fedtune.runtime.flower_engine import simulation
+    try:
+        folder.write_json("config.json", recipe.model_dump(mode="json"))
+        folder.write_json("origin.json", {"working_directory": str(Path.cwd())})
+        if options.engine == "flower":
+            from fedtune.runtime.flower_engine import simulation
 
-        simulation(recipe, folder, sinks(folder))
-    else:
-        run(recipe, folder, sinks(folder))
+            simulation(recipe, folder, sinks(folder))
+        else:
+            run(recipe, folder, sinks(folder))
+    except FedtuneError:
+        discard_if_empty(folder)
+        raise
     return 0

@@ -5,9 +5,12 @@ The order of events: read, limit, (by = "column") keep the clients, draw the tes
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fedtune.data.partition import kept_values, partition_rows, too_few
@@ -43,6 +46,21 @@ class Federation:
     test: Rows
     labels: tuple[str, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over labels, clients and all rows, as hex; of an image that is still a file, its path."""
+        total = hashlib.sha256(json.dumps(self.labels).encode())
+        for name, rows in [("", self.test), *((client.name, part) for client in self.clients for part in (client.train, client.test))]:
+            total.update(json.dumps([name, len(rows)]).encode())
+            for row in rows:
+                total.update(json.dumps(row, sort_keys=True, default=summary).encode())
+        return total.hexdigest()
+
+
+def summary(value: Any) -> str:
+    """A value that JSON does not know, by its bytes."""
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
 def load(data: DataSettings, partition: PartitionSettings, seed: int) -> Federation:
@@ -153,7 +171,10 @@ def cut(rows: int, share: float, order: str, seed: int, number: int) -> tuple[li
 def label_set(data: DataSettings, rows: Rows) -> tuple[str, ...]:
     if data.task not in ("classify", "image-classify"):
         return ()
-    return data.labels or tuple(histogram(rows))
+    labels = data.labels or tuple(histogram(rows))
+    if len(set(labels)) < 2 or len(set(labels)) < len(labels):
+        raise FedtuneError("D206", f"the label set {list(labels)[:8]}", "two labels or more, each once", "correct the data or data.labels")
+    return labels
 
 
 def count(dropped: dict[str, int], reason: str, rows: int) -> None:

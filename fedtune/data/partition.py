@@ -94,6 +94,6 @@ def too_few(settings: PartitionSettings, name: str, rows: int) -> FedtuneError:
     """D205 for one client, with what would help."""
     help_ = {
         "dirichlet": "raise partition.alpha, lower partition.clients, or choose another seed",
-        "column": "lower partition.clients or partition.min_rows",
+        "column": "lower partition.clients, partition.min_rows or data.client_test_share",
     }.get(settings.by, "lower partition.clients or use more data")
     return FedtuneError("D205", f"{rows} training rows at client '{name}'", f"at least partition.min_rows = {settings.min_rows}", help_)

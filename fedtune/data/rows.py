@@ -93,6 +93,10 @@ def text_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
     value = cell(row, column, at, setting)
     if not isinstance(value, str):
         unreadable(f"{kind(value)} in column '{column}' of {at}", "a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        unreadable(f"half a character (a lone surrogate) in column '{column}' of {at}", "text that can be written as UTF-8")
     return value
 
 

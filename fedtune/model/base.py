@@ -185,10 +185,19 @@ def tokenizer_text(tokenizer: Any) -> str:
 
 def pick_device(name: str) -> torch.device:
     """auto means CUDA where there is one. Raises M301 for a device that is not there."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FedtuneError("M301", f'model.device = "{name}" without a CUDA device', "a device that this machine has", 'set model.device to "auto" or "cpu"')
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        known = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+    except RuntimeError:
+        known = False
+    if not known:
+        raise FedtuneError("M301", f"model.device = '{name}'", "auto, cpu, or a CUDA device that this machine has, such as cuda:0", "change model.device")
     return device
+
+
+def cores() -> int:
+    """Cores that this process may use, where the system can tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_torch(settings: ModelSettings) -> None:
@@ -196,7 +205,7 @@ def prepare_torch(settings: ModelSettings) -> None:
 
     0 threads are the cores that this process may use, said aloud: Ray would leave its actors one, and bits depend on the number.
     """
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(settings.threads or cores())
     if pick_device(settings.device).type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and nothing here reads such memory

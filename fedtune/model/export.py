@@ -42,6 +42,7 @@ def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) ->
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             bench.net.save_pretrained(str(place), safe_serialization=True, save_embedding_layers=False)
+        sort_lists(place / "adapter_config.json")
     if not is_stock(bench) or bench.kind == "p-tuning":  # peft keeps what p-tuning's network says, not the network
         save_file(bench.read(), str(place / OWN_FILE))
     base = bench.base
@@ -49,6 +50,13 @@ def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) ->
     about["adapter"] = bench.settings.model_dump(mode="json") if bench.settings else None
     (place / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
     (place / "README.md").write_text(card)
+
+
+def sort_lists(path: Path) -> None:
+    """peft writes sets of module names in whatever order they have in this process; the same run writes the same file."""
+    config = json.loads(path.read_text())
+    names = {key: sorted(value) for key, value in config.items() if isinstance(value, list) and all(isinstance(one, str) for one in value)}
+    path.write_text(json.dumps(config | names, indent=2, sort_keys=True) + "\n")
 
 
 def load_adapter(base: Base, folder: str | Path) -> Bench:
@@ -82,9 +90,7 @@ def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
     Costs one copy of the model. Raises M306 for kinds that add layers or tokens.
     """
     if bench.kind not in MERGES:
-        raise FedtuneError(
-            "M306", f"kind '{bench.kind}' for a merged model", f"one of {', '.join(MERGES)}", 'export it as an adapter (export.form = "adapter")'
-        )
+        raise FedtuneError("M306", f"kind '{bench.kind}' for a merged model", f"one of {', '.join(MERGES)}", "export it with --as adapter")
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     merged: Any = copy.deepcopy(bench.net).to("cpu")

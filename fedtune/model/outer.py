@@ -43,7 +43,7 @@ def make(values: list[torch.nn.Parameter], s: OuterSettings) -> torch.optim.Opti
     if s.optimizer == "adam":
         return torch.optim.Adam(values, lr=s.lr, betas=betas, eps=s.eps, amsgrad=s.amsgrad)
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(values, lr=s.lr, betas=betas, eps=s.eps, amsgrad=s.amsgrad)
+        return torch.optim.AdamW(values, lr=s.lr, betas=betas, eps=s.eps, amsgrad=s.amsgrad, weight_decay=s.weight_decay)
     if s.optimizer == "adagrad":
         return torch.optim.Adagrad(values, lr=s.lr, eps=s.eps)
-    return torch.optim.RMSprop(values, lr=s.lr, alpha=s.beta2, eps=s.eps, momentum=s.momentum)
+    return torch.optim.RMSprop(values, lr=s.lr, alpha=s.beta2, eps=s.eps)

@@ -18,6 +18,8 @@ def resized(image: Any, processor: Any, number: int) -> np.ndarray:
     try:
         if isinstance(image, (str, Path)):
             with Image.open(image) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(f"pixels of mode {opened.mode}, which do not fit in 8 bits")  # Pillow would clamp them
                 picture = opened.convert("RGB")
         elif isinstance(image, Image.Image):
             picture = image.convert("RGB")
@@ -26,10 +28,10 @@ def resized(image: Any, processor: Any, number: int) -> np.ndarray:
             if array.dtype != np.uint8:
                 raise ValueError(f"an array of {array.dtype}, not uint8")
             picture = Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array).convert("RGB")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise FedtuneError(
             "D203",
-            f"row {number} whose image cannot be read ({str(error)[:120]})",
+            f"row {number} whose image{f' {image}' if isinstance(image, str) else ''} cannot be read ({str(error)[:120]})",
             "a file that Pillow reads or a uint8 array (height, width[, 3])",
             "correct or remove the row",
         ) from error

@@ -114,3 +114,5 @@ class OuterSettings(Settings):
     """adam, adamw, rmsprop: decay of the second moment."""
     eps: float = Field(1e-3, gt=0)
     """adam, adamw, adagrad, rmsprop: tau, the degree of adaptivity."""
+    weight_decay: float = Field(0.0, ge=0)
+    """adamw: share of the state, times lr, that decays in a round."""

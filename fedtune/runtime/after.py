@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from fedtune import methods
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
-from fedtune.export import card, check_target
+from fedtune.export import card, check_target, whole_folder
 from fedtune.runtime.compare import own_scores, score_test
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
@@ -26,21 +25,18 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     return {"round": number, **final, "clients": own_scores(recipe, world, method, method.start(world.bench))}
 
 
-def export_run(folder: RunFolder, form: str, to: str) -> str:
+def export_run(folder: RunFolder, form: str, to: Path) -> None:
     """Write the last committed state as an adapter or a merged model; the folder appears whole or not at all."""
     from fedtune.model.export import save_adapter, save_merged
 
-    target = check_target(Path(to))
+    target = check_target(to)
     world, number = installed(folder)
-    temporary = target.with_name(f".{target.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    text = card(world.recipe, world.base.fingerprint, number)
-    if form == "merged":
-        save_merged(world.bench, temporary, text)
-    else:
-        save_adapter(world.bench, temporary, world.recipe.model.name, text)
-    temporary.replace(target)
-    return str(target)
+    text = card(world.recipe, world.base.fingerprint, number, form=form)
+    with whole_folder(target) as temporary:
+        if form == "merged":
+            save_merged(world.bench, temporary, text)
+        else:
+            save_adapter(world.bench, temporary, world.recipe.model.name, text)
 
 
 def installed(folder: RunFolder) -> tuple[World, int]:
@@ -55,13 +51,14 @@ def installed(folder: RunFolder) -> tuple[World, int]:
         journal.close()
     if not committed:
         raise FedtuneError("R402", f"no committed round in '{folder.path}'", "a run with at least one", f"go on with: fedtune resume {folder.path}")
+    state, _ = load_state(folder, committed[-1].number, committed[-1].file_sha256)  # now: a run that is still going on prunes old ones
     method = methods.build(recipe.method, recipe.rounds)
     world = build_world(recipe, method, Memories(None), nobody)
     if world.base.fingerprint != base:
         raise FedtuneError(
             "M304", f"base model {world.base.fingerprint[:12]}", f"{base[:12]}, which this run was trained on", "point model.name at the same weights"
         )
-    method.install(load_state(folder, committed[-1].number, committed[-1].file_sha256)[0], world.bench)
+    method.install(state, world.bench)
     return world, committed[-1].number
 
 

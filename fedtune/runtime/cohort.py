@@ -8,7 +8,7 @@ runtime/local.py calls it, runtime/flower.py sends it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -122,19 +122,31 @@ class Downlink:
     held: Held | None = None
     last: dict[int, int] = field(default_factory=dict)  # client -> the last round in which its answer counted
 
-    def encode(self, link: Link, verb: str, given: Tensors, now: Round) -> Callable[[int], bytes]:
-        """This question's payload by client: one for all, or two where some hold the broadcast before."""
+    def encode(self, link: Link, verb: str, given: Tensors, now: Round) -> Payloads:
+        """This question's payload: one for all, or a shorter one for clients that hold the broadcast before."""
         schema = Schema.of(given)
         if not link.coded(verb):
-            whole = encode_state(given, link.header(verb, EVERYONE, now, schema))
-            return lambda client: whole
+            return Payloads(encode_state(given, link.header(verb, EVERYONE, now, schema)))
         sent = pack(link.downlink, given, self.held, now.number)
         full = encode(sent.full, link.header(verb, EVERYONE, now, schema))
-        delta = encode(sent.delta, link.header(verb, EVERYONE, now, schema, sent.since)) if sent.delta else full
-        current = {client for client, number in self.last.items() if sent.delta and number == sent.since}
         if link.downlink.step == "delta":
             self.held = sent.held
-        return lambda client: delta if client in current else full
+        if sent.delta is None:
+            return Payloads(full)
+        current = frozenset(client for client, number in self.last.items() if number == sent.since)
+        return Payloads(full, encode(sent.delta, link.header(verb, EVERYONE, now, schema, sent.since)), current)
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """A broadcast as bytes: whole, and as a change for the clients in `current`."""
+
+    whole: bytes
+    change: bytes = b""
+    current: frozenset[int] = frozenset()
+
+    def of(self, client: int) -> bytes:
+        return self.change if client in self.current else self.whole
 
 
 @dataclass
@@ -174,12 +186,13 @@ class RoundCohort:
             yield client, self.link.steps(verb).settle(update, self.now, near)
 
     def _replies(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:
-        payload = self.downlink.encode(self.link, verb, given, self.now)
+        payloads = self.downlink.encode(self.link, verb, given, self.now)
         last, first = self.downlink.last, not self.answers
-        asks = [Ask(client, verb, self.now, payload(client), last.get(client, 0), first) for client in self.now.members]
+        asks = {client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first) for client in self.now.members}
+        down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
         answer = self.link.method.answer(verb, Schema.of(given))
-        for reply in ascending(self.carrier(asks), self.now.members):
-            down = len(payload(reply.client))
+        for reply in ascending(self._asked(asks, payloads, down_bytes), self.now.members):
+            down = down_bytes[reply.client]
             try:
                 if reply.failure:
                     raise reply.failure
@@ -198,6 +211,32 @@ class RoundCohort:
             metrics = {name: number / update.weight for name, number in update.metrics.items()}
             self.tell(ClientDone(self.now.number, reply.client, self.names[reply.client], update.weight, len(reply.payload), down, metrics))
             yield reply.client, update
+
+    def _asked(self, asks: Mapping[int, Ask], payloads: Payloads, down_bytes: dict[int, int]) -> Iterator[Reply]:
+        """One reply for each ask. A client that has lost the broadcast that its change builds on is asked again, with the whole."""
+        again: list[Ask] = []
+        for reply in self._once(self.carrier(list(asks.values())), asks):
+            if reply.failure and reply.failure.code == "W604" and reply.client in payloads.current:
+                again.append(replace(asks[reply.client], payload=payloads.whole, last=0))
+                down_bytes[reply.client] += len(payloads.whole)
+            else:
+                yield reply
+        if again:
+            yield from self._once(self.carrier(again), {ask.client: ask for ask in again})
+
+    def _once(self, replies: Iterable[Reply], asks: Mapping[int, Ask]) -> Iterator[Reply]:
+        """The first reply of each client that was asked; a second one is told and dropped, a missing one is a failure."""
+        open_asks = set(asks)
+        for reply in replies:
+            if reply.client in open_asks:
+                open_asks.remove(reply.client)
+                yield reply
+            else:
+                name = self.names.get(reply.client, str(reply.client))
+                text = "W605: found a second answer to one question, expected one; the first counts, this one is dropped."
+                self.tell(ClientLeftOut(self.now.number, reply.client, name, "W605", text))
+        for client in sorted(open_asks):
+            yield Reply(client, failure=ClientFailed("F503", "no reply from the carrier", "one for each question", "look at the node's log"))
 
     def _note(self, client: int, answer: Answer) -> None:
         """One row a member and round: bytes of all its verbs add up."""

@@ -182,6 +182,7 @@ def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callabl
     recipe = config.read(path or None, options["set"].split())
     folder = create(Path(options["runs"] or "runs"), recipe.name, Path(path).stem if path else "demo")
     folder.write_json("config.json", recipe.model_dump(mode="json"))
+    folder.write_json("origin.json", {"working_directory": str(Path.cwd())})
     serve(grid, recipe, folder, sinks(folder))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,17 +74,39 @@ def create(root: Path, name: str, stem: str) -> RunFolder:
     while True:
         path = root / (stem if number == 1 else f"{stem}-{number}")
         if not path.exists():
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(Taken):  # another process was quicker
                 return RunFolder(make(path))
         number += 1
 
 
+def discard_if_empty(folder: RunFolder) -> None:
+    """After a mistake: a folder without a committed round holds nothing worth keeping, and its name is wanted for the next try."""
+    if not any((folder.path / "state").glob("round-*.safetensors")):
+        shutil.rmtree(folder.path, ignore_errors=True)
+
+
 def make(path: Path) -> Path:
     if path.exists():
-        raise FedtuneError("R401", f"a run folder that exists, '{path}'", "a new name", f"choose another name, or continue it with: fedtune resume {path}")
+        raise taken(path)
     with disk_errors(path):
-        (path / "state").mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        raise taken(path) from None
+    except OSError:
+        with disk_errors(path):
+            raise
+    (path / "state").mkdir()
     return path
+
+
+class Taken(FedtuneError):
+    """A run folder exists already."""
+
+
+def taken(path: Path) -> Taken:
+    return Taken("R401", f"a run folder that exists, '{path}'", "a new name", f"choose another name, or continue it with: fedtune resume {path}")
 
 
 def existing(path: str | Path) -> RunFolder:

@@ -24,9 +24,9 @@ CREATE TABLE IF NOT EXISTS facts  (key TEXT PRIMARY KEY, value TEXT NOT NULL) ST
 CREATE TABLE IF NOT EXISTS rounds (number INTEGER PRIMARY KEY, state_sha256 TEXT NOT NULL, file_sha256 TEXT NOT NULL, link TEXT NOT NULL,
                                    seconds REAL NOT NULL, metrics TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS answers (round INTEGER NOT NULL, client INTEGER NOT NULL, outcome TEXT NOT NULL, weight REAL NOT NULL,
-                                   up_bytes INTEGER NOT NULL, down_bytes INTEGER NOT NULL, note TEXT NOT NULL, PRIMARY KEY (round, client)) STRICT;
+                                   up_bytes INTEGER NOT NULL, down_bytes INTEGER NOT NULL, note TEXT NOT NULL,
+                                   memory_sha256 TEXT NOT NULL, PRIMARY KEY (round, client)) STRICT;
 CREATE TABLE IF NOT EXISTS phases (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS ledger (round INTEGER PRIMARY KEY, epsilon REAL NOT NULL, delta REAL NOT NULL) STRICT;
 """
 
 
@@ -40,6 +40,7 @@ class Answer:
     up_bytes: int = 0  # the message on the wire, header included
     down_bytes: int = 0
     note: str = ""
+    memory_sha256: str = ""  # of what the client remembers after it; "" where that is nothing, or kept elsewhere
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,19 @@ class Journal:
         self.db.close()
 
     def facts(self) -> dict[str, str]:
-        """What was written once: recipe and base fingerprints, versions, client names."""
-        return dict(self.db.execute("SELECT key, value FROM facts"))
+        """What was written once: fingerprints of recipe, base model and data, and versions."""
+        return dict(self._read("SELECT key, value FROM facts"))
 
     def remember(self, facts: Mapping[str, str]) -> None:
         with self._transaction():
             self.db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", facts.items())
 
     def rounds(self) -> list[Committed]:
-        rows = self.db.execute("SELECT number, state_sha256, file_sha256, link, seconds, metrics FROM rounds ORDER BY number")
+        rows = self._read("SELECT number, state_sha256, file_sha256, link, seconds, metrics FROM rounds ORDER BY number")
         return [Committed(n, state, file, link, seconds, json.loads(metrics)) for n, state, file, link, seconds, metrics in rows]
 
     def answers(self) -> list[tuple[int, Answer]]:
-        rows = self.db.execute("SELECT round, client, outcome, weight, up_bytes, down_bytes, note FROM answers ORDER BY round, client")
+        rows = self._read("SELECT round, client, outcome, weight, up_bytes, down_bytes, note, memory_sha256 FROM answers ORDER BY round, client")
         return [(number, Answer(*rest)) for number, *rest in rows]
 
     def commit(self, number: int, state_sha256: str, file_sha256: str, seconds: float, metrics: Mapping[str, float], answers: Iterable[Answer]) -> None:
@@ -90,13 +91,13 @@ class Journal:
             before = self.db.execute("SELECT link FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
             link = chain(before[0] if before else "", number, state_sha256)
             self.db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (number, state_sha256, file_sha256, link, seconds, json.dumps(dict(metrics))))
-            self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
-                                [(number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note) for a in answers])  # fmt: skip
+            rows = [(number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note, a.memory_sha256) for a in answers]
+            self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """The result of a finished phase (base, local, centralised), so that a resumed run need not repeat it."""
-        row = self.db.execute("SELECT value FROM phases WHERE name = ?", (name,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._read("SELECT value FROM phases WHERE name = ?", name)
+        return json.loads(rows[0][0]) if rows else None
 
     def finish(self, name: str, value: Mapping[str, Any]) -> None:
         with self._transaction():
@@ -111,6 +112,11 @@ class Journal:
                 raise FedtuneError("R403", f"a journal whose round {row.number} does not follow from the one before", "an unbroken hash chain",
                                    f"restore '{self.path}' from a backup, or start a new run")  # fmt: skip
 
+    def _read(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        """All rows of a query; a damaged page is a sentence."""
+        with sentences(self.path):
+            return self.db.execute(query, values).fetchall()
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         """BEGIN IMMEDIATE ... COMMIT; an exception rolls back."""
@@ -119,7 +125,8 @@ class Journal:
             try:
                 yield
             except BaseException:
-                self.db.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # a full disk has rolled back by itself; the first error is the one to tell
+                    self.db.execute("ROLLBACK")
                 raise
             self.db.execute("COMMIT")
 

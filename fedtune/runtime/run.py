@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedtune import methods, transforms
@@ -19,7 +19,7 @@ from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
 from fedtune.runtime.sampling import sample
-from fedtune.runtime.states import Memories, load_state, prune_states, save_state
+from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.world import World, build_world
 from fedtune.schema import digest
 from fedtune.types import Round, State
@@ -43,7 +43,15 @@ class Run:
     done: int
     start: State  # before the first round: what the comparisons begin with
     downlink: Downlink
-    first_round_at: float = 0.0
+    clock: dict[str, float]  # seconds of all processes that worked on this run: in all, and until its first round was committed
+
+    def tick(self) -> None:
+        """Take the time, so that a run that was killed knows how long it took."""
+        now = time.time()
+        self.clock["seconds"] += now - self.clock.pop("since")
+        self.clock.setdefault("first_round_seconds", self.clock["seconds"])
+        self.journal.finish("clock", self.clock)
+        self.clock["since"] = now
 
 
 def run(recipe: Recipe, folder: RunFolder, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None = None) -> dict[str, Any]:
@@ -55,6 +63,10 @@ def run(recipe: Recipe, folder: RunFolder, tell: Callable[[Event], None], carry:
     with folder.locked():
         journal = Journal(folder.journal)
         try:
+            done = finished(folder, journal, recipe)
+            if done:
+                tell(RunDone(done))
+                return done
             work = open_run(recipe, folder, journal, tell, carry)
             for number in range(work.done + 1, recipe.rounds + 1):
                 one_round(work, number)
@@ -64,33 +76,50 @@ def run(recipe: Recipe, folder: RunFolder, tell: Callable[[Event], None], carry:
     return result
 
 
+def finished(folder: RunFolder, journal: Journal, recipe: Recipe) -> dict[str, Any] | None:
+    """The result of a run that is through; it is said again and not made again."""
+    if not (folder.path / "result.json").exists() or journal.facts().get("recipe") != recipe.fingerprint:
+        return None
+    journal.check()
+    result = folder.read_json("result.json")
+    rounds = journal.rounds()
+    if not rounds or rounds[-1].number != recipe.rounds or result.get("state_sha256") != rounds[-1].state_sha256:
+        return None
+    load_state(folder, recipe.rounds, rounds[-1].file_sha256)
+    return result
+
+
 def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None) -> Run:
     """Build the world, and take up the state where the journal left it. Raises R403, R406."""
     method = methods.build(recipe.method, recipe.rounds)
     memories = Memories(folder)
     world = build_world(recipe, method, memories, tell)
-    check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint})
+    check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint, "data": world.federation.fingerprint})
+    world.encode_all()
     journal.check()
     committed = journal.rounds()
     done = committed[-1].number if committed else 0
-    memories.restore(done)
+    counted = {answer.client: (number, answer.memory_sha256) for number, answer in journal.answers() if answer.outcome == "ok"}
+    memories.restore(counted)
+    sweep(folder)
     prune_states(folder, done)
     start = method.start(world.bench)
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
-    downlink = Downlink(held, {answer.client: number for number, answer in journal.answers() if answer.outcome == "ok"})
+    downlink = Downlink(held, {client: number for client, (number, _) in counted.items()})
     # The identity of a run is its recipe: the same recipe gives the same bytes, messages included, wherever it runs.
     link = Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
     carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done)
     bench = world.bench
+    clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": STARTED}
     tell(RunStarted(folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done))
     if recipe.evaluate.base and not journal.phase("base"):
         method.install(start, bench)
         journal.finish("base", score_test(world, "base", 0, tell))
-    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink)
+    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink, clock)
 
 
 def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
-    """A run goes on only with the recipe and the base model that it began with. Raises R406."""
+    """A run goes on only with the recipe, the base model and the data that it began with. Raises R406."""
     known = journal.facts()
     for key, value in facts.items():
         if known.get(key, value) != value:
@@ -111,13 +140,14 @@ def one_round(work: Run, number: int) -> None:
     weight = sum(a.weight for a in counted)
     metrics = {name: value / weight for name, value in cohort.metrics.items()} if weight else {}
     file_sha256 = save_state(work.folder, number, work.state, work.downlink.held)
-    world.memories.save(number, [a.client for a in counted])
+    remembered = world.memories.save(number, [a.client for a in counted])
+    answers = [replace(a, memory_sha256=remembered.get(a.client, "")) for a in answers]
     seconds = time.time() - began
     work.journal.commit(number, digest(work.state.shared), file_sha256, seconds, metrics, answers)
     world.memories.prune(number, [a.client for a in counted])
     work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number)
-    work.first_round_at = work.first_round_at or time.time()
+    work.tick()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
     work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
     if recipe.evaluate.every and number % recipe.evaluate.every == 0 and number < recipe.rounds:
@@ -131,6 +161,7 @@ def finish(work: Run) -> dict[str, Any]:
     from fedtune.export import export_adapter
 
     work.link.method.install(work.state, work.world.bench)
+    work.tick()
     result = summary(work, scores)
     export_adapter(work.world.bench, work.folder.adapter, work.recipe, result)
     work.folder.write_json("result.json", result)
@@ -151,8 +182,8 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "left_out": sum(a.outcome != "ok" for a in answers),
         "up_bytes_per_client_round": sum(a.up_bytes for a in answers) / asked,
         "down_bytes_per_client_round": sum(a.down_bytes for a in answers) / asked,
-        "seconds": time.time() - STARTED,
-        "first_round_seconds": (work.first_round_at or time.time()) - STARTED,
+        "seconds": work.clock["seconds"],
+        "first_round_seconds": work.clock["first_round_seconds"],
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "state_sha256": rounds[-1].state_sha256,
         "epsilon": None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -67,21 +68,33 @@ class Memories:
     def of(self, client: int) -> dict[int, dict[str, np.ndarray]]:
         return self.held.get(client, {})
 
-    def save(self, number: int, counted: Iterable[int]) -> None:
-        """Before the round's commit: the memories behind the answers that count. Empty memories make no file."""
-        for client in counted:
-            if self.folder and self.of(client).get(number):
-                save_tensors(self.folder.memory(client, number), self.of(client)[number])
+    def save(self, number: int, counted: Iterable[int]) -> dict[int, str]:
+        """Before the round's commit: the memories behind the answers that count; their files' SHA-256 by client.
 
-    def restore(self, committed: int) -> None:
-        """After a crash: the memories of committed rounds; later ones belong to answers that never counted."""
-        root = self.folder.path / "memory" if self.folder else None
-        for path in sorted(root.glob("client-*/round-*.safetensors")) if root and root.exists() else []:
-            client, number = int(path.parent.name.removeprefix("client-")), round_of(path)
-            if number > committed:
+        Empty memories make no file. Where clients sit in other processes of this machine, they have written the file themselves.
+        """
+        digests = {}
+        for client in counted if self.folder else []:
+            path = self.folder.memory(client, number)  # type: ignore[union-attr]
+            if self.of(client).get(number):
+                digests[client] = save_tensors(path, self.of(client)[number])
+            elif path.exists():
+                digests[client] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return digests
+
+    def restore(self, known: Mapping[int, tuple[int, str]]) -> None:
+        """After a crash: the memory behind each client's last answer that counted; others never will and are removed.
+
+        `known`: client -> (round, SHA-256 of its memory, "" where it had none). Raises R403 where one is missing or altered.
+        """
+        if self.folder is None:
+            return
+        for path in self.folder.path.glob("memory/client-*/round-*.safetensors"):
+            if round_of(path) != known.get(int(path.parent.name.removeprefix("client-")), (0, ""))[0]:
                 path.unlink()
-            else:
-                self.held[client] = {number: load_tensors(path)}
+        for client, (number, sha256) in known.items():
+            if sha256:
+                self.held[client] = {number: load_tensors(self.folder.memory(client, number), sha256)}
 
     def prune(self, number: int, counted: Iterable[int]) -> None:
         """After the commit: memories that this round's replaced."""
@@ -100,5 +113,9 @@ def prune_states(folder: RunFolder, committed: int, keep: int = 2) -> None:
     for path in (folder.path / "state").glob("round-*.safetensors"):
         if not committed - keep < round_of(path) <= committed:
             path.unlink()
-    for part in folder.path.glob("**/.*.part"):
-        part.unlink()
+
+
+def sweep(folder: RunFolder) -> None:
+    """Remove what a crash left half-written."""
+    for part in list(folder.path.glob("**/.*.part")):
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)

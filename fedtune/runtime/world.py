@@ -52,6 +52,12 @@ class World:
         slice_ = self.federation.clients[number]
         return self._encode(f"train:{number}", slice_.train, f"client {slice_.name}")
 
+    def encode_all(self) -> None:
+        """Every client's training rows and the test set: what is wrong with a text shows before the first round, on every engine."""
+        for number in self.names:
+            self.train(number)
+        self.test()
+
     def held_out(self, number: int) -> Encoded:
         slice_ = self.federation.clients[number]
         return self._encode(f"test:{number}", slice_.test, f"client {slice_.name} (held out)", scored=True)

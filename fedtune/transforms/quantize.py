@@ -23,7 +23,7 @@ class QuantizeSettings(Settings):
 
     step: Literal["quantize"]
     bits: Literal[8, 4, 2] = 4
-    """8 and 4 lose no accuracy without error feedback; 2 (levels -1, 0, 1) lost none on rounds of few steps."""
+    """8, 4, or 2 (levels -1, 0, 1); simulations/README.md has what each of them cost."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """Nearest, or up or down by chance so that the mean is right (drawn with the run's seed)."""
     error_feedback: bool = False

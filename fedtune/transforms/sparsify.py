@@ -28,7 +28,7 @@ class TernarySettings(Settings):
 
 
 class TopkSettings(Settings):
-    """[[chain]] step = "topk": the largest numbers as float16. Under error feedback, ternary does as well with a third of the bytes."""
+    """[[chain]] step = "topk": the largest numbers as float16."""
 
     step: Literal["topk"]
     keep: float = Field(0.05, gt=0, le=1)

@@ -252,3 +252,45 @@ def test_a_chain_that_chooses_says_what_and_why(tiny_bert: Path, data: Path, tmp
     _, _, events = small.play(recipe, tmp_path)
     said = [e for e in events if isinstance(e, Chose)]
     assert len(said) == 12 and all("kurtosis" in e.text and "because" in e.text for e in said)
+
+
+DELTA = {"chain": [{"step": "quantize", "bits": 8}], "downlink": {"step": "delta"}}
+
+
+def test_a_client_that_lost_what_it_held_is_given_the_whole_state(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Client 1 forgets after round 1; the change of round 2 means nothing to it, so it is asked again in the same round."""
+    recipe = small.recipe(tiny_bert, data, **DELTA)
+
+    def forgetful(link: Link, world: World) -> Carrier:
+        def client(ask: Ask) -> Client:
+            return world.client_with(1, {}) if (ask.now.number, ask.client) == (2, 1) else world.client(ask)
+
+        return local_carrier(link, client, world.done)
+
+    _, result, events = small.play(recipe, tmp_path / "a", carry=forgetful)
+    down = {e.client: e.down_bytes for e in events if isinstance(e, ClientDone) and e.round == 2}
+    assert result["left_out"] == 0 and down[1] > down[0] + 4 * result["trainable"]
+    assert result["state_sha256"] == sha(recipe, tmp_path / "b")  # quantize keeps no residual, so nothing else was lost
+
+
+def test_a_second_answer_is_told_and_dropped(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+
+    def echoing(link: Link, world: World) -> Carrier:
+        carry = local_carrier(link, world.client, world.done)
+        return lambda asks: [reply for reply in carry(asks) for _ in range(2 if reply.client == 1 else 1)]
+
+    _, result, events = small.play(recipe, tmp_path / "a", carry=echoing)
+    assert [e.code for e in events if type(e).__name__ == "ClientLeftOut"] == ["W605"] * 3  # type: ignore[attr-defined]
+    assert result["state_sha256"] == sha(recipe, tmp_path / "b") and result["left_out"] == 0
+
+
+def test_a_missing_answer_is_a_failure_of_that_client_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+
+    def losing(link: Link, world: World) -> Carrier:
+        carry = local_carrier(link, world.client, world.done)
+        return lambda asks: [reply for reply in carry(asks) if reply.client != 1]
+
+    _, result, events = small.play(recipe, tmp_path, carry=losing)
+    assert result["left_out"] == 3 and {e.client for e in events if isinstance(e, ClientDone)} == {0, 2, 3}

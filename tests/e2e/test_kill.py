@@ -17,10 +17,12 @@ from tests import small
 
 CHANGES = {"chain": [{"step": "sign", "error_feedback": True}], "rounds": 4, "evaluate__centralised": True}
 DIE_IN = """
-import os, signal, sys
-from fedtune.runtime import run as module
-real = module.{name}
+import importlib, os, signal, sys
+module = importlib.import_module("{module}")
+real, calls = module.{name}, 0
 def dying(*arguments, **more):
+    global calls
+    calls += 1
     if {when}:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **more)
@@ -46,26 +48,26 @@ def fresh(config: Path, root: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize(
-    ("name", "when"),
+    ("place", "when"),
     [
-        ("save_state", "arguments[1] == 2"),  # before the state of round 2 is written
-        ("digest", "module_rounds() == 2"),  # after it is written, before its row is committed
-        ("prune_states", "arguments[1] == 3"),  # after the commit of round 3
-        ("compare", "True"),  # after the last round, before any score
-        ("summary", "True"),  # after the scores, before adapter and result
+        ("fedtune.runtime.run:save_state", "arguments[1] == 2"),  # before the state of round 2 is written
+        ("fedtune.runtime.run:digest", "calls == 2"),  # after it and the memories are written, before the row is committed
+        ("fedtune.runtime.run:prune_states", "arguments[1] == 3"),  # after the commit of round 3
+        ("fedtune.runtime.run:compare", "True"),  # after the last round, before any score
+        ("fedtune.runtime.run:summary", "True"),  # after the scores, before adapter and result
+        ("fedtune.export:swap", "True"),  # the adapter is written, but not in its place
     ],
 )
-def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(name: str, when: str, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(place: str, when: str, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
     config, want = undisturbed
     folder = fresh(config, tmp_path)
-    if name == "digest":  # called once a round, just before the commit
-        program = "count = 0\ndef module_rounds():\n    global count\n    count += 1\n    return count\n" + DIE_IN.format(name=name, when=when)
-    else:
-        program = DIE_IN.format(name=name, when=when)
+    module, _, name = place.partition(":")
+    program = DIE_IN.format(module=module, name=name, when=when)
     died = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True, check=False, timeout=120)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (folder.path / "result.json").exists()
     assert run(recipe_of(folder), folder, lambda event: None)["state_sha256"] == want
+    assert (folder.path / "adapter" / "adapter_model.safetensors").exists() and not list(folder.path.glob("**/*.part"))
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(undisturbed: tuple[Path, str], tmp_path: Path) -> None:

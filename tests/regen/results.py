@@ -25,10 +25,13 @@ ABOUT = {
         "python simulations/record.py clinc150-kinds-domains --set data.path=FOLDER",
     ),
     "clinc150-kinds-dirichlet": (
-        "The same with Dirichlet(0.1) over intents",
+        "The same with Dirichlet(0.1) over domains",
         "python simulations/record.py clinc150-kinds-dirichlet --set data.path=FOLDER",
     ),
-    "clinc150-codes": ("The message chain on CLINC150, Dirichlet(0.1), LoRA", "python simulations/record.py clinc150-codes --set data.path=FOLDER"),
+    "clinc150-codes": (
+        "The message chain on CLINC150, Dirichlet(0.1) over domains, LoRA",
+        "python simulations/record.py clinc150-codes --set data.path=FOLDER",
+    ),
 }
 
 

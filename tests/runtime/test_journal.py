@@ -16,7 +16,7 @@ from fedtune.errors import FedtuneError
 from fedtune.runtime import folder as folders
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Answer, Journal, chain
-from fedtune.runtime.states import Memories, load_state, prune_states, save_state
+from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
 from fedtune.types import State
 
 STATE = State({"a": np.float32([1, 2])}, {"momentum/a": np.float64([0.5])})
@@ -60,6 +60,19 @@ def test_links_are_the_chained_hash_and_a_changed_row_breaks_them(folder: RunFol
         journal.check()
 
 
+def test_a_damaged_page_is_a_sentence(folder: RunFolder) -> None:
+    journal = Journal(folder.journal)
+    for number in range(1, 200):
+        commit(journal, number)
+    journal.close()
+    content = bytearray(folder.journal.read_bytes())
+    content[4096:] = b"\x5a" * (len(content) - 4096)
+    folder.journal.write_bytes(bytes(content))
+    with pytest.raises(FedtuneError, match=r"R40[34]"):
+        damaged = Journal(folder.journal)
+        damaged.rounds(), damaged.answers(), damaged.facts()
+
+
 def test_a_phase_is_remembered(folder: RunFolder) -> None:
     journal = Journal(folder.journal)
     assert journal.phase("base") is None
@@ -94,24 +107,43 @@ def test_state_comes_back_to_the_bit_and_damage_is_seen(folder: RunFolder) -> No
 def test_states_that_no_commit_names_are_removed(folder: RunFolder) -> None:
     for number in (1, 2, 3, 4):
         save_state(folder, number, STATE)
-    (folder.path / "state" / ".round-0005.safetensors.part").write_bytes(b"half")
     prune_states(folder, 3)
     assert sorted(p.name for p in (folder.path / "state").iterdir()) == ["round-0002.safetensors", "round-0003.safetensors"]
 
 
-def test_memories_follow_the_committed_round(folder: RunFolder) -> None:
+def test_memories_follow_the_answers_that_count(folder: RunFolder) -> None:
     memories = Memories(folder)
+    digests = {}
     for number in (1, 2, 3):
         memories.held[7] = {number: {"residual": np.float32([number])}}
         memories.held[8] = {number: {}}  # an empty memory makes no file
-        memories.save(number, [7, 8])
+        digests[number] = memories.save(number, [7, 8])
         if number < 3:
             memories.prune(number, [7, 8])
+    assert list(digests[2]) == [7]
     crashed = Memories(folder)  # round 3 was never committed
-    crashed.restore(2)
-    assert crashed.of(7)[2]["residual"].tolist() == [2]
-    assert not folder.memory(7, 1).exists()
-    assert not folder.memory(7, 3).exists() and not folder.memory(8, 1).exists()
+    crashed.restore({7: (2, digests[2][7]), 8: (2, "")})
+    assert crashed.of(7)[2]["residual"].tolist() == [2] and not crashed.of(8)
+    assert not folder.memory(7, 1).exists() and not folder.memory(7, 3).exists() and not folder.memory(8, 1).exists()
+
+
+@pytest.mark.parametrize("harm", ["lost", "altered"])
+def test_a_memory_that_is_not_the_counted_one_is_refused(harm: str, folder: RunFolder) -> None:
+    memories = Memories(folder)
+    memories.held[7] = {1: {"residual": np.float32([1])}}
+    known = {7: (1, memories.save(1, [7])[7])}
+    path = folder.memory(7, 1)
+    path.unlink() if harm == "lost" else path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(FedtuneError, match="R403"):
+        Memories(folder).restore(known)
+
+
+def test_half_written_files_and_folders_are_swept(folder: RunFolder) -> None:
+    (folder.path / ".adapter.part").mkdir()
+    (folder.path / ".adapter.part" / "adapter_model.safetensors").write_bytes(b"half")
+    (folder.path / "state" / ".round-0005.safetensors.part").write_bytes(b"half")
+    sweep(folder)
+    assert not list(folder.path.glob("**/*.part"))
 
 
 def test_a_folder_is_never_taken_twice(tmp_path: Path) -> None:
