@@ -16,9 +16,11 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Any]] = {
     "sgd": ({"lr": 0.5}, lambda p: torch.optim.SGD(p, lr=0.5)),
     "diloco": ({"optimizer": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}, lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True)),
     "adam": ({"lr": 0.01}, lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.99), eps=1e-3)),
-    "adamw": ({"lr": 0.01}, lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.99), eps=1e-3)),
+    "adamw": ({"lr": 0.01, "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.1)),
+    "adamw without decay": ({"optimizer": "adamw"}, lambda p: torch.optim.AdamW(p, lr=1.0, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.0)),
+    "amsgrad": ({"optimizer": "adam", "amsgrad": True}, lambda p: torch.optim.Adam(p, lr=1.0, betas=(0.9, 0.99), eps=1e-3, amsgrad=True)),
     "adagrad": ({"lr": 0.01}, lambda p: torch.optim.Adagrad(p, lr=0.01, eps=1e-3)),
-    "rmsprop": ({"lr": 0.01, "momentum": 0.5}, lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.99, eps=1e-3, momentum=0.5)),
+    "rmsprop": ({"lr": 0.01}, lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.99, eps=1e-3)),
 }
 
 
