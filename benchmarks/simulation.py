@@ -51,6 +51,8 @@ def plain(clients: int, rounds: int, steps: int) -> float:
     from fedtune.config import read
     from fedtune.data import load
     from fedtune.model.base import locate
+    from fedtune.model.fit import step_batches
+    from fedtune.rng import seed_of
 
     recipe = read(None, overrides(clients, rounds, steps))
     federation = load(recipe.data, recipe.partition, recipe.seed)
@@ -59,18 +61,18 @@ def plain(clients: int, rounds: int, steps: int) -> float:
     model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=len(federation.labels))
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")).train()
     trained = [value for value in model.parameters() if value.requires_grad]
+    texts = [tokenizer([row["text"] for row in client.train], truncation=True, max_length=LENGTH)["input_ids"] for client in federation.clients]
+    labels = [torch.tensor([federation.labels.index(row["label"]) for row in client.train]) for client in federation.clients]
     torch.set_num_threads(1)  # as the recipe does: two threads on shared cores measure the neighbours
     began = time.perf_counter()
-    for number in range(rounds):
-        for client in federation.clients:
+    for number in range(1, rounds + 1):
+        for client in range(clients):
             optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-            for step in range(steps):
-                start = (number * steps + step) * BATCH
-                rows = [client.train[i % len(client.train)] for i in range(start, start + BATCH)]
-                batch = tokenizer([row["text"] for row in rows], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
-                labels = torch.tensor([federation.labels.index(row["label"]) for row in rows])
+            seed = seed_of("train", recipe.seed, number, client)
+            for (chosen,) in step_batches(len(labels[client]), recipe.method.train, seed):
+                batch = tokenizer.pad({"input_ids": [texts[client][i] for i in chosen]}, return_tensors="pt")
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(model(**batch).logits, labels).backward()
+                torch.nn.functional.cross_entropy(model(**batch).logits, labels[client][list(chosen)]).backward()
                 optimizer.step()
     return time.perf_counter() - began
 

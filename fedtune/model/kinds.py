@@ -225,7 +225,10 @@ def targets(base: Base, s: AdapterSettings) -> list[str]:
             )
         found |= set(hits)
     blocks_of = {name: int(number.group(1)) for name in known if (number := re.search(r"\.(\d+)\.", name))}
-    first = max(blocks_of.values(), default=-1) + 1 - s.last if s.last else 0
+    count = max(blocks_of.values(), default=-1) + 1
+    if s.last > count:
+        raise FedtuneError("M302", f"method.adapter.last = {s.last}", f"at most the {count} blocks of {base.name}", "lower it, or 0 for all")
+    first = count - s.last if s.last else 0
     return [name for name in known if name in found and blocks_of.get(name, 0 if not s.last else -1) >= first]
 
 

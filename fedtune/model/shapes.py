@@ -26,6 +26,7 @@ class Plan:
     total: int
     shapes: dict[str, tuple[int, ...]]
     weights_bytes: int
+    context: int | None  # most tokens of an input, as far as config.json says
     layers: int
     hidden: int
     heads: int
@@ -47,4 +48,5 @@ def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: in
     weights = sum(value.numel() * value.element_size() for value in base.weights.values())
     text = config.get_text_config()
     shapes = {name: tuple(value.shape) for name, value in bench.named.items()}
-    return Plan(bench.trainable, bench.total, shapes, weights, text.num_hidden_layers, text.hidden_size, text.num_attention_heads)
+    context = getattr(text, "max_position_embeddings", None)
+    return Plan(bench.trainable, bench.total, shapes, weights, context, text.num_hidden_layers, text.hidden_size, text.num_attention_heads)

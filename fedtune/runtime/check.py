@@ -10,6 +10,7 @@ import numpy as np
 from fedtune import methods, transforms
 from fedtune.config import Recipe
 from fedtune.data import Federation, histogram, load
+from fedtune.errors import FedtuneError
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.sampling import sample
 from fedtune.schema import Schema
@@ -46,9 +47,12 @@ def check(recipe: Recipe) -> Checked:
     plan = plan_of(recipe.model, recipe.method.adapter, recipe.data.task, len(federation.labels))
     method, chain = methods.build(recipe.method, recipe.rounds), transforms.build(recipe.chain)
     schema = Schema(tuple(sorted(plan.shapes.items())))
-    bits, down = transforms.bits_per_parameter(chain, schema), down_bits(recipe.downlink, schema)
+    bits, (whole, change) = transforms.bits_per_parameter(chain, schema), down_bits(recipe.downlink, schema)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits, down[1]), (bits, down[1]), memory(recipe, plan), exposure(method, chain))
+    down = change if asked == len(federation.clients) else whole  # who sat out a round does not hold the broadcast before
+    if plan.context is not None and recipe.data.max_length > plan.context and recipe.data.task != "image-classify":
+        raise FedtuneError("D207", f"data.max_length = {recipe.data.max_length}", f"at most the model's context, {plan.context}", "lower data.max_length")
+    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits, down), (bits, down), memory(recipe, plan), exposure(method, chain))
 
 
 def message_bytes(schema: Schema, bits: float, down_bits: float) -> tuple[int, int]:

@@ -168,6 +168,13 @@ def test_a_run_goes_on_from_another_folder_but_not_with_other_data(
     assert main(["export", "../runs/mine", "--to", "out"]) == 0 and (tmp_path / "elsewhere" / "out" / "adapter_config.json").exists()
 
 
+def test_check_finds_texts_beyond_the_context(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(recipe), "--set", "data.max_length=4096"]) == 2
+    assert "D207" in capsys.readouterr().err
+    assert main(["check", str(recipe), "--set", "method.adapter.last=9"]) == 2
+    assert "M302" in capsys.readouterr().err
+
+
 def test_exports_load_in_stock_libraries_with_equal_logits(recipe: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
     from peft import PeftModel
