@@ -58,10 +58,10 @@ def inline(value: Any) -> str:
 
 
 def journal(folder: RunFolder) -> list[Any]:
-    """All that a journal says, but for the seconds."""
+    """All that a journal says, but for the seconds, and the memories, which a node far away keeps to itself."""
     with closing(sqlite3.connect(folder.journal)) as db:
         rounds = db.execute("SELECT number, state_sha256, file_sha256, link, metrics FROM rounds ORDER BY number").fetchall()
-        return rounds + db.execute("SELECT * FROM answers ORDER BY round, client").fetchall()
+        return rounds + db.execute("SELECT round, client, outcome, weight, up_bytes, down_bytes, note FROM answers ORDER BY round, client").fetchall()
 
 
 # --- Flower's simulation engine ---------------------------------------------------------------------------------
@@ -99,7 +99,8 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
     assert journal(folder) == journal(local)
     assert memories(folder) == memories(local) != {}  # so `fedtune resume` would go on with the same bytes
     assert [line.split()[0] for line in lines if line.strip()][:4] == [f"{folder.path}:", "round", "round", "round"]  # no chatter before or between
-    assert (tmp_path / "stderr").read_text() == ""
+    chatter = [line for line in (tmp_path / "stderr").read_text().splitlines() if "Failed to push error to driver" not in line]
+    assert not chatter  # Ray's C++ may say that one line of the actor that was killed
 
 
 def memories(folder: RunFolder) -> dict[str, bytes]:
