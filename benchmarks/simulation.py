@@ -2,9 +2,9 @@
 
 plain   a torch loop over the very same batches, peft and AdamW by hand: no federation, no fedtune
 local   fedtune's local cohort
-flower  the same recipe on Flower's simulation engine (Ray); only with --full
+flower  the same recipe on Flower's simulation engine (Ray); only with --flower
 
-python benchmarks/simulation.py [--full]
+python benchmarks/simulation.py [--full] [--flower]
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def worker(kind: str, clients: int, rounds: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="more steps, 100 clients too, and Flower's engine")
+    parser.add_argument("--full", action="store_true", help="more steps, and 100 clients too")
+    parser.add_argument("--flower", action="store_true", help="Flower's engine too (minutes)")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -145,7 +146,7 @@ def main() -> None:
         for _ in range(2):
             for kind in kinds:
                 taken[kind].append(measure(kind, *size))
-        if options.full:
+        if options.flower:
             taken["flower"] = [measure("flower", *size)]
         for kind, runs in taken.items():
             middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}

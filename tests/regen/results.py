@@ -59,7 +59,18 @@ def page(tables: dict[str, Any]) -> str:
     for name, table in tables.items():
         title, command = ABOUT[name]
         lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *cost()])
+
+
+def cost() -> list[str]:
+    """What a federation in one process costs over the training itself, as benchmarks/simulation.py measured it."""
+    kept = json.loads((ROOT / "simulations" / "results" / "benchmark-simulation.json").read_text())
+    lines = ["## What a federation costs over the training itself\n", f"    {kept['benchmark']}\n"]
+    lines += ["| | a torch loop over the same batches | local cohort | Flower's engine |", "|---|---|---|---|"]
+    for name, kinds in kept["rows"].items():
+        cells = [f"{k['round_seconds']:.1f} s of rounds, {k['process_seconds']:.1f} s in all, {k['peak_mib']:,} MiB" for k in kinds.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", f"{kept['hardware']}. {kept['note']}\n"]
 
 
 def rows(table: dict[str, Any]) -> list[str]:
