@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy")
+
+
+def cores() -> int:
+    """Cores that this process may use, where the system can tell: the threads of torch, on which bits may depend."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

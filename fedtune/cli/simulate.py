@@ -29,8 +29,7 @@ def simulate(options: argparse.Namespace) -> int:
 
     folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
     try:
-        folder.write_json("config.json", recipe.model_dump(mode="json"))
-        folder.write_json("origin.json", {"working_directory": str(Path.cwd())})
+        folder.begin(recipe)
         if options.engine == "flower":
             from fedtune.runtime.flower_engine import simulation
 

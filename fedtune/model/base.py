@@ -19,6 +19,7 @@ import transformers
 from fedtune.errors import FedtuneError
 from fedtune.model.settings import ModelSettings
 from fedtune.rng import seed_of
+from fedtune.versions import cores
 
 AUTO = {
     "classify": transformers.AutoModelForSequenceClassification,
@@ -193,11 +194,6 @@ def pick_device(name: str) -> torch.device:
     if not known:
         raise FedtuneError("M301", f"model.device = '{name}'", "auto, cpu, or a CUDA device that this machine has, such as cuda:0", "change model.device")
     return device
-
-
-def cores() -> int:
-    """Cores that this process may use, where the system can tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_torch(settings: ModelSettings) -> None:

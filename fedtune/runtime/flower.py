@@ -20,14 +20,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load, save
 
-from fedtune import config, methods, transforms
+from fedtune import config, methods
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.run import run
 from fedtune.runtime.states import Memories, load_tensors, round_of, save_tensors
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.world import World, build_world, link_of
 from fedtune.types import Round
 
 ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
@@ -181,8 +181,7 @@ def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callabl
         path = str(app_folder / path)
     recipe = config.read(path or None, options["set"].split())
     folder = create(Path(options["runs"] or "runs"), recipe.name, Path(path).stem if path else "demo")
-    folder.write_json("config.json", recipe.model_dump(mode="json"))
-    folder.write_json("origin.json", {"working_directory": str(Path.cwd())})
+    folder.begin(recipe)
     serve(grid, recipe, folder, sinks(folder))
 
 
@@ -236,7 +235,7 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
         method = methods.build(recipe.method, recipe.rounds)
         world = build_world(recipe, method, Memories(None), lambda event: None)
         _worlds.clear()  # one recipe at a time: two models may not fit
-        _worlds[recipe_json] = world, Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
+        _worlds[recipe_json] = world, link_of(world, method)
     return _worlds[recipe_json]
 
 

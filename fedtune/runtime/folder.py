@@ -41,6 +41,11 @@ class RunFolder:
     def memory(self, client: int, number: int) -> Path:
         return self.path / "memory" / f"client-{client:05d}" / f"round-{number:04d}.safetensors"
 
+    def begin(self, recipe: Recipe) -> None:
+        """Say what is run here, and from where its relative paths are meant."""
+        self.write_json("config.json", recipe.model_dump(mode="json"))
+        self.write_json("origin.json", {"working_directory": str(Path.cwd())})
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomic(self.path / name, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedtune import methods, transforms
+from fedtune import methods
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, RoundDone, RunDone, RunStarted
@@ -20,7 +20,7 @@ from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
 from fedtune.runtime.sampling import sample
 from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.world import World, build_world, link_of
 from fedtune.schema import digest
 from fedtune.types import Round, State
 from fedtune.versions import versions
@@ -106,8 +106,7 @@ def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable
     start = method.start(world.bench)
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
     downlink = Downlink(held, {client: number for client, (number, _) in counted.items()})
-    # The identity of a run is its recipe: the same recipe gives the same bytes, messages included, wherever it runs.
-    link = Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
+    link = link_of(world, method)
     carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done)
     bench = world.bench
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": STARTED}

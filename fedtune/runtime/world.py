@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune import transforms
 from fedtune.config import Recipe
 from fedtune.data import Federation, load
 from fedtune.events import Event, Noted, Truncated
-from fedtune.runtime.cohort import Ask, memory_after, memory_before
+from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before
 from fedtune.runtime.states import Memories
 from fedtune.types import Client, Method
 
@@ -93,3 +94,9 @@ def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callab
 
     base = load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
+
+
+def link_of(world: World, method: Method) -> Link:
+    """What server and clients agree on. A run's identity is its recipe: the same recipe, the same bytes, messages included, wherever it runs."""
+    recipe = world.recipe
+    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
