@@ -12,6 +12,7 @@ to be sent, over any number of rounds (Seide et al. 2014; Karimireddy et al. 201
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -87,6 +88,13 @@ def means(update: Update, client: Client) -> dict[str, NDArray[np.float64]]:
                 "lower the learning rate or set method.train.clip",
             )
     return values
+
+
+def root_mean_square(values: Values) -> float:
+    """Over all tensors as one vector; scaled so that 1e30 does not overflow."""
+    largest = max((float(np.abs(value).max()) for value in values.values() if value.size), default=0.0)
+    count = sum(value.size for value in values.values())
+    return largest * math.sqrt(sum(float(np.sum((value / largest) ** 2)) for value in values.values()) / count) if largest else 0.0
 
 
 def scaled(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedtune.settings import Settings
-from fedtune.transforms.levels import Coded, Packed, Values, scaled
+from fedtune.transforms.levels import Coded, Packed, Values, root_mean_square, scaled
 from fedtune.wire.scales import BLOCK, blocks
 
 ROUND_UP_FROM = 0.6  # a level is taken from 0.6 of a step on instead of 0.5: fewer levels, and small ones are the noisy ones
@@ -95,11 +95,9 @@ def step_levels(values: Values, sigma: float) -> Coded:
     step = sigma * root mean square of all tensors, or more where 127 such steps would not reach the largest number.
     """
     largest = max((float(np.abs(value).max()) for value in values.values() if value.size), default=0.0)
-    count = sum(value.size for value in values.values())
     if not largest:
         return {name: np.zeros(value.shape, np.int8) for name, value in values.items()}, scaled(dict.fromkeys(values, 0.0))
-    mean_square = sum(float(np.sum((value / largest) ** 2)) for value in values.values()) / count
-    step = largest * max(sigma * math.sqrt(mean_square), 1 / 127)
+    step = max(sigma * root_mean_square(values), largest / 127)
     levels, scales = {}, {}
     for name, value in values.items():
         size = np.floor(np.abs(value) / step + (1 - ROUND_UP_FROM))

@@ -11,16 +11,18 @@ from fedtune.schema import Schema
 from fedtune.settings import Settings
 from fedtune.transforms.auto import Auto, AutoSettings
 from fedtune.transforms.base import Chain, Transform
+from fedtune.transforms.dither import Dither, DitherSettings
 from fedtune.transforms.quantize import DeadzoneSettings, QuantizeSettings, SignSettings, deadzone, quantize, sign
 from fedtune.transforms.sparsify import TernarySettings, TopkSettings, ternary, topk
 
 ChainStep = Annotated[
-    QuantizeSettings | SignSettings | DeadzoneSettings | TernarySettings | TopkSettings | AutoSettings,
+    QuantizeSettings | DitherSettings | SignSettings | DeadzoneSettings | TernarySettings | TopkSettings | AutoSettings,
     Field(discriminator="step"),
 ]
 
 STEPS: dict[str, tuple[type[Settings], Callable[[Any], Transform]]] = {
     "quantize": (QuantizeSettings, quantize),
+    "dither": (DitherSettings, Dither),
     "sign": (SignSettings, sign),
     "deadzone": (DeadzoneSettings, deadzone),
     "ternary": (TernarySettings, ternary),

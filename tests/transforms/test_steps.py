@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.schema import Schema
 from fedtune.transforms import STEPS, ChainStep, bits_per_parameter, build
 from fedtune.transforms.auto import AutoSettings, choose, density, kurtosis
+from fedtune.transforms.dither import Dither, DitherSettings, dither_rate, nearest
 from fedtune.transforms.levels import Packed
 from fedtune.transforms.quantize import block_levels, deadzone_rate, sign_levels, step_levels
 from fedtune.transforms.sparsify import ternary_bits, ternary_levels, topk_levels
@@ -200,3 +201,24 @@ def test_the_deadzones_rate_is_that_of_normal_numbers() -> None:
     _, counts = np.unique(levels["w"], return_counts=True)
     shares = counts / counts.sum()
     assert deadzone_rate(1.0) == pytest.approx(-(shares * np.log2(shares)).sum(), abs=0.01)
+
+
+def test_the_dithers_rate_is_that_of_normal_numbers() -> None:
+    levels = nearest(RNG.normal(size=400_000), 2.7, RNG.random(400_000) - 0.5)
+    _, counts = np.unique(levels, return_counts=True)
+    shares = counts / counts.sum()
+    assert dither_rate(2.7) == pytest.approx(-(shares * np.log2(shares)).sum(), abs=0.01)
+
+
+def test_the_dithers_errors_are_uniform_and_average_out_over_clients() -> None:
+    """Sixteen clients that all say the same: plain rounding errs alike on each, dither's errors have a sixteenth of the variance."""
+    step, now = Dither(DitherSettings(step="dither", sigma=2.0)), Round(1, 5, tuple(range(16)))
+    values = {"w": np.float32(RNG.normal(size=20_000))}
+    errors = []
+    for number in now.members:
+        sent = step.on_client(Update.of(values), Client(number, f"site-{number}", None, None), now)
+        errors.append(step.on_reply(sent, number, now).tensors["w"] - values["w"])
+    width = 2.0 * float(np.sqrt(np.mean(np.square(values["w"], dtype=np.float64))))
+    assert np.abs(errors).max() <= width / 2 * 1.001
+    assert np.var(errors[0]) == pytest.approx(width**2 / 12, rel=0.03)
+    assert np.var(np.mean(errors, axis=0)) == pytest.approx(width**2 / 12 / 16, rel=0.05)
