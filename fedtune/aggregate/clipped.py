@@ -1,0 +1,54 @@
+"""Norm clipping: no answer may move the adapter further than a bound (Sun et al. 2019, "Can You Really Backdoor Federated Learning?").
+
+A move is the change of products and plain tensors from the state before; longer ones are shortened to the bound, then all are
+averaged equally as products and cut to rank by SVD: a client could claim any weight. bound = 0 takes the median of this round's norms. For a client of
+smaller rank, what its truncation left out counts as move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+
+from fedtune.aggregate.answer import Answer, Combined, Rule
+from fedtune.aggregate.each import Held, hold, move, scaled
+from fedtune.aggregate.pairs import Pair, join, split
+from fedtune.aggregate.plain import WeightedMean
+from fedtune.aggregate.product import ProductSum, balanced, beyond, ratio, spectrum
+from fedtune.aggregate.resize import for_rank
+from fedtune.types import Round
+
+
+def clipped(bound: float = 0.0) -> Rule:
+    return Rule("clipped", linear=False, combine=partial(combine, bound=bound), mixed=True, for_rank=for_rank)
+
+
+def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, bound: float) -> Combined:
+    """report: clipped (share of answers), bound, cut (relative loss of the SVD, over all modules)."""
+    pairs, start = split(before.tensors)
+    held = hold(answers, before)
+    norms = np.array([move(h, pairs, start, scale) for h in held])
+    limit = bound or float(np.median(norms))
+    shares = np.minimum(1.0, np.divide(limit, norms, out=np.ones_like(norms), where=norms > 0))
+    made, lost, whole = dict[str, Pair](), 0.0, 0.0
+    for name, pair in pairs.items():
+        of = spectrum(shortened(held, shares, name, scaled(pair, scale)))
+        made[name] = balanced(of, pair.rank, scale, name, pair.A)
+        lost, whole = lost + beyond(of, pair.rank) ** 2, whole + float(of.S @ of.S)
+    rest = WeightedMean()
+    for h, share in zip(held, shares, strict=True):
+        rest.add({name: start[name] + share * (np.asarray(value, dtype=np.float64) - start[name]) for name, value in h.rest.items()}, 1.0)
+    report = {"clipped": float(np.mean(shares < 1)), "bound": limit, "cut": ratio(float(np.sqrt(lost)), float(np.sqrt(whole)))}
+    return Combined(join(made, rest.mean()), report=report)
+
+
+def shortened(held: list[Held], shares: np.ndarray, name: str, origin: Pair) -> Pair:
+    """origin + mean of share_i (answer_i - origin), as stacked factors."""
+    weights = [float(share) / len(held) for share in shares]
+    product = ProductSum()
+    for h, weight in zip(held, weights, strict=True):
+        product.add(h.pair(name), weight)
+    product.add(origin, 1 - sum(weights))
+    return product.stacked()

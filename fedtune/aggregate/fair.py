@@ -1,0 +1,45 @@
+"""LoRA-FAIR: mean factors, and a correction of B that brings the product near the mean of products (Bian et al. 2025, arXiv:2411.14961).
+
+Up: both factors. dB = argmin ||dW - s (mean B + dB)(mean A)||_F^2 + lam t ||dB||_F^2, with dW = mean of products: ridge regression, in
+closed form. The paper maximises a cosine similarity by gradient steps, which leaves the length of the product open; the norm fixes
+it and has one solution. t, the mean eigenvalue of s^2 A A^T, makes `lam` free of the scale of A (our choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+
+from fedtune.aggregate.answer import Answer, Combined, Rule
+from fedtune.aggregate.gather import Ledger, Module, finished, gather
+from fedtune.aggregate.pairs import Pair
+from fedtune.aggregate.resize import for_rank
+from fedtune.types import Round
+
+
+def fair(lam: float = 0.01) -> Rule:
+    """`lam` above 0; 0.01 is the paper's."""
+    return Rule("fair", linear=False, combine=partial(combine, lam=lam), mixed=True, for_rank=for_rank)
+
+
+def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, lam: float) -> Combined:
+    made = gather(answers, before, scale)
+    ledger, pairs = Ledger(scale), dict[str, Pair]()
+    for module in made.modules():
+        pairs[module.name] = corrected(module, scale, lam)
+        ledger.note(module, made=pairs[module.name])
+    return finished(made, pairs, ledger)
+
+
+def corrected(module: Module, scale: float, lam: float) -> Pair:
+    """dB = E M^T (M M^T + lam t I)^-1 with M = s mean A and E = dW - mean B M, from r-sized matrices only."""
+    b, a = module.mean
+    m = scale * a
+    gram = m @ m.T  # (r, r)
+    size = np.trace(gram) / len(gram)
+    if not size:
+        return module.mean
+    missed = module.product.B @ (module.product.A @ m.T) - b @ gram  # E M^T, (d, r)
+    return Pair(b + np.linalg.solve(gram + lam * size * np.eye(len(gram)), missed.T).T, a)

@@ -1,0 +1,39 @@
+"""HetLoRA: slices of the factors are averaged by index, a client takes the first ones (Cho et al. 2024, arXiv:2401.06432).
+
+Up: a client's pairs at its own rank. `by = "slices"` weighs each slice by the clients that have it (raFLoRA, arXiv:2602.13486);
+`by = "padding"` counts the others as zeros, which thins out high ranks: known to be bad, kept to be compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from fedtune.aggregate.answer import Answer, Combined, Rule
+from fedtune.aggregate.gather import Ledger, Module, finished, gather
+from fedtune.aggregate.pairs import Pair
+from fedtune.aggregate.resize import first_slices
+from fedtune.types import Round
+
+
+def hetlora(by: Literal["slices", "padding"] = "slices") -> Rule:
+    return Rule("hetlora", linear=False, combine=partial(combine, padding=by == "padding"), mixed=True, for_rank=first_slices)
+
+
+def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, padding: bool) -> Combined:
+    made = gather(answers, before, scale)
+    ledger, pairs = Ledger(scale), dict[str, Pair]()
+    for module in made.modules():
+        pairs[module.name] = module.mean if padding else by_slice(module)
+        ledger.note(module, made=pairs[module.name])
+    return finished(made, pairs, ledger)
+
+
+def by_slice(module: Module) -> Pair:
+    """Each slice over the share that has it; a slice that nobody had this round stays as it was."""
+    had = module.share > 0
+    share = np.where(had, module.share, 1.0)
+    return Pair(np.where(had, module.mean.B / share, module.before.B), np.where(had[:, None], module.mean.A / share[:, None], module.before.A))

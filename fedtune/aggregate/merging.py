@@ -1,0 +1,224 @@
+"""Merging finished experts into one adapter, once: at export, or the experts of clusters. On the products B A, never on the factors.
+
+    MERGES["ties"](density=0.2)(experts, rank, scale) -> Combined
+
+`rank` and `scale` are those of the result; rank 0 is exact concatenation, for the merges that only weigh and add. report["error"] is
+what cutting to the rank lost, relative to the merged product. Tensors that are no pairs are averaged. Every round, use a rule:
+these trim without error feedback and bias what is trained further.
+
+Thresholds are found in each module, as peft and mergekit do; the papers of TIES and PCB take the whole vector.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedtune.aggregate.answer import Answer, Combined
+from fedtune.aggregate.each import Held, hold
+from fedtune.aggregate.elementwise import Across, factored, product_entries
+from fedtune.aggregate.pairs import Pair, join, split
+from fedtune.aggregate.pcb import pcb_entries
+from fedtune.aggregate.plain import WeightedMean
+from fedtune.aggregate.product import ProductSum, ratio
+from fedtune.aggregate.residual import as_adapter
+from fedtune.errors import FedtuneError
+from fedtune.rng import stream
+
+Merge = Callable[[Sequence[Answer], int, float], Combined]
+Entries = Callable[[str, list[Held], list[Pair]], Across]
+BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+# --- those that weigh and add -----------------------------------------------------------------------------------
+
+
+def mean() -> Merge:
+    """The mean of products: SELMA (Li et al. 2024, arXiv:2403.06952), which weighs experts equally; here by their weights."""
+    return lambda experts, rank, scale: weighed(experts, rank, scale, 1.0)
+
+
+def task(lam: float = 0.3) -> Merge:
+    """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089): lam times the sum; 0.3 to 0.4 is theirs for eight tasks."""
+    return lambda experts, rank, scale: weighed(experts, rank, scale, lam * len(experts))
+
+
+def lines(alpha: float, beta: float, of: Merge | None = None) -> Merge:
+    """LiNeS (Wang et al. 2024, arXiv:2410.17146): block l of L is multiplied by alpha + beta l / (L - 1), what is in no block by alpha.
+
+    Follows any other merge (by default the mean), exactly: only B changes.
+    """
+    merge = of or mean()
+
+    def merged(experts: Sequence[Answer], rank: int, scale: float) -> Combined:
+        made = merge(experts, rank, scale)
+        pairs, rest = split(made.tensors)
+        depth = {name: int(found.group(1)) for name in pairs if (found := BLOCK_NUMBER.search(name))}
+        last = max(depth.values(), default=0) or 1
+        times = {name: alpha + beta * depth.get(name, 0) / last for name in pairs}
+        return Combined(join({name: Pair(pair.B * np.float64(times[name]), pair.A) for name, pair in pairs.items()}, rest), report=made.report)
+
+    return merged
+
+
+def soup(score: Callable[[Combined], float], of: Merge | None = None) -> Merge:
+    """Greedy soup (Wortsman et al. 2022, arXiv:2203.05482): from the best expert on, each is added unless the score drops.
+
+    `score` is higher for better, on held-out data of the server.
+    """
+    merge = of or mean()
+
+    def merged(experts: Sequence[Answer], rank: int, scale: float) -> Combined:
+        if not experts:
+            return merge(experts, rank, scale)  # which refuses
+        alone = [score(merge([expert], rank, scale)) for expert in experts]
+        order = np.argsort([-value for value in alone], kind="stable")
+        held, best = [experts[order[0]]], alone[order[0]]
+        for i in order[1:]:
+            tried = score(merge([*held, experts[i]], rank, scale))
+            if tried >= best:
+                held, best = [*held, experts[i]], tried
+        made = merge(held, rank, scale)
+        return Combined(made.tensors, report=dict(made.report) | {"score": best, "kept": float(len(held))})
+
+    return merged
+
+
+def weighed(experts: Sequence[Answer], rank: int, scale: float, times: float) -> Combined:
+    """`times` the weighted mean of products, through the stacked factors: never a d x k matrix."""
+    held = hold(experts, Combined(experts[0].tensors if experts else {}))
+    total = sum(h.answer.weight for h in held)
+    pairs: dict[str, Pair] = {}
+    for name in held[0].pairs:
+        product = ProductSum()
+        for h in held:
+            product.add(h.pair(name), times * h.answer.weight / total)
+        pairs[name] = product.stacked() if product.parts else Pair(0 * held[0].pairs[name].B, held[0].pairs[name].A)
+    tensors, _, error = as_adapter(Combined(join(pairs, averaged(held))), 1.0, rank, scale)
+    return Combined(tensors, report={"error": error})
+
+
+# --- those that look at single entries --------------------------------------------------------------------------
+
+
+def ties(density: float = 0.2, lam: float = 1.0) -> Merge:
+    """TIES (Yadav et al. 2023, arXiv:2306.01708): trim, elect a sign, average those that agree, over the weight of those that agree.
+
+    density 0.2 is theirs; a tie of signs goes to plus.
+    """
+
+    def across(module: str, held: list[Held], parts: list[Pair]) -> Across:
+        least = column([largest(part, density) for part in parts])
+        weights = column([h.answer.weight for h in held])
+
+        def merge(tau: np.ndarray) -> np.ndarray:
+            tau = np.where(np.abs(tau) >= least, tau, 0.0)
+            sign = np.where((weights * tau).sum(axis=0) >= 0, 1.0, -1.0)
+            agree = weights * (tau * sign > 0)
+            return lam * quotient((agree * tau).sum(axis=0), agree.sum(axis=0))
+
+        return merge
+
+    return by_entries(across)
+
+
+def dare(p: float = 0.5, seed: int = 0) -> Merge:
+    """DARE (Yu et al. 2024, arXiv:2311.03099): entries are dropped with probability p and the others divided by 1 - p, then the mean."""
+
+    def across(module: str, held: list[Held], parts: list[Pair]) -> Across:
+        draws = [stream(f"dare {module}", seed, h.answer.client) for h in held]
+        weights = column([h.answer.weight / sum(h.answer.weight for h in held) / (1 - p) for h in held])
+
+        def merge(tau: np.ndarray) -> np.ndarray:  # blocks come in row order, so the draws do not depend on their size
+            kept = np.stack([draw.random(tau.shape[1:]) >= p for draw in draws])
+            summed: np.ndarray = (weights * kept * tau).sum(axis=0)
+            return summed
+
+        return merge
+
+    return by_entries(across)
+
+
+def breadcrumbs(keep: float = 0.85, outliers: float = 0.01, lam: float = 0.3) -> Merge:
+    """Model Breadcrumbs (Davari and Belilovsky 2024, arXiv:2312.06795): of each expert the greatest `keep` without the `outliers`, lam times the sum.
+
+    Per module, as the paper says; its code masks per row.
+    """
+
+    def across(module: str, held: list[Held], parts: list[Pair]) -> Across:
+        least, most = column([largest(part, keep) for part in parts]), column([largest(part, outliers) for part in parts])
+        mean_weight = sum(h.answer.weight for h in held) / len(held)
+        weights = column([lam * h.answer.weight / mean_weight for h in held])
+
+        def merge(tau: np.ndarray) -> np.ndarray:
+            size = np.abs(tau)
+            summed: np.ndarray = (weights * np.where((size >= least) & (size < most), tau, 0.0)).sum(axis=0)
+            return summed
+
+        return merge
+
+    return by_entries(across)
+
+
+def pcb(keep: float = 0.2, lam: float = 1.0) -> Merge:
+    """PCB-Merging (Du et al. 2024, arXiv:2410.02396), as its released code has it; see `pcb`. Weights do not count."""
+    return by_entries(lambda module, held, parts: pcb_entries(parts, keep, lam))
+
+
+def by_entries(entries: Entries) -> Merge:
+    """A merge of single entries, one module at a time, then the best pair of `rank`. Raises C102 for rank 0: the result has full rank."""
+
+    def merged(experts: Sequence[Answer], rank: int, scale: float) -> Combined:
+        if rank < 1:
+            raise FedtuneError("C102", f"rank {rank} for a merge of single entries", "1 or more", "choose the rank of the result")
+        held = hold(experts, Combined(experts[0].tensors if experts else {}))
+        pairs: dict[str, Pair] = {}
+        layers, lost, whole = dict[str, float](), 0.0, 0.0
+        for name in held[0].pairs:
+            parts = [h.pair(name) for h in held]
+            matrix = product_entries(parts, entries(name, held, parts))
+            pairs[name], layers[name] = factored(matrix, rank, scale, name, parts[0].A)
+            square = float(np.sum(np.square(matrix)))
+            lost, whole = lost + square * layers[name] ** 2, whole + square
+        return Combined(join(pairs, averaged(held)), report={"error": ratio(math.sqrt(lost), math.sqrt(whole))}, layers=layers)
+
+    return merged
+
+
+def averaged(held: list[Held]) -> dict[str, np.ndarray]:
+    rest = WeightedMean()
+    for h in held:
+        rest.add(h.rest, h.answer.weight)
+    return rest.mean()
+
+
+def largest(pair: Pair, share: float) -> float:
+    """The least magnitude among the greatest `share` of a product's entries; one expert's d x k stands in memory. inf for none."""
+    entries = np.abs(pair.B @ pair.A).reshape(-1)
+    count = round(share * entries.size)
+    return float(np.partition(entries, entries.size - count)[entries.size - count]) if count else math.inf
+
+
+def column(numbers: Sequence[float]) -> np.ndarray:
+    """One number an expert, to be met with (experts, rows, k)."""
+    return np.array(numbers)[:, None, None]
+
+
+def quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    result: np.ndarray = np.divide(above, below, out=np.zeros_like(above), where=below != 0)
+    return result
+
+
+MERGES: dict[str, Callable[..., Merge]] = {
+    "mean": mean,
+    "task": task,
+    "ties": ties,
+    "dare": dare,
+    "breadcrumbs": breadcrumbs,
+    "lines": lines,
+    "pcb": pcb,
+    "soup": soup,
+}
