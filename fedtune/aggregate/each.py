@@ -66,8 +66,11 @@ def entry_by_entry(answers: Iterable[Answer], before: Combined, scale: float, ac
     return Combined(join(pairs, rest), report=ledger.report() | {"cut": max(cuts)}, layers=ledger.layers)
 
 
-def squares(held: list[Held]) -> np.ndarray:
-    """Squared distances between answers (n x n): between products through Gram matrices of the stacked factors, between the rest plainly."""
+def squares(held: list[Held], start: Tensors) -> np.ndarray:
+    """Squared distances between answers (n x n): between products through Gram matrices of the stacked factors, between the rest plainly.
+
+    The rest is taken from the state before, because far from zero differences would drown; from an answer, one liar could drown them all.
+    """
     n = len(held)
     inner = np.zeros((n, n))
     for name in held[0].pairs:
@@ -76,8 +79,7 @@ def squares(held: list[Held]) -> np.ndarray:
         starts = np.cumsum([0] + [pair.rank for pair in pairs[:-1]])
         inner += np.add.reduceat(np.add.reduceat((b.T @ b) * (a @ a.T), starts, axis=0), starts, axis=1)
     for name in held[0].rest:
-        flat = np.stack([np.asarray(h.rest[name], dtype=np.float64).reshape(-1) for h in held])
-        flat = flat - flat[0]  # far from zero, differences would drown
+        flat = np.stack([(np.asarray(h.rest[name], dtype=np.float64) - start[name]).reshape(-1) for h in held])
         inner += flat @ flat.T
     own = np.diag(inner)
     apart: np.ndarray = np.maximum(own[:, None] + own[None, :] - 2 * inner, 0.0)

@@ -33,7 +33,7 @@ def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Roun
     if n < 2 * faulty + 3:
         found, expected = f"{n} answers where {faulty} may be faulty", f"at least {2 * faulty + 3}"
         raise FedtuneError("C104", found, expected, "sample more clients or lower aggregate.faulty")
-    near = np.sort(squares(held), axis=1)[:, 1 : n - faulty - 1]  # without oneself
+    near = np.sort(squares(held, before.tensors), axis=1)[:, 1 : n - faulty - 1]  # without oneself
     best = np.argsort(near.sum(axis=1), kind="stable")[: chosen or n - faulty]
     made = mean_of_products((replace(held[i].answer, weight=1.0) for i in sorted(best)), before, scale, now)
     return replace(made, report=dict(made.report) | {"kept": float(len(best))})

@@ -162,6 +162,11 @@ def test_a_greedy_soup_by_hand() -> None:
     assert made.tensors["w"] == 3 and made.report["kept"] == 2 and made.report["score"] == 0
 
 
+def test_a_soup_takes_what_does_no_harm() -> None:
+    """An expert is left out only where the score drops: with one score for all, everybody is in."""
+    assert MERGES["soup"](lambda made: 0.0)(EXPERTS, 0, SCALE).report["kept"] == 3
+
+
 @pytest.mark.parametrize("name", ["ties", "dare", "breadcrumbs", "pcb"])
 def test_merges_of_entries_need_a_rank(name: str) -> None:
     with pytest.raises(FedtuneError, match="C102: found rank 0"):

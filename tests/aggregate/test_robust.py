@@ -44,7 +44,7 @@ def test_trimming_by_hand() -> None:
 
 
 def test_distances_are_those_of_dense_products() -> None:
-    found = squares(hold(ANSWERS, BEFORE))
+    found = squares(hold(ANSWERS, BEFORE), BEFORE.tensors)
     dense = [np.concatenate([v.ravel() for v in products(a.tensors, SCALE).values()]) for a in ANSWERS]
     rest = [np.concatenate([np.float64(v).ravel() for n, v in sorted(a.tensors.items()) if "lora_A" not in n and "lora_B" not in n]) for a in ANSWERS]
     for i in range(7):
@@ -63,6 +63,19 @@ def test_krum_takes_the_answer_with_the_nearest_neighbours() -> None:
     assert run(RULES["krum"](faulty=1, chosen=1), answers, start, 1.0).tensors["w"] == 1
     assert run(RULES["krum"](faulty=1, chosen=2), answers, start, 1.0).tensors["w"] == 1.5
     assert run(RULES["krum"](faulty=1), answers, start, 1.0).tensors["w"] == 1.5
+
+
+@pytest.mark.parametrize("first", [0, 6])
+@pytest.mark.parametrize("name", ["head.bias", "layers.0.q.lora_B.weight"])
+def test_a_huge_answer_does_not_hide_another(first: int, name: str) -> None:
+    """Two liars: one so far away that differences of the others would drown beside it, whatever its number; krum leaves out both."""
+    answers = [Answer(i, near(BEFORE.tensors, i, 0.03), 1.0, SCALE) for i in range(8)]
+    answers[first] = replace(answers[first], tensors=dict(answers[first].tensors) | {name: np.full_like(BEFORE.tensors[name], 1e20)})
+    answers[3] = replace(answers[3], tensors={n: -10 * v for n, v in answers[3].tensors.items()})
+    honest = [a for i, a in enumerate(answers) if i not in (first, 3)]
+    made = run(RULES["krum"](faulty=2), answers, BEFORE, SCALE)
+    np.testing.assert_allclose(made.tensors["head.bias"], np.mean([a.tensors["head.bias"] for a in honest], axis=0), rtol=1e-5)
+    assert apart(products(made, SCALE), {module: cut(product) for module, product in mean_product(honest).items()}) < 1e-6
 
 
 def test_krum_averages_products() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedtune.aggregate import RULES, Answer, Combined, Pair, split
+from fedtune.aggregate.fedrot import turned
 from fedtune.aggregate.fedsb import as_pair, nearest, start
 from fedtune.schema import digest
 from fedtune.types import Round
@@ -183,6 +184,16 @@ def test_fedrot_undoes_a_turn_that_the_mean_falls_for() -> None:
     made = run(RULES["fedrot"](), answers, BEFORE, SCALE)
     assert apart(products(made, SCALE), products(BEFORE, SCALE)) < 1e-6
     assert made.report["drift"] > 0.5
+
+
+@pytest.mark.parametrize("blank", ["A", "B"])
+def test_either_factor_tells_the_turn(blank: str) -> None:
+    """Where one factor of the reference is zero, as B is at the start, the other alone finds the way back."""
+    whole = split(BEFORE.tensors)[0]["layers.0.q"]
+    q = np.linalg.qr(np.random.default_rng(5).normal(size=(4, 4)))[0]
+    back = turned(Pair(whole.B @ q, q.T @ whole.A), whole._replace(**{blank: np.zeros_like(getattr(whole, blank))}))
+    np.testing.assert_allclose(back.B, whole.B, atol=1e-6)
+    np.testing.assert_allclose(back.A, whole.A, atol=1e-6)
 
 
 def test_fedsb_averages_what_stands_between_fixed_factors() -> None:
