@@ -1,0 +1,384 @@
+"""The body service: one frozen body for many clients, over gRPC or, for a simulation, in the same process.
+
+A `Connection` is one stream: it takes frames, answers bad ones with an ERROR frame and goes on, and gives frames back. What it needs of
+a client between frames is a few digests; hidden states are held only where the client opted in. See docs of fedtune/split/frames.py.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+
+from fedtune.errors import FedtuneError, Refused
+from fedtune.split.body import Body
+from fedtune.split.codec import NAMES, Coding, encode
+from fedtune.split.frames import CALL, CHUNK, LIMITS, LONGEST, Joiner, Limits, Parcel, failed, packed, parsed
+from fedtune.split.merge import MERGING, Job, Merger, Merging
+from fedtune.split.session import Admit, Held, Offer, Session, check
+from fedtune.split.work import Missing, Work, keep, prepared
+from fedtune.wire.v1 import split_pb2 as pb
+
+# A default server ends connections whose client pings more often than every 5 minutes during a long step (ENHANCE_YOUR_CALM, too_many_pings).
+KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+OPTIONS = [
+    *KEEPALIVE,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # its name in gRPC's C core is MIN_RECV_PING_INTERVAL_WITHOUT_DATA
+    ("grpc.max_receive_message_length", LONGEST + CHUNK),
+    ("grpc.max_send_message_length", LONGEST + CHUNK),
+    ("grpc.so_reuseport", 0),
+]
+GREETING = 10.0  # seconds within which a stream says a HELLO that is accepted
+BACKLOG = 256  # frames that wait for a slow reader before its own frames are read no further
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the service grants.
+
+    credits   micro-batches in flight: of one session, and of all together
+    sessions  live at the same time
+    lease     seconds without a frame after which a session is freed
+    memory    bytes held for clients that opted in, and for how many seconds; 0: nothing is
+    waiting   bytes of micro-batches, as float32, that wait for the body; above it streams are read no further
+    """
+
+    credits: int = 8
+    together: int = 256
+    sessions: int = 64
+    lease: float = 60.0
+    memory: int = 1 << 30
+    seconds: float = 3600.0
+    waiting: int = 1 << 30
+    limits: Limits = LIMITS
+
+
+TERMS = Terms()
+
+
+class Service:
+    """Sessions, their leases, and the merger that computes. `start` runs the computing and the sweeping thread; without it, `Local` channels compute."""
+
+    def __init__(self, body: Body, offer: Offer, admit: Admit, terms: Terms = TERMS, merging: Merging | None = MERGING) -> None:
+        self.offer, self.admit, self.terms = offer, admit, terms
+        self.merger = Merger(body, merging)
+        self.held = Held(terms.memory, terms.seconds)
+        self.sessions: dict[str, Session] = {}
+        self.connections: set[Connection] = set()
+        self.errors: Counter[str] = Counter()
+        self.coarser: Counter[str] = Counter()  # codings of answers
+        self.lock = threading.RLock()
+        self.stopped = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def start(self) -> Service:
+        self.threads = [threading.Thread(target=run, daemon=True) for run in (self.compute, self.watch)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for connection in list(self.connections):
+            connection.close()
+        for thread in self.threads:
+            thread.join()
+
+    def compute(self) -> None:
+        while not self.stopped.is_set():
+            self.merger.step(0.2)
+
+    def watch(self) -> None:
+        while not self.stopped.wait(min(1.0, self.terms.lease / 4)):
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Free connections and sessions whose lease is over, and what was held too long."""
+        late = time.monotonic() - self.terms.lease
+        for connection in list(self.connections):
+            if (connection.seen < late and not connection.working) or (connection.session is None and connection.began < time.monotonic() - GREETING):
+                connection.close()
+        with self.lock:
+            for name, session in list(self.sessions.items()):
+                if session.connection is None and session.seen < late:
+                    del self.sessions[name]
+        self.held.sweep()
+
+    def connect(self, peer: str = "", cancel: Callable[[], Any] | None = None) -> Connection:
+        connection = Connection(self, peer, cancel)
+        with self.lock:
+            self.connections.add(connection)
+        return connection
+
+    # --- sessions ---------------------------------------------------------------------------------------------------------
+
+    def open(self, hello: pb.Hello, connection: Connection) -> Session:
+        """A new session, or one whose client came back. Raises Refused."""
+        check(hello, self.offer, self.admit, connection.peer)
+        hello.ClearField("token")
+        with self.lock:
+            session = self.sessions.get(hello.session)
+            if session and (session.hello.run, session.hello.round, session.hello.client) != (hello.run, hello.round, hello.client):
+                raise Refused("S712", "the session of another client", "one's own", "use fedtune's client")
+            live = [each for each in self.sessions.values() if each.connection is not None]
+            mine = [each for each in live if each.owner == (hello.run, hello.client)]  # a client that lost its connection, or was started again
+            if not mine and len(live) >= self.terms.sessions:
+                raise Refused("S712", f"{len(live)} sessions", f"at most {self.terms.sessions}", "try again later")
+            for each in mine:
+                each.connection.close()
+            for name, each in list(self.sessions.items()):
+                if each.owner == (hello.run, hello.client) and name != hello.session:
+                    del self.sessions[name]
+            session = session or Session(hello, time.monotonic(), None)
+            session.hello, session.connection, session.granted, session.flight = hello, connection, 0, 0
+            self.sessions[hello.session] = session
+            self.regrant()
+        return session
+
+    def leave(self, connection: Connection) -> None:
+        """A stream is over: what its session waits for and has left here for a BACKWARD is dropped, its digests stay for a lease."""
+        with self.lock:
+            self.connections.discard(connection)
+            session = connection.session
+            if session is not None and session.connection is connection:
+                session.connection, session.seen = None, time.monotonic()
+                self.merger.forget(session.hello.session)
+                self.held.drop(session.hello.session)
+                self.regrant()
+
+    def forget(self, session: Session) -> None:
+        with self.lock:
+            self.sessions.pop(session.hello.session, None)
+
+    def regrant(self) -> None:
+        """Share the window of all among the live sessions, and tell those whose share changed."""
+        live = [session for session in self.sessions.values() if session.connection is not None]
+        for session in live:
+            share = max(1, min(session.hello.credits, self.terms.credits, self.terms.together // len(live)))
+            if session.granted not in (0, share):
+                session.connection.put(pb.Frame(kind=pb.FRAME_CREDIT, credits=share).SerializeToString())
+            session.granted = share
+
+    @property
+    def live(self) -> int:
+        """Micro-batches that the service holds for clients: waiting, being computed, or answered and not yet taken."""
+        with self.lock:
+            return sum(session.flight for session in self.sessions.values() if session.connection is not None)
+
+
+class Connection:
+    """One stream: `receive` is called by one thread with its messages, `outgoing` gives the answers to another."""
+
+    def __init__(self, service: Service, peer: str, cancel: Callable[[], Any] | None) -> None:
+        self.service, self.peer, self.cancel = service, peer, cancel
+        self.session: Session | None = None
+        self.joiner = Joiner(service.terms.limits)
+        self.began = self.seen = time.monotonic()
+        self.closed = False
+        self.waiting: deque[tuple[bytes, bool]] = deque()  # messages, and whether one ends an answer
+        self.changed = threading.Condition()
+        self.working = 0  # jobs of this stream that are not computed yet
+
+    # --- messages in ------------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> None:
+        """One message. Whatever is wrong with it is answered by an ERROR frame; nothing is raised."""
+        self.seen, sequence = time.monotonic(), 0
+        try:
+            frame = parsed(data)
+            sequence = frame.sequence
+            if frame.kind == pb.FRAME_HELLO:
+                self.greet(frame)
+            elif self.session is None:
+                raise Refused("S712", "a frame before HELLO", "HELLO first", "open a session")
+            elif frame.kind in (pb.FRAME_FORWARD, pb.FRAME_BACKWARD):
+                if frame.part == 0 and self.session.flight >= self.service.terms.credits:
+                    raise Refused("S715", f"{self.session.flight} micro-batches in flight", "no more than were granted", "wait for an answer")
+                if (parcel := self.joiner.add(frame)) is not None:
+                    self.take(self.session, parcel)
+            elif frame.kind == pb.FRAME_BYE:
+                self.service.forget(self.session)
+                self.close()
+            elif frame.kind != pb.FRAME_CREDIT:
+                raise Refused("W601", f"a frame of kind {frame.kind}", "HELLO, FORWARD, BACKWARD, CREDIT or BYE", "use the same version on both sides")
+        except Missing as missing:
+            self.refuse(sequence, missing, missing.samples)
+        except FedtuneError as error:
+            self.refuse(sequence, error)
+        except Exception as error:  # a defect of ours must not end a stream, let alone the service
+            self.refuse(sequence, failure(error))
+
+    def greet(self, frame: pb.Frame) -> None:
+        if self.session is not None:
+            raise Refused("S712", "a second HELLO on a stream", "one", "open another stream")
+        self.session = session = self.service.open(frame.hello, self)
+        terms, granted = self.service.terms, pb.Hello()
+        granted.CopyFrom(frame.hello)
+        granted.credits, granted.lease, granted.largest = session.granted, max(1, int(terms.lease)), terms.limits.payload
+        granted.cache, granted.lean = frame.hello.cache and terms.memory > 0, frame.hello.lean and terms.memory > 0
+        self.put(pb.Frame(kind=pb.FRAME_HELLO, hello=granted).SerializeToString())
+
+    def take(self, session: Session, parcel: Parcel) -> None:
+        """A whole micro-batch: checked, noted, queued. Where too much waits already, this stream is read no further for a while. Raises Refused, Missing."""
+        service, backward = self.service, parcel.frame.kind == pb.FRAME_BACKWARD
+        if self.cancel is not None:
+            service.merger.wait_below(service.terms.waiting, lambda: self.closed)
+        work = prepared(parcel, session, service.held, service.terms.limits)
+        with service.lock:
+            session.admit(pb.FRAME_FORWARD, parcel.frame.sequence, work.forward)
+            if backward:
+                session.admit(pb.FRAME_BACKWARD, parcel.frame.sequence, parcel.digest)
+            session.flight += 1
+            self.working += 1
+        self.seen = time.monotonic()
+        keep(parcel, session, service.held)
+
+        def done(result: torch.Tensor | None, error: Exception | None) -> None:
+            self.answer(session, parcel, work, result, error)
+
+        service.merger.submit(Job(session.hello.session, work.hidden, work.side, work.grad, done))
+
+    # --- messages out -----------------------------------------------------------------------------------------------------
+
+    def answer(self, session: Session, parcel: Parcel, work: Work, result: torch.Tensor | None, error: Exception | None) -> None:
+        """Called by the computing thread."""
+        sequence, messages = parcel.frame.sequence, list[bytes]()
+        try:
+            if result is None:
+                raise error or RuntimeError("no result")
+            backward = work.grad is not None
+            coding = Coding(NAMES[session.hello.number], session.hello.group)
+            coded, used = encode(pb.ROLE_GRADIENT if backward else pb.ROLE_HIDDEN, work.finish(result), coding)
+            if used != coding.name:
+                self.service.coarser[used] += 1
+            kind = pb.FRAME_GRADIENT if backward else pb.FRAME_ACTIVATION
+            messages, _, _ = packed(pb.Frame(kind=kind, sequence=sequence, digest=parcel.digest), [coded])
+            if backward:
+                self.service.held.drop(session.hello.session, sequence)
+        except Exception as raised:  # a defect must not end the thread that computes for all
+            refused = raised if isinstance(raised, FedtuneError) else failure(raised)
+            self.service.errors[refused.code] += 1
+            messages = [failed(sequence, refused)]
+        with self.service.lock:
+            self.working -= 1
+        self.seen = time.monotonic()
+        for message in messages[:-1]:
+            self.put(message)
+        self.put(messages[-1], True)
+
+    def refuse(self, sequence: int, error: FedtuneError, samples: tuple[int, ...] = ()) -> None:
+        self.service.errors[error.code] += 1
+        if self.cancel is not None:
+            with self.changed:
+                self.changed.wait_for(lambda: self.closed or len(self.waiting) < BACKLOG)
+        self.put(failed(sequence, error, samples))
+
+    def put(self, message: bytes, last: bool = False) -> None:
+        with self.changed:
+            if not self.closed:
+                self.waiting.append((message, last))
+                self.changed.notify_all()
+
+    def next(self, timeout: float | None = None) -> bytes | None:
+        """The next message for the client; None when the stream is over, or nothing came in time."""
+        with self.changed:
+            if timeout != 0:
+                self.changed.wait_for(lambda: self.closed or bool(self.waiting), timeout)
+            if self.closed or not self.waiting:
+                return None
+            message, last = self.waiting.popleft()
+            self.changed.notify_all()
+        if last and self.session is not None:
+            with self.service.lock:
+                self.session.flight = max(0, self.session.flight - 1)
+        return message
+
+    def outgoing(self) -> Iterator[bytes]:
+        while (message := self.next()) is not None:
+            yield message
+
+    def close(self) -> None:
+        """The stream is over, from either side; what it holds is freed."""
+        with self.changed:
+            if self.closed:
+                return
+            self.closed = True
+            self.waiting.clear()
+            self.changed.notify_all()
+        self.joiner = Joiner(self.service.terms.limits)
+        self.service.leave(self)
+        if self.cancel is not None:
+            self.cancel()
+
+
+def failure(error: Exception) -> FedtuneError:
+    """What a model raised, as an answer; its text may help, and is cut short."""
+    return FedtuneError("S714", f"{type(error).__name__} in the body: {str(error)[:200]}", "a pass through the body", "see the log of the body service")
+
+
+# --- gRPC -------------------------------------------------------------------------------------------------------------
+
+
+def serve(service: Service, address: str, credentials: grpc.ServerCredentials | None = None) -> tuple[grpc.Server, int]:
+    """Listen for clients; the server and its port. Without credentials only on this machine itself (S716). `service` must have been started."""
+    if credentials is None and not local(address):
+        raise FedtuneError("S716", f"no certificate for {address}", "mutual TLS, or a loopback address", "run 'fedtune keys init', or listen on 127.0.0.1")
+    streams = service.terms.sessions + 8  # some for those who are told that there is no room
+    server = grpc.server(ThreadPoolExecutor(streams, "split"), options=OPTIONS, maximum_concurrent_rpcs=streams)
+    server.add_generic_rpc_handlers((handler(service),))
+    port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    server.start()
+    return server, port
+
+
+def handler(service: Service, name_of: Callable[[Any], str] | None = None) -> grpc.GenericRpcHandler:
+    """The call of split.proto, for any gRPC server; each stream takes a thread of its pool. `name_of` a call's
+    context is what `admit` is told; by default the common name in the client's certificate."""
+
+    def train(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        connection = service.connect((name_of or common_name)(context), context.cancel)
+        context.add_callback(connection.close)
+
+        def read() -> None:
+            try:
+                for data in requests:
+                    connection.receive(data)
+            except Exception:  # gRPC raises a bare Exception when the peer is gone; the stream is over either way
+                pass
+            connection.close()
+
+        threading.Thread(target=read, daemon=True).start()
+        return connection.outgoing()
+
+    name, method = CALL.strip("/").split("/")
+    # no deserializer: a message that cannot be parsed is answered by a frame
+    return grpc.method_handlers_generic_handler(name, {method: grpc.stream_stream_rpc_method_handler(train)})
+
+
+def local(address: str) -> bool:
+    """Whether an address is this machine's own, HOST:PORT or a unix socket."""
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if address.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def common_name(context: grpc.ServicerContext) -> str:
+    """The common name in the client's certificate; "" without TLS."""
+    return next((name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())), "")

@@ -1,0 +1,320 @@
+"""A client's session with the body service: micro-batches in flight, answers in, and what is said again when the stream breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.errors import CATALOGUE, FedtuneError, Refused
+from fedtune.split.channel import Broken, Channel, Dial
+from fedtune.split.codec import DEFAULT, NUMBERS, Coded, Coding, decode, encode, encode_whole, finite
+from fedtune.split.cut import Side
+from fedtune.split.frames import LIMITS, VERSION, Joiner, Limits, Parcel, packed, parsed
+from fedtune.split.session import Offer
+from fedtune.wire.v1 import split_pb2 as pb
+
+NOTHING = Side()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How a client wants to talk.
+
+    coding    of hidden states and gradients, both ways
+    window    micro-batches in flight; the service may grant fewer
+    lean      the service may hold a micro-batch until its BACKWARD, which then is the gradient alone
+    cache     the service may hold the hidden states of samples, so that they are sent once
+    prompts   soft prompts that enter at the cut; 0: none, or at the model's input
+    masked    every micro-batch has a mask, positioned: has positions; the service refuses one without
+    patience  seconds of trying to reach the service again before giving up
+    """
+
+    coding: Coding = DEFAULT
+    window: int = 8
+    lean: bool = False
+    cache: bool = False
+    prompts: int = 0
+    masked: bool = False
+    positioned: bool = False
+    patience: float = 120.0
+
+
+WISHES = Wishes()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the coordinator's message says: which client in which round, and the token that shows it."""
+
+    run: str
+    round: int
+    client: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Micro:
+    """What a head gives for a micro-batch.
+
+    hidden   (examples, tokens, width), or how to compute it: not called where the service holds all `samples`
+    side     mask and positions, prompts included
+    prompts  (prompts, width), put in by the service before place `at` of every example; then the gradient is theirs, summed over examples
+    row      only this row of every example is needed, None: `rows` flattened and ascending, or all
+    samples  ids of the examples, under which the service may hold their hidden states
+    """
+
+    hidden: torch.Tensor | Callable[[], torch.Tensor]
+    side: Side = NOTHING
+    prompts: torch.Tensor | None = None
+    at: int = 0
+    row: int | None = None
+    rows: torch.Tensor | None = None
+    samples: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An activation or, `backward`, a gradient; float32 on the CPU."""
+
+    sequence: int
+    backward: bool
+    value: torch.Tensor
+
+
+@dataclass
+class Flight:
+    """A micro-batch from its FORWARD to its last answer; what is needed to say it again."""
+
+    micro: Micro
+    tensors: list[Coded]
+    forward: bytes = b""  # digest of the FORWARD
+    digest: bytes = b""  # of the last message
+    gradient: Coded | None = None
+    came: tuple[int, ...] = ()  # shape of the activation
+    waits: bool = True
+
+
+class Stream:
+    """One session. Used by one thread. Raises FedtuneError S711 where the service cannot be reached, and whatever it answers."""
+
+    def __init__(self, dial: Dial, offer: Offer, turn: Turn, wishes: Wishes = WISHES, limits: Limits = LIMITS, held: set[int] | None = None) -> None:
+        """`held`: the set that this client's streams of a run share, of samples that the service holds as far as this side knows."""
+        self.dial, self.wishes, self.limits = dial, wishes, limits
+        coding = wishes.coding
+        self.hello = pb.Hello(
+            version=VERSION, session=os.urandom(16).hex(), run=turn.run, round=turn.round, client=turn.client, token=turn.token,
+            model=offer.model, part=offer.part, first=offer.first, last=offer.last, width=offer.width,
+            masked=wishes.masked, positioned=wishes.positioned, prompts=wishes.prompts, credits=wishes.window, lean=wishes.lean, cache=wishes.cache,
+            number=NUMBERS[coding.name], group=min(coding.group, offer.width) if coding.name == "int8" else 0,
+        )  # fmt: skip
+        self.channel: Channel | None = None
+        self.joiner = Joiner(limits)
+        self.flights: dict[int, Flight] = {}
+        self.numbers = itertools.count(1)
+        self.window, self.lean, self.cache = 1, False, False  # what is granted
+        self.held: set[int] = set() if held is None else held
+        self.codings: Counter[str] = Counter()  # of what was sent
+        self.again = 0  # micro-batches said again
+        self.before = [0, 0]  # bytes of earlier channels
+        self.connect()
+
+    # --- asking -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> bool:
+        """Whether another micro-batch may be sent now."""
+        return len(self.flights) < self.window
+
+    def forward(self, micro: Micro) -> int:
+        """Send a micro-batch; its number."""
+        sequence, flight = next(self.numbers), Flight(micro, [])
+        self.flights[sequence] = flight
+        self.fill(flight)
+        self.say(sequence, flight)
+        return sequence
+
+    def backward(self, sequence: int, grad: torch.Tensor) -> None:
+        """Send the gradient at the activation that came for this number."""
+        flight = self.flights[sequence]
+        if tuple(grad.shape) != flight.came:
+            raise ValueError(f"a gradient of shape {tuple(grad.shape)} for activations of shape {flight.came}")
+        flight.gradient, used = encode(pb.ROLE_GRADIENT, grad, self.wishes.coding)
+        self.codings[used] += 1
+        flight.waits = True
+        self.say(sequence, flight)
+
+    def done(self, sequence: int) -> None:
+        """No gradient will be asked for."""
+        del self.flights[sequence]
+
+    def answer(self) -> Answer:
+        """The next answer, in any order of numbers; waits, and says again what a broken stream may have lost."""
+        while True:
+            try:
+                assert self.channel is not None
+                frame = parsed(self.channel.receive())
+            except Broken as broken:
+                self.reconnect(str(broken))
+                continue
+            if frame.kind == pb.FRAME_CREDIT:
+                self.window = min(self.wishes.window, max(1, frame.credits))
+            elif frame.kind == pb.FRAME_ERROR:
+                self.failed(frame)
+            elif (parcel := self.joiner.add(frame)) is not None:
+                return self.taken(parcel)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The session is over; the service forgets it. To be called after an error, too: what was in flight then is lost."""
+        if self.channel is not None:
+            with contextlib.suppress(Broken):  # then its lease ends it
+                self.channel.send(pb.Frame(kind=pb.FRAME_BYE).SerializeToString())
+            self.hang_up()
+
+    @property
+    def sent(self) -> int:
+        return self.before[0] + (self.channel.sent if self.channel else 0)
+
+    @property
+    def received(self) -> int:
+        return self.before[1] + (self.channel.received if self.channel else 0)
+
+    # --- parts ------------------------------------------------------------------------------------------------------------
+
+    def fill(self, flight: Flight, whole: bool = False) -> None:
+        """The FORWARD's tensors; hidden states are left out where the service holds them, unless `whole`."""
+        micro, tensors = flight.micro, []
+        held = self.cache and bool(micro.samples) and self.held.issuperset(micro.samples) and not whole
+        if not held:
+            tensors.append(self.coded(pb.ROLE_HIDDEN, micro.hidden() if callable(micro.hidden) else micro.hidden))
+            if self.cache:
+                self.held.update(micro.samples)
+        if micro.side.mask is not None:
+            tensors.append(encode_whole(pb.ROLE_MASK, micro.side.mask))
+        if micro.side.positions is not None:
+            tensors.append(encode_whole(pb.ROLE_POSITIONS, micro.side.positions))
+        if micro.prompts is not None:
+            tensors.append(self.coded(pb.ROLE_PROMPTS, micro.prompts))
+        if micro.rows is not None:
+            tensors.append(encode_whole(pb.ROLE_ROWS, micro.rows))
+        flight.tensors = tensors
+
+    def coded(self, role: pb.Role, value: torch.Tensor) -> Coded:
+        coded, used = encode(role, value, self.wishes.coding)
+        self.codings[used] += 1
+        return coded
+
+    def say(self, sequence: int, flight: Flight, whole: bool = False) -> None:
+        """Send what a micro-batch waits for; a broken stream is mended when the answer is waited for."""
+        micro, backward = flight.micro, flight.gradient is not None
+        lean = backward and self.lean and not whole
+        frame = pb.Frame(kind=pb.FRAME_BACKWARD if backward else pb.FRAME_FORWARD, sequence=sequence)
+        if lean:
+            frame.digest = flight.forward
+        else:
+            frame.at, frame.row = micro.at, 0 if micro.row is None else micro.row + 1
+            if self.cache:
+                frame.samples.extend(micro.samples)
+        tensors = [*([] if lean else flight.tensors), *([flight.gradient] if flight.gradient is not None else [])]
+        messages, flight.digest, forward = packed(frame, tensors)
+        if not backward:
+            flight.forward = forward
+        with contextlib.suppress(Broken):
+            for message in messages:
+                assert self.channel is not None
+                self.channel.send(message)
+
+    def taken(self, parcel: Parcel) -> Answer:
+        """An answer, if it is to what was asked. Raises Refused S717, W603, W607."""
+        sequence, backward = parcel.frame.sequence, parcel.frame.kind == pb.FRAME_GRADIENT
+        flight = self.flights.get(sequence)
+        if flight is None or not flight.waits or backward != (flight.gradient is not None) or parcel.frame.digest != flight.digest:
+            raise Refused("S717", f"an answer to other bytes than micro-batch {sequence}", "the answer to it", "do not trust this service")
+        role, wanted = (pb.ROLE_GRADIENT, self.comes_back(flight)) if backward else (pb.ROLE_HIDDEN, None)
+        coded = parcel.tensors.get(role) or next(iter(parcel.tensors.values()), None)
+        if coded is None or len(parcel.tensors) != 1 or (wanted or coded.shape) != coded.shape or coded.shape[-1] != self.hello.width:
+            raise Refused("W603", f"an answer of shape {coded.shape if coded else ()}", f"{wanted}", "use the same version on both sides")
+        value = decode(coded)
+        if not finite(value):
+            raise Refused("W607", f"an answer to micro-batch {sequence} that is not finite", "finite numbers", "lower the learning rate")
+        flight.waits = False
+        if backward:
+            del self.flights[sequence]
+        else:
+            flight.came = coded.shape
+        return Answer(sequence, backward, value)
+
+    def failed(self, frame: pb.Frame) -> None:
+        """An ERROR: what is not held is said again; the rest is raised."""
+        failure, flight = frame.failure, self.flights.get(frame.sequence)
+        if failure.code != "S713" or flight is None:
+            code = failure.code if failure.code in CATALOGUE else "S714"
+            raise FedtuneError(code, failure.found, failure.expected, failure.advice)
+        self.held.difference_update(failure.samples)
+        self.repeat(frame.sequence, flight)
+
+    def repeat(self, sequence: int, flight: Flight) -> None:
+        """Say a micro-batch again, with everything that its answer needs."""
+        self.again += 1
+        if all(coded.header.role != pb.ROLE_HIDDEN for coded in flight.tensors):
+            self.fill(flight, whole=True)
+        self.say(sequence, flight, whole=True)
+
+    # --- connections ------------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Open a stream, trying for `patience` seconds; pauses double up to 5 s, and differ between clients, who all lost it at once."""
+        began, why = time.monotonic(), ""
+        for attempt in itertools.count():
+            try:
+                self.channel = self.dial()
+                self.channel.send(pb.Frame(kind=pb.FRAME_HELLO, hello=self.hello).SerializeToString())
+                frame = parsed(self.channel.receive())
+                break
+            except Broken as broken:
+                why = str(broken)
+                self.hang_up()
+            pause = min(5.0, 0.1 * 2**attempt) * random.SystemRandom().uniform(0.5, 1.5)
+            if time.monotonic() + pause - began > self.wishes.patience:
+                raise FedtuneError(
+                    "S711", f"no body service after {attempt + 1} tries ({why[:200]})", "a stream", "check its address and that it runs"
+                ) from None
+            time.sleep(pause)
+        if frame.kind == pb.FRAME_ERROR:
+            self.hang_up()
+            self.failed(frame)
+        self.window = min(self.wishes.window, max(1, frame.hello.credits))
+        self.lean, self.cache = frame.hello.lean, frame.hello.cache
+
+    def reconnect(self, why: str) -> None:
+        """Another stream, and everything that waits for an answer once more, in order."""
+        self.hang_up()
+        self.joiner = Joiner(self.limits)
+        self.connect()
+        for sequence, flight in sorted(self.flights.items()):
+            if flight.waits:
+                self.repeat(sequence, flight)
+
+    def hang_up(self) -> None:
+        if self.channel is not None:
+            self.before = [self.sent, self.received]
+            channel, self.channel = self.channel, None
+            channel.close()
+
+    def comes_back(self, flight: Flight) -> tuple[int, ...]:
+        """The shape of the gradient: that of the prompts, or of the hidden states."""
+        wanted = pb.ROLE_PROMPTS if self.hello.prompts else pb.ROLE_HIDDEN
+        return next((coded.shape for coded in flight.tensors if coded.header.role == wanted), ())
