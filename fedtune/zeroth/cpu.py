@@ -1,0 +1,115 @@
+"""What is done to one float32 tensor on the CPU, by the compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedtune.zeroth import kernels, normal
+from fedtune.zeroth.philox import SHARED, SIGNS
+from fedtune.zeroth.pool import Pool, Work, parity
+
+LENGTH = 1 << 15  # parameters whose sums are held at a time: 256 KB
+
+
+def along(pool: Pool, k: int, step: float) -> Work:
+    """out = base + step * z_k."""
+    if pool.directions == "gaussian":
+        heights = (step * pool.unit * normal.TABLE.astype(np.float64)).astype(np.float32)
+        return fresh(lambda out, offset: kernels.add_bytes(out, offset, heights, k, pool.key))
+    bits = int(np.float32(step).view(np.uint32))
+    if pool.kind == "hadamard":
+        negative = np.packbits(parity(np.arange(pool.size, dtype=np.uint64), k), bitorder="little").view("<u4").astype(np.uint32)
+        flips = np.concatenate([negative, negative[:1]])
+        return fresh(lambda out, offset: kernels.step_onto(out, offset, bits, flips, 0, SHARED, pool.key))
+    none = np.zeros(2, np.uint32)
+    return fresh(lambda out, offset: kernels.step_onto(out, offset, bits, none, k, SIGNS, pool.key))
+
+
+def fresh(onto: Callable[[np.ndarray, int], None]) -> Work:
+    """From what works in place, what also works from a base."""
+
+    def work(out: np.ndarray, base: np.ndarray | None, offset: int) -> None:
+        if base is not None:
+            np.copyto(out, base)
+        onto(out, offset)
+
+    return work
+
+
+def from_table(table: np.ndarray, key: int) -> Work:
+    """out = base + sign(i) * table[h(i)]. table: float32 (K,)."""
+    rows = np.concatenate([table, table[:32]]).view(np.uint32)
+
+    def work(out: np.ndarray, base: np.ndarray | None, offset: int) -> None:
+        if base is None:
+            kernels.table_onto(out, offset, rows, key)
+        else:
+            kernels.table_from(out, base, offset, rows, key)
+
+    return work
+
+
+def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
+    """out = base + scale * S. sums: pools and int64 accumulators, checked."""
+    if not sums:
+        return fresh(lambda out, offset: None)
+    factor = scale * sums[0][0].unit
+    if len(sums) == 1 and sums[0][0].kind == "hadamard":
+        return from_table((factor * transformed(sums[0][1]).astype(np.float64)).astype(np.float32), sums[0][0].key)
+    parts = [prepared(pool, accumulators) for pool, accumulators in sums]
+
+    def work(out: np.ndarray, base: np.ndarray | None, offset: int) -> None:
+        total = np.empty(min(LENGTH, out.size), np.int64)
+        for at in range(0, out.size, LENGTH):
+            piece = out[at : at + LENGTH]
+            if base is not None:
+                np.copyto(piece, base[at : at + LENGTH])
+            whole = total[: piece.size]
+            whole.fill(0)
+            for pool, streams, numbers in parts:
+                if pool.kind == "hadamard":
+                    kernels.sum_table(whole, offset + at, numbers, pool.key)
+                elif pool.directions == "gaussian":
+                    kernels.sum_bytes(whole, offset + at, streams, numbers, normal.TABLE.astype(np.int64), pool.key)
+                else:
+                    kernels.sum_signs(whole, offset + at, streams, numbers, pool.key)
+            kernels.add_whole(piece, whole, factor)
+
+    return work
+
+
+def prepared(pool: Pool, accumulators: np.ndarray) -> tuple[Pool, np.ndarray, np.ndarray]:
+    """Streams and what they are multiplied by, for the kernels: the rows of a Hadamard pool, or the directions that are not zero, padded to a multiple of 4."""
+    if pool.kind == "hadamard":
+        table = transformed(accumulators)
+        return pool, np.zeros(0, np.uint64), np.concatenate([table, table[:32]])
+    used = np.flatnonzero(accumulators)
+    streams = np.concatenate([used, np.zeros(-used.size % 4, used.dtype)]).astype(np.uint64)
+    return pool, streams, np.concatenate([accumulators[used], np.zeros(-used.size % 4, np.int64)])
+
+
+def transformed(accumulators: np.ndarray) -> np.ndarray:
+    table = accumulators.copy()
+    kernels.wht(table)
+    return table
+
+
+def gathered(pool: Pool, values: np.ndarray, offset: int, factor: float) -> np.ndarray:
+    """Sum over one tensor of what `project` adds up: int64, rows (K,) of a Hadamard pool before its transform, else (K,) of the directions."""
+    total = np.zeros(pool.size + 32 if pool.kind == "hadamard" else -(-pool.size // 4) * 4, np.int64)
+    scratch = np.empty(min(LENGTH, values.size), np.int64)
+    for at in range(0, values.size, LENGTH):
+        piece = values[at : at + LENGTH]
+        whole = scratch[: piece.size]
+        kernels.nearest(whole, piece, factor)
+        if pool.kind == "hadamard":
+            kernels.gather_table(total, whole, offset + at, pool.key)
+        elif pool.directions == "gaussian":
+            kernels.gather_bytes(total, whole, offset + at, normal.TABLE.astype(np.int64), pool.key)
+        else:
+            kernels.gather_signs(total, whole, offset + at, pool.key)
+    if pool.kind == "hadamard":
+        total[:32] += total[pool.size :]
+    return total[: pool.size]
