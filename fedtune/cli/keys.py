@@ -1,0 +1,147 @@
+"""fedtune keys: who belongs to a federation, and the keys by which it is known."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import socket
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import FedtuneError
+
+DAYS = 365
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("keys", help="make, renew and revoke the keys of a federation's members", description=__doc__)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    action = actions.add_parser("init", help="make a private authority and the coordinator's keys")
+    action.add_argument("--federation", default="federation", metavar="NAME", help="its name (default: federation)")
+    action.add_argument("--host", action="append", default=[], help="a name or address by which clients call the coordinator; may be repeated")
+    action.add_argument("--authority-passphrase", action="store_true", help="encrypt the authority's key; asked for, or FEDTUNE_AUTHORITY_PASSPHRASE")
+    add_made(action)
+    action.set_defaults(command=init)
+
+    action = actions.add_parser("issue", help="make the keys of a new client")
+    action.add_argument("name", help="the client's name")
+    add_made(action)
+    action.set_defaults(command=issue)
+
+    action = actions.add_parser("renew", help="make new keys for a member; the old ones stay valid until they end or are revoked")
+    action.add_argument("name", help="a client's name, or coordinator")
+    action.add_argument("--host", action="append", default=[], help="of the coordinator: its names and addresses from now on (default: as before)")
+    add_made(action)
+    action.set_defaults(command=renew)
+
+    action = actions.add_parser("revoke", help="take a member's keys off the allow list; a running coordinator obeys at once")
+    action.add_argument("name", help="the member's name")
+    action.add_argument("--key", default="", metavar="HASH", help="only the key whose hash begins so, see: fedtune keys list")
+    add_folder(action)
+    action.set_defaults(command=revoke)
+
+    action = actions.add_parser("list", help="all keys that were issued, and until when they may speak")
+    add_folder(action)
+    action.set_defaults(command=listed)
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keys", default="keys", metavar="DIR", help="the folder of keys (default: keys)")
+
+
+def add_made(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser)
+    parser.add_argument("--days", type=days, default=DAYS, help=f"how long the new keys are valid (default: {DAYS})")
+    parser.add_argument("--passphrase", action="store_true", help="encrypt the member's new keys; asked for, or FEDTUNE_PASSPHRASE")
+
+
+def days(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 3650:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected 1 to 3650 days")
+    return int(text)
+
+
+def init(options: argparse.Namespace) -> int:
+    from fedtune.trust import authority
+
+    folder = Path(options.keys)
+    hosts = options.host or ["localhost", "127.0.0.1", socket.gethostname()]
+    own = chosen(folder / "authority" / "key.pem", options.authority_passphrase)
+    made = authority.create(folder, options.federation, hosts, options.days, own, chosen(folder / "coordinator" / "key.pem", options.passphrase))
+    print(f"authority    {folder / 'authority'}  keep it offline: whoever has it can name new members")
+    print(f"coordinator  {made.place('coordinator')}  reached as {', '.join(hosts)}")
+    print(f"next         fedtune keys issue NAME --keys {folder}")
+    return 0
+
+
+def issue(options: argparse.Namespace) -> int:
+    from fedtune.trust.authority import open_authority
+
+    made = open_authority(Path(options.keys), asked)
+    place = made.issue(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase))
+    print(f"{place}  carry it to the site over a safe way, then delete it here")
+    return 0
+
+
+def renew(options: argparse.Namespace) -> int:
+    from fedtune.trust.authority import open_authority
+
+    made = open_authority(Path(options.keys), asked)
+    place = made.renew(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase), options.host)
+    print(f"{place}  the old keys stay valid until they end, or: fedtune keys revoke {options.name} --key HASH")
+    return 0
+
+
+def revoke(options: argparse.Namespace) -> int:
+    from fedtune.trust import authority
+
+    for entry in authority.revoke(coordinator(Path(options.keys)), options.name, options.key):
+        print(f"revoked {entry.name} {entry.key[:12]}")
+    return 0
+
+
+def listed(options: argparse.Namespace) -> int:
+    """One line a key."""
+    from fedtune.trust.allowed import read_entries
+    from fedtune.trust.certificates import utc_now
+
+    print(f"{'name':<24}{'key':<14}{'from':<12}{'until':<12}state")
+    now = utc_now()
+    for entry in read_entries(coordinator(Path(options.keys)) / "allowed.json"):
+        state = entry.state(now)
+        if state == "valid":
+            state = f"valid for {(datetime.fromisoformat(entry.ends) - now).days} days"
+        print(f"{entry.name:<24}{entry.key[:12]:<14}{entry.starts[:10]:<12}{entry.ends[:10]:<12}{state}")
+    return 0
+
+
+def coordinator(folder: Path) -> Path:
+    """The coordinator's folder: inside an operator's folder, or by itself, as it is carried to the coordinator's machine."""
+    return folder if (folder / "allowed.json").exists() else folder / "coordinator"
+
+
+def asked(path: Path) -> str | None:
+    """The passphrase of an encrypted key: from the environment, or from whoever sits at the terminal."""
+    from fedtune.trust.identity import from_environment
+
+    return from_environment(path) or (getpass.getpass(f"passphrase of {path}: ") if sys.stdin.isatty() else None)
+
+
+def chosen(path: Path, wanted: bool) -> str | None:
+    """A passphrase for a key that is about to be made. Raises T703."""
+    from fedtune.trust.identity import variable_of
+
+    if not wanted:
+        return None
+    if given := os.environ.get(variable_of(path)):
+        return given
+    if not sys.stdin.isatty():
+        raise FedtuneError("T703", f"no passphrase for '{path}'", "one to encrypt it with", f"set {variable_of(path)}, or run this in a terminal")
+    first = getpass.getpass(f"new passphrase of {path}: ")
+    if not first or first != getpass.getpass("the same again: "):
+        raise FedtuneError("T703", "two passphrases that differ or are empty", "the same one twice", "run it again")
+    return first

@@ -1,0 +1,121 @@
+"""Mutual TLS of the exchange: who may connect, and the one door that every call goes through before a handler sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from fedtune.errors import FedtuneError
+from fedtune.events import Event
+from fedtune.exchange.events import CallRefused
+from fedtune.exchange.limits import FRAME
+from fedtune.exchange.refusal import abort
+from fedtune.trust import AllowList, Identity, Peer, peer_from_tls
+
+KEEPALIVE = (  # a peer that is gone without a word is noticed after 30 s
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+SERVER_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_receive_message_length", FRAME),
+    ("grpc.max_metadata_size", 8192),
+    ("grpc.http2.bdp_probe", 0),  # a window that grows by itself is memory that grows by itself
+    ("grpc.http2.lookahead_bytes", FRAME),
+    ("grpc.experimental.tcp_max_read_chunk_size", 1 << 18),  # of each connection; 4 MiB by default
+    ("grpc.so_reuseport", 0),  # two servers on one port would share its clients
+)
+CLIENT_OPTIONS = (
+    *KEEPALIVE,
+    ("grpc.max_receive_message_length", FRAME),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", FRAME),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+
+def server_credentials(identity: Identity) -> grpc.ServerCredentials:
+    """A server that only members with a valid certificate can shake hands with.
+
+    Not grpc.dynamic_ssl_server_credentials, which would follow a renewal: under many handshakes at once it ended the process
+    (sync.cc "Check failed: prior > 0", grpcio 1.85). Renewed keys of the coordinator are taken at its next start.
+    """
+    return grpc.ssl_server_credentials([(identity.key, identity.certificate)], identity.authority_pem, require_client_auth=True)
+
+
+def secure_channel(identity: Identity, address: str, alone: bool = False) -> grpc.Channel:
+    """A connection as this member, to whoever proves to be `address` in the same federation; `alone`: not shared with other channels."""
+    credentials = grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
+    return grpc.secure_channel(address, credentials, options=(*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", int(alone))))
+
+
+class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Names the peer of every call, refuses who is not allowed, and turns errors into sentences; an unforeseen error tells nothing of this machine."""
+
+    def __init__(self, federation: str, allowed: AllowList, tell: Callable[[Event], None]) -> None:
+        self.allowed, self.tell = allowed, tell
+        self._read = functools.lru_cache(4096)(lambda pem: peer_from_tls(pem, federation))
+
+    def peer(self, context: Any) -> Peer:
+        """Who calls, from the certificate of its TLS connection. Raises T705."""
+        held = context.auth_context().get("x509_pem_cert")
+        if not held:
+            raise FedtuneError("T705", "a connection without a certificate", "mutual TLS", "use the keys of this federation")
+        peer: Peer = self._read(held[0])
+        return peer
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = continuation(details)
+        if handler is None:
+            return None
+        call = details.method.rpartition("/")[2]
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+            if behavior := getattr(handler, kind):
+                guarded = self._stream(behavior, call) if kind.endswith("stream") else self._single(behavior, call)
+                return getattr(grpc, f"{kind}_rpc_method_handler")(guarded, handler.request_deserializer, handler.response_serializer)
+        return None
+
+    def _single(self, behavior: Any, call: str) -> Any:
+        def run(request: Any, context: Any) -> Any:
+            with self._judged(context, call):
+                return behavior(request, context)
+
+        return run
+
+    def _stream(self, behavior: Any, call: str) -> Any:
+        def run(request: Any, context: Any) -> Iterator[Any]:
+            with self._judged(context, call):
+                yield from behavior(request, context)
+
+        return run
+
+    @contextlib.contextmanager
+    def _judged(self, context: Any, call: str) -> Iterator[None]:
+        name = "?"
+        try:
+            peer = self.peer(context)
+            name = peer.name.name
+            self.allowed.check(peer)
+            yield
+        except FedtuneError as error:
+            self.tell(CallRefused(call, name, error.code, str(error)))
+            abort(context, error)
+        except grpc.RpcError:  # the other end is gone
+            raise
+        except Exception as error:
+            if context.code() is not None or not context.is_active():  # ended already, by the handler or by the peer
+                raise
+            number = secrets.token_hex(4)
+            self.tell(CallRefused(call, name, "X900", f"{number}: {type(error).__name__}: {error}"))
+            context.abort(grpc.StatusCode.INTERNAL, f"X900: a defect of the coordinator, number {number} in its log")

@@ -1,0 +1,109 @@
+"""The signed envelope of an update: who answers what, on which base, with which bytes.
+
+The bytes that are signed (Ed25519, RFC 8032) are the bytes that travel: there is no second form that a signature might not cover.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from fedtune.errors import FedtuneError, Refused
+from fedtune.trust import canonical
+from fedtune.trust.certificates import Peer
+from fedtune.trust.identity import Identity
+
+TAG = b"fedtune envelope v1"
+PROTOCOL = 1
+NONCE = 16  # bytes
+FORMS: dict[str, canonical.Form] = {
+    "protocol": "number", "federation": "text", "run": "text", "round": "number", "client": "text", "verb": "text", "base": "text", "given": "text",
+    "payload": "text", "size": "number", "sequence": "number", "nonce": "bytes",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a client says about its update.
+
+    federation, client   as in its certificate
+    run, round, verb     what was asked
+    base                 fingerprint of the frozen base model, "" where there is none
+    given                SHA-256 (hex) of the state that the update answers
+    payload, size        SHA-256 (hex) and bytes of the update
+    sequence             the client's own count, below 2**63
+    nonce                16 random bytes: the same update signed twice is two envelopes
+    """
+
+    federation: str
+    run: str
+    round: int
+    client: str
+    verb: str
+    base: str
+    given: str
+    payload: str
+    size: int
+    sequence: int
+    nonce: bytes
+    protocol: int = PROTOCOL
+
+    def encode(self) -> bytes:
+        """Raises ValueError for values that have no encoding."""
+        return canonical.join(TAG, [(form, getattr(self, name)) for name, form in FORMS.items()])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the signed bytes: the envelope's name."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    def require(self, **asked: str | int) -> None:
+        """Raises Refused W604 with the first field that is not as asked."""
+        for field, value in asked.items():
+            if (found := getattr(self, field)) != value:
+                raise Refused("W604", f"{field} {str(found)[:80]!r}", f"{str(value)[:80]!r}", "answer what was asked, in the round in which it was asked")
+
+
+def new_nonce() -> bytes:
+    return secrets.token_bytes(NONCE)
+
+
+def decode(data: bytes) -> Envelope:
+    """Raises Refused W601, W602, W606."""
+    values = canonical.part(TAG, data, FORMS)
+    envelope = Envelope(**values)  # type: ignore[arg-type]  # FORMS gives the types
+    if envelope.protocol != PROTOCOL:
+        raise Refused("W602", f"protocol {envelope.protocol}", f"protocol {PROTOCOL}", "install the same version of fedtune on both sides")
+    if len(envelope.nonce) != NONCE:
+        raise canonical.damaged(f"a nonce of {len(envelope.nonce)} bytes")
+    for field in ("round", "size", "sequence"):
+        if getattr(envelope, field) >= 1 << 63:
+            raise Refused("W606", f"{field} {getattr(envelope, field)}", "less than 2**63", "check the sender")
+    return envelope
+
+
+def sign(envelope: Envelope, identity: Identity) -> bytes:
+    """64 bytes."""
+    return identity.sign(envelope.encode())
+
+
+def verified(data: bytes, signature: bytes, peer: Peer) -> Envelope:
+    """The envelope in `data`, if this peer signed it about itself. Raises T705, T707, Refused W601, W602."""
+    check_signature(peer.signing_key, signature, data, f"envelope of '{peer.name.name}'")
+    envelope = decode(data)
+    if (envelope.federation, envelope.client) != (peer.name.federation, peer.name.name):
+        found = f"an envelope of client {envelope.client[:63]!r} of {envelope.federation[:63]!r} from '{peer.name.name}' of '{peer.name.federation}'"
+        raise FedtuneError("T705", found, "an envelope of the peer itself", "send your own updates only")
+    return envelope
+
+
+def check_signature(signing_key: bytes, signature: bytes, data: bytes, what: str) -> None:
+    """Raises T707."""
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(signing_key).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        raise FedtuneError("T707", f"an {what} whose signature does not fit", "bytes as they were signed", "the message is dropped; send it again") from None
