@@ -16,14 +16,16 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
+from fedtune.aggregate.settings import AggregateSettings
 from fedtune.data.settings import DataSettings, PartitionSettings
 from fedtune.errors import FedtuneError
-from fedtune.methods import MethodSettings
+from fedtune.methods import DEFAULT_METHOD, MethodSettings
 from fedtune.model.settings import ModelSettings
 from fedtune.rules import SELECTORS, check_rules, used
 from fedtune.settings import Settings
 from fedtune.transforms import ChainStep
 from fedtune.transforms.broadcast import DownlinkSettings
+from fedtune.wire.settings import LimitSettings
 
 
 class SamplingSettings(Settings):
@@ -69,6 +71,8 @@ class Recipe(Settings):
     chain: tuple[ChainStep, ...] = ()
     """Steps between a client's update and the server's sum, in the client's order."""
     downlink: DownlinkSettings = DownlinkSettings()
+    aggregate: AggregateSettings = AggregateSettings()
+    limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     def canonical(self) -> str:
@@ -107,7 +111,7 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
     """A recipe from a parsed tree. Raises C101, C102, C104."""
-    tree.setdefault("method", {}).setdefault("type", "fedpeft") if isinstance(tree.get("method", {}), dict) else None
+    tree.setdefault("method", {}).setdefault("type", DEFAULT_METHOD) if isinstance(tree.get("method", {}), dict) else None
     try:
         recipe = Recipe.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
@@ -148,7 +152,7 @@ def drop_unused(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     table: Any = tree
     for key in keys[:-1]:
         table = table.get(key, {}) if isinstance(table, dict) else {}
-    if isinstance(table, dict):
+    if isinstance(table, dict) and (keys[-1] != "type" or table.get("type", DEFAULT_METHOD) != value):
         for key in table.keys() - used(".".join(keys), str(value)):
             del table[key]
 
@@ -162,6 +166,9 @@ def sentence(error: ValidationError) -> FedtuneError:
         near = difflib.get_close_matches(key, known, 1)
         hint = f"write '{near[0]}'" if near else "remove it"
         return FedtuneError("C101", f"unknown key '{place}'", f"one of {', '.join(known)}", hint)
+    if first["type"] == "union_tag_invalid":
+        place, known = f"{place}.{first['ctx']['discriminator'].strip(chr(39))}", first["ctx"]["expected_tags"]
+        return FedtuneError("C102", f'{place} = "{first["ctx"]["tag"]}"', f"one of {known}", f"change {place} in the recipe or with --set")
     value = json.dumps(first.get("input"), default=str)
     words = first["msg"][0].lower() + first["msg"][1:]
     return FedtuneError("C102", f"{place} = {value[:80]}", words.removeprefix("input should be "), f"change {place} in the recipe or with --set")

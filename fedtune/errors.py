@@ -13,7 +13,7 @@ CATALOGUE: dict[str, str] = {
     # C: the recipe
     "C101": "The recipe has a key that fedtune does not know.",
     "C102": "A value in the recipe has the wrong type or is out of range.",
-    "C103": "The recipe is not valid TOML, or a --set argument is not path=value.",
+    "C103": "The recipe is not valid TOML, or an argument of a command is not in its form.",
     "C104": "Two settings of the recipe cannot go together.",
     "C105": "The recipe file does not exist or cannot be read.",
     # D: data
@@ -41,6 +41,7 @@ CATALOGUE: dict[str, str] = {
     "R405": "No client gave a usable answer.",
     "R406": "The run was started with another recipe, base model or data.",
     "R407": "Another process is working on this run.",
+    "R408": "Training diverged.",
     # F: Flower
     "F501": "Flower, or the part of it that this command needs, is not installed.",
     "F502": "Too few nodes are connected.",
@@ -54,6 +55,36 @@ CATALOGUE: dict[str, str] = {
     "W605": "A message was already received.",
     "W606": "A message claims more than the declared bound.",
     "W607": "A message holds numbers that are not finite or out of range.",
+    # S: split models
+    "S701": "The model cannot be cut as asked.",
+    "S702": "A part of a model is not the part that was asked for.",
+    "S703": "The shortcut from head to tail cannot see what this setting needs.",
+    "S704": "Rows of one batch would change one another in this model.",
+    "S711": "The body service cannot be reached, or does not answer.",
+    "S712": "The body service does not admit this client: its token, its session or the number of sessions.",
+    "S713": "A micro-batch refers to hidden states that the body service does not hold.",
+    "S714": "The body failed on a micro-batch.",
+    "S715": "More micro-batches are in flight than were granted.",
+    "S716": "The body service would be open to the network without TLS.",
+    "S717": "A micro-batch or an answer is not the one that its number says.",
+    # T: keys and trust
+    "T701": "A private key, or its folder, can be read by others.",
+    "T702": "A key, certificate or allow list is missing, damaged, or does not belong to the others.",
+    "T703": "A key is encrypted, and its passphrase is missing or wrong.",
+    "T704": "A certificate has ended or is not valid yet, or a clock is wrong.",
+    "T705": "A peer is not who it should be: its certificate is of another authority, federation or role.",
+    "T706": "A client's key is revoked or not on the allow list.",
+    "T707": "A signature does not fit what was signed.",
+    "T708": "A name of a federation, member or host is not in its form, taken or unknown.",
+    # E: the exchange
+    "E801": "The exchange cannot be reached.",
+    "E802": "A secure connection to the exchange was refused by one of its ends.",
+    "E803": "The exchange does not have what was asked for.",
+    "E804": "The exchange has no room at the moment.",
+    "E805": "Another update of this client was already accepted for this round.",
+    "E806": "The run is not known here, the client is no member, or the round is not open.",
+    "E807": "A stored object is damaged.",
+    "E808": "The other side of the exchange broke its protocol.",
 }
 
 

@@ -6,24 +6,26 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from fedtune.config import Recipe
 from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
+from fedtune.methods.seeds import Seeds
+from fedtune.types import Method, State
 
-if TYPE_CHECKING:
-    from fedtune.model.bench import Bench
+LIBRARIES = {"adapter": "peft", "merged": "transformers", "seeds": "fedtune"}
+NO_PRIVACY = "- differential privacy: none (epsilon is unbounded)"
 
 
-def export_adapter(bench: Bench, target: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
+def export_final(method: Method, state: State, bench: Any, target: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
     """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
-    from fedtune.model.export import save_adapter
-
+    form = method.forms[0]
     with whole_folder(target) as temporary:
-        save_adapter(bench, temporary, recipe.model.name, card(recipe, str(result["base_sha256"]), int(result["rounds"]), result))
+        text = card(recipe, method.title, str(result["base_sha256"]), int(result["rounds"]), result, form)
+        method.export(form, state, bench, temporary, text, recipe.seed)
 
 
 @contextlib.contextmanager
@@ -60,25 +62,25 @@ def check_target(target: Path) -> Path:
     return target
 
 
-def card(recipe: Recipe, base: str, rounds: int, result: Mapping[str, Any] | None = None, form: str = "adapter") -> str:
+def card(recipe: Recipe, title: str, base: str, rounds: int, result: Mapping[str, Any] | None = None, form: str = "adapter") -> str:
     """README.md of an export: recipe, rounds, data, privacy, fingerprints."""
     scores = [f"| {key} | {result[key]:.4f} |" for key in ("base", "local", "federated", "centralised") if result and result.get(key) is not None]
     table = [f"| | {result['metric']} |", "|---|---|", *scores, ""] if result else []
     return "\n".join(
         [
             "---",
-            f"library_name: {'peft' if form == 'adapter' else 'transformers'}",
+            f"library_name: {LIBRARIES[form]}",
             f"base_model: {recipe.model.name}",
             "tags: [federated, fedtune]",
             "---",
             "",
-            f"# {recipe.method.type} / {recipe.method.adapter.kind} after {rounds} rounds",
+            f"# {title} after {rounds} rounds",
             "",
             *table,
             f"- task: {recipe.data.task}, data source: {recipe.data.source}, partition: {recipe.partition.by}",
             f"- seed: {recipe.seed}; recipe SHA-256: {recipe.fingerprint}",
             f"- base model SHA-256: {base}",
-            "- differential privacy: none (epsilon is unbounded)",
+            NO_PRIVACY,
             "",
             "```toml",
             *recipe_lines(recipe),
@@ -86,6 +88,13 @@ def card(recipe: Recipe, base: str, rounds: int, result: Mapping[str, Any] | Non
             "",
         ]
     )
+
+
+def seeds_card(seeds: Seeds, title: str) -> str:
+    """README.md of a model that was rebuilt from a seed file."""
+    head = ["---", "library_name: transformers", f"base_model: {seeds.base}", "tags: [federated, fedtune]", "---", ""]
+    facts = [f"- task: {seeds.task}", f"- seed: {seeds.seed}", f"- base model SHA-256: {seeds.base_fingerprint}", NO_PRIVACY]
+    return "\n".join([*head, f"# {title} after {seeds.rounds} rounds, rebuilt from a seed file", "", *facts, ""])
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:

@@ -19,6 +19,7 @@ ADAPTER_KEYS: dict[str, set[str]] = {
     "prompt": {"tokens", "deep"},
     "prefix": {"tokens"},
     "p-tuning": {"tokens"},
+    "full": {"only"},
 }
 PARTITION_KEYS: dict[str, set[str]] = {"dirichlet": {"alpha", "column"}, "column": {"column", "all_values"}, "shards": {"column", "shards_per_client"}}
 TRAIN_KEYS: dict[str, set[str]] = {"sgd": {"momentum", "nesterov"}}
@@ -29,11 +30,22 @@ SERVER_KEYS: dict[str, set[str]] = {
     "adagrad": {"lr", "eps"},
     "rmsprop": {"lr", "beta2", "eps"},
 }
+AGGREGATE_KEYS: dict[str, set[str]] = {
+    "flora": {"extra"},
+    "fedex": {"extra"},
+    "hetlora": {"by"},
+    "fair": {"lam"},
+    "trimmed": {"trim"},
+    "krum": {"faulty", "chosen"},
+    "clipped": {"bound"},
+}
 TRAIN_ALWAYS = set(TrainSettings.model_fields) - {"momentum", "nesterov"}
-SELECTORS = {
+SELECTORS: dict[str, tuple[set[str], dict[str, set[str]]]] = {
+    "method.type": ({"type"}, {}),
     "method.adapter.kind": ({"kind"}, ADAPTER_KEYS),
     "partition.by": ({"by", "clients", "min_rows"}, PARTITION_KEYS),
     "downlink.step": ({"step"}, {"delta": {"keep"}}),
+    "aggregate.rule": ({"rule"}, AGGREGATE_KEYS),
     "method.train.optimizer": (TRAIN_ALWAYS, TRAIN_KEYS),
     "method.server.optimizer": ({"optimizer"}, SERVER_KEYS),
 }
@@ -69,26 +81,31 @@ def check_rules(recipe: Recipe) -> None:
     if recipe.downlink.step != "none" and not recipe.chain:
         refuse(f"downlink.step = '{recipe.downlink.step}' without a [[chain]]", "a chain with a step, so that clients answer with differences",
                "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]")  # fmt: skip
+    tables = {name: getattr(method, name) for name in ("adapter", "train", "server") if hasattr(method, name)}
     for path, owner in (
-        ("method.adapter.kind", method.adapter),
+        ("method.adapter.kind", tables.get("adapter")),
         ("partition.by", partition),
         ("downlink.step", recipe.downlink),
-        ("method.train.optimizer", method.train),
-        ("method.server.optimizer", method.server),
+        ("aggregate.rule", recipe.aggregate),
+        ("method.train.optimizer", tables.get("train")),
+        ("method.server.optimizer", tables.get("server")),
     ):
-        check_used(path, owner)
+        if owner is not None:
+            check_used(path, owner)
     if data.messages and data.task != "instruct":
         refuse(f"data.messages with data.task = '{data.task}'", "data.task = 'instruct'", "remove one of them")
     if data.stride > data.max_length:
         refuse(f"data.stride = {data.stride} above data.max_length = {data.max_length}", "at most max_length, so that no token is passed over", "lower it")
-    if method.train.head_lr and data.task in ("causal-lm", "instruct"):
+    train = tables.get("train")
+    if train and train.head_lr and data.task in ("causal-lm", "instruct"):
         refuse(f"method.train.head_lr with data.task = '{data.task}'", "a task with a head of its own", "remove it")
-    if method.train.steps and "epochs" in method.train.model_fields_set:
+    if train and train.steps and "epochs" in train.model_fields_set:
         refuse("method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs")
-    for table in ("train", "server"):
-        settings = getattr(method, table)
-        if settings.nesterov and not settings.momentum:
-            refuse(f"method.{table}.nesterov without momentum", "momentum above 0", f"set method.{table}.momentum")
+    for name in tables.keys() & {"train", "server"}:
+        if tables[name].nesterov and not tables[name].momentum:
+            refuse(f"method.{name}.nesterov without momentum", "momentum above 0", f"set method.{name}.momentum")
+    for conflict in method.conflicts(recipe):
+        refuse(*conflict)
 
 
 def used(path: str, value: str) -> set[str]:

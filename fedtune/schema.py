@@ -13,13 +13,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Schema:
-    """Sorted (name, shape) pairs; all values are float32 unless a transform says otherwise.
+    """Sorted (name, shape) pairs; all values are float32 unless `whole` or a transform says otherwise.
+
+    whole  of tensors of whole numbers, either all or none: name, type on the wire, largest absolute value
 
     >>> Schema.of({"b": np.zeros((2, 3)), "a": np.zeros(4)}).count
     10
     """
 
     entries: tuple[tuple[str, tuple[int, ...]], ...]
+    whole: tuple[tuple[str, str, int], ...] = ()
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray]) -> Schema:
@@ -36,8 +39,9 @@ class Schema:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON of names and shapes, as hex."""
-        return hashlib.sha256(json.dumps(self.entries, separators=(",", ":")).encode()).hexdigest()
+        """SHA-256 of the canonical JSON of names and shapes (and of the whole numbers' types and bounds), as hex."""
+        known = [self.entries, self.whole] if self.whole else self.entries
+        return hashlib.sha256(json.dumps(known, separators=(",", ":")).encode()).hexdigest()
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:

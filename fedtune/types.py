@@ -10,8 +10,9 @@ An `Update` is what a client answers. It can be added, so that a server may see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,8 +107,14 @@ class Cohort(Protocol):
     def sum(self, verb: str, given: Tensors) -> Update:
         """Ask every member; the caller sees the sum only."""
 
-    def each(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:
-        """Ask every member and read single answers, in ascending id; the method must list `verb` in `reads_each`."""
+    def each(self, verb: str, given: Tensors | Callable[[int], Tensors]) -> Iterator[tuple[int, Update]]:
+        """Ask every member and read single answers, in ascending id; the method must list `verb` in `reads_each`.
+
+        Members may be given different tensors: then `given` says what, by client id.
+        """
+
+    def note(self, name: str, value: float) -> None:
+        """A figure of the server's own for this round's journal and events."""
 
 
 class Verb(Protocol):
@@ -119,13 +126,21 @@ class Verb(Protocol):
 class Method(Protocol):
     """Both halves of a federated algorithm; one file each under fedtune/methods/.
 
+    title       type and what is trained, for reports
+    forms       in which a state can be exported; a run leaves the first
     reads_each  verbs whose single answers the server reads
+    metrics     names of the figures that an answer carries
     moves       verbs that answer with the given tensors, moved: under a chain, the difference travels
     """
 
     type: str
+    forms: tuple[str, ...]
+    metrics: tuple[str, ...]
     reads_each: frozenset[str]
     moves: frozenset[str]
+
+    @property
+    def title(self) -> str: ...
 
     @property
     def verbs(self) -> Mapping[str, Verb]: ...
@@ -139,11 +154,23 @@ class Method(Protocol):
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         """The server's half of one round."""
 
-    def given(self, verb: str, bench: Any) -> Schema:
-        """The schema of what a client is given with `verb`, so that it can refuse anything else before it allocates."""
+    def given(self, verb: str, bench: Any, client: int, now: Round) -> Schema:
+        """The schema of what this client is given with `verb` in this round, so that it can refuse anything else before it allocates."""
 
-    def answer(self, verb: str, given: Schema) -> Schema:
+    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
         """The schema of the answer, for the same reason on the server."""
 
     def install(self, state: State, bench: Any) -> None:
         """Put a state into the bench, to evaluate or to export it."""
+
+    def plan(self, model: Any, task: str, labels: int) -> Any:
+        """What would be trained (fedtune.model.shapes.Plan), from [model] alone: no weights are read."""
+
+    def memory(self, plan: Any, length: int) -> Mapping[str, int]:
+        """What a client at work needs, in bytes, by what for; `length` is that of the longest input."""
+
+    def alone(self, bench: Any, data: Any, state: State, seed: int) -> None:
+        """Train from a state on one client's data, for the steps of a client that takes part in every round; the result stays in the bench."""
+
+    def export(self, form: str, state: State, bench: Any, folder: Path, card: str, seed: int) -> None:
+        """Write an installed state in one of `forms`, with its card; `seed` is the run's."""

@@ -22,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).parent
 KEEP = ("metric", "base", "local", "federated", "centralised", "up_bytes_per_client_round", "down_bytes_per_client_round")
 KEEP += ("first_round_seconds", "rounds", "clients", "trainable", "total", "seconds", "peak_rss_bytes", "state_sha256")
+FIGURES = ("drift", "error", "residual_rank")  # of rules that read single answers
 OUTER = ["method.server.optimizer=sgd", "method.server.lr=0.7", "method.server.momentum=0.9", "method.server.nesterov=true"]
 ALONE = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
 
@@ -36,6 +37,7 @@ CODES: dict[str, list[str]] = {
     "int8": chain("quantize", bits=8),
     "int4": chain("quantize", bits=4),
     "int2": chain("quantize", bits=2),
+    "dither": chain("dither"),
     "sign + EF": chain("sign", error_feedback=True),
     "deadzone + EF": chain("deadzone", error_feedback=True),
     "ternary 20 % + EF": chain("ternary", keep=0.2, error_feedback=True),
@@ -58,13 +60,39 @@ KINDS: dict[str, list[str]] = {
     "prompt": ["method.adapter.kind=prompt", "method.adapter.deep=true", "method.train.lr=1e-2"],
     "lora": ["method.adapter.kind=lora", "method.train.lr=2e-3"],
 }
+KSEED = ["method.type=fedkseed", "method.weight=equal"]
+WALK = [*KSEED, "method.estimator=spsa", "method.steps=50"]
+PROJECT = [*KSEED, "method.estimator=gradient", "method.refresh=1"]
+LORA = ["method.space=adapter"]
+SEEDS: dict[str, list[str]] = {  # two domains of CLINC150 at two sites, 30 intents; the head starts from nothing
+    "FedPEFT, LoRA": [],
+    "FedPEFT, head only": ["method.adapter.kind=head"],
+    "FedKSeed, all weights, spsa": [*WALK, "method.lr=3e-5"],
+    "FedKSeed, LoRA, spsa": [*WALK, *LORA, "method.lr=1e-3"],
+    "FedKSeed, all weights, gradient": [*PROJECT, "method.train.lr=0.1"],
+    "FedKSeed, LoRA, gradient": [*PROJECT, *LORA, "method.train.lr=0.1"],
+}
+PLAIN = ("mean", "ffa", "rolora", "fedsa", "fedsb", "flexlora", "fedrot", "fair", "hetlora", "median", "trimmed", "krum", "clipped")
+RULES: dict[str, list[str]] = {rule: [f"aggregate.rule={rule}", *ALONE] for rule in PLAIN}
+RULES |= {rule: [f"aggregate.rule={rule}", "aggregate.extra=64", *ALONE] for rule in ("fedex", "flora")}
+LONG = ["rounds=8", "method.train.steps=30", *ALONE]
+RANKS = ["method.adapter.rank=16", "method.adapter.alpha=32", "method.lora_rank_by_client=[4, 8, 16]", *LONG]
+MIXED: dict[str, list[str]] = {  # ten clients with a domain of intents each
+    "flexlora, ranks 4/8/16": ["aggregate.rule=flexlora", *RANKS],
+    "hetlora by slices, ranks 4/8/16": ["aggregate.rule=hetlora", *RANKS],
+    "hetlora by padding, ranks 4/8/16": ["aggregate.rule=hetlora", "aggregate.by=padding", *RANKS],
+    "mean, all rank 4": ["method.adapter.rank=4", "method.adapter.alpha=8", *LONG],
+}
 DIRICHLET = ["partition.by=dirichlet", "partition.alpha=0.1"]
 TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "demo": ("", {"built-in": []}),
     "shakespeare": ("shakespeare.toml", {"federated": [], "outer Nesterov": [*OUTER, *ALONE]}),
     "shakespeare-codes": ("shakespeare.toml", CODES),
+    "shakespeare-rules": ("shakespeare.toml", RULES),
+    "clinc150-ranks": ("clinc150.toml", MIXED),
     "clinc150-kinds-domains": ("clinc150.toml", KINDS),
     "clinc150-kinds-dirichlet": ("clinc150.toml", {name: [*sets, *DIRICHLET] for name, sets in KINDS.items()}),
+    "fedkseed-clinc150": ("clinc150.toml", {name: ["partition.clients=2", *sets] for name, sets in SEEDS.items()}),
     "clinc150-codes": ("clinc150.toml", {name: [*sets, *DIRICHLET] for name, sets in CODES.items()}),
 }
 
@@ -83,7 +111,9 @@ def play(recipe: str, sets: list[str], seed: int) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(done.stderr)
         result = json.loads((Path(runs) / "run" / "result.json").read_text())
-    return {key: result[key] for key in KEEP}
+        events = [json.loads(line) for line in (Path(runs) / "run" / "events.jsonl").read_text().splitlines()]
+    figures = [{key: event["metrics"][key] for key in FIGURES if key in event["metrics"]} for event in events if event["event"] == "RoundDone"]
+    return {key: result[key] for key in KEEP} | ({"by_round": figures} if any(figures) else {})
 
 
 def show(table: dict[str, Any]) -> None:

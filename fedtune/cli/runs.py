@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.common import quiet, sinks
+from fedtune.errors import FedtuneError
 
 if TYPE_CHECKING:
     from fedtune.runtime.folder import RunFolder
@@ -24,9 +25,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("run", help="the run's folder")
     parser.set_defaults(command=evaluate)
 
-    parser = commands.add_parser("export", help="write a run's model as a PEFT adapter or as a merged model")
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--as", dest="form", choices=("adapter", "merged"), default="adapter", help="a stock PEFT adapter, or the whole model")
+    parser = commands.add_parser("export", help="write a run's model as a PEFT adapter, a merged model or a seed file")
+    parser.add_argument("run", nargs="?", help="the run's folder")
+    forms = "adapter: stock PEFT; merged: the whole model; seeds: fedkseed's accumulators, a few kilobytes; without it, what the run left itself"
+    parser.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
+    parser.add_argument("--from-seeds", metavar="FILE", help="instead of a run: a file that --as seeds wrote; needs --base")
+    parser.add_argument("--base", metavar="MODEL", help="with --from-seeds: the base model that the seeds were made for")
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)
 
@@ -71,11 +75,20 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     target = Path(options.to).resolve()
-    folder = opened(options.run)
-    quiet()
-    from fedtune.runtime.after import export_run
+    given = [word for word, value in (("RUN", options.run), ("--from-seeds", options.from_seeds), ("--base", options.base)) if value]
+    if given not in (["RUN"], ["--from-seeds", "--base"]):
+        raise FedtuneError("C103", f"export with {' and '.join(given) or 'nothing'}", "RUN, or --from-seeds FILE with --base MODEL", "name one of them")
+    if options.from_seeds:
+        quiet()
+        from fedtune.runtime.after import export_seeds
 
-    export_run(folder, options.form, target)
+        export_seeds(Path(options.from_seeds), options.base, options.form or "merged", target)
+    else:
+        folder = opened(options.run)
+        quiet()
+        from fedtune.runtime.after import export_run
+
+        export_run(folder, options.form, target)
     print(options.to)
     return 0
 

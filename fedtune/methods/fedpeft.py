@@ -1,15 +1,26 @@
-"""FedPEFT: every client trains a small adapter on the frozen model, the server averages what the clients hold.
+"""FedPEFT: every client trains a small adapter on the frozen model, the server makes one of what the clients hold.
 
 Sun et al. 2022, "Conquering the Communication Constraints to Enable Large Pre-Trained Models in Federated Learning"
-(arXiv:2210.01708). Up and down per client and round: the adapter and the task head, once each.
+(arXiv:2210.01708). Up and down per client and round: the adapter and the task head, once each; the rule in [aggregate]
+says how answers become one adapter, and may leave parts of it at home.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from fedtune.model.settings import AdapterSettings, OuterSettings, TrainSettings
+import numpy as np
+from pydantic import Field
+
+from fedtune.aggregate import Answer, Combined, Pair, flat_residual, join, residual_of, split
+from fedtune.aggregate.build import build_rule
+from fedtune.aggregate.fedsb import Core, as_pair
+from fedtune.aggregate.fedsb import start as first_core
+from fedtune.aggregate.settings import CARRIES, LORA, MIXED, AggregateSettings
+from fedtune.model.settings import AdapterSettings, ModelSettings, OuterSettings, TrainSettings, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.settings import Settings
@@ -18,6 +29,11 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update, Verb
 if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.bench import Bench
+    from fedtune.model.encode import Encoded
+    from fedtune.model.shapes import Plan
+
+CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
+OWN = "own/"  # in a client's memory: what the rule leaves at home; in the server's: the mean of those after the last round
 
 
 class FedPEFTSettings(Settings):
@@ -26,47 +42,178 @@ class FedPEFTSettings(Settings):
     type: Literal["fedpeft"] = "fedpeft"
     weight: Literal["examples", "tokens", "equal"] = "examples"
     """What a client's answer counts for in the mean."""
+    lora_rank_by_client: tuple[int, ...] = Field((), max_length=4096)
+    """Ranks of the clients, by number, in turns; adapter.rank is the server's. Empty: all have that one."""
+    lora_alpha_by_client: tuple[float, ...] = Field((), max_length=4096)
+    """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one scale."""
     adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
     server: OuterSettings = OuterSettings()
 
+    @property
+    def mixed(self) -> bool:
+        return bool(self.lora_rank_by_client or self.lora_alpha_by_client)
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        rule = recipe.aggregate.rule
+        if any(rank < 1 for rank in self.lora_rank_by_client) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
+            yield "a rank or alpha that is not positive", "1 and more, above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
+        if (rule in LORA or self.mixed) and self.adapter.kind != "lora":
+            what = f"aggregate.rule = '{rule}'" if rule in LORA else "clients of different ranks"
+            yield f"{what} with method.adapter.kind = '{self.adapter.kind}'", "kind = 'lora'", "change one of them"
+        if self.mixed and rule not in MIXED:
+            yield f"clients of different ranks or alphas with aggregate.rule = '{rule}'", f"one of {', '.join(sorted(MIXED))}", "change aggregate.rule"
+        if (self.mixed or rule in CARRIES) and recipe.downlink.step == "delta":
+            yield f"downlink.step = 'delta' with what aggregate.rule = '{rule}' gives", "none", "remove [downlink]"
+        if self.mixed and recipe.downlink.step != "none":
+            yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "none", "remove [downlink]"
+        if self.server.optimizer != "none" and rule not in ("mean", "ffa"):
+            yield f"method.server.optimizer = '{self.server.optimizer}' with aggregate.rule = '{rule}'", "mean or ffa", "remove one of them"
+        if self.train.weight_decay and rule in CARRIES:
+            yield f"method.train.weight_decay with aggregate.rule = '{rule}'", "none: it would wear down what is carried", "remove it"
+
 
 class FedPEFT:
-    """State: the adapter's tensors (shared with clients) and the server optimiser's moments (kept)."""
+    """State: the adapter's tensors and, for rules that carry one, a residual of extra rank (shared with clients); the server optimiser's moments (kept)."""
 
     type = "fedpeft"
-    reads_each: frozenset[str] = frozenset()
+    forms: tuple[str, ...] = ("adapter", "merged")
+    metrics: tuple[str, ...] = ("loss",)
     moves = frozenset({"train"})
 
-    def __init__(self, settings: FedPEFTSettings, rounds: int) -> None:
-        self.settings, self.rounds = settings, rounds
+    def __init__(self, settings: FedPEFTSettings, rounds: int, aggregate: AggregateSettings | None = None) -> None:
+        self.settings, self.rounds, self.aggregate = settings, rounds, aggregate or AggregateSettings()
+        self.rule = build_rule(self.aggregate)
+        self.has_core = self.rule.name == "fedsb"
+        self.extra = self.aggregate.extra if self.rule.carries else 0
+        self.reads_each: frozenset[str] = frozenset() if self.rule.linear else frozenset({"train"})
 
     def prepare(self, base: Base, seed: int) -> Bench:
         from fedtune.model.bench import attach
+        from fedtune.model.ranks import freeze
 
-        return attach(base, self.settings.adapter, seed_of("adapter", seed))
+        bench = attach(base, self.settings.adapter, seed_of("adapter", seed))
+        freeze(bench, bench.named.keys() - self.ever(bench.named))
+        return bench
+
+    # --- who holds what -----------------------------------------------------------------------------------------
+
+    def ever(self, names: Mapping[str, Any]) -> frozenset[str]:
+        """What is trained in some round; the rest stays as the seed made it and never travels."""
+        return self.trains(names, 1) | self.trains(names, 2)
+
+    def trains(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
+        return frozenset(names) if self.has_core and number == 1 else self.rule.trains(names, number)
+
+    def at_home(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
+        """What clients keep to themselves; in the last round they say it, so that there is one adapter at the end."""
+        return frozenset() if number == self.rounds else self.rule.stays(names)
+
+    def seat(self, client: int | None = None) -> tuple[int, float]:
+        """Rank and scale of a client's pairs; None: the server's."""
+        s, a = self.settings, self.settings.adapter
+        ranks, alphas = s.lora_rank_by_client, s.lora_alpha_by_client
+        rank = ranks[client % len(ranks)] if ranks and client is not None else a.rank
+        root = math.sqrt if a.rslora else float
+        if alphas and client is not None:
+            return rank, alphas[client % len(alphas)] / root(rank)
+        return rank, a.alpha / root(a.rank)
 
     # --- on the server ------------------------------------------------------------------------------------------
 
     def start(self, bench: Bench) -> State:
-        return State(bench.read())
+        tensors = bench.read()
+        own = self.rule.stays(tensors)
+        shared = {name: value for name, value in tensors.items() if name not in own}
+        shared |= {name: np.zeros(shape, np.float32) for name, shape in self.carried(Schema.of(tensors))}
+        return State(shared, {OWN + name: tensors[name] for name in sorted(own)})
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        mean = cohort.sum("train", state.shared).values()
-        if self.settings.server.optimizer == "none":
-            return State(mean, state.kept)
-        from fedtune.model.outer import outer_step
+        if self.has_core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
+            return State(with_core(cohort.sum("train", state.shared).values(), self.seat()), state.kept)
+        if not self.rule.linear:
+            return State(self.combined(state, cohort, now), state.kept)
+        own = {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+        before = state.shared if now.number < self.rounds else {**state.shared, **own}
+        mean = cohort.sum("train", before).values()
+        if self.settings.server.optimizer != "none":
+            from fedtune.model.outer import outer_step
 
-        return State(*outer_step(state.shared, mean, state.kept, self.settings.server))
+            return State(*outer_step(state.shared, mean, state.kept, self.settings.server))
+        after = self.rule.from_mean(before, mean)
+        own = {name: after.pop(name) if name in after else value for name, value in own.items()}
+        return State(after, {OWN + name: value for name, value in own.items()})
+
+    def combined(self, state: State, cohort: Cohort, now: Round) -> dict[str, np.ndarray]:
+        """The next shared tensors, from single answers; figures of the rule go with the round's."""
+        assert self.rule.combine is not None
+        residual = {name: value for name, value in state.shared.items() if ".residual_" in name}
+        before = Combined({name: value for name, value in state.shared.items() if name not in residual}, residual_of(residual))
+        _, scale = self.seat()
+        given: dict[tuple[int, float], Tensors] = {self.seat(): state.shared}
+
+        def give(client: int) -> Tensors:
+            seat = self.seat(client)
+            if seat not in given:
+                given[seat] = {**self.rule.for_rank(before.tensors, scale, *seat), **residual}
+            return given[seat]
+
+        answers = (
+            Answer(client, update.values(), update.weight, self.seat(client)[1])
+            for client, update in cohort.each("train", give if self.settings.mixed else state.shared)
+        )
+        after = self.rule.combine(answers, before, scale, now)
+        for name, number in (*after.report.items(), *((f"error/{module}", error) for module, error in after.layers.items())):
+            cohort.note(name, number)
+        return {**after.tensors, **padded(flat_residual(after.residual), self.extra)}
 
     def install(self, state: State, bench: Bench) -> None:
-        bench.write(state.shared)
+        own = {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+        self.write(bench, {**state.shared, **own}, self.seat())
 
-    def given(self, verb: str, bench: Bench) -> Schema:
-        return Schema.of(bench.named)
+    def write(self, bench: Bench, tensors: Tensors, seat: tuple[int, float]) -> None:
+        """Put an adapter of some rank, behind its residual, into the bench."""
+        from fedtune.model.ranks import resize, stack
 
-    def answer(self, verb: str, given: Schema) -> Schema:
-        return given
+        rank, scale = seat
+        if self.settings.mixed or self.extra:
+            resize(bench, self.extra + rank, scale)
+        if any(name.endswith(CORE) for name in tensors):
+            tensors = without_core(tensors)
+        residual = {name: value for name, value in tensors.items() if ".residual_" in name}
+        bench.write(stack({name: value for name, value in tensors.items() if name not in residual}, residual, scale))
+
+    # --- schemas ------------------------------------------------------------------------------------------------
+
+    def given(self, verb: str, bench: Bench, client: int, now: Round) -> Schema:
+        """What travels down: at the client's rank, whatever rank the bench has now."""
+        names = self.ever(bench.named) - self.at_home(bench.named, now.number)
+        rank, _ = self.seat(client)
+        whole = Schema.of({name: value for name, value in bench.named.items() if name in names})
+        entries = [(name, at_rank(name, shape, rank)) for name, shape in whole.entries] if self.settings.mixed or self.extra else list(whole.entries)
+        cores = [(core_of(name), (rank, rank)) for name, _ in entries if name.endswith(".lora_A.weight")] if self.has_core and now.number > 1 else []
+        return Schema(tuple(sorted([*entries, *cores, *self.carried(Schema(tuple(entries)))])))
+
+    def carried(self, schema: Schema) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the residual beside an adapter."""
+        if not self.extra:
+            return []
+        a_names = [(name.removesuffix(".lora_A.weight"), shape) for name, shape in schema.entries if name.endswith(".lora_A.weight")]
+        return [
+            *((f"{module}.residual_A", (self.extra, shape[1])) for module, shape in a_names),
+            *((f"{module}.residual_B", (schema.shapes[f"{module}.lora_B.weight"][0], self.extra)) for module, _ in a_names),
+        ]
+
+    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
+        names = {name: None for name, _ in given.entries if ".residual_" not in name}
+        sent = self.sent(names, now.number)
+        return Schema(tuple(entry for entry in given.entries if entry[0] in sent))
+
+    def sent(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
+        if self.has_core and number == 1:
+            return frozenset(names)
+        home = self.rule.stays(names) if number == self.rounds else frozenset()
+        return self.rule.sends(names, number) | home
 
     # --- on each client -----------------------------------------------------------------------------------------
 
@@ -76,10 +223,79 @@ class FedPEFT:
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit
+        from fedtune.model.ranks import training_only, unstack, with_cores
 
         bench: Bench = client.model
-        bench.write(given)
+        own = {name: client.memory.get(OWN + name, np.zeros(tuple(bench.named[name].shape), np.float32)) for name in self.rule.stays(bench.named)}
+        self.write(bench, {**given, **own}, self.seat(client.id))
         seed = seed_of("train", now.seed, now.number, client.id)
-        report = fit(bench, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
+        with with_cores(bench, given), training_only(bench, self.trains(bench.named, now.number), self.extra):
+            report = fit(bench, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
+            values = bench.read()
+        values = unstack(values, self.extra) if self.extra else values
+        client.memory.update({OWN + name: values[name] for name in own})
         weight = {"examples": float(len(client.data)), "tokens": float(client.data.tokens), "equal": 1.0}[self.settings.weight]
-        return Update.of(bench.read(), weight, {"loss": report.loss})
+        return Update.of({name: values[name] for name in sorted(self.sent(values, now.number))}, weight, {"loss": report.loss})
+
+    # --- around a run -------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        return f"fedpeft / {self.settings.adapter.kind}" + (f" / {self.rule.name}" if self.rule.name != "mean" else "")
+
+    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
+        from fedtune.model.shapes import plan
+
+        return plan(model, self.settings.adapter, task, labels)
+
+    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
+        from fedtune.model.shapes import training_bytes
+
+        return training_bytes(plan, self.settings.train, length)
+
+    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+        from fedtune.model.fit import fit
+
+        self.install(state, bench)
+        fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+
+    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+        from fedtune.model.export import save
+
+        save(form, bench, folder, card)
+
+
+def at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """The shape of a tensor of the same adapter at another rank."""
+    if name.endswith(".lora_A.weight"):
+        return (rank, *shape[1:])
+    return (shape[0], rank) if name.endswith(".lora_B.weight") else shape
+
+
+def core_of(name: str) -> str:
+    return name.replace(".lora_A.weight", CORE)
+
+
+def with_core(mean: Tensors, seat: tuple[int, float]) -> dict[str, np.ndarray]:
+    """Fed-SB's fixed B and A and the first R, from the mean of one round of plain LoRA."""
+    pairs, rest = split(mean)
+    cores = {module: first_core(Pair(np.multiply(pair.B, seat[1], dtype=np.float64), pair.A), *seat) for module, pair in pairs.items()}
+    fixed = join({module: Pair(core.B, core.A) for module, core in cores.items()}, rest)
+    return fixed | {f"{module}{CORE}": core.R for module, core in cores.items()}
+
+
+def without_core(tensors: Tensors) -> dict[str, np.ndarray]:
+    """The stock adapter (B R, A)."""
+    plain = {name: value for name, value in tensors.items() if not name.endswith(CORE)}
+    pairs, rest = split(plain)
+    return join({module: as_pair(Core(pair.B, tensors[f"{module}{CORE}"], pair.A)) for module, pair in pairs.items()}, rest)
+
+
+def padded(residual: Tensors, extra: int) -> dict[str, np.ndarray]:
+    """A residual at its full extra rank, so that its shape is known before it arrives."""
+    out = {}
+    for name, value in residual.items():
+        down = name.endswith("_A")
+        more = extra - value.shape[0 if down else 1]
+        out[name] = np.pad(value, ((0, more), (0, 0)) if down else ((0, 0), (0, more)))
+    return out

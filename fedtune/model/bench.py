@@ -33,6 +33,7 @@ class Bench:
     named: dict[str, torch.nn.Parameter]
     before: list[tuple[Any, dict[str, Any]]] = field(repr=False)
     total: int = 0
+    origin: Any = None  # fedtune.model.origin.Origin, where a method rebuilds the trained tensors from their first values
 
     @property
     def kind(self) -> str:

@@ -28,6 +28,14 @@ def is_stock(bench: Bench) -> bool:
     return isinstance(bench.net, peft.PeftModel)
 
 
+def save(form: str, bench: Bench, folder: str | Path, card: str) -> None:
+    """Write the bench as `form` says: adapter or merged."""
+    if form == "merged":
+        save_merged(bench, folder, card)
+    else:
+        save_adapter(bench, folder, bench.base.name, card)
+
+
 def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) -> None:
     """Write the adapter, the card (README.md) and fedtune.json, which names the base by fingerprint.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -33,9 +33,22 @@ class FitReport:
     seconds: float
 
 
-def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, progress: tuple[int, int] = (0, 1)) -> FitReport:
+# examples of each micro-batch of a step, their batches, terms of the loss -> the step's loss; gradients are added to `.grad`
+Backward = Callable[[Sequence[Sequence[int]], Sequence[dict[str, torch.Tensor]], int], float]
+
+
+def fit(
+    bench: Bench,
+    encoded: Encoded,
+    settings: TrainSettings,
+    seed: int,
+    progress: tuple[int, int] = (0, 1),
+    backward: Backward | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> FitReport:
     """Train the bench's tensors on the client's examples. `progress` = (rounds done, rounds) places the learning-rate schedule.
 
+    `backward` computes a step's loss and gradients where the network is not run here; `rates` are learning rates of single tensors by name.
     A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the step, so that accumulation equals
     one big batch. Raises ClientFailed W607 where the loss is not finite, D205 without examples.
     """
@@ -46,7 +59,7 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
     began = time.perf_counter()
     parameters = bench.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
-    optimizer = make_optimizer(bench, settings)
+    optimizer = make_optimizer(bench, settings, rates or {})
     plan = list(step_batches(len(encoded), settings, seed))
     loss_sum, examples, tokens = 0.0, 0, 0
     with training(bench, settings, seed):
@@ -56,13 +69,8 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
                 group["lr"] = factor * group["full_lr"]
             batches = [encoded.collate(indices) for indices in micro]
             terms = sum(carries(bench.base.task, batch) for batch in batches)
-            loss = 0.0
             optimizer.zero_grad(set_to_none=True)
-            for batch in batches:
-                with autocast(bench, settings.autocast):
-                    part = summed_loss(bench, batch)[0] / terms
-                part.backward()
-                loss += part.item()
+            loss = backward(micro, batches, terms) if backward else here(bench, batches, terms, settings.autocast)
             if not math.isfinite(loss):
                 raise ClientFailed(
                     "W607",
@@ -80,10 +88,23 @@ def fit(bench: Bench, encoded: Encoded, settings: TrainSettings, seed: int, prog
     return FitReport(loss_sum / max(len(plan), 1), len(plan), examples, tokens, time.perf_counter() - began)
 
 
-def make_optimizer(bench: Bench, s: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW or SGD; the task head is a group of its own where it has its own rate."""
+def here(bench: Bench, batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str) -> float:
+    """A step's loss and gradients by the bench's own network."""
+    loss = 0.0
+    for batch in batches:
+        with autocast(bench, mixed):
+            part = summed_loss(bench, batch)[0] / terms
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+def make_optimizer(bench: Bench, s: TrainSettings, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    """AdamW or SGD; the task head, and tensors in `rates`, are groups of their own where they have their own rate."""
     head = {name for name in bench.named if s.head_lr and in_head(bench.base, plain(name))}
-    parts = ((s.lr, [v for n, v in bench.named.items() if n not in head]), (s.head_lr, [v for n, v in bench.named.items() if n in head]))
+    rest = bench.named.keys() - head - rates.keys()
+    parts = [(s.lr, [v for n, v in bench.named.items() if n in rest]), (s.head_lr, [v for n, v in bench.named.items() if n in head])]
+    parts += [(rate, [bench.named[name]]) for name, rate in rates.items()]
     groups: list[dict[str, Any]] = [{"params": values, "lr": rate, "full_lr": rate} for rate, values in parts if values]
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=s.weight_decay)

@@ -6,6 +6,7 @@ deep prompts are ours (see `blocks`). Names are peft's file names, or the networ
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import warnings
 from collections.abc import Callable
@@ -106,8 +107,13 @@ def head(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
 
 
 def full(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
-    """Every parameter, tied ones once; costs a float32 copy of the model while attached."""
-    return base.net, opened(base, set(base.weights))
+    """Every parameter, or those that a pattern names, tied ones once; costs a float32 copy of them while attached. Raises M302."""
+    for pattern in s.only:
+        if not fnmatch.filter(base.weights, pattern):
+            some = ", ".join(sorted(base.weights)[:3])
+            raise FedtuneError("M302", f"the pattern '{pattern}', which no parameter of {base.name} fits", f"names such as {some}", "correct the pattern")
+    chosen = {name for name in base.weights if not s.only or in_head(base, name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in s.only)}
+    return base.net, opened(base, chosen)
 
 
 def adapter(base: Base, s: AdapterSettings) -> tuple[Any, Named]:

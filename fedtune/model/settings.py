@@ -51,6 +51,8 @@ class AdapterSettings(Settings):
     """prompt: fresh prompts before every block (VPT-deep, P-tuning v2) instead of the first only."""
     reduction: int = Field(8, ge=1)
     """adapter: hidden size divided by this is the width of the bottleneck."""
+    only: tuple[str, ...] = ()
+    """full: names of parameters, shell patterns such as "*.layers.4.*"; the task head is always trained; empty means all."""
     shared: bool = True
     """adapter: one bottleneck for all blocks (FedPEFT's code), or one for each."""
 
@@ -90,6 +92,11 @@ class TrainSettings(Settings):
     """Mixed precision: auto uses bfloat16 on CUDA devices that have it, and is off on the CPU."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+
+
+def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:
+    """One long loop instead of `rounds` short ones."""
+    return train.model_copy(update={"steps": train.steps * rounds} if train.steps else {"epochs": train.epochs * rounds})
 
 
 class OuterSettings(Settings):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fedtune.model.base import AUTO, Base, load_config, locate, reading
-from fedtune.model.bench import attach
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.bench import Bench, attach
+from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Plan:
     layers: int
     hidden: int
     heads: int
+    wide: int  # bytes of a value of the base, over 2
+
+    @property
+    def named(self) -> dict[str, np.ndarray]:
+        """Arrays of zeros with the shapes of `Bench.named` and without memory."""
+        return {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}
 
 
 def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: int) -> Plan:
@@ -44,9 +51,30 @@ def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: in
         with torch.device("meta"):
             net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
     base = Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
-    bench = attach(base, adapter, 0)
-    weights = sum(value.numel() * value.element_size() for value in base.weights.values())
-    text = config.get_text_config()
+    return plan_of(attach(base, adapter, 0))
+
+
+def plan_of(bench: Bench) -> Plan:
+    """The sizes of a bench."""
+    text = bench.base.net.config.get_text_config()
+    weights = sum(value.numel() * value.element_size() for value in bench.base.weights.values())
     shapes = {name: tuple(value.shape) for name, value in bench.named.items()}
     context = getattr(text, "max_position_embeddings", None)
-    return Plan(bench.trainable, bench.total, shapes, weights, context, text.num_hidden_layers, text.hidden_size, text.num_attention_heads)
+    wide = 2 if next(iter(bench.base.weights.values())).dtype == torch.float32 else 1
+    return Plan(bench.trainable, bench.total, shapes, weights, context, text.num_hidden_layers, text.hidden_size, text.num_attention_heads, wide)
+
+
+def training_bytes(plan: Plan, train: TrainSettings, length: int) -> dict[str, int]:
+    """A client that trains with gradients. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32 bits."""
+    moments = 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
+    return {
+        "base model": plan.weights_bytes,
+        "trained tensors, gradients, optimiser": 4 * plan.trainable * (2 + moments),
+        "activations (estimate)": plan.wide * train.batch * length * plan.layers * (34 * plan.hidden + 5 * plan.heads * length),
+    }
+
+
+def inference_bytes(plan: Plan, batch: int, length: int) -> dict[str, int]:
+    """A client that only asks for losses: trained tensors beside the base's, and one layer's activations with the logits' place left out."""
+    layer = plan.wide * batch * length * (34 * plan.hidden + 5 * plan.heads * length)
+    return {"base model": plan.weights_bytes, "trained tensors": 4 * plan.trainable, "activations of one layer (estimate)": layer}

@@ -2,44 +2,84 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from fedtune import methods
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
-from fedtune.export import card, check_target, whole_folder
+from fedtune.export import card, check_target, seeds_card, whole_folder
+from fedtune.methods.fedkseed import FedKSeed
+from fedtune.methods.fedkseed_settings import FedKSeedSettings
+from fedtune.methods.seeds import Seeds, read_seeds
+from fedtune.model.settings import ModelSettings
 from fedtune.runtime.compare import own_scores, score_test
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.states import Memories, load_state
 from fedtune.runtime.world import World, build_world
+from fedtune.types import State
 
 
 def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     """Scores of the last committed state on the test set and on each client's own held-out rows."""
-    world, number = installed(folder)
+    world, state, number = installed(folder)
     recipe = world.recipe
     final = score_test(world, "federated", number, nobody)
-    method = methods.build(recipe.method, recipe.rounds)
-    return {"round": number, **final, "clients": own_scores(recipe, world, method, method.start(world.bench))}
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    return {"round": number, **final, "clients": own_scores(recipe, world, method, state)}
 
 
 def export_run(folder: RunFolder, form: str, to: Path) -> None:
-    """Write the last committed state as an adapter or a merged model; the folder appears whole or not at all."""
-    from fedtune.model.export import save_adapter, save_merged
+    """Write the last committed state in a form of its method ("": the first); the folder appears whole or not at all. Raises M306, R401."""
+    target = check_target(to)
+    recipe = recipe_of(folder)
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    form = form or method.forms[0]
+    if form not in method.forms:
+        raise FedtuneError("M306", f"--as {form} for a run of {method.title}", f"one of {', '.join(method.forms)}", "choose another --as")
+    world, state, number = installed(folder)
+    text = card(recipe, method.title, world.base.fingerprint, number, form=form)
+    with whole_folder(target) as temporary:
+        method.export(form, state, world.bench, temporary, text, recipe.seed)
+
+
+def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
+    """Rebuild the model of a seed file on a base model, to the bit, and write it. Raises M304 where the base is another one, R403, M306, R401."""
+    from fedtune.model.base import load as load_base
 
     target = check_target(to)
-    world, number = installed(folder)
-    text = card(world.recipe, world.base.fingerprint, number, form=form)
+    seeds = read_seeds(file)
+    settings = settings_of(seeds)
+    method = FedKSeed(settings, seeds.rounds)
+    if form not in method.forms or form == "seeds":
+        raise FedtuneError("M306", f"--as {form} from a seed file", f"one of {', '.join(f for f in method.forms if f != 'seeds')}", "choose another --as")
+    loaded = load_base(ModelSettings(name=base, dtype=seeds.dtype), seeds.task, seeds.labels, seeds.seed)  # type: ignore[arg-type]
+    if loaded.fingerprint != seeds.base_fingerprint:
+        found, expected = f"base model {loaded.fingerprint[:12]} at '{base}'", f"{seeds.base_fingerprint[:12]}, which the seeds were made for"
+        raise FedtuneError("M304", found, expected, f"name the model that was called '{seeds.base}'")
+    bench = method.prepare(loaded, seeds.seed)
+    state = State(seeds.tensors)
+    method.check(state, bench)
+    method.install(state, bench)
+    text = seeds_card(seeds, method.title)
     with whole_folder(target) as temporary:
-        if form == "merged":
-            save_merged(world.bench, temporary, text)
-        else:
-            save_adapter(world.bench, temporary, world.recipe.model.name, text)
+        method.export(form, state, bench, temporary, text, seeds.seed)
 
 
-def installed(folder: RunFolder) -> tuple[World, int]:
+def settings_of(seeds: Seeds) -> FedKSeedSettings:
+    """The [method] table in a seed file. Raises R403."""
+    try:
+        return FedKSeedSettings.model_validate_json(json.dumps(seeds.method))
+    except ValidationError as error:
+        found = f"settings in a seed file that cannot be read ({error.error_count()} mistakes)"
+        raise FedtuneError("R403", found, "those of this version of fedkseed", "export it again") from error
+
+
+def installed(folder: RunFolder) -> tuple[World, State, int]:
     """The run's world with its last committed state in the bench. Raises R402 where no round was committed."""
     recipe = recipe_of(folder)
     journal = Journal(folder.journal)
@@ -52,14 +92,14 @@ def installed(folder: RunFolder) -> tuple[World, int]:
     if not committed:
         raise FedtuneError("R402", f"no committed round in '{folder.path}'", "a run with at least one", f"go on with: fedtune resume {folder.path}")
     state, _ = load_state(folder, committed[-1].number, committed[-1].file_sha256)  # now: a run that is still going on prunes old ones
-    method = methods.build(recipe.method, recipe.rounds)
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
     world = build_world(recipe, method, Memories(None), nobody)
     if world.base.fingerprint != base:
         raise FedtuneError(
             "M304", f"base model {world.base.fingerprint[:12]}", f"{base[:12]}, which this run was trained on", "point model.name at the same weights"
         )
     method.install(state, world.bench)
-    return world, committed[-1].number
+    return world, state, committed[-1].number
 
 
 def nobody(event: Event) -> None:

@@ -14,8 +14,9 @@ from fedtune.errors import FedtuneError
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.sampling import sample
 from fedtune.schema import Schema
-from fedtune.transforms.broadcast import down_bits
-from fedtune.types import Update
+from fedtune.transforms.base import Chain
+from fedtune.transforms.broadcast import down_bits as broadcast_bits
+from fedtune.types import Method, Round, Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Checked:
     """The answers of `fedtune check`, for people and programs."""
 
     recipe: Recipe
+    method: Method
     federation: Federation
     plan: Plan
     asked: int  # clients per round
@@ -37,53 +39,58 @@ class Checked:
     bits: tuple[float, float]  # a trained parameter, up and down, headers left out
     memory: dict[str, int]  # what -> bytes
     exposed: list[Exposure]
+    remarks: list[str]  # what else the method has to say of its costs
 
 
 def check(recipe: Recipe) -> Checked:
     """Raises the first mistake that can be found without the weights."""
     federation = load(recipe.data, recipe.partition, recipe.seed)
-    from fedtune.model.shapes import plan as plan_of
-
-    plan = plan_of(recipe.model, recipe.method.adapter, recipe.data.task, len(federation.labels))
-    method, chain = methods.build(recipe.method, recipe.rounds), transforms.build(recipe.chain)
-    schema = Schema(tuple(sorted(plan.shapes.items())))
-    bits, (whole, change) = transforms.bits_per_parameter(chain, schema), down_bits(recipe.downlink, schema)
+    method, chain = methods.build(recipe.method, recipe.rounds, recipe.aggregate), transforms.build(recipe.chain)
+    plan = method.plan(recipe.model, recipe.data.task, len(federation.labels))
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    down = change if asked == len(federation.clients) else whole  # who sat out a round does not hold the broadcast before
     if plan.context is not None and recipe.data.max_length > plan.context and recipe.data.task != "image-classify":
         raise FedtuneError("D207", f"data.max_length = {recipe.data.max_length}", f"at most the model's context, {plan.context}", "lower data.max_length")
-    return Checked(recipe, federation, plan, asked, *message_bytes(schema, bits, down), (bits, down), memory(recipe, plan), exposure(method, chain))
+    ways = [both_ways(recipe, method, chain, plan, verb, asked == len(federation.clients)) for verb in method.verbs]
+    (up, down), (up_bits, down_bits) = (tuple(sum(way[part][side] for way in ways) for side in (0, 1)) for part in (0, 1))
+    bits = (up_bits / plan.trainable, down_bits / plan.trainable)
+    needs = dict(method.memory(plan, recipe.data.max_length))
+    mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
+    more = method.remarks(recipe, len(federation.labels), mean) if hasattr(method, "remarks") else []
+    return Checked(recipe, method, federation, plan, asked, int(up), int(down), bits, needs, exposure(method, chain), more)
 
 
-def message_bytes(schema: Schema, bits: float, down_bits: float) -> tuple[int, int]:
-    """Bytes of one answer and of one broadcast, measured on real messages of zeros; codes by their own estimate of bits a value."""
-    header = Header(run="0" * 16, base="0" * 64, round=1, client=1, verb="train", schema=schema.fingerprint)
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in schema.entries}
-    up = len(encode(Update.of(zeros, 1.0, {"loss": 1.0}), header))
-    down = len(encode_state(zeros, replace(header, client=EVERYONE)))
-    return round(up - (32 - bits) * schema.count / 8), round(down - (32 - down_bits) * schema.count / 8)
+Both = tuple[tuple[int, int], tuple[float, float]]  # bytes of the messages up and down, bits of their numbers up and down
 
 
-def memory(recipe: Recipe, plan: Plan) -> dict[str, int]:
-    """Bytes of one client at work. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32 bits."""
-    train = recipe.method.train
-    moments = 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
-    length, batch = recipe.data.max_length, train.batch
-    wide = 2 if recipe.model.dtype == "float32" else 1
-    return {
-        "base model": plan.weights_bytes,
-        "trained tensors, gradients, optimiser": 4 * plan.trainable * (2 + moments),
-        "activations (estimate)": wide * batch * length * plan.layers * (34 * plan.hidden + 5 * plan.heads * length),
-    }
+def both_ways(recipe: Recipe, method: Method, chain: Chain, plan: Plan, verb: str, everyone: bool) -> Both:
+    """One verb in the last round, measured on real messages of zeros; codes by their own estimate of bits a value.
+
+    Where everyone is asked, all members hold the broadcast before, on which a downlink may build.
+    """
+    now = Round(recipe.rounds, recipe.seed, (1,))
+    given = method.given(verb, plan, 1, now)
+    answer = method.answer(verb, given, now)
+    header = Header(run="0" * 16, base="0" * 64, round=now.number, client=1, verb=verb, schema=answer.fingerprint, whole=answer.whole)
+    down = len(encode_state(zeros(given), replace(header, client=EVERYONE, schema=given.fingerprint)))
+    numbers = {name: np.zeros(shape, "int64" if answer.whole else "float64") for name, shape in answer.entries}
+    up = len(encode(Update(numbers, 1.0, dict.fromkeys(method.metrics, 1.0)), header))
+    plain = {way: 8.0 * sum(value.nbytes for value in zeros(schema).values()) for way, schema in (("up", answer), ("down", given))}
+    up_bits = plain["up"] if answer.whole else transforms.bits_per_parameter(chain, answer) * answer.count
+    down_bits = broadcast_bits(recipe.downlink, given)[everyone] * given.count if verb in method.moves else plain["down"]
+    return (round(up - (plain["up"] - up_bits) / 8), round(down - (plain["down"] - down_bits) / 8)), (up_bits, down_bits)
+
+
+def zeros(schema: Schema) -> dict[str, np.ndarray]:
+    """Tensors of a schema, of the types in which they travel."""
+    types = {name: stored for name, stored, _ in schema.whole}
+    return {name: np.zeros(shape, types.get(name, "float32")) for name, shape in schema.entries}
 
 
 def rows(checked: Checked) -> list[str]:
     """The report as lines of text."""
     recipe, federation, plan = checked.recipe, checked.federation, checked.plan
     whole = checked.asked * recipe.rounds * (checked.up_bytes + checked.down_bytes)
-    lines = [
-        f"recipe    {recipe.method.type} / {recipe.method.adapter.kind} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"
-    ]
+    lines = [f"recipe    {checked.method.title} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"]
     lines.append(f"trained   {plan.trainable:,} of {plan.total:,} parameters ({100 * plan.trainable / plan.total:.3f} %)")
     lines.append(f"clients   {len(federation.clients)}, {checked.asked} asked per round; test set {len(federation.test)} rows")
     for client in federation.clients:
@@ -93,9 +100,12 @@ def rows(checked: Checked) -> list[str]:
     lines += [f"left out  {count} rows: {reason}" for reason, count in federation.dropped.items()]
     lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
     lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))
+    lines += checked.remarks
     lines += [f"memory    {what}: {count / MIB:,.1f} MiB" for what, count in checked.memory.items()]
     for row in checked.exposed:
-        lines.append(
-            f"server    verb '{row.verb}': sees {row.sees}" + (f"; through {' > '.join(row.through)}" if row.through else "; as sent, no step in the chain")
-        )
+        if row.verb in checked.method.verbs:
+            through = f"; through {' > '.join(row.through)}" if row.through else "; as sent, no step in the chain"
+            lines.append(f"server    verb '{row.verb}': sees {row.sees}{through}")
+        else:
+            lines.append(f"{row.verb:<10}{row.sees}")
     return lines

@@ -7,6 +7,7 @@ runtime/local.py calls it, runtime/flower.py sends it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from fedtune.transforms.base import Chain
 from fedtune.transforms.broadcast import DownlinkSettings, Held, hold, holding, pack, unpack
 from fedtune.types import Client, Method, Round, Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_state
+from fedtune.wire.settings import LimitSettings
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Reply:
 
 
 Carrier = Callable[[Sequence[Ask]], Iterable[Reply]]  # every ask gets exactly one reply, in any order
+Given = Tensors | Callable[[int], Tensors]  # the same for all members, or by client
+
+
+def given_to(client: int, given: Given) -> Tensors:
+    return given(client) if callable(given) else given
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,16 @@ class Link:
     method: Method
     chain: Chain
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
 
     def steps(self, verb: str) -> Chain:
         """The chain for a verb: where single answers are read, steps that only a sum can undo are left out."""
         alone = verb in self.method.reads_each
         return Chain([s for s in self.chain.steps if s.undone == "reply"]) if alone else self.chain
+
+    def kinds(self, verb: str, answer: Schema) -> frozenset[str]:
+        """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them otherwise."""
+        return frozenset({"whole"}) if answer.whole and not self.steps(verb).steps else self.steps(verb).kinds
 
     def near(self, verb: str, given: Tensors) -> Tensors | None:
         return given if verb in self.method.moves else None
@@ -85,20 +97,23 @@ class Link:
         return self.downlink.step != "none" and verb in self.method.moves
 
     def header(self, verb: str, client: int, now: Round, schema: Schema, since: int = 0) -> Header:
-        return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since)
+        return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since, whole=schema.whole)
 
     def expect(self, verb: str, client: int, now: Round, schema: Schema, kinds: frozenset[str]) -> Expect:
-        return Expect(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema, kinds=kinds)
+        plain = Expect(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema, kinds=kinds)
+        if client == EVERYONE:  # the limits are the server's, for answers
+            return plain
+        return replace(plain, max_weight=self.limits.weight, max_norm=self.limits.norm or math.inf)
 
 
 def respond(link: Link, client: Client, ask: Ask) -> bytes:
     """The client's half of one question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
-    schema = link.method.given(ask.verb, client.model)
+    schema = link.method.given(ask.verb, client.model, client.id, ask.now)
     given = received(link, client, ask, schema)
     update = link.method.verbs[ask.verb](client, given, ask.now)
     require_finite(update, client.name)
     sent = link.steps(ask.verb).send(update, client, ask.now, link.near(ask.verb, given))
-    return encode(sent, link.header(ask.verb, client.id, ask.now, link.method.answer(ask.verb, schema)))
+    return encode(sent, link.header(ask.verb, client.id, ask.now, link.method.answer(ask.verb, schema, ask.now)))
 
 
 def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
@@ -122,8 +137,10 @@ class Downlink:
     held: Held | None = None
     last: dict[int, int] = field(default_factory=dict)  # client -> the last round in which its answer counted
 
-    def encode(self, link: Link, verb: str, given: Tensors, now: Round) -> Payloads:
-        """This question's payload: one for all, or a shorter one for clients that hold the broadcast before."""
+    def encode(self, link: Link, verb: str, given: Given, now: Round) -> Payloads:
+        """This question's payload: one for all, one for each, or a shorter one for clients that hold the broadcast before."""
+        if callable(given):
+            return Payloads(own=self._one_each(link, verb, given, now))
         schema = Schema.of(given)
         if not link.coded(verb):
             return Payloads(encode_state(given, link.header(verb, EVERYONE, now, schema)))
@@ -136,17 +153,33 @@ class Downlink:
         current = frozenset(client for client, number in self.last.items() if number == sent.since)
         return Payloads(full, encode(sent.delta, link.header(verb, EVERYONE, now, schema, sent.since)), current)
 
+    def _one_each(self, link: Link, verb: str, given: Callable[[int], Tensors], now: Round) -> dict[int, bytes]:
+        """A payload by client; members that are given the same tensors share its bytes. Such states travel whole."""
+        if link.coded(verb):
+            raise RuntimeError(f"{link.method.type} gives members different tensors, which [downlink] cannot code")
+        made: list[tuple[Tensors, bytes]] = []
+        own: dict[int, bytes] = {}
+        for client in now.members:
+            tensors = given(client)
+            payload = next((payload for seen, payload in made if seen is tensors), b"")
+            if not payload:
+                payload = encode_state(tensors, link.header(verb, EVERYONE, now, Schema.of(tensors)))
+                made.append((tensors, payload))
+            own[client] = payload
+        return own
+
 
 @dataclass(frozen=True)
 class Payloads:
-    """A broadcast as bytes: whole, and as a change for the clients in `current`."""
+    """A broadcast as bytes: whole, as a change for the clients in `current`, or one for each client."""
 
-    whole: bytes
+    whole: bytes = b""
     change: bytes = b""
     current: frozenset[int] = frozenset()
+    own: Mapping[int, bytes] = field(default_factory=dict)
 
     def of(self, client: int) -> bytes:
-        return self.change if client in self.current else self.whole
+        return self.change if client in self.current else self.own.get(client, self.whole)
 
 
 @dataclass
@@ -161,6 +194,7 @@ class RoundCohort:
     downlink: Downlink = field(default_factory=Downlink)
     answers: dict[int, Answer] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # sums over the answers that count
+    notes: dict[str, float] = field(default_factory=dict)  # the server's own figures
 
     def sum(self, verb: str, given: Tensors) -> Update:
         """Raises R405 where nobody gave a usable answer."""
@@ -168,35 +202,40 @@ class RoundCohort:
         for _, update in self._replies(verb, given):
             total = update if total is None else total + update
         if total is None:
-            reasons = "; ".join(sorted({a.note for a in self.answers.values()}))[:300]
-            raise FedtuneError(
-                "R405",
-                f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})",
-                "at least one",
-                "look at the clients' errors, then: fedtune resume",
-            )
+            raise self._nobody()
         return self.link.steps(verb).settle(total, self.now, self.link.near(verb, given))
 
-    def each(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:
-        """Single answers, ascending; a method that reads them must say so, because the exposure table does."""
+    def each(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
+        """Single answers, ascending; a method that reads them must say so, because the exposure table does. Raises R405 as `sum` does."""
         if verb not in self.link.method.reads_each:
             raise RuntimeError(f"{self.link.method.type} reads single answers to '{verb}' without declaring it in reads_each")
-        near = self.link.near(verb, given)
+        some = False
         for client, update in self._replies(verb, given):
-            yield client, self.link.steps(verb).settle(update, self.now, near)
+            some = True
+            yield client, self.link.steps(verb).settle(update, self.now, self.link.near(verb, given_to(client, given)))
+        if not some:
+            raise self._nobody()
 
-    def _replies(self, verb: str, given: Tensors) -> Iterator[tuple[int, Update]]:
+    def _nobody(self) -> FedtuneError:
+        reasons = "; ".join(sorted({a.note for a in self.answers.values()}))[:300]
+        found = f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})"
+        return FedtuneError("R405", found, "at least one", "look at the clients' errors, then: fedtune resume")
+
+    def note(self, name: str, value: float) -> None:
+        self.notes[name] = float(value)
+
+    def _replies(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
         payloads = self.downlink.encode(self.link, verb, given, self.now)
         last, first = self.downlink.last, not self.answers
         asks = {client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first) for client in self.now.members}
         down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
-        answer = self.link.method.answer(verb, Schema.of(given))
         for reply in ascending(self._asked(asks, payloads, down_bytes), self.now.members):
             down = down_bytes[reply.client]
             try:
                 if reply.failure:
                     raise reply.failure
-                _, sent = decode(reply.payload, self.link.expect(verb, reply.client, self.now, answer, self.link.steps(verb).kinds))
+                answer = self.link.method.answer(verb, Schema.of(given_to(reply.client, given)), self.now)
+                _, sent = decode(reply.payload, self.link.expect(verb, reply.client, self.now, answer, self.link.kinds(verb, answer)))
                 update = self.link.steps(verb).receive(sent, reply.client, self.now)
                 require_finite(update, self.names[reply.client])
             except (ClientFailed, Refused) as error:

@@ -7,7 +7,6 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.events import Event, Scored
-from fedtune.model.settings import TrainSettings
 from fedtune.rng import seed_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.world import World
@@ -71,14 +70,5 @@ def own_scores(recipe: Recipe, world: World, method: Method, state: State) -> di
 
 def alone(recipe: Recipe, world: World, method: Method, start: State, number: int, name: str, tell: Callable[[Event], None]) -> dict[str, Any]:
     """Train from the first state on one client's data (-1: on all clients' data), as many steps as a client made in the run."""
-    from fedtune.model.fit import fit
-
-    method.install(start, world.bench)
-    data = world.pooled() if number < 0 else world.train(number)
-    fit(world.bench, data, whole_run(recipe.method.train, recipe.rounds), seed_of("alone", recipe.seed, number + 1), progress=(0, 1))
+    method.alone(world.bench, world.pooled() if number < 0 else world.train(number), start, seed_of("alone", recipe.seed, number + 1))
     return score_test(world, name, recipe.rounds, tell)
-
-
-def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:
-    """One long loop instead of `rounds` short ones."""
-    return train.model_copy(update={"steps": train.steps * rounds} if train.steps else {"epochs": train.epochs * rounds})

@@ -10,7 +10,7 @@ from fedtune.types import Method
 
 @dataclass(frozen=True)
 class Exposure:
-    """One row: what the server can see of a client's answer to a verb, and through which steps it came."""
+    """One row: what the server can see of a client's answer to a verb, and through which steps it came; or what somebody else sees beside that."""
 
     verb: str
     sees: str
@@ -30,4 +30,5 @@ def exposure(method: Method, chain: Chain) -> list[Exposure]:
         else:
             sees = "each client's answer as it passes, uses the sum only"
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
+    rows += [Exposure(what, sees, ()) for what, sees in getattr(method, "beside", {}).items()]
     return rows

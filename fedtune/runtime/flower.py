@@ -232,7 +232,7 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
     """Build the world of a recipe once a process."""
     if recipe_json not in _worlds:
         recipe = config.Recipe.model_validate_json(recipe_json)
-        method = methods.build(recipe.method, recipe.rounds)
+        method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
         world = build_world(recipe, method, Memories(None), lambda event: None)
         _worlds.clear()  # one recipe at a time: two models may not fit
         _worlds[recipe_json] = world, link_of(world, method)

@@ -91,7 +91,7 @@ def finished(folder: RunFolder, journal: Journal, recipe: Recipe) -> dict[str, A
 
 def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None) -> Run:
     """Build the world, and take up the state where the journal left it. Raises R403, R406."""
-    method = methods.build(recipe.method, recipe.rounds)
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
     memories = Memories(folder)
     world = build_world(recipe, method, memories, tell)
     check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint, "data": world.federation.fingerprint})
@@ -137,7 +137,7 @@ def one_round(work: Run, number: int) -> None:
     answers = [cohort.answers[c] for c in members]
     counted = [a for a in answers if a.outcome == "ok"]
     weight = sum(a.weight for a in counted)
-    metrics = {name: value / weight for name, value in cohort.metrics.items()} if weight else {}
+    metrics = ({name: value / weight for name, value in cohort.metrics.items()} if weight else {}) | cohort.notes
     file_sha256 = save_state(work.folder, number, work.state, work.downlink.held)
     remembered = world.memories.save(number, [a.client for a in counted])
     answers = [replace(a, memory_sha256=remembered.get(a.client, "")) for a in answers]
@@ -157,12 +157,12 @@ def one_round(work: Run, number: int) -> None:
 def finish(work: Run) -> dict[str, Any]:
     """Scores, comparisons, adapter, result.json."""
     scores = compare(work.recipe, work.world, work.link.method, work.start, work.state, work.journal, work.tell)
-    from fedtune.export import export_adapter
+    from fedtune.export import export_final
 
     work.link.method.install(work.state, work.world.bench)
     work.tick()
     result = summary(work, scores)
-    export_adapter(work.world.bench, work.folder.adapter, work.recipe, result)
+    export_final(work.link.method, work.state, work.world.bench, work.folder.adapter, work.recipe, result)
     work.folder.write_json("result.json", result)
     work.tell(RunDone(result))
     return result

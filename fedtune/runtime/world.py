@@ -32,6 +32,7 @@ class World:
     bench: Bench
     memories: Memories
     tell: Callable[[Event], None]
+    body: Any = None  # the way to a body service, for methods that split the model; None: in this process
     _encoded: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -43,7 +44,7 @@ class World:
         return self.client_with(ask.client, memory_before(self.memories.of(ask.client), ask))
 
     def client_with(self, number: int, memory: dict[str, np.ndarray]) -> Client:
-        return Client(number, self.names[number], self.bench, self.train(number), memory)
+        return Client(number, self.names[number], self.bench, self.train(number), memory, self.body)
 
     def done(self, ask: Ask, client: Client) -> None:
         """Keep what the client remembers after an answer."""
@@ -99,4 +100,4 @@ def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callab
 def link_of(world: World, method: Method) -> Link:
     """What server and clients agree on. A run's identity is its recipe: the same recipe, the same bytes, messages included, wherever it runs."""
     recipe = world.recipe
-    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink)
+    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink, recipe.limits)

@@ -22,10 +22,11 @@ from fedtune.wire.frame import METRICS, VERSION, refuse, sealed
 from fedtune.wire.guard import Expect, accepted, check_norm
 from fedtune.wire.scales import blocks, expand, to_halves
 from fedtune.wire.v1 import message_pb2 as pb
+from fedtune.wire.whole import pack_whole, unpack_whole
 
 EVERYONE = -1  # client of a state that is the same for all
-DTYPES: dict[str, int] = {"float32": 1, "float64": 2, "int8": 3, "uint8": 4, "int32": 5, "uint32": 6, "int64": 7}
-KINDS: dict[str, pb.Kind] = {"values": pb.KIND_VALUES, "levels": pb.KIND_LEVELS, "ring": pb.KIND_RING, "state": pb.KIND_STATE}
+DTYPES: dict[str, int] = {"float32": 1, "float64": 2, "int8": 3, "uint8": 4, "int32": 5, "uint32": 6, "int64": 7, "int16": 8}
+KINDS: dict[str, pb.Kind] = {"values": pb.KIND_VALUES, "levels": pb.KIND_LEVELS, "ring": pb.KIND_RING, "state": pb.KIND_STATE, "whole": pb.KIND_WHOLE}
 WIDTHS = {code: np.dtype(name).itemsize for name, code in DTYPES.items()}
 
 SCALINGS: dict[int, pb.Scaling] = {0: pb.SCALING_TENSOR, 1: pb.SCALING_BLOCK64, 2: pb.SCALING_KEPT}  # by dimensions of the scales
@@ -42,6 +43,7 @@ class Header:
     base    fingerprint of the frozen base model, "" where there is none
     schema  fingerprint of names and shapes; "" takes that of the tensors sent
     since   of a state: the numbers change the broadcast of this round; 0: they are the whole state
+    whole   of an answer in whole numbers: as the schema's
     """
 
     run: str
@@ -51,10 +53,11 @@ class Header:
     base: str = ""
     schema: str = ""
     since: int = 0
+    whole: tuple[tuple[str, str, int], ...] = ()
 
 
 def kind_of(update: Update) -> str:
-    """values, levels or ring, from the types of the tensors. Raises TypeError for anything else."""
+    """values, levels, ring or whole, from the types of the tensors. Raises TypeError for anything else."""
     types = {np.asarray(value).dtype.name for value in update.tensors.values()}
     if types <= {"float64", "float32"} and not update.scales:
         return "values"
@@ -62,13 +65,16 @@ def kind_of(update: Update) -> str:
         return "levels"
     if types == {"uint32"} and not update.scales:
         return "ring"
+    if types == {"int64"} and not update.scales:
+        return "whole"
     raise TypeError(f"no message kind for tensors of type {sorted(types)} with {len(update.scales)} scales")
 
 
 def encode(update: Update, header: Header, named: bool = False) -> bytes:
-    """An answer as bytes: float32 means, integer levels with scales, or ring numbers. Raises ClientFailed W607."""
+    """An answer as bytes: float32 means, integer levels with scales, ring numbers, or whole means (`header.whole`). Raises ClientFailed W607."""
     check_weight(update)
     kind = kind_of(update)
+    numbers = pack_whole(update, header.whole) if kind == "whole" else {}
     message = headed(header, kind, Schema.of(update.tensors), update.weight, named)
     if len(update.metrics) > METRICS or any(len(name) > 64 for name in update.metrics):
         raise ValueError(f"at most {METRICS} metrics with names of at most 64 characters can travel")
@@ -78,6 +84,9 @@ def encode(update: Update, header: Header, named: bool = False) -> bytes:
         message.metrics.append(pb.Metric(name=name, value=update.metrics[name]))
     if kind == "levels":
         return sealed(message, [fill_levels(message, update)])
+    if kind == "whole":
+        message.dtypes = bytes(DTYPES[numbers[name].dtype.name] for name in sorted(numbers))
+        return sealed(message, raw(numbers))
     with np.errstate(over="ignore"):  # what overflows float32 is found by the check below and named
         tensors = update.values() if kind == "values" else update.tensors
     if name := not_finite(tensors):
@@ -110,6 +119,10 @@ def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
         if math.isfinite(expect.max_norm):
             check_norm((expand(levels[name], scales[name]) for name in levels), expect)
         return header, update
+    if kind == "whole":
+        if list(message.dtypes) != [DTYPES[stored] for _, stored, _ in schema.whole]:
+            raise refuse("W603", "whole numbers of other types", "the declared types", "use the same recipe on both sides")
+        return header, Update(unpack_whole(payload, schema, weight), weight, metrics)
     if kind == "ring":
         return header, Update(split(np.frombuffer(payload, "<u4").astype(np.uint32), schema), weight, metrics)
     flat = np.frombuffer(payload, "<f4")

@@ -21,6 +21,8 @@ ROOMS = {
     "R": "Runs",
     "F": "Flower",
     "W": "Messages",
+    "T": "Keys and trust",
+    "E": "The exchange",
 }
 
 
@@ -47,10 +49,15 @@ def recipe() -> dict[str, str]:
         "# The recipe\n",
         "One TOML file. What it leaves out has the default below; `--set path=value` overrides one key, for example `--set rounds=3`.\n",
     ]
-    for path, cls in tables("", Recipe):
+    known: dict[str, list[type[BaseModel]]] = {}  # what one method's table and another's share is said once
+    for path, owner, cls in tables("", "", Recipe):
+        if cls in known.setdefault(path, []):
+            continue
+        known[path].append(cls)
+        heading = f"{path} {owner}" if len(known[path]) > 1 else path
         fields = [(name, field) for name, field in cls.model_fields.items() if not inner(field.annotation)]
         about = re.sub(r"^\[.*?: ", "", inspect.getdoc(cls) or "")  # the docstring repeats the heading
-        lines.append(f"## {path or 'Top level'}\n\n{about[:1].upper()}{about[1:]}\n")
+        lines.append(f"## {heading or 'Top level'}\n\n{about[:1].upper()}{about[1:]}\n")
         if fields:
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
             lines += [f"| `{name}` | {cell(kind(field))} | {cell(default(field))} | {cell(field.description or '')} |" for name, field in fields]
@@ -58,15 +65,16 @@ def recipe() -> dict[str, str]:
     return {"docs/recipe.md": "\n".join(lines)}
 
 
-def tables(path: str, cls: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """Every settings class below a class, with its place in the recipe; members of a union once each."""
-    yield path, cls
+def tables(path: str, owner: str, cls: type[BaseModel]) -> Iterator[tuple[str, str, type[BaseModel]]]:
+    """Every settings class below a class, with its place in the recipe and the member of a union that it belongs to; members of a union once each."""
+    yield path, owner, cls
     for name, field in cls.model_fields.items():
         below = inner(field.annotation)
         many = get_origin(field.annotation) is tuple
         for sub in below:
-            place = f"{path.strip('[]')}.{name}".strip(".")
-            yield from tables(f"[[{place}]] {tag(sub)}" if many else f"[{place}]{' ' + tag(sub) if len(below) > 1 else ''}", sub)
+            place = f"{path.partition(']')[0].strip('[')}.{name}".strip(".")
+            own = tag(sub) if len(below) > 1 else owner
+            yield from tables(f"[[{place}]] {tag(sub)}" if many else f"[{place}]{' ' + tag(sub) if len(below) > 1 else ''}", own, sub)
 
 
 def inner(annotation: Any) -> list[type[BaseModel]]:

@@ -20,6 +20,14 @@ ABOUT = {
         "The message chain on tinyshakespeare: perplexity against bits a parameter",
         "python simulations/record.py shakespeare-codes --set model.name=... --set data.path=...",
     ),
+    "shakespeare-rules": (
+        "Rules of [aggregate] on tinyshakespeare: perplexity",
+        "python simulations/record.py shakespeare-rules --set model.name=... --set data.path=...",
+    ),
+    "clinc150-ranks": (
+        "Clients of ranks 4, 8 and 16 on CLINC150, a domain of intents each, 30 local steps",
+        "python simulations/record.py clinc150-ranks --set data.path=FOLDER",
+    ),
     "clinc150-kinds-domains": (
         "FedPEFT's table in miniature: CLINC150, ten domains are ten clients, accuracy on all 150 intents",
         "python simulations/record.py clinc150-kinds-domains --set data.path=FOLDER",
@@ -27,6 +35,10 @@ ABOUT = {
     "clinc150-kinds-dirichlet": (
         "The same with Dirichlet(0.1) over domains",
         "python simulations/record.py clinc150-kinds-dirichlet --set data.path=FOLDER",
+    ),
+    "fedkseed-clinc150": (
+        "FedKSeed and FedPEFT on two domains of CLINC150, one a site, 30 intents",
+        "python simulations/record.py fedkseed-clinc150 --set data.path=FOLDER",
     ),
     "clinc150-codes": (
         "The message chain on CLINC150, Dirichlet(0.1) over domains, LoRA",
@@ -59,7 +71,37 @@ def page(tables: dict[str, Any]) -> str:
     for name, table in tables.items():
         title, command = ABOUT[name]
         lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n"]
-    return "\n".join([*lines, *cost()])
+    return "\n".join([*lines, *seeds(), *cost()])
+
+
+def seeds() -> list[str]:
+    """FedKSeed's learning table, as simulations/dolly.py recorded it."""
+    path = ROOT / "simulations" / "results" / "fedkseed.json"
+    if not path.exists():
+        return []
+    table = json.loads(path.read_text())
+    lines = ["## FedKSeed: a story model of 260,032 parameters on Dolly-15K, held-out loss in nats (lower is better)\n"]
+    lines += ["    python simulations/dolly.py --model FOLDER/stories260K-fp32 --data FOLDER/dolly15k.jsonl\n"]
+    lines += ["| | seen categories | unseen category | seeds | up, bytes a client and round | down | CPU seconds |", "|---|---|---|---|---|---|---|"]
+    for name, runs in table["rows"].items():
+        ended = [run for run in runs.values() if "seen" in run]
+        if not ended:
+            lines.append(f"| {name} | stopped: {next(iter(runs.values()))['stopped'].partition(',')[0]} | | {len(runs)} | | | |")
+            continue
+        values = [fine([run[key] for run in ended]) for key in ("seen", "unseen")]
+        numbers = [mean_of(ended, f"{way}_bytes_per_client_round") for way in ("up", "down")]
+        lines.append("| " + " | ".join([name, *values, str(len(runs)), *numbers, mean_of(ended, "cpu_seconds")]) + " |")
+    return [*lines, "", f"{table['hardware']}; recipe `{table['recipe']}`.\n"]
+
+
+def mean_of(runs: list[dict[str, Any]], key: str) -> str:
+    """The mean of a figure, "" where there is none."""
+    known = [run[key] for run in runs if key in run]
+    return f"{statistics.mean(known):,.0f}" if known else ""
+
+
+def fine(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def cost() -> list[str]:

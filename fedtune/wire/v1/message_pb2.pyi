@@ -15,6 +15,7 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KIND_LEVELS: _ClassVar[Kind]
     KIND_RING: _ClassVar[Kind]
     KIND_STATE: _ClassVar[Kind]
+    KIND_WHOLE: _ClassVar[Kind]
 
 class Scaling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -27,6 +28,7 @@ KIND_VALUES: Kind
 KIND_LEVELS: Kind
 KIND_RING: Kind
 KIND_STATE: Kind
+KIND_WHOLE: Kind
 SCALING_UNSPECIFIED: Scaling
 SCALING_TENSOR: Scaling
 SCALING_BLOCK64: Scaling

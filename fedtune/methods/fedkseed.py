@@ -1,0 +1,345 @@
+"""FedKSeed: every parameter is tuned, and what travels is a few whole numbers: how far along which of K known directions.
+
+Qin et al. 2024, "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18 Kilobytes"
+(ICML, arXiv:2312.06353). Down: K accumulators A_k. Up: one scalar a step (their seeds follow from the run's seed, the round and the client),
+or K sums of scalars, which can be added without being read. A model is always w = w0 + scale * sum_k A_k z_k, rebuilt from the first values.
+
+A client that can afford gradients trains as usual and sends the coordinates of its update along the same directions: the same message, the same
+replay, in the same round. There is no weight decay: it would make a model depend on more than the accumulators.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.errors import ClientFailed, FedtuneError, Refused
+from fedtune.methods import whole
+from fedtune.methods.fedkseed_settings import FedKSeedSettings
+from fedtune.methods.seeds import Seeds, save_seeds
+from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
+from fedtune.rng import seed_of
+from fedtune.schema import Schema
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update, Verb
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
+    from fedtune.model.bench import Bench
+    from fedtune.model.encode import Encoded
+    from fedtune.model.shapes import Plan
+    from fedtune.zeroth import Pool
+
+REACH = 1 << 26  # largest number of a gradient client; in practice they stay below 2**20
+FEW = 10  # batches whose loss, before anything has moved, later rounds are compared with
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one client found. scalars: a number of units a step (walkers, in order) or a direction (projections)."""
+
+    scalars: np.ndarray
+    loss: float
+    start: float  # mean loss of the first few steps
+    clipped: float = 0.0  # share of the scalars
+
+
+class FedKSeed:
+    """State: the accumulators of every pool so far and their fingerprint (shared); the digest of the first values, the first loss
+    and, for FedKSeed-Pro, sizes and visits of the seeds (kept)."""
+
+    type = "fedkseed"
+    metrics: tuple[str, ...] = ("clipped", "gradient", "loss", "start")
+    moves: frozenset[str] = frozenset()
+
+    def __init__(self, settings: FedKSeedSettings, rounds: int) -> None:
+        self.settings, self.rounds = settings, rounds
+        self.scale = whole.Scale.of(settings.clip, settings.bits)
+        self.most = settings.steps * self.scale.top if settings.walks_only else REACH
+        self.reads_each: frozenset[str] = frozenset({"train"}) if settings.sends_steps else frozenset()
+        self.forms: tuple[str, ...] = ("seeds", "merged", "adapter") if settings.space == "adapter" else ("seeds", "merged")
+
+    def prepare(self, base: Base, seed: int) -> Bench:
+        from fedtune.model.bench import attach
+        from fedtune.model.origin import keep_origin
+
+        bench = attach(base, self.settings.trained, seed_of("adapter", seed))
+        keep_origin(bench, seed)
+        return bench
+
+    # --- on the server ------------------------------------------------------------------------------------------
+
+    def start(self, bench: Bench) -> State:
+        kept: dict[str, np.ndarray] = {"start": np.frombuffer(start_of(bench), np.uint8)}
+        if self.settings.importance:
+            kept |= {"amplitudes": np.zeros(self.settings.size, np.int64), "visits": np.zeros(self.settings.size, np.int64)}
+        return self.state({} if self.settings.refresh else {pool_name(0): np.zeros(self.settings.size, np.int32)}, kept)
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        name = pool_name(self.epoch(now.number))
+        pools = {key: value for key, value in state.shared.items() if key.startswith("pool-")}
+        kept = {key: value.copy() for key, value in state.kept.items()}  # `gather` counts in place
+        if self.settings.sends_steps:
+            total, answer = self.gather(cohort, state, kept, now)
+        else:
+            answer = cohort.sum("train", state.shared)
+            total = answer.tensors["pool"]
+        before = pools.get(name, np.zeros(self.settings.size, np.int64)).astype(np.int64)
+        pools[name] = whole.narrow(before + whole.mean(total, int(answer.weight)))
+        self.check_loss(answer, kept, now)
+        return self.state(pools, kept)
+
+    def gather(self, cohort: Cohort, state: State, kept: dict[str, np.ndarray], now: Round) -> tuple[np.ndarray, Update]:
+        """Every client's scalars, added to the seeds that its steps drew: (K,) sums, and weights and figures of all."""
+        total, answers = np.zeros(self.settings.size, np.int64), Update({}, 0.0)
+        for client, update in cohort.each("train", state.shared):
+            weight = int(update.weight)
+            sent = self.unpacked(update.tensors["steps"] // weight)
+            seeds = self.draw(state.shared, now, client)
+            np.add.at(total, seeds, sent * weight)
+            if self.settings.importance:
+                np.add.at(kept["amplitudes"], seeds, np.abs(sent))
+                np.add.at(kept["visits"], seeds, 1)
+            answers += Update({}, update.weight, update.metrics)
+        return total, answers
+
+    def check_loss(self, answer: Update, kept: dict[str, np.ndarray], now: Round) -> None:
+        """Note the first loss; raise R408 where this round's is far above it."""
+        loss = answer.metrics["loss"] / answer.weight
+        kept.setdefault("first", np.asarray(answer.metrics["start"] / answer.weight))
+        first, most = float(kept["first"]), self.settings.guard
+        if most and loss > most * first:
+            found = f"a training loss of {loss:.4g} in round {now.number} that began at {first:.4g}"
+            lower = "method.lr" if self.settings.walks_only else "method.lr, method.gain or method.train.lr"
+            raise FedtuneError("R408", found, f"at most {most:g} times as much", f"lower {lower}, or raise method.guard if this is as it should be")
+
+    def state(self, pools: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> State:
+        """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a number)."""
+        mark = whole.fingerprint(kept["start"].tobytes(), self.facts, pools)
+        levels = {"importance": whole.importance(kept["amplitudes"], kept["visits"]).view(np.uint32)} if self.settings.importance else {}
+        return State({**pools, **levels, "fingerprint": mark.view(np.uint32)}, dict(kept))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a model follows from, beside its first values and the accumulators."""
+        s = self.settings
+        return {"pool": s.pool, "directions": s.directions, "size": s.size, "refresh": s.refresh, "unit": self.scale.unit, "lr": s.lr}
+
+    def epoch(self, number: int) -> int:
+        """Which pool a round uses; the first is 0."""
+        return (number - 1) // self.settings.refresh if self.settings.refresh else 0
+
+    def given(self, verb: str, bench: Bench, client: int, now: Round) -> Schema:
+        finished = -(-(now.number - 1) // self.settings.refresh) if self.settings.refresh else 1
+        pools = [(pool_name(epoch), (self.settings.size,)) for epoch in range(finished)]
+        levels = [("importance", (self.settings.size // 4,))] if self.settings.importance else []
+        return Schema((("fingerprint", (8,)), *levels, *pools))
+
+    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
+        if not self.settings.sends_steps:
+            return Schema((("pool", (self.settings.size,)),), (("pool", "int16" if self.most < 1 << 15 else "int32", self.most),))
+        if self.settings.bits == 1:
+            return Schema((("steps", (-(-self.settings.steps // 8),)),), (("steps", "uint8", 255),))
+        return Schema((("steps", (self.settings.steps,)),), (("steps", "int16", self.scale.top),))
+
+    def install(self, state: State, bench: Bench) -> None:
+        self.rebuild(bench, state.shared)
+
+    # --- on each client -----------------------------------------------------------------------------------------
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        return {"train": self.train}
+
+    def train(self, client: Client, given: Tensors, now: Round) -> Update:
+        bench: Bench = client.model
+        if not self.belongs(given, bench):
+            found, expected = "accumulators of another start, pool or scale", "those that belong to this client's base model, adapter and recipe"
+            raise Refused("W604", found, expected, "use the same recipe, base model and release of torch on both sides")
+        self.rebuild(bench, given)
+        seed = seed_of("train", now.seed, now.number, client.id)
+        start = self.first_loss(bench, client.data, seed) if now.number == 1 else None  # the server compares all rounds with the first
+        gradient = self.estimator(client.id, bench, client.data) == "gradient"
+        if gradient:
+            found_out = self.project(bench, client.data, now.number, seed)
+        else:
+            seeds = self.draw(given, now, client.id)
+            found_out = self.walk(bench, client.data, self.epoch(now.number), seeds, seed)
+        weight = {"examples": len(client.data), "tokens": client.data.tokens, "equal": 1}[self.settings.weight]
+        if self.settings.sends_steps:
+            tensors = {"steps": self.packed(found_out.scalars)}
+        else:
+            tensors = {"pool": found_out.scalars if gradient else np.bincount(seeds, found_out.scalars, self.settings.size).astype(np.int64)}
+        figures = {"loss": found_out.loss, "start": found_out.start if start is None else start, "gradient": float(gradient), "clipped": found_out.clipped}
+        return Update({name: value * weight for name, value in tensors.items()}, float(weight), {name: f * weight for name, f in figures.items()})
+
+    def draw(self, given: Tensors, now: Round, client: int) -> np.ndarray:
+        """The seeds of a client's steps in this round: (steps,)."""
+        levels = given["importance"].view(np.uint8) if self.settings.importance else None
+        return whole.draw(self.settings.size, self.settings.steps, (now.seed, now.number, client), levels)
+
+    def walk(self, bench: Bench, data: Encoded, epoch: int, seeds: np.ndarray, seed: int) -> Walk:
+        """SPSA in place (Spall 1992; MeZO, Malladi et al. 2023, alg. 1): g = (L(w + eps z) - L(w - eps z)) / 2 eps, then w -= lr g z.
+
+        g is rounded to what will be sent before it is used, so a step is the one that everybody replays.
+        """
+        from fedtune.model.fit import step_batches
+        from fedtune.model.forward import batch_of, forward_only, mean_loss
+        from fedtune.zeroth import perturb
+
+        s, pool = self.settings, self.pool(bench, epoch)
+        scalars, losses = np.zeros(len(seeds), np.int64), np.zeros(len(seeds))
+        clipped = 0
+        batches = step_batches(len(data), TrainSettings(steps=len(seeds), batch=s.batch), seed)
+        with forward_only(bench, data):
+            for step, (direction, micro) in enumerate(zip(seeds.tolist(), batches, strict=True)):
+                batch = batch_of(bench, data, list(micro[0]))
+                perturb(bench.named, pool, direction, s.eps)
+                above = mean_loss(bench, batch)
+                perturb(bench.named, pool, direction, -2 * s.eps)
+                below = mean_loss(bench, batch)
+                g = (above - below) / (2 * s.eps)
+                if not math.isfinite(g):
+                    raise diverged((above + below) / 2, step + 1)
+                scalars[step] = self.scale.whole(g, s.outside == "drop")
+                clipped += s.bits > 1 and abs(g) > s.clip
+                perturb(bench.named, pool, direction, s.eps - s.lr * self.scale.unit * int(scalars[step]))
+                losses[step] = (above + below) / 2
+        return Walk(scalars, float(losses.mean()), float(losses[:FEW].mean()), clipped / len(seeds))
+
+    def project(self, bench: Bench, data: Encoded, number: int, seed: int) -> Walk:
+        """Train with gradients from where the model stands; send the update's coordinates, gain / K * (z_k . update), in units of lr * scalar."""
+        from fedtune.model.fit import fit
+        from fedtune.zeroth import project
+
+        s = self.settings
+        before = {name: value.detach().clone() for name, value in bench.named.items()}
+        report = fit(bench, data, s.train, seed, progress=(number - 1, self.rounds))
+        for name, value in bench.named.items():
+            before[name].sub_(value.detach())  # first minus last: w moves against the scalars
+        if not all(bool(value.isfinite().all()) for value in before.values()):
+            raise diverged(report.loss, report.steps, "method.train.lr")
+        coordinates = project(before, self.pool(bench, self.epoch(number))) * (s.gain / (s.size * s.lr * self.scale.unit))
+        scalars = np.rint(np.clip(coordinates, -self.most, self.most)).astype(np.int64)
+        return Walk(scalars, report.loss, report.loss, float((np.abs(coordinates) > self.most).mean()))
+
+    def first_loss(self, bench: Bench, data: Encoded, seed: int) -> float:
+        """Mean loss of the first few batches before anything has moved."""
+        from fedtune.model.fit import step_batches
+        from fedtune.model.forward import batch_of, forward_only, mean_loss
+
+        with forward_only(bench, data):
+            batches = step_batches(len(data), TrainSettings(steps=FEW, batch=self.settings.batch), seed)
+            return sum(mean_loss(bench, batch_of(bench, data, list(micro[0]))) for micro in batches) / FEW
+
+    def belongs(self, given: Tensors, bench: Bench) -> bool:
+        """Whether accumulators were made for the values that this bench starts from, and for these settings."""
+        pools = {name: value for name, value in given.items() if name.startswith("pool-")}
+        return np.array_equal(given["fingerprint"], whole.fingerprint(start_of(bench), self.facts, pools).view(np.uint32))
+
+    def rebuild(self, bench: Bench, given: Tensors) -> None:
+        """The model that the accumulators mean, from the first values: one pass over the weights, whatever it held before."""
+        from fedtune.zeroth import replay
+
+        sums = [(self.pool(bench, int(name.removeprefix("pool-"))), given[name]) for name in sorted(given) if name.startswith("pool-")]
+        replay(bench.named, sums, self.replay_scale, base=bench.origin.tensors)
+
+    def pool(self, bench: Bench, epoch: int) -> Pool:
+        from fedtune.zeroth import Pool
+
+        s = self.settings
+        return Pool(seed_of("pool", bench.origin.seed, epoch), s.size, s.pool, s.directions)
+
+    @property
+    def replay_scale(self) -> float:
+        """What a unit of an accumulator moves a weight by."""
+        return -self.settings.lr * self.scale.unit / (1 << whole.FRACTION)
+
+    def packed(self, scalars: np.ndarray) -> np.ndarray:
+        """A walk's scalars as they travel: whole numbers, or eight signs a byte (zero counts as down)."""
+        return scalars if self.settings.bits > 1 else np.packbits(scalars > 0).astype(np.int64)
+
+    def unpacked(self, sent: np.ndarray) -> np.ndarray:
+        if self.settings.bits > 1:
+            return sent
+        return 2 * np.unpackbits(sent.astype(np.uint8), count=self.settings.steps).astype(np.int64) - 1
+
+    def estimator(self, client: int, bench: Bench, data: Encoded) -> str:
+        """spsa or gradient: as declared, or by the memory that is declared or there."""
+        s = self.settings
+        if s.estimators:
+            return s.estimators[client % len(s.estimators)]
+        if s.estimator != "auto":
+            return s.estimator
+        from fedtune.model.forward import device_bytes
+        from fedtune.model.shapes import plan_of, training_bytes
+
+        room = s.memory[client % len(s.memory)] * 2**30 if s.memory else device_bytes(bench) / 2
+        longest = max((data.length(i) for i in range(len(data))), default=1)
+        return "gradient" if sum(training_bytes(plan_of(bench), s.train, longest).values()) <= room else "spsa"
+
+    # --- around a run -------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        s = self.settings
+        return f"fedkseed / {s.adapter.kind if s.space == 'adapter' else 'full' if not s.only else 'part'}, {s.pool} pool of {s.size}"
+
+    def check(self, state: State, bench: Bench) -> None:
+        """Refuse to install a state on another start. Raises M304."""
+        if not self.belongs(state.shared, bench):
+            found, expected = "seeds of another start", "the values that this base model and adapter begin with"
+            raise FedtuneError("M304", found, expected, "use the base model and the releases of torch and peft that the seeds were made with")
+
+    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
+        from fedtune.model.shapes import plan
+
+        return plan(model, self.settings.trained, task, labels)
+
+    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
+        from fedtune.model.shapes import inference_bytes, training_bytes
+
+        walking = {f"spsa: {what}": count for what, count in inference_bytes(plan, self.settings.batch, length).items()}
+        if self.settings.walks_only:
+            return walking
+        return walking | {f"gradient: {what}": count for what, count in training_bytes(plan, self.settings.train, length).items()}
+
+    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+        self.install(state, bench)
+        if self.settings.walks_only:
+            steps = self.settings.steps * self.rounds
+            self.walk(bench, data, 0, whole.draw(self.settings.size, steps, (seed, 0, 0)), seed)
+            return
+        from fedtune.model.fit import fit
+
+        fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+
+    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+        from fedtune.model.export import save
+
+        if form != "seeds":
+            save(form, bench, folder, card)
+            return
+        base = bench.base
+        stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
+        method = self.settings.model_dump(mode="json")
+        save_seeds(folder, Seeds(base.name, base.fingerprint, stored, base.task, base.labels, seed, self.rounds, method, state.shared), card)
+
+
+def pool_name(epoch: int) -> str:
+    return f"pool-{epoch:04d}"
+
+
+def start_of(bench: Bench) -> bytes:
+    """SHA-256 of what training starts from: base model, tokenizer, first values, and the run's seed, which names the pools."""
+    return hashlib.sha256(bytes.fromhex(bench.base.fingerprint) + bench.origin.digest + str(bench.origin.seed).encode()).digest()
+
+
+def diverged(loss: float, step: int, lower: str = "method.lr") -> ClientFailed:
+    found = f"a loss of {loss} and a model that is not finite at local step {step}"
+    return ClientFailed("W607", found, "finite numbers", f"lower {lower} or look at this client's data")

@@ -1,0 +1,116 @@
+"""The [method] table of type = "fedkseed", and which of its settings cannot go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fedtune.model.settings import AdapterSettings, TrainSettings
+from fedtune.settings import Settings
+
+
+class ProjectSettings(TrainSettings):
+    """[method.train] of type = "fedkseed": how a client with gradients trains before it projects. Its defaults suit all parameters of a model."""
+
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    """sgd puts most of an update's length where the loss falls; adamw spreads it over all weights, and a projection keeps K / d of a length."""
+    lr: float = Field(0.1, gt=0)
+    """Learning rate."""
+    steps: int = Field(5, ge=0)
+    """Optimiser steps per round; 0 means `epochs` passes instead."""
+
+
+class FedKSeedSettings(Settings):
+    """[method] type = "fedkseed"."""
+
+    type: Literal["fedkseed"] = "fedkseed"
+    space: Literal["full", "adapter"] = "full"
+    """full: every parameter of the model, or those of `only`; adapter: those of [method.adapter]."""
+    only: tuple[str, ...] = ()
+    """full: names of parameters to tune, shell patterns such as "*.layers.4.*"; the task head always is; empty means all."""
+    pool: Literal["hadamard", "independent"] = "hadamard"
+    """hadamard: orthogonal directions, rebuilt in one pass whatever their number; independent: one pass for each that was used."""
+    directions: Literal["rademacher", "gaussian"] = "rademacher"
+    """Signs, or (independent pool) normal numbers from an integer table."""
+    size: int = Field(4096, ge=32, le=1 << 20)
+    """K, the number of directions: a power of two."""
+    refresh: int = Field(0, ge=0)
+    """Rounds until a new pool; 0 keeps one. Every pool so far travels down: 4 K bytes each, and a pass over the weights to rebuild."""
+    estimator: Literal["auto", "spsa", "gradient"] = "auto"
+    """spsa: two forward passes a step, the memory of inference; gradient: [method.train], then projected; auto: gradient where memory allows."""
+    estimators: tuple[Literal["spsa", "gradient"], ...] = ()
+    """What each client uses, by number, in turns; empty: all as `estimator`."""
+    memory: tuple[float, ...] = ()
+    """auto: GiB that each client has for training, by number, in turns; empty: half of what its machine or GPU has."""
+    steps: int = Field(200, ge=1, le=1 << 16)
+    """spsa: steps in a round."""
+    batch: int = Field(8, ge=1)
+    """spsa: examples in a step."""
+    lr: float = Field(1e-5, gt=0)
+    """spsa: what a step moves the weights by, over the scalar."""
+    eps: float = Field(1e-3, gt=0)
+    """spsa: distance of the two points at which the loss is taken."""
+    bits: Literal[16, 1] = 16
+    """Bits of a scalar. 1: its sign, so that lr is the length of a step (experimental)."""
+    clip: float = Field(100.0, gt=0, le=32000)
+    """Largest scalar. Its unit is the finest power of two that fits 16 bits; the server refuses what lies outside."""
+    outside: Literal["clip", "drop"] = "clip"
+    """What a client does with a scalar beyond the clip: cut it, or leave the step out."""
+    importance: bool = False
+    """FedKSeed-Pro: draw seeds by the mean size of their scalars so far. Mild: at most e times as often; K bytes more on the way down."""
+    gain: float = Field(1.0, gt=0)
+    """gradient: what an update's coordinates are multiplied by; 1 is unbiased, less is calmer where K is far below the number of parameters."""
+    uplink: Literal["auto", "steps", "pool"] = "auto"
+    """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all clients use spsa."""
+    weight: Literal["examples", "tokens", "equal"] = "examples"
+    """What a client's answer counts for in the mean."""
+    guard: float = Field(2.0, ge=0)
+    """Stop the run where a round's training loss is more than this times the first one; 0 never does."""
+    adapter: AdapterSettings = AdapterSettings()
+    train: ProjectSettings = ProjectSettings()
+
+    @property
+    def trained(self) -> AdapterSettings:
+        return self.adapter if self.space == "adapter" else AdapterSettings(kind="full", only=self.only)
+
+    @property
+    def walks_only(self) -> bool:
+        """Whether no client may use gradients."""
+        return "gradient" not in self.estimators if self.estimators else self.estimator == "spsa"
+
+    @property
+    def sends_steps(self) -> bool:
+        return self.uplink == "steps" or (self.uplink == "auto" and self.walks_only)
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.size & (self.size - 1):
+            yield f"method.size = {self.size}", "a power of two", "take 1024, 4096 or 65536"
+        if self.directions == "gaussian" and self.pool == "hadamard":
+            yield "method.directions = 'gaussian' with method.pool = 'hadamard'", "rademacher", "set method.pool = 'independent'"
+        if self.space == "full" and "adapter" in self.model_fields_set:
+            yield "[method.adapter] with method.space = 'full'", "method.space = 'adapter'", "remove one of them"
+        if self.space == "adapter" and self.only:
+            yield "method.only with method.space = 'adapter'", "method.space = 'full'", "remove it"
+        if self.uplink == "steps" and not self.walks_only:
+            yield "method.uplink = 'steps' with clients that use gradients", "uplink = 'pool'", "set method.estimator = 'spsa', or leave uplink out"
+        if self.importance and not self.sends_steps:
+            yield "method.importance where the server does not read scalars", "uplink = 'steps'", "set method.estimator = 'spsa'"
+        if self.importance and self.refresh:
+            yield f"method.importance with method.refresh = {self.refresh}", "one pool, whose seeds gather a history", "remove one of them"
+        if self.bits == 1 and not self.walks_only:
+            yield "method.bits = 1 with clients that use gradients", "16", "set method.estimator = 'spsa'"
+        if self.bits == 1 and {"clip", "outside"} & self.model_fields_set:
+            yield "method.clip or method.outside with method.bits = 1", "neither: a sign has no size", "remove them"
+        if self.estimators and self.estimator != "auto":
+            yield "both method.estimator and method.estimators", "one of them", "remove one"
+        if self.memory and (self.estimators or self.estimator != "auto"):
+            yield "method.memory without method.estimator = 'auto'", "auto, which decides by it", "remove it"
+        if recipe.chain:
+            yield f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'", "no chain: whole numbers travel as they are", "remove it"
+        aggregate = getattr(recipe, "aggregate", None)
+        if aggregate is not None and aggregate.rule != "mean":
+            yield f"aggregate.rule = '{aggregate.rule}' with method.type = 'fedkseed'", "mean: the server adds whole numbers", "remove [aggregate]"
+        if recipe.downlink.step != "none":
+            yield f"downlink.step = '{recipe.downlink.step}' with method.type = 'fedkseed'", "none: accumulators must arrive exactly", "remove it"

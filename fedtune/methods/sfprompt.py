@@ -1,0 +1,160 @@
+"""SFPrompt: clients hold the two ends of a model, somebody else's machine runs the blocks between, and prompts and tail are learned together.
+
+Cao et al. 2024, "SFPrompt: Communication-Efficient Split Federated Fine-Tuning for Large Pre-Trained Models over Resource-Limited Devices"
+(arXiv:2407.17533). Up and down per client and round: prompts and tail, once each. Through the cut, for every micro-batch: what the frozen head says
+of it, the rows of the body's output that the tail reads, and gradients back; data and labels stay with the client, but whoever runs the body can
+reconstruct the data from what the head says (`fedtune leak-test`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.errors import FedtuneError
+from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
+from fedtune.model.settings import ModelSettings
+from fedtune.rng import seed_of
+from fedtune.schema import Schema
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update, Verb
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
+    from fedtune.model.bench import Bench
+    from fedtune.model.encode import Encoded
+    from fedtune.model.shapes import Plan
+
+TENSORS, SIDECAR = "fedtune_adapter.safetensors", "fedtune.json"
+
+
+class SFPrompt:
+    """State: prompts and tail (shared). Clients remember which of their examples the body service may hold, where it may."""
+
+    type = "sfprompt"
+    forms: tuple[str, ...] = ("adapter",)
+    reads_each: frozenset[str] = frozenset()
+    moves = frozenset({"train"})
+
+    def __init__(self, settings: SFPromptSettings, rounds: int) -> None:
+        self.settings, self.rounds = settings, rounds
+        self.metrics = figures_of(settings)
+
+    def prepare(self, base: Base, seed: int) -> Bench:
+        from fedtune.methods.sfprompt_net import cut_bench
+
+        return cut_bench(base, self.settings, seed)
+
+    # --- on the server ------------------------------------------------------------------------------------------
+
+    def start(self, bench: Bench) -> State:
+        return State(bench.read())
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        return State(cohort.sum("train", state.shared).values())
+
+    def given(self, verb: str, bench: Bench, client: int, now: Round) -> Schema:
+        return Schema.of(bench.named)
+
+    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
+        return given
+
+    def install(self, state: State, bench: Bench) -> None:
+        bench.write(state.shared)
+
+    # --- on each client -----------------------------------------------------------------------------------------
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        return {"train": self.train}
+
+    def train(self, client: Client, given: Tensors, now: Round) -> Update:
+        """The body is where `client.body` leads, and in this process where it leads nowhere; what is computed and sent is the same."""
+        from fedtune.methods.sfprompt_work import one_turn
+
+        bench: Bench = client.model
+        bench.write(given)
+        seed, progress = seed_of("train", now.seed, now.number, client.id), (now.number - 1, self.rounds)
+        body = client.body or bench.net.own_body
+        figures = one_turn(bench, client.data, self.settings, body, (now.number, client.id), seed, progress, client.memory)
+        weight = {"examples": float(len(client.data)), "tokens": float(client.data.tokens), "equal": 1.0}[self.settings.weight]
+        return Update.of(bench.read(), weight, figures)
+
+    # --- around a run -------------------------------------------------------------------------------------------
+
+    @property
+    def title(self) -> str:
+        s = self.settings
+        return f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts / {', '.join(s.phases)}"
+
+    @property
+    def beside(self) -> Mapping[str, str]:
+        """Who sees more than the server sees of a verb."""
+        return {
+            "body": "whoever runs it sees hidden states of every example and can reconstruct the inputs from them (fedtune leak-test): "
+            "split training keeps data from other clients and from disks, not from the body's operator"
+        }
+
+    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
+        """What a client holds and trains: the base's bytes are those of head and tail, its layers those that keep activations."""
+        from fedtune.methods.sfprompt_costs import client_bytes
+        from fedtune.methods.sfprompt_net import cut_bench
+        from fedtune.model.prompted import weightless
+        from fedtune.model.shapes import plan_of
+
+        bench = cut_bench(weightless(model, task, labels), self.settings, 0)
+        kept = self.settings.tail + (self.settings.head if self.settings.position == "input" else 0)
+        return replace(plan_of(bench), weights_bytes=client_bytes(bench), layers=kept)
+
+    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
+        from fedtune.model.shapes import training_bytes
+
+        return training_bytes(plan, self.settings.train, length + self.settings.prompts)
+
+    def remarks(self, recipe: Any, labels: int, rows: float) -> list[str]:
+        """Lines for `fedtune check`: what the cut costs a client with so many examples, by formula."""
+        from fedtune.methods.sfprompt_costs import remarks
+
+        return remarks(self.settings, recipe, labels, rows)
+
+    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+        from fedtune.methods.sfprompt_work import one_turn
+
+        self.install(state, bench)
+        memory: dict[str, Any] = {}
+        for number in range(1, self.rounds + 1):
+            here = replace(bench.net.own_body, run=f"alone {seed}")
+            one_turn(bench, data, self.settings, here, (number, 0), seed_of("train", seed, number), (number - 1, self.rounds), memory)
+
+    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+        """Prompts and tail under the network's own names, and fedtune.json: peft has no form for prompts at a cut. `load` reads it."""
+        from safetensors.numpy import save_file
+
+        base = bench.base
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(bench.read(), str(folder / TENSORS))
+        about = {"format": 1, "base": base.name, "base_fingerprint": base.fingerprint, "task": base.task, "labels": list(base.labels)}
+        about["method"] = self.settings.model_dump(mode="json")
+        (folder / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        (folder / "README.md").write_text(card)
+
+
+def load(base: Base, folder: Path) -> Bench:
+    """A bench with the prompts and tail that `export` wrote. Raises M304 for another base, or no such folder."""
+    from pydantic import ValidationError
+    from safetensors.numpy import load_file
+
+    try:
+        about = json.loads((folder / SIDECAR).read_text())
+        settings = SFPromptSettings.model_validate_json(json.dumps(about["method"]))
+        tensors = load_file(str(folder / TENSORS))
+    except (OSError, ValueError, KeyError, ValidationError) as error:
+        raise FedtuneError("M304", f"no prompts and tail in {folder} ({str(error)[:120]})", f"{SIDECAR} and {TENSORS}", "name the exported folder") from error
+    if (about["base_fingerprint"], about["task"], about["labels"]) != (base.fingerprint, base.task, list(base.labels)):
+        found, expected = f"prompts and a tail for base {about['base_fingerprint'][:12]}, {about['task']}", f"{base.fingerprint[:12]}, {base.task}"
+        raise FedtuneError("M304", found, expected, f"load it on the base and labels it was made for ({about['base']})")
+    bench = SFPrompt(settings, 1).prepare(base, 0)
+    bench.write(tensors)
+    return bench

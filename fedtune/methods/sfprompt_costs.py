@@ -1,0 +1,52 @@
+"""What a recipe's cut costs, by formula, from the model's config.json alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.methods.sfprompt_net import cut_bench
+from fedtune.methods.sfprompt_settings import SFPromptSettings
+from fedtune.model.bench import Bench
+from fedtune.model.prompted import blank_batch, weightless
+from fedtune.model.settings import AdapterSettings
+from fedtune.model.shapes import plan
+from fedtune.split.costs import Costs, Mode, costs
+
+NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+
+
+def client_bytes(bench: Bench) -> int:
+    """The frozen values of head and tail in memory, those that both hold once."""
+    part = bench.net.part
+    values = {id(value): value for role in ("head", "tail") for value in part.parameters(role).values()}
+    trained = {id(value) for value in bench.named.values()}
+    return sum(value.numel() * value.element_size() for key, value in values.items() if key not in trained)
+
+
+def remarks(s: SFPromptSettings, recipe: Any, labels: int, rows: float) -> list[str]:
+    """Lines for `fedtune check`."""
+    base = weightless(recipe.model, recipe.data.task, labels)
+    bench = cut_bench(base, s, 0)
+    tokens = bench.net.part.head(blank_batch(base, recipe.data.max_length))[0].shape[1]
+    mode: Mode = "naive" if not bench.net.lean else "cached" if s.cache_smashed else "slim"
+    batch = s.train.batch
+    cost = costs(
+        type(base.net), base.net.config, bench.net.part.cut,
+        tokens=tokens, batch=batch, prompts=s.prompts, position=s.position, mode=mode, number=NUMBER_BYTES[s.codec],
+    )  # fmt: skip
+    kept = max(1, round(rows * s.keep))
+    micro = s.train.steps * s.train.accumulate if s.train.steps else s.train.epochs * -(-kept // batch)
+    lora = plan(recipe.model, AdapterSettings(), recipe.data.task, labels).trainable
+    own, other = 8 * bench.trainable, 8 * lora
+    return [
+        f"client    holds {100 * cost.share_parameters:.2f} % of the parameters (head and tail), does {100 * cost.share_flops:.2f} % of full fine-tuning's FLOPs",
+        f"cut       {mode}: a micro-batch of {batch} x {tokens} tokens up {cost.up:,}, down {cost.down:,} bytes"
+        + (f", once {cost.once:,} an example" if cost.once else ""),
+        f"cut       a client's round of {micro} micro-batches: {through(cost, micro, min(kept, micro * batch)):,} bytes by formula (training alone)",
+        f"cut       costs as much as fedpeft with rank 8 at {cost.break_even(batch, other, own):,.0f} examples a round",
+    ]
+
+
+def through(cost: Costs, micro: int, samples: int) -> int:
+    """Bytes of a client's first round."""
+    return micro * (cost.up + cost.down) + samples * cost.once

@@ -1,0 +1,169 @@
+"""A network cut in three, as a client works with it: its own side of the cut, and the whole where the body is in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+from fedtune.methods.sfprompt_settings import SFPromptSettings
+from fedtune.model.base import Base
+from fedtune.model.bench import Bench
+from fedtune.model.prompted import attach_tail, check_context
+from fedtune.rng import seed_of
+from fedtune.split.body import Frozen
+from fedtune.split.channel import Dial, Local
+from fedtune.split.codec import Coding
+from fedtune.split.cut import Cut, Side
+from fedtune.split.parts import Part
+from fedtune.split.prompts import insert, insert_labels, longer
+from fedtune.split.scores import check_sees
+from fedtune.split.selftest import digest
+from fedtune.split.service import Service
+from fedtune.split.session import Offer
+from fedtune.split.slim import Kind, pick, pooling, rows_needed, tail_rows, targets
+from fedtune.split.stream import Micro, Stream, Turn, Wishes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A micro-batch on its way: the head's arguments, labels (prompts counted), what goes beside the hidden state (prompts counted), ids of its examples."""
+
+    inputs: dict[str, Any]
+    labels: Any
+    side: Side
+    samples: tuple[int, ...]
+
+
+class SplitNet:
+    """Stands in a bench's `net`: called as the model is, it answers with the logits of the model that has the prompts at their place.
+
+    kind  which rows the tail reads (fedtune.split.slim)
+    """
+
+    def __init__(self, part: Part, base: Base, kind: Kind, prompts: Any, s: SFPromptSettings) -> None:
+        self.part, self.base, self.prompts, self.s = part, base, prompts, s
+        self.kind: Kind = kind if s.slim == "auto" else "all"
+        self.count = 0 if prompts is None else len(prompts)
+        self.lean = s.position == "cut" and s.slim == "auto"  # prompts go up by themselves, and what the head says has no gradient
+
+    # --- as a network -----------------------------------------------------------------------------------------------
+
+    def __call__(self, **inputs: Any) -> Any:
+        hidden, side = self.entering({name: value for name, value in inputs.items() if name != "use_cache"})
+        return SimpleNamespace(logits=self.part.tail(self.part.body(hidden, side), side)[1])
+
+    def train(self, on: bool = True) -> None:
+        self.part.train(on)
+
+    def eval(self) -> None:
+        self.part.train(False)
+
+    def entering(self, inputs: Mapping[str, Any]) -> tuple[Any, Side]:
+        """The body's input (B, T + P, d), with a graph to the prompts."""
+        if self.part.place == 0:
+            check_context(inputs["input_ids"].shape[1], self.count, self.base.context)
+        if self.prompts is None:
+            return self.part.head(inputs)
+        if self.s.position == "input":
+            return self.part.head(inputs, self.prompts)
+        hidden, side = self.part.head(inputs)
+        return insert(hidden, side, self.prompts, self.part.place)
+
+    # --- on the client's side of the cut --------------------------------------------------------------------------------
+
+    def piece(self, batch: Mapping[str, Any], samples: Sequence[int] = ()) -> Piece:
+        inputs = {name: value.to(self.base.device) for name, value in batch.items()}
+        labels = inputs.pop("labels")
+        if labels.ndim == 2 and self.count:
+            labels = insert_labels(labels, self.count, self.part.place)
+        side = longer(self.part.entering(inputs, None)[1], self.count, self.part.place)
+        return Piece(inputs, labels, side, tuple(samples))
+
+    def micro(self, piece: Piece, kind: Kind) -> Micro:
+        """What goes up. The head is not run where the service holds what it says."""
+        beside = Side(piece.side.mask, piece.side.positions)
+        if not self.lean:
+            hidden: Any = self.entering(piece.inputs)[0]
+            return Micro(hidden, beside, **self.rows(piece, kind))
+        hidden = (lambda: self.part.head(piece.inputs)[0]) if piece.samples else self.part.head(piece.inputs)[0]
+        return Micro(hidden, beside, self.prompts, self.part.place, samples=piece.samples, **self.rows(piece, kind))
+
+    def rows(self, piece: Piece, kind: Kind) -> dict[str, Any]:
+        """Which rows come down: the first of each example, a list, or all."""
+        if kind in ("all", "first"):
+            return {"row": 0} if kind == "first" else {}
+        return {"rows": pick(kind, piece.side, piece.labels, piece.side.mask.shape)}
+
+    def ended(self, piece: Piece, answer: Any, kind: Kind) -> tuple[Any, Any]:
+        """Logits and labels of what came down."""
+        value = answer.to(self.base.device)
+        if kind != "all":
+            return tail_rows(self.part, value, kind)[1], targets(kind, piece.labels)
+        return self.part.tail(value, piece.side)[1], piece.labels
+
+    def shortcut(self, piece: Piece) -> tuple[Any, Any]:
+        """Logits and labels of head straight into tail (the paper's phase 1)."""
+        return self.part.tail(self.entering(piece.inputs)[0], piece.side)[1], piece.labels
+
+    # --- the body -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def own_body(self) -> BodyAt:
+        """The body of this very network, in this process, for all clients that work on it."""
+        cut = self.part.cut
+        offer = Offer(self.base.fingerprint, digest(self.part, "body"), cut.k, cut.m, self.part.width)
+        service = Service(Frozen(self.part), offer, lambda hello, peer: True, merging=None)
+        return BodyAt(lambda: Local(service), offer, "here", lambda number, client: "")
+
+    def wishes(self) -> Wishes:
+        s = self.s
+        return Wishes(
+            Coding(s.codec), s.window, lean=True, cache=s.cache_smashed, prompts=self.count if self.lean else 0, masked=not self.part.anatomy.image
+        )
+
+
+@dataclass(frozen=True)
+class BodyAt:
+    """The way to a body service, which is what `Client.body` is.
+
+    dial   makes a channel to it: fedtune.split.channel.Socket, or Local
+    offer  the body that the client expects there; another one is refused before training
+    run    its name for the tokens, `token` what a client shows in a round
+    """
+
+    dial: Dial
+    offer: Offer
+    run: str
+    token: Callable[[int, int], str]
+
+    def open(self, number: int, client: int, wishes: Wishes) -> Stream:
+        """A session for one client in one round."""
+        return Stream(self.dial, self.offer, Turn(self.run, number, client, self.token(number, client)), wishes)
+
+
+def cut_bench(base: Base, s: SFPromptSettings, seed: int) -> Bench:
+    """The base with its tail opened, prompts made from `seed`, and a SplitNet for a network. Raises S701, S703, S704."""
+    part, kind = cut_of(base, s)
+    both = {id(value) for role in ("head", "body") for value in part.parameters(role).values()}  # type: ignore[arg-type]
+    tail = {id(value) for value in part.parameters("tail").values()} - both  # a tied vocabulary's matrix is the frozen head's too
+    names = [name for name, value in base.weights.items() if id(value) in tail]
+    return attach_tail(base, names, s.prompts, part.width, seed_of("prompts", seed), lambda prompts: SplitNet(part, base, kind, prompts, s))
+
+
+def cut_of(base: Base, s: SFPromptSettings) -> tuple[Part, Kind]:
+    """The base cut, before anything is opened, and which rows its tail reads. Raises S701, S703, S704."""
+    if base.attached is not None:
+        from fedtune.model.bench import detach
+
+        detach(base.attached)
+    config = base.net.config
+    blocks = config.get_text_config().num_hidden_layers
+    cut = Cut(s.head, blocks - s.tail)
+    part = Part(base.net, cut)
+    kind: Kind = "all" if s.tail else pooling(type(base.net), config) if base.device.type == "meta" else rows_needed(part)
+    if s.shortcut:
+        check_sees(kind, cut, blocks)
+    return part, kind

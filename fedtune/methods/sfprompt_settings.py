@@ -1,0 +1,89 @@
+"""The [method] table of type = "sfprompt", and which of its settings cannot go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fedtune.model.settings import TrainSettings
+from fedtune.settings import Settings
+
+# Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public re-implementation, or mild.
+PAPER: dict[str, Any] = {"head": 1, "local_update": 2, "pruning": "el2n", "keep": 0.5}
+
+
+class SFPromptSettings(Settings):
+    """[method] type = "sfprompt"."""
+
+    type: Literal["sfprompt"] = "sfprompt"
+    preset: Literal["", "sfprompt-paper"] = ""
+    """sfprompt-paper switches all phases of the paper on where the table says nothing else: head 1, local_update 2, pruning el2n, keep 0.5."""
+    head: int = Field(1, ge=0)
+    """k: blocks that the client runs in front of the cut, frozen; 0 is the embeddings alone."""
+    tail: int = Field(0, ge=0)
+    """Blocks that the client runs and trains behind the body, before the last norm and the task head."""
+    prompts: int = Field(8, ge=0, le=4096)
+    """P: soft prompts; 0 trains the tail alone."""
+    position: Literal["cut", "input"] = "cut"
+    """Where prompts enter: at the cut, so that the head's answer to an example never changes and stays small to send; or behind the embeddings."""
+    prompt_lr: float = Field(1e-2, gt=0)
+    """Learning rate of the prompts; the tail's is method.train.lr."""
+    local_update: int = Field(0, ge=0)
+    """Phase 1: epochs of training straight from head to tail, without the body; 0 leaves it out. It pulls the tail away from the body."""
+    pruning: Literal["none", "random", "el2n"] = "none"
+    """Phase 2: which examples go through the cut: all, a random share, or those that the shortcut finds hardest (worse than random on small clients)."""
+    keep: float = Field(1.0, gt=0, le=1)
+    """Share of the examples that pruning keeps."""
+    slim: Literal["auto", "off"] = "auto"
+    """auto: only rows that the tail reads come down, and the prompts' gradient comes summed; off: whole hidden states both ways. Same gradients."""
+    cache_smashed: bool = False
+    """Let the body service hold the head's answers, in memory, so that each goes up once."""
+    codec: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
+    """Numbers on the stream; a tensor that suffers too much is sent in the next finer one."""
+    window: int = Field(8, ge=1, le=256)
+    """Micro-batches in flight; those of one optimiser step are method.train.accumulate."""
+    weight: Literal["examples", "tokens", "equal"] = "examples"
+    """What a client's answer counts for in the mean."""
+    train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") == "sfprompt-paper":
+            return PAPER | given
+        return given
+
+    @property
+    def shortcut(self) -> bool:
+        """Whether something is computed straight from head to tail."""
+        return bool(self.local_update) or self.pruning == "el2n"
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What a round consists of, in order."""
+        share = f"{self.pruning} {self.keep:g}" if self.pruning != "none" else ""
+        return tuple(filter(None, (f"local update x{self.local_update}" if self.local_update else "", share, "split training")))
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.pruning == "none" and self.keep < 1:
+            yield f"method.keep = {self.keep} with method.pruning = 'none'", "keep = 1", "set method.pruning = 'random'"
+        if self.pruning != "none" and self.keep == 1:
+            yield f"method.pruning = '{self.pruning}' with method.keep = 1", "a share below 1", "set method.keep, or pruning = 'none'"
+        if self.position == "input" and self.cache_smashed:
+            yield "method.cache_smashed with method.position = 'input'", "position = 'cut': behind the embeddings, prompts change what the head says", "change one"
+        if self.slim == "off" and self.cache_smashed:
+            yield "method.cache_smashed with method.slim = 'off'", "slim = 'auto'", "remove one of them"
+        if "prompt_lr" in self.model_fields_set and not self.prompts:
+            yield "method.prompt_lr with method.prompts = 0", "prompts", "remove it"
+        if self.train.checkpointing:
+            yield "method.train.checkpointing with method.type = 'sfprompt'", "none: the body recomputes anyway, and the tail is small", "remove it"
+        if recipe.aggregate.rule != "mean":
+            yield f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'sfprompt'", "mean", "remove [aggregate]"
+
+
+def figures_of(s: SFPromptSettings) -> tuple[str, ...]:
+    """Names of what a client tells of its round."""
+    local = ("body_loss_before", "body_loss_after") if s.local_update else ()
+    return ("loss", "cut_up_bytes", "cut_down_bytes", *local, *(("el2n_rank",) if s.pruning == "el2n" else ()))

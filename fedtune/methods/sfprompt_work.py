@@ -1,0 +1,166 @@
+"""What one client does in a round: training without the body, choosing examples, training through the body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.methods.sfprompt_net import BodyAt, Piece, SplitNet
+from fedtune.methods.sfprompt_settings import SFPromptSettings
+from fedtune.model.bench import Bench
+from fedtune.model.encode import Encoded
+from fedtune.model.fit import Backward, fit
+from fedtune.model.forward import forward_only
+from fedtune.model.loss import autocast, carries
+from fedtune.model.prompted import PROMPTS, longest, padded, subset, sum_of_losses
+from fedtune.model.settings import TrainSettings
+from fedtune.rng import seed_of, stream
+from fedtune.split import pipeline, scores
+from fedtune.split.slim import Kind
+from fedtune.split.stream import Micro, Stream
+
+PROBE = 64  # examples on which the shortcut is compared with the truth: a rank correlation of 64 has a standard error of 0.13
+HELD = "cut/held"  # in a client's memory
+NOTHING = np.zeros(0, np.int64)
+
+
+@dataclass
+class Share:
+    """One client's share of a round, while its session with the body service is open."""
+
+    bench: Bench
+    data: Encoded
+    s: SFPromptSettings
+    stream: Stream
+    seed: int
+    progress: tuple[int, int]
+
+    @property
+    def net(self) -> SplitNet:
+        net: SplitNet = self.bench.net
+        return net
+
+    def work(self) -> dict[str, float]:
+        """All phases; the figures, without the bytes."""
+        figures: dict[str, float] = {}
+        s, kept = self.s, list(range(len(self.data)))
+        if s.local_update:
+            figures["body_loss_before"] = self.probed()[0]
+            alone = s.train.model_copy(update={"steps": 0, "epochs": s.local_update})
+            fit(self.bench, self.data, alone, seed_of("local update", self.seed), self.progress, self.by_shortcut, self.rates)
+            figures["body_loss_after"] = self.probed()[0]
+        if s.pruning == "random":
+            kept = scores.random(len(self.data), s.keep, self.seed)
+        if s.pruning == "el2n":
+            guessed = self.guessed()
+            kept = scores.hardest(guessed, s.keep)
+            figures["el2n_rank"] = scores.spearman(guessed[self.probe], self.probed()[1])
+        data, step = subset(self.data, kept), self.through_body(kept)
+        figures["loss"] = fit(self.bench, data, s.train, seed_of("split training", self.seed), self.progress, step, self.rates).loss
+        return figures
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        return {PROMPTS: self.s.prompt_lr} if self.s.prompts else {}
+
+    # --- without the body -------------------------------------------------------------------------------------------
+
+    def by_shortcut(self, micro: Sequence[Sequence[int]], batches: Sequence[dict[str, Any]], terms: int) -> float:
+        """A step of phase 1: its loss, gradients in `.grad`."""
+        loss = 0.0
+        for batch in batches:
+            with autocast(self.bench, self.s.train.autocast):
+                part = sum_of_losses(*aligned(*self.net.shortcut(self.net.piece(batch)))) / terms
+            part.backward()
+            loss += part.item()
+        return loss
+
+    def guessed(self) -> np.ndarray:
+        """EL2N of all examples by the shortcut: (examples,)."""
+        with forward_only(self.bench, self.data), autocast(self.bench, "off"):
+            pieces = map(self.net.piece, self.batches(range(len(self.data))))
+            return np.concatenate([scores.el2n(*self.net.shortcut(piece)).cpu().numpy() for piece in pieces])
+
+    # --- through the body -------------------------------------------------------------------------------------------
+
+    def through_body(self, kept: Sequence[int]) -> Backward:
+        """A step of split training on examples that are numbered as in `kept`; micro-batches in flight, sums in their order."""
+        net, held = self.net, self.s.cache_smashed
+        length = longest(self.data) if held else 0  # what is held has the length at which it was sent
+
+        def step(micro: Sequence[Sequence[int]], batches: Sequence[dict[str, Any]], terms: int) -> float:
+            def up(piece: Piece) -> Micro:
+                with autocast(self.bench, self.s.train.autocast):
+                    return net.micro(piece, net.kind)
+
+            def down(piece: Piece, answer: Any) -> Any:
+                with autocast(self.bench, self.s.train.autocast):
+                    return sum_of_losses(*aligned(*net.ended(piece, answer, net.kind))) / terms
+
+            pieces = (
+                net.piece(padded(batch, length), [kept[n] for n in numbers]) if held else net.piece(batch) for numbers, batch in zip(micro, batches, strict=True)
+            )
+            return sum(pipeline.train(self.stream, pieces, up, down))
+
+        return step
+
+    @property
+    def probe(self) -> list[int]:
+        """A few of the client's examples, the same before and after phase 1."""
+        return sorted(stream("split probe", self.seed).permutation(len(self.data))[:PROBE].tolist())
+
+    def probed(self) -> tuple[float, np.ndarray]:
+        """Mean loss of the probe through the body, and its examples' EL2N."""
+        net, batches, total, found = self.net, self.batches(self.probe), 0.0, list[np.ndarray]()
+        kind: Kind = "all" if net.kind == "each" else net.kind  # a text's score is a mean over its own tokens
+
+        def up(piece: Piece) -> Micro:
+            with autocast(self.bench, "off"):
+                return net.micro(piece, kind)
+
+        def down(piece: Piece, answer: Any) -> None:
+            nonlocal total
+            with autocast(self.bench, "off"):
+                logits, labels = net.ended(piece, answer, kind)
+            total += float(sum_of_losses(*aligned(logits, labels)))
+            found.append(scores.el2n(logits, labels).cpu().numpy())
+
+        net.eval()
+        pipeline.infer(self.stream, map(net.piece, batches), up, down)
+        return total / sum(carries(self.bench.base.task, batch) for batch in batches), np.concatenate(found)
+
+    def batches(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        size = self.s.train.batch
+        return [self.data.collate(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+
+
+def aligned(logits: Any, labels: Any) -> tuple[Any, Any]:
+    """A language model's logits predict the next label."""
+    return (logits[:, :-1], labels[:, 1:]) if labels.ndim == 2 else (logits, labels)
+
+
+def one_turn(
+    bench: Bench, data: Encoded, s: SFPromptSettings, body: BodyAt, turn: tuple[int, int], seed: int, progress: tuple[int, int], memory: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """All that a client does when asked in round `turn[0]` as number `turn[1]`; what it trained is in the bench, its figures come back.
+
+    `memory` keeps which examples the service may still hold. Raises ClientFailed for whatever goes wrong at the cut.
+    """
+    try:
+        session = body.open(*turn, bench.net.wishes())
+        try:
+            session.held.update(memory.get(HELD, NOTHING).tolist())
+            figures = Share(bench, data, s, session, seed, progress).work()
+            if s.cache_smashed:
+                memory[HELD] = np.asarray(sorted(session.held), np.int64)
+        finally:
+            session.close()
+    except ClientFailed:
+        raise
+    except FedtuneError as error:
+        raise ClientFailed(error.code, error.found, error.expected, error.do) from error
+    return {**figures, "cut_up_bytes": float(session.sent), "cut_down_bytes": float(session.received)}

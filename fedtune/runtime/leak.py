@@ -1,0 +1,53 @@
+"""The attacks of fedtune.split.leak on a recipe's cut: as the head's answer is, and as the recipe's codec sends it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedtune import methods
+from fedtune.config import Recipe
+from fedtune.errors import FedtuneError
+from fedtune.runtime.states import Memories
+from fedtune.runtime.world import build_world
+
+if TYPE_CHECKING:
+    from fedtune.split.leak import Leak
+
+
+def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, Leak]:
+    """What each attack found in a client's first training examples. Raises C104 for a method without a cut, C103 for a client that is not there."""
+    if recipe.method.type != "sfprompt":
+        raise FedtuneError("C104", f"leak-test with method.type = '{recipe.method.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
+    world = build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), lambda event: None)
+    if client not in world.names or examples < 1 or steps < 1:
+        found = f"--client {client} --examples {examples} --steps {steps}"
+        raise FedtuneError("C103", found, f"a client below {len(world.names)}, one example and one step or more", "change it")
+    from fedtune.split.codec import Coding, decode, encode
+    from fedtune.split.leak import attack, plain
+    from fedtune.wire.v1 import split_pb2 as pb
+
+    def sent(hidden: Any) -> Any:
+        return decode(encode(pb.ROLE_HIDDEN, hidden, Coding(recipe.method.codec))[0]).to(hidden)
+
+    data, net = world.train(client), world.bench.net
+    batch = {name: value.to(world.base.device) for name, value in data.collate(range(min(examples, len(data)))).items()}
+    ways = {"the head's answer": plain, f"sent as {recipe.method.codec}": sent}
+    return {name: attack(net.part, batch, wire=wire, steps=steps) for name, wire in ways.items()}
+
+
+def sentences(recipe: Recipe, found: dict[str, Leak]) -> list[str]:
+    """The report as lines of text."""
+    what = "images" if recipe.data.task == "image-classify" else "tokens"
+    lines = [f"cut       {recipe.method.head} blocks in the head of {recipe.model.name}"]
+    lines += [
+        f"{name:<22}{leak.attack}: recovered {100 * leak.recovered:.1f} % of {leak.tried} {what}, relative squared error {leak.error:.2g}"
+        for name, leak in found.items()
+    ]
+    worst = max(leak.recovered for leak in found.values())
+    lines.append(
+        f"Whoever runs the body can reconstruct {'all' if worst > 0.99 else f'{100 * worst:.0f} % of'} these {what}. Split training keeps data from other "
+        "clients and from disks, not from the body's operator: let it be the data's owner, or somebody trusted like one."
+    )
+    if worst < 0.5:
+        lines.append("That these attacks found less than half protects nobody: better ones are known, and noise spoils training long before it protects.")
+    return lines

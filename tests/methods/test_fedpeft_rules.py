@@ -1,0 +1,236 @@
+"""Rules of [aggregate] in a running federation: what travels, what stays at home, what the result is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from fedtune import methods
+from fedtune.errors import FedtuneError
+from fedtune.events import ClientDone, Event, RoundDone
+from fedtune.model.ranks import resize, stack, training_only, unstack
+from fedtune.runtime.run import run
+from fedtune.runtime.states import Memories, load_state
+from fedtune.runtime.world import build_world
+from fedtune.types import State, Tensors
+from tests import small
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def played(model: Path, data: Path, root: Path, rule: str, **more: Any) -> tuple[small.RunFolder, list[Event], dict[str, Any]]:
+    own = {key: more.pop(key) for key in ("extra", "faulty", "by", "bound") if key in more}
+    folder, result, events = small.play(small.recipe(model, data, aggregate={"rule": rule, **own}, **more), root)
+    return folder, events, result
+
+
+def states(folder: small.RunFolder, number: int) -> State:
+    return load_state(folder, number, "")[0]
+
+
+def factors(tensors: Tensors, end: str) -> dict[str, np.ndarray]:
+    return {name: value for name, value in tensors.items() if name.endswith(end)}
+
+
+def test_ffa_never_sends_or_moves_a(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    folder, events, _ = played(tiny_bert, data, tmp_path / "ffa", "ffa")
+    assert not factors(states(folder, 3).shared, A) and factors(states(folder, 3).shared, B)
+    _, plain, _ = played(tiny_bert, data, tmp_path / "mean", "mean")
+    sizes = [{e.up_bytes for e in run if isinstance(e, ClientDone) and e.client == 1}.pop() for run in (events, plain)]
+    counts = sum(4 * value.size for value in factors(states(small.RunFolder(tmp_path / "mean" / "run"), 3).shared, A).values())
+    assert sizes[1] - sizes[0] == pytest.approx(counts, abs=8)
+
+
+def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, data, aggregate={"rule": "rolora"}, rounds=2)
+    world = build_world(recipe, methods.build(recipe.method, 2, recipe.aggregate), Memories(None), lambda event: None)
+    first = methods.build(recipe.method, 2, recipe.aggregate).start(world.bench).shared
+    seen: list[Tensors] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, RoundDone):
+            seen.append(states(small.RunFolder(tmp_path / "run"), event.round).shared)
+
+    small.play(recipe, tmp_path, tell=look)
+    one, two = seen
+    for name in factors(first, A):
+        np.testing.assert_array_equal(one[name], first[name])
+        assert np.any(two[name] != one[name])
+    for name in factors(first, B):
+        assert np.any(one[name] != first[name])
+        np.testing.assert_array_equal(two[name], one[name])
+
+
+def test_fedsa_keeps_each_clients_b_at_home_until_the_last_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    folder, events, _ = played(tiny_bert, data, tmp_path, "fedsa")
+    state = states(folder, 3)
+    assert factors(state.shared, A) and not factors(state.shared, B)
+    up = {e.round: e.up_bytes for e in events if isinstance(e, ClientDone) and e.client == 1}
+    own = {name.removeprefix("own/"): value for name, value in state.kept.items() if name.startswith("own/")}
+    assert up[1] == up[2] and up[3] - up[1] == pytest.approx(sum(4 * value.size for value in own.values()), abs=8)
+    assert any(np.any(value != 0) for value in own.values())
+
+
+def test_clients_of_three_ranks_are_given_and_send_their_own(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    folder, events, _ = played(tiny_bert, data, tmp_path, "flexlora", method__lora_rank_by_client=[1, 2, 4], method__adapter={"kind": "lora", "rank": 4})
+    done = {e.client: e for e in events if isinstance(e, ClientDone) and e.round == 2}
+    assert done[0].up_bytes < done[1].up_bytes < done[2].up_bytes and done[3].up_bytes == pytest.approx(done[0].up_bytes, abs=4)
+    assert done[0].down_bytes < done[1].down_bytes < done[2].down_bytes
+    assert {value.shape[0] for value in factors(states(folder, 3).shared, A).values()} == {4}
+    metrics = [e.metrics for e in events if isinstance(e, RoundDone)]
+    assert all("error" in m and any(name.startswith("error/") for name in m) for m in metrics)
+
+
+@pytest.mark.parametrize("rule", ["flora", "fedex"])
+def test_what_would_change_the_base_is_carried_as_rank_of_a_stock_adapter(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    folder, events, _ = played(tiny_bert, data, tmp_path, rule, extra=8)
+    state = states(folder, 3)
+    assert any(np.any(value != 0) for name, value in state.shared.items() if ".residual_A" in name)
+    assert next(e.metrics["error"] for e in events if isinstance(e, RoundDone)) < 1e-6  # four clients of rank 2 fit into 8
+    recipe = small.recipe(tiny_bert, data, aggregate={"rule": rule, "extra": 8})
+    method = methods.build(recipe.method, 3, recipe.aggregate)
+    world = build_world(recipe, method, Memories(None), lambda event: None)
+    method.install(state, world.bench)
+    batch = {name: value for name, value in world.test().collate([0, 1, 2]).items() if name != "labels"}
+    with torch.no_grad():
+        want = world.bench.net(**batch).logits
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    stock = PeftModel.from_pretrained(base, folder.adapter).eval()
+    assert stock.peft_config["default"].r == 10
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**batch).logits, want, rtol=1e-5, atol=1e-6)
+
+
+def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
+    """The first three slices of five stay as they are to the bit under AdamW; the others move."""
+    from fedtune.model.bench import attach
+    from fedtune.model.fit import fit
+
+    recipe = small.recipe(tiny_bert, data)
+    world = build_world(recipe, methods.build(recipe.method, 3), Memories(None), lambda event: None)
+    bench = attach(world.base, recipe.method.adapter, 1)  # type: ignore[union-attr]
+    rng = np.random.default_rng(0)
+    own = bench.read()
+    residual = {}
+    for name in factors(own, A):
+        module = name.removesuffix(A)
+        residual[f"{module}.residual_A"] = np.float32(rng.normal(size=(3, own[name].shape[1])))
+        residual[f"{module}.residual_B"] = np.float32(rng.normal(size=(own[module + B].shape[0], 3)))
+    resize(bench, 5, 2.0)
+    bench.write(stack(own, residual, 2.0))
+    before = bench.read()
+    with training_only(bench, set(bench.named), 3):
+        fit(bench, world.train(0), recipe.method.train, 5)  # type: ignore[union-attr]
+    after = bench.read()
+    for name in factors(before, A):
+        np.testing.assert_array_equal(after[name][:3], before[name][:3])
+        np.testing.assert_array_equal(after[name.replace(A, B)][:, :3], before[name.replace(A, B)][:, :3])
+        assert np.any(unstack(after, 3)[name.replace(A, B)] != unstack(before, 3)[name.replace(A, B)])
+
+
+def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+    world = build_world(recipe, methods.build(recipe.method, 3), Memories(None), lambda event: None)
+    rng = np.random.default_rng(0)
+    resize(world.bench, 3, 0.5)
+    values = {name: np.float32(rng.normal(size=value.shape)) for name, value in world.bench.read().items()}
+    world.bench.write(values)
+    name = next(name for name in sorted(values) if name.endswith("query.lora_A.weight"))
+    layer = world.bench.net.get_submodule(name.removesuffix(A))
+    x = torch.randn(2, layer.weight.shape[1])
+    with torch.no_grad():
+        want = (
+            x @ layer.base_layer.weight.T
+            + layer.base_layer.bias
+            + 0.5 * (x @ torch.from_numpy(values[name]).T @ torch.from_numpy(values[name.replace(A, B)]).T)
+        )
+        torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
+    resize(world.bench, 2, 8.0)
+    assert {value.shape[0] for value in factors(world.bench.read(), A).values()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aggregate": {"rule": "flexlora"}, "method__adapter": {"kind": "bias"}}, "kind = 'lora'"),
+        ({"method__lora_rank_by_client": [1, 2]}, "flexlora, flora, hetlora"),
+        ({"method__lora_rank_by_client": [0]}, "not positive"),
+        ({"aggregate": {"rule": "fair"}, "method__server": {"optimizer": "sgd"}}, "mean or ffa"),
+        ({"aggregate": {"rule": "fedex"}, "method__train": {"weight_decay": 0.1}}, "wear down"),
+        ({"aggregate": {"rule": "mean", "extra": 8}}, "aggregate.extra"),
+        ({"aggregate": {"rule": "nonsense"}}, "flexlora"),
+    ],
+)
+def test_rules_that_do_not_fit_are_refused_with_a_way_out(changes: dict[str, Any], words: str, tiny_bert: Path, data: Path) -> None:
+    with pytest.raises(FedtuneError, match=words):
+        small.recipe(tiny_bert, data, **changes)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed", "krum", "clipped"])
+def test_a_robust_rule_shrugs_off_one_liar_of_five(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """One client sends its move times -10; the honest mean stays nearer to a robust result than to the plain mean."""
+    from fedtune.runtime.cohort import Carrier, Link
+    from fedtune.runtime.local import local_carrier
+    from fedtune.runtime.world import World
+
+    def lying(link: Link, world: World) -> Carrier:
+        real = link.method
+
+        def train(client: Any, given: Tensors, now: Any) -> Any:
+            update = real.verbs["train"](client, given, now)
+            if client.id != 1:
+                return update
+            return replace(update, tensors={n: (given[n] - 10 * (v / update.weight - given[n])) * update.weight for n, v in update.tensors.items()})
+
+        class Liar:
+            verbs = {"train": train}  # noqa: RUF012
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(real, name)
+
+        return local_carrier(replace(link, method=Liar()), world.client, world.done)
+
+    def final(name: str, liar: bool) -> Tensors:
+        recipe = small.recipe(tiny_bert, data, partition__clients=5, rounds=1, aggregate={"rule": name}, method__weight="equal")
+        folder = small.create(tmp_path / f"{name}-{liar}", "", "run")
+        folder.write_json("config.json", recipe.model_dump(mode="json"))
+        run(recipe, folder, lambda event: None, lying if liar else None)
+        return states(folder, 1).shared
+
+    honest, fooled, robust = final("mean", False), final("mean", True), final(rule, True)
+
+    def apart(one: Tensors, other: Tensors) -> float:
+        pairs = [name.removesuffix(A) for name in factors(one, A)]
+        return float(sum(np.sum((one[p + B] @ one[p + A] - other[p + B] @ other[p + A]) ** 2) for p in pairs))
+
+    assert apart(robust, honest) < 0.35 * apart(fooled, honest)
+
+
+def test_fedsb_sends_r_squared_numbers_and_leaves_a_stock_adapter(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    folder, events, _ = played(tiny_bert, data, tmp_path, "fedsb")
+    state = states(folder, 3).shared
+    cores = factors(state, ".lora_R.weight")
+    assert {value.shape for value in cores.values()} == {(2, 2)} and len(cores) == len(factors(state, A))
+    up = {e.round: e.up_bytes for e in events if isinstance(e, ClientDone) and e.client == 1}
+    first = sum(4 * value.size for name, value in state.items() if name.endswith((A, B)))
+    assert up[1] - up[2] == pytest.approx(first - 16 * len(cores), abs=8)
+    module = next(iter(cores)).removesuffix(".lora_R.weight")
+    stored = next(iter(folder.adapter.glob("*.safetensors")))
+    from safetensors.numpy import load_file
+
+    exported = load_file(stored)
+    want = state[module + B].astype(np.float64) @ state[module + ".lora_R.weight"] @ state[module + A]
+    np.testing.assert_allclose(exported[module + B].astype(np.float64) @ exported[module + A], want, rtol=1e-5, atol=1e-8)
+    assert not factors(exported, ".lora_R.weight")

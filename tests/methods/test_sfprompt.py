@@ -1,0 +1,382 @@
+"""SFPrompt on tiny real models: split training is training, whatever the wire; what is measured at the cut is what the formula says."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune import config, methods, transforms
+from fedtune.cli import main
+from fedtune.config import Recipe
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.events import ClientDone, ClientLeftOut
+from fedtune.methods.sfprompt import load
+from fedtune.methods.sfprompt_net import BodyAt, SplitNet
+from fedtune.model.fit import step_batches
+from fedtune.model.loss import summed_loss
+from fedtune.rng import seed_of
+from fedtune.runtime.check import check, rows
+from fedtune.runtime.cohort import Carrier, Link
+from fedtune.runtime.local import local_carrier
+from fedtune.runtime.states import Memories
+from fedtune.runtime.world import World, build_world
+from fedtune.schema import digest
+from fedtune.split.body import Frozen
+from fedtune.split.channel import Socket
+from fedtune.split.service import Service, serve
+from fedtune.split.session import Tokens
+from fedtune.types import Tensors
+from tests import small, tiny
+
+TRAIN = {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}
+SPLIT = {"type": "sfprompt", "prompts": 3, "prompt_lr": 0.05, "codec": "fp32", "train": TRAIN}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of grey noise, one darker."""
+    from PIL import Image
+
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(40):
+        (folder / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, (128, 256)[number % 2], (8, 8), dtype=np.uint8)).save(folder / "ab"[number % 2] / f"{number}.png")
+    return folder
+
+
+def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **more: Any) -> Recipe:
+    if data.is_dir():
+        more = {"data__source": "images", "data__task": "image-classify", "data__client_test_share": 0, **more}
+    return small.recipe(model, data, method={**SPLIT, **(changes or {})}, **more)
+
+
+def world_of(recipe: Recipe) -> tuple[World, Link]:
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    world = build_world(recipe, method, Memories(None), lambda event: None)
+    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
+
+
+# --- the same numbers as without a cut --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"slim": "auto"}, {"slim": "off"}, {"position": "input", "head": 0}, {"head": 0, "tail": 1}], ids=str)
+def test_one_client_is_ordinary_training_of_the_uncut_model_to_the_bit(changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_vit, images, {"head": 1, **changes}, partition__clients=1)
+    _, result, _ = small.play(recipe, tmp_path)
+    assert result["state_sha256"] == digest(plain_training(recipe))
+
+
+def plain_training(recipe: Recipe) -> Tensors:
+    """The whole ViT, prompts put in by a hook in front of block k, AdamW made anew every round: no cut, no messages, nothing of fedtune.split."""
+    world, _ = world_of(recipe)
+    first = world.bench.read()
+    vit = tiny_vit_of(recipe, world)
+    prompts = torch.nn.Parameter(torch.from_numpy(first["prompts"]))
+    with_prompts(vit, recipe.method.head, prompts)
+    named = {"prompts": prompts, **{name: value for name, value in vit.named_parameters() if name in first}}
+    for value in vit.parameters():
+        value.requires_grad_(any(value is one for one in named.values()))
+    encoded, train = world.train(0), recipe.method.train
+    for number in range(1, recipe.rounds + 1):
+        seed = seed_of("split training", seed_of("train", recipe.seed, number, 0))
+        tail = [named[name] for name in sorted(named) if name != "prompts"]
+        optimizer = torch.optim.AdamW([{"params": tail, "lr": train.lr}, {"params": [prompts], "lr": recipe.method.prompt_lr}], weight_decay=0.0)
+        for micro in step_batches(len(encoded), train, seed):
+            optimizer.zero_grad()
+            batches = [encoded.collate(numbers) for numbers in micro]
+            for batch in batches:
+                logits = vit(pixel_values=batch["pixel_values"]).logits
+                (torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / sum(len(one["labels"]) for one in batches)).backward()
+            optimizer.step()
+    return {name: named[name].detach().numpy() for name in sorted(named)}
+
+
+def tiny_vit_of(recipe: Recipe, world: World) -> Any:
+    """The model as transformers gives it, with the head that the run's seed makes."""
+    import transformers
+
+    torch.manual_seed(seed_of("head", recipe.seed))
+    vit = transformers.ViTForImageClassification.from_pretrained(recipe.model.name, num_labels=2).eval()
+    np.testing.assert_array_equal(vit.classifier.weight.detach().numpy(), world.bench.read()["classifier.weight"])
+    return vit
+
+
+def with_prompts(vit: Any, k: int, prompts: Any) -> None:
+    def insert(module: Any, args: Any) -> Any:
+        return (torch.cat([args[0][:, :1], prompts.expand(len(args[0]), -1, -1), args[0][:, 1:]], 1), *args[1:])
+
+    vit.base_model.layers[k].register_forward_pre_hook(insert)
+
+
+def test_texts_with_padding_learn_the_same_slim_or_not(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """BERT's rows of a class token alone; only the order of float32 sums differs."""
+    slim, whole = (small.play(recipe_of(tiny_bert, data, {"slim": s}), tmp_path / s)[0] for s in ("auto", "off"))
+    a, b = (np.concatenate([v.ravel() for v in state_of(folder).values()]) for folder in (slim, whole))
+    assert np.abs(a - b).max() < 1e-5
+
+
+def state_of(folder: Any, number: int = 3) -> Tensors:
+    from fedtune.runtime.states import load_state
+
+    return load_state(folder, number, "")[0].shared
+
+
+def test_a_language_model_sends_only_rows_with_labels_down_and_learns_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "response": text[:12]}) + "\n" for text in tiny.SENTENCES * 4))
+    told, states = {}, {}
+    for slim in ("auto", "off"):
+        recipe = recipe_of(tiny_llama, path, {"slim": slim, "codec": "fp32"}, data__task="instruct", data__max_length=40)
+        folder, _, events = small.play(recipe, tmp_path / slim)
+        told[slim] = [e.metrics for e in events if isinstance(e, ClientDone)]
+        states[slim] = np.concatenate([v.ravel() for v in state_of(folder).values()])
+    assert np.abs(states["auto"] - states["off"]).max() < 1e-5
+    assert all(a["cut_down_bytes"] < 0.4 * b["cut_down_bytes"] for a, b in zip(told["auto"], told["off"], strict=True))
+
+
+def test_a_tied_vocabulary_stays_frozen(tmp_path: Path) -> None:
+    """It is the frozen head's embeddings too."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.SENTENCES * 4))
+    (tmp_path / "tied").mkdir()
+    world, _ = world_of(recipe_of(tiny.llama(tmp_path / "tied", tie=True), path, data__task="causal-lm"))
+    assert sorted(world.bench.named) == ["model.norm.weight", "prompts"]
+
+
+def test_the_installed_bench_is_the_uncut_model_with_prompts(tiny_vit: Path, images: Path) -> None:
+    world, link = world_of(recipe_of(tiny_vit, images, {"head": 1}))
+    vit = copy.deepcopy(tiny_vit_of(world.recipe, world))
+    with_prompts(vit, 1, world.bench.named["prompts"])
+    batch = world.train(0).collate(range(5))
+    with torch.no_grad():
+        want = vit(pixel_values=batch["pixel_values"]).logits
+        assert torch.equal(summed_loss(world.bench, batch)[1], want)
+
+
+# --- the body elsewhere -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tiny_vit: Path, images: Path) -> Iterator[tuple[Recipe, str, Service, Tokens]]:
+    """A body service with its own copy of the model, on a socket."""
+    recipe = recipe_of(tiny_vit, images, {"head": 1})
+    world, _ = world_of(recipe)
+    tokens = Tokens()
+    service = Service(Frozen(world.bench.net.part), world.bench.net.own_body.offer, tokens.admit).start()
+    server, port = serve(service, "127.0.0.1:0")
+    yield recipe, f"127.0.0.1:{port}", service, tokens
+    server.stop(0)
+    service.stop()
+
+
+def by_socket(address: str, token: Any) -> Any:
+    def carry(link: Link, world: World) -> Carrier:
+        world.body = BodyAt(lambda: Socket(address), world.bench.net.own_body.offer, "run", token)
+        return local_carrier(link, world.client, world.done)
+
+    return carry
+
+
+def test_a_body_behind_a_socket_gives_the_same_state(elsewhere: Any, tmp_path: Path) -> None:
+    recipe, address, service, tokens = elsewhere
+    here = small.play(recipe, tmp_path / "here")[1]
+    there = small.play(recipe, tmp_path / "there", carry=by_socket(address, lambda number, client: tokens.issue("run", number, client)))[1]
+    assert here["state_sha256"] == there["state_sha256"]
+    assert service.merger.counts.jobs == 2 * 4 * 3 * 4 and service.held.size == 0  # forward and backward x clients x rounds x micro-batches
+
+
+def test_a_client_without_a_token_is_left_out_and_named(elsewhere: Any, tmp_path: Path) -> None:
+    recipe, address, _, tokens = elsewhere
+    events: list[Any] = []
+    carry = by_socket(address, lambda number, client: tokens.issue("run", number, client) if client else "guess")
+    small.play(recipe, tmp_path, tell=events.append, carry=carry)
+    assert [(e.client, e.code) for e in events if isinstance(e, ClientLeftOut)] == [(0, "S712")] * 3
+
+
+def test_another_body_is_refused_before_training(elsewhere: Any, tmp_path: Path) -> None:
+    recipe, address, _, tokens = elsewhere
+    world, link = world_of(recipe)
+    net: SplitNet = world.bench.net
+    body = BodyAt(lambda: Socket(address), replace(net.own_body.offer, part="0" * 64), "run", lambda number, client: tokens.issue("run", number, client))
+    now = methods_round(recipe)
+    with pytest.raises(ClientFailed, match="S702"):
+        link.method.verbs["train"](replace(world.client_with(0, {}), body=body), link.method.start(world.bench).shared, now)
+
+
+def methods_round(recipe: Recipe) -> Any:
+    from fedtune.types import Round
+
+    return Round(1, recipe.seed, (0,))
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def through_cut(recipe: Recipe, root: Path) -> list[tuple[int, float, float]]:
+    """(round, up, down) of client 0."""
+    _, _, events = small.play(recipe, root)
+    return [(e.round, e.metrics["cut_up_bytes"], e.metrics["cut_down_bytes"]) for e in events if isinstance(e, ClientDone) and e.client == 0]
+
+
+def test_bytes_at_the_cut_are_those_of_the_formula(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    """4 images of 5 tokens and 3 prompts of width 32 in float16, 4 micro-batches: up 4 x 5 x 32 + (3 + 4) x 32 numbers, down (3 + 4) x 32."""
+    recipe = recipe_of(tiny_vit, images, {"head": 1, "codec": "fp16"})
+    up, down = 4 * 2 * (4 * 5 * 32 + 7 * 32), 4 * 2 * 7 * 32
+    for _, sent, received in through_cut(recipe, tmp_path):
+        assert 0 < sent - up < 1000 and 0 < received - down < 1000  # HELLO and headers
+    line = next(line for line in rows(check(recipe)) if "slim: a micro-batch" in line)
+    assert "4 x 5 tokens up 1,728, down 448 bytes" in line and up + down == 4 * (1728 + 448)
+
+
+def test_what_the_head_says_of_an_image_goes_up_once(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    changes = {"head": 1, "cache_smashed": True, "train": {"lr": 0.01, "steps": 0, "epochs": 2, "batch": 4}}
+    kept = recipe_of(tiny_vit, images, changes)
+    (_, first, _), (_, second, _), (_, third, _) = through_cut(kept, tmp_path / "kept")
+    examples = 8 * 5 * 32 * 4  # of client 0
+    assert 0.9 * examples < first - second < 1.1 * examples and second == third
+    plain = recipe_of(tiny_vit, images, {**changes, "cache_smashed": False})
+    assert small.play(kept, tmp_path / "a")[1]["state_sha256"] == small.play(plain, tmp_path / "b")[1]["state_sha256"]
+
+
+def test_a_service_that_forgot_is_told_again(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Texts of different lengths; after round 1 the service starts anew, as after a crash."""
+    recipe = recipe_of(tiny_bert, data, {"cache_smashed": True})
+
+    def forgetful(link: Link, world: World) -> Carrier:
+        carry = local_carrier(link, world.client, world.done)
+
+        def each(asks: Any) -> Any:
+            vars(world.bench.net).pop("own_body", None)
+            return carry(asks)
+
+        return each
+
+    assert small.play(recipe, tmp_path / "a", carry=forgetful)[1]["state_sha256"] == small.play(recipe, tmp_path / "b")[1]["state_sha256"]
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_bert, data, {"preset": "sfprompt-paper"})
+    s = recipe.method
+    assert (s.head, s.local_update, s.pruning, s.keep) == (1, 2, "el2n", 0.5)
+    assert config.parse(json.loads(recipe.canonical())).method == s  # a resolved recipe means the same
+    method = methods.build(s, 3, recipe.aggregate)
+    assert method.title == "sfprompt / k = 1, 0 in the tail, 3 prompts / local update x2, el2n 0.5, split training"
+    _, _, events = small.play(recipe, tmp_path)
+    told = [e.metrics for e in events if isinstance(e, ClientDone)]
+    assert all(set(one) == set(method.metrics) and -1 <= one["el2n_rank"] <= 1 for one in told)
+    assert all(one["body_loss_before"] != one["body_loss_after"] for one in told)
+
+
+def test_losses_through_the_body_are_those_of_the_uncut_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Before phase 1 of round 1 the model is the first state; a client with fewer than 64 examples is its own probe."""
+    recipe = recipe_of(tiny_bert, data, {"local_update": 1})
+    world, link = world_of(recipe)
+    with torch.no_grad():
+        want = float(summed_loss(world.bench, world.train(1).collate(range(len(world.train(1)))))[0]) / len(world.train(1))
+    update = link.method.verbs["train"](world.client_with(1, {}), link.method.start(world.bench).shared, methods_round(recipe))
+    assert update.metrics["body_loss_before"] / update.weight == pytest.approx(want, rel=1e-5)
+
+
+def test_pruning_sends_fewer_examples(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    train = {"lr": 0.01, "steps": 0, "epochs": 1, "batch": 4}
+    whole, half = (
+        through_cut(recipe_of(tiny_vit, images, {"head": 1, "train": train, **more}), tmp_path / str(len(more)))[0][1]
+        for more in ({}, {"pruning": "random", "keep": 0.5})
+    )
+    assert 0.45 < half / whole < 0.6
+
+
+def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    for changes in ({"local_update": 1}, {"pruning": "el2n", "keep": 0.5}, {"preset": "sfprompt-paper"}):
+        recipe = recipe_of(tiny_bert, data, {"head": 0, **changes})
+        for start in (check, world_of):
+            with pytest.raises(FedtuneError, match="S703.*k = 0.*first token"):
+                start(recipe)
+    check(recipe_of(tiny_bert, data, {"head": 0, "tail": 1, "local_update": 1}))  # a block in the tail sees
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keep": 0.5}, "method.pruning = 'none'"),
+        ({"pruning": "random"}, "method.keep = 1"),
+        ({"position": "input", "cache_smashed": True}, "cache_smashed"),
+        ({"prompts": 0}, "method.prompts = 0"),
+        ({"aggregate": "krum"}, "aggregate.rule = 'krum'"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], words: str, tiny_bert: Path, data: Path) -> None:
+    more = {"aggregate": {"rule": changes.pop("aggregate")}} if "aggregate" in changes else {}
+    with pytest.raises(FedtuneError, match="C104") as caught:
+        recipe_of(tiny_bert, data, changes, **more)
+    assert words in str(caught.value)
+
+
+def test_a_cut_that_does_not_fit_is_refused(tiny_bert: Path, data: Path) -> None:
+    with pytest.raises(FedtuneError, match="S701"):
+        check(recipe_of(tiny_bert, data, {"head": 1, "tail": 1}))
+
+
+# --- around a run -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_tail_come_back_from_an_export(tiny_vit: Path, images: Path, tmp_path: Path, tiny_bert: Path, data: Path) -> None:
+    recipe = recipe_of(tiny_vit, images, {"head": 1})
+    folder, _, _ = small.play(recipe, tmp_path)
+    world, link = world_of(recipe)
+    batch = world.train(0).collate(range(4))
+    first = summed_loss(world.bench, batch)[1].detach()
+    bench = load(world.base, folder.adapter)
+    logits = summed_loss(bench, batch)[1].detach()
+    assert not torch.equal(first, logits)
+    link.method.install(replace(link.method.start(bench), shared=state_of(folder)), bench)
+    assert torch.equal(summed_loss(bench, batch)[1], logits)
+    other, _ = world_of(recipe_of(tiny_bert, data))
+    with pytest.raises(FedtuneError, match="M304"):
+        load(other.base, folder.adapter)
+
+
+def test_training_alone_is_the_training_of_a_single_client(tiny_vit: Path, images: Path) -> None:
+    world, link = world_of(recipe_of(tiny_vit, images, {"head": 1}))
+    start = link.method.start(world.bench)
+    results = []
+    for _ in range(2):
+        link.method.alone(world.bench, world.train(0), start, 5)
+        results.append(digest(world.bench.read()))
+    assert results[0] == results[1] != digest(start.shared)
+
+
+def test_check_says_who_can_see_the_inputs(tiny_bert: Path, data: Path) -> None:
+    told = "\n".join(rows(check(recipe_of(tiny_bert, data))))
+    assert "body      whoever runs it sees hidden states of every example and can reconstruct the inputs" in told
+    assert "not from the body's operator" in told and "of full fine-tuning's FLOPs" in told and "as much as fedpeft" in told
+
+
+def test_leak_test_prints_what_was_recovered(tiny_vit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tomli_w
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(json.loads(recipe_of(tiny_vit, images, {"head": 1, "codec": "fp16"}).canonical())))
+    assert main(["leak-test", str(path), "--examples", "2", "--steps", "200"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("gradient descent on pixels: recovered") == 2 and "of 2 images" in told
+    assert "not from the body's operator" in told
+    assert main(["leak-test", str(path), "--client", "9"]) == 2 and main(["leak-test"]) == 2  # the built-in federation has no cut
+    assert "C103" in (err := capsys.readouterr().err) and "C104" in err
