@@ -31,6 +31,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
     parser.add_argument("--from-seeds", metavar="FILE", help="instead of a run: a file that --as seeds wrote; needs --base")
     parser.add_argument("--base", metavar="MODEL", help="with --from-seeds: the base model that the seeds were made for")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="cut a LoRA adapter to this rank (SVD), and say what that loses")
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)
 
@@ -78,6 +79,8 @@ def export(options: argparse.Namespace) -> int:
     given = [word for word, value in (("RUN", options.run), ("--from-seeds", options.from_seeds), ("--base", options.base)) if value]
     if given not in (["RUN"], ["--from-seeds", "--base"]):
         raise FedtuneError("C103", f"export with {' and '.join(given) or 'nothing'}", "RUN, or --from-seeds FILE with --base MODEL", "name one of them")
+    if options.rank < 0 or (options.rank and options.from_seeds):
+        raise FedtuneError("C103", f"--rank {options.rank}", "1 or more, with RUN", "correct it or leave it out")
     if options.from_seeds:
         quiet()
         from fedtune.runtime.after import export_seeds
@@ -88,7 +91,9 @@ def export(options: argparse.Namespace) -> int:
         quiet()
         from fedtune.runtime.after import export_run
 
-        export_run(folder, options.form, target)
+        lost = export_run(folder, options.form, target, options.rank)
+        if options.rank:
+            print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")
     print(options.to)
     return 0
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fedtune.aggregate import Answer, Combined, Pair, flat_residual, join, residual_of, split
+from fedtune.aggregate import Answer, Combined, Pair, as_adapter, flat_residual, join, residual_of, split
 from fedtune.aggregate.build import build_rule
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
@@ -258,6 +258,22 @@ class FedPEFT:
 
         self.install(state, bench)
         fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+
+    def shrink(self, state: State, bench: Bench, rank: int) -> float:
+        """Put the best adapter of a rank into the bench, whatever the rule carries beside it; the share of its norm that this loses."""
+        from fedtune.model.ranks import resize, thaw
+
+        _, scale = self.seat()
+        own = {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+        thaw(bench)
+        tensors = {**{name: value for name, value in bench.read().items() if name not in state.shared}, **state.shared, **own}
+        whole = without_core(tensors) if self.has_core and any(name.endswith(CORE) for name in tensors) else tensors
+        residual = {name: value for name, value in whole.items() if ".residual_" in name}
+        plain = {name: value for name, value in whole.items() if name not in residual}
+        cut, _, lost = as_adapter(Combined(plain, residual_of(residual)), scale, rank, scale)
+        resize(bench, rank, scale)
+        bench.write({name: cut[name] for name in bench.named})
+        return lost
 
     def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
         from fedtune.model.export import save

@@ -25,6 +25,7 @@ class Bench:
     named   name -> parameter, sorted; peft's file names where peft has the kind, the network's own names otherwise
     before  what `detach` goes back to
     total   number of all values, base and adapter
+    still   parameters of the adapter that stay as the seed made them
     """
 
     base: Base
@@ -33,6 +34,7 @@ class Bench:
     named: dict[str, torch.nn.Parameter]
     before: list[tuple[Any, dict[str, Any]]] = field(repr=False)
     total: int = 0
+    still: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     origin: Any = None  # fedtune.model.origin.Origin, where a method rebuilds the trained tensors from their first values
 
     @property

@@ -71,7 +71,15 @@ def unstack(tensors: Mapping[str, np.ndarray], extra: int) -> dict[str, np.ndarr
 def freeze(bench: Bench, names: Collection[str]) -> None:
     """Take tensors out of what is trained, for good: they stay as the seed made them."""
     for name in names:
-        bench.named.pop(name).requires_grad_(False)
+        bench.still[name] = bench.named.pop(name).requires_grad_(False)
+
+
+def thaw(bench: Bench) -> None:
+    """The inverse of `freeze`."""
+    bench.named.update(bench.still)
+    bench.still.clear()
+    for value in bench.named.values():
+        value.requires_grad_(True)
 
 
 @contextmanager

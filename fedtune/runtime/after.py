@@ -14,6 +14,7 @@ from fedtune.events import Event
 from fedtune.export import card, check_target, seeds_card, whole_folder
 from fedtune.methods.fedkseed import FedKSeed
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
+from fedtune.methods.fedpeft import FedPEFT
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings
 from fedtune.runtime.compare import own_scores, score_test
@@ -33,18 +34,25 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     return {"round": number, **final, "clients": own_scores(recipe, world, method, state)}
 
 
-def export_run(folder: RunFolder, form: str, to: Path) -> None:
-    """Write the last committed state in a form of its method ("": the first); the folder appears whole or not at all. Raises M306, R401."""
+def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
+    """Write the last committed state in a form of its method ("": the first); the folder appears whole or not at all. Raises M306, R401.
+
+    `rank` cuts a LoRA adapter, and what it carries beside itself, to the best one of that rank; returns the share of its norm that is lost.
+    """
     target = check_target(to)
     recipe = recipe_of(folder)
     method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
     form = form or method.forms[0]
     if form not in method.forms:
         raise FedtuneError("M306", f"--as {form} for a run of {method.title}", f"one of {', '.join(method.forms)}", "choose another --as")
+    if rank and not (isinstance(method, FedPEFT) and method.settings.adapter.kind == "lora"):
+        raise FedtuneError("M306", f"--rank for a run of {method.title}", "a LoRA adapter", "leave --rank out")
     world, state, number = installed(folder)
+    lost = method.shrink(state, world.bench, rank) if rank and isinstance(method, FedPEFT) else 0.0
     text = card(recipe, method.title, world.base.fingerprint, number, form=form)
     with whole_folder(target) as temporary:
         method.export(form, state, world.bench, temporary, text, recipe.seed)
+    return lost
 
 
 def export_seeds(file: Path, base: str, form: str, to: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from fedtune import methods
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientDone, Event, RoundDone
 from fedtune.model.ranks import resize, stack, training_only, unstack
+from fedtune.runtime.after import export_run
 from fedtune.runtime.run import run
 from fedtune.runtime.states import Memories, load_state
 from fedtune.runtime.world import build_world
@@ -228,9 +231,25 @@ def test_fedsb_sends_r_squared_numbers_and_leaves_a_stock_adapter(tiny_bert: Pat
     assert up[1] - up[2] == pytest.approx(first - 16 * len(cores), abs=8)
     module = next(iter(cores)).removesuffix(".lora_R.weight")
     stored = next(iter(folder.adapter.glob("*.safetensors")))
-    from safetensors.numpy import load_file
-
     exported = load_file(stored)
     want = state[module + B].astype(np.float64) @ state[module + ".lora_R.weight"] @ state[module + A]
     np.testing.assert_allclose(exported[module + B].astype(np.float64) @ exported[module + A], want, rtol=1e-5, atol=1e-8)
     assert not factors(exported, ".lora_R.weight")
+
+
+@pytest.mark.parametrize("rule", ["mean", "ffa", "fedex", "fedsb"])
+def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Rank 10 holds all of it; rank 1 loses what the singular values beyond the first say."""
+    more = {"extra": 8} if rule == "fedex" else {}
+    folder, _, _ = played(tiny_bert, data, tmp_path, rule, **more)
+    assert export_run(folder, "adapter", tmp_path / "wide", 10) < 1e-6
+    lost = export_run(folder, "adapter", tmp_path / "thin", 1)
+    whole, cut = load_file(tmp_path / "wide" / "adapter_model.safetensors"), load_file(tmp_path / "thin" / "adapter_model.safetensors")
+    assert json.loads((tmp_path / "thin" / "adapter_config.json").read_text())["r"] == 1
+    off = total = 0.0
+    for name in factors(cut, A):
+        values = np.linalg.svd(whole[name.replace(A, B)].astype(np.float64) @ whole[name], compute_uv=False)
+        off, total = off + float(np.sum(values[1:] ** 2)), total + float(np.sum(values**2))
+    assert lost == pytest.approx(np.sqrt(off / total), rel=1e-4, abs=1e-7)
+    with pytest.raises(FedtuneError, match="M306"):
+        export_run(played(tiny_bert, data, tmp_path / "bias", "mean", method__adapter={"kind": "bias"})[0], "adapter", tmp_path / "no", 4)
