@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedtune.aggregate.settings import SUMS
 from fedtune.errors import FedtuneError
 from fedtune.model.settings import TrainSettings
 from fedtune.settings import Settings
+from fedtune.transforms import Chain, build
 
 if TYPE_CHECKING:
     from fedtune.config import Recipe
@@ -106,6 +108,15 @@ def check_rules(recipe: Recipe) -> None:
             refuse(f"method.{name}.nesterov without momentum", "momentum above 0", f"set method.{name}.momentum")
     for conflict in method.conflicts(recipe):
         refuse(*conflict)
+    check_single_answers(recipe.aggregate.rule, build(recipe.chain))
+
+
+def check_single_answers(rule: str, chain: Chain) -> None:
+    """A rule that reads single answers cannot stand beside a step that only the sum undoes, such as a mask."""
+    late = next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
+    if late and rule not in SUMS:
+        found = f"aggregate.rule = '{rule}', which reads single answers, beside '{late}', which hides them"
+        refuse(found, f"a rule that needs the sum only: {', '.join(sorted(SUMS))}", f"change aggregate.rule, or remove '{late}' from [[chain]]")
 
 
 def used(path: str, value: str) -> set[str]:

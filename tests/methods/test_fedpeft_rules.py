@@ -18,10 +18,12 @@ from fedtune import methods
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientDone, Event, RoundDone
 from fedtune.model.ranks import resize, stack, training_only, unstack
+from fedtune.rules import check_single_answers
 from fedtune.runtime.after import export_run
 from fedtune.runtime.run import run
 from fedtune.runtime.states import Memories, load_state
 from fedtune.runtime.world import build_world
+from fedtune.transforms import Chain, Transform
 from fedtune.types import State, Tensors
 from tests import small
 
@@ -179,6 +181,15 @@ def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path)
 def test_rules_that_do_not_fit_are_refused_with_a_way_out(changes: dict[str, Any], words: str, tiny_bert: Path, data: Path) -> None:
     with pytest.raises(FedtuneError, match=words):
         small.recipe(tiny_bert, data, **changes)
+
+
+def test_a_rule_that_reads_single_answers_is_refused_beside_a_step_that_hides_them() -> None:
+    class Mask(Transform):
+        name, undone, hides = "mask", "sum", True
+
+    check_single_answers("rolora", Chain([Mask()]))
+    with pytest.raises(FedtuneError, match=r"C104.*'median'.*'mask'.*fedsa, fedsb, ffa, mean, rolora"):
+        check_single_answers("median", Chain([Mask()]))
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed", "krum", "clipped"])
