@@ -87,7 +87,7 @@ def backbone(folder: Path, epochs: int = 110) -> None:
 def play(folder: Path, changes: list[str], seed: int) -> dict[str, Any]:
     """One run: mean accuracy of the last 5 rounds, and a client's mean bytes in a round, messages and cut together."""
     from fedtune.config import read
-    from fedtune.events import Event, RoundDone, RunDone, Scored
+    from fedtune.events import Event, RoundDone, Scored
     from fedtune.runtime.folder import create
     from fedtune.runtime.run import run
 

@@ -82,7 +82,7 @@ class Desk:
         """Remove what a crash left and nobody needs. Called when the service starts."""
         with self.book.transaction():
             for path in self.store.objects.iterdir():
-                if not self.book.wanted(path.name.removeprefix(".").removesuffix(".part")):  # a name with a dot is a write that was cut
+                if not self.book.wanted(path.name.lstrip(".").partition(".")[0]):  # a name with a dot is a write that was cut
                     path.unlink(missing_ok=True)
 
     def close(self) -> None:

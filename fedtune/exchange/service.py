@@ -38,7 +38,7 @@ class Service:
     def __init__(self, desk: Desk, coordinator: Identity, door: Door, limits: Limits, tell: Callable[[Event], None]) -> None:
         self.desk, self.door, self.limits = desk, door, limits
         self.intake = Intake(desk, coordinator, door.allowed, limits, tell)
-        self._downloads: dict[int, tuple[float, Callable[[], object]]] = {}
+        self._watched: dict[int, tuple[float, Callable[[], object]]] = {}
         self._lock = threading.Lock()
         self._turns = Turns(limits.downloads, limits.waiting, limits.wait_seconds, "downloads")
 
@@ -63,15 +63,17 @@ class Service:
         total = self.desk.store.size(sha256)
         if request.offset > total:
             raise Refused("W601", f"offset {request.offset}", f"at most {total}", "fetch it from the beginning")
-        with self._download(context):
+        with self._turns.turn(context.is_active), self._watch(context):
             for piece in self.desk.store.stream(sha256, request.offset):
                 yield packed(piece, total)
                 total = 0
-                self._downloads[id(context)] = (time.monotonic(), context.cancel)
+                self._watched[id(context)] = (time.monotonic(), context.cancel)
 
     def push(self, requests: Iterator[pb.PushRequest], context: Any) -> Iterator[pb.PushReply]:
         """An update. Raises what Intake raises, E808 for a stream that is not one."""
-        peer, first = self.door.peer(context), next(requests, None)
+        peer = self.door.peer(context)
+        with self._watch(context):
+            first = next(requests, None)
         if first is None or first.WhichOneof("what") != "offer":
             raise FedtuneError("E808", "a stream without an offer", "an offer first", "install the same version of fedtune on both sides")
         certificate = bytes(context.auth_context()["x509_pem_cert"][0])
@@ -95,21 +97,20 @@ class Service:
         return reply
 
     @contextlib.contextmanager
-    def _download(self, context: Any) -> Iterator[None]:
-        with self._turns.turn(context.is_active):
+    def _watch(self, context: Any) -> Iterator[None]:
+        with self._lock:
+            self._watched[id(context)] = (time.monotonic(), context.cancel)
+        try:
+            yield
+        finally:
             with self._lock:
-                self._downloads[id(context)] = (time.monotonic(), context.cancel)
-            try:
-                yield
-            finally:
-                with self._lock:
-                    self._downloads.pop(id(context), None)
+                del self._watched[id(context)]
 
     def cut_stalled(self) -> None:
         """End streams that have not moved for too long: nobody keeps a slot by doing nothing."""
         self.intake.cut_stalled()
         with self._lock:
-            stalled = [cancel for moved, cancel in self._downloads.values() if time.monotonic() - moved > self.limits.stall_seconds]
+            stalled = [cancel for moved, cancel in self._watched.values() if time.monotonic() - moved > self.limits.stall_seconds]
         for cancel in stalled:
             cancel()
 
@@ -162,7 +163,7 @@ def serve(
     limits = limits or Limits()
     allowed = AllowList(identity.folder / ALLOWED)
     allowed.check(identity.peer)
-    door = Door(identity.name.federation, allowed, tell)
+    door = Door(identity.name.federation, allowed, tell, limits.calls)
     service = Service(desk, identity, door, limits, tell)
     desk.sweep()
     pool = ThreadPoolExecutor(limits.threads + threads, thread_name_prefix="exchange")

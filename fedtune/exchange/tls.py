@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import secrets
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,8 +15,8 @@ import grpc
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.exchange.events import CallRefused
-from fedtune.exchange.limits import FRAME
-from fedtune.exchange.refusal import abort
+from fedtune.exchange.limits import FRAME, WINDOW
+from fedtune.exchange.refusal import NoRoom, abort
 from fedtune.trust import AllowList, Identity, Peer, peer_from_tls
 
 KEEPALIVE = (  # a peer that is gone without a word is noticed after 30 s
@@ -30,15 +32,16 @@ SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", FRAME),
     ("grpc.max_metadata_size", 8192),
     ("grpc.http2.bdp_probe", 0),  # a window that grows by itself is memory that grows by itself
-    ("grpc.http2.lookahead_bytes", FRAME),
-    ("grpc.experimental.tcp_max_read_chunk_size", 1 << 18),  # of each connection; 4 MiB by default
+    ("grpc.http2.lookahead_bytes", WINDOW),
+    ("grpc.experimental.tcp_max_read_chunk_size", 1 << 16),  # of each connection; 4 MiB by default
     ("grpc.so_reuseport", 0),  # two servers on one port would share its clients
 )
 CLIENT_OPTIONS = (
     *KEEPALIVE,
     ("grpc.max_receive_message_length", FRAME),
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", FRAME),
+    ("grpc.http2.lookahead_bytes", 4 * WINDOW),
+    ("grpc.client_idle_timeout_ms", 120_000),  # between rounds a connection is worth less than its memory
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -63,8 +66,9 @@ def secure_channel(identity: Identity, address: str, alone: bool = False) -> grp
 class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     """Names the peer of every call, refuses who is not allowed, and turns errors into sentences; an unforeseen error tells nothing of this machine."""
 
-    def __init__(self, federation: str, allowed: AllowList, tell: Callable[[Event], None]) -> None:
-        self.allowed, self.tell = allowed, tell
+    def __init__(self, federation: str, allowed: AllowList, tell: Callable[[Event], None], calls: int) -> None:
+        self.allowed, self.tell, self.calls = allowed, tell, calls
+        self._lock, self._busy = threading.Lock(), Counter[str]()
         self._read = functools.lru_cache(4096)(lambda pem: peer_from_tls(pem, federation))
 
     def peer(self, context: Any) -> Peer:
@@ -101,13 +105,27 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
         return run
 
     @contextlib.contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """No member takes all threads. Raises NoRoom."""
+        with self._lock:
+            if self._busy[name] >= self.calls:
+                raise NoRoom(f"{self.calls} calls of '{name}' at the same time", "fewer", 2.0)
+            self._busy[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy[name] -= 1
+
+    @contextlib.contextmanager
     def _judged(self, context: Any, call: str) -> Iterator[None]:
         name = "?"
         try:
             peer = self.peer(context)
             name = peer.name.name
             self.allowed.check(peer)
-            yield
+            with self._counted(name):
+                yield
         except FedtuneError as error:
             self.tell(CallRefused(call, name, error.code, str(error)))
             abort(context, error)

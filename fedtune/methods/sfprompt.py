@@ -87,7 +87,8 @@ class SFPrompt:
     @property
     def title(self) -> str:
         s = self.settings
-        return f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts / {', '.join(s.phases)}"
+        lora = f", LoRA {s.lora_rank}" if s.lora_rank else ""
+        return f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts{lora} / {', '.join(s.phases)}"
 
     @property
     def beside(self) -> Mapping[str, str]:
@@ -105,7 +106,8 @@ class SFPrompt:
         from fedtune.model.shapes import plan_of
 
         bench = cut_bench(weightless(model, task, labels), self.settings, 0)
-        kept = self.settings.tail + (self.settings.head if self.settings.position == "input" else 0)
+        through_head = self.settings.position == "input" or self.settings.head_learns
+        kept = self.settings.tail + (self.settings.head if through_head else 0)
         return replace(plan_of(bench), weights_bytes=client_bytes(bench), layers=kept)
 
     def memory(self, plan: Plan, length: int) -> Mapping[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fedtune.methods.sfprompt_net import cut_bench
@@ -32,16 +33,21 @@ def remarks(s: SFPromptSettings, recipe: Any, labels: int, rows: float) -> list[
     batch = s.train.batch
     cost = costs(
         type(base.net), base.net.config, bench.net.part.cut,
-        tokens=tokens, batch=batch, prompts=s.prompts, position=s.position, mode=mode, number=NUMBER_BYTES[s.codec],
+        tokens=tokens, batch=batch, prompts=s.prompts, position="input" if s.head_learns else s.position, mode=mode, number=NUMBER_BYTES[s.codec],
     )  # fmt: skip
+    if not s.prompts and not s.head_learns:  # nothing in front of the body learns, so nothing goes back
+        hidden = batch * tokens * bench.net.part.width * NUMBER_BYTES[s.codec]
+        cost = replace(cost, up=0 if mode == "cached" else hidden, down=hidden if mode == "naive" else cost.down)
     kept = max(1, round(rows * s.keep))
     micro = s.train.steps * s.train.accumulate if s.train.steps else s.train.epochs * -(-kept // batch)
     lora = plan(recipe.model, AdapterSettings(), recipe.data.task, labels).trainable
     own, other = 8 * bench.trainable, 8 * lora
+    scales = ", and 6 % for int8's scales" if s.codec == "int8" else ""
+    once = f", once {cost.once:,} an example" if cost.once else ""
     return [
-        f"client    holds {100 * cost.share_parameters:.2f} % of the parameters (head and tail), does {100 * cost.share_flops:.2f} % of full fine-tuning's FLOPs",
-        f"cut       {mode}: a micro-batch of {batch} x {tokens} tokens up {cost.up:,}, down {cost.down:,} bytes"
-        + (f", once {cost.once:,} an example" if cost.once else ""),
+        f"client    holds {100 * cost.share_parameters:.2f} % of the parameters (head and tail)",
+        f"client    does {100 * cost.share_flops:.2f} % of full fine-tuning's FLOPs",
+        f"cut       {mode}: a micro-batch of {batch} x {tokens} tokens up {cost.up:,}, down {cost.down:,} bytes{once}{scales}",
         f"cut       a client's round of {micro} micro-batches: {through(cost, micro, min(kept, micro * batch)):,} bytes by formula (training alone)",
         f"cut       costs as much as fedpeft with rank 8 at {cost.break_even(batch, other, own):,.0f} examples a round",
     ]

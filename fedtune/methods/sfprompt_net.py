@@ -10,8 +10,8 @@ from typing import Any
 
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.base import Base
-from fedtune.model.bench import Bench
-from fedtune.model.prompted import attach_tail, check_context
+from fedtune.model.bench import Bench, detach, snapshot
+from fedtune.model.prompted import PROMPTS, add_lora, attach_split, check_context, open_tail
 from fedtune.rng import seed_of
 from fedtune.split.body import Frozen
 from fedtune.split.channel import Dial, Local
@@ -47,7 +47,7 @@ class SplitNet:
         self.part, self.base, self.prompts, self.s = part, base, prompts, s
         self.kind: Kind = kind if s.slim == "auto" else "all"
         self.count = 0 if prompts is None else len(prompts)
-        self.lean = s.position == "cut" and s.slim == "auto"  # prompts go up by themselves, and what the head says has no gradient
+        self.lean = s.position == "cut" and s.slim == "auto" and not s.head_learns  # prompts go up by themselves, what the head says has no gradient
 
     # --- as a network -----------------------------------------------------------------------------------------------
 
@@ -95,7 +95,8 @@ class SplitNet:
         """Which rows come down: the first of each example, a list, or all."""
         if kind in ("all", "first"):
             return {"row": 0} if kind == "first" else {}
-        return {"rows": pick(kind, piece.side, piece.labels, piece.side.mask.shape)}
+        examples, tokens = piece.inputs["input_ids"].shape
+        return {"rows": pick(kind, piece.side, piece.labels, (examples, tokens + self.count))}
 
     def ended(self, piece: Piece, answer: Any, kind: Kind) -> tuple[Any, Any]:
         """Logits and labels of what came down."""
@@ -120,9 +121,7 @@ class SplitNet:
 
     def wishes(self) -> Wishes:
         s = self.s
-        return Wishes(
-            Coding(s.codec), s.window, lean=True, cache=s.cache_smashed, prompts=self.count if self.lean else 0, masked=not self.part.anatomy.image
-        )
+        return Wishes(Coding(s.codec), s.window, lean=True, cache=s.cache_smashed, prompts=self.count if self.lean else 0, masked=not self.part.anatomy.image)
 
 
 @dataclass(frozen=True)
@@ -145,19 +144,24 @@ class BodyAt:
 
 
 def cut_bench(base: Base, s: SFPromptSettings, seed: int) -> Bench:
-    """The base with its tail opened, prompts made from `seed`, and a SplitNet for a network. Raises S701, S703, S704."""
+    """The base with the client's ends opened, prompts made from `seed`, and a SplitNet for a network. Raises M306, S701, S703, S704."""
     part, kind = cut_of(base, s)
-    both = {id(value) for role in ("head", "body") for value in part.parameters(role).values()}  # type: ignore[arg-type]
-    tail = {id(value) for value in part.parameters("tail").values()} - both  # a tied vocabulary's matrix is the frozen head's too
-    names = [name for name, value in base.weights.items() if id(value) in tail]
-    return attach_tail(base, names, s.prompts, part.width, seed_of("prompts", seed), lambda prompts: SplitNet(part, base, kind, prompts, s))
+    before = snapshot(base.net)
+    if s.lora_rank:
+        blocks = sorted(part.cut.held(("head", "tail"), part.blocks))
+        named, settings = add_lora(base, s.lora_rank, [f"{part.anatomy.layers}.{number}" for number in blocks], seed_of("adapter", seed))
+    else:
+        both = {id(value) for role in ("head", "body") for value in part.parameters(role).values()}
+        tail = {id(value) for value in part.parameters("tail").values()} - both  # a tied vocabulary's matrix is the frozen head's too
+        named, settings = open_tail(base, [name for name, value in base.weights.items() if id(value) in tail])
+    bench = attach_split(base, named, settings, s.prompts, part.width, seed_of("prompts", seed), before)
+    bench.net = SplitNet(part, base, kind, bench.named.get(PROMPTS), s)
+    return bench
 
 
 def cut_of(base: Base, s: SFPromptSettings) -> tuple[Part, Kind]:
     """The base cut, before anything is opened, and which rows its tail reads. Raises S701, S703, S704."""
     if base.attached is not None:
-        from fedtune.model.bench import detach
-
         detach(base.attached)
     config = base.net.config
     blocks = config.get_text_config().num_hidden_layers

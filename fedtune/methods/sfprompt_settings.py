@@ -26,6 +26,10 @@ class SFPromptSettings(Settings):
     """Blocks that the client runs and trains behind the body, before the last norm and the task head."""
     prompts: int = Field(8, ge=0, le=4096)
     """P: soft prompts; 0 trains the tail alone."""
+    lora_rank: int = Field(0, ge=0)
+    """LoRA of this rank (alpha twice it) in the client's blocks, whose own weights and last norm then stay frozen; 0 trains the tail itself.
+
+    With LoRA in a head, whole gradients come down to it, and nothing of it can be cached."""
     position: Literal["cut", "input"] = "cut"
     """Where prompts enter: at the cut, so that the head's answer to an example never changes and stays small to send; or behind the embeddings."""
     prompt_lr: float = Field(1e-2, gt=0)
@@ -56,6 +60,10 @@ class SFPromptSettings(Settings):
         return given
 
     @property
+    def head_learns(self) -> bool:
+        return bool(self.lora_rank and self.head)
+
+    @property
     def shortcut(self) -> bool:
         """Whether something is computed straight from head to tail."""
         return bool(self.local_update) or self.pruning == "el2n"
@@ -71,8 +79,16 @@ class SFPromptSettings(Settings):
             yield f"method.keep = {self.keep} with method.pruning = 'none'", "keep = 1", "set method.pruning = 'random'"
         if self.pruning != "none" and self.keep == 1:
             yield f"method.pruning = '{self.pruning}' with method.keep = 1", "a share below 1", "set method.keep, or pruning = 'none'"
+        if self.lora_rank and not self.head and not self.tail:
+            yield f"method.lora_rank = {self.lora_rank} with head = 0 and tail = 0", "a block on the client's side", "set method.head or method.tail"
+        if self.head_learns and self.cache_smashed:
+            yield "method.cache_smashed with LoRA in the head", "a head whose answers never change", "set method.head = 0 or cache_smashed = false"
         if self.position == "input" and self.cache_smashed:
-            yield "method.cache_smashed with method.position = 'input'", "position = 'cut': behind the embeddings, prompts change what the head says", "change one"
+            yield (
+                "method.cache_smashed with method.position = 'input'",
+                "position = 'cut', where prompts do not change what the head says",
+                "change one",
+            )
         if self.slim == "off" and self.cache_smashed:
             yield "method.cache_smashed with method.slim = 'off'", "slim = 'auto'", "remove one of them"
         if "prompt_lr" in self.model_fields_set and not self.prompts:

@@ -1,41 +1,57 @@
-"""A bench for a model that is split: its last part opened for training, and soft prompts of which the caller's network says where they enter."""
+"""A bench for a model that is split: its ends opened for training, and soft prompts of which the caller's network says where they enter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import peft
 import torch
 from torch.nn.functional import cross_entropy, pad
 
 from fedtune.errors import FedtuneError
 from fedtune.model.base import AUTO, Base, load_config, locate, reading
-from fedtune.model.bench import Bench, detach, snapshot
+from fedtune.model.bench import Bench
 from fedtune.model.encode import IGNORED, Encoded
-from fedtune.model.kinds import opened
+from fedtune.model.kinds import common, linears, opened, plain, with_peft
 from fedtune.model.settings import AdapterSettings, ModelSettings
 
 PROMPTS = "prompts"  # their name among the trained tensors
 
 
-def attach_tail(base: Base, names: Collection[str], prompts: int, width: int, seed: int, net: Callable[[torch.nn.Parameter | None], Any]) -> Bench:
-    """Open these parameters, make prompts (P, d) from `seed` alone, and run the bench by what `net` makes of the prompts.
+def attach_split(base: Base, named: dict[str, torch.nn.Parameter], settings: AdapterSettings, prompts: int, width: int, seed: int, before: Any) -> Bench:
+    """A bench of what was opened on a base (see `open_tail`, `add_lora`), with prompts (P, d) made from `seed` alone; its `net` is the caller's to set.
 
-    Drawn as other prompts are: uniformly from +-sqrt(6 / (2 d)) (Jia et al. 2022 for ViT-B/16).
+    Drawn as other prompts are: uniformly from +-sqrt(6 / (2 d)) (Jia et al. 2022 for ViT-B/16). `before` is the base's `snapshot`.
     """
-    if base.attached is not None:
-        detach(base.attached)
-    before = snapshot(base.net)
-    named: dict[str, torch.nn.Parameter] = dict(opened(base, set(names)))
     if prompts:
         draw = torch.Generator().manual_seed(seed)
         reach = (3.0 / width) ** 0.5
-        named[PROMPTS] = torch.nn.Parameter(((2 * torch.rand(prompts, width, generator=draw) - 1) * reach).to(base.device))
+        named = {**named, PROMPTS: torch.nn.Parameter(((2 * torch.rand(prompts, width, generator=draw) - 1) * reach).to(base.device))}
     named = {name: named[name] for name in sorted(named)}
-    bench = Bench(base, AdapterSettings(kind="full", only=tuple(sorted(names))), net(named.get(PROMPTS)), named, before, base.size + prompts * width)
+    added = sum(value.numel() for name, value in named.items() if plain(name) not in base.weights)
+    bench = Bench(base, settings, base.net, named, before, base.size + added)
     base.attached = bench
     return bench
+
+
+def open_tail(base: Base, names: Collection[str]) -> tuple[dict[str, torch.nn.Parameter], AdapterSettings]:
+    """These parameters themselves, as float32 copies."""
+    return dict(opened(base, set(names))), AdapterSettings(kind="full", only=tuple(sorted(names)))
+
+
+def add_lora(base: Base, rank: int, within: Collection[str], seed: int) -> tuple[dict[str, torch.nn.Parameter], AdapterSettings]:
+    """LoRA on the linear layers below these modules, with alpha = 2 rank, and the task head. Raises M306 where there is no such layer."""
+    targets = [name for name in linears(base) if any(name.startswith(f"{path}.") for path in within)]
+    if not targets:
+        raise FedtuneError("M306", f"method.lora_rank = {rank} with no block on the client's side", "a block in head or tail", "set method.head or method.tail")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _, named = with_peft(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **common(base)))
+    for value in named.values():
+        value.data = value.data.float()
+    return dict(named), AdapterSettings(kind="lora", rank=rank, alpha=2.0 * rank, targets=tuple(targets))
 
 
 def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:

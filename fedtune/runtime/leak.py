@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, Leak]:
     """What each attack found in a client's first training examples. Raises C104 for a method without a cut, C103 for a client that is not there."""
-    if recipe.method.type != "sfprompt":
-        raise FedtuneError("C104", f"leak-test with method.type = '{recipe.method.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
+    cut = recipe.method
+    if cut.type != "sfprompt":
+        raise FedtuneError("C104", f"leak-test with method.type = '{cut.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
     world = build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), lambda event: None)
     if client not in world.names or examples < 1 or steps < 1:
         found = f"--client {client} --examples {examples} --steps {steps}"
@@ -26,20 +27,21 @@ def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, L
     from fedtune.split.leak import attack, plain
     from fedtune.wire.v1 import split_pb2 as pb
 
+    coding = Coding(cut.codec)
+
     def sent(hidden: Any) -> Any:
-        return decode(encode(pb.ROLE_HIDDEN, hidden, Coding(recipe.method.codec))[0]).to(hidden)
+        return decode(encode(pb.ROLE_HIDDEN, hidden, coding)[0]).to(hidden)
 
     data, net = world.train(client), world.bench.net
     batch = {name: value.to(world.base.device) for name, value in data.collate(range(min(examples, len(data)))).items()}
-    ways = {"the head's answer": plain, f"sent as {recipe.method.codec}": sent}
+    ways = {"the head's answer": plain, f"sent as {cut.codec}": sent}
     return {name: attack(net.part, batch, wire=wire, steps=steps) for name, wire in ways.items()}
 
 
 def sentences(recipe: Recipe, found: dict[str, Leak]) -> list[str]:
     """The report as lines of text."""
     what = "images" if recipe.data.task == "image-classify" else "tokens"
-    lines = [f"cut       {recipe.method.head} blocks in the head of {recipe.model.name}"]
-    lines += [
+    lines = [
         f"{name:<22}{leak.attack}: recovered {100 * leak.recovered:.1f} % of {leak.tried} {what}, relative squared error {leak.error:.2g}"
         for name, leak in found.items()
     ]

@@ -93,8 +93,10 @@ class Socket:
             yield message
 
     def send(self, message: bytes) -> None:
-        if self.closed.is_set() or self.call.done():
+        if self.closed.is_set():
             raise Broken("closed")
+        if self.call.done():
+            raise Broken(f"{self.call.code().name}: {self.call.details()}")
         self.sent += len(message)
         self.outbox.put(message)
 

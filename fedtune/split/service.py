@@ -30,7 +30,8 @@ from fedtune.wire.v1 import split_pb2 as pb
 # A default server ends connections whose client pings more often than every 5 minutes during a long step (ENHANCE_YOUR_CALM, too_many_pings).
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 30_000),  # on a slow uplink a ping waits behind megabytes in the socket
+    ("grpc.http2.ping_timeout_ms", 30_000),  # the pings that measure bandwidth come first, and would be waited for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]

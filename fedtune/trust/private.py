@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 from fedtune.disk import disk_errors
@@ -21,7 +22,7 @@ def make_folder(path: Path) -> None:
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Temporary file, fsync, rename, fsync of the folder; never readable for others in between. Raises R404."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # two may write the same file at once
     with disk_errors(path):
         temporary.unlink(missing_ok=True)
         try:

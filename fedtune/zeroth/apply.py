@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from fedtune.zeroth.pool import Pool, Work, bounded, wht
 Flat: TypeAlias = np.ndarray | torch.Tensor  # values in C order: an array where the compiled kernels reach them
 Named = Mapping[str, torch.Tensor] | Mapping[str, np.ndarray] | Mapping[str, Flat]
 Piece = tuple[Flat, Flat | None, int]  # where to, where from, offset in canonical order
-Part = TypeVar("Part")
+Part = TypeVar("Part", bound=tuple[Any, ...])
 Result = TypeVar("Result")
 
 SPLIT = 1 << 20  # parameters that one thread takes at a time
 CAST = 1 << 15  # parameters of another type that are float32 at a time: 128 KB
-LARGE_CAST = 1 << 21  # the same on a GPU
+LARGE_CAST = 1 << 18  # the same on a GPU
 FIXED = 61  # bits of a projection's sums
 
 
@@ -37,8 +37,6 @@ def views(named: Named) -> dict[str, Flat]:
 def perturb(named: Named, pool: Pool, k: int, step: float, *, base: Named | None = None, layout: Layout | None = None) -> None:
     """w = RN(w + RN(step * z_k)) in place; with `base`, w = RN(base + RN(step * z_k)), cast to w's type.
 
-    A walk of SPSA (Spall 1992) as MeZO does it (Malladi et al. 2023, algorithm 1).
-
     named   float32, or with `base` also bfloat16 or float16: contiguous tensors, or arrays, of any device
     step    signed; times z_k in float64, then rounded to float32
     layout  of all tensors, where `named` holds only some of them
@@ -46,9 +44,19 @@ def perturb(named: Named, pool: Pool, k: int, step: float, *, base: Named | None
     Nothing of a tensor's size is allocated. Where the term is zero, w keeps its bits. Same bits on every device, for any number of threads
     (torch's) and any split. Raises ValueError for another direction, a step that is not finite, or a tensor that does not fit; M305 if not contiguous.
     """
-    if not 0 <= k < pool.size or not math.isfinite(step):
-        raise ValueError(f"direction {k} by {step}: a pool of {pool.size} has directions 0 to {pool.size - 1}, and a step is finite")
-    change(named, base, layout, lambda code: code.along(pool, k, float(step)))
+    walk(named, pool, [(k, step)], base=base, layout=layout)
+
+
+def walk(named: Named, pool: Pool, moves: Sequence[tuple[int, float]], *, base: Named | None = None, layout: Layout | None = None) -> None:
+    """`perturb` for each move (k, step) in order: the same bits, but signs pass over the memory only once.
+
+    SPSA (Spall 1992; MeZO, Malladi et al. 2023, algorithm 1) moves three times a step, and the last of one step and the first of the next can be one call.
+    """
+    for k, step in moves:
+        if not 0 <= k < pool.size or not math.isfinite(step):
+            raise ValueError(f"direction {k} by {step}: a pool of {pool.size} has directions 0 to {pool.size - 1}, and a step is finite")
+    if moves:
+        change(named, base, layout, lambda code: code.along(pool, [(k, float(step)) for k, step in moves]))
 
 
 def replay(named: Named, sums: Sequence[tuple[Pool, np.ndarray]], scale: float, *, base: Named | None = None, layout: Layout | None = None) -> None:
@@ -71,7 +79,7 @@ def project(named: Named, pool: Pool, *, layout: Layout | None = None) -> np.nda
 
     named  float32 tensors x
 
-    Values are rounded to whole multiples of 2**-s, as fine as lets int64 hold every sum (about 2**-32 of the largest for a billion parameters), and
+    Values are rounded to whole multiples of 2**-s, as fine as lets int64 hold every sum (2**-30 of the largest for a billion parameters), and
     sums of whole numbers have no order: same bits for any number of threads, any split, any device. Raises W607 where a value is not finite.
     """
     layout = layout or Layout.of(named)
@@ -157,9 +165,25 @@ def is_float32(value: Flat) -> bool:
 
 def spread(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Result]:
     """Do it to each, by as many threads as torch may use; the kernels hold no lock. Results in order."""
-    threads = min(torch.get_num_threads(), len(parts))
+    batches = list(batched(parts))
+    threads = min(torch.get_num_threads(), len(batches))
     if threads < 2:
         yield from map(work, parts)
         return
     with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(work, parts)
+        for results in pool.map(lambda batch: [work(part) for part in batch], batches):
+            yield from results
+
+
+def batched(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts that together are worth a thread's turn: SPLIT parameters."""
+    batch: list[Part] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[0])
+        if size >= SPLIT:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -13,18 +13,29 @@ from fedtune.zeroth.pool import Pool, Work, parity
 LENGTH = 1 << 15  # parameters whose sums are held at a time: 256 KB
 
 
-def along(pool: Pool, k: int, step: float) -> Work:
-    """out = base + step * z_k."""
+def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
+    """out = base + step * z_k, for each move (k, step) in order."""
     if pool.directions == "gaussian":
-        heights = (step * pool.unit * normal.TABLE.astype(np.float64)).astype(np.float32)
-        return fresh(lambda out, offset: kernels.add_bytes(out, offset, heights, k, pool.key))
-    bits = int(np.float32(step).view(np.uint32))
-    if pool.kind == "hadamard":
-        negative = np.packbits(parity(np.arange(pool.size, dtype=np.uint64), k), bitorder="little").view("<u4").astype(np.uint32)
-        flips = np.concatenate([negative, negative[:1]])
-        return fresh(lambda out, offset: kernels.step_onto(out, offset, bits, flips, 0, SHARED, pool.key))
-    none = np.zeros(2, np.uint32)
-    return fresh(lambda out, offset: kernels.step_onto(out, offset, bits, none, k, SIGNS, pool.key))
+        heights = [(k, (step * pool.unit * normal.TABLE.astype(np.float64)).astype(np.float32)) for k, step in moves]
+
+        def bytewise(out: np.ndarray, offset: int) -> None:
+            for k, table in heights:
+                kernels.add_bytes(out, offset, table, k, pool.key)
+
+        return fresh(bytewise)
+    steps = np.array([step for _, step in moves], np.float32).view(np.uint32)
+    streams = np.array([k for k, _ in moves], np.uint64)
+    if pool.kind == "independent":
+        none = np.zeros((len(moves), 2), np.uint32)
+        return fresh(lambda out, offset: kernels.steps_onto(out, offset, steps, none, streams, SIGNS, pool.key))
+    flips = np.stack([negative_rows(pool.size, k) for k, _ in moves])
+    return fresh(lambda out, offset: kernels.steps_onto(out, offset, steps, flips, 0 * streams, SHARED, pool.key))
+
+
+def negative_rows(size: int, k: int) -> np.ndarray:
+    """Which rows of the transform are negative at k, a bit each, and the first 32 again: uint32 (K / 32 + 1,)."""
+    drawn = np.packbits(parity(np.arange(size, dtype=np.uint64), k), bitorder="little").view("<u4").astype(np.uint32)
+    return np.concatenate([drawn, drawn[:1]])
 
 
 def fresh(onto: Callable[[np.ndarray, int], None]) -> Work:

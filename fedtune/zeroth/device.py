@@ -15,7 +15,7 @@ from fedtune.zeroth.philox import BYTES, LOW, M0, M1, ROTATION, ROUNDS, SHARED, 
 from fedtune.zeroth.pool import Pool, Work, wht
 
 TILE = 1 << 17  # parameters, on the CPU: temporaries of 1 MB
-LARGE = 1 << 21  # elsewhere, where starting an operation costs more than doing it
+LARGE = 1 << 18  # elsewhere, where starting an operation costs more than doing it
 
 
 def tile_of(device: torch.device) -> int:
@@ -63,14 +63,17 @@ def direction(pool: Pool, k: int, offset: int, count: int, device: torch.device)
     return 1 - 2 * (fields(pool.key, SHARED, 0, offset, count, 1, device) ^ parity & 1)
 
 
-def along(pool: Pool, k: int, step: float) -> Work:
-    """out = base + step * z_k."""
+def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
+    """out = base + step * z_k, for each move (k, step) in order."""
 
     def work(out: torch.Tensor, base: torch.Tensor | None, offset: int) -> None:
         tile = tile_of(out.device)
         for at in range(0, out.numel(), tile):
             piece = out[at : at + tile]
-            add(piece, base if base is None else base[at : at + tile], direction(pool, k, offset + at, piece.numel(), out.device), step * pool.unit)
+            first = piece if base is None else base[at : at + tile]
+            for k, step in moves:
+                add(piece, first, direction(pool, k, offset + at, piece.numel(), out.device), step * pool.unit)
+                first = piece
 
     return work
 
@@ -92,16 +95,15 @@ def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
                 else:
                     for k in np.flatnonzero(table):
                         total += int(table[k]) * direction(pool, int(k), offset + at, count, device)
-            add(piece, base if base is None else base[at : at + tile], total, factor)
+            add(piece, piece if base is None else base[at : at + tile], total, factor)
 
     return work
 
 
-def add(out: torch.Tensor, base: torch.Tensor | None, whole: torch.Tensor, factor: float) -> None:
+def add(out: torch.Tensor, base: torch.Tensor, whole: torch.Tensor, factor: float) -> None:
     """out = RN(base + RN(factor * whole)), and base where that term is zero."""
-    first = out if base is None else base
     term = (whole.to(torch.float64) * factor).to(torch.float32)
-    out.copy_(torch.where(term == 0, first, first + term))
+    out.copy_(torch.where(term == 0, base, base + term))
 
 
 def gathered(pool: Pool, values: torch.Tensor, offset: int, factor: float) -> np.ndarray:

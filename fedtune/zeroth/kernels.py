@@ -44,8 +44,8 @@ def compiled(*signature: Any, inline: str = "never") -> Callable[[Code], Code]:
     return compile_it
 
 
-def flat(dtype: Any, readonly: bool = False) -> Any:
-    return types.Array(dtype, 1, "C", readonly=readonly)
+def flat(dtype: Any, readonly: bool = False, of: int = 1) -> Any:
+    return types.Array(dtype, of, "C", readonly=readonly)
 
 
 @compiled(inline="always")
@@ -80,9 +80,15 @@ def rows(out, drawn, tile, size, key):  # type: ignore[no-untyped-def]
     first = (tile >> shift) >> 2 << 2  # a span whose number begins a block
     count = ((tile + TILE - 1) >> shift) - first + 1
     fill(drawn[: (count + 3) >> 2 << 2], uint64(first >> 2), uint64(0), uint32(ROTATION), key)
+    last = uint64(size - 1)
+    if size >= TILE:  # one span: most of the time that is spent here is saved
+        start = uint64(tile) + uint64(drawn[(tile >> shift) - first])
+        for w in range(out.size):
+            out[uint64(w)] = (start + uint64(32 * w)) & last
+        return
     for w in range(out.size):
-        at = tile + 32 * w
-        out[w] = uint64((at + np.int64(drawn[(at >> shift) - first])) & (size - 1))
+        at = uint64(tile + 32 * w)
+        out[uint64(w)] = (at + uint64(drawn[(at >> uint64(shift)) - uint64(first)])) & last
 
 
 @compiled(types.int64(types.int64))
@@ -152,22 +158,27 @@ def table_onto(out, offset, table, key):  # type: ignore[no-untyped-def]
     table_loop(out, out, offset, table, key)
 
 
-@compiled(types.void(flat(types.float32), types.int64, types.uint32, flat(types.uint32), types.uint64, types.uint32, types.uint64))
-def step_onto(out, offset, step, flips, stream, family, key):  # type: ignore[no-untyped-def]
-    """out += sign(i) * step, negative where bit h(i) of `flips` is set. step: bits of a float32; flips: (K / 32 + 1,), its last word its first."""
-    size = 32 * (flips.size - 1)
+@compiled(types.void(flat(types.float32), types.int64, flat(types.uint32), flat(types.uint32, of=2), flat(types.uint64), types.uint32, types.uint64))
+def steps_onto(out, offset, steps, flips, streams, family, key):  # type: ignore[no-untyped-def]
+    """out += sign(i) * step, negative where bit h(i) of `flips` is set; for one step after the other, while a tile is in the cache.
+
+    steps: bits of float32 (steps,); flips: (steps, K / 32 + 1), the last word of each its first; streams: (steps,), of the signs.
+    """
+    size = 32 * (flips.shape[1] - 1)
     words, first, drawn = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint64), np.empty(spans(size), np.uint32)
     end = offset + out.size
     for tile in range(offset // TILE * TILE, end, TILE):
-        fill(words, uint64(tile >> 7), stream, family, key)
         rows(first, drawn, tile, size, key)
-        for w in range(WORDS):
-            start, row = tile + 32 * w, first[w]
-            both = uint64(flips[row >> FIVE]) | uint64(flips[(row >> FIVE) + ONE]) << HALF
-            word = uint32(words[w] ^ uint32(both >> (row & FIVES)))
-            p = uint64(start - offset)
-            for b in range(max(offset - start, 0), min(end - start, 32)):
-                out[p + uint64(b)] = moved(out[p + uint64(b)], signed(step, word, b))
+        for s in range(steps.size):
+            step, flip = steps[s], flips[s]
+            fill(words, uint64(tile >> 7), streams[s], family, key)
+            for w in range(WORDS):
+                start, row = tile + 32 * w, first[w]
+                both = uint64(flip[row >> FIVE]) | uint64(flip[(row >> FIVE) + ONE]) << HALF
+                word = uint32(words[w] ^ uint32(both >> (row & FIVES)))
+                p = uint64(start - offset)
+                for b in range(max(offset - start, 0), min(end - start, 32)):
+                    out[p + uint64(b)] = moved(out[p + uint64(b)], signed(step, word, b))
 
 
 @compiled(types.void(flat(types.float32), types.int64, flat(types.float32), types.uint64, types.uint64))

@@ -57,6 +57,7 @@ METHODS: dict[str, dict[str, Any]] = {  # name of the method, a dash, the varian
     "fedkseed-mixed": {"method": {**WALK, **PROJECT, "estimators": ["spsa", "gradient"], "space": "adapter"}},
     "sfprompt-slim": {"method": {**SPLIT, "head": 0, "slim": "auto"}},
     "sfprompt-paper": {"method": {**SPLIT, "preset": "sfprompt-paper", "cache_smashed": True, "codec": "int8"}, "chain": [{"step": "quantize", "bits": 8}]},
+    "sfprompt-lora": {"method": {**SPLIT, "lora_rank": 2}},
     "sfprompt-tail": {"method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}},
 }
 REFACTORED = ["fedpeft-flexlora", "fedpeft-flora", "fedpeft-fedex", "fedpeft-fair", "fedpeft-fedrot", "fedpeft-fedsb"]

@@ -24,7 +24,8 @@ from fedtune.trust import Receipt
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import BASE, STATE, Federation, Proxy, push, said
 
-UPDATE = os.urandom(24 * CHUNK)
+MIB = 1 << 20
+UPDATE = os.urandom(24 * MIB)
 
 
 class Process:
@@ -75,13 +76,13 @@ def test_killed_in_the_middle_of_an_upload_it_goes_on_where_it_was(process: Proc
     process.proxy.pause = 0.002
     thread, got = process.upload()
     for at in sorted(draw.sample(range(2, 20), 3)):
-        while arrived(federation) < at * CHUNK:
+        while arrived(federation) < at * MIB:
             assert thread.is_alive()
             time.sleep(0.002)
         process.kill()
         kept = arrived(federation)
         process.start()
-        assert arrived(federation) >= kept >= at * CHUNK
+        assert arrived(federation) >= kept >= at * MIB
     process.proxy.pause = 0.0
     thread.join(60)
     assert got[0].payload == hashlib.sha256(UPDATE).hexdigest() and got[0].row == 1
@@ -123,9 +124,9 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
     federation.desk = Desk(small_disk / "exchange")
     federation.open(1)
     federation.server = federation.start()
-    client, data = federation.client(patience=0.3), os.urandom(2 * CHUNK)
+    client, data = federation.client(patience=0.3), os.urandom(2 * MIB)
     filler = small_disk / "filler"
-    filler.write_bytes(bytes(2 * CHUNK))
+    filler.write_bytes(bytes(2 * MIB))
     with pytest.raises(FedtuneError, match=r"E804.*room for \d+ bytes.*expected 2097152"):
         client.send(federation.ticket(), data)
     assert not list((small_disk / "exchange" / "incoming").iterdir()) and "disk" not in federation.told[-1].record().get("run", "")
@@ -141,7 +142,8 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
         yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
         yield pb.PushRequest(piece=pb.Piece(data=data[:CHUNK]))
         step.wait(10)
-        yield pb.PushRequest(piece=pb.Piece(data=data[CHUNK:]))
+        for at in range(CHUNK, len(data), CHUNK):
+            yield pb.PushRequest(piece=pb.Piece(data=data[at : at + CHUNK]))
 
     call = client._push(requests(), timeout=20)
     while not (parts := list((small_disk / "exchange" / "incoming").iterdir())) or parts[0].stat().st_size < CHUNK:
@@ -155,5 +157,6 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
     error, wait = understood(caught.value, "")
     assert error.code == "E804" and wait and str(small_disk) not in str(error)
     filler.unlink()
-    replies = push(client, envelope, [pb.Piece(data=data[parts[0].stat().st_size :])])
+    there = parts[0].stat().st_size
+    replies = push(client, envelope, (pb.Piece(data=data[at : at + CHUNK]) for at in range(there, len(data), CHUNK)))
     assert replies[0].offset >= CHUNK and federation.desk.read("run-1", 2, "train", "site-a") == data

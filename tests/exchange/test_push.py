@@ -149,14 +149,14 @@ def test_a_claim_beyond_the_budget_costs_neither_memory_nor_disk(federation: Fed
 
 
 def test_a_connection_that_breaks_is_continued_where_it_broke(federation: Federation) -> None:
-    data = os.urandom(12 * CHUNK)
+    data = os.urandom(12 << 20)
     with proxied(federation) as proxy:
-        proxy.cut_at = [4 * CHUNK, 9 * CHUNK]
+        proxy.cut_at = [6 << 20, 11 << 20]
         client = federation.client(address=proxy.address)
         got = client.send(federation.ticket(), data)
     (event,) = events(federation)
     assert proxy.cuts == 2 and got.payload == hashlib.sha256(data).hexdigest() and federation.desk.read("run-1", 1, "train", "site-a") == data
-    assert event.resumed >= 3 * CHUNK and proxy.up < 1.6 * len(data)  # what had arrived was not sent again
+    assert event.resumed > 1 << 20 and proxy.up < 1.6 * len(data)  # what had arrived was not sent again
 
 
 def test_an_update_waits_in_the_spool_while_nobody_answers(federation: Federation) -> None:
@@ -280,6 +280,28 @@ def test_who_stalls_loses_the_slot_and_not_the_bytes(tmp_path: Path) -> None:
             list(call)
         gate.set()
         assert push(federation.client("site-b"), envelope, split(UPDATE[CHUNK:]))[0].offset == CHUNK
+    finally:
+        federation.close()
+
+
+def test_no_member_takes_all_threads_and_silence_is_cut(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, calls=3, stall_seconds=0.4)
+    try:
+        a, gate = federation.client(), threading.Event()
+
+        def nothing() -> Any:
+            gate.wait(20)
+            yield from ()
+
+        silent = [a._push(nothing()) for _ in range(3)]
+        until(lambda: federation.server.door._busy["site-a"] == 3)
+        assert code_of(lambda: a._status(pb.StatusRequest(), timeout=5)) == "E804"
+        assert federation.client("site-b").status().uploads == 0  # the others do not notice
+        for call in silent:
+            with pytest.raises(grpc.RpcError):
+                list(call)
+        gate.set()
+        assert a.send(federation.ticket(), SMALL).row == 1
     finally:
         federation.close()
 

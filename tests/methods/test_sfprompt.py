@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import config, methods, transforms
+from fedtune import methods, transforms
 from fedtune.cli import main
 from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, FedtuneError
@@ -21,6 +21,7 @@ from fedtune.events import ClientDone, ClientLeftOut
 from fedtune.methods.sfprompt import load
 from fedtune.methods.sfprompt_net import BodyAt, SplitNet
 from fedtune.model.fit import step_batches
+from fedtune.model.kinds import file_name
 from fedtune.model.loss import summed_loss
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check, rows
@@ -38,11 +39,16 @@ from tests import small, tiny
 
 TRAIN = {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}
 SPLIT = {"type": "sfprompt", "prompts": 3, "prompt_lr": 0.05, "codec": "fp32", "train": TRAIN}
+IMAGES = {"data__source": "images", "data__task": "image-classify", "data__client_test_share": 0}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
+    """Sentences of 3 to 7 words, so that batches hold padding."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    cut = [{**row, "text": " ".join(row["text"].split()[: 3 + number % 5])} for number, row in enumerate(small.rows())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in cut))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **more: Any) -> Recipe:
     if data.is_dir():
-        more = {"data__source": "images", "data__task": "image-classify", "data__client_test_share": 0, **more}
+        more = {**IMAGES, **more}
     return small.recipe(model, data, method={**SPLIT, **(changes or {})}, **more)
 
 
@@ -72,21 +78,33 @@ def world_of(recipe: Recipe) -> tuple[World, Link]:
 # --- the same numbers as without a cut --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{"slim": "auto"}, {"slim": "off"}, {"position": "input", "head": 0}, {"head": 0, "tail": 1}], ids=str)
+CUTS = [{"slim": "auto"}, {"slim": "off"}, {"position": "input", "head": 0}, {"head": 0, "tail": 1}, {"lora_rank": 2}, {"lora_rank": 2, "head": 0, "tail": 1}]
+
+
+@pytest.mark.parametrize("changes", CUTS, ids=str)
 def test_one_client_is_ordinary_training_of_the_uncut_model_to_the_bit(changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_vit, images, {"head": 1, **changes}, partition__clients=1)
     _, result, _ = small.play(recipe, tmp_path)
     assert result["state_sha256"] == digest(plain_training(recipe))
 
 
-def plain_training(recipe: Recipe) -> Tensors:
+def plain_training(recipe: Any) -> Tensors:
     """The whole ViT, prompts put in by a hook in front of block k, AdamW made anew every round: no cut, no messages, nothing of fedtune.split."""
     world, _ = world_of(recipe)
     first = world.bench.read()
     vit = tiny_vit_of(recipe, world)
     prompts = torch.nn.Parameter(torch.from_numpy(first["prompts"]))
     with_prompts(vit, recipe.method.head, prompts)
-    named = {"prompts": prompts, **{name: value for name, value in vit.named_parameters() if name in first}}
+    if recipe.method.lora_rank:
+        vit = with_lora(vit, first)
+    named = {
+        "prompts": prompts,
+        **{file_name(name): value for name, value in vit.named_parameters() if file_name(name) in first and "original_module" not in name},
+    }
+    assert named.keys() == first.keys()
+    with torch.no_grad():
+        for name, value in named.items():
+            value.copy_(torch.from_numpy(first[name]))
     for value in vit.parameters():
         value.requires_grad_(any(value is one for one in named.values()))
     encoded, train = world.train(0), recipe.method.train
@@ -110,8 +128,16 @@ def tiny_vit_of(recipe: Recipe, world: World) -> Any:
 
     torch.manual_seed(seed_of("head", recipe.seed))
     vit = transformers.ViTForImageClassification.from_pretrained(recipe.model.name, num_labels=2).eval()
-    np.testing.assert_array_equal(vit.classifier.weight.detach().numpy(), world.bench.read()["classifier.weight"])
+    np.testing.assert_array_equal(vit.classifier.weight.detach().numpy(), next(v for n, v in world.bench.read().items() if n.endswith("classifier.weight")))
     return vit
+
+
+def with_lora(vit: Any, first: Tensors) -> Any:
+    """Plain peft on the whole model, where the tensors' names say."""
+    import peft
+
+    modules = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in first if name.endswith(".lora_A.weight")]
+    return peft.get_peft_model(vit, peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules, modules_to_save=["classifier"])).eval()
 
 
 def with_prompts(vit: Any, k: int, prompts: Any) -> None:
@@ -124,8 +150,11 @@ def with_prompts(vit: Any, k: int, prompts: Any) -> None:
 def test_texts_with_padding_learn_the_same_slim_or_not(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """BERT's rows of a class token alone; only the order of float32 sums differs."""
     slim, whole = (small.play(recipe_of(tiny_bert, data, {"slim": s}), tmp_path / s)[0] for s in ("auto", "off"))
-    a, b = (np.concatenate([v.ravel() for v in state_of(folder).values()]) for folder in (slim, whole))
-    assert np.abs(a - b).max() < 1e-5
+    assert farthest(state_of(slim), state_of(whole)) < 1e-5
+
+
+def farthest(a: Tensors, b: Tensors) -> float:
+    return max(float(np.abs(a[name] - b[name]).max()) for name in a.keys() | b.keys())
 
 
 def state_of(folder: Any, number: int = 3) -> Tensors:
@@ -142,8 +171,8 @@ def test_a_language_model_sends_only_rows_with_labels_down_and_learns_the_same(t
         recipe = recipe_of(tiny_llama, path, {"slim": slim, "codec": "fp32"}, data__task="instruct", data__max_length=40)
         folder, _, events = small.play(recipe, tmp_path / slim)
         told[slim] = [e.metrics for e in events if isinstance(e, ClientDone)]
-        states[slim] = np.concatenate([v.ravel() for v in state_of(folder).values()])
-    assert np.abs(states["auto"] - states["off"]).max() < 1e-5
+        states[slim] = state_of(folder)
+    assert farthest(states["auto"], states["off"]) < 1e-5
     assert all(a["cut_down_bytes"] < 0.4 * b["cut_down_bytes"] for a, b in zip(told["auto"], told["off"], strict=True))
 
 
@@ -157,7 +186,7 @@ def test_a_tied_vocabulary_stays_frozen(tmp_path: Path) -> None:
 
 
 def test_the_installed_bench_is_the_uncut_model_with_prompts(tiny_vit: Path, images: Path) -> None:
-    world, link = world_of(recipe_of(tiny_vit, images, {"head": 1}))
+    world, _ = world_of(recipe_of(tiny_vit, images, {"head": 1}))
     vit = copy.deepcopy(tiny_vit_of(world.recipe, world))
     with_prompts(vit, 1, world.bench.named["prompts"])
     batch = world.train(0).collate(range(5))
@@ -241,6 +270,15 @@ def test_bytes_at_the_cut_are_those_of_the_formula(tiny_vit: Path, images: Path,
     assert "4 x 5 tokens up 1,728, down 448 bytes" in line and up + down == 4 * (1728 + 448)
 
 
+def test_without_prompts_nothing_goes_back(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    """The tail learns alone: up what the head says, down a row an image, no gradients."""
+    recipe = small.recipe(tiny_vit, images, method={"type": "sfprompt", "prompts": 0, "train": TRAIN}, **IMAGES)
+    line = next(line for line in rows(check(recipe)) if "slim: a micro-batch" in line)
+    assert "up 1,280, down 256 bytes" in line
+    for _, sent, received in through_cut(recipe, tmp_path):
+        assert 0 < sent - 4 * 1280 < 1000 and 0 < received - 4 * 256 < 1000
+
+
 def test_what_the_head_says_of_an_image_goes_up_once(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     changes = {"head": 1, "cache_smashed": True, "train": {"lr": 0.01, "steps": 0, "epochs": 2, "batch": 4}}
     kept = recipe_of(tiny_vit, images, changes)
@@ -272,9 +310,9 @@ def test_a_service_that_forgot_is_told_again(tiny_bert: Path, data: Path, tmp_pa
 
 def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data, {"preset": "sfprompt-paper"})
-    s = recipe.method
+    s: Any = recipe.method
     assert (s.head, s.local_update, s.pruning, s.keep) == (1, 2, "el2n", 0.5)
-    assert config.parse(json.loads(recipe.canonical())).method == s  # a resolved recipe means the same
+    assert type(s).model_validate_json(s.model_dump_json()) == s  # resolved, it means the same
     method = methods.build(s, 3, recipe.aggregate)
     assert method.title == "sfprompt / k = 1, 0 in the tail, 3 prompts / local update x2, el2n 0.5, split training"
     _, _, events = small.play(recipe, tmp_path)
@@ -284,7 +322,7 @@ def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, t
 
 
 def test_losses_through_the_body_are_those_of_the_uncut_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Before phase 1 of round 1 the model is the first state; a client with fewer than 64 examples is its own probe."""
+    """Before phase 1 of round 1 the model is the first state; a client with fewer than 32 examples is its own probe."""
     recipe = recipe_of(tiny_bert, data, {"local_update": 1})
     world, link = world_of(recipe)
     with torch.no_grad():
@@ -306,7 +344,7 @@ def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(tiny_be
     for changes in ({"local_update": 1}, {"pruning": "el2n", "keep": 0.5}, {"preset": "sfprompt-paper"}):
         recipe = recipe_of(tiny_bert, data, {"head": 0, **changes})
         for start in (check, world_of):
-            with pytest.raises(FedtuneError, match="S703.*k = 0.*first token"):
+            with pytest.raises(FedtuneError, match=r"S703.*k = 0.*first token"):
                 start(recipe)
     check(recipe_of(tiny_bert, data, {"head": 0, "tail": 1, "local_update": 1}))  # a block in the tail sees
 
@@ -318,6 +356,8 @@ def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(tiny_be
         ({"pruning": "random"}, "method.keep = 1"),
         ({"position": "input", "cache_smashed": True}, "cache_smashed"),
         ({"prompts": 0}, "method.prompts = 0"),
+        ({"lora_rank": 2, "head": 0}, "method.lora_rank = 2"),
+        ({"lora_rank": 2, "cache_smashed": True}, "LoRA in the head"),
         ({"aggregate": "krum"}, "aggregate.rule = 'krum'"),
     ],
     ids=str,
@@ -373,7 +413,7 @@ def test_leak_test_prints_what_was_recovered(tiny_vit: Path, images: Path, tmp_p
     import tomli_w
 
     path = tmp_path / "recipe.toml"
-    path.write_text(tomli_w.dumps(json.loads(recipe_of(tiny_vit, images, {"head": 1, "codec": "fp16"}).canonical())))
+    path.write_text(tomli_w.dumps(small.tree(tiny_vit, images, method={**SPLIT, "codec": "fp16"}, **IMAGES)))
     assert main(["leak-test", str(path), "--examples", "2", "--steps", "200"]) == 0
     told = capsys.readouterr().out
     assert told.count("gradient descent on pixels: recovered") == 2 and "of 2 images" in told

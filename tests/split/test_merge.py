@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from fedtune.split import merge
 from fedtune.split.body import Body, Frozen
 from fedtune.split.cut import Cut, Side
 from fedtune.split.merge import Job, Merger, Merging
@@ -124,20 +125,20 @@ def test_turns_are_fair() -> None:
     assert merged.order[:8].count("modest") == 2
 
 
-def test_one_client_alone_is_not_kept_waiting_and_two_are() -> None:
-    asked = Asked(Merging(wait=0.15))
-    asked.ask("alone", 1, 8)
+def test_one_client_alone_is_not_kept_waiting_and_two_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "TARDY", 30.0)
+    asked = Asked(Merging(wait=2.0))
     began = time.monotonic()
-    asked.all()
-    assert time.monotonic() - began < 0.1
-    late = threading.Timer(0.05, asked.ask, ("late", 1, 8))
-    asked.ask("late", 1, 8)
-    asked.all()  # now "late" is known to be active
     asked.ask("alone", 1, 8)
-    passes = asked.merger.counts.passes
-    late.start()
+    asked.all()
+    asked.ask("late", 1, 8)
+    asked.ask("alone", 1, 8)
+    asked.all()  # all who are known are here
+    assert time.monotonic() - began < 1.5 and asked.merger.counts.passes == 2
+    asked.ask("alone", 1, 8)
+    threading.Timer(0.05, asked.ask, ("late", 1, 8)).start()
     asked.merger.step()
-    assert asked.merger.counts.passes == passes + 1 and asked.order[-2:] == ["alone", "late"]
+    assert asked.merger.counts.passes == 3 and asked.order[-2:] == ["alone", "late"]
 
 
 def test_a_job_that_fails_fails_alone() -> None:

@@ -96,7 +96,7 @@ def test_a_service_killed_twice_changes_no_bit() -> None:
 
 @pytest.mark.slow
 def test_a_service_that_stands_still_is_noticed_and_waited_for() -> None:
-    """SIGSTOP for a minute, no reset, no farewell: the ping after 20 s is not answered within 20 s, the client dials until it is back."""
+    """SIGSTOP for 75 s, no reset, no farewell: a ping is not answered within 30 s, the client dials until the service is back."""
     port = free_port()
     process = body_service(port)
 
@@ -106,7 +106,7 @@ def test_a_service_that_stands_still_is_noticed_and_waited_for() -> None:
             sent += 1
             if sent == 20:
                 process.send_signal(signal.SIGSTOP)
-                threading.Timer(60, process.send_signal, (signal.SIGCONT,)).start()
+                threading.Timer(75, process.send_signal, (signal.SIGCONT,)).start()
             super().send(message)
 
     sent = 0
@@ -147,8 +147,8 @@ def test_connections_that_break_change_no_bit() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_what_a_dead_client_had_is_freed_and_the_others_go_on(how: signal.Signals) -> None:
-    """A kill is noticed by its reset at once, a stopped process when its lease of one second is over; the other's losses are as ever."""
-    with listening(Terms(lease=1.0)) as (service, dial):
+    """A kill is noticed by its reset at once, a stopped process when its lease of two seconds is over; the other's losses are as ever."""
+    with listening(Terms(lease=2.0)) as (service, dial):
         doomed = subprocess.Popen([sys.executable, "-c", DOOMED, dial.address], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         try:
             assert doomed.stdout is not None and doomed.stdout.readline() == "held\n"
@@ -166,7 +166,7 @@ def test_what_a_dead_client_had_is_freed_and_the_others_go_on(how: signal.Signal
                 doomed.send_signal(signal.SIGCONT)
             doomed.kill()
             doomed.wait()
-        assert took < (1.0 if how == signal.SIGKILL else 3.0)
+        assert took < (1.5 if how == signal.SIGKILL else 5.0)
         assert [session.hello.client for session in service.sessions.values() if session.connection is not None] == [1]
         other.close()
     wanted, _ = run(None, steps=3)

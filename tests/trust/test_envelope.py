@@ -169,7 +169,7 @@ def test_an_envelope_is_never_a_receipt(members: dict[str, Identity]) -> None:
         receipt.read(Signed(data, coordinator.sign(data), coordinator.certificate), coordinator.authority)
 
 
-TICKET = Ticket("run-1", 3, "site-a", "train", "fed.example.org:9443", "b" * 64, "c" * 64, 10, 1 << 20, '{"seed": 7}')
+TICKET = Ticket("run-1", 3, "site-a", "train", "fed.example.org:9443", "b" * 64, "c" * 64, 10, 1 << 20, details='{"seed": 7}')
 
 
 def test_a_client_acts_on_what_its_coordinator_signed_only(members: dict[str, Identity], tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_client_acts_on_what_its_coordinator_signed_only(members: dict[str, Id
     with pytest.raises(FedtuneError, match="T705"):
         ticket.read(ticket.write(TICKET, load(other.place("coordinator"))), members["site-a"])
     kept = Signed.from_json(signed)
-    for name in ("run", "round", "verb", "address", "base", "given", "given_size", "budget", "details"):
+    for name in ("run", "round", "verb", "address", "base", "given", "given_size", "budget", "attempt", "details"):
         value = getattr(TICKET, name)
         altered = replace(TICKET, federation="hospitals", **{name: value + 1 if isinstance(value, int) else value + "x"})
         record = Signed.from_json(ticket.write(altered, members["coordinator"])).record

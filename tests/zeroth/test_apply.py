@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedtune.errors import FedtuneError
 from fedtune.schema import Schema
-from fedtune.zeroth import Layout, Pool, apply, combine, cpu, device, perturb, project, replay
+from fedtune.zeroth import Layout, Pool, apply, combine, cpu, device, perturb, project, replay, views, walk
 from fedtune.zeroth.pool import wht
 from tests.zeroth import oracle
 
@@ -64,6 +64,21 @@ def test_perturb_is_the_oracle(pool: Pool, road: str) -> None:
 
 
 @pytest.mark.parametrize("pool", oracle.POOLS)
+def test_a_walk_is_its_moves_one_by_one(pool: Pool, road: str) -> None:
+    moves = [(7, 1e-3), (7, -2e-3), (pool.size - 1, 5e-4)]
+    together, single = values(), values()
+    walk(views(together), pool, moves)
+    for k, step in moves:
+        perturb(single, pool, k, step)
+    assert oracle.same(joined(together), joined(single))
+    walk(single, pool, [])
+    assert oracle.same(joined(together), joined(single))
+    other = values(seed=2)
+    walk(other, pool, moves, base=values())
+    assert oracle.same(joined(other), joined(single))
+
+
+@pytest.mark.parametrize("pool", oracle.POOLS)
 def test_replay_is_the_oracle_from_a_base_or_in_place(pool: Pool, road: str) -> None:
     accumulators, scale = some(pool), 3e-9
     expected = oracle.weight(joined(values()), combine(pool, accumulators, 0, LAYOUT.count), scale * pool.unit)
@@ -96,7 +111,7 @@ def test_compiled_and_torch_agree_at_any_offset_and_length(pool: Pool, offset: i
     base = np.random.default_rng(seed).standard_normal(count, np.float32)
     accumulators, k = some(pool, seed), seed % pool.size
     for compiled, portable in (
-        (cpu.along(pool, k, 0.1), device.along(pool, k, 0.1)),
+        (cpu.along(pool, [(k, 0.1), (0, 0.2)]), device.along(pool, [(k, 0.1), (0, 0.2)])),
         (cpu.summed([(pool, accumulators)], 1e-5), device.summed([(pool, accumulators)], 1e-5)),
     ):
         results = [base.copy() for _ in range(2)]
