@@ -190,9 +190,9 @@ class FedKSeed:
         """
         from fedtune.model.fit import step_batches
         from fedtune.model.forward import batch_of, forward_only, mean_loss
-        from fedtune.zeroth import walk
+        from fedtune.zeroth import views, walk
 
-        s, pool = self.settings, self.pool(bench, epoch)
+        s, pool, held = self.settings, self.pool(bench, epoch), views(bench.named)
         moves: list[tuple[int, float]] = []  # a step's last, which goes along with the next one's first: one pass over the weights less
         scalars, losses = np.zeros(len(seeds), np.int64), np.zeros(len(seeds))
         clipped = 0
@@ -200,9 +200,9 @@ class FedKSeed:
         with forward_only(bench, data):
             for step, (direction, micro) in enumerate(zip(seeds.tolist(), batches, strict=True)):
                 batch = batch_of(bench, data, list(micro[0]))
-                walk(bench.named, pool, [*moves, (direction, s.eps)])
+                walk(held, pool, [*moves, (direction, s.eps)])
                 above = mean_loss(bench, batch)
-                walk(bench.named, pool, [(direction, -2 * s.eps)])
+                walk(held, pool, [(direction, -2 * s.eps)])
                 below = mean_loss(bench, batch)
                 g = (above - below) / (2 * s.eps)
                 if not math.isfinite(g):
@@ -211,7 +211,7 @@ class FedKSeed:
                 clipped += s.bits > 1 and abs(g) > s.clip
                 moves = [(direction, s.eps - s.lr * self.scale.unit * int(scalars[step]))]
                 losses[step] = (above + below) / 2
-        walk(bench.named, pool, moves)
+        walk(held, pool, moves)
         return Walk(scalars, float(losses.mean()), float(losses[:FEW].mean()), clipped / len(seeds))
 
     def project(self, bench: Bench, data: Encoded, number: int, seed: int) -> Walk:
