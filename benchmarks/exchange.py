@@ -98,7 +98,7 @@ def spooled(folder: Path, address: str, n: int, data: bytes) -> ExchangeClient:
     """A client with a finished update on its disk, signed: its own machine's work, done before the clock starts."""
     client = ExchangeClient(address, identity(folder, n), folder / "sites" / f"site-{n}")
     ticket = Ticket("run", 1, f"site-{n}", "train", address, BASE, hashlib.sha256(STATE).hexdigest(), len(STATE), len(data))
-    client.spool.keep(ticket, data, client.spool.count())
+    client.spool.keep(ticket, data)
     return client
 
 

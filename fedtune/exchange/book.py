@@ -129,13 +129,15 @@ class Book:
             self.db.execute("UPDATE rounds SET open = 0 WHERE run = ? AND round = ? AND verb = ?", (run, round, verb))
 
     def accepted(self, run: str, round: int, verb: str) -> list[Accepted]:
-        rows = self.query("SELECT row, client, payload, size FROM accepted WHERE run = ? AND round = ? AND verb = ? ORDER BY client", run, round, verb)
+        rows = self.query(
+            "SELECT row, client, payload, size FROM accepted WHERE run = ? AND round = ? AND verb = ? AND released = 0 ORDER BY client", run, round, verb
+        )
         return [Accepted(*row) for row in rows]
 
     def forget(self, run: str, round: int, verb: str, client: str) -> None:
         """Take back an acceptance whose bytes were lost, so that the client can be asked again."""
         with self.transaction():
-            self.db.execute("DELETE FROM accepted WHERE run = ? AND round = ? AND verb = ? AND client = ?", (run, round, verb, client))
+            self.db.execute("DELETE FROM accepted WHERE run = ? AND round = ? AND verb = ? AND client = ? AND released = 0", (run, round, verb, client))
 
     def release(self, run: str, through: int, remove: Callable[[str], None]) -> None:
         """Rounds that nobody will ask about again: what only they need is removed, receipts stay."""

@@ -54,6 +54,8 @@ class Cache:
         return True
 
     def _trim(self, newest: str) -> None:
+        for part in self.folder.glob("*.part"):  # of states that nobody asks for any more
+            part.unlink(missing_ok=True)
         objects = sorted((path for path in self.folder.iterdir() if HASH.fullmatch(path.name) and path.name != newest), key=lambda p: p.stat().st_mtime_ns)
         total = sum(path.stat().st_size for path in [*objects, self.folder / newest])
         for path in objects:

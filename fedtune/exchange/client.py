@@ -95,7 +95,7 @@ class ExchangeClient:
         """
         if len(data) > ticket.budget:
             raise Refused("W606", f"an update of {len(data)} bytes", f"at most {ticket.budget}", "use the recipe's message chain")
-        return self._deliver(self.spool.keep(ticket, data, self._count()))
+        return self._deliver(self.spool.keep(ticket, data))
 
     def flush(self) -> list[Receipt]:
         """Send what waits from before. What is refused for good is dropped with its reason; raises when nothing can be sent now."""
@@ -110,10 +110,6 @@ class ExchangeClient:
 
     # --- parts ---
 
-    def _count(self) -> int:
-        """The next number of a message; a spool that is new asks what was counted before."""
-        return self.spool.count(0 if self.spool.sequence else self.status().sequence)
-
     def _deliver(self, finished: Finished) -> Receipt:
         """Until the receipt is held."""
         for turn in range(3):
@@ -125,8 +121,8 @@ class ExchangeClient:
                     self.spool.give_up(finished, error)
                 if turn == 2 or error.code not in ("W601", "W605", "T707") or (error.code == "W601" and self.spool.damaged(finished)):
                     raise
-                if error.code != "W601":  # the count was taken, or the keys were renewed since it was signed
-                    finished = self.spool.sign_again(finished, self.spool.count(self.status().sequence))
+                if error.code != "W601":  # the count was taken (this spool may be new), or the keys were renewed since it was signed
+                    finished = self.spool.sign_again(finished, self.status().sequence)
         read = receipt.read(signed, self.identity.authority, finished.envelope)
         self.spool.settle(finished, signed)
         return read

@@ -45,32 +45,28 @@ class Spool:
         self.folder, self.identity = folder, identity
         private.make_folder(folder)
 
-    @property
-    def sequence(self) -> int:
-        """The last count that was signed; 0: none, or lost."""
+    def count(self, above: int = 0) -> int:
+        """The next count, above a number that is known to be taken; on disk before it is used. Raises R404."""
         path = self.folder / "sequence"
-        return int(path.read_text()) if path.exists() else 0
-
-    def count(self, at_least: int = 0) -> int:
-        """The next count, on disk before it is used. Raises R404."""
-        number = max(self.sequence, at_least) + 1
-        private.write(self.folder / "sequence", str(number).encode())
+        held = path.read_text() if path.exists() else ""
+        number = max(int(held) if held.isdecimal() else 0, above) + 1
+        private.write(path, str(number).encode())
         return number
 
-    def keep(self, ticket: Ticket, data: bytes, sequence: int) -> Finished:
+    def keep(self, ticket: Ticket, data: bytes) -> Finished:
         """A finished update, signed and on disk. Raises R404."""
         name, payload = name_of(ticket), hashlib.sha256(data).hexdigest()
         said = Envelope(
             self.identity.name.federation, ticket.run, ticket.round, self.identity.name.name, ticket.verb, ticket.base, ticket.given,
-            payload, len(data), sequence, envelope.new_nonce(),
+            payload, len(data), self.count(), envelope.new_nonce(),
         )  # fmt: skip
         self._remove(name)  # an earlier answer to the same question must not stand beside this one's envelope
         private.write(self.folder / f"{name}.update", data)
         return self._sign(name, said, ticket.address)
 
-    def sign_again(self, finished: Finished, sequence: int) -> Finished:
+    def sign_again(self, finished: Finished, above: int) -> Finished:
         """The same update under a new count: after a rotation of keys, or where the old one was taken."""
-        said = replace(finished.envelope, sequence=sequence, nonce=envelope.new_nonce())
+        said = replace(finished.envelope, sequence=self.count(above), nonce=envelope.new_nonce())
         return self._sign(finished.name, said, finished.address)
 
     def _sign(self, name: str, said: Envelope, address: str) -> Finished:

@@ -51,7 +51,6 @@ class Process:
     def upload(self, site: str = "site-a") -> tuple[threading.Thread, list[Receipt]]:
         """A client that sends and tries again until it holds its receipt."""
         client, got = self.federation.client(site, self.proxy.address, patience=30.0), list[Receipt]()
-        client.spool.count()
         thread = threading.Thread(target=lambda: got.append(client.send(self.federation.ticket(site), UPDATE)))
         thread.start()
         return thread, got
@@ -73,9 +72,9 @@ def arrived(federation: Federation) -> int:
 def test_killed_in_the_middle_of_an_upload_it_goes_on_where_it_was(process: Process) -> None:
     federation, draw = process.federation, random.Random(0)
     process.start()
-    process.proxy.pause = 0.002
+    process.proxy.pause = 0.005
     thread, got = process.upload()
-    for at in sorted(draw.sample(range(2, 20), 3)):
+    for at in sorted(draw.sample(range(2, 14), 3)):
         while arrived(federation) < at * MIB:
             assert thread.is_alive()
             time.sleep(0.002)
@@ -127,9 +126,10 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
     client, data = federation.client(patience=0.3), os.urandom(2 * MIB)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2 * MIB))
-    with pytest.raises(FedtuneError, match=r"E804.*room for \d+ bytes.*expected 2097152"):
+    with pytest.raises(FedtuneError, match=r"E804.*room for \d+ bytes.*expected 2097152") as full:
         client.send(federation.ticket(), data)
-    assert not list((small_disk / "exchange" / "incoming").iterdir()) and "disk" not in federation.told[-1].record().get("run", "")
+    assert str(small_disk) not in str(full.value)  # what the coordinator's disk is called is its own business
+    assert not list((small_disk / "exchange" / "incoming").iterdir())
     filler.unlink()
     (got,) = client.flush()
     assert got.row == 1 and federation.desk.read("run-1", 1, "train", "site-a") == data
