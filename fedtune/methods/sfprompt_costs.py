@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fedtune.methods.sfprompt_net import cut_bench
+from fedtune.methods.sfprompt_net import SplitNet, cut_bench
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.bench import Bench
-from fedtune.model.prompted import blank_batch, weightless
+from fedtune.model.prompted import blank_image, check_context, weightless
 from fedtune.model.settings import AdapterSettings
 from fedtune.model.shapes import plan
 from fedtune.split.costs import Costs, Mode, costs
@@ -25,19 +25,14 @@ def client_bytes(bench: Bench) -> int:
 
 
 def remarks(s: SFPromptSettings, recipe: Any, labels: int, rows: float) -> list[str]:
-    """Lines for `fedtune check`."""
+    """Lines for `fedtune check`. Raises D207 where the longest text leaves no room for the prompts."""
     base = weightless(recipe.model, recipe.data.task, labels)
     bench = cut_bench(base, s, 0)
-    tokens = bench.net.part.head(blank_batch(base, recipe.data.max_length))[0].shape[1]
-    mode: Mode = "naive" if not bench.net.lean else "cached" if s.cache_smashed else "slim"
-    batch = s.train.batch
-    cost = costs(
-        type(base.net), base.net.config, bench.net.part.cut,
-        tokens=tokens, batch=batch, prompts=s.prompts, position="input" if s.head_learns else s.position, mode=mode, number=NUMBER_BYTES[s.codec],
-    )  # fmt: skip
-    if not s.prompts and not s.head_learns:  # nothing in front of the body learns, so nothing goes back
-        hidden = batch * tokens * bench.net.part.width * NUMBER_BYTES[s.codec]
-        cost = replace(cost, up=0 if mode == "cached" else hidden, down=hidden if mode == "naive" else cost.down)
+    part, batch = bench.net.part, s.train.batch
+    if part.place == 0:
+        check_context(recipe.data.max_length, s.prompts, getattr(base.net.config.get_text_config(), "max_position_embeddings", None))
+    tokens = part.head(blank_image(base))[0].shape[1] if part.anatomy.image else recipe.data.max_length
+    way, cost = at_cut(s, bench.net, tokens)
     kept = max(1, round(rows * s.keep))
     micro = s.train.steps * s.train.accumulate if s.train.steps else s.train.epochs * -(-kept // batch)
     lora = plan(recipe.model, AdapterSettings(), recipe.data.task, labels).trainable
@@ -47,10 +42,29 @@ def remarks(s: SFPromptSettings, recipe: Any, labels: int, rows: float) -> list[
     return [
         f"client    holds {100 * cost.share_parameters:.2f} % of the parameters (head and tail)",
         f"client    does {100 * cost.share_flops:.2f} % of full fine-tuning's FLOPs",
-        f"cut       {mode}: a micro-batch of {batch} x {tokens} tokens up {cost.up:,}, down {cost.down:,} bytes{once}{scales}",
+        f"cut       {way}: a micro-batch of {batch} x {tokens} tokens up {cost.up:,}, down {cost.down:,} bytes{once}{scales}",
         f"cut       a client's round of {micro} micro-batches: {through(cost, micro, min(kept, micro * batch)):,} bytes by formula (training alone)",
         f"cut       costs as much as fedpeft with rank 8 at {cost.break_even(batch, other, own):,.0f} examples a round",
     ]
+
+
+def at_cut(s: SFPromptSettings, net: SplitNet, tokens: int) -> tuple[str, Costs]:
+    """How examples of so many tokens go through the cut, in a word, and what that costs."""
+    batch, number, width = s.train.batch, NUMBER_BYTES[s.codec], net.part.width
+    mode: Mode = "naive" if not net.lean else "cached" if s.cache_smashed else "slim"
+    cost = costs(
+        type(net.base.net), net.base.net.config, net.part.cut,
+        tokens=tokens, batch=batch, prompts=s.prompts, position="input" if s.head_learns else s.position, mode=mode, number=number,
+    )  # fmt: skip
+    way: str = mode
+    if not net.lean and net.kind != "all":  # whole hidden states in front of the body, the tail's rows alone behind it
+        rows = batch * (tokens if net.kind == "each" else 1)
+        each = (batch * (tokens + s.prompts) + rows) * width * number
+        way, cost = "slim behind the body", replace(cost, up=each, down=each)
+    if not s.prompts and not s.head_learns:  # nothing in front of the body learns, so nothing goes back
+        hidden = batch * tokens * width * number
+        cost = replace(cost, up=0 if mode == "cached" else hidden, down=cost.down if net.lean else cost.down - hidden)
+    return way, cost
 
 
 def through(cost: Costs, micro: int, samples: int) -> int:

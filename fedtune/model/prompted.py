@@ -62,14 +62,14 @@ def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
         config = load_config(locate(model.name), task, labels, known)
         with torch.device("meta"):
             net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
+    if task != "image-classify" and net.config.pad_token_id is None:
+        net.config.pad_token_id = 0  # loading takes one from the tokenizer; a generative classifier will not run without any
     return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
 
 
-def blank_batch(base: Base, length: int) -> dict[str, torch.Tensor]:
-    """One example of no content on the base's device, as the network's arguments."""
+def blank_image(base: Base) -> dict[str, torch.Tensor]:
+    """One image of no content on the base's device, as the network's arguments."""
     config = base.net.config
-    if base.task != "image-classify":
-        return {"input_ids": torch.zeros(1, length, dtype=torch.long, device=base.device)}
     size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size, config.image_size)
     return {"pixel_values": torch.zeros(1, config.num_channels, *size, device=base.device)}
 

@@ -270,6 +270,17 @@ def test_bytes_at_the_cut_are_those_of_the_formula(tiny_vit: Path, images: Path,
     assert "4 x 5 tokens up 1,728, down 448 bytes" in line and up + down == 4 * (1728 + 448)
 
 
+@pytest.mark.parametrize("changes", [{"position": "input"}, {"lora_rank": 2}, {"slim": "off"}], ids=str)
+def test_bytes_are_those_of_the_formula_where_gradients_reach_the_head(changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+    """4 x (5 + 3) tokens and their gradient, and 4 rows of a class token (slim off: all rows) and theirs."""
+    recipe = recipe_of(tiny_vit, images, {"head": 1, "codec": "fp16", **changes})
+    each = 2 * 32 * (4 * 8 + (4 * 8 if "slim" in changes else 4))
+    line = next(line for line in rows(check(recipe)) if "a micro-batch of" in line)
+    assert f"up {each:,}, down {each:,} bytes" in line
+    for _, sent, received in through_cut(recipe, tmp_path):
+        assert 0 < sent - 4 * each < 1000 and 0 < received - 4 * each < 1000
+
+
 def test_without_prompts_nothing_goes_back(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     """The tail learns alone: up what the head says, down a row an image, no gradients."""
     recipe = small.recipe(tiny_vit, images, method={"type": "sfprompt", "prompts": 0, "train": TRAIN}, **IMAGES)
@@ -367,6 +378,18 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
     with pytest.raises(FedtuneError, match="C104") as caught:
         recipe_of(tiny_bert, data, changes, **more)
     assert words in str(caught.value)
+
+
+def test_a_text_that_leaves_no_room_for_prompts_is_refused(tiny_llama: Path, data: Path) -> None:
+    check(recipe_of(tiny_llama, data, data__max_length=61, data__task="causal-lm"))
+    with pytest.raises(FedtuneError, match=r"D207.*62 tokens and 3 prompts"):
+        check(recipe_of(tiny_llama, data, data__max_length=62, data__task="causal-lm"))
+
+
+def test_check_knows_the_row_that_a_generative_classifier_reads(tiny_llama: Path, data: Path) -> None:
+    """4 texts of 12 tokens, 3 prompts, float16: down 4 rows and the prompts' gradient."""
+    told = rows(check(recipe_of(tiny_llama, data, {"codec": "fp16"})))
+    assert any(f"down {(4 + 3) * 32 * 2} bytes" in line for line in told)
 
 
 def test_a_cut_that_does_not_fit_is_refused(tiny_bert: Path, data: Path) -> None:
