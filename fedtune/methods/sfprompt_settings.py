@@ -35,9 +35,9 @@ class SFPromptSettings(Settings):
     prompt_lr: float = Field(1e-2, gt=0)
     """Learning rate of the prompts; the tail's is method.train.lr."""
     local_update: int = Field(0, ge=0)
-    """Phase 1: epochs of training straight from head to tail, without the body; 0 leaves it out. It pulls the tail away from the body."""
+    """Phase 1: epochs of training straight from head to tail, without the body; 0 leaves it out. Each round says what it did to the loss through the body."""
     pruning: Literal["none", "random", "el2n"] = "none"
-    """Phase 2: which examples go through the cut: all, a random share, or those that the shortcut finds hardest (worse than random on small clients)."""
+    """Phase 2: which examples go through the cut: all, a random share, or those that the shortcut finds hardest (not always better than random)."""
     keep: float = Field(1.0, gt=0, le=1)
     """Share of the examples that pruning keeps."""
     slim: Literal["auto", "off"] = "auto"

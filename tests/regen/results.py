@@ -47,6 +47,25 @@ ABOUT = {
 }
 
 
+SMALL: dict[str, tuple[str, str, dict[str, str]]] = {  # tables of scripts of their own: title, command, column -> heading
+    "byzantine": (
+        "Two of ten clients lie: their move ten times, backwards (tinyshakespeare, six rounds)",
+        "python simulations/byzantine.py --set model.name=... --set data.path=...",
+        {"loss": "test loss, nats", "share": "share of what the mean gains where nobody lies"},
+    ),
+    "merging": (
+        "Six experts that never met become one adapter: pooled test perplexity",
+        "python simulations/merging.py --set model.name=... --set data.path=...",
+        {"": "perplexity"},
+    ),
+    "sfprompt-digits": (
+        "Split learning: a small vision transformer that knows the digits 0 to 4 learns 5 to 9 at eight clients",
+        "python simulations/sfprompt.py FOLDER",
+        {"accuracy": "accuracy, mean of rounds 16 to 20", "cut_bytes": "bytes over the cut, a client and round", "message_bytes": "bytes of messages"},
+    ),
+}
+
+
 def generate() -> dict[str, str]:
     """Both files."""
     tables = {name: json.loads(path.read_text()) for name in ABOUT if (path := ROOT / "simulations" / "results" / f"{name}.json").exists()}
@@ -71,7 +90,27 @@ def page(tables: dict[str, Any]) -> str:
     for name, table in tables.items():
         title, command = ABOUT[name]
         lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n"]
-    return "\n".join([*lines, *seeds(), *cost()])
+    return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *cost()])
+
+
+def small(name: str) -> list[str]:
+    """One of the tables of `SMALL`, if it was recorded."""
+    path = ROOT / "simulations" / "results" / f"{name}.json"
+    if not path.exists():
+        return []
+    title, command, columns = SMALL[name]
+    table = json.loads(path.read_text())
+    lines = [f"## {title}\n", f"    {command}\n", "| | " + " | ".join(columns.values()) + " | seeds |", "|" + "---|" * (len(columns) + 2)]
+    for row, runs in table["rows"].items():
+        cells = [figure([run[key] if key else run for run in runs.values()]) for key in columns]
+        lines.append("| " + " | ".join([row, *cells, str(len(runs))]) + " |")
+    return [*lines, "", f"{table['hardware']}.\n"]
+
+
+def figure(values: list[float]) -> str:
+    """Mean and range: three digits for what is small, none for bytes."""
+    digits = 0 if max(values) >= 1000 else 2 if max(values) >= 5 else 3
+    return f"{statistics.mean(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def seeds() -> list[str]:
