@@ -69,6 +69,14 @@ class FedPEFTSettings(Settings):
             yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "none", "remove [downlink]"
         if self.server.optimizer != "none" and rule not in ("mean", "ffa"):
             yield f"method.server.optimizer = '{self.server.optimizer}' with aggregate.rule = '{rule}'", "mean or ffa", "remove one of them"
+        asked = recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients)
+        needed = 2 * recipe.aggregate.faulty + 3
+        if rule == "krum" and not recipe.partition.all_values and asked < needed:
+            yield (
+                f"{asked} answers a round for aggregate.faulty = {recipe.aggregate.faulty}",
+                f"at least {needed} (2 faulty + 3)",
+                "ask more clients, or lower it",
+            )
         if self.train.weight_decay and rule in CARRIES:
             yield f"method.train.weight_decay with aggregate.rule = '{rule}'", "none: it would wear down what is carried", "remove it"
 
