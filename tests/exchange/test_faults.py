@@ -25,7 +25,7 @@ from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import BASE, STATE, Federation, Proxy, push, said
 
 MIB = 1 << 20
-UPDATE = os.urandom(24 * MIB)
+UPDATE = random.Random(24).randbytes(24 * MIB)
 
 
 class Process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from pathlib import Path
 
 import grpc
@@ -18,7 +19,7 @@ from fedtune.exchange.refusal import understood
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import STATE, Federation, proxied
 
-BIG = os.urandom(6 * CHUNK + 5)
+BIG = random.Random(6).randbytes(6 * CHUNK + 5)
 
 
 def test_a_state_is_fetched_once_and_then_held(federation: Federation) -> None:
@@ -29,7 +30,7 @@ def test_a_state_is_fetched_once_and_then_held(federation: Federation) -> None:
         up = proxy.up
         assert client.fetch(federation.ticket(number=2, state=BIG)) == BIG and proxy.up == up
         cached = client.cache.folder / hashlib.sha256(BIG).hexdigest()
-        cached.write_bytes(BIG[:-1] + b"x")  # the site's own disk may fail
+        cached.write_bytes(BIG[:-1] + bytes([BIG[-1] ^ 1]))  # the site's own disk may fail
         assert client.fetch(federation.ticket(number=2, state=BIG)) == BIG and proxy.up > up
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import random
 import threading
 import time
 import zlib
@@ -25,7 +26,7 @@ from fedtune.trust.authority import revoke
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import BASE, Federation, proxied, push, said
 
-UPDATE = os.urandom(3 * CHUNK + 17)
+UPDATE = random.Random(3).randbytes(3 * CHUNK + 17)
 SMALL = b"four" * 10
 
 
