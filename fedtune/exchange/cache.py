@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from fedtune.disk import disk_errors
+from fedtune.disk import disk_errors, sync_folder
 from fedtune.exchange.store import HASH
 from fedtune.trust import private
 
@@ -49,7 +49,7 @@ class Cache:
                 part.unlink()
                 return False
             part.replace(self.folder / sha256)
-            private.sync_folder(self.folder)
+            sync_folder(self.folder)
         self._trim(sha256)
         return True
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.disk import disk_errors
+from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
 from fedtune.exchange.limits import CHUNK
 from fedtune.trust import private
@@ -63,7 +63,7 @@ class Store:
         """Make an uploaded file, already fsynced, the object of its hash. Raises R404."""
         with disk_errors(part):
             part.replace(self.path(sha256))
-            private.sync_folder(self.objects)
+            sync_folder(self.objects)
 
     def read(self, sha256: str) -> bytes:
         """Raises E803 where it is not there, E807 where it is damaged: it is then put aside."""

@@ -141,7 +141,7 @@ class FedPEFT:
             return State(with_core(cohort.sum("train", state.shared).values(), self.seat()), state.kept)
         if not self.rule.linear:
             return State(self.combined(state, cohort, now), state.kept)
-        own = {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+        own = own_of(state)
         before = state.shared if now.number < self.rounds else {**state.shared, **own}
         mean = cohort.sum("train", before).values()
         if self.settings.server.optimizer != "none":
@@ -155,8 +155,8 @@ class FedPEFT:
     def combined(self, state: State, cohort: Cohort, now: Round) -> dict[str, np.ndarray]:
         """The next shared tensors, from single answers; figures of the rule go with the round's."""
         assert self.rule.combine is not None
-        residual = {name: value for name, value in state.shared.items() if ".residual_" in name}
-        before = Combined({name: value for name, value in state.shared.items() if name not in residual}, residual_of(residual))
+        adapter, residual = apart(state.shared)
+        before = Combined(adapter, residual_of(residual))
         _, scale = self.seat()
         given: dict[tuple[int, float], Tensors] = {self.seat(): state.shared}
 
@@ -176,7 +176,7 @@ class FedPEFT:
         return {**after.tensors, **padded(flat_residual(after.residual), self.extra)}
 
     def install(self, state: State, bench: Bench) -> None:
-        own = {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+        own = own_of(state)
         self.write(bench, {**state.shared, **own}, self.seat())
 
     def write(self, bench: Bench, tensors: Tensors, seat: tuple[int, float]) -> None:
@@ -186,10 +186,7 @@ class FedPEFT:
         rank, scale = seat
         if self.settings.mixed or self.extra:
             resize(bench, self.extra + rank, scale)
-        if any(name.endswith(CORE) for name in tensors):
-            tensors = without_core(tensors)
-        residual = {name: value for name, value in tensors.items() if ".residual_" in name}
-        bench.write(stack({name: value for name, value in tensors.items() if name not in residual}, residual, scale))
+        bench.write(stack(*apart(without_core(tensors)), scale))
 
     # --- schemas ------------------------------------------------------------------------------------------------
 
@@ -272,12 +269,11 @@ class FedPEFT:
         from fedtune.model.ranks import resize, thaw
 
         _, scale = self.seat()
-        own = {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+        own = own_of(state)
         thaw(bench)
         tensors = {**{name: value for name, value in bench.read().items() if name not in state.shared}, **state.shared, **own}
-        whole = without_core(tensors) if self.has_core and any(name.endswith(CORE) for name in tensors) else tensors
-        residual = {name: value for name, value in whole.items() if ".residual_" in name}
-        plain = {name: value for name, value in whole.items() if name not in residual}
+        whole = without_core(tensors)
+        plain, residual = apart(whole)
         cut, _, lost = as_adapter(Combined(plain, residual_of(residual)), scale, rank, scale)
         resize(bench, rank, scale)
         bench.write({name: cut[name] for name in bench.named})
@@ -296,6 +292,17 @@ def at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     return (shape[0], rank) if name.endswith(".lora_B.weight") else shape
 
 
+def own_of(state: State) -> dict[str, np.ndarray]:
+    """What clients keep at home, as the server last heard of it."""
+    return {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
+
+
+def apart(tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The adapter, and the residual beside it."""
+    residual = {name: value for name, value in tensors.items() if ".residual_" in name}
+    return {name: value for name, value in tensors.items() if name not in residual}, residual
+
+
 def core_of(name: str) -> str:
     return name.replace(".lora_A.weight", CORE)
 
@@ -309,7 +316,9 @@ def with_core(mean: Tensors, seat: tuple[int, float]) -> dict[str, np.ndarray]:
 
 
 def without_core(tensors: Tensors) -> dict[str, np.ndarray]:
-    """The stock adapter (B R, A)."""
+    """The stock adapter (B R, A); what has no core already is one."""
+    if not any(name.endswith(CORE) for name in tensors):
+        return dict(tensors)
     plain = {name: value for name, value in tensors.items() if not name.endswith(CORE)}
     pairs, rest = split(plain)
     return join({module: as_pair(Core(pair.B, tensors[f"{module}{CORE}"], pair.A)) for module, pair in pairs.items()}, rest)

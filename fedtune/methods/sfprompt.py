@@ -102,8 +102,7 @@ class SFPrompt:
         """What a client holds and trains: the base's bytes are those of head and tail, its layers those that keep activations."""
         from fedtune.methods.sfprompt_costs import client_bytes
         from fedtune.methods.sfprompt_net import cut_bench
-        from fedtune.model.prompted import weightless
-        from fedtune.model.shapes import plan_of
+        from fedtune.model.shapes import plan_of, weightless
 
         bench = cut_bench(weightless(model, task, labels), self.settings, 0)
         through_head = self.settings.position == "input" or self.settings.head_learns

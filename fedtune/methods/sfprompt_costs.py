@@ -8,9 +8,9 @@ from typing import Any
 from fedtune.methods.sfprompt_net import SplitNet, cut_bench
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.bench import Bench
-from fedtune.model.prompted import blank_image, check_context, weightless
+from fedtune.model.prompted import blank_image, check_context
 from fedtune.model.settings import AdapterSettings
-from fedtune.model.shapes import plan
+from fedtune.model.shapes import plan, weightless
 from fedtune.split.costs import Costs, Mode, costs
 
 NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}

@@ -11,11 +11,11 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from fedtune.errors import FedtuneError
-from fedtune.model.base import AUTO, Base, load_config, locate, reading
+from fedtune.model.base import Base
 from fedtune.model.bench import Bench
 from fedtune.model.encode import IGNORED, Encoded
 from fedtune.model.kinds import common, linears, opened, plain, with_peft
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.settings import AdapterSettings
 
 PROMPTS = "prompts"  # their name among the trained tensors
 
@@ -52,19 +52,6 @@ def add_lora(base: Base, rank: int, within: Collection[str], seed: int) -> tuple
     for value in named.values():
         value.data = value.data.float()
     return dict(named), AdapterSettings(kind="lora", rank=rank, alpha=2.0 * rank, targets=tuple(targets))
-
-
-def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
-    """The base from its config.json alone, on torch's meta device. Raises M301."""
-    labels: Sequence[str] = [f"label {number}" for number in range(n_labels)]
-    known = {"revision": model.revision} if model.revision else {}
-    with reading(model.name):
-        config = load_config(locate(model.name), task, labels, known)
-        with torch.device("meta"):
-            net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
-    if task != "image-classify" and net.config.pad_token_id is None:
-        net.config.pad_token_id = 0  # loading takes one from the tokenizer; a generative classifier will not run without any
-    return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
 
 
 def blank_image(base: Base) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ Clients of different ranks share one network in a process; each takes it at its 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -125,7 +125,7 @@ def with_cores(bench: Bench, tensors: Mapping[str, np.ndarray]) -> Iterator[None
             del bench.named[name]
 
 
-def masked(value: torch.Tensor, extra: int, at: int):  # type: ignore[no-untyped-def]
+def masked(value: torch.Tensor, extra: int, at: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A gradient hook that leaves the first `extra` slices along an axis without gradient."""
     keep = torch.ones(value.shape[at], device=value.device)
     keep[:extra] = 0

@@ -39,19 +39,25 @@ class Plan:
         return {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}
 
 
-def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: int) -> Plan:
-    """Attach the adapter to a weightless model. No weights are read, so a pretrained file that lacks a pooler is not noticed.
-
-    Raises what `load` and `attach` raise: M301, M302, M306.
-    """
+def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
+    """The base from its config.json alone, on torch's meta device. Raises M301."""
     labels: Sequence[str] = [f"label {number}" for number in range(n_labels)]
     known = {"revision": model.revision} if model.revision else {}
     with reading(model.name):
         config = load_config(locate(model.name), task, labels, known)
         with torch.device("meta"):
             net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
-    base = Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
-    return plan_of(attach(base, adapter, 0))
+    if task != "image-classify" and net.config.pad_token_id is None:
+        net.config.pad_token_id = 0  # loading takes one from the tokenizer; a generative classifier will not run without any
+    return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
+
+
+def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: int) -> Plan:
+    """Attach the adapter to a weightless model. No weights are read, so a pretrained file that lacks a pooler is not noticed.
+
+    Raises what `load` and `attach` raise: M301, M302, M306.
+    """
+    return plan_of(attach(weightless(model, task, n_labels), adapter, 0))
 
 
 def plan_of(bench: Bench) -> Plan:

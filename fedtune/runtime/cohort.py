@@ -229,12 +229,13 @@ class RoundCohort:
         last, first = self.downlink.last, not self.answers
         asks = {client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first) for client in self.now.members}
         down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
+        alike = None if callable(given) else self.link.method.answer(verb, Schema.of(given), self.now)
         for reply in ascending(self._asked(asks, payloads, down_bytes), self.now.members):
             down = down_bytes[reply.client]
             try:
                 if reply.failure:
                     raise reply.failure
-                answer = self.link.method.answer(verb, Schema.of(given_to(reply.client, given)), self.now)
+                answer = alike or self.link.method.answer(verb, Schema.of(given_to(reply.client, given)), self.now)
                 _, sent = decode(reply.payload, self.link.expect(verb, reply.client, self.now, answer, self.link.kinds(verb, answer)))
                 update = self.link.steps(verb).receive(sent, reply.client, self.now)
                 require_finite(update, self.names[reply.client])

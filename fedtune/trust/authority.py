@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from fedtune.disk import disk_errors
+from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
 from fedtune.trust import private
 from fedtune.trust.allowed import Entry, entry_of, read_entries, write_entries
@@ -95,7 +95,7 @@ class Authority:
             if place.exists():
                 place.rename(old)
             fresh.rename(place)
-            private.sync_folder(place.parent)
+            sync_folder(place.parent)
             shutil.rmtree(old, ignore_errors=True)
         return place
 
@@ -128,7 +128,7 @@ def create(
             private.write(fresh / KEY, to_pem(key, authority_passphrase))
             private.write(fresh / CERTIFICATE, pem(authority.certificate), 0o644)
             fresh.rename(folder / "authority")
-            private.sync_folder(folder)
+            sync_folder(folder)
     return authority
 
 

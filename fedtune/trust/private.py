@@ -7,7 +7,7 @@ import stat
 import threading
 from pathlib import Path
 
-from fedtune.disk import disk_errors
+from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
 
 POSIX = os.name == "posix"  # elsewhere modes say nothing about who may read
@@ -35,15 +35,6 @@ def write(path: Path, content: bytes, mode: int = 0o600) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read(path: Path) -> bytes:
