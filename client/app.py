@@ -3,7 +3,7 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.cli.common import quiet
+from fedtune.quiet import quiet
 from fedtune.runtime.flower import answer, hello
 
 app = ClientApp()

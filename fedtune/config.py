@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -54,6 +54,23 @@ class EvaluateSettings(Settings):
     """Compare with one training on the pooled data, for the same number of steps (or epochs, where steps = 0)."""
 
 
+class DeploySettings(Settings):
+    """[deploy]: real sites (fedtune server, fedtune client). A simulation does not look at it, and a run's identity does not depend on it."""
+
+    sites: tuple[str, ...] = ()
+    """Names of the clients, as in their keys, in the order of their numbers; empty takes all clients of the allow list, sorted."""
+    data: Literal["sites", "partition"] = "sites"
+    """sites: every site has its own rows (fedtune client --data); partition: every site takes its part of [data], for demos."""
+    test: str = ""
+    """sites: a file or folder at the coordinator, in the form of [data], to score on; empty: nothing is scored there."""
+    deadline: float = Field(3600.0, gt=0)
+    """Seconds that sites have for one question; who is later is left out of the round."""
+    quorum: float = Field(0.0, ge=0, le=1)
+    """Share of the round's members whose answers must count; with fewer, the run pauses (exit code 75) until `fedtune resume`."""
+    over: float = Field(0.0, ge=0, le=1)
+    """Ask so many more members (a share) than [sampling] says, and end the round when as many as it says have answered."""
+
+
 class Recipe(Settings):
     """The whole file."""
 
@@ -74,6 +91,7 @@ class Recipe(Settings):
     aggregate: AggregateSettings = AggregateSettings()
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    deploy: DeploySettings = DeploySettings()
 
     def canonical(self) -> str:
         """The resolved recipe as canonical JSON."""
@@ -81,8 +99,9 @@ class Recipe(Settings):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, without the name, as hex: the same recipe, the same bytes."""
-        return hashlib.sha256(self.model_copy(update={"name": ""}).canonical().encode()).hexdigest()
+        """SHA-256 of the canonical JSON, without the name and [deploy], as hex: the same recipe, the same bytes, wherever it runs."""
+        known = self.model_dump(mode="json", exclude={"deploy"}) | {"name": ""}
+        return hashlib.sha256(json.dumps(known, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:

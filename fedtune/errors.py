@@ -1,6 +1,7 @@
 """Every mistake that a user can meet: a code, and one sentence with what was found, what was expected, what to do.
 
     FedtuneError          a mistake somebody can mend; the program ends with exit code 2
+      Paused              the run waits for more clients; exit code 75
       ClientFailed        one client's answer is unusable; the round goes on without it
       Refused             a message from the network that is not what it should be; it is dropped and counted
 
@@ -33,6 +34,7 @@ CATALOGUE: dict[str, str] = {
     "M305": "The tensors offered do not fit the model.",
     "M306": "The adapter kind does not work with this model or task.",
     "M307": "The tokenizer has no chat template, which chat messages need.",
+    "M308": "A client's memory cannot hold the model and an adapter of rank 1.",
     # R: runs
     "R401": "The run folder already exists.",
     "R402": "The run folder does not exist or holds no run.",
@@ -42,11 +44,16 @@ CATALOGUE: dict[str, str] = {
     "R406": "The run was started with another recipe, base model or data.",
     "R407": "Another process is working on this run.",
     "R408": "Training diverged.",
+    "R409": "Fewer members than the quorum gave a usable answer; the run pauses.",
+    "R410": "Too few usable answers for the aggregation rule; the round changes nothing.",
     # F: Flower
     "F501": "Flower, or the part of it that this command needs, is not installed.",
     "F502": "Too few nodes are connected.",
     "F503": "A node answered with an error.",
     "F504": "Flower's simulation engine did not start, or stopped.",
+    "F505": "A program that fedtune server or fedtune client looks after does not stay alive.",
+    "F506": "The coordinator's or the site's folder is in use by another fedtune.",
+    "F507": "A site's policy does not allow what it is asked.",
     # W: messages
     "W601": "A message is not in fedtune's wire format, or is truncated.",
     "W602": "A message was made by a version that this one cannot read.",
@@ -102,6 +109,12 @@ class FedtuneError(Exception):
 
 class ClientFailed(FedtuneError):
     """One client's answer is unusable."""
+
+
+class Paused(FedtuneError):
+    """The run stands where it is and can go on."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class Refused(FedtuneError):

@@ -5,7 +5,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.cli.common import quiet, sinks
+from fedtune.cli.common import sinks
+from fedtune.quiet import quiet
 from fedtune.runtime.flower import serve_context
 
 app = ServerApp()

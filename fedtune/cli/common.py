@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,17 +14,6 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The two arguments that describe a federation."""
     parser.add_argument("recipe", nargs="?", help="a recipe (TOML); without one, the built-in federation")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change one value of the recipe, e.g. --set rounds=3")
-
-
-def quiet() -> None:
-    """Libraries below speak through our events or not at all; FEDTUNE_DEBUG lets them talk."""
-    if os.environ.get("FEDTUNE_DEBUG"):
-        return
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore")
 
 
 def sinks(folder: RunFolder) -> Sink:

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.cli.common import quiet, sinks
+from fedtune.cli.common import sinks
 from fedtune.errors import FedtuneError
+from fedtune.quiet import quiet
 
 if TYPE_CHECKING:
     from fedtune.runtime.folder import RunFolder

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fedtune.errors import ClientFailed, FedtuneError, Refused
-from fedtune.events import Chose, ClientDone, ClientLeftOut, Event
+from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
+from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, Noted
 from fedtune.runtime.journal import Answer
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
 from fedtune.transforms.broadcast import DownlinkSettings, Held, hold, holding, pack, unpack
-from fedtune.types import Client, Method, Round, Tensors, Update
-from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_state
+from fedtune.transforms.exact import changed_since, not_zero, recorded
+from fedtune.types import Client, Method, Round, Tensors, Update, summed
+from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_changes, encode_state, is_whole
 from fedtune.wire.settings import LimitSettings
 
 
@@ -96,6 +97,10 @@ class Link:
         """Whether what is given with a verb travels through the downlink's code: only what the verb moves can be lossy."""
         return self.downlink.step != "none" and verb in self.method.moves
 
+    def holds(self, verb: str) -> bool:
+        """Whether clients keep the whole numbers that they are given with a verb, so that later only changes need travel."""
+        return verb in getattr(self.method, "holds", ())
+
     def header(self, verb: str, client: int, now: Round, schema: Schema, since: int = 0) -> Header:
         return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since, whole=schema.whole)
 
@@ -119,7 +124,12 @@ def respond(link: Link, client: Client, ask: Ask) -> bytes:
 def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
     """What the server gives, as this client now holds it. Raises Refused."""
     if not link.coded(ask.verb):
-        return decode_state(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"state"})))[1]
+        known = holding(client.memory) if link.holds(ask.verb) else None
+        expect = link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"state", "changes"}))
+        _, tensors = decode_state(ask.payload, expect, (known.round, known.tensors) if known else (0, {}))
+        if link.holds(ask.verb):
+            hold(client.memory, Held(ask.now.number, tensors))
+        return tensors
     header, message = decode(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"})))
     before = holding(client.memory) if header.since else None
     if header.since != (before.round if before else 0):
@@ -143,7 +153,7 @@ class Downlink:
             return Payloads(own=self._one_each(link, verb, given, now))
         schema = Schema.of(given)
         if not link.coded(verb):
-            return Payloads(encode_state(given, link.header(verb, EVERYONE, now, schema)))
+            return self._exact(link, verb, given, now)
         sent = pack(link.downlink, given, self.held, now.number)
         full = encode(sent.full, link.header(verb, EVERYONE, now, schema))
         if link.downlink.step == "delta":
@@ -152,6 +162,21 @@ class Downlink:
             return Payloads(full)
         current = frozenset(client for client, number in self.last.items() if number == sent.since)
         return Payloads(full, encode(sent.delta, link.header(verb, EVERYONE, now, schema, sent.since)), current)
+
+    def _exact(self, link: Link, verb: str, given: Tensors, now: Round) -> Payloads:
+        """The state as it is or, if that is shorter, as the whole numbers that are not 0 or that a client does not hold yet."""
+        header = link.header(verb, EVERYONE, now, Schema.of(given))
+        whole = encode_state(given, header)
+        if not is_whole(given):
+            return Payloads(whole)
+        whole = min(whole, encode_changes(given, not_zero(given), header), key=len)
+        if not link.holds(verb):
+            return Payloads(whole)
+        self.held = record = recorded(self.held, given, now.number)
+        last = {client: self.last[client] for client in now.members if self.last.get(client)}
+        since = {number: encode_changes(given, changed_since(record, number), replace(header, since=number)) for number in set(last.values())}
+        own = {client: since[number] for client, number in last.items() if len(since[number]) < len(whole)}
+        return Payloads(whole, current=frozenset(own), own=own)
 
     def _one_each(self, link: Link, verb: str, given: Callable[[int], Tensors], now: Round) -> dict[int, bytes]:
         """A payload by client; members that are given the same tensors share its bytes. Such states travel whole."""
@@ -171,7 +196,7 @@ class Downlink:
 
 @dataclass(frozen=True)
 class Payloads:
-    """A broadcast as bytes: whole, as a change for the clients in `current`, or one for each client."""
+    """A broadcast as bytes: whole, as a change for the clients in `current`, or one for each client; what builds on what a client holds is for `current`."""
 
     whole: bytes = b""
     change: bytes = b""
@@ -179,7 +204,7 @@ class Payloads:
     own: Mapping[int, bytes] = field(default_factory=dict)
 
     def of(self, client: int) -> bytes:
-        return self.change if client in self.current else self.own.get(client, self.whole)
+        return self.own.get(client) or (self.change if client in self.current else self.whole)
 
 
 @dataclass
@@ -195,14 +220,14 @@ class RoundCohort:
     answers: dict[int, Answer] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)  # sums over the answers that count
     notes: dict[str, float] = field(default_factory=dict)  # the server's own figures
+    quorum: int = 0  # answers that must count
 
     def sum(self, verb: str, given: Tensors) -> Update:
         """Raises R405 where nobody gave a usable answer."""
-        total: Update | None = None
-        for _, update in self._replies(verb, given):
-            total = update if total is None else total + update
+        total = summed(update for _, update in self._replies(verb, given))
         if total is None:
             raise self._nobody()
+        self._require_quorum()
         return self.link.steps(verb).settle(total, self.now, self.link.near(verb, given))
 
     def each(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
@@ -215,6 +240,15 @@ class RoundCohort:
             yield client, self.link.steps(verb).settle(update, self.now, self.link.near(verb, given_to(client, given)))
         if not some:
             raise self._nobody()
+        self._require_quorum()
+
+    def _require_quorum(self) -> None:
+        """Raises Paused (R409)."""
+        counted = sum(answer.outcome == "ok" for answer in self.answers.values())
+        if counted < self.quorum:
+            missing = ", ".join(self.names[c] for c in self.now.members if c not in self.answers or self.answers[c].outcome != "ok")
+            found = f"{counted} usable answers in round {self.now.number}; missing: {missing[:200]}"
+            raise Paused("R409", found, f"{self.quorum} (deploy.quorum)", "what was accepted is kept; bring the others back, then: fedtune resume")
 
     def _nobody(self) -> FedtuneError:
         reasons = "; ".join(sorted({a.note for a in self.answers.values()}))[:300]
@@ -223,6 +257,14 @@ class RoundCohort:
 
     def note(self, name: str, value: float) -> None:
         self.notes[name] = float(value)
+
+    def skip(self, error: FedtuneError) -> None:
+        """Answers that came do not count, so that no client takes for received what changed nothing (error feedback)."""
+        counted = {client: answer for client, answer in self.answers.items() if answer.outcome == "ok"}
+        self.answers |= {client: replace(answer, outcome=error.code, weight=0.0, note=str(error)) for client, answer in counted.items()}
+        self.metrics.clear()
+        self.note("skipped", 1.0)
+        self.tell(Noted(f"round {self.now.number} changes nothing: {error}"))
 
     def _replies(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
         payloads = self.downlink.encode(self.link, verb, given, self.now)

@@ -26,7 +26,8 @@ from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.run import run
-from fedtune.runtime.states import Memories, load_tensors, round_of, save_tensors
+from fedtune.runtime.shelf import load_versions, save_versions
+from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.types import Round
 
@@ -242,21 +243,16 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
 def load_memory(context: Context, place: Path | None, client: int) -> Versions:
     """The client's memories, by round."""
     if place:
-        return {round_of(path): load_tensors(path) for path in RunFolder(place).memory(client, 0).parent.glob("round-*.safetensors")}
-
+        return load_versions(place, client)
     return {int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()}
 
 
 def save_memory(context: Context, place: Path | None, client: int, versions: Versions) -> None:
     """Keep these memories and no others; on disk, each file is whole or absent."""
-    if place is None:
+    if place:
+        save_versions(place, client, versions)
+    else:
         context.state["memory"] = ConfigRecord({str(number): save(tensors) for number, tensors in versions.items()})
-        return
-    for number, tensors in versions.items():
-        save_tensors(RunFolder(place).memory(client, number), tensors)
-    for path in RunFolder(place).memory(client, 0).parent.glob("round-*.safetensors"):
-        if round_of(path) not in versions:
-            path.unlink()
 
 
 def wrap(payload: bytes) -> ArrayRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedtune import methods
 from fedtune.config import Recipe
+from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, RoundDone, RunDone, RunStarted
 from fedtune.runtime.cohort import Carrier, Downlink, Link, RoundCohort
@@ -18,7 +20,7 @@ from fedtune.runtime.compare import compare, score_test
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
-from fedtune.runtime.sampling import sample
+from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.schema import digest
@@ -44,6 +46,7 @@ class Run:
     start: State  # before the first round: what the comparisons begin with
     downlink: Downlink
     clock: dict[str, float]  # seconds of all processes that worked on this run: in all, and until its first round was committed
+    deployed: bool = False  # on real sites: [deploy] counts
 
     def tick(self) -> None:
         """Take the time, so that a run that was killed knows how long it took."""
@@ -54,10 +57,18 @@ class Run:
         self.clock["since"] = now
 
 
-def run(recipe: Recipe, folder: RunFolder, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None = None) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    folder: RunFolder,
+    tell: Callable[[Event], None],
+    carry: Callable[[Link, World], Carrier] | None = None,
+    federation: Federation | None = None,
+) -> dict[str, Any]:
     """Start or continue the run in `folder`; returns what result.json holds.
 
-    `carry` makes the carrier from the link and the world; the default keeps every client in this process.
+    carry       makes the carrier from the link and the world; the default keeps every client in this process
+    federation  of real sites: who takes part, and what there is to score on
+
     Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
     """
     with folder.locked():
@@ -67,7 +78,7 @@ def run(recipe: Recipe, folder: RunFolder, tell: Callable[[Event], None], carry:
             if done:
                 tell(RunDone(done))
                 return done
-            work = open_run(recipe, folder, journal, tell, carry)
+            work = open_run(recipe, folder, journal, tell, carry, federation)
             for number in range(work.done + 1, recipe.rounds + 1):
                 one_round(work, number)
             result = finish(work)
@@ -89,11 +100,18 @@ def finished(folder: RunFolder, journal: Journal, recipe: Recipe) -> dict[str, A
     return result
 
 
-def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable[[Event], None], carry: Callable[[Link, World], Carrier] | None) -> Run:
+def open_run(
+    recipe: Recipe,
+    folder: RunFolder,
+    journal: Journal,
+    tell: Callable[[Event], None],
+    carry: Callable[[Link, World], Carrier] | None,
+    federation: Federation | None = None,
+) -> Run:
     """Build the world, and take up the state where the journal left it. Raises R403, R406."""
     method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
     memories = Memories(folder)
-    world = build_world(recipe, method, memories, tell)
+    world = build_world(recipe, method, memories, tell, federation)
     check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint, "data": world.federation.fingerprint})
     world.encode_all()
     journal.check()
@@ -111,10 +129,10 @@ def open_run(recipe: Recipe, folder: RunFolder, journal: Journal, tell: Callable
     bench = world.bench
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": STARTED}
     tell(RunStarted(folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done))
-    if recipe.evaluate.base and not journal.phase("base"):
+    if recipe.evaluate.base and world.federation.test and not journal.phase("base"):
         method.install(start, bench)
         journal.finish("base", score_test(world, "base", 0, tell))
-    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink, clock)
+    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink, clock, federation is not None)
 
 
 def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
@@ -130,9 +148,11 @@ def one_round(work: Run, number: int) -> None:
     """Sample, converse, commit: the state file first, then the journal's row that makes it count."""
     began = time.time()
     recipe, world = work.recipe, work.world
-    members = sample(recipe.sampling, len(world.names), recipe.seed, number)
+    deploy = recipe.deploy if work.deployed else None
+    members = sample(recipe.sampling, len(world.names), recipe.seed, number, deploy.over if deploy else 0.0)
     now = Round(number, recipe.seed, members)
-    cohort = RoundCohort(work.link, now, work.carrier, work.tell, world.names, work.downlink)
+    quorum = math.ceil(deploy.quorum * min(len(members), wanted(recipe.sampling, len(world.names)))) if deploy else 0
+    cohort = RoundCohort(work.link, now, work.carrier, work.tell, world.names, work.downlink, quorum=quorum)
     work.state = work.link.method.round(work.state, cohort, now)
     answers = [cohort.answers[c] for c in members]
     counted = [a for a in answers if a.outcome == "ok"]
@@ -149,7 +169,7 @@ def one_round(work: Run, number: int) -> None:
     work.tick()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
     work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
-    if recipe.evaluate.every and number % recipe.evaluate.every == 0 and number < recipe.rounds:
+    if recipe.evaluate.every and number % recipe.evaluate.every == 0 and number < recipe.rounds and world.federation.test:
         work.link.method.install(work.state, world.bench)
         score_test(world, "federated", number, work.tell)
 

@@ -56,9 +56,11 @@ class World:
 
     def encode_all(self) -> None:
         """Every client's training rows and the test set: what is wrong with a text shows before the first round, on every engine."""
-        for number in self.names:
-            self.train(number)
-        self.test()
+        for slice_ in self.federation.clients:
+            if slice_.train:  # of a real site, nobody but itself has rows
+                self.train(slice_.id)
+        if self.federation.test:
+            self.test()
 
     def held_out(self, number: int) -> Encoded:
         slice_ = self.federation.clients[number]
@@ -86,9 +88,9 @@ class World:
         return result
 
 
-def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callable[[Event], None]) -> World:
-    """Load data, then the model: mistakes in the data show before the model's seconds are spent."""
-    federation = load(recipe.data, recipe.partition, recipe.seed)
+def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callable[[Event], None], federation: Federation | None = None) -> World:
+    """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show before the model's seconds are spent."""
+    federation = federation or load(recipe.data, recipe.partition, recipe.seed)
     for reason, count in federation.dropped.items():
         tell(Noted(f"{count} rows left out: {reason}"))
     from fedtune.model.base import load as load_base
@@ -97,7 +99,10 @@ def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callab
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
 
 
-def link_of(world: World, method: Method) -> Link:
-    """What server and clients agree on. A run's identity is its recipe: the same recipe, the same bytes, messages included, wherever it runs."""
-    recipe = world.recipe
+def link_of(world: World, method: Method, agreed: Recipe | None = None) -> Link:
+    """What server and clients agree on. A run's identity is its recipe: the same recipe, the same bytes, messages included, wherever it runs.
+
+    agreed  the coordinator's recipe, where this world was built from a site's own version of it
+    """
+    recipe = agreed or world.recipe
     return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink, recipe.limits)

@@ -11,7 +11,7 @@ from cryptography import x509
 
 from fedtune.errors import FedtuneError
 from fedtune.trust.canonical import damaged
-from fedtune.trust.certificates import member_of, read_certificate
+from fedtune.trust.certificates import Peer, member_of, read_certificate
 from fedtune.trust.envelope import check_signature
 from fedtune.trust.identity import Identity
 from fedtune.trust.names import COORDINATOR
@@ -39,13 +39,19 @@ class Signed:
             raise damaged("bytes that are no signed record") from None
 
 
-def seal(record: bytes, coordinator: Identity) -> Signed:
-    return Signed(record, coordinator.sign(record), coordinator.certificate)
+def seal(record: bytes, member: Identity) -> Signed:
+    return Signed(record, member.sign(record), member.certificate)
 
 
 def check(signed: Signed, authority: x509.Certificate, at: datetime, what: str) -> None:
     """Raises T704, T705 and T707 unless this federation's coordinator signed it with a certificate that was valid at that time."""
-    peer = member_of(read_certificate(signed.certificate, f"a {what}"), authority, at)
+    peer = signer(signed, authority, at, what)
     if peer.name.name != COORDINATOR:
         raise FedtuneError("T705", f"a {what} of '{peer.name.name}'", "one of the coordinator", "ask the coordinator's operator")
+
+
+def signer(signed: Signed, authority: x509.Certificate, at: datetime, what: str) -> Peer:
+    """The member of this federation that signed it. Raises T704, T705 and T707."""
+    peer = member_of(read_certificate(signed.certificate, f"a {what}"), authority, at)
     check_signature(peer.signing_key, signed.signature, signed.record, what)
+    return peer

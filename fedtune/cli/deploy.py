@@ -1,0 +1,112 @@
+"""fedtune server | client | status: a federation of real machines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedtune.cli.common import add_recipe
+from fedtune.errors import FedtuneError
+from fedtune.quiet import quiet
+
+PORT = 9443
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("server", help="coordinate real clients: the same recipe, on other people's machines")
+    add_recipe(parser)
+    parser.add_argument("--keys", default="keys", metavar="DIR", help="the coordinator's keys (default: keys, see fedtune keys init)")
+    parser.add_argument("--listen", default=f"0.0.0.0:{PORT}", metavar="HOST:PORT", help=f"where clients connect to (default: 0.0.0.0:{PORT})")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.add_argument("--metrics", default="", metavar="HOST:PORT", help="a Prometheus endpoint")
+    parser.set_defaults(command=server)
+
+    parser = commands.add_parser("client", help="take part in a federation with this site's data")
+    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator")
+    parser.add_argument("--data", default="", metavar="FILE", help="this site's rows; without it, the recipe's partition (demos)")
+    parser.add_argument("--keys", required=True, metavar="DIR", help="this site's keys, as the coordinator's operator issued them")
+    parser.add_argument("--home", default="site", metavar="DIR", help="where this site keeps what it has finished (default: site)")
+    parser.add_argument("--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's")
+    parser.add_argument("--device", default="", help="in place of the recipe's: cpu, cuda, cuda:1")
+    parser.add_argument("--policy", default="", metavar="FILE", help="what this site allows (TOML: methods, models, require, update_bytes)")
+    parser.set_defaults(command=client)
+
+    parser = commands.add_parser("status", help="rounds, bytes and time of a run, here or at a coordinator")
+    parser.add_argument("run", nargs="?", default="", help="a run's folder; or with --server, the name of a run there (default: all)")
+    parser.add_argument("--server", default="", metavar="HOST:PORT", help="ask this coordinator")
+    parser.add_argument("--keys", default="", metavar="DIR", help="with --server: a member's keys, or the coordinator's")
+    parser.set_defaults(command=status)
+
+
+def server(options: argparse.Namespace) -> int:
+    """Begin or go on with the recipe's run, until it has ended."""
+    from fedtune.config import read
+
+    recipe = read(options.recipe, options.set)
+    quiet()
+    return coordinate(recipe, Path(options.recipe).stem if options.recipe else "demo", options.runs, options.keys, options.listen, options.metrics)
+
+
+def coordinate(recipe: Any, stem: str, runs: str, keys: str, listen: str, metrics: str) -> int:
+    from fedtune.cli.keys import coordinator as own
+    from fedtune.deploy.processes import Stopped, stop_on_signals
+    from fedtune.deploy.server import Coordinator, begin, conduct_all
+
+    at, _, port = listen.rpartition(":")
+    if not port.isdecimal() or not at:
+        raise FedtuneError("C103", f"--listen '{listen}'", f"HOST:PORT such as 0.0.0.0:{PORT}", "correct it")
+    place, folder = Path(runs).resolve(), own(Path(keys)).resolve()
+    run = begin(recipe, stem, place, folder, listen)
+    stop_on_signals()
+    try:
+        return conduct_all([run], Coordinator(folder, place, listen, metrics, show))
+    except Stopped:
+        print(f"stopped; go on with: fedtune resume {run.path}", flush=True)
+        return 0
+
+
+def show(record: dict[str, Any]) -> None:
+    """An event of the run's process, as the console would have said it."""
+    from fedtune import events
+    from fedtune.sinks.console import console_sink
+
+    kind = getattr(events, str(record.get("event")), None)
+    if record.get("event") == "Ended":
+        print(f"fedtune: {record['text']}", flush=True)
+    elif kind is not None:
+        console_sink(kind(**{name: value for name, value in record.items() if name != "event"}))
+
+
+def client(options: argparse.Namespace) -> int:
+    """Take part until ended by Ctrl-C or SIGTERM."""
+    from fedtune.deploy.client import attend
+    from fedtune.deploy.processes import Stopped, stop_on_signals
+    from fedtune.deploy.worker import SiteConfig
+
+    quiet()
+    home = Path(options.home).resolve()
+    config = SiteConfig(
+        str(Path(options.keys).resolve()), options.server, str(home), "", options.data and str(Path(options.data).resolve()), options.model, options.device,
+        options.policy and str(Path(options.policy).resolve()),
+    )  # fmt: skip
+    stop_on_signals()
+    try:
+        attend(config, lambda text: print(text, flush=True))
+    except Stopped:
+        print("stopped; what was finished and not sent stays in the site's folder", flush=True)
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    from fedtune.deploy.status import at_server, of_folder
+
+    if options.server:
+        if not options.keys:
+            raise FedtuneError("C103", "--server without --keys", "a member's keys", "name their folder")
+        lines = at_server(options.server, Path(options.keys), options.run)
+    else:
+        lines = of_folder(options.run or ".")
+    for line in lines:
+        print(line)
+    return 0

@@ -1,0 +1,171 @@
+"""Questions and answers of a round over the exchange: Flower takes the tickets, states and updates travel by themselves.
+
+What the exchange has accepted counts, whatever happened to the Flower message that asked for it: a member that came back at another
+node, a coordinator that was restarted, an answer of Flower's that was lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedtune.deploy.sites import Details
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.exchange import Desk
+from fedtune.runtime.cohort import Ask, Link, Reply
+from fedtune.trust import Identity, Ticket, ticket
+
+PAUSE = 0.2  # seconds between two looks
+AGAIN = 10.0  # seconds before a member that could not work now is asked again
+LATER = ("E", "R404", "S711", "S712", "F505")  # codes, or their letters, of mistakes that may mend themselves
+
+
+class Members(Protocol):
+    """What is asked of Flower's nodes (runtime/flower_nodes.py)."""
+
+    at: dict[str, int]
+
+    def look(self) -> None: ...
+
+    def ask(self, name: str, ticket: bytes, seconds: float) -> int: ...
+
+    def answers(self) -> Iterator[tuple[str, Mapping[str, str] | None]]: ...
+
+
+@dataclass
+class Exchanged:
+    """A carrier: called with the asks of one question, it gives one reply each.
+
+    run       this run's name on the exchange, no other run's
+    sites     the clients' names, by number
+    deadline  seconds for one question
+    enough    how many answers end it, given how many were asked
+    budget    most bytes of one answer
+    """
+
+    desk: Desk
+    members: Members
+    coordinator: Identity
+    link: Link
+    run: str
+    recipe: str
+    sites: Sequence[str]
+    deadline: float
+    enough: Callable[[int], int]
+    budget: Callable[[Sequence[Ask]], int]
+    told: Mapping[str, str] = field(default_factory=dict)
+    attempts: dict[tuple[int, str, int], int] = field(default_factory=dict)
+
+    def __call__(self, asks: Sequence[Ask]) -> Iterator[Reply]:
+        if not asks:
+            return
+        now, verb = asks[0].now, asks[0].verb
+        self.desk.release(self.run, now.number - 1)  # a round that is asked about follows one that was committed
+        hashes = {ask.client: self.desk.offer(self.run, ask.payload) for ask in asks}
+        budget = self.budget(asks)
+        self.desk.open_round(self.run, now.number, verb, self.link.base, {self.sites[client]: sha256 for client, sha256 in hashes.items()}, budget)
+        question = Question(self, {self.sites[ask.client]: ask for ask in asks}, hashes, budget)
+        wanted, end = self.enough(len(asks)), time.monotonic() + self.deadline
+        while question.open and question.counted < wanted and time.monotonic() < end:
+            self.members.look()
+            yield from question.failures()
+            yield from question.accepted()
+            question.ask(end - time.monotonic())
+            if question.open and question.counted < wanted:
+                time.sleep(PAUSE)
+        self.desk.close_round(self.run, now.number, verb)
+        yield from question.accepted()  # what came in between the last look and the close was given a receipt, so it counts
+        yield from question.missing(wanted)
+
+
+@dataclass
+class Question:
+    """One verb of one round, as it stands."""
+
+    carrier: Exchanged
+    open: dict[str, Ask]
+    hashes: Mapping[int, str]
+    budget: int
+    counted: int = 0
+    said: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)  # name -> the node that holds its ticket
+    pause: dict[str, float] = field(default_factory=dict)  # name -> not before this time
+    words: dict[str, str] = field(default_factory=dict)  # name -> why it could not work when it was last asked
+
+    def ask(self, seconds: float) -> None:
+        """Tickets to members that are here and do not hold one."""
+        for name, ask in self.open.items():
+            node = self.carrier.members.at.get(name, 0)
+            if node and self.sent.get(name) != node and time.monotonic() >= self.pause.get(name, 0.0):
+                self.sent[name] = self.carrier.members.ask(name, self._ticket(name, ask), max(seconds, 1.0))
+
+    def _ticket(self, name: str, ask: Ask) -> bytes:
+        c, now = self.carrier, ask.now
+        details = Details(c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, dict(c.told))
+        attempt = c.attempts.get((now.number, ask.verb, ask.client), 1)
+        about = Ticket(c.run, now.number, name, ask.verb, "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget, attempt, details.encode())
+        return ticket.write(about, c.coordinator)
+
+    def failures(self) -> Iterator[Reply]:
+        """Members that say they cannot; those whose node was lost, or that may manage later, are asked again."""
+        for name, outcome in self.carrier.members.answers():
+            if name not in self.open:
+                continue
+            if outcome is None:
+                self.sent.pop(name, None)
+            elif not outcome.get("code"):
+                self.said[name] = outcome.get("said", "")
+                self.sent.pop(name, None)  # the update is there, or was damaged and is wanted anew
+                self.pause[name] = time.monotonic() + AGAIN
+            elif outcome["code"].startswith(LATER):
+                self.words[name] = f"{outcome['code']}: {outcome.get('found', '')}"
+                self.sent.pop(name, None)
+                self.pause[name] = time.monotonic() + AGAIN
+            else:
+                yield self._failed(name, failure_of(outcome))
+
+    def accepted(self) -> Iterator[Reply]:
+        """Updates that the exchange holds."""
+        if not self.open:
+            return
+        c, any_ask = self.carrier, next(iter(self.open.values()))
+        for update in c.desk.accepted(c.run, any_ask.now.number, any_ask.verb):
+            ask = self.open.get(update.client)
+            if ask is None:
+                continue
+            try:
+                payload = c.desk.read(c.run, ask.now.number, ask.verb, update.client)
+            except FedtuneError as error:
+                if error.code not in ("E803", "E807"):
+                    raise
+                key = (ask.now.number, ask.verb, ask.client)
+                c.attempts[key] = c.attempts.get(key, 1) + 1
+                self.sent.pop(update.client, None)
+                continue
+            del self.open[update.client]
+            self.counted += 1
+            yield Reply(ask.client, payload, said=self.said.get(update.client, ""))
+
+    def missing(self, wanted: int) -> Iterator[Reply]:
+        """Whoever has not answered when the question is closed."""
+        for name in list(self.open):
+            why = self.words.get(name, "") or ("its ticket is out" if name in self.sent else "no node of it is here")
+            if self.counted >= wanted:
+                found, expected, do = f"an answer later than {wanted} others", "one of the first", "nothing: more were asked than were needed (deploy.over)"
+            else:
+                found, expected, do = f"no answer within {self.carrier.deadline:.0f} s ({why})", "an answer", "look at the site's log"
+            yield self._failed(name, ClientFailed("F503", found, expected, do))
+
+    def _failed(self, name: str, failure: FedtuneError) -> Reply:
+        return Reply(self.open.pop(name).client, failure=failure)
+
+
+def failure_of(outcome: Mapping[str, Any]) -> FedtuneError:
+    """A site's own words; a code that this version does not know is still a failure of that client."""
+    parts = [str(outcome.get(part, ""))[:500] for part in ("found", "expected", "do")]
+    try:
+        return ClientFailed(str(outcome["code"]), *parts)
+    except KeyError:
+        return ClientFailed("F503", f"{outcome.get('code')}: {parts[0]}", *parts[1:])

@@ -1,0 +1,72 @@
+"""fedtune client: a site's programs, started and looked after until somebody ends them.
+
+    HOME/spool cache memory   updates without a receipt, states, what the client remembers
+    HOME/flower logs          Flower's home and everybody's last words
+
+The coordinator may be away for as long as it likes: the SuperNode asks again, a finished update waits in the spool.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fedtune.deploy.passage import Passage
+from fedtune.deploy.processes import Program, environment, free_port
+from fedtune.deploy.server import alone
+from fedtune.deploy.worker import SiteConfig
+from fedtune.exchange.probe import reason
+from fedtune.trust import load
+
+LOOK = 0.5
+
+
+def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
+    """Until an exception ends it (Stopped, F505). Raises T701 to T708 for keys that cannot be used, E802 for a connection that is refused."""
+    home = Path(config.home)
+    with alone(home):
+        identity = load(Path(config.keys))
+        if why := reason(identity, config.coordinator):
+            raise why
+        private = Path(tempfile.mkdtemp(prefix="fedtune-"))  # 0700, and short: a socket's path may have 107 bytes
+        passage = Passage(identity, config.coordinator)
+        programs: list[Program] = []
+        try:
+            programs = site_programs(replace(config, socket=str(private / "worker")), passage.address, private)
+            say(f"site '{identity.name.name}' of '{identity.name.federation}', coordinator {config.coordinator}, home {home}")
+            away = ""
+            while True:
+                for program in programs:
+                    program.look()
+                if passage.last != away:
+                    away = passage.last
+                    say(f"the coordinator is away: {away[:200]}" if away else "the coordinator is there")
+                time.sleep(LOOK)
+        finally:
+            for program in reversed(programs):
+                program.stop()
+            passage.close()
+            shutil.rmtree(private, ignore_errors=True)
+
+
+def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Program]:
+    """The worker, Flower's SuperNode, and the SuperExec that starts a ClientApp for each message."""
+    home = Path(config.home)
+    env = environment(home / "flower")
+    (home / "flower").mkdir(parents=True, exist_ok=True)
+    told = private / "worker.json"
+    config.write(told)
+    port = free_port()
+    node = f'worker="{config.socket}"'
+    commands = {
+        "worker": (sys.executable, "-m", "fedtune.deploy.worker", str(told)),
+        "supernode": ("flower-supernode", "--insecure", "--superlink", superlink, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+                      "--node-config", node),
+        "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
+    }  # fmt: skip
+    return [Program(name, command, home / "logs" / f"{name}.log", env) for name, command in commands.items()]

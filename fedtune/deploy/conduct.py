@@ -1,0 +1,131 @@
+"""A run on real sites, inside Flower's ServerApp process: the same rounds, journal and bytes as anywhere, over the exchange."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Recipe
+from fedtune.deploy.carrier import Exchanged, Members
+from fedtune.deploy.processes import PARENT, end_with
+from fedtune.deploy.sites import at_coordinator
+from fedtune.errors import FedtuneError, Refused
+from fedtune.events import Event, Noted
+from fedtune.exchange import Desk
+from fedtune.runtime.cohort import Ask, Link
+from fedtune.runtime.flower_nodes import Judge, Nodes, Site, read_report
+from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.run import run
+from fedtune.runtime.sampling import wanted
+from fedtune.runtime.world import World
+from fedtune.sinks.jsonl import jsonl_sink
+from fedtune.trust import AllowList, Identity, Signed, load
+from fedtune.trust.certificates import utc_now
+from fedtune.trust.identity import ALLOWED
+from fedtune.trust.signed import signer
+
+DEPLOY, FAILED = "deploy.json", "failed.json"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """deploy.json of a run's folder: where the coordinator's things are.
+
+    keys, home  folders of the coordinator; the exchange's is home/exchange
+    run         the run's name on the exchange, drawn once: no other run's updates can be taken for its own
+    address     where the coordinator listens
+    """
+
+    keys: str
+    home: str
+    run: str
+    address: str
+
+    def write(self, folder: RunFolder) -> None:
+        folder.write_json(DEPLOY, asdict(self))
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Deployed:
+        return cls(**folder.read_json(DEPLOY))
+
+
+def conduct(grid: Any, folder: RunFolder) -> None:
+    """All rounds that are not committed yet. A mistake is left in failed.json as its code and sentence, and raised."""
+    if parent := os.environ.get(PARENT):
+        end_with(int(parent))
+    (folder.path / FAILED).unlink(missing_ok=True)
+    tell = jsonl_sink(folder.path / "events.jsonl")
+    try:
+        carried(grid, folder, tell)
+    except FedtuneError as error:
+        folder.write_json(FAILED, {"code": error.code, "sentence": str(error), "exit_code": error.exit_code})
+        raise
+
+
+def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None:
+    where, recipe = Deployed.read(folder), recipe_of(folder)
+    coordinator = load(Path(where.keys))
+    desk = Desk(Path(where.home) / "exchange")
+    nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)))
+
+    def carry(link: Link, world: World) -> Exchanged:
+        tells: Callable[[Any], Mapping[str, str]] = getattr(link.method, "tell", lambda bench: {})
+        most = enough(recipe)
+        return Exchanged(
+            desk, members(nodes), coordinator, link, where.run, recipe.canonical(), recipe.deploy.sites, recipe.deploy.deadline,
+            most, lambda asks: budget(link, world, asks), tells(world.bench),
+        )  # fmt: skip
+
+    try:
+        run(recipe, folder, tell, carry, at_coordinator(recipe))
+        desk.release(where.run, recipe.rounds)
+    finally:
+        desk.close()
+
+
+def members(nodes: Nodes) -> Members:
+    return nodes
+
+
+def enough(recipe: Recipe) -> Callable[[int], int]:
+    """How many answers end a question: all that were asked, or as many as [sampling] says where more were asked."""
+    aim = wanted(recipe.sampling, len(recipe.deploy.sites))
+    return lambda asked: min(asked, aim) if recipe.deploy.over else asked
+
+
+def budget(link: Link, world: World, asks: Sequence[Ask]) -> int:
+    """Most bytes of one answer: its numbers as float64, and room for a frame with names."""
+    schemas = (link.method.answer(ask.verb, link.method.given(ask.verb, world.bench, ask.client, ask.now), ask.now) for ask in asks)
+    return max(8 * schema.count + 256 * len(schema.entries) for schema in schemas) + (1 << 16)
+
+
+def judge_of(coordinator: Identity, sites: Sequence[str]) -> Judge:
+    """Who signed a greeting's answer: a site of this run, with a key that may speak, about this greeting."""
+    allowed = AllowList(coordinator.folder / ALLOWED)
+
+    def judge(nonce: bytes, sealed: bytes) -> Site:
+        signed = Signed.from_json(sealed)
+        peer = signer(signed, coordinator.authority, utc_now(), "greeting")
+        allowed.check(peer)
+        said = read_report(signed.record)
+        if said.get("nonce") != nonce.hex() or said.get("name") != peer.name.name:
+            raise Refused("W604", f"an answer to another greeting from '{peer.name.name}'", "one to this greeting", "nothing: it is greeted again")
+        if peer.name.name not in sites:
+            raise FedtuneError("F502", f"site '{peer.name.name}'", f"one of the run's: {', '.join(sites)[:200]}", "name it in deploy.sites of a new run")
+        report = said.get("report")
+        return Site(peer.name.name, report if isinstance(report, dict) else {})
+
+    return judge
+
+
+def failed(folder: RunFolder) -> dict[str, Any] | None:
+    """Why the run ended by itself, if it did."""
+    try:
+        found = json.loads((folder.path / FAILED).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

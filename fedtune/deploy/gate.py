@@ -1,0 +1,80 @@
+"""The coordinator's gate: one port for everything that comes from sites, in one process.
+
+States and updates (the exchange), Flower's fleet API (passage.py), and, for split models, the body. It is separate from the runs, so
+that sites can fetch and send while a run is being restarted, and it holds nothing that is not on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedtune.deploy.metrics import serve_metrics
+from fedtune.deploy.passage import behind
+from fedtune.deploy.processes import PARENT, end_with
+from fedtune.errors import FedtuneError
+from fedtune.exchange import Desk, serve
+from fedtune.quiet import quiet
+from fedtune.sinks.jsonl import jsonl_sink
+from fedtune.trust import load
+
+SMALL_CALLS = 32  # threads for calls of SuperNodes, each a fraction of a second
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What the gate is told by whoever starts it.
+
+    keys       the coordinator's folder
+    home       of the coordinator; the exchange's folder is home/exchange
+    listen     host:port
+    superlink  host:port on loopback
+    metrics    host:port of the Prometheus endpoint, "" for none
+    bodies     folders of runs whose models are split
+    """
+
+    keys: str
+    home: str
+    listen: str
+    superlink: str
+    metrics: str = ""
+    bodies: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> GateConfig:
+        tree = json.loads(path.read_text())
+        return cls(**{**tree, "bodies": tuple(tree["bodies"])})
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+
+def main() -> None:
+    quiet()
+    if parent := os.environ.get(PARENT):
+        end_with(int(parent))
+    config = GateConfig.read(Path(sys.argv[1]))
+    home = Path(config.home)
+    done = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: done.set())
+    try:
+        desk = Desk(home / "exchange")
+        tell = jsonl_sink(home / "gate.jsonl")
+        server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, also=[behind(config.superlink)], threads=SMALL_CALLS)
+        if config.metrics:
+            serve_metrics(config.metrics, desk, home)
+    except FedtuneError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    done.wait()
+    server.stop(2.0)
+    desk.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Flower's fleet API through the exchange's door: the SuperNode speaks to a port of its own machine, the SuperLink stays on its own.
+
+Flower's own service has no mutual TLS, and whoever reaches its port may start code on every node: it is never open to the network
+here, and of what members may send to it only the fleet API passes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import grpc
+
+from fedtune.errors import FedtuneError, Refused
+from fedtune.exchange.tls import CLIENT_OPTIONS, Door
+from fedtune.trust import Identity
+from fedtune.wire.v1 import fleet_pb2 as pb
+
+NAME = "fedtune.wire.v1.Fleet"
+PREFIX = "/v1/fleet/"
+METHODS = frozenset({"POST", "GET"})
+LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
+UP = 256 << 10  # bytes of a request
+SECONDS = 30.0
+OWN = frozenset({"host", "connection", "content-length", "transfer-encoding", "keep-alive", "expect", "date", "server"})  # of one connection
+
+
+def behind(superlink: str) -> Callable[[Door], grpc.GenericRpcHandler]:
+    """For `exchange.serve(..., also=[behind("127.0.0.1:8000")])`."""
+
+    def call(request: pb.FleetRequest, context: Any) -> pb.FleetReply:
+        if request.method not in METHODS or not request.path.startswith(PREFIX) or ".." in request.path:
+            raise FedtuneError("E806", f"{request.method[:8]} {request.path[:80]!r}", f"POST or GET under {PREFIX}", "use fedtune client")
+        return forwarded(superlink, request)
+
+    handler = grpc.unary_unary_rpc_method_handler(call, pb.FleetRequest.FromString, pb.FleetReply.SerializeToString)
+    return lambda door: grpc.method_handlers_generic_handler(NAME, {"Call": handler})
+
+
+def forwarded(superlink: str, request: pb.FleetRequest) -> pb.FleetReply:
+    """What the SuperLink answers; 503 where it is not there, which a SuperNode waits out."""
+    host, _, port = superlink.rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=SECONDS)
+    try:
+        headers = {header.name: header.value for header in request.headers if header.name not in OWN}
+        connection.request(request.method, request.path, request.body or None, headers)
+        answer = connection.getresponse()
+        body = answer.read(LONGEST + 1)
+        if len(body) > LONGEST:
+            raise Refused("W606", f"an answer of more than {LONGEST} bytes to {request.path}", "less", "send payloads over the exchange")
+        kept = [pb.FleetHeader(name=name.lower(), value=value) for name, value in answer.getheaders() if name.lower() not in OWN]
+        return pb.FleetReply(status=answer.status, headers=kept, body=body)
+    except (OSError, http.client.HTTPException):
+        return pb.FleetReply(status=503)
+    finally:
+        connection.close()
+
+
+class Passage:
+    """The site's end: an HTTP server on loopback. Whatever breaks on the way is a 503, and the SuperNode tries again."""
+
+    def __init__(self, identity: Identity, coordinator: str, port: int = 0) -> None:
+        credentials = grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
+        options = [*(o for o in CLIENT_OPTIONS if o[0] != "grpc.max_receive_message_length"), ("grpc.max_receive_message_length", LONGEST + (64 << 10))]
+        self.channel = grpc.secure_channel(coordinator, credentials, options)
+        self._call = self.channel.unary_unary(f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self.server.daemon_threads = True
+        self.address = f"127.0.0.1:{self.server.server_address[1]}"
+        self.last: str = ""  # why the last call failed, "" where it did not
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.channel.close()
+
+    def pass_on(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> pb.FleetReply:
+        kept = [pb.FleetHeader(name=name.lower(), value=value) for name, value in headers if name.lower() not in OWN]
+        try:
+            reply: pb.FleetReply = self._call(pb.FleetRequest(method=method, path=path, headers=kept, body=body), timeout=SECONDS)
+        except grpc.RpcError as error:
+            self.last = error.details() or str(error.code())
+            return pb.FleetReply(status=503)
+        self.last = ""
+        return reply
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        passage = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_POST(self) -> None:
+                length = self.headers.get("content-length", "0")
+                if not length.isdecimal() or int(length) > UP:
+                    self.send_error(413)
+                    return
+                body = self.rfile.read(int(length))
+                reply = passage.pass_on(self.command, self.path, list(self.headers.items()), body)
+                self.send_response(reply.status)
+                for header in reply.headers:
+                    self.send_header(header.name, header.value)
+                self.send_header("content-length", str(len(reply.body)))
+                self.end_headers()
+                self.wfile.write(reply.body)
+
+            do_GET = do_POST
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                """Nothing: the SuperNode's log says what matters."""
+
+        return Handler

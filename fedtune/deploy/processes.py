@@ -1,0 +1,132 @@
+"""Programs that are looked after: started, started again when they die, ended with their parent however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedtune.errors import FedtuneError
+
+FIRST, LONGEST, STEADY = 0.5, 30.0, 60.0  # seconds: first pause, longest pause, after which a program counts as healthy again
+TRIES = 8  # deaths in a row, none of them after a healthy while
+PARENT = "FEDTUNE_PARENT"
+# The kernel sends SIGKILL when the thread that started us ends (prctl PR_SET_PDEATHSIG, kept by exec). A small program in between rather than
+# a function between fork and exec: a process that has gRPC's threads must not run Python there.
+LEASH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Flower without telemetry and with a home of its own; programs of this interpreter first in the path."""
+    here = Path(sys.executable).parent
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+        "GRPC_VERBOSITY": "ERROR",
+        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
+        PARENT: str(os.getpid()),
+    }
+
+
+@dataclass
+class Program:
+    """One program; its output goes to a log that is cut at the start of every life."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    env: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    deaths: int = 0
+    lives: int = 0
+    _since: float = 0.0
+    _again: float = field(default=0.0)
+
+    def look(self) -> None:
+        """Start it if it is not there and its pause is over. Raises F505 where it dies again and again."""
+        now = time.monotonic()
+        if self.process is None:
+            if now >= self._again:
+                self._start(now)
+            return
+        code = self.process.poll()
+        if code is None:
+            return
+        self.process = None
+        self.deaths = 1 if now - self._since > STEADY else self.deaths + 1
+        if self.deaths > TRIES:
+            words = next(iter(self.log.read_text(errors="replace").strip().splitlines()[-1:]), "nothing")
+            found = f"'{self.name}' ended {self.deaths} times in a row (code {code}; it last said: {words[:200]})"
+            raise FedtuneError("F505", found, "a program that stays alive", f"look at {self.log}")
+        self._again = now + min(LONGEST, FIRST * 2 ** (self.deaths - 1))
+
+    def _start(self, now: float) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab" if self.lives else "wb") as out:
+            command = [sys.executable, "-SEc", LEASH, str(os.getpid()), *self.command] if sys.platform == "linux" else list(self.command)
+            self.process = subprocess.Popen(command, env=dict(self.env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        self._since, self.lives = now, self.lives + 1
+
+    def stop(self, seconds: float = 5.0) -> None:
+        """SIGTERM, and SIGKILL after a while."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C."""
+
+
+def stop_on_signals() -> None:
+    """SIGTERM and SIGINT end the program by an exception, so that what it started is stopped too."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def end_with(parent: int) -> None:
+    """For programs that somebody else's program starts: end when the process `parent` is gone. Looks once a second, in a thread."""
+    import threading
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

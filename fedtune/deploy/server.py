@@ -1,0 +1,243 @@
+"""fedtune server: the coordinator's programs, started and looked after, until every run has ended.
+
+    runs/.coordinator/   the coordinator's home, one a folder of runs
+      exchange/          states and updates (fedtune.exchange)
+      flower/            Flower's home and its state.db
+      app/  logs/  gate.json  gate.jsonl
+    runs/NAME/           a run's folder, as everywhere; deploy.json says where its coordinator is
+
+Whatever dies is started again: the SuperLink keeps its messages in SQLite, the exchange and the journal are on disk, and a run whose
+ServerApp has died is submitted once more and goes on after its last committed round, with the updates that were accepted meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from fedtune.config import Recipe
+from fedtune.deploy.app import write_app
+from fedtune.deploy.conduct import Deployed, failed
+from fedtune.deploy.gate import GateConfig
+from fedtune.deploy.processes import TRIES, Program, environment, free_port, healthy
+from fedtune.deploy.sites import resolved
+from fedtune.errors import FedtuneError
+from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.trust import load
+
+HOME = ".coordinator"
+START_SECONDS = 120.0
+ABSENT = 10.0  # seconds without a process that holds the run's folder, after which it is submitted again
+SUBMITTED = 90.0  # seconds that a submission may take to get hold of it
+LOOK = 0.5
+
+
+@dataclass
+class Running:
+    """One run, seen from outside: its folder is the truth."""
+
+    folder: RunFolder
+    submitted: float = 0.0
+    held: float = 0.0
+    submissions: int = 0
+    refused: int = 0  # submissions in a row that Flower did not take
+    read: int = 0  # bytes of events.jsonl that were told
+
+    @property
+    def result(self) -> bool:
+        return (self.folder.path / "result.json").exists()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process works on it now."""
+        try:
+            with (self.folder.path / "lock").open("a") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        return False
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What it has told since the last time."""
+        path = self.folder.path / "events.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self.read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.read += len(line)
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+
+@dataclass
+class Coordinator:
+    """The programs of one coordinator."""
+
+    keys: Path
+    runs: Path
+    listen: str
+    metrics: str
+    show: Callable[[dict[str, Any]], None]
+    programs: list[Program] = field(default_factory=list)
+    superlink: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        return self.runs / HOME
+
+    def start(self, bodies: Sequence[str]) -> None:
+        """SuperLink, SuperExec and gate. Raises F505, E801, T701 to T708."""
+        load(self.keys)  # its mistakes in a sentence now rather than in a log later
+        self.env = environment(self.home / "flower")
+        self.superlink = f"127.0.0.1:{free_port()}"
+        flower = self.home / "flower"
+        flower.mkdir(parents=True, exist_ok=True)
+        (flower / "config.toml").write_text(f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.superlink}"\ninsecure = true\n')
+        write_app(self.home / "app")
+        config = self.home / "gate.json"
+        GateConfig(str(self.keys), str(self.home), self.listen, self.superlink, self.metrics, tuple(bodies)).write(config)
+        port = self.superlink.rpartition(":")[2]
+        self.add("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port, "--isolation", "process",
+                 "--database", str(flower / "state.db"), "--disable-runtime-dependency-installation")  # fmt: skip
+        self.add("superexec", "flower-superexec", "--insecure", "--runtime-api-address", self.superlink)
+        self.add("gate", sys.executable, "-m", "fedtune.deploy.gate", str(config))
+        self.wait_for(lambda: healthy(f"http://{self.superlink}/health") and self._open(), "Flower's SuperLink and the gate")
+
+    def _open(self) -> bool:
+        """Whether the gate takes connections."""
+        import socket
+
+        host, _, port = self.listen.rpartition(":")
+        try:
+            with socket.create_connection(("127.0.0.1" if host in ("0.0.0.0", "[::]", "") else host.strip("[]"), int(port)), 1):
+                return True
+        except OSError:
+            return False
+
+    def add(self, name: str, *command: str) -> None:
+        self.programs.append(Program(name, command, self.home / "logs" / f"{name}.log", self.env))
+
+    def look(self) -> None:
+        for program in self.programs:
+            program.look()
+
+    def wait_for(self, done: Callable[[], bool], what: str) -> None:
+        """Raises F505."""
+        end = time.monotonic() + START_SECONDS
+        while not done():
+            self.look()
+            if time.monotonic() > end:
+                raise FedtuneError("F505", f"{what} not ready after {START_SECONDS:.0f} s", "an answer", f"look at {self.home / 'logs'}")
+            time.sleep(0.2)
+
+    def submit(self, run: Running) -> None:
+        """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one at work."""
+        run.submitted, run.submissions = time.monotonic(), run.submissions + 1
+        command = ["flwr", "run", str(self.home / "app"), "here", "--format", "json", "--run-config", f'folder="{run.folder.path}"']
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=120)
+        if done.returncode or '"success": true' not in done.stdout:  # it ends with 0 either way
+            words = " ".join((done.stdout + done.stderr).split())[-300:]
+            run.refused += 1
+            if run.refused > TRIES:
+                raise FedtuneError("F505", f"a run that Flower does not take ({words})", "an accepted run", f"look at {self.home / 'logs'}")
+            run.submitted = time.monotonic() - SUBMITTED + 5
+
+    def look_at(self, run: Running) -> bool:
+        """Tell what is new; submit the run where nobody works on it. True: it has ended. Raises what it ended with."""
+        for event in run.events():
+            self.show(event)
+        now, held = time.monotonic(), run.is_held
+        if held:
+            run.held, run.refused = now, 0
+            return False
+        if run.result:
+            for event in run.events():
+                self.show(event)
+            return True
+        if why := failed(run.folder):
+            raise Ended(str(why["sentence"]), int(why["exit_code"]))
+        waited = now - max(run.held, run.submitted)
+        if not run.submitted or waited > (ABSENT if run.held > run.submitted else SUBMITTED):
+            self.submit(run)
+        return False
+
+    def stop(self) -> None:
+        for program in reversed(self.programs):
+            program.stop()
+
+
+class Ended(Exception):
+    """A run ended by itself with a sentence and an exit code."""
+
+    def __init__(self, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.sentence, self.exit_code = sentence, exit_code
+
+
+def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> RunFolder:
+    """The run's folder: a new one, or the one that this recipe began. Raises R401, R406, and what `resolved` raises."""
+    name = recipe.name or stem
+    folder = RunFolder(runs / name)
+    if (folder.path / "config.json").exists():
+        known = recipe_of(folder)
+        if known.fingerprint != recipe.model_copy(update={"name": known.name}).fingerprint:
+            found = f"a run '{folder.path}' begun with another recipe ({known.fingerprint[:12]}, now {recipe.fingerprint[:12]})"
+            raise FedtuneError("R406", found, "the same recipe, to go on, or a new name", "choose one with --set name=...")
+    else:
+        settled = resolved(recipe, keys)
+        (folder.path / "state").mkdir(parents=True, exist_ok=True)
+        folder.begin(settled)
+    if not (folder.path / "deploy.json").exists():
+        Deployed(str(keys), str(runs / HOME), f"{name[:40]}-{secrets.token_hex(8)}", listen).write(folder)
+    (folder.path / "failed.json").unlink(missing_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def alone(home: Path) -> Iterator[IO[str]]:
+    """One coordinator a home. Raises F506."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FedtuneError("F506", f"another fedtune at work in '{home}'", "one for each folder", "end it, or choose another folder") from None
+        os.set_inheritable(handle.fileno(), False)
+        yield handle
+
+
+def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
+    """Start the programs, submit the runs, look after both until all runs have ended; the exit code."""
+    with alone(coordinator.home):
+        try:
+            split = [str(folder.path) for folder in folders if recipe_of(folder).method.type == "sfprompt"]
+            coordinator.start(split)
+            open_runs, code = [Running(folder) for folder in folders], 0
+            while open_runs:
+                coordinator.look()
+                for run in list(open_runs):
+                    try:
+                        ended = coordinator.look_at(run)
+                    except Ended as error:
+                        coordinator.show({"event": "Ended", "text": error.sentence})
+                        ended, code = True, max(code, error.exit_code)
+                    if ended:
+                        open_runs.remove(run)
+                time.sleep(LOOK)
+            return code
+        finally:
+            coordinator.stop()

@@ -1,0 +1,103 @@
+"""Who takes part, under which number, and what each side of a deployment holds of the data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Recipe
+from fedtune.data import Federation, Slice, load, load_slice
+from fedtune.errors import FedtuneError, Refused
+from fedtune.trust import COORDINATOR
+from fedtune.trust.allowed import read_entries
+from fedtune.trust.certificates import utc_now
+from fedtune.trust.identity import ALLOWED
+
+SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def resolved(recipe: Recipe, keys: Path) -> Recipe:
+    """The recipe with its sites named: deploy.sites, or all clients that may speak now, sorted. Raises C104, F502, T702."""
+    now = utc_now()
+    allowed = sorted({entry.name for entry in read_entries(keys / ALLOWED) if entry.state(now) == "valid"} - {COORDINATOR})
+    sites = recipe.deploy.sites or tuple(allowed)
+    if not sites:
+        raise FedtuneError("F502", "no client with a valid key", "one or more", "fedtune keys issue NAME")
+    if unknown := sorted(set(sites) - set(allowed)):
+        raise FedtuneError(
+            "F502", f"deploy.sites with '{unknown[0]}', who has no valid key", f"names among {', '.join(allowed)[:200]}", "fedtune keys issue it"
+        )
+    if len(set(sites)) < len(sites):
+        raise FedtuneError("C104", "deploy.sites with a name twice", "each site once", "remove one")
+    if recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.all_values:
+        found = f"partition.clients = {recipe.partition.clients} beside {len(sites)} sites ({', '.join(sites)[:120]})"
+        raise FedtuneError("C104", found, "as many of one as of the other", f"--set partition.clients={len(sites)}")
+    return recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": tuple(sites)})})
+
+
+def at_coordinator(recipe: Recipe) -> Federation:
+    """Names, the label set, and rows to score on, where there are some. Raises what the data raise."""
+    deploy = recipe.deploy
+    if deploy.data == "partition":
+        return load(recipe.data, recipe.partition, recipe.seed)
+    test: list[dict[str, Any]] = []
+    if deploy.test:
+        data = recipe.data.model_copy(update={"path": deploy.test, "client_test_share": 0.0, "limit": 0, "source": source_of(recipe, deploy.test)})
+        mine, _ = load_slice(data, recipe.seed, 0, "the coordinator")
+        test = [*mine.train, *mine.test]
+    if recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
+        raise FedtuneError("D206", "no data.labels in a recipe for real sites", "the label set", "list all labels in data.labels")
+    return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(deploy.sites)), test, recipe.data.labels)
+
+
+def at_site(recipe: Recipe, number: int, data: str) -> Federation:
+    """One site's own rows, under its number; of the others nothing. Raises what the data raise."""
+    if recipe.deploy.data == "partition":
+        return load(recipe.data, recipe.partition, recipe.seed)
+    if not data:
+        raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
+    name = recipe.deploy.sites[number]
+    mine, dropped = load_slice(recipe.data.model_copy(update={"path": data, "source": source_of(recipe, data)}), recipe.seed, number, name)
+    slices = tuple(mine if other == number else Slice(other, whose, [], []) for other, whose in enumerate(recipe.deploy.sites))
+    return Federation(slices, [], recipe.data.labels, dropped)
+
+
+def source_of(recipe: Recipe, path: str) -> str:
+    """A site's file may be of another kind than the recipe's; its suffix says so."""
+    return SUFFIXES.get(Path(path).suffix, recipe.data.source) if recipe.data.source in SUFFIXES.values() else recipe.data.source
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a ticket says beside what every ticket says.
+
+    recipe   the coordinator's, as canonical JSON
+    number   of the client; `seed`, `members` of the round; `last`, `first` as in runtime.cohort.Ask
+    told     what the method wants its clients to know
+    """
+
+    recipe: str
+    number: int
+    seed: int
+    members: tuple[int, ...]
+    last: int
+    first: bool
+    told: dict[str, str]
+
+    def encode(self) -> str:
+        return json.dumps({**self.__dict__, "members": list(self.members)}, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> Details:
+        """Raises Refused (W601)."""
+        try:
+            tree = json.loads(text)
+            told = {str(name): str(value) for name, value in tree["told"].items()}
+            members = tuple(int(m) for m in tree["members"])
+            return cls(str(tree["recipe"]), int(tree["number"]), int(tree["seed"]), members, int(tree["last"]), bool(tree["first"]), told)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refused(
+                "W601", f"a ticket whose details cannot be read ({type(error).__name__})", "those of this version", "install the same fedtune"
+            ) from None

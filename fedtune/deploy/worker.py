@@ -1,0 +1,221 @@
+"""The warm worker of a site: it holds model and data for as long as it lives, and does what signed tickets ask.
+
+Flower starts a ClientApp process for every message; that process only hands the ticket to this one, over a socket in a folder that
+nobody else may open. An update is on disk before it is sent, and what the client remembers is on disk before the update is: a worker
+that dies goes on where it was, and never computes twice what it has finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune import methods
+from fedtune.config import Recipe
+from fedtune.deploy.policy import read_policy
+from fedtune.deploy.sites import Details, at_site
+from fedtune.errors import FedtuneError, Refused
+from fedtune.events import Event, Noted
+from fedtune.exchange import ExchangeClient
+from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before, respond
+from fedtune.runtime.shelf import load_versions, save_versions
+from fedtune.runtime.states import Memories
+from fedtune.runtime.world import World, build_world, link_of
+from fedtune.sinks.jsonl import jsonl_sink
+from fedtune.trust import Ticket, load, ticket
+from fedtune.trust.signed import seal
+from fedtune.types import Round
+from fedtune.versions import versions
+
+LONGEST = 1 << 20  # bytes of a request: a ticket with its recipe
+IDLE = 5.0  # seconds without work after which old updates are tried again
+PATIENCE = 600.0  # seconds to go on trying to send before Flower is told
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """What the site's operator says; not a word of it comes from the coordinator.
+
+    model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own device
+    """
+
+    keys: str
+    coordinator: str
+    home: str
+    socket: str
+    data: str = ""
+    model: str = ""
+    device: str = ""
+    policy: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> SiteConfig:
+        return cls(**json.loads(path.read_text()))
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class WorldBuilt(Event):
+    """Model and data were loaded: once a recipe and life of a worker."""
+
+    run: str
+    seconds: float
+    trainable: int
+    total: int
+
+
+class Worker:
+    """One site's work, one ticket at a time."""
+
+    def __init__(self, config: SiteConfig, tell: Callable[[Event], None]) -> None:
+        self.config, self.tell = config, tell
+        self.home = Path(config.home)
+        self.identity = load(Path(config.keys))
+        self.policy = read_policy(config.policy)
+        self.exchange = ExchangeClient(config.coordinator, self.identity, self.home, PATIENCE)
+        self.lock = threading.Lock()
+        self.built: tuple[str, World, Link] | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a ClientApp asks: who this is, or that a ticket be done."""
+        if request.get("what") == "site":
+            return {"sealed": self.site(str(request["nonce"]))}
+        with self.lock:
+            try:
+                return {"code": "", "said": self.done(str(request["ticket"]).encode())}
+            except FedtuneError as error:
+                self.tell(Noted(str(error)))
+                return {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
+
+    def site(self, nonce: str) -> str:
+        """Name and means of this site, under its signature."""
+        record = json.dumps({"nonce": nonce, "name": self.identity.name.name, "report": self.report()}, sort_keys=True).encode()
+        return seal(record, self.identity).to_json().decode()
+
+    def report(self) -> dict[str, Any]:
+        """What this site can do: bytes free, its device, its versions."""
+        from fedtune.model.means import means
+
+        return {**means(self.config.device), "disk": shutil.disk_usage(self.home).free, "versions": versions()}
+
+    def done(self, content: bytes) -> str:
+        """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""
+        about = ticket.read(content, self.identity)
+        details = Details.decode(about.details)
+        recipe = Recipe.model_validate_json(details.recipe)
+        mine = self.own(recipe)
+        self.policy.check(mine, about.budget)
+        if self.exchange.held(about):
+            return ""
+        world, link = self.world(recipe, mine, details)
+        if link.base != about.base:
+            found = f"base model {link.base[:12]} at this site (weights, tokenizer and chat template)"
+            raise Refused("W604", found, f"{about.base[:12]} as at the coordinator", "use the same files, or name them with --model")
+        return self.computed(about, details, world, link)
+
+    def computed(self, about: Ticket, details: Details, world: World, link: Link) -> str:
+        ask = Ask(details.number, about.verb, Round(about.round, details.seed, details.members), self.exchange.fetch(about), details.last, details.first)
+        place = self.home / "memory" / about.run
+        held = load_versions(place, ask.client)
+        client = world.client_with(ask.client, memory_before(held, ask))
+        update = respond(link, client, ask)
+        save_versions(place, ask.client, memory_after(held, ask, client.memory))
+        self.exchange.send(about, update)
+        return link.chain.said
+
+    def own(self, recipe: Recipe) -> Recipe:
+        """The coordinator's recipe with this site's paths and device."""
+        model = {key: value for key, value in (("name", self.config.model), ("device", self.config.device)) if value}
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+
+    def world(self, recipe: Recipe, mine: Recipe, details: Details) -> tuple[World, Link]:
+        """Model and data of a recipe, loaded at its first ticket."""
+        if self.built and self.built[0] == details.recipe:
+            return self.built[1:]
+        self.built = None  # two models may not fit
+        began = time.monotonic()
+        if recipe.deploy.sites[details.number] != self.identity.name.name:
+            raise Refused("W604", f"number {details.number} of '{recipe.deploy.sites[details.number]}'", f"one of '{self.identity.name.name}'", "report this")
+        method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+        federation = at_site(mine, details.number, self.config.data)
+        world = build_world(mine, method, Memories(None), self.tell, federation)
+        self.built = details.recipe, world, link_of(world, method, recipe)
+        self.tell(WorldBuilt(recipe.fingerprint[:16], time.monotonic() - began, world.bench.trainable, world.bench.total))
+        return self.built[1:]
+
+    def flush(self) -> None:
+        """Updates of before that have no receipt yet; what cannot be sent now is kept."""
+        if self.lock.acquire(blocking=False):
+            try:
+                for receipt in self.exchange.flush():
+                    self.tell(Noted(f"an update of round {receipt.round} was sent later"))
+            except FedtuneError as error:
+                self.tell(Noted(str(error)))
+            finally:
+                self.lock.release()
+
+
+def serve(worker: Worker, path: Path) -> None:
+    """Answer on a Unix socket until the process ends; a thread a caller, because ClientApps may overlap."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        os.chmod(path, 0o600)
+        listener.listen(8)
+        listener.settimeout(IDLE)
+        while True:
+            try:
+                caller, _ = listener.accept()
+            except TimeoutError:
+                if any(True for _ in worker.exchange.spool.waiting()):
+                    worker.flush()
+                continue
+            threading.Thread(target=attend, args=(worker, caller), daemon=True).start()
+
+
+def attend(worker: Worker, caller: socket.socket) -> None:
+    """One request and its answer, a line of JSON each. A defect ends the worker: what it left half-done is done again by its next life."""
+    caller.settimeout(None)
+    with caller, contextlib.suppress(OSError), caller.makefile("rwb") as file:
+        try:
+            line = file.readline(LONGEST)
+            file.write(json.dumps(worker.answer(json.loads(line))).encode() + b"\n")
+            file.flush()
+        except (OSError, ValueError):
+            return
+        except BaseException as error:
+            sys.stderr.write(f"worker: {type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def main() -> None:
+    from fedtune.deploy.processes import PARENT, end_with
+    from fedtune.quiet import quiet
+
+    quiet()
+    if parent := os.environ.get(PARENT):
+        end_with(int(parent))
+    config = SiteConfig.read(Path(sys.argv[1]))
+    tell = jsonl_sink(Path(config.home) / "worker.jsonl")
+    try:
+        serve(Worker(config, tell), Path(config.socket))
+    except FedtuneError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

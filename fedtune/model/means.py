@@ -1,0 +1,33 @@
+"""What this machine can do for a model: its device and the memory that is free on it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fedtune.model.base import pick_device
+
+
+def means(device: str = "") -> dict[str, Any]:
+    """device (as it would be taken), devices (CUDA), memory (bytes free for a model there), cores. Raises M301."""
+    chosen = pick_device(device or "auto")
+    known: dict[str, Any] = {"device": str(chosen), "devices": torch.cuda.device_count(), "cores": len(os.sched_getaffinity(0))}
+    if chosen.type == "cuda":
+        return known | {"name": torch.cuda.get_device_name(chosen), "memory": int(torch.cuda.mem_get_info(chosen)[0])}
+    return known | {"memory": free_memory()}
+
+
+def free_memory() -> int:
+    """Bytes of main memory that a process may still take: the machine's, or less where its control group allows less."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in open("/proc/meminfo", encoding="ascii"):
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+        limit = open("/sys/fs/cgroup/memory.max", encoding="ascii").read().strip()
+        used = int(open("/sys/fs/cgroup/memory.current", encoding="ascii").read())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
