@@ -10,13 +10,14 @@ An `Update` is what a client answers. It can be added, so that a server may see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from fedtune.errors import FedtuneError
 from fedtune.schema import Schema
 
 Tensors = Mapping[str, np.ndarray]
@@ -48,11 +49,15 @@ class Update:
         )
 
     def __add__(self, other: Update) -> Update:
-        """The sum of two answers; names must agree."""
+        """The sum of two answers, in arrays of its own; names must agree."""
+        return self.joined(other, lambda one, two: np.asarray(one + two))
+
+    def joined(self, other: Update, add: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Update:
+        """The sum of two answers, tensor by tensor as `add` does it."""
         if self.tensors.keys() != other.tensors.keys():
             raise ValueError(f"updates of different names cannot be added: {sorted(self.tensors.keys() ^ other.tensors.keys())[:3]}")
         return Update(
-            {name: value + other.tensors[name] for name, value in self.tensors.items()},
+            {name: add(value, other.tensors[name]) for name, value in self.tensors.items()},
             self.weight + other.weight,
             {name: self.metrics.get(name, 0.0) + other.metrics.get(name, 0.0) for name in self.metrics.keys() | other.metrics.keys()},
         )
@@ -70,6 +75,25 @@ class Update:
         """Values moved by `sign` times `origin`: -1 turns states into differences, +1 turns them back."""
         step = sign * self.weight
         return replace(self, tensors={name: value + np.multiply(origin[name], step, dtype=np.float64) for name, value in self.tensors.items()})
+
+
+def summed(updates: Iterable[Update]) -> Update | None:
+    """a + b + c in their order and to the bit, in one set of arrays however many come; the updates stay as they are. None for none."""
+    total, own = None, False
+    for update in updates:
+        if total is None:
+            total = update
+        else:
+            total, own = (total.joined(update, onto) if own else total + update), True
+    return total
+
+
+def onto(total: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """total + value, in total's memory where type and shape of the sum are its own."""
+    if np.result_type(total, value) == total.dtype and np.broadcast_shapes(total.shape, value.shape) == total.shape:
+        np.add(total, value, out=total)
+        return total
+    return np.asarray(total + value)
 
 
 @dataclass(frozen=True)
@@ -115,6 +139,9 @@ class Cohort(Protocol):
 
     def note(self, name: str, value: float) -> None:
         """A figure of the server's own for this round's journal and events."""
+
+    def skip(self, error: FedtuneError) -> None:
+        """This round changes nothing, and `error` says why: no answer counts, as if all had been lost on the way."""
 
 
 class Verb(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
+from fedtune.aggregate.answer import Answer, Combined, Rule, TooFew
 from fedtune.aggregate.clipped import clipped
 from fedtune.aggregate.fair import fair
 from fedtune.aggregate.fedex import fedex
@@ -27,7 +27,7 @@ from fedtune.aggregate.merging import MERGES, Merge
 from fedtune.aggregate.pairs import Pair, flat_residual, join, ranks, residual_of, split
 from fedtune.aggregate.plain import WeightedMean
 from fedtune.aggregate.residual import as_adapter
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.resize import for_rank, left_out
 from fedtune.aggregate.rolora import rolora
 from fedtune.aggregate.trimmed import trimmed
 
@@ -57,12 +57,14 @@ __all__ = [
     "Merge",
     "Pair",
     "Rule",
+    "TooFew",
     "WeightedMean",
     "as_adapter",
     "drift",
     "flat_residual",
     "for_rank",
     "join",
+    "left_out",
     "ranks",
     "residual_of",
     "split",

@@ -50,6 +50,10 @@ Names = Iterable[str]
 Combine = Callable[[Iterable[Answer], Combined, float, Round], Combined]
 
 
+class TooFew(FedtuneError):
+    """Fewer answers than the rule needs for what it promises (R410): the round changes nothing, the run goes on."""
+
+
 def every(names: Names, number: int = 0) -> frozenset[str]:
     return frozenset(names)
 

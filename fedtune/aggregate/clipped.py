@@ -26,22 +26,23 @@ def clipped(bound: float = 0.0) -> Rule:
 
 
 def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, bound: float) -> Combined:
-    """report: clipped (share of answers), bound, cut (relative loss of the SVD, over all modules)."""
+    """report: clipped (share of answers), bound, cut (relative loss of the SVD, over all modules); layers: the same by module."""
     pairs, start = split(before.tensors)
     held = hold(answers, before)
     norms = np.array([move(h, pairs, start, scale) for h in held])
     limit = bound or float(np.median(norms))
     shares = np.minimum(1.0, np.divide(limit, norms, out=np.ones_like(norms), where=norms > 0))
-    made, lost, whole = dict[str, Pair](), 0.0, 0.0
+    made, layers, lost, whole = dict[str, Pair](), dict[str, float](), 0.0, 0.0
     for name, pair in pairs.items():
         of = spectrum(shortened(held, shares, name, scaled(pair, scale)))
         made[name] = balanced(of, pair.rank, scale, name, pair.A)
+        layers[name] = ratio(beyond(of, pair.rank), float(np.linalg.norm(of.S)))
         lost, whole = lost + beyond(of, pair.rank) ** 2, whole + float(of.S @ of.S)
     rest = WeightedMean()
     for h, share in zip(held, shares, strict=True):
         rest.add({name: start[name] + share * (np.asarray(value, dtype=np.float64) - start[name]) for name, value in h.rest.items()}, 1.0)
     report = {"clipped": float(np.mean(shares < 1)), "bound": limit, "cut": ratio(float(np.sqrt(lost)), float(np.sqrt(whole)))}
-    return Combined(join(made, rest.mean()), report=report)
+    return Combined(join(made, rest.mean()), report=report, layers=layers)
 
 
 def shortened(held: list[Held], shares: np.ndarray, name: str, origin: Pair) -> Pair:

@@ -52,18 +52,18 @@ def scaled(pair: Pair, scale: float) -> Pair:
 def entry_by_entry(answers: Iterable[Answer], before: Combined, scale: float, across: Callable[[np.ndarray], np.ndarray]) -> Combined:
     """Entries of products and of plain tensors, each over all clients by `across`; then the best pairs of the server's ranks.
 
-    report["cut"] is what refactoring lost, relative to the products; `error` is against mean(BA), which a robust rule means to leave.
+    report["cut/<module>"] is what refactoring lost, relative to the product, "cut" the greatest of them; `error` is against mean(BA),
+    which a robust rule means to leave.
     """
     held = hold(answers, before)
     made = gather((h.answer for h in held), before, scale, slices=False)
-    ledger, pairs, cuts = Ledger(scale), dict[str, Pair](), [0.0]
+    ledger, pairs, cuts = Ledger(scale), dict[str, Pair](), dict[str, float]()
     for module in made.modules():
         matrix = product_entries([h.pair(module.name) for h in held], across)
-        pairs[module.name], cut = factored(matrix, module.before.rank, scale, module.name, module.before.A)
-        cuts.append(cut)
+        pairs[module.name], cuts[f"cut/{module.name}"] = factored(matrix, module.before.rank, scale, module.name, module.before.A)
         ledger.note(module, made=pairs[module.name])
     rest = {name: plain_entries([h.rest[name] for h in held], across) for name in held[0].rest}
-    return Combined(join(pairs, rest), report=ledger.report() | {"cut": max(cuts)}, layers=ledger.layers)
+    return Combined(join(pairs, rest), report=ledger.report() | {"cut": max(cuts.values(), default=0.0)} | cuts, layers=ledger.layers)
 
 
 def squares(held: list[Held], start: Tensors) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Distances are between products, through Gram matrices. An answer's score is the sum of squared distances to its n - faulty - 2
 nearest; the `chosen` best are averaged as products, all equally, and cut to rank by SVD. With `chosen` = 1 it is Krum. Weights do not count.
-Costs most of the signal where clients differ honestly.
+Costs most of the signal where clients differ honestly. Below 2 faulty + 3 answers the rule promises nothing: a recipe that asks fewer
+clients is refused, a round in which too many drop out changes nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from functools import partial
 
 import numpy as np
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
+from fedtune.aggregate.answer import Answer, Combined, Rule, TooFew
 from fedtune.aggregate.each import hold, squares
 from fedtune.aggregate.flexlora import combine as mean_of_products
 from fedtune.aggregate.resize import for_rank
-from fedtune.errors import FedtuneError
 from fedtune.types import Round
 
 
@@ -27,12 +27,12 @@ def krum(faulty: int = 1, chosen: int = 0) -> Rule:
 
 
 def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, faulty: int, chosen: int) -> Combined:
-    """Raises C104 for fewer than 2 faulty + 3 answers: below, the rule promises nothing."""
+    """Raises TooFew (R410) for fewer than 2 faulty + 3 answers."""
     held = hold(answers, before)
     n = len(held)
     if n < 2 * faulty + 3:
         found, expected = f"{n} answers where {faulty} may be faulty", f"at least {2 * faulty + 3}"
-        raise FedtuneError("C104", found, expected, "sample more clients or lower aggregate.faulty")
+        raise TooFew("R410", found, expected, "look at the clients' errors; if it happens often, sample more clients or lower aggregate.faulty")
     near = np.sort(squares(held, before.tensors), axis=1)[:, 1 : n - faulty - 1]  # without oneself
     best = np.argsort(near.sum(axis=1), kind="stable")[: chosen or n - faulty]
     made = mean_of_products((replace(held[i].answer, weight=1.0) for i in sorted(best)), before, scale, now)

@@ -42,7 +42,8 @@ def mean() -> Merge:
 
 
 def task(lam: float = 0.3) -> Merge:
-    """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089): lam times the sum; 0.3 to 0.4 is theirs for eight tasks."""
+    """Task arithmetic (Ilharco et al. 2023, arXiv:2212.04089): lam times the sum; 0.3 to 0.4 is theirs for eight tasks, below 0 forgets."""
+    finite("lam", lam)
     return lambda experts, rank, scale: weighed(experts, rank, scale, lam * len(experts))
 
 
@@ -51,6 +52,8 @@ def lines(alpha: float, beta: float, of: Merge | None = None) -> Merge:
 
     Follows any other merge (by default the mean), exactly: only B changes.
     """
+    finite("alpha", alpha)
+    finite("beta", beta)
     merge = of or mean()
 
     def merged(experts: Sequence[Answer], rank: int, scale: float) -> Combined:
@@ -67,18 +70,27 @@ def lines(alpha: float, beta: float, of: Merge | None = None) -> Merge:
 def soup(score: Callable[[Combined], float], of: Merge | None = None) -> Merge:
     """Greedy soup (Wortsman et al. 2022, arXiv:2203.05482): from the best expert on, each is added unless the score drops.
 
-    `score` is higher for better, on held-out data of the server.
+    `score` is higher for better, on held-out data of the server. Raises W607 for a score that is not a number, which has no order.
     """
     merge = of or mean()
+
+    def scored(held: Sequence[Answer], rank: int, scale: float) -> float:
+        value = float(score(merge(held, rank, scale)))
+        if math.isnan(value):
+            clients = ", ".join(str(expert.client) for expert in held)
+            raise FedtuneError(
+                "W607", f"a score of NaN for a soup of experts {clients}", "a number, higher for better", "mend the score, or leave the expert out"
+            )
+        return value
 
     def merged(experts: Sequence[Answer], rank: int, scale: float) -> Combined:
         if not experts:
             return merge(experts, rank, scale)  # which refuses
-        alone = [score(merge([expert], rank, scale)) for expert in experts]
+        alone = [scored([expert], rank, scale) for expert in experts]
         order = np.argsort([-value for value in alone], kind="stable")
         held, best = [experts[order[0]]], alone[order[0]]
         for i in order[1:]:
-            tried = score(merge([*held, experts[i]], rank, scale))
+            tried = scored([*held, experts[i]], rank, scale)
             if tried >= best:
                 held, best = [*held, experts[i]], tried
         made = merge(held, rank, scale)
@@ -109,6 +121,8 @@ def ties(density: float = 0.2, lam: float = 1.0) -> Merge:
 
     density 0.2 is theirs; a tie of signs goes to plus.
     """
+    within("density", density, 0 < density <= 1, "above 0, at most 1")
+    finite("lam", lam)
 
     def across(module: str, held: list[Held], parts: list[Pair]) -> Across:
         least = column([largest(part, density) for part in parts])
@@ -127,6 +141,8 @@ def ties(density: float = 0.2, lam: float = 1.0) -> Merge:
 
 def dare(p: float = 0.5, seed: int = 0) -> Merge:
     """DARE (Yu et al. 2024, arXiv:2311.03099): entries are dropped with probability p and the others divided by 1 - p, then the mean."""
+    within("p", p, 0 <= p < 1, "0 or more, below 1: dropping all leaves nothing to divide")
+    within("seed", seed, seed >= 0, "0 or more")
 
     def across(module: str, held: list[Held], parts: list[Pair]) -> Across:
         draws = [stream(f"dare {module}", seed, h.answer.client) for h in held]
@@ -147,6 +163,9 @@ def breadcrumbs(keep: float = 0.85, outliers: float = 0.01, lam: float = 0.3) ->
 
     Per module, as the paper says; its code masks per row.
     """
+    within("outliers", outliers, 0 <= outliers < 1, "0 or more, below 1")
+    within("keep", keep, outliers < keep <= 1, f"above outliers = {outliers:g}, at most 1")
+    finite("lam", lam)
 
     def across(module: str, held: list[Held], parts: list[Pair]) -> Across:
         least, most = column([largest(part, keep) for part in parts]), column([largest(part, outliers) for part in parts])
@@ -164,7 +183,12 @@ def breadcrumbs(keep: float = 0.85, outliers: float = 0.01, lam: float = 0.3) ->
 
 
 def pcb(keep: float = 0.2, lam: float = 1.0) -> Merge:
-    """PCB-Merging (Du et al. 2024, arXiv:2410.02396), as its released code has it; see `pcb`. Weights do not count."""
+    """PCB-Merging (Du et al. 2024, arXiv:2410.02396) by the formula of its released code, which is not the paper's: both are in `pcb`.
+
+    `keep` is the share of entries above the floor. Weights do not count.
+    """
+    within("keep", keep, 0 < keep <= 1, "above 0, at most 1")
+    finite("lam", lam)
     return by_entries(lambda module, held, parts: pcb_entries(parts, keep, lam))
 
 
@@ -186,6 +210,16 @@ def by_entries(entries: Entries) -> Merge:
         return Combined(join(pairs, averaged(held)), report={"error": ratio(math.sqrt(lost), math.sqrt(whole))}, layers=layers)
 
     return merged
+
+
+def within(name: str, value: float, fits: bool, expected: str) -> None:
+    """Options are checked when a merge is made, before an expert is read. NaN fits nowhere. Raises C102."""
+    if not fits:
+        raise FedtuneError("C102", f"{name} = {value:g} for a merge", expected, f"choose another {name}")
+
+
+def finite(name: str, value: float) -> None:
+    within(name, value, math.isfinite(value), "a finite number")
 
 
 def averaged(held: list[Held]) -> dict[str, np.ndarray]:

@@ -1,6 +1,8 @@
 """LoRA pairs in a dict of tensors: `<module>.lora_A.weight` (r x k) and `<module>.lora_B.weight` (d x r), peft's names.
 
-What is not a pair (biases, task heads, embeddings, DoRA's magnitude vectors) is the rest, and every rule averages it plainly.
+LoRA of an embedding table is a pair as well, `<module>.lora_embedding_A` (r x words) and `_B` (width x r): its product is what is added
+to the table, transposed, so that every rule of products holds for it. peft starts it the other way round, A at zero and B at random.
+What is not a pair (biases, task heads, trained embeddings, DoRA's magnitude vectors) is the rest, and every rule averages it plainly.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import numpy as np
 from fedtune.errors import FedtuneError
 from fedtune.types import Tensors
 
-FACTOR = re.compile(r"^(.+)\.lora_(A|B)\.weight$")
+FACTOR = re.compile(r"^(.+)\.lora_(A|B)\.weight$|^(.+\.lora_embedding)_(A|B)$")
 RESIDUAL = re.compile(r"^(.+)\.residual_(A|B)$")
+EMBEDDING = ".lora_embedding"  # how the module of an embedding's pair ends
 
 
 class Pair(NamedTuple):
@@ -43,8 +46,26 @@ def join(pairs: Mapping[str, Pair], rest: Tensors) -> dict[str, np.ndarray]:
     """The inverse of `split`, as float32."""
     tensors = dict(rest)
     for module, pair in pairs.items():
-        tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pair.A, pair.B
+        tensors[name_of(module, "A")], tensors[name_of(module, "B")] = pair.A, pair.B
     return {name: np.asarray(tensors[name], dtype=np.float32, order="C") for name in sorted(tensors)}
+
+
+def name_of(module: str, factor: str) -> str:
+    """The inverse of `factor_of`, for pairs."""
+    return f"{module}_{factor}" if module.endswith(EMBEDDING) else f"{module}.lora_{factor}.weight"
+
+
+def factor_of(name: str, pattern: re.Pattern[str] = FACTOR) -> tuple[str, str] | None:
+    """Module and factor of a tensor, None where it belongs to no pair.
+
+    >>> factor_of("q.lora_A.weight"), factor_of("words.lora_embedding_B"), factor_of("head.bias")
+    (('q', 'A'), ('words.lora_embedding', 'B'), None)
+    """
+    found = pattern.match(name)
+    if not found:
+        return None
+    module, factor = [group for group in found.groups() if group is not None]
+    return module, factor
 
 
 def flat_residual(residual: Mapping[str, Pair]) -> dict[str, np.ndarray]:
@@ -59,8 +80,10 @@ def residual_of(tensors: Tensors) -> dict[str, Pair]:
 
 
 def factors(names: Iterable[str], factor: str) -> frozenset[str]:
-    """Those names that are factor "A" or "B" of a pair."""
-    return frozenset(name for name in names if (found := FACTOR.match(name)) and found.group(2) == factor)
+    """Those names that are factor "A" or "B" of a pair, by the part that they play: "A" starts at random and "B" at zero, so that
+    an embedding's `lora_embedding_B` counts as "A"."""
+    other = {"A": "B", "B": "A"}[factor]
+    return frozenset(name for name in names if (found := factor_of(name)) and found[1] == (other if found[0].endswith(EMBEDDING) else factor))
 
 
 def ranks(tensors: Tensors) -> dict[str, int]:
@@ -73,9 +96,9 @@ def gathered(tensors: Tensors, pattern: re.Pattern[str], both: str) -> tuple[dic
     halves: dict[str, dict[str, np.ndarray]] = {}
     rest: dict[str, np.ndarray] = {}
     for name in sorted(tensors):
-        found = pattern.match(name)
+        found = factor_of(name, pattern)
         if found:
-            halves.setdefault(found.group(1), {})[found.group(2)] = tensors[name]
+            halves.setdefault(found[0], {})[found[1]] = tensors[name]
         else:
             rest[name] = tensors[name]
     for module, half in halves.items():
@@ -84,5 +107,7 @@ def gathered(tensors: Tensors, pattern: re.Pattern[str], both: str) -> tuple[dic
             raise FedtuneError("M305", f"a pair without its factor {missing} in '{module}'", both, "send both factors of every module")
         a, b = half["A"].shape, half["B"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
-            raise FedtuneError("M305", f"factors A {a} and B {b} in '{module}'", "A (r x k) and B (d x r) with r >= 1", "offer LoRA of linear layers")
+            raise FedtuneError(
+                "M305", f"factors A {a} and B {b} in '{module}'", "A (r x k) and B (d x r) with r >= 1", "offer LoRA of linear layers or embeddings"
+            )
     return {module: Pair(half["B"], half["A"]) for module, half in halves.items()}, rest

@@ -1,7 +1,18 @@
-"""PCB-Merging's scores (Du et al. 2024, arXiv:2410.02396, released code): how much an entry matters in its expert, and to the others.
+"""PCB-Merging (Du et al. 2024, arXiv:2410.02396): entries are weighed by how much they matter in their expert, and to the others.
 
-a = |tau|, clipped to its 1 % and 99 % quantiles, mapped to [0, 1]; intra = exp(N a^2); inter = sum_j tanh(sgn(tau) a sgn(tau_j) a_j);
-beta = max(intra inter, its 1 - keep quantile), mapped to [0, 1]; the merge is lam sum(beta tau) / sum(beta).
+The paper's formula and its released code are not the same, and this follows the code (of its two scripts the one that scales the
+products in `inter`, pcb_ES.py); all products are entry by entry:
+
+    paper  intra_i = softmax(N norm(tau_i tau_i))      inter_i = sum_j softmax(norm(tau_i tau_j))
+           beta_i = intra_i inter_i, zero outside its greatest `keep`
+    code   a_i = |tau_i| clipped to its 1 % and 99 % quantiles, mapped to [0, 1]
+           intra_i = exp(N a_i^2)                        inter_i = sum_j tanh(sgn(tau_i) a_i sgn(tau_j) a_j)
+           beta_i = max(intra_i inter_i, its 1 - keep quantile), mapped to [0, 1]
+    both   lam sum_i(beta_i tau_i) / sum_i(beta_i)
+
+Why the code: it is what can be compared with, and it does what the paper describes where the formula does not. A softmax is positive,
+so that an expert of the opposite sign would count for an entry, though less; tanh counts it against. Without the clipping, one outlier
+sets the scale of a whole module.
 """
 
 from __future__ import annotations

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from fedtune.aggregate.gather import away
 from fedtune.aggregate.pairs import Pair, join, split
-from fedtune.aggregate.product import balanced, rows, spectrum
+from fedtune.aggregate.product import balanced, inner, ratio, rows, spectrum
 from fedtune.errors import FedtuneError
 from fedtune.types import Tensors
 
@@ -39,6 +42,17 @@ def first_slices(tensors: Tensors, scale: float, rank: int, client_scale: float)
         a = np.concatenate([pair.A[:count], rows(name, pair.A, count, rank)], axis=0) if rank > count else pair.A[:count]
         made[name] = scaled(Pair(b, a), scale, client_scale)
     return join(made, rest)
+
+
+def left_out(tensors: Tensors, scale: float, given: Tensors, client_scale: float) -> float:
+    """||B A - B' A'||_F / ||B A||_F over all modules, scales inside: what an adapter of another rank does not hold. Blind below 1e-8."""
+    lost = whole = 0.0
+    others = split(given)[0]
+    for name, pair in split(tensors)[0].items():
+        full = Pair(np.multiply(pair.B, scale, dtype=np.float64), np.asarray(pair.A, dtype=np.float64))
+        square = inner(full, full)
+        lost, whole = lost + away(full, square, others[name], client_scale) ** 2, whole + square
+    return ratio(math.sqrt(lost), math.sqrt(max(0.0, whole)))
 
 
 def scaled(pair: Pair, scale: float, client_scale: float) -> Pair:

@@ -29,9 +29,9 @@ class AggregateSettings(Settings):
     lam: float = Field(0.01, gt=0)
     """fair: lambda, the weight of a small correction."""
     trim: float = Field(0.2, gt=0, lt=0.5)
-    """trimmed: share of the answers that is left out at either end."""
+    """trimmed: share of the answers that is left out at either end; of fewer than 1/trim answers none is, and it is a mean."""
     faulty: int = Field(1, ge=0)
-    """krum: number of answers that may be wrong."""
+    """krum: number of answers that may be wrong. It needs 2 faulty + 3 answers; a round in which fewer come changes nothing (R410), the run goes on."""
     chosen: int = Field(0, ge=0)
     """krum: number of answers that are averaged (Multi-Krum); 0 means all but the faulty ones."""
     bound: float = Field(0.0, ge=0)

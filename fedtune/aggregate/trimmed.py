@@ -26,9 +26,14 @@ def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Roun
     return entry_by_entry(answers, before, scale, partial(inside, trim=trim))
 
 
+def cut_of(n: int, trim: float) -> int:
+    """How many of n answers go at either end."""
+    return int(trim * n + WHOLE)
+
+
 def inside(entries: np.ndarray, trim: float) -> np.ndarray:
     """(clients, ...) -> (...): the mean of what is neither among the least nor the greatest."""
     n = len(entries)
-    cut = int(trim * n + WHOLE)
+    cut = cut_of(n, trim)
     kept: np.ndarray = np.sort(entries, axis=0)[cut : n - cut].mean(axis=0) if cut else entries.mean(axis=0)
     return kept

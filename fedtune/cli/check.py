@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fedtune.cli.common import add_recipe, quiet
+from fedtune.cli.common import add_recipe
+from fedtune.quiet import quiet
 
 
 def add_commands(commands: Any) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedtune.cli.common import add_recipe, quiet, sinks
+from fedtune.cli.common import add_recipe, sinks
+from fedtune.quiet import quiet
 
 
 def add_commands(commands: Any) -> None:
@@ -25,8 +26,10 @@ def simulate(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.errors import FedtuneError
     from fedtune.runtime.folder import create, discard_if_empty
+    from fedtune.runtime.ranks import settled
     from fedtune.runtime.run import run
 
+    recipe = settled(recipe)
     folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
     try:
         folder.begin(recipe)

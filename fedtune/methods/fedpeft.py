@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from fedtune.aggregate import Answer, Combined, Pair, as_adapter, flat_residual, join, residual_of, split
+from fedtune.aggregate import Answer, Combined, Pair, TooFew, as_adapter, flat_residual, join, left_out, residual_of, split
 from fedtune.aggregate.build import build_rule
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.aggregate.settings import CARRIES, LORA, MIXED, AggregateSettings
+from fedtune.aggregate.trimmed import cut_of
+from fedtune.errors import FedtuneError
+from fedtune.methods.ranks import SIZE
 from fedtune.model.settings import AdapterSettings, ModelSettings, OuterSettings, TrainSettings, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
@@ -42,8 +46,12 @@ class FedPEFTSettings(Settings):
     type: Literal["fedpeft"] = "fedpeft"
     weight: Literal["examples", "tokens", "equal"] = "examples"
     """What a client's answer counts for in the mean."""
-    lora_rank_by_client: tuple[int, ...] = Field((), max_length=4096)
-    """Ranks of the clients, by number, in turns; adapter.rank is the server's. Empty: all have that one."""
+    lora_rank_by_client: Annotated[tuple[int, ...], Field(max_length=4096)] | Literal["auto"] = ()
+    """Ranks of the clients, by number, in turns; adapter.rank is the server's. Empty: all have that one. auto: the greatest power of
+    two up to adapter.rank whose training fits into the client's memory, chosen before the run begins; `fedtune check` says which and why."""
+    memory_by_client: tuple[Annotated[str, Field(pattern=SIZE)], ...] = Field((), max_length=4096)
+    """lora_rank_by_client = "auto": what clients have for model and training, by number, in turns, such as ["2 GiB", "900 MB"]; in a
+    deployment, clients may report it instead. The process itself (Python, torch: about 0.5 GiB) comes on top."""
     lora_alpha_by_client: tuple[float, ...] = Field((), max_length=4096)
     """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one scale."""
     adapter: AdapterSettings = AdapterSettings()
@@ -56,7 +64,10 @@ class FedPEFTSettings(Settings):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         rule = recipe.aggregate.rule
-        if any(rank < 1 for rank in self.lora_rank_by_client) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
+        listed = () if self.lora_rank_by_client == "auto" else self.lora_rank_by_client
+        if self.memory_by_client and self.lora_rank_by_client != "auto":
+            yield "method.memory_by_client without lora_rank_by_client = 'auto'", "both", "remove it, or let it choose the ranks"
+        if any(rank < 1 for rank in listed) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
             yield "a rank or alpha that is not positive", "1 and more, above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
         if (rule in LORA or self.mixed) and self.adapter.kind != "lora":
             what = f"aggregate.rule = '{rule}'" if rule in LORA else "clients of different ranks"
@@ -77,6 +88,12 @@ class FedPEFTSettings(Settings):
                 f"at least {needed} (2 faulty + 3)",
                 "ask more clients, or lower it",
             )
+        if rule == "trimmed" and not recipe.partition.all_values and not cut_of(asked, recipe.aggregate.trim):
+            yield (
+                f"{asked} answers a round for aggregate.trim = {recipe.aggregate.trim:g}",
+                "1/trim and more: fewer would be a plain mean",
+                "ask more clients, or raise it",
+            )
         if self.train.weight_decay and rule in CARRIES:
             yield f"method.train.weight_decay with aggregate.rule = '{rule}'", "none: it would wear down what is carried", "remove it"
 
@@ -90,7 +107,11 @@ class FedPEFT:
     moves = frozenset({"train"})
 
     def __init__(self, settings: FedPEFTSettings, rounds: int, aggregate: AggregateSettings | None = None) -> None:
+        if settings.lora_rank_by_client == "auto":
+            found = "method.lora_rank_by_client = 'auto' where the ranks should be known"
+            raise FedtuneError("C104", found, "a list of ranks", "start the run with fedtune simulate or fedtune server, which choose them")
         self.settings, self.rounds, self.aggregate = settings, rounds, aggregate or AggregateSettings()
+        self.client_ranks = settings.lora_rank_by_client
         self.rule = build_rule(self.aggregate)
         self.has_core = self.rule.name == "fedsb"
         self.extra = self.aggregate.extra if self.rule.carries else 0
@@ -120,7 +141,7 @@ class FedPEFT:
     def seat(self, client: int | None = None) -> tuple[int, float]:
         """Rank and scale of a client's pairs; None: the server's."""
         s, a = self.settings, self.settings.adapter
-        ranks, alphas = s.lora_rank_by_client, s.lora_alpha_by_client
+        ranks, alphas = self.client_ranks, s.lora_alpha_by_client
         rank = ranks[client % len(ranks)] if ranks and client is not None else a.rank
         root = math.sqrt if a.rslora else float
         if alphas and client is not None:
@@ -140,7 +161,11 @@ class FedPEFT:
         if self.has_core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
             return State(with_core(cohort.sum("train", state.shared).values(), self.seat()), state.kept)
         if not self.rule.linear:
-            return State(self.combined(state, cohort, now), state.kept)
+            try:
+                return State(self.combined(state, cohort, now), state.kept)
+            except TooFew as error:
+                cohort.skip(error)
+                return state
         own = own_of(state)
         before = state.shared if now.number < self.rounds else {**state.shared, **own}
         mean = cohort.sum("train", before).values()
@@ -163,7 +188,9 @@ class FedPEFT:
         def give(client: int) -> Tensors:
             seat = self.seat(client)
             if seat not in given:
-                given[seat] = {**self.rule.for_rank(before.tensors, scale, *seat), **residual}
+                mine = self.rule.for_rank(before.tensors, scale, *seat)
+                cohort.note(f"given/rank {seat[0]}", left_out(before.tensors, scale, mine, seat[1]))
+                given[seat] = {**mine, **residual}
             return given[seat]
 
         answers = (
@@ -253,10 +280,12 @@ class FedPEFT:
 
         return plan(model, self.settings.adapter, task, labels)
 
-    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
+    def memory(self, plan: Plan, length: int, rank: int = 0) -> Mapping[str, int]:
+        """Of a client of this rank (0: the server's), with what the rule carries beside its adapter."""
         from fedtune.model.shapes import training_bytes
 
-        return training_bytes(plan, self.settings.train, length)
+        wide = self.extra + (rank or self.settings.adapter.rank)
+        return training_bytes(plan_at(plan, wide) if self.settings.adapter.kind == "lora" else plan, self.settings.train, length)
 
     def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit
@@ -290,6 +319,12 @@ def at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     if name.endswith(".lora_A.weight"):
         return (rank, *shape[1:])
     return (shape[0], rank) if name.endswith(".lora_B.weight") else shape
+
+
+def plan_at(plan: Plan, rank: int) -> Plan:
+    """The plan of the same adapter at another rank."""
+    shapes = {name: at_rank(name, shape, rank) for name, shape in plan.shapes.items()}
+    return replace(plan, shapes=shapes, trainable=sum(math.prod(shape) for shape in shapes.values()))
 
 
 def own_of(state: State) -> dict[str, np.ndarray]:

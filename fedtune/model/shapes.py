@@ -71,12 +71,15 @@ def plan_of(bench: Bench) -> Plan:
 
 
 def training_bytes(plan: Plan, train: TrainSettings, length: int) -> dict[str, int]:
-    """A client that trains with gradients. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32 bits."""
+    """A client that trains with gradients. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32 bits; with checkpointing
+    every layer's input and one layer's activations (their section 5)."""
     moments = 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
+    layer = 34 * plan.hidden + 5 * plan.heads * length
+    kept = layer + 2 * plan.hidden * plan.layers if train.checkpointing else layer * plan.layers
     return {
         "base model": plan.weights_bytes,
         "trained tensors, gradients, optimiser": 4 * plan.trainable * (2 + moments),
-        "activations (estimate)": plan.wide * train.batch * length * plan.layers * (34 * plan.hidden + 5 * plan.heads * length),
+        "activations (estimate)": plan.wide * train.batch * length * kept,
     }
 
 

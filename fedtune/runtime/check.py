@@ -11,7 +11,9 @@ from fedtune import methods, transforms
 from fedtune.config import Recipe
 from fedtune.data import Federation, histogram, load
 from fedtune.errors import FedtuneError
+from fedtune.methods.fedpeft import FedPEFT, plan_at
 from fedtune.runtime.exposure import Exposure, exposure
+from fedtune.runtime.ranks import explained, is_auto, with_ranks
 from fedtune.runtime.sampling import sample
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
@@ -40,35 +42,56 @@ class Checked:
     memory: dict[str, int]  # what -> bytes
     exposed: list[Exposure]
     remarks: list[str]  # what else the method has to say of its costs
+    ranks: list[str]  # each client's LoRA rank and why, where they differ from the server's
 
 
 def check(recipe: Recipe) -> Checked:
     """Raises the first mistake that can be found without the weights."""
     federation = load(recipe.data, recipe.partition, recipe.seed)
-    method, chain = methods.build(recipe.method, recipe.rounds, recipe.aggregate), transforms.build(recipe.chain)
+    known = with_ranks(recipe, ()) if is_auto(recipe) else recipe
+    method, chain = methods.build(known.method, recipe.rounds, recipe.aggregate), transforms.build(recipe.chain)
     plan = method.plan(recipe.model, recipe.data.task, len(federation.labels))
+    recipe, ranks = explained(recipe, [client.name for client in federation.clients], plan)
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
     if plan.context is not None and recipe.data.max_length > plan.context and recipe.data.task != "image-classify":
         raise FedtuneError("D207", f"data.max_length = {recipe.data.max_length}", f"at most the model's context, {plan.context}", "lower data.max_length")
-    ways = [both_ways(recipe, method, chain, plan, verb, asked == len(federation.clients)) for verb in method.verbs]
-    (up, down), (up_bits, down_bits) = (tuple(sum(way[part][side] for way in ways) for side in (0, 1)) for part in (0, 1))
-    bits = (up_bits / plan.trainable, down_bits / plan.trainable)
+    everyone, alike = asked == len(federation.clients), seats(method, len(federation.clients))
+    ways = [(both_ways(recipe, method, chain, plan, verb, everyone, client), share) for verb in method.verbs for client, share in alike.items()]
+    (up, down), (up_bits, down_bits) = (tuple(sum(share * way[part][side] for way, share in ways) for side in (0, 1)) for part in (0, 1))
+    trained = sum(share * trained_by(method, plan, client) for client, share in alike.items())
+    bits = (up_bits / trained, down_bits / trained)
     needs = dict(method.memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     more = method.remarks(recipe, len(federation.labels), mean) if hasattr(method, "remarks") else []
-    return Checked(recipe, method, federation, plan, asked, int(up), int(down), bits, needs, exposure(method, chain), more)
+    return Checked(recipe, method, federation, plan, asked, round(up), round(down), bits, needs, exposure(method, chain), more, ranks)
 
 
 Both = tuple[tuple[int, int], tuple[float, float]]  # bytes of the messages up and down, bits of their numbers up and down
 
 
-def both_ways(recipe: Recipe, method: Method, chain: Chain, plan: Plan, verb: str, everyone: bool) -> Both:
+def seats(method: Method, clients: int) -> dict[int, float]:
+    """A client of each LoRA rank, and the share of clients that have it; all clients are alike for other methods."""
+    if not isinstance(method, FedPEFT) or not method.settings.mixed:
+        return {1: 1.0}
+    of_rank: dict[int, list[int]] = {}
+    for client in range(clients):
+        of_rank.setdefault(method.seat(client)[0], []).append(client)
+    return {same[0]: len(same) / clients for same in of_rank.values()}
+
+
+def trained_by(method: Method, plan: Plan, client: int) -> int:
+    """How many values a client trains, at its own rank."""
+    return plan_at(plan, method.seat(client)[0]).trainable if isinstance(method, FedPEFT) and method.settings.mixed else plan.trainable
+
+
+def both_ways(recipe: Recipe, method: Method, chain: Chain, plan: Plan, verb: str, everyone: bool, client: int) -> Both:
     """One verb in the last round, measured on real messages of zeros; codes by their own estimate of bits a value.
 
     Where everyone is asked, all members hold the broadcast before, on which a downlink may build.
     """
     now = Round(recipe.rounds, recipe.seed, (1,))
-    given = method.given(verb, plan, 1, now)
+    given = method.given(verb, plan, client, now)
     answer = method.answer(verb, given, now)
     header = Header(run="0" * 16, base="0" * 64, round=now.number, client=1, verb=verb, schema=answer.fingerprint, whole=answer.whole)
     down = len(encode_state(zeros(given), replace(header, client=EVERYONE, schema=given.fingerprint)))
@@ -98,6 +121,7 @@ def rows(checked: Checked) -> list[str]:
         labels = "  ".join(f"{label}:{n}" for label, n in list(counts.items())[:12]) + (" ..." if len(counts) > 12 else "")
         lines.append(f"  {client.name:<24}{len(client.train):>7} rows, {len(client.test)} held out  {labels}")
     lines += [f"left out  {count} rows: {reason}" for reason, count in federation.dropped.items()]
+    lines += [f"ranks     {line}" for line in checked.ranks]
     lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
     lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))
     lines += checked.remarks

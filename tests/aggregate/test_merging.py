@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -231,3 +233,45 @@ def test_the_same_experts_give_the_same_bytes() -> None:
     for merge in BUILT.values():
         assert digest(merge(EXPERTS, 3, SCALE).tensors) == digest(merge(EXPERTS, 3, SCALE).tensors)
     assert isinstance(BUILT["mean"](EXPERTS, 3, SCALE), Combined)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: MERGES["dare"](p=1.0), "p = 1 for a merge, expected 0 or more, below 1"),
+        (lambda: MERGES["dare"](p=-0.1), "p = -0.1"),
+        (lambda: MERGES["dare"](p=float("nan")), "p = nan"),
+        (lambda: MERGES["dare"](seed=-1), "seed = -1"),
+        (lambda: MERGES["ties"](density=0.0), "density = 0 for a merge, expected above 0, at most 1"),
+        (lambda: MERGES["ties"](density=1.5), "density = 1.5"),
+        (lambda: MERGES["ties"](lam=float("inf")), "lam = inf for a merge, expected a finite number"),
+        (lambda: MERGES["task"](lam=float("nan")), "lam = nan"),
+        (lambda: MERGES["breadcrumbs"](keep=0.2, outliers=0.2), "keep = 0.2 for a merge, expected above outliers = 0.2"),
+        (lambda: MERGES["breadcrumbs"](outliers=-0.01), "outliers = -0.01"),
+        (lambda: MERGES["breadcrumbs"](keep=1.01), "keep = 1.01"),
+        (lambda: MERGES["breadcrumbs"](lam=float("inf")), "lam = inf"),
+        (lambda: MERGES["pcb"](keep=0.0), "keep = 0"),
+        (lambda: MERGES["pcb"](lam=float("nan")), "lam = nan"),
+        (lambda: MERGES["lines"](alpha=float("inf"), beta=0.0), "alpha = inf"),
+        (lambda: MERGES["lines"](alpha=1.0, beta=float("nan")), "beta = nan"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_any_expert_is_read(build: Callable[[], Merge], said: str) -> None:
+    with pytest.raises(FedtuneError, match=f"C102: found {re.escape(said)}"):
+        build()
+
+
+def test_a_soup_with_a_score_that_is_no_number_is_refused() -> None:
+    """NaN has no order: as a first score it would stay the best for ever, later ones would never be taken."""
+    bad = {1: float("nan")}
+    scores = iter(range(9))
+    with pytest.raises(FedtuneError, match="W607: found a score of NaN for a soup of experts 1, expected a number"):
+        MERGES["soup"](lambda made: bad.get(next(scores), 1.0))(EXPERTS, FULL, SCALE)
+    lost = MERGES["soup"](lambda made: float("-inf"))(EXPERTS, FULL, SCALE)  # all equally bad is an order
+    assert lost.report["kept"] == 3
+
+
+@pytest.mark.parametrize("name", ["mean", "task"])
+def test_a_rank_below_zero_is_refused(name: str) -> None:
+    with pytest.raises(FedtuneError, match="C102: found rank -1"):
+        MERGES[name]()(EXPERTS, -1, SCALE)

@@ -10,7 +10,7 @@ import pytest
 from fedtune.aggregate import RULES, Answer, Combined, Rule, split
 from fedtune.errors import FedtuneError
 from fedtune.schema import digest
-from tests.aggregate.dense import NOW, adapter, apart, mean_product, near, products, run
+from tests.aggregate.dense import NOW, SHAPES, adapter, apart, mean_product, near, products, run
 
 WEIGHTLESS = {"median", "trimmed", "krum", "clipped"}  # a client could claim any weight
 ALL = sorted(RULES)
@@ -58,7 +58,7 @@ def test_one_client_gives_its_answer(build: Callable[..., Rule]) -> None:
     before = states(rule)
     one = client(rule, before, 5)
     if rule.name == "krum":
-        with pytest.raises(FedtuneError, match="C104: found 1 answers where 1 may be faulty, expected at least 5"):
+        with pytest.raises(FedtuneError, match="R410: found 1 answers where 1 may be faulty, expected at least 5"):
             run(rule, [Answer(3, one, 2.0, SCALE)], before, SCALE)
         return
     assert apart(products(run(rule, [Answer(3, one, 2.0, SCALE)], before, SCALE), SCALE), products(one, SCALE)) < 1e-6
@@ -180,6 +180,24 @@ def test_the_rest_is_averaged_plainly(name: str) -> None:
     for key in ("head.bias", "layers.0.q.lora_magnitude_vector", "temperature"):
         np.testing.assert_allclose(made[key], (np.float64(x[key]) + 3 * np.float64(y[key])) / 4, rtol=1e-6)
         assert made[key].dtype == np.float32 and made[key].shape == x[key].shape
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_every_module_has_its_error_and_they_add_up(name: str) -> None:
+    """By squares, each times what its error is relative to: mean(BA), or for krum and clipped what they averaged, cut to rank 4."""
+    rule = RULES[name](**({"extra": 4} if RULES[name]().carries else {}))
+    before = states(rule)
+    answers = cohort(rule, before)
+    made = run(rule, answers, before, SCALE)
+    assert made.layers.keys() == SHAPES.keys() and all(0 <= error < 1 for error in made.layers.values())
+    if name in {"median", "trimmed"}:
+        assert {f"cut/{module}" for module in SHAPES} < made.report.keys() and made.report["cut"] == max(made.report[f"cut/{module}"] for module in SHAPES)
+    if name not in {"krum", "clipped"}:
+        whole = {module: float(np.linalg.norm(product)) for module, product in mean_product(answers).items()}
+        lost = np.sqrt(sum((made.layers[module] * whole[module]) ** 2 for module in SHAPES))
+        assert lost == pytest.approx(made.report["error"] * np.sqrt(sum(norm**2 for norm in whole.values())), rel=1e-6, abs=1e-6)
+    if name == "clipped":
+        assert min(made.layers.values()) <= made.report["cut"] <= max(made.layers.values()) and made.report["cut"] > 0.01
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -7,7 +7,7 @@ import json
 import re
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -103,6 +103,8 @@ def words(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " / ".join(json.dumps(arg) for arg in args)
+    if origin is Annotated:
+        return words(args[0])
     if origin is tuple:
         return f"list of {words(args[0])}"
     if origin in (Union, types.UnionType):

@@ -89,7 +89,7 @@ def page(tables: dict[str, Any]) -> str:
     lines.append("No setting was tuned on the seeds that are shown (seed 11 served for that). What was learned on the way is in LOG.md.\n")
     for name, table in tables.items():
         title, command = ABOUT[name]
-        lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n"]
+        lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n", *drifts(table)]
     return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *cost()])
 
 
@@ -168,6 +168,31 @@ def rows(table: dict[str, Any]) -> list[str]:
         cells = [name, spread([run["federated"] for run in runs]), str(len(runs)), *others]
         lines.append("| " + " | ".join([*cells, f"{trained:,}", f"{up / 1024:,.1f}", f"{down / 1024:,.1f}", f"{8 * up / trained:.2f}"]) + " |")
     return lines
+
+
+FIGURES = {  # of rules that read single answers, by round
+    "drift": "Drift by round: what averaging the factors would get wrong, ||mean(B) mean(A) - mean(BA)|| / ||mean(BA)||, in percent",
+    "error": "Error by round: what the rule's own result misses of mean(BA), relative to it, in percent",
+}
+
+
+def drifts(table: dict[str, Any]) -> list[str]:
+    """A markdown table of each figure by round, mean over seeds; rows without figures (sums hide them) are left out."""
+    lines: list[str] = []
+    for key, title in FIGURES.items():
+        runs = {name: [[now[key] for now in run["by_round"]] for run in seeds.values() if all(key in now for now in run.get("by_round") or [{}])]
+                for name, seeds in table["rows"].items()}  # fmt: skip
+        kept = {name: series for name, series in runs.items() if series}
+        if not kept:
+            continue
+        last = max(len(series) for many in kept.values() for series in many)
+        lines += [f"{title}.\n", "| | seeds | " + " | ".join(f"{number}" for number in range(1, last + 1)) + " |", "|" + "---|" * (last + 2)]
+        for name, many in kept.items():
+            cells = [f"{100 * statistics.mean(values):.1f}" if (values := [series[at] for series in many if at < len(series)]) else "" for at in range(last)]
+            lines.append("| " + " | ".join([name, str(len(many)), *cells]) + " |")
+        lines.append("")
+    note = "Rules that need only the sum of the answers (mean, ffa, rolora, fedsa, fedsb) leave no figures: nobody sees a single answer.\n"
+    return [*lines, note] if lines else []
 
 
 def spread(values: list[float]) -> str:
