@@ -20,9 +20,9 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.exchange.desk import Desk
 from fedtune.exchange.intake import Intake
-from fedtune.exchange.limits import Limits
+from fedtune.exchange.limits import FRAME, Limits
 from fedtune.exchange.pieces import packed, unpacked
-from fedtune.exchange.tls import SERVER_OPTIONS, Door, server_credentials
+from fedtune.exchange.tls import Door, server_credentials, server_options
 from fedtune.exchange.turns import Turns
 from fedtune.trust import COORDINATOR, AllowList, Identity, Signed
 from fedtune.trust.envelope import PROTOCOL
@@ -150,6 +150,7 @@ def serve(
     tell: Callable[[Event], None] = lambda event: None,
     also: Sequence[Callable[[Door], grpc.GenericRpcHandler]] = (),
     threads: int = 0,
+    longest: int = FRAME,
 ) -> Server:
     """Start the exchange on `address` (host:port, port 0: any).
 
@@ -157,6 +158,7 @@ def serve(
 
     also      other services behind the same door, each made with it (Door.peer names the caller)
     threads   that those need, streams at once
+    longest   bytes of a message of theirs
     """
     if not identity.is_coordinator:
         raise FedtuneError("T705", f"the keys of '{identity.name.name}'", "the coordinator's", "give the folder keys/coordinator")
@@ -167,7 +169,7 @@ def serve(
     service = Service(desk, identity, door, limits, tell)
     desk.sweep()
     pool = ThreadPoolExecutor(limits.threads + threads, thread_name_prefix="exchange")
-    server = grpc.server(pool, interceptors=(door,), options=SERVER_OPTIONS, maximum_concurrent_rpcs=limits.threads + threads)
+    server = grpc.server(pool, interceptors=(door,), options=server_options(max(FRAME, longest)), maximum_concurrent_rpcs=limits.threads + threads)
     server.add_generic_rpc_handlers((service.handlers(), *(make(door) for make in also)))
     try:
         port = server.add_secure_port(address, server_credentials(identity))

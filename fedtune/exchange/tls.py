@@ -29,7 +29,6 @@ SERVER_OPTIONS = (
     *KEEPALIVE,
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.max_receive_message_length", FRAME),
     ("grpc.max_metadata_size", 8192),
     ("grpc.http2.bdp_probe", 0),  # a window that grows by itself is memory that grows by itself
     ("grpc.http2.lookahead_bytes", WINDOW),
@@ -46,6 +45,11 @@ CLIENT_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 )
+
+
+def server_options(longest: int) -> list[tuple[str, int]]:
+    """For a server that takes messages of so many bytes."""
+    return [*SERVER_OPTIONS, ("grpc.max_receive_message_length", longest)]
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:

@@ -9,7 +9,7 @@ reconstruct the data from what the head says (`fedtune leak-test`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
     from fedtune.model.shapes import Plan
+    from fedtune.split.parts import Part
 
 TENSORS, SIDECAR = "fedtune_adapter.safetensors", "fedtune.json"
 
@@ -63,6 +64,26 @@ class SFPrompt:
 
     def install(self, state: State, bench: Bench) -> None:
         bench.write(state.shared)
+
+    # --- a site and a body service that hold their parts alone ----------------------------------------------------
+
+    def tell(self, bench: Bench) -> Mapping[str, str]:
+        """What the coordinator's tickets tell sites of its model; see `load_site`."""
+        from fedtune.methods.sfprompt_site import tell
+
+        return tell(bench)
+
+    def load_site(self, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: Mapping[str, str]) -> Base:
+        """Head and tail, without ever holding the body; `prepare` makes the same bench of it as of the whole model. Raises S702 before training."""
+        from fedtune.methods.sfprompt_site import load_site
+
+        return load_site(self.settings, model, task, labels, seed, told)
+
+    def load_body(self, model: ModelSettings, task: str) -> Part:
+        """The body, without ever holding the rest."""
+        from fedtune.methods.sfprompt_site import load_body
+
+        return load_body(self.settings, model, task)
 
     # --- on each client -----------------------------------------------------------------------------------------
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench, detach, snapshot
@@ -20,11 +21,13 @@ from fedtune.split.cut import Cut, Side
 from fedtune.split.parts import Part
 from fedtune.split.prompts import insert, insert_labels, longer
 from fedtune.split.scores import check_sees
-from fedtune.split.selftest import digest
+from fedtune.split.selftest import Card, canary, digest, verify
 from fedtune.split.service import Service
 from fedtune.split.session import Offer
 from fedtune.split.slim import Kind, pick, pooling, rows_needed, tail_rows, targets
 from fedtune.split.stream import Micro, Stream, Turn, Wishes
+
+TRIAL = Wishes(Coding("fp32"), 1)  # a session for a self-test
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,10 @@ class SplitNet:
 
     @cached_property
     def own_body(self) -> BodyAt:
-        """The body of this very network, in this process, for all clients that work on it."""
+        """The body of this very network, in this process, for all clients that work on it. Raises S711 where there is none."""
+        if "body" not in self.part.holds:
+            found = "no way to a body service, at a site that holds head and tail"
+            raise FedtuneError("S711", found, "the address that came with the round's ticket", "join through fedtune client, or load the whole model")
         cut = self.part.cut
         offer = Offer(self.base.fingerprint, digest(self.part, "body"), cut.k, cut.m, self.part.width)
         service = Service(Frozen(self.part), offer, lambda hello, peer: True, merging=None)
@@ -131,16 +137,24 @@ class BodyAt:
     dial   makes a channel to it: fedtune.split.channel.Socket, or Local
     offer  the body that the client expects there; another one is refused before training
     run    its name for the tokens, `token` what a client shows in a round
+    card   of a body whose weights nobody here can read (fedtune.split.selftest): its answer to the self-test is looked at before a session
     """
 
     dial: Dial
     offer: Offer
     run: str
     token: Callable[[int, int], str]
+    card: Card | None = None
 
     def open(self, number: int, client: int, wishes: Wishes) -> Stream:
-        """A session for one client in one round."""
-        return Stream(self.dial, self.offer, Turn(self.run, number, client, self.token(number, client)), wishes)
+        """A session for one client in one round. Raises S702 where the body is not the card's."""
+        turn = Turn(self.run, number, client, self.token(number, client))
+        if self.card is not None:
+            with Stream(self.dial, self.offer, turn, replace(TRIAL, patience=wishes.patience)) as trial:
+                trial.forward(Micro(*canary(self.card)))
+                answer = trial.answer().value
+            verify(self.card, "body", answer, answer.dtype)
+        return Stream(self.dial, self.offer, turn, wishes)
 
 
 def cut_bench(base: Base, s: SFPromptSettings, seed: int) -> Bench:
@@ -166,7 +180,9 @@ def cut_of(base: Base, s: SFPromptSettings) -> tuple[Part, Kind]:
     config = base.net.config
     blocks = config.get_text_config().num_hidden_layers
     cut = Cut(s.head, blocks - s.tail)
-    part = Part(base.net, cut)
+    if base.part is not None and base.part.cut != cut:
+        raise RuntimeError(f"this base was loaded to be cut at {base.part.cut}, not at {cut}")
+    part = base.part or Part(base.net, cut, fresh=base.fresh)
     kind: Kind = "all" if s.tail else pooling(type(base.net), config) if base.device.type == "meta" else rows_needed(part)
     if s.shortcut:
         check_sees(kind, cut, blocks)

@@ -22,7 +22,9 @@ from fedtune.split import pipeline, scores
 from fedtune.split.slim import Kind
 from fedtune.split.stream import Micro, Stream
 
-PROBE = 32  # examples of a client on which the shortcut is compared with the truth; they go through the cut too, and count in its bytes
+# Examples of a client on which the shortcut is compared with the truth, at least and at most; they go through the cut too, and count in its bytes,
+# so they are an eighth of a client's where that lies between.
+PROBE = (8, 32)
 HELD = "cut/held"  # in a client's memory
 NOTHING, NONE = np.zeros(0, np.int64), np.zeros(0)
 
@@ -111,7 +113,8 @@ class Share:
     @property
     def probe(self) -> list[int]:
         """A few of the client's examples, the same before and after phase 1."""
-        return sorted(stream("split probe", self.seed).permutation(len(self.data))[:PROBE].tolist())
+        size = min(max(len(self.data) // 8, PROBE[0]), PROBE[1])
+        return sorted(stream("split probe", self.seed).permutation(len(self.data))[:size].tolist())
 
     def probed(self) -> tuple[float, np.ndarray]:
         """Mean loss of the probe through the body, and its examples' EL2N."""

@@ -43,6 +43,7 @@ class Base:
     context: int | None
     fresh: frozenset[str]  # names of parameters that were not in the pretrained file: the task head
     attached: Any = None  # the Bench that now sits on this base, if any
+    part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
     weights: dict[str, torch.Tensor] = field(init=False, repr=False)  # name -> pristine parameter, tied ones once
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         net, info = AUTO[task].from_pretrained(
             place,
             config=load_config(place, task, labels, known),
-            dtype=getattr(torch, settings.dtype),
+            dtype=dtype_of(settings),
             use_safetensors=True,
             ignore_mismatched_sizes=task not in LM_TASKS,  # a classifier of another label set is replaced
             output_loading_info=True,
@@ -194,6 +195,12 @@ def pick_device(name: str) -> torch.device:
     if not known:
         raise FedtuneError("M301", f"model.device = '{name}'", "auto, cpu, or a CUDA device that this machine has, such as cuda:0", "change model.device")
     return device
+
+
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    """Type of the frozen base."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
 
 
 def prepare_torch(settings: ModelSettings) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +128,20 @@ def detach(bench: Bench) -> None:
     if bench.base.attached is bench:
         restore(bench.before)
         bench.base.attached = None
+
+
+@contextmanager
+def without(bench: Bench) -> Iterator[None]:
+    """The base as it was before `attach`, for a while; the bench comes back as it was. Gradients are dropped."""
+    now = snapshot(bench.base.net)
+    trained = [value for value in bench.base.net.parameters() if value.requires_grad]
+    restore(bench.before)
+    try:
+        yield
+    finally:
+        restore(now)
+        for value in trained:
+            value.requires_grad_()
 
 
 def snapshot(net: Any) -> list[tuple[Any, dict[str, Any]]]:

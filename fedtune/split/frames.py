@@ -18,7 +18,7 @@ from fedtune.wire.v1 import split_pb2 as pb
 
 VERSION = 1
 CALL = "/fedtune.wire.v1.Split/Train"
-LONGEST = 1 << 20  # bytes of a frame: gRPC's default refuses messages above 4 MiB, the exchange's server those much above 1
+LONGEST = 1 << 20  # bytes of a frame: gRPC's default refuses messages above 4 MiB
 CHUNK = LONGEST - (64 << 10)  # bytes of payload in it; the rest is for headers and sample ids
 
 FLOATS = frozenset({pb.NUMBER_FLOAT32, pb.NUMBER_FLOAT16, pb.NUMBER_BFLOAT16, pb.NUMBER_INT8})

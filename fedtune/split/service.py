@@ -6,6 +6,7 @@ a client between frames is a few digests; hidden states are held only where the 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import threading
 import time
@@ -70,11 +71,18 @@ class Terms:
 TERMS = Terms()
 
 
+def never(run: str, round: int) -> bool:
+    return False
+
+
 class Service:
     """Sessions, their leases, and the merger that computes. `start` runs the computing and the sweeping thread; without it, `Local` channels compute."""
 
-    def __init__(self, body: Body, offer: Offer, admit: Admit, terms: Terms = TERMS, merging: Merging | None = MERGING) -> None:
-        self.offer, self.admit, self.terms = offer, admit, terms
+    def __init__(
+        self, body: Body, offer: Offer, admit: Admit, terms: Terms = TERMS, merging: Merging | None = MERGING, over: Callable[[str, int], bool] = never
+    ) -> None:
+        """over: whether a round of a run is; its clients are told so and their sessions ended, and nobody new is admitted to it."""
+        self.offer, self.admit, self.terms, self.over = offer, admit, terms, over
         self.merger = Merger(body, merging)
         self.held = Held(terms.memory, terms.seconds)
         self.sessions: dict[str, Session] = {}
@@ -104,18 +112,24 @@ class Service:
 
     def watch(self) -> None:
         while not self.stopped.wait(min(1.0, self.terms.lease / 4)):
-            self.sweep()
+            with contextlib.suppress(FedtuneError):  # `over` asks others, who may not be able to answer now
+                self.sweep()
 
     def sweep(self) -> None:
-        """Free connections and sessions whose lease is over, and what was held too long."""
+        """Free connections and sessions whose lease or round is over, and what was held too long."""
         late = time.monotonic() - self.terms.lease
         for connection in list(self.connections):
             if (connection.seen < late and not connection.working) or (connection.session is None and connection.began < time.monotonic() - GREETING):
                 connection.close()
         with self.lock:
-            for name, session in list(self.sessions.items()):
-                if session.connection is None and session.seen < late:
-                    del self.sessions[name]
+            sessions = list(self.sessions.items())
+        past = {turn for turn in {session.turn for _, session in sessions} if self.over(*turn)}
+        for name, session in sessions:
+            with self.lock:
+                if session.turn in past or (session.connection is None and session.seen < late):
+                    self.sessions.pop(name, None)
+            if session.turn in past and session.connection is not None:
+                session.connection.close()
         self.held.sweep()
 
     def connect(self, peer: str = "", cancel: Callable[[], Any] | None = None) -> Connection:
@@ -129,6 +143,8 @@ class Service:
     def open(self, hello: pb.Hello, connection: Connection) -> Session:
         """A new session, or one whose client came back. Raises Refused."""
         check(hello, self.offer, self.admit, connection.peer)
+        if self.over(hello.run, hello.round):
+            raise Refused("S712", f"round {hello.round}, which is over", "the open round", "drop this answer and wait to be asked again")
         hello.ClearField("token")
         with self.lock:
             session = self.sessions.get(hello.session)

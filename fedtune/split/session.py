@@ -27,29 +27,30 @@ Admit = Callable[[pb.Hello, str], bool]  # hello and the peer's name (its certif
 class Tokens:
     """Bearer tokens of runs' rounds: made by the coordinator, carried by its message to the client, shown in HELLO.
 
-    A token is the HMAC-SHA-256 of run, round and client under a key that coordinator and service share, so a service that was killed and
-    started again admits whoever it admitted before.
+    A token is the HMAC-SHA-256 of run, round, client and the name in its certificate under a key that coordinator and service share. So a service
+    that was killed and started again admits whoever it admitted before, and under TLS a token that was seen by others is of no use to them.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
         self.key = key or secrets.token_bytes(32)
         self.closed: dict[str, int] = {}
 
-    def issue(self, run: str, round: int, client: int) -> str:
-        return hmac.new(self.key, repr((run, round, client)).encode(), hashlib.sha256).hexdigest()
+    def issue(self, run: str, round: int, client: int, peer: str = "") -> str:
+        """`peer` is the name in the client's certificate; "" without TLS."""
+        return hmac.new(self.key, repr((run, round, client, peer)).encode(), hashlib.sha256).hexdigest()
 
     def close(self, run: str, round: int) -> None:
         """Tokens of this round and those before it count no more."""
         self.closed[run] = max(round, self.closed.get(run, 0))
 
     def admit(self, hello: pb.Hello, peer: str = "") -> bool:
-        right = self.issue(hello.run, hello.round, hello.client)
+        right = self.issue(hello.run, hello.round, hello.client, peer)
         return hmac.compare_digest(right.encode(), hello.token.encode()) and hello.round > self.closed.get(hello.run, -1)
 
 
 @dataclass(frozen=True)
 class Offer:
-    """The body that a service runs: base model, fingerprint of the part, the blocks it is, the width of hidden states."""
+    """The body that a service runs: base model ("": not known to who holds a part of it), fingerprint of the part, its blocks, the width of hidden states."""
 
     model: str
     part: str
@@ -68,6 +69,10 @@ class Session:
     granted: int = 0
     flight: int = 0
     known: OrderedDict[tuple[int, int], bytes] = field(default_factory=OrderedDict)
+
+    @property
+    def turn(self) -> tuple[str, int]:
+        return (self.hello.run, self.hello.round)
 
     @property
     def owner(self) -> tuple[str, int]:
@@ -93,7 +98,7 @@ def check(hello: pb.Hello, offer: Offer, admit: Admit, peer: str) -> None:
         raise Refused("S712", found, "the token that came with this round's message", "answer what was asked, in the round in which it was asked")
     for word in ("model", "part", "first", "last", "width"):
         found, own = getattr(hello, word), getattr(offer, word)
-        if found != own:
+        if found != own and own != "":
             raise Refused("S702", f"{word} {str(found)[:80]!r}", repr(own), "use the same recipe and base model on both sides")
     if hello.number not in FLOATS or (hello.number != pb.NUMBER_INT8 and hello.group) or hello.group > hello.width:
         raise Refused("W603", f"answers in numbers of type {hello.number} by {hello.group}", f"one of {sorted(FLOATS)}", "use fedtune's client")

@@ -22,6 +22,7 @@ from fedtune.split.session import Offer
 from fedtune.wire.v1 import split_pb2 as pb
 
 NOTHING = Side()
+FRUITLESS = 5  # streams in a row that break before an answer: a link that flickers; more are no accident
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Stream:
         self.codings: Counter[str] = Counter()  # of what was sent
         self.again = 0  # micro-batches said again
         self.before = [0, 0]  # bytes of earlier channels
+        self.fruitless, self.heard = 0, time.monotonic()  # streams since the last answer, and when it came
         self.connect()
 
     # --- asking -----------------------------------------------------------------------------------------------------------
@@ -251,6 +253,7 @@ class Stream:
         if not finite(value):
             raise Refused("W607", f"an answer to micro-batch {sequence} that is not finite", "finite numbers", "lower the learning rate")
         flight.waits = False
+        self.fruitless, self.heard = 0, time.monotonic()
         if backward:
             del self.flights[sequence]
         else:
@@ -300,8 +303,14 @@ class Stream:
         self.lean, self.cache = frame.hello.lean, frame.hello.cache
 
     def reconnect(self, why: str) -> None:
-        """Another stream, and everything that waits for an answer once more, in order."""
+        """Another stream, and everything that waits for an answer once more, in order. Raises S711 where streams break again and again before an answer."""
         self.hang_up()
+        self.fruitless += 1
+        if self.fruitless > FRUITLESS:
+            if time.monotonic() - self.heard > self.wishes.patience:
+                found = f"{self.fruitless} streams in a row that ended before an answer ({why[:200]})"
+                raise FedtuneError("S711", found, "answers", "see the log of the body service, and what stands between")
+            time.sleep(min(1.0, self.wishes.patience))
         self.joiner = Joiner(self.limits)
         self.connect()
         for sequence, flight in sorted(self.flights.items()):

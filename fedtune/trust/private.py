@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import stat
 import threading
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
 
+SHARED = 32  # bytes
 POSIX = os.name == "posix"  # elsewhere modes say nothing about who may read
 
 
@@ -41,6 +44,24 @@ def read(path: Path) -> bytes:
     """A private file's content. Raises T701, T702."""
     require_private(path)
     return read_public(path)
+
+
+def shared_key(path: Path) -> bytes:
+    """32 random bytes that several processes of one user share; the first makes them, and its folder. Raises R404, T701, T702."""
+    if not path.exists():
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        write(fresh, secrets.token_bytes(SHARED))
+        with disk_errors(path):
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)  # unlike a rename, it leaves alone what another process made meanwhile
+            fresh.unlink()
+            sync_folder(path.parent)
+    key = read(path)
+    if len(key) != SHARED:
+        raise FedtuneError("T702", f"a key of {len(key)} bytes at '{path}'", f"{SHARED} random bytes", "remove it and start again all that share it")
+    return key
 
 
 def read_public(path: Path) -> bytes:

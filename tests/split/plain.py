@@ -135,8 +135,8 @@ def run(stream: Stream | None, steps: int = 3, micros: int = 4, seed: int = 0, m
     return losses, [value.detach().clone() for value in model.trained]
 
 
-def turn(client: int = 0, round: int = 1) -> Turn:
-    return Turn("run", round, client, Tokens(KEY).issue("run", round, client))
+def turn(client: int = 0, round: int = 1, peer: str = "") -> Turn:
+    return Turn("run", round, client, Tokens(KEY).issue("run", round, client, peer))
 
 
 def opened(dial: Dial, client: int = 0, **wishes: Any) -> Stream:

@@ -396,7 +396,8 @@ def test_mutual_tls() -> None:
     server, port = serve(service, "localhost:0", grpc.ssl_server_credentials([(server_key, server_cert)], root, True))
     address = f"localhost:{port}"
     try:
-        stream = opened(lambda: Socket(address, grpc.ssl_channel_credentials(root, client_key, client_cert)))
+        member = grpc.ssl_channel_credentials(root, client_key, client_cert)
+        stream = Stream(lambda: Socket(address, member), OFFER, turn(peer="member"), Wishes(Coding("fp32"), 4))
         assert equal(run(stream), run(None)) and peers == ["member"]
         stream.close()
         for credentials in (grpc.ssl_channel_credentials(root, odd_key, odd_cert), grpc.ssl_channel_credentials(root)):

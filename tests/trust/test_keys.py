@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -193,3 +196,18 @@ def test_a_write_that_fails_leaves_the_list_as_it_was(authority: Authority, monk
 
 def test_private_files_elsewhere_are_missing_with_a_sentence(tmp_path: Path) -> None:
     assert code_of(load, tmp_path / "nowhere") == "T702" == code_of(private.read, tmp_path / "nothing")
+
+
+def test_the_first_process_makes_a_shared_key_and_nobody_else_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "gate" / "split.key"
+    script = "import sys; from pathlib import Path; from fedtune.trust.private import shared_key; print(shared_key(Path(sys.argv[1])).hex())"
+    racers = [subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert {one.communicate()[0].strip() for one in racers} == {private.shared_key(path).hex()} and len(private.shared_key(path)) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [one.name for one in path.parent.iterdir()] == ["split.key"]
+    path.chmod(0o640)
+    with pytest.raises(FedtuneError, match="T701"):
+        private.shared_key(path)
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(FedtuneError, match="T702"):
+        private.shared_key(path)

@@ -1,0 +1,107 @@
+"""Loading what a party of a split run holds: a site the two ends, the body service the blocks between, and nobody more than that.
+
+The coordinator's run holds the whole model, to aggregate and to score. What it `told` travels in signed tickets, so that a site knows
+before any training that its ends, and the body behind the wire, are parts of the model that the coordinator means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtune.errors import FedtuneError
+from fedtune.methods.sfprompt_settings import SFPromptSettings
+from fedtune.model.base import (
+    AUTO,
+    Base,
+    context_of,
+    dtype_of,
+    fit_tokenizer,
+    load_config,
+    load_tokenizer,
+    locate,
+    pick_device,
+    prepare_torch,
+    reading,
+    tokenizer_text,
+)
+from fedtune.model.bench import Bench, without
+from fedtune.model.settings import ModelSettings
+from fedtune.split import selftest
+from fedtune.split.cut import Cut, Role
+from fedtune.split.load import load_part
+from fedtune.split.parts import Part
+from fedtune.split.session import Offer
+
+NEEDED = {"model": str, "k": int, "m": int, "blocks": int, "width": int, "seed": int, "dtype": str, "head": dict, "body": dict, "tail": dict}
+
+
+def tell(bench: Bench) -> Mapping[str, str]:
+    """What a site must know of the coordinator's base: its fingerprint, the tokenizer's, and the card of its parts (JSON, about 6 KB)."""
+    base = bench.base
+    with without(bench):
+        card = selftest.make(bench.net.part)
+    return {"base": base.fingerprint, "tokenizer": tokenizer_digest(base.tokenizer), "card": json.dumps(card, sort_keys=True, separators=(",", ":"))}
+
+
+def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: Mapping[str, str]) -> Base:
+    """Head and tail alone, checked against what the coordinator told, whose fingerprint the base takes over: nobody can compute it of a part.
+
+    Raises S702 for parts or a tokenizer that are not the coordinator's, and what `fedtune.model.base.load` raises.
+    """
+    card = card_of(told)
+    part, tokenizer = load(s, model, task, labels, seed, ("head", "tail"))
+    selftest.check(part, card)
+    if tokenizer_digest(tokenizer) != told["tokenizer"]:
+        raise selftest.wrong(f"a tokenizer of digest {tokenizer_digest(tokenizer)[:12]}", f"{told['tokenizer'][:12]}")
+    context = context_of(part.net.config, tokenizer, task)
+    base = Base(part.net, tokenizer, task, tuple(labels), part.device, model.name, context, part.fresh, part=part)
+    base.fingerprint = told["base"]
+    return base
+
+
+def load_body(s: SFPromptSettings, model: ModelSettings, task: str) -> Part:
+    """The blocks between the cuts alone. Raises S701, S702, S704, M301."""
+    return load(s, model, task, None, 0, ("body",))[0]
+
+
+def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str] | None, seed: int, holds: Sequence[Role]) -> tuple[Part, Any]:
+    """Some parts and, for who has data, the tokenizer. `labels` None: whoever loads needs no task head."""
+    prepare_torch(model)
+    place = locate(model.name)
+    known: dict[str, Any] = {"revision": model.revision} if model.revision else {}
+    with reading(model.name):
+        config = load_config(place, task if labels is not None else "causal-lm", labels or (), known)
+        tokenizer = load_tokenizer(place, task, known) if "head" in holds else None
+        cut = Cut(s.head, config.get_text_config().num_hidden_layers - s.tail)
+        where = {"dtype": dtype_of(model), "device": pick_device(model.device), "revision": model.revision or None}
+        part = load_part(place, AUTO[task], cut, holds, config=config, seed=seed, **where)
+    if tokenizer is not None and task != "image-classify":
+        fit_tokenizer(part.net, tokenizer, model.name)
+    return part, tokenizer
+
+
+def offer_of(told: Mapping[str, str]) -> tuple[Offer, selftest.Card]:
+    """The body that a site expects at the other end, and the card of it. Raises S702."""
+    card = card_of(told)
+    return Offer(told["base"], card["body"]["sha256"], card["k"], card["m"], card["width"]), card
+
+
+def card_of(told: Mapping[str, str]) -> selftest.Card:
+    """Raises S702 for words that `tell` does not say."""
+    try:
+        card: selftest.Card = json.loads(told["card"])
+        if any(not isinstance(card[name], kind) for name, kind in NEEDED.items()) or not (told["base"] and told["tokenizer"]):
+            raise ValueError("an entry of another kind")
+    except (ValueError, KeyError, TypeError) as error:
+        found = f"a ticket that does not describe the model's parts ({type(error).__name__}: {str(error)[:80]})"
+        raise FedtuneError(
+            "S702", found, "fingerprint, tokenizer and card as the coordinator's run makes them", "use the same version on both sides"
+        ) from error
+    return card
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer_text(tokenizer).encode()).hexdigest()

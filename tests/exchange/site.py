@@ -1,0 +1,50 @@
+"""A site as a process of its own: python -m tests.exchange.site JOB, where JOB is a JSON file. Answers one question through the exchange's port.
+
+Prints one JSON line: parameters held, parameters of the body in memory, resident bytes that loading and training took, the answer's file.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from fedtune import config, methods, transforms
+from fedtune.data import load as load_data
+from fedtune.exchange.split_service import body_at
+from fedtune.model.encode import encode
+from fedtune.runtime.cohort import Ask, Link, respond
+from fedtune.trust import load
+from fedtune.types import Client, Round
+
+
+def main(job: Path) -> None:
+    told = json.loads(job.read_text())
+    recipe, details = config.parse(told["recipe"]), told["details"]
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    federation = load_data(recipe.data, recipe.partition, recipe.seed)
+    method.plan(recipe.model, recipe.data.task, len(federation.labels))  # imports what the model's kind needs, reads no weights
+    before = psutil.Process().memory_info().rss
+    base = method.load_site(recipe.model, recipe.data.task, federation.labels, recipe.seed, details)  # type: ignore[attr-defined]
+    bench = method.prepare(base, recipe.seed)
+    number, name = told["client"], told["name"]
+    data = encode(federation.clients[number].train, base, max_length=recipe.data.max_length)
+    body = body_at(load(Path(told["keys"])), told["address"], told["run"], details["token"], details)
+    client = Client(number, name, bench, data, {}, body)
+    link = Link(told["run"], base.fingerprint, method, transforms.build(recipe.chain))
+    ask = Ask(number, "train", Round(told["round"], recipe.seed, tuple(told["members"])), job.with_name(told["given"]).read_bytes())
+    job.with_name("answer").write_bytes(respond(link, client, ask))
+    grown = psutil.Process().memory_info().rss - before
+    gc.collect()
+    tensors = {id(one.untyped_storage()): one for one in gc.get_objects() if isinstance(one, torch.Tensor) and not one.is_meta and one.is_floating_point()}
+    largest = sorted((one.numel() for one in tensors.values()), reverse=True)
+    print(json.dumps({"held": base.size, "living": sum(largest), "grown": grown}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

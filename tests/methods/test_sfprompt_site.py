@@ -1,0 +1,161 @@
+"""A site that loads head and tail alone has the bench of the whole model, and a part that is not the coordinator's is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune import methods
+from fedtune.errors import FedtuneError
+from fedtune.methods.sfprompt_net import BodyAt
+from fedtune.methods.sfprompt_settings import SFPromptSettings
+from fedtune.methods.sfprompt_site import offer_of
+from fedtune.methods.sfprompt_work import Share
+from fedtune.model.base import Base, load
+from fedtune.model.bench import Bench
+from fedtune.model.encode import encode
+from fedtune.model.fit import step_batches
+from fedtune.model.settings import ModelSettings
+from fedtune.schema import Schema, digest
+from fedtune.split.body import Frozen
+from fedtune.split.channel import Local
+from fedtune.split.service import Service
+from fedtune.split.session import Offer
+from tests import tiny
+
+LABELS = ("a", "b")
+CASES = [
+    ("encoder", {}), ("encoder", {"head": 0, "tail": 1}), ("encoder", {"lora_rank": 2}), ("images", {}), ("decoder", {}), ("causal", {}),
+    ("images", {"position": "input", "head": 0, "slim": "off"}),
+]  # fmt: skip
+
+
+def method_of(**changes: Any) -> Any:
+    settings = {"type": "sfprompt", "prompts": 3, "codec": "fp32", "train": {"batch": 2, "accumulate": 2, "steps": 1}, **changes}
+    return methods.build(SFPromptSettings(**settings), 3)
+
+
+def parted(method: Any, model: ModelSettings, task: str) -> tuple[Base, Base, Any, Any]:
+    """The whole model, a site's part of it, and the bench of each."""
+    labels = () if task == "causal-lm" else LABELS
+    whole = load(model, task, labels, 1)
+    bench = method.prepare(whole, 1)
+    site = method.load_site(model, task, labels, 1, json.loads(json.dumps(method.tell(bench))))
+    return whole, site, bench, method.prepare(site, 1)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
+def test_a_site_has_the_bench_of_the_whole_model_and_no_block_of_the_body(name: str, changes: dict[str, Any], world: Any) -> None:
+    method, model, task = method_of(**changes), world.settings(name), world.tasks[name]
+    whole, site, bench, own = parted(method, model, task)
+    assert Schema.of(own.named) == Schema.of(bench.named) and digest(own.read()) == digest(bench.read())
+    assert site.fingerprint == whole.fingerprint
+    body = bench.net.part.parameters("body")
+    assert body and site.size == whole.size - sum(value.numel() for value in body.values())
+    assert not site.weights.keys() & body.keys()
+    with pytest.raises(FedtuneError, match="S711: found no way to a body service, at a site that holds head and tail"):
+        own.net.own_body  # noqa: B018  # a property
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
+def test_loss_and_gradients_are_those_of_the_whole_model(name: str, changes: dict[str, Any], world: Any) -> None:
+    """The site's steps go through a body that was loaded alone, the whole model's through its own."""
+    method, model, task = method_of(**changes), world.settings(name), world.tasks[name]
+    _, site, bench, own = parted(method, model, task)
+    offer, card = offer_of(method.tell(bench))
+    part = method.load_body(model, task)
+    assert part.net is not site.net and not {"head", "tail"} & part.holds
+    service = Service(Frozen(part), replace(offer, model=""), lambda hello, peer: True, merging=None)
+    far = BodyAt(lambda: Local(service), offer, "here", lambda number, client: "", card)
+    found = [a_step(method, one, body) for one, body in ((bench, bench.net.own_body), (own, far))]
+    assert found[0][0] == found[1][0] != 0
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True)) and any(bool(a.any()) for a in found[0][1])
+
+
+def a_step(method: Any, bench: Bench, body: BodyAt) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the first step of a client with six examples."""
+    task = bench.base.task
+    data = encode(tiny.images() if task == "image-classify" else tiny.texts(), bench.base, max_length=16)
+    micro = next(iter(step_batches(len(data), method.settings.train, 5)))
+    session = body.open(1, 0, bench.net.wishes())
+    share = Share(bench, data, method.settings, session, 5, (0, 3))
+    loss = share.through_body(range(len(data)))(micro, [data.collate(numbers) for numbers in micro], 4)
+    session.close()
+    return loss, [value.grad.clone() if value.grad is not None else torch.zeros(1) for value in bench.parameters()]
+
+
+def test_a_telling_bench_stays_as_it_is(world: Any) -> None:
+    """The card is of the pretrained weights, whatever was trained since."""
+    for changes in ({"tail": 1, "head": 0}, {"lora_rank": 2}):
+        method = method_of(**changes)
+        bench = method.prepare(world.load("encoder"), 1)
+        first = method.tell(bench)
+        bench.write({name: value + 1 for name, value in bench.read().items()})
+        before, batch = digest(bench.read()), world.encoded("encoder").collate(range(3))
+        logits = bench.net(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        assert method.tell(bench) == first and digest(bench.read()) == before
+        assert torch.equal(bench.net(**{name: value for name, value in batch.items() if name != "labels"}).logits, logits)
+        assert all(value.requires_grad for value in bench.parameters()) and sum(v.requires_grad for v in bench.base.net.parameters()) >= len(bench.named) - 1
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_is_not_the_coordinators_is_refused_before_training(world: Any, tmp_path: Path) -> None:
+    import transformers
+
+    method = method_of()
+    told = method.tell(method.prepare(world.load("encoder"), 1))
+    other = tiny.bert(tmp_path / "other")
+    net = transformers.BertModel.from_pretrained(other)
+    with torch.no_grad():
+        net.encoder.layer[0].output.dense.weight[0, 0] += 1e-6  # another revision, and an answer that nobody could tell apart
+    net.save_pretrained(other)
+    here = ModelSettings(name=str(other), threads=1, device="cpu")
+    with pytest.raises(FedtuneError, match="S702: found a head with tensors of digest"):
+        method.load_site(here, "classify", LABELS, 1, told)
+    with pytest.raises(FedtuneError, match="S702: found a part with k = 0, expected k = 1"):
+        method_of(head=0).load_site(world.settings("encoder"), "classify", LABELS, 1, told)
+    with pytest.raises(FedtuneError, match="S702: found a tokenizer of digest"):
+        method.load_site(world.settings("encoder"), "classify", LABELS, 1, {**told, "tokenizer": "0" * 64})
+
+
+@pytest.mark.parametrize("spoiled", [{}, {"card": "["}, {"card": "{}"}, {"card": '{"k": "1"}'}, {"base": ""}], ids=str)
+def test_a_ticket_that_describes_no_parts_is_refused(spoiled: dict[str, str], world: Any) -> None:
+    method = method_of()
+    told = {**method.tell(method.prepare(world.load("encoder"), 1)), **spoiled} if spoiled else {}
+    with pytest.raises(FedtuneError, match="S702: found a ticket that does not describe the model's parts"):
+        method.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
+
+
+def test_a_body_that_answers_otherwise_is_refused_before_a_session(world: Any) -> None:
+    """It claims the digest, and computes with one of its matrices changed."""
+    method = method_of()
+    bench = method.prepare(world.load("encoder"), 1)
+    offer, card = offer_of(method.tell(bench))
+    part = method.load_body(world.settings("encoder"), "classify")
+    with torch.no_grad():
+        part.net.bert.encoder.layer[1].output.dense.weight.mul_(1.05)
+    service = Service(Frozen(part), Offer("", offer.part, offer.first, offer.last, offer.width), lambda hello, peer: True, merging=None)
+    with pytest.raises(FedtuneError, match="S702: found a body whose answer to the self-test"):
+        BodyAt(lambda: Local(service), offer, "here", lambda number, client: "", card).open(1, 0, bench.net.wishes())
+
+
+def test_nothing_of_the_body_stays_behind_in_a_sites_process(world: Any) -> None:
+    """Every tensor that a load leaves alive is looked at."""
+    method = method_of()
+    whole = method.prepare(world.load("encoder"), 1)
+    told, shapes = method.tell(whole), {tuple(v.shape) for v in whole.net.part.parameters("body").values()}
+    body = {tuple(v.flatten()[:8].tolist()) for v in whole.net.part.parameters("body").values() if v.std() > 0}
+    gc.collect()
+    known = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
+    site = method.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
+    gc.collect()
+    new = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and id(one) not in known and not one.is_meta and tuple(one.shape) in shapes]
+    assert site and new and not body & {tuple(one.detach().flatten()[:8].tolist()) for one in new}
