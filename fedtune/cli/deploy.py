@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.common import add_recipe
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
+
+if TYPE_CHECKING:
+    from fedtune.runtime.folder import RunFolder
 
 PORT = 9443
 
@@ -49,6 +52,7 @@ def server(options: argparse.Namespace) -> int:
 
 
 def coordinate(recipe: Any, stem: str, runs: str, keys: str, listen: str, metrics: str) -> int:
+    """Begin or go on with a run, and look after everything until it has ended."""
     from fedtune.cli.keys import coordinator as own
     from fedtune.deploy.processes import Stopped, stop_on_signals
     from fedtune.deploy.server import Coordinator, begin, conduct_all
@@ -64,6 +68,15 @@ def coordinate(recipe: Any, stem: str, runs: str, keys: str, listen: str, metric
     except Stopped:
         print(f"stopped; go on with: fedtune resume {run.path}", flush=True)
         return 0
+
+
+def go_on(folder: RunFolder) -> int:
+    """`fedtune resume` of a run on real sites: with the keys and at the address that it began with."""
+    from fedtune.deploy.conduct import Deployed
+    from fedtune.runtime.folder import recipe_of
+
+    where = Deployed.read(folder)
+    return coordinate(recipe_of(folder), folder.path.name, str(folder.path.parent), where.keys, where.address, "")
 
 
 def show(record: dict[str, Any]) -> None:

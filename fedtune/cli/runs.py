@@ -60,6 +60,10 @@ def resume(options: argparse.Namespace) -> int:
     folder = opened(options.run)
     recipe = recipe_of(folder)
     quiet()
+    if (folder.path / "deploy.json").exists():
+        from fedtune.cli.deploy import go_on
+
+        return go_on(folder)
     from fedtune.runtime.run import run
 
     run(recipe, folder, sinks(folder))

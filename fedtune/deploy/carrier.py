@@ -43,6 +43,7 @@ class Exchanged:
     deadline  seconds for one question
     enough    how many answers end it, given how many were asked
     budget    most bytes of one answer
+    tells     what the method wants a client of that name to know
     """
 
     desk: Desk
@@ -55,7 +56,7 @@ class Exchanged:
     deadline: float
     enough: Callable[[int], int]
     budget: Callable[[Sequence[Ask]], int]
-    told: Mapping[str, str] = field(default_factory=dict)
+    tells: Callable[[Ask, str], dict[str, str]] = lambda ask, name: {}
     attempts: dict[tuple[int, str, int], int] = field(default_factory=dict)
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[Reply]:
@@ -103,7 +104,7 @@ class Question:
 
     def _ticket(self, name: str, ask: Ask) -> bytes:
         c, now = self.carrier, ask.now
-        details = Details(c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, dict(c.told))
+        details = Details(c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, c.tells(ask, name))
         attempt = c.attempts.get((now.number, ask.verb, ask.client), 1)
         about = Ticket(c.run, now.number, name, ask.verb, "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget, attempt, details.encode())
         return ticket.write(about, c.coordinator)

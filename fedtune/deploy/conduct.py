@@ -26,9 +26,11 @@ from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import AllowList, Identity, Signed, load
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.identity import ALLOWED
+from fedtune.trust.private import shared_key
 from fedtune.trust.signed import signer
 
 DEPLOY, FAILED = "deploy.json", "failed.json"
+SPLIT_KEY = "split.key"  # in the coordinator's home: what the runs and the gate know of each other
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,10 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)))
 
     def carry(link: Link, world: World) -> Exchanged:
-        tells: Callable[[Any], Mapping[str, str]] = getattr(link.method, "tell", lambda bench: {})
-        most = enough(recipe)
+        most, tells = enough(recipe), teller(link, world, where)
         return Exchanged(
             desk, members(nodes), coordinator, link, where.run, recipe.canonical(), recipe.deploy.sites, recipe.deploy.deadline,
-            most, lambda asks: budget(link, world, asks), tells(world.bench),
+            most, lambda asks: budget(link, world, asks), tells,
         )  # fmt: skip
 
     try:
@@ -85,6 +86,17 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         desk.release(where.run, recipe.rounds)
     finally:
         desk.close()
+
+
+def teller(link: Link, world: World, where: Deployed) -> Callable[[Ask, str], dict[str, str]]:
+    """What tickets say for a method whose model is split: the parts that are meant, and a token for the body of this round."""
+    tell: Callable[[Any], Mapping[str, str]] | None = getattr(link.method, "tell", None)
+    if tell is None:
+        return lambda ask, name: {}
+    from fedtune.split.session import Tokens
+
+    tokens, told = Tokens(shared_key(Path(where.home) / SPLIT_KEY)), dict(tell(world.bench))
+    return lambda ask, name: told | {"token": tokens.issue(where.run, ask.now.number, ask.client, name)}
 
 
 def members(nodes: Nodes) -> Members:

@@ -13,15 +13,19 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from fedtune.deploy.conduct import SPLIT_KEY
 from fedtune.deploy.metrics import serve_metrics
 from fedtune.deploy.passage import behind
 from fedtune.deploy.processes import PARENT, end_with
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Desk, serve
 from fedtune.quiet import quiet
+from fedtune.runtime.folder import existing, recipe_of
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import load
+from fedtune.trust.private import shared_key
 
 SMALL_CALLS = 32  # threads for calls of SuperNodes, each a fraction of a second
 
@@ -35,7 +39,7 @@ class GateConfig:
     listen     host:port
     superlink  host:port on loopback
     metrics    host:port of the Prometheus endpoint, "" for none
-    bodies     folders of runs whose models are split
+    body       folder of a run whose model is split, "" for none: its body is served here
     """
 
     keys: str
@@ -43,15 +47,23 @@ class GateConfig:
     listen: str
     superlink: str
     metrics: str = ""
-    bodies: tuple[str, ...] = ()
+    body: str = ""
 
     @classmethod
     def read(cls, path: Path) -> GateConfig:
-        tree = json.loads(path.read_text())
-        return cls(**{**tree, "bodies": tuple(tree["bodies"])})
+        return cls(**json.loads(path.read_text()))
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
+
+
+def body(config: GateConfig, desk: Desk) -> dict[str, Any]:
+    """The body service of a split run, and what it needs of the server. Loads the body's blocks and nothing else. Raises S701, S702, S704, M301."""
+    from fedtune.exchange.split_service import alongside, body_service, over
+    from fedtune.split.session import Tokens
+
+    tokens = Tokens(shared_key(Path(config.home) / SPLIT_KEY))
+    return alongside(body_service(recipe_of(existing(config.body)), tokens, over(desk.book)))
 
 
 def main() -> None:
@@ -65,7 +77,9 @@ def main() -> None:
     try:
         desk = Desk(home / "exchange")
         tell = jsonl_sink(home / "gate.jsonl")
-        server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, also=[behind(config.superlink)], threads=SMALL_CALLS)
+        more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
+        more |= {"also": [*more["also"], behind(config.superlink)], "threads": more["threads"] + SMALL_CALLS}
+        server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, **more)
         if config.metrics:
             serve_metrics(config.metrics, desk, home)
     except FedtuneError as error:

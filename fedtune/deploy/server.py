@@ -99,7 +99,7 @@ class Coordinator:
     def home(self) -> Path:
         return self.runs / HOME
 
-    def start(self, bodies: Sequence[str]) -> None:
+    def start(self, body: str) -> None:
         """SuperLink, SuperExec and gate. Raises F505, E801, T701 to T708."""
         load(self.keys)  # its mistakes in a sentence now rather than in a log later
         self.env = environment(self.home / "flower")
@@ -109,7 +109,7 @@ class Coordinator:
         (flower / "config.toml").write_text(f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.superlink}"\ninsecure = true\n')
         write_app(self.home / "app")
         config = self.home / "gate.json"
-        GateConfig(str(self.keys), str(self.home), self.listen, self.superlink, self.metrics, tuple(bodies)).write(config)
+        GateConfig(str(self.keys), str(self.home), self.listen, self.superlink, self.metrics, body).write(config)
         port = self.superlink.rpartition(":")[2]
         self.add("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port, "--isolation", "process",
                  "--database", str(flower / "state.db"), "--disable-runtime-dependency-installation")  # fmt: skip
@@ -225,7 +225,7 @@ def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
     with alone(coordinator.home):
         try:
             split = [str(folder.path) for folder in folders if recipe_of(folder).method.type == "sfprompt"]
-            coordinator.start(split)
+            coordinator.start(next(iter(split), ""))
             open_runs, code = [Running(folder) for folder in folders], 0
             while open_runs:
                 coordinator.look()

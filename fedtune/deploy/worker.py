@@ -22,6 +22,7 @@ from typing import Any
 
 from fedtune import methods
 from fedtune.config import Recipe
+from fedtune.data import Federation
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.sites import Details, at_site
 from fedtune.errors import FedtuneError, Refused
@@ -128,6 +129,10 @@ class Worker:
     def computed(self, about: Ticket, details: Details, world: World, link: Link) -> str:
         ask = Ask(details.number, about.verb, Round(about.round, details.seed, details.members), self.exchange.fetch(about), details.last, details.first)
         place = self.home / "memory" / about.run
+        if token := details.told.get("token"):
+            from fedtune.exchange.split_service import body_at
+
+            world.body = body_at(self.identity, self.config.coordinator, about.run, token, details.told)
         held = load_versions(place, ask.client)
         client = world.client_with(ask.client, memory_before(held, ask))
         update = respond(link, client, ask)
@@ -142,7 +147,8 @@ class Worker:
 
     def world(self, recipe: Recipe, mine: Recipe, details: Details) -> tuple[World, Link]:
         """Model and data of a recipe, loaded at its first ticket."""
-        if self.built and self.built[0] == details.recipe:
+        model = json.dumps([details.recipe, *(details.told.get(part) for part in ("base", "card", "tokenizer"))])
+        if self.built and self.built[0] == model:
             return self.built[1:]
         self.built = None  # two models may not fit
         began = time.monotonic()
@@ -150,8 +156,13 @@ class Worker:
             raise Refused("W604", f"number {details.number} of '{recipe.deploy.sites[details.number]}'", f"one of '{self.identity.name.name}'", "report this")
         method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
         federation = at_site(mine, details.number, self.config.data)
-        world = build_world(mine, method, Memories(None), self.tell, federation)
-        self.built = details.recipe, world, link_of(world, method, recipe)
+        load_part = getattr(method, "load_site", None)  # of a model that is split, a site holds the ends only
+
+        def part_of(known: Federation) -> Any:
+            return load_part(mine.model, mine.data.task, known.labels, mine.seed, details.told)  # type: ignore[misc]
+
+        world = build_world(mine, method, Memories(None), self.tell, federation, part_of if load_part else None)
+        self.built = model, world, link_of(world, method, recipe)
         self.tell(WorldBuilt(recipe.fingerprint[:16], time.monotonic() - began, world.bench.trainable, world.bench.total))
         return self.built[1:]
 

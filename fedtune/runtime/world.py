@@ -88,14 +88,24 @@ class World:
         return result
 
 
-def build_world(recipe: Recipe, method: Method, memories: Memories, tell: Callable[[Event], None], federation: Federation | None = None) -> World:
-    """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show before the model's seconds are spent."""
+def build_world(
+    recipe: Recipe,
+    method: Method,
+    memories: Memories,
+    tell: Callable[[Event], None],
+    federation: Federation | None = None,
+    base_of: Callable[[Federation], Base] | None = None,
+) -> World:
+    """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show before the model's seconds are spent.
+
+    base_of  loads the base, where a site does not hold the whole of it
+    """
     federation = federation or load(recipe.data, recipe.partition, recipe.seed)
     for reason, count in federation.dropped.items():
         tell(Noted(f"{count} rows left out: {reason}"))
     from fedtune.model.base import load as load_base
 
-    base = load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
+    base = base_of(federation) if base_of else load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
 
 
