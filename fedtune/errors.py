@@ -35,6 +35,7 @@ CATALOGUE: dict[str, str] = {
     "M306": "The adapter kind does not work with this model or task.",
     "M307": "The tokenizer has no chat template, which chat messages need.",
     "M308": "A client's memory cannot hold the model and an adapter of rank 1.",
+    "M309": "A client's device has too little memory for one example.",
     # R: runs
     "R401": "The run folder already exists.",
     "R402": "The run folder does not exist or holds no run.",

@@ -50,7 +50,8 @@ def fit(
 
     `backward` computes a step's loss and gradients where the network is not run here; `rates` are learning rates of single tensors by name.
     A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the step, so that accumulation equals
-    one big batch. Raises ClientFailed W607 where the loss is not finite, D205 without examples.
+    one big batch; where the device's memory is too small for a micro-batch, it is halved and the step done again.
+    Raises ClientFailed W607 where the loss is not finite, M309 where not even one example fits, D205 without examples.
     """
     bench.check_live()
     if not len(encoded):
@@ -61,7 +62,7 @@ def fit(
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
     optimizer = make_optimizer(bench, settings, rates or {})
     plan = list(step_batches(len(encoded), settings, seed))
-    loss_sum, examples, tokens = 0.0, 0, 0
+    loss_sum, examples, tokens, most = 0.0, 0, 0, settings.batch
     with training(bench, settings, seed):
         for number, micro in enumerate(plan):
             factor = schedule_factor(settings, progress, number, len(plan))
@@ -70,7 +71,10 @@ def fit(
             batches = [encoded.collate(indices) for indices in micro]
             terms = sum(carries(bench.base.task, batch) for batch in batches)
             optimizer.zero_grad(set_to_none=True)
-            loss = backward(micro, batches, terms) if backward else here(bench, batches, terms, settings.autocast)
+            if backward:
+                loss = backward(micro, batches, terms)
+            else:
+                loss, most = in_memory(bench, encoded, micro, batches, terms, settings.autocast, most)
             if not math.isfinite(loss):
                 raise ClientFailed(
                     "W607",
@@ -86,6 +90,26 @@ def fit(
             optimizer.step()
             loss_sum, examples, tokens = loss_sum + loss, examples + sum(map(len, micro)), tokens + sum(map(tokens_in, batches))
     return FitReport(loss_sum / max(len(plan), 1), len(plan), examples, tokens, time.perf_counter() - began)
+
+
+def in_memory(
+    bench: Bench, encoded: Encoded, micro: Sequence[Sequence[int]], batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str, most: int
+) -> tuple[float, int]:
+    """A step's loss with micro-batches of at most `most` examples, or half as many as often as memory is too small; and what was enough."""
+    while True:
+        pieces = [part[start : start + most] for part in micro for start in range(0, len(part), most)]
+        try:
+            return here(bench, batches if len(pieces) == len(micro) else [encoded.collate(piece) for piece in pieces], terms, mixed), most
+        except torch.OutOfMemoryError as error:
+            largest = max(map(len, pieces))
+            if largest == 1:
+                found = f"one example that does not fit the memory of {bench.base.device}"
+                raise ClientFailed("M309", found, "room for it", "lower data.max_length, set method.train.checkpointing, or use a larger device") from error
+            most = (largest + 1) // 2
+        for value in bench.parameters():  # what the failed try has added
+            value.grad = None
+        if bench.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def here(bench: Bench, batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str) -> float:

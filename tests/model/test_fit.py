@@ -107,6 +107,44 @@ def test_accumulation_equals_one_big_batch(world: Any, model: str) -> None:
         np.testing.assert_allclose(results[1][0][name], value, atol=1e-6)
 
 
+@pytest.mark.parametrize("room", [3, 1, 0])
+def test_a_micro_batch_that_does_not_fit_the_device_is_halved_and_the_step_done_again(world: Any, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds `room` examples: 8 are tried as 4, 2, 1; the sums are those of one big batch. Not even one: a sentence."""
+    base = world.base("encoder")
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate((tiny.SENTENCES * 3)[:16])]
+    encoded = encode(rows, base, max_length=12)
+    settings, seen = TrainSettings(steps=2, lr=1e-2, batch=8), list[int]()
+
+    def trained(limit: int) -> dict[str, np.ndarray]:
+        bench = attach(base, AdapterSettings(kind="head"), 1)
+        real = base.net.forward
+
+        def forward(*given: Any, **named: Any) -> Any:
+            count = len(named["input_ids"])
+            seen.append(count)
+            if count > limit:
+                raise torch.OutOfMemoryError("pretended")
+            return real(*given, **named)
+
+        monkeypatch.setattr(base.net, "forward", forward)
+        try:
+            fit(bench, encoded, settings, 5)
+            return bench.read()
+        finally:
+            monkeypatch.undo()
+
+    if room == 0:
+        with pytest.raises(ClientFailed, match="M309: found one example"):
+            trained(0)
+        return
+    whole = trained(8)
+    seen.clear()
+    halved = trained(room)
+    assert seen[0] == 8 and max(seen[-4:]) == (2 if room == 3 else 1)  # the second step does not try again what was too much
+    for name, value in whole.items():
+        np.testing.assert_allclose(halved[name], value, atol=2e-6)
+
+
 def test_fedprox_by_hand(world: Any) -> None:
     """Two SGD steps: the first sees no pull, since w = w_round; the second is pulled by lr * mu * (w - w_round)."""
     base, encoded = world.base("encoder"), world.encoded("encoder")
