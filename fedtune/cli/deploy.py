@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.cli.common import add_recipe
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 
 if TYPE_CHECKING:
+    from fedtune.config import Recipe
     from fedtune.runtime.folder import RunFolder
 
 PORT = 9443
@@ -18,7 +19,8 @@ PORT = 9443
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser("server", help="coordinate real clients: the same recipe, on other people's machines")
-    add_recipe(parser)
+    parser.add_argument("recipe", nargs="*", help="recipes (TOML), a run each, at the same time; without one, the built-in federation")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change one value of every recipe, e.g. --set rounds=3")
     parser.add_argument("--keys", default="keys", metavar="DIR", help="the coordinator's keys (default: keys, see fedtune keys init)")
     parser.add_argument("--listen", default=f"0.0.0.0:{PORT}", metavar="HOST:PORT", help=f"where clients connect to (default: 0.0.0.0:{PORT})")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
@@ -43,16 +45,16 @@ def add_commands(commands: Any) -> None:
 
 
 def server(options: argparse.Namespace) -> int:
-    """Begin or go on with the recipe's run, until it has ended."""
+    """Begin or go on with the recipes' runs, until all have ended."""
     from fedtune.config import read
 
-    recipe = read(options.recipe, options.set)
+    recipes = [(read(path, options.set), Path(path).stem if path else "demo") for path in options.recipe or [None]]
     quiet()
-    return coordinate(recipe, Path(options.recipe).stem if options.recipe else "demo", options.runs, options.keys, options.listen, options.metrics)
+    return coordinate(recipes, options.runs, options.keys, options.listen, options.metrics)
 
 
-def coordinate(recipe: Any, stem: str, runs: str, keys: str, listen: str, metrics: str) -> int:
-    """Begin or go on with a run, and look after everything until it has ended."""
+def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, listen: str, metrics: str) -> int:
+    """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names that their runs get otherwise."""
     from fedtune.cli.keys import coordinator as own
     from fedtune.deploy.processes import Stopped, stop_on_signals
     from fedtune.deploy.server import Coordinator, begin, conduct_all
@@ -61,12 +63,12 @@ def coordinate(recipe: Any, stem: str, runs: str, keys: str, listen: str, metric
     if not port.isdecimal() or not at:
         raise FedtuneError("C103", f"--listen '{listen}'", f"HOST:PORT such as 0.0.0.0:{PORT}", "correct it")
     place, folder = Path(runs).resolve(), own(Path(keys)).resolve()
-    run = begin(recipe, stem, place, folder, listen)
+    begun = [begin(recipe, stem, place, folder, listen) for recipe, stem in recipes]
     stop_on_signals()
     try:
-        return conduct_all([run], Coordinator(folder, place, listen, metrics, show))
+        return conduct_all(begun, Coordinator(folder, place, listen, metrics, show))
     except Stopped:
-        print(f"stopped; go on with: fedtune resume {run.path}", flush=True)
+        print("\n".join(f"stopped; go on with: fedtune resume {run.path}" for run in begun), flush=True)
         return 0
 
 
@@ -76,7 +78,7 @@ def go_on(folder: RunFolder) -> int:
     from fedtune.runtime.folder import recipe_of
 
     where = Deployed.read(folder)
-    return coordinate(recipe_of(folder), folder.path.name, str(folder.path.parent), where.keys, where.address, "")
+    return coordinate([(recipe_of(folder), folder.path.name)], str(folder.path.parent), where.keys, where.address, "")
 
 
 def show(record: dict[str, Any]) -> None:

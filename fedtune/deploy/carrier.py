@@ -19,6 +19,7 @@ from fedtune.trust import Identity, Ticket, ticket
 
 PAUSE = 0.2  # seconds between two looks
 AGAIN = 10.0  # seconds before a member that could not work now is asked again
+SILENT = 60.0  # seconds without a word from a member that was sent a ticket, after which it is sent another; twice as long each time
 LATER = ("E", "R404", "S711", "S712", "F505")  # codes, or their letters, of mistakes that may mend themselves
 
 
@@ -92,15 +93,22 @@ class Question:
     counted: int = 0
     said: dict[str, str] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)  # name -> the node that holds its ticket
+    turns: dict[str, int] = field(default_factory=dict)  # name -> tickets it was sent
+    silent: dict[str, float] = field(default_factory=dict)  # name -> not a second time to the same node before this time
     pause: dict[str, float] = field(default_factory=dict)  # name -> not before this time
     words: dict[str, str] = field(default_factory=dict)  # name -> why it could not work when it was last asked
 
     def ask(self, seconds: float) -> None:
-        """Tickets to members that are here and do not hold one."""
+        """Tickets to members that are here and do not hold one, and after a long silence once more: Flower hands a message out once, and if the
+        connection breaks just then the node never sees it. A site that has it already answers both with one update."""
+        now = time.monotonic()
         for name, ask in self.open.items():
             node = self.carrier.members.at.get(name, 0)
-            if node and self.sent.get(name) != node and time.monotonic() >= self.pause.get(name, 0.0):
+            holds = self.sent.get(name) == node and now < self.silent.get(name, now)
+            if node and not holds and now >= self.pause.get(name, 0.0):
                 self.sent[name] = self.carrier.members.ask(name, self._ticket(name, ask), max(seconds, 1.0))
+                self.turns[name] = self.turns.get(name, 0) + 1
+                self.silent[name] = now + SILENT * 2.0 ** (self.turns[name] - 1)
 
     def _ticket(self, name: str, ask: Ask) -> bytes:
         c, now = self.carrier, ask.now
@@ -108,6 +116,13 @@ class Question:
         attempt = c.attempts.get((now.number, ask.verb, ask.client), 1)
         about = Ticket(c.run, now.number, name, ask.verb, "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget, attempt, details.encode())
         return ticket.write(about, c.coordinator)
+
+    def again(self, name: str) -> None:
+        """The next ticket of a member is another attempt: an answer of before is not what is wanted."""
+        ask = self.open[name]
+        key = (ask.now.number, ask.verb, ask.client)
+        self.carrier.attempts[key] = self.carrier.attempts.get(key, 1) + 1
+        self.sent.pop(name, None)
 
     def failures(self) -> Iterator[Reply]:
         """Members that say they cannot; those whose node was lost, or that may manage later, are asked again."""
@@ -118,7 +133,7 @@ class Question:
                 self.sent.pop(name, None)
             elif not outcome.get("code"):
                 self.said[name] = outcome.get("said", "")
-                self.sent.pop(name, None)  # the update is there, or was damaged and is wanted anew
+                self.again(name)  # its update is there; or was lost here after the receipt, and the next attempt has no receipt yet
                 self.pause[name] = time.monotonic() + AGAIN
             elif outcome["code"].startswith(LATER):
                 self.words[name] = f"{outcome['code']}: {outcome.get('found', '')}"
@@ -141,9 +156,7 @@ class Question:
             except FedtuneError as error:
                 if error.code not in ("E803", "E807"):
                     raise
-                key = (ask.now.number, ask.verb, ask.client)
-                c.attempts[key] = c.attempts.get(key, 1) + 1
-                self.sent.pop(update.client, None)
+                self.again(update.client)
                 continue
             del self.open[update.client]
             self.counted += 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.deploy.carrier import Exchanged, Members
+from fedtune.deploy.carrier import PAUSE, Exchanged, Members
 from fedtune.deploy.processes import PARENT, end_with
 from fedtune.deploy.sites import at_coordinator
 from fedtune.errors import FedtuneError, Refused
@@ -19,6 +20,7 @@ from fedtune.exchange import Desk
 from fedtune.runtime.cohort import Ask, Link
 from fedtune.runtime.flower_nodes import Judge, Nodes, Site, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.ranks import is_auto, settled
 from fedtune.runtime.run import run
 from fedtune.runtime.sampling import wanted
 from fedtune.runtime.world import World
@@ -40,12 +42,14 @@ class Deployed:
     keys, home  folders of the coordinator; the exchange's is home/exchange
     run         the run's name on the exchange, drawn once: no other run's updates can be taken for its own
     address     where the coordinator listens
+    recipe      fingerprint of the recipe as it was given; config.json holds what became of it
     """
 
     keys: str
     home: str
     run: str
     address: str
+    recipe: str
 
     def write(self, folder: RunFolder) -> None:
         folder.write_json(DEPLOY, asdict(self))
@@ -73,6 +77,10 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     coordinator = load(Path(where.keys))
     desk = Desk(Path(where.home) / "exchange")
     nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)))
+    if is_auto(recipe):
+        recipe = with_reported_ranks(recipe, nodes)
+        folder.write_json("config.json", recipe.model_dump(mode="json"))  # from here on it is a recipe that somebody could have written by hand
+        tell(Noted(f"ranks by the sites' memory: {', '.join(map(str, ranks_of(recipe)))} ({', '.join(recipe.deploy.sites)})"))
 
     def carry(link: Link, world: World) -> Exchanged:
         most, tells = enough(recipe), teller(link, world, where)
@@ -86,6 +94,22 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         desk.release(where.run, recipe.rounds)
     finally:
         desk.close()
+
+
+def with_reported_ranks(recipe: Recipe, nodes: Nodes) -> Recipe:
+    """Every site's LoRA rank, by the memory that it says is free for training. Waits for all sites. Raises F502, M308."""
+    sites, end = recipe.deploy.sites, time.monotonic() + recipe.deploy.deadline
+    while lacking := [name for name in sites if name not in nodes.reports]:
+        if time.monotonic() > end:
+            found = f"no word of '{lacking[0]}' after {recipe.deploy.deadline:.0f} s, whose memory decides its rank"
+            raise FedtuneError("F502", found, "all sites", "start it, or say method.lora_rank_by_client in the recipe")
+        nodes.look()
+        time.sleep(PAUSE)
+    return settled(recipe, [int(nodes.reports[name].get("memory", 0)) for name in sites], len(recipe.data.labels) or None)
+
+
+def ranks_of(recipe: Recipe) -> tuple[int, ...]:
+    return tuple(getattr(recipe.method, "lora_rank_by_client", ()))
 
 
 def teller(link: Link, world: World, where: Deployed) -> Callable[[Ask, str], dict[str, str]]:

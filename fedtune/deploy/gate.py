@@ -19,6 +19,7 @@ from fedtune.deploy.conduct import SPLIT_KEY
 from fedtune.deploy.metrics import serve_metrics
 from fedtune.deploy.passage import behind
 from fedtune.deploy.processes import PARENT, end_with
+from fedtune.deploy.status import statuses
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Desk, serve
 from fedtune.quiet import quiet
@@ -79,7 +80,7 @@ def main() -> None:
         tell = jsonl_sink(home / "gate.jsonl")
         more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
         more |= {"also": [*more["also"], behind(config.superlink)], "threads": more["threads"] + SMALL_CALLS}
-        server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, **more)
+        server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, runs=lambda: statuses(home.parent), **more)
         if config.metrics:
             serve_metrics(config.metrics, desk, home)
     except FedtuneError as error:

@@ -7,6 +7,7 @@ here, and of what members may send to it only the fleet API passes.
 from __future__ import annotations
 
 import http.client
+import re
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ from fedtune.wire.v1 import fleet_pb2 as pb
 
 NAME = "fedtune.wire.v1.Fleet"
 PREFIX = "/v1/fleet/"
+PATH = re.compile(r"/v1/fleet/[a-z0-9-]+")  # as Flower's client writes them; no dots, no percent signs, no query
 METHODS = frozenset({"POST", "GET"})
 LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
 UP = 256 << 10  # bytes of a request
@@ -32,7 +34,7 @@ def behind(superlink: str) -> Callable[[Door], grpc.GenericRpcHandler]:
     """For `exchange.serve(..., also=[behind("127.0.0.1:8000")])`."""
 
     def call(request: pb.FleetRequest, context: Any) -> pb.FleetReply:
-        if request.method not in METHODS or not request.path.startswith(PREFIX) or ".." in request.path:
+        if request.method not in METHODS or not PATH.fullmatch(request.path):
             raise FedtuneError("E806", f"{request.method[:8]} {request.path[:80]!r}", f"POST or GET under {PREFIX}", "use fedtune client")
         return forwarded(superlink, request)
 

@@ -193,16 +193,15 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> Run
     name = recipe.name or stem
     folder = RunFolder(runs / name)
     if (folder.path / "config.json").exists():
-        known = recipe_of(folder)
-        if known.fingerprint != recipe.model_copy(update={"name": known.name}).fingerprint:
-            found = f"a run '{folder.path}' begun with another recipe ({known.fingerprint[:12]}, now {recipe.fingerprint[:12]})"
+        known = {recipe_of(folder).fingerprint, Deployed.read(folder).recipe}
+        if recipe.fingerprint not in known:
+            found = f"a run '{folder.path}' begun with another recipe ({max(known)[:12]}, now {recipe.fingerprint[:12]})"
             raise FedtuneError("R406", found, "the same recipe, to go on, or a new name", "choose one with --set name=...")
     else:
-        settled = resolved(recipe, keys)
+        named = resolved(recipe, keys)
         (folder.path / "state").mkdir(parents=True, exist_ok=True)
-        folder.begin(settled)
-    if not (folder.path / "deploy.json").exists():
-        Deployed(str(keys), str(runs / HOME), f"{name[:40]}-{secrets.token_hex(8)}", listen).write(folder)
+        Deployed(str(keys), str(runs / HOME), f"{name[:40]}-{secrets.token_hex(8)}", listen, recipe.fingerprint).write(folder)
+        folder.begin(named)  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)
     return folder
 

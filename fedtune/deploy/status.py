@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
+import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedtune.deploy.conduct import Deployed
 from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
-from fedtune.runtime.folder import existing, recipe_of
+from fedtune.runtime.folder import RunFolder, existing, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.sinks.console import size
 from fedtune.trust import load
+from fedtune.wire.v1 import exchange_pb2 as pb
+
+
+def status_of(folder: RunFolder, name: str) -> pb.RunStatus:
+    """A run by its journal. Raises R402, R403."""
+    recipe = recipe_of(folder)
+    status = pb.RunStatus(run=name, rounds=recipe.rounds, finished=(folder.path / "result.json").exists())
+    if not folder.journal.exists():  # it has not begun
+        return status
+    journal = Journal(folder.journal)
+    try:
+        seconds, answers = [row.seconds for row in journal.rounds()], [answer for _, answer in journal.answers()]
+        status.seconds = (journal.phase("clock") or {}).get("seconds", 0.0)
+    finally:
+        journal.close()
+    status.committed, status.round_seconds = len(seconds), statistics.median(seconds) if seconds else 0.0
+    status.up_bytes, status.down_bytes = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
+    return status
+
+
+def statuses(runs: Path) -> Iterator[pb.RunStatus]:
+    """All deployed runs under a folder, under their names on the exchange; one that cannot be read is left out."""
+    for path in sorted(runs.glob("*/deploy.json")):
+        folder = RunFolder(path.parent)
+        with contextlib.suppress(FedtuneError, OSError, TypeError):
+            yield status_of(folder, Deployed.read(folder).run)
+
+
+def told(status: pb.RunStatus, name: str) -> Iterator[str]:
+    """Two lines a run."""
+    left = status.round_seconds * (status.rounds - status.committed)
+    ahead = "finished" if status.finished else f"about {left:.0f} s left" if status.committed else "no round committed yet"
+    yield f"{name}: round {status.committed} of {status.rounds}, {ahead}"
+    yield f"  up {size(status.up_bytes)}, down {size(status.down_bytes)}, {status.seconds:.0f} s of work, {status.round_seconds:.1f} s a round (median)"
 
 
 def of_folder(path: str) -> Iterator[str]:
-    """Committed rounds, answers, bytes and the time that is left, from the journal."""
+    """A run on this machine."""
     folder = existing(path)
-    recipe = recipe_of(folder)
-    journal = Journal(folder.journal)
-    try:
-        rounds, answers = journal.rounds(), [answer for _, answer in journal.answers()]
-        clock = journal.phase("clock") or {}
-    finally:
-        journal.close()
-    done, seconds = len(rounds), [r.seconds for r in rounds]
-    yield f"{folder.path.name}: round {done} of {recipe.rounds}, {recipe.method.type}" + (", finished" if (folder.path / "result.json").exists() else "")
-    counted = sum(answer.outcome == "ok" for answer in answers)
-    up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
-    yield f"  {counted} answers counted, {len(answers) - counted} left out; up {size(up)}, down {size(down)}; {clock.get('seconds', 0.0):.0f} s"
-    if done and done < recipe.rounds:
-        left = sorted(seconds)[len(seconds) // 2] * (recipe.rounds - done)
-        yield f"  about {left:.0f} s left, at the median of {done} rounds"
+    return told(status_of(folder, folder.path.name), folder.path.resolve().name)
 
 
 def at_server(address: str, keys: Path, run: str) -> Iterator[str]:
-    """What the coordinator's exchange says to this member: the rounds of the runs that it belongs to. Raises E801, E802, T701 to T706."""
-    import tempfile
-
+    """What the coordinator says to this member of the runs that it belongs to. Raises E801, E802, E806, T701 to T706."""
     identity = load(keys)
     with tempfile.TemporaryDirectory() as folder:
         client = ExchangeClient(address, identity, Path(folder), patience=5.0)
@@ -45,13 +67,20 @@ def at_server(address: str, keys: Path, run: str) -> Iterator[str]:
             reply = client.status()
         finally:
             client.close()
-    rounds = [r for r in reply.rounds if not run or r.run == run or r.run.rpartition("-")[0] == run]
-    if run and not rounds:
-        raise FedtuneError("E806", f"run '{run}'", "a run that this member belongs to and that has begun", "see: fedtune status --server ... without a run")
-    runs, clock = len({r.run for r in rounds}), reply.now - time.time()
-    yield f"{address}: {runs} runs, {reply.uploads} uploads under way, {size(reply.free_bytes)} free, clock {clock:+.1f} s"
-    newest: dict[str, int] = {}
-    for r in rounds:
-        if newest.setdefault(r.run, r.round) == r.round:
-            state = "open" if r.open else "closed"
-            yield f"  {r.run.rpartition('-')[0]}: round {r.round} '{r.verb}' {state}, {r.accepted} of {r.asked} updates, {size(r.bytes)}"
+    known = {short(status.run): status for status in reply.runs}
+    if run and run not in known:
+        raise FedtuneError("E806", f"run '{run}'", f"one of {', '.join(known) or 'none yet'}", "see: fedtune status --server ... without a run")
+    who = f" ({', '.join(reply.names)})" if reply.names else ""
+    clock = reply.now - time.time()
+    yield f"{address}: {reply.present} members present{who}, {reply.uploads} uploads under way, {size(reply.free_bytes)} free, clock {clock:+.1f} s"
+    for name, status in known.items():
+        if run in ("", name):
+            yield from told(status, name)
+            rounds = [r for r in reply.rounds if r.run == status.run]
+            newest = max((r.round for r in rounds), default=0)
+            yield from (f"  round {r.round} '{r.verb}': {r.accepted} of {r.asked} updates, {size(r.bytes)}" for r in rounds if r.round == newest and r.open)
+
+
+def short(run: str) -> str:
+    """The name that people know, of a run's name on the exchange."""
+    return run.rpartition("-")[0] or run

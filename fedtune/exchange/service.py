@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,8 +35,16 @@ NAME = "fedtune.wire.v1.Exchange"
 class Service:
     """The three calls. The door has checked certificate and allow list before any of them runs."""
 
-    def __init__(self, desk: Desk, coordinator: Identity, door: Door, limits: Limits, tell: Callable[[Event], None]) -> None:
-        self.desk, self.door, self.limits = desk, door, limits
+    def __init__(
+        self,
+        desk: Desk,
+        coordinator: Identity,
+        door: Door,
+        limits: Limits,
+        tell: Callable[[Event], None],
+        runs: Callable[[], Iterable[pb.RunStatus]] = tuple,
+    ) -> None:
+        self.desk, self.door, self.limits, self.runs = desk, door, limits, runs
         self.intake = Intake(desk, coordinator, door.allowed, limits, tell)
         self._watched: dict[int, tuple[float, Callable[[], object]]] = {}
         self._lock = threading.Lock()
@@ -92,6 +100,10 @@ class Service:
         reply = pb.StatusReply(oldest_protocol=PROTOCOL, newest_protocol=PROTOCOL, sequence=book.newest(peer.key), now=time.time())
         for p in book.progress(request.run, member):
             reply.rounds.append(pb.RoundStatus(run=p.run, round=p.round, verb=p.verb, open=p.open, asked=p.asked, accepted=p.accepted, bytes=p.bytes))
+        reply.runs.extend(run for run in self.runs() if not member or book.is_member(run.run, member))
+        names = self.door.present()
+        reply.present = len(names)
+        reply.names.extend([] if member else names)
         reply.uploads = len(self.intake.active)
         reply.free_bytes = max(self.desk.store.free() - self.limits.free_bytes, 0)
         return reply
@@ -151,6 +163,7 @@ def serve(
     also: Sequence[Callable[[Door], grpc.GenericRpcHandler]] = (),
     threads: int = 0,
     longest: int = FRAME,
+    runs: Callable[[], Iterable[pb.RunStatus]] = tuple,
 ) -> Server:
     """Start the exchange on `address` (host:port, port 0: any).
 
@@ -159,6 +172,7 @@ def serve(
     also      other services behind the same door, each made with it (Door.peer names the caller)
     threads   that those need, streams at once
     longest   bytes of a message of theirs
+    runs      what Status says of the runs themselves
     """
     if not identity.is_coordinator:
         raise FedtuneError("T705", f"the keys of '{identity.name.name}'", "the coordinator's", "give the folder keys/coordinator")
@@ -166,7 +180,7 @@ def serve(
     allowed = AllowList(identity.folder / ALLOWED)
     allowed.check(identity.peer)
     door = Door(identity.name.federation, allowed, tell, limits.calls)
-    service = Service(desk, identity, door, limits, tell)
+    service = Service(desk, identity, door, limits, tell, runs)
     desk.sweep()
     pool = ThreadPoolExecutor(limits.threads + threads, thread_name_prefix="exchange")
     server = grpc.server(pool, interceptors=(door,), options=server_options(max(FRAME, longest)), maximum_concurrent_rpcs=limits.threads + threads)

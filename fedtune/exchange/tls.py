@@ -6,6 +6,7 @@ import contextlib
 import functools
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,6 +74,7 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     def __init__(self, federation: str, allowed: AllowList, tell: Callable[[Event], None], calls: int) -> None:
         self.allowed, self.tell, self.calls = allowed, tell, calls
         self._lock, self._busy = threading.Lock(), Counter[str]()
+        self._seen: dict[str, float] = {}
         self._read = functools.lru_cache(4096)(lambda pem: peer_from_tls(pem, federation))
 
     def peer(self, context: Any) -> Peer:
@@ -82,6 +84,11 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
             raise FedtuneError("T705", "a connection without a certificate", "mutual TLS", "use the keys of this federation")
         peer: Peer = self._read(held[0])
         return peer
+
+    def present(self, seconds: float = 60.0) -> list[str]:
+        """Members that have called lately."""
+        with self._lock:
+            return sorted(name for name, when in self._seen.items() if time.monotonic() - when < seconds)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = continuation(details)
@@ -112,6 +119,7 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     def _counted(self, name: str) -> Iterator[None]:
         """No member takes all threads. Raises NoRoom."""
         with self._lock:
+            self._seen[name] = time.monotonic()
             if self._busy[name] >= self.calls:
                 raise NoRoom(f"{self.calls} calls of '{name}' at the same time", "fewer", 2.0)
             self._busy[name] += 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedtune.model.base import pick_device
+
+GROUP = Path("/sys/fs/cgroup")
 
 
 def means(device: str = "") -> dict[str, Any]:
@@ -23,11 +26,10 @@ def free_memory() -> int:
     """Bytes of main memory that a process may still take: the machine's, or less where its control group allows less."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        for line in open("/proc/meminfo", encoding="ascii"):
+        for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit = open("/sys/fs/cgroup/memory.max", encoding="ascii").read().strip()
-        used = int(open("/sys/fs/cgroup/memory.current", encoding="ascii").read())
-    except (OSError, ValueError):
+        limit, used = GROUP.joinpath("memory.max").read_text().strip(), int(GROUP.joinpath("memory.current").read_text())
+    except (OSError, ValueError):  # no Linux, or no control group of its own
         return free
     return free if limit == "max" else max(0, min(free, int(limit) - used))

@@ -25,6 +25,7 @@ from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
 from fedtune.runtime.folder import RunFolder, create
+from fedtune.runtime.ranks import settled
 from fedtune.runtime.run import run
 from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
@@ -180,7 +181,7 @@ def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callabl
     path = options["recipe"]
     if path and not Path(path).exists() and (app_folder / path).exists():
         path = str(app_folder / path)
-    recipe = config.read(path or None, options["set"].split())
+    recipe = settled(config.read(path or None, options["set"].split()))
     folder = create(Path(options["runs"] or "runs"), recipe.name, Path(path).stem if path else "demo")
     folder.begin(recipe)
     serve(grid, recipe, folder, sinks(folder))

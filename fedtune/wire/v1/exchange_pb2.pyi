@@ -85,8 +85,28 @@ class RoundStatus(_message.Message):
     bytes: int
     def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., verb: _Optional[str] = ..., open: _Optional[bool] = ..., asked: _Optional[int] = ..., accepted: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
+class RunStatus(_message.Message):
+    __slots__ = ("run", "rounds", "committed", "seconds", "round_seconds", "finished", "up_bytes", "down_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    UP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DOWN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    rounds: int
+    committed: int
+    seconds: float
+    round_seconds: float
+    finished: bool
+    up_bytes: int
+    down_bytes: int
+    def __init__(self, run: _Optional[str] = ..., rounds: _Optional[int] = ..., committed: _Optional[int] = ..., seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., finished: _Optional[bool] = ..., up_bytes: _Optional[int] = ..., down_bytes: _Optional[int] = ...) -> None: ...
+
 class StatusReply(_message.Message):
-    __slots__ = ("oldest_protocol", "newest_protocol", "sequence", "now", "rounds", "uploads", "free_bytes")
+    __slots__ = ("oldest_protocol", "newest_protocol", "sequence", "now", "rounds", "uploads", "free_bytes", "runs", "present", "names")
     OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +114,9 @@ class StatusReply(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     oldest_protocol: int
     newest_protocol: int
     sequence: int
@@ -101,7 +124,10 @@ class StatusReply(_message.Message):
     rounds: _containers.RepeatedCompositeFieldContainer[RoundStatus]
     uploads: int
     free_bytes: int
-    def __init__(self, oldest_protocol: _Optional[int] = ..., newest_protocol: _Optional[int] = ..., sequence: _Optional[int] = ..., now: _Optional[float] = ..., rounds: _Optional[_Iterable[_Union[RoundStatus, _Mapping]]] = ..., uploads: _Optional[int] = ..., free_bytes: _Optional[int] = ...) -> None: ...
+    runs: _containers.RepeatedCompositeFieldContainer[RunStatus]
+    present: int
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, oldest_protocol: _Optional[int] = ..., newest_protocol: _Optional[int] = ..., sequence: _Optional[int] = ..., now: _Optional[float] = ..., rounds: _Optional[_Iterable[_Union[RoundStatus, _Mapping]]] = ..., uploads: _Optional[int] = ..., free_bytes: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[RunStatus, _Mapping]]] = ..., present: _Optional[int] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "found", "expected", "do", "retry_after")
