@@ -16,10 +16,12 @@ from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.exchange import Desk
 from fedtune.runtime.cohort import Ask, Link, Reply
 from fedtune.trust import Identity, Ticket, ticket
+from fedtune.trust.envelope import PROTOCOL
 
 PAUSE = 0.2  # seconds between two looks
 AGAIN = 10.0  # seconds before a member that could not work now is asked again
 SILENT = 60.0  # seconds without a word from a member that was sent a ticket, after which it is sent another; twice as long each time
+GONE = ("E803", "E807")  # what the exchange should have is not there, or is damaged
 LATER = ("E", "R404", "S711", "S712", "F505")  # codes, or their letters, of mistakes that may mend themselves
 
 
@@ -27,6 +29,7 @@ class Members(Protocol):
     """What is asked of Flower's nodes (runtime/flower_nodes.py)."""
 
     at: dict[str, int]
+    reports: dict[str, Mapping[str, Any]]
 
     def look(self) -> None: ...
 
@@ -114,8 +117,16 @@ class Question:
         c, now = self.carrier, ask.now
         details = Details(c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, c.tells(ask, name))
         attempt = c.attempts.get((now.number, ask.verb, ask.client), 1)
-        about = Ticket(c.run, now.number, name, ask.verb, "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget, attempt, details.encode())
+        about = Ticket(
+            c.run, now.number, name, ask.verb, "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget, attempt, details.encode(),
+            protocol=self.protocol(name),
+        )  # fmt: skip
         return ticket.write(about, c.coordinator)
+
+    def protocol(self, name: str) -> int:
+        """The newest that this coordinator and the site both speak."""
+        newest = self.carrier.members.reports.get(name, {}).get("protocol", PROTOCOL)
+        return min(PROTOCOL, newest) if isinstance(newest, int) else PROTOCOL
 
     def again(self, name: str) -> None:
         """The next ticket of a member is another attempt: an answer of before is not what is wanted."""
@@ -137,6 +148,8 @@ class Question:
                 self.pause[name] = time.monotonic() + AGAIN
             elif outcome["code"].startswith(LATER):
                 self.words[name] = f"{outcome['code']}: {outcome.get('found', '')}"
+                if outcome["code"] in GONE:
+                    self.carrier.desk.offer(self.carrier.run, self.open[name].payload)
                 self.sent.pop(name, None)
                 self.pause[name] = time.monotonic() + AGAIN
             else:
@@ -154,7 +167,7 @@ class Question:
             try:
                 payload = c.desk.read(c.run, ask.now.number, ask.verb, update.client)
             except FedtuneError as error:
-                if error.code not in ("E803", "E807"):
+                if error.code not in GONE:
                     raise
                 self.again(update.client)
                 continue

@@ -34,6 +34,7 @@ from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import Ticket, load, ticket
+from fedtune.trust.envelope import PROTOCOL
 from fedtune.trust.signed import seal
 from fedtune.types import Round
 from fedtune.versions import versions
@@ -109,7 +110,7 @@ class Worker:
         """What this site can do: bytes free, its device, its versions."""
         from fedtune.model.means import means
 
-        return {**means(self.config.device), "disk": shutil.disk_usage(self.home).free, "versions": versions()}
+        return {**means(self.config.device), "disk": shutil.disk_usage(self.home).free, "protocol": PROTOCOL, "versions": versions()}
 
     def done(self, content: bytes) -> str:
         """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""

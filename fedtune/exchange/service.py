@@ -25,7 +25,7 @@ from fedtune.exchange.pieces import packed, unpacked
 from fedtune.exchange.tls import Door, server_credentials, server_options
 from fedtune.exchange.turns import Turns
 from fedtune.trust import COORDINATOR, AllowList, Identity, Signed
-from fedtune.trust.envelope import PROTOCOL
+from fedtune.trust.envelope import OLDEST, PROTOCOL
 from fedtune.trust.identity import ALLOWED
 from fedtune.wire.v1 import exchange_pb2 as pb
 
@@ -97,7 +97,7 @@ class Service:
         """Counts of the caller's runs; nothing changes."""
         peer, book = self.door.peer(context), self.desk.book
         member = "" if peer.name.name == COORDINATOR else peer.name.name
-        reply = pb.StatusReply(oldest_protocol=PROTOCOL, newest_protocol=PROTOCOL, sequence=book.newest(peer.key), now=time.time())
+        reply = pb.StatusReply(oldest_protocol=OLDEST, newest_protocol=PROTOCOL, sequence=book.newest(peer.key), now=time.time())
         for p in book.progress(request.run, member):
             reply.rounds.append(pb.RoundStatus(run=p.run, round=p.round, verb=p.verb, open=p.open, asked=p.asked, accepted=p.accepted, bytes=p.bytes))
         reply.runs.extend(run for run in self.runs() if not member or book.is_member(run.run, member))

@@ -58,7 +58,7 @@ class Spool:
         name, payload = name_of(ticket), hashlib.sha256(data).hexdigest()
         said = Envelope(
             self.identity.name.federation, ticket.run, ticket.round, self.identity.name.name, ticket.verb, ticket.base, ticket.given,
-            payload, len(data), self.count(), envelope.new_nonce(),
+            payload, len(data), self.count(), envelope.new_nonce(), ticket.protocol,
         )  # fmt: skip
         self._remove(name)  # an earlier answer to the same question must not stand beside this one's envelope
         private.write(self.folder / f"{name}.update", data)

@@ -18,7 +18,7 @@ from fedtune.trust.certificates import Peer
 from fedtune.trust.identity import Identity
 
 TAG = b"fedtune envelope v1"
-PROTOCOL = 1
+OLDEST, PROTOCOL = 1, 1  # what is read, and what is written: a version and the one before it understand each other
 NONCE = 16  # bytes
 FORMS: dict[str, canonical.Form] = {
     "protocol": "number", "federation": "text", "run": "text", "round": "number", "client": "text", "verb": "text", "base": "text", "given": "text",
@@ -76,14 +76,20 @@ def decode(data: bytes) -> Envelope:
     """Raises Refused W601, W602, W606."""
     values = canonical.part(TAG, data, FORMS)
     envelope = Envelope(**values)  # type: ignore[arg-type]  # FORMS gives the types
-    if envelope.protocol != PROTOCOL:
-        raise Refused("W602", f"protocol {envelope.protocol}", f"protocol {PROTOCOL}", "install the same version of fedtune on both sides")
+    require_spoken(envelope.protocol)
     if len(envelope.nonce) != NONCE:
         raise canonical.damaged(f"a nonce of {len(envelope.nonce)} bytes")
     for field in ("round", "size", "sequence"):
         if getattr(envelope, field) >= 1 << 63:
             raise Refused("W606", f"{field} {getattr(envelope, field)}", "less than 2**63", "check the sender")
     return envelope
+
+
+def require_spoken(protocol: int) -> None:
+    """Raises Refused W602."""
+    if not OLDEST <= protocol <= PROTOCOL:
+        known = f"protocol {PROTOCOL}" if OLDEST == PROTOCOL else f"protocol {OLDEST} to {PROTOCOL}"
+        raise Refused("W602", f"protocol {protocol}", known, "install the same version of fedtune on both sides")
 
 
 def sign(envelope: Envelope, identity: Identity) -> bytes:

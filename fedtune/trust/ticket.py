@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from fedtune.errors import Refused
 from fedtune.trust import canonical
 from fedtune.trust.certificates import utc_now
-from fedtune.trust.envelope import PROTOCOL
+from fedtune.trust.envelope import PROTOCOL, require_spoken
 from fedtune.trust.identity import Identity
 from fedtune.trust.signed import Signed, check, seal
 
@@ -32,6 +32,7 @@ class Ticket:
     budget      most bytes of the answer
     attempt     1; higher where an accepted answer was lost and is wanted anew
     details     what else the runtime wants to say, at most 64 KiB
+    protocol    the newest that both ends speak; the answer is written in it
     """
 
     run: str
@@ -61,8 +62,7 @@ def read(content: bytes, identity: Identity) -> Ticket:
     signed = Signed.from_json(content)
     check(signed, identity.authority, utc_now(), "ticket")
     ticket = Ticket(**canonical.part(TAG, signed.record, FORMS))  # type: ignore[arg-type]  # FORMS gives the types
-    if ticket.protocol != PROTOCOL:
-        raise Refused("W602", f"protocol {ticket.protocol}", f"protocol {PROTOCOL}", "install the same version of fedtune on both sides")
+    require_spoken(ticket.protocol)
     if (ticket.federation, ticket.client) != (identity.name.federation, identity.name.name):
         raise Refused("W604", f"a ticket for '{ticket.client}' of '{ticket.federation}'", f"one for '{identity.name.name}'", "send it to the right client")
     return ticket

@@ -189,3 +189,17 @@ def test_a_client_acts_on_what_its_coordinator_signed_only(members: dict[str, Id
         record = Signed.from_json(ticket.write(altered, members["coordinator"])).record
         with pytest.raises(FedtuneError, match="T707"):
             ticket.read(replace(kept, record=record).to_json(), members["site-a"])
+
+
+def test_a_version_and_the_one_before_it_understand_each_other_and_no_others(members: dict[str, Identity], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator of protocol 2 asks a site of protocol 1 in protocol 1; the site's answer is in it too."""
+    old = ENVELOPE.encode()
+    asked = ticket.write(Ticket("run-1", 1, "site-a", "train", "", "b" * 64, "c" * 64, 1, 10, protocol=1), members["coordinator"])
+    monkeypatch.setattr(envelope, "PROTOCOL", 2)
+    assert envelope.decode(old).protocol == 1 and ticket.read(asked, members["site-a"]).protocol == 1
+    assert envelope.decode(replace(ENVELOPE, protocol=2).encode()).protocol == 2
+    with pytest.raises(Refused, match="W602: found protocol 3, expected protocol 1 to 2"):
+        envelope.decode(replace(ENVELOPE, protocol=3).encode())
+    monkeypatch.setattr(envelope, "OLDEST", 2)
+    with pytest.raises(Refused, match="W602: found protocol 1, expected protocol 2;"):
+        ticket.read(asked, members["site-a"])
