@@ -62,7 +62,7 @@ class DeploySettings(Settings):
     data: Literal["sites", "partition"] = "sites"
     """sites: every site has its own rows (fedtune client --data); partition: every site takes its part of [data], for demos."""
     test: str = ""
-    """sites: a file or folder at the coordinator, in the form of [data], to score on; empty: nothing is scored there."""
+    """sites: a file or folder at the coordinator, in the form of [data], to score on; empty: sites score what they hold out themselves."""
     deadline: float = Field(3600.0, gt=0)
     """Seconds that sites have for one question; who is later is left out of the round."""
     quorum: float = Field(0.0, ge=0, le=1)

@@ -115,6 +115,7 @@ class Client:
     data: Any  # fedtune.model.encode.Encoded: the site's training examples
     memory: dict[str, np.ndarray] = field(default_factory=dict)
     body: Any = None  # the split service, where the method needs one
+    held_out: Callable[[], Any] | None = None  # its rows for scoring, encoded when they are wanted
 
 
 @dataclass(frozen=True)

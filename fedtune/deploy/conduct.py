@@ -135,7 +135,7 @@ def enough(recipe: Recipe) -> Callable[[int], int]:
 
 def budget(link: Link, world: World, asks: Sequence[Ask]) -> int:
     """Most bytes of one answer: its numbers as float64, and room for a frame with names."""
-    schemas = (link.method.answer(ask.verb, link.method.given(ask.verb, world.bench, ask.client, ask.now), ask.now) for ask in asks)
+    schemas = (link.answer(ask.verb, link.given(ask.verb, world.bench, ask.client, ask.now), ask.now) for ask in asks)
     return max(8 * schema.count + 256 * len(schema.entries) for schema in schemas) + (1 << 16)
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
 from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, Noted
 from fedtune.runtime.journal import Answer
+from fedtune.runtime.scoring import NOTHING, SCORE, scored
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
 from fedtune.transforms.broadcast import DownlinkSettings, Held, hold, holding, pack, unpack
 from fedtune.transforms.exact import changed_since, not_zero, recorded
-from fedtune.types import Client, Method, Round, Tensors, Update, summed
+from fedtune.types import Client, Method, Round, Tensors, Update, Verb, summed
 from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_changes, encode_state, is_whole
 from fedtune.wire.settings import LimitSettings
 
@@ -80,15 +82,29 @@ class Link:
     chain: Chain
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
+    score_batch: int = 32
 
     def steps(self, verb: str) -> Chain:
         """The chain for a verb: where single answers are read, steps that only a sum can undo are left out."""
+        if verb == SCORE:
+            return Chain([])
         alone = verb in self.method.reads_each
         return Chain([s for s in self.chain.steps if s.undone == "reply"]) if alone else self.chain
 
     def kinds(self, verb: str, answer: Schema) -> frozenset[str]:
         """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them otherwise."""
         return frozenset({"whole"}) if answer.whole and not self.steps(verb).steps else self.steps(verb).kinds
+
+    def work(self, verb: str) -> Verb:
+        """A client's half of a verb: the method's, or the runtime's own."""
+        return scored(self.method, self.score_batch) if verb == SCORE else self.method.verbs[verb]
+
+    def given(self, verb: str, bench: Any, client: int, now: Round) -> Schema:
+        """What a client is given; to score, it is what it is given to train."""
+        return self.method.given("train" if verb == SCORE else verb, bench, client, now)
+
+    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
+        return NOTHING if verb == SCORE else self.method.answer(verb, given, now)
 
     def near(self, verb: str, given: Tensors) -> Tensors | None:
         return given if verb in self.method.moves else None
@@ -113,12 +129,12 @@ class Link:
 
 def respond(link: Link, client: Client, ask: Ask) -> bytes:
     """The client's half of one question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
-    schema = link.method.given(ask.verb, client.model, client.id, ask.now)
+    schema = link.given(ask.verb, client.model, client.id, ask.now)
     given = received(link, client, ask, schema)
-    update = link.method.verbs[ask.verb](client, given, ask.now)
+    update = link.work(ask.verb)(client, given, ask.now)
     require_finite(update, client.name)
     sent = link.steps(ask.verb).send(update, client, ask.now, link.near(ask.verb, given))
-    return encode(sent, link.header(ask.verb, client.id, ask.now, link.method.answer(ask.verb, schema, ask.now)))
+    return encode(sent, link.header(ask.verb, client.id, ask.now, link.answer(ask.verb, schema, ask.now)))
 
 
 def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
@@ -271,13 +287,13 @@ class RoundCohort:
         last, first = self.downlink.last, not self.answers
         asks = {client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first) for client in self.now.members}
         down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
-        alike = None if callable(given) else self.link.method.answer(verb, Schema.of(given), self.now)
+        alike = None if callable(given) else self.link.answer(verb, Schema.of(given), self.now)
         for reply in ascending(self._asked(asks, payloads, down_bytes), self.now.members):
             down = down_bytes[reply.client]
             try:
                 if reply.failure:
                     raise reply.failure
-                answer = alike or self.link.method.answer(verb, Schema.of(given_to(reply.client, given)), self.now)
+                answer = alike or self.link.answer(verb, Schema.of(given_to(reply.client, given)), self.now)
                 _, sent = decode(reply.payload, self.link.expect(verb, reply.client, self.now, answer, self.link.kinds(verb, answer)))
                 update = self.link.steps(verb).receive(sent, reply.client, self.now)
                 require_finite(update, self.names[reply.client])

@@ -21,6 +21,7 @@ from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
 from fedtune.runtime.sampling import sample, wanted
+from fedtune.runtime.scoring import at_sites
 from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.schema import digest
@@ -176,7 +177,10 @@ def one_round(work: Run, number: int) -> None:
 
 def finish(work: Run) -> dict[str, Any]:
     """Scores, comparisons, adapter, result.json."""
-    scores = compare(work.recipe, work.world, work.link.method, work.start, work.state, work.journal, work.tell)
+    if work.world.federation.test:
+        scores = compare(work.recipe, work.world, work.link.method, work.start, work.state, work.journal, work.tell)
+    else:
+        scores = at_sites(work)
     from fedtune.export import export_final
 
     work.link.method.install(work.state, work.world.bench)

@@ -44,7 +44,7 @@ class World:
         return self.client_with(ask.client, memory_before(self.memories.of(ask.client), ask))
 
     def client_with(self, number: int, memory: dict[str, np.ndarray]) -> Client:
-        return Client(number, self.names[number], self.bench, self.train(number), memory, self.body)
+        return Client(number, self.names[number], self.bench, self.train(number), memory, self.body, lambda: self.held_out(number))
 
     def done(self, ask: Ask, client: Client) -> None:
         """Keep what the client remembers after an answer."""
@@ -115,4 +115,4 @@ def link_of(world: World, method: Method, agreed: Recipe | None = None) -> Link:
     agreed  the coordinator's recipe, where this world was built from a site's own version of it
     """
     recipe = agreed or world.recipe
-    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink, recipe.limits)
+    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink, recipe.limits, recipe.evaluate.batch)

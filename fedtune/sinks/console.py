@@ -50,7 +50,7 @@ def table(result: Mapping[str, Any]) -> str:
         (name, result.get(key))
         for name, key in (("base model", "base"), ("local only (mean over clients)", "local"), ("federated", "federated"), ("centralised", "centralised"))
     ]
-    out = ["", f"{'':<34}{metric or 'nothing was scored: no rows at the coordinator (deploy.test)'}"]
+    out = ["", f"{'':<34}{metric or 'nothing was scored: no rows here (deploy.test) or held out at the sites'}"]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
     out += [
         "",
