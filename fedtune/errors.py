@@ -36,6 +36,7 @@ CATALOGUE: dict[str, str] = {
     "M307": "The tokenizer has no chat template, which chat messages need.",
     "M308": "A client's memory cannot hold the model and an adapter of rank 1.",
     "M309": "A client's device has too little memory for one example.",
+    "M310": "A site has less memory free than the model and what is trained take.",
     # R: runs
     "R401": "The run folder already exists.",
     "R402": "The run folder does not exist or holds no run.",

@@ -19,11 +19,14 @@ from pathlib import Path
 from fedtune.deploy.passage import Passage
 from fedtune.deploy.processes import Program, environment, free_port
 from fedtune.deploy.server import alone
+from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
+from fedtune.errors import FedtuneError
 from fedtune.exchange.probe import reason
 from fedtune.trust import load
 
 LOOK = 0.5
+STUCK = 60.0  # seconds without a question from the SuperNode while nothing is being done; Flower itself gives a task that long
 
 
 def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
@@ -37,12 +40,17 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
         passage = Passage(identity, config.coordinator)
         programs: list[Program] = []
         try:
-            programs = site_programs(replace(config, socket=str(private / "worker")), passage.address, private)
+            own = replace(config, socket=str(private / "worker"))
+            programs = site_programs(own, passage.address, private)
             say(f"site '{identity.name.name}' of '{identity.name.federation}', coordinator {config.coordinator}, home {home}")
             away = ""
             while True:
                 for program in programs:
                     program.look()
+                if stuck(passage, own.socket):
+                    say(f"Flower's SuperNode has asked for nothing in {STUCK:.0f} s, while this site had nothing to do: it is started again")
+                    programs[1].restart()
+                    passage.asked = time.monotonic()
                 if passage.last != away:
                     away = passage.last
                     say(f"the coordinator is away: {away[:200]}" if away else "the coordinator is there")
@@ -52,6 +60,17 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                 program.stop()
             passage.close()
             shutil.rmtree(private, ignore_errors=True)
+
+
+def stuck(passage: Passage, worker: str) -> bool:
+    """Whether the SuperNode waits for a ClientApp that is not there. It takes one message at a time, and where a message's run ended while it was
+    being answered, or its SuperExec died just then, it waits for that answer for ever, its heart beating (flwr 1.41, _push_messages)."""
+    if time.monotonic() < passage.asked + STUCK:
+        return False
+    try:
+        return bool(through(worker, {"what": "idle"}, seconds=0.0, patience=5.0)["seconds"] > STUCK)
+    except FedtuneError:  # the worker is being started, or stands still
+        return False
 
 
 def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Program]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from fedtune.trust.identity import ALLOWED
 from fedtune.trust.private import shared_key
 from fedtune.trust.signed import signer
 
-DEPLOY, FAILED = "deploy.json", "failed.json"
+DEPLOY, FAILED, CRASH = "deploy.json", "failed.json", "crash.log"
 SPLIT_KEY = "split.key"  # in the coordinator's home: what the runs and the gate know of each other
 
 
@@ -68,7 +69,11 @@ def conduct(grid: Any, folder: RunFolder) -> None:
     try:
         carried(grid, folder, tell)
     except FedtuneError as error:
-        folder.write_json(FAILED, {"code": error.code, "sentence": str(error), "exit_code": error.exit_code})
+        if error.code != "R407":  # one process too many: the other goes on
+            folder.write_json(FAILED, {"code": error.code, "sentence": str(error), "exit_code": error.exit_code})
+        raise
+    except Exception:  # a defect, or a SuperLink that was lost: fedtune server tries again, and this is where to look if that does not help
+        (folder.path / CRASH).write_text(traceback.format_exc())
         raise
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import re
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,6 +24,7 @@ from fedtune.wire.v1 import fleet_pb2 as pb
 NAME = "fedtune.wire.v1.Fleet"
 PREFIX = "/v1/fleet/"
 PATH = re.compile(r"/v1/fleet/[a-z0-9-]+")  # as Flower's client writes them; no dots, no percent signs, no query
+HEARTBEAT = "/v1/fleet/send-node-heartbeat"
 METHODS = frozenset({"POST", "GET"})
 LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
 UP = 256 << 10  # bytes of a request
@@ -73,6 +75,7 @@ class Passage:
         self.server.daemon_threads = True
         self.address = f"127.0.0.1:{self.server.server_address[1]}"
         self.last: str = ""  # why the last call failed, "" where it did not
+        self.asked = time.monotonic()  # when the SuperNode was last heard of; its heart beats in a thread of its own and says nothing
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
@@ -82,6 +85,8 @@ class Passage:
 
     def pass_on(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> pb.FleetReply:
         kept = [pb.FleetHeader(name=name.lower(), value=value) for name, value in headers if name.lower() not in OWN]
+        if path != HEARTBEAT:
+            self.asked = time.monotonic()
         try:
             reply: pb.FleetReply = self._call(pb.FleetRequest(method=method, path=path, headers=kept, body=body), timeout=SECONDS)
         except grpc.RpcError as error:

@@ -77,6 +77,11 @@ class Program:
             self.process = subprocess.Popen(command, env=dict(self.env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         self._since, self.lives = now, self.lives + 1
 
+    def restart(self) -> None:
+        """SIGKILL; the next looks start it again."""
+        if self.process is not None:
+            self.process.kill()
+
     def stop(self, seconds: float = 5.0) -> None:
         """SIGTERM, and SIGKILL after a while."""
         if self.process is None:

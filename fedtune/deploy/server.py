@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from fedtune.config import Recipe
 from fedtune.deploy.app import write_app
-from fedtune.deploy.conduct import Deployed, failed
+from fedtune.deploy.conduct import CRASH, Deployed, failed
 from fedtune.deploy.gate import GateConfig
 from fedtune.deploy.processes import TRIES, Program, environment, free_port, healthy
 from fedtune.deploy.sites import resolved
@@ -40,6 +40,7 @@ START_SECONDS = 120.0
 ABSENT = 10.0  # seconds without a process that holds the run's folder, after which it is submitted again
 SUBMITTED = 90.0  # seconds that a submission may take to get hold of it
 LOOK = 0.5
+STEPS = ("ClientDone", "RoundDone")
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Running:
     folder: RunFolder
     submitted: float = 0.0
     held: float = 0.0
-    submissions: int = 0
+    submissions: int = 0  # since its last step forward
     refused: int = 0  # submissions in a row that Flower did not take
     read: int = 0  # bytes of events.jsonl that were told
 
@@ -146,12 +147,19 @@ class Coordinator:
 
     def submit(self, run: Running) -> None:
         """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one at work."""
+        if run.submissions >= TRIES:
+            found = f"a run whose process ended {run.submissions} times without one more answer"
+            raise FedtuneError("F505", found, "a run that goes on", f"look at {run.folder.path / CRASH}, then: fedtune resume {run.folder.path}")
         run.submitted, run.submissions = time.monotonic(), run.submissions + 1
         command = ["flwr", "run", str(self.home / "app"), "here", "--format", "json", "--run-config", f'folder="{run.folder.path}"']
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=120)
-        if done.returncode or '"success": true' not in done.stdout:  # it ends with 0 either way
-            words = " ".join((done.stdout + done.stderr).split())[-300:]
-            run.refused += 1
+        try:
+            done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=START_SECONDS)
+            said = done.stdout + done.stderr
+        except subprocess.TimeoutExpired:  # a SuperLink that stands still
+            said = f"no answer within {START_SECONDS:.0f} s"
+        if '"success": true' not in said:  # it ends with 0 either way
+            words = " ".join(said.split())[-300:]
+            run.refused, run.submissions = run.refused + 1, run.submissions - 1
             if run.refused > TRIES:
                 raise FedtuneError("F505", f"a run that Flower does not take ({words})", "an accepted run", f"look at {self.home / 'logs'}")
             run.submitted = time.monotonic() - SUBMITTED + 5
@@ -159,6 +167,7 @@ class Coordinator:
     def look_at(self, run: Running) -> bool:
         """Tell what is new; submit the run where nobody works on it. True: it has ended. Raises what it ended with."""
         for event in run.events():
+            run.submissions = 0 if event.get("event") in STEPS else run.submissions
             self.show(event)
         now, held = time.monotonic(), run.is_held
         if held:

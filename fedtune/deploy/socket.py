@@ -11,12 +11,13 @@ from typing import Any
 from fedtune.errors import FedtuneError
 
 
-def through(path: str, request: Mapping[str, Any], seconds: float = 60.0) -> dict[str, Any]:
-    """A request to the worker, from a ClientApp; waits for one that is just being started. Raises FedtuneError F505."""
+def through(path: str, request: Mapping[str, Any], seconds: float = 60.0, patience: float | None = None) -> dict[str, Any]:
+    """A request to the worker; waits `seconds` for one that is just being started, and `patience` for its answer. Raises FedtuneError F505."""
     end = time.monotonic() + seconds
     while True:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as call:
+                call.settimeout(patience)
                 call.connect(path)
                 with call.makefile("rwb") as file:
                     file.write(json.dumps(dict(request)).encode() + b"\n")

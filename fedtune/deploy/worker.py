@@ -24,6 +24,7 @@ from fedtune import methods
 from fedtune.config import Recipe
 from fedtune.data import Federation
 from fedtune.deploy.policy import read_policy
+from fedtune.deploy.room import require_disk, require_memory
 from fedtune.deploy.sites import Details, at_site
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
@@ -89,14 +90,24 @@ class Worker:
         self.exchange = ExchangeClient(config.coordinator, self.identity, self.home, PATIENCE)
         self.lock = threading.Lock()
         self.built: tuple[str, World, Link] | None = None
+        self.callers, self.left = set[int](), time.monotonic()  # threads that ask something now; when the last one left
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a ClientApp asks: who this is, or that a ticket be done."""
-        if request.get("what") == "site":
-            return {"sealed": self.site(str(request["nonce"]))}
+        """What a ClientApp asks: who this is, or that a ticket be done; and what fedtune client asks: for how long nobody has asked anything."""
+        if request.get("what") == "idle":
+            return {"seconds": 0.0 if self.callers else time.monotonic() - self.left}
+        self.callers.add(threading.get_ident())
+        try:
+            return {"sealed": self.site(str(request["nonce"]))} if request.get("what") == "site" else self.outcome(str(request["ticket"]).encode())
+        finally:
+            self.callers.discard(threading.get_ident())
+            self.left = time.monotonic()
+
+    def outcome(self, content: bytes) -> dict[str, Any]:
+        """A ticket, done one after the other; its code and sentence where it was not."""
         with self.lock:
             try:
-                return {"code": "", "said": self.done(str(request["ticket"]).encode())}
+                return {"code": "", "said": self.done(content)}
             except FedtuneError as error:
                 self.tell(Noted(str(error)))
                 return {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
@@ -121,6 +132,7 @@ class Worker:
         self.policy.check(mine, about.budget)
         if self.exchange.held(about):
             return ""
+        require_disk(self.home, about)
         world, link = self.world(recipe, mine, details)
         if link.base != about.base:
             found = f"base model {link.base[:12]} at this site (weights, tokenizer and chat template)"
@@ -157,6 +169,7 @@ class Worker:
             raise Refused("W604", f"number {details.number} of '{recipe.deploy.sites[details.number]}'", f"one of '{self.identity.name.name}'", "report this")
         method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
         federation = at_site(mine, details.number, self.config.data)
+        require_memory(mine, len(federation.labels), mine.model.device)
         load_part = getattr(method, "load_site", None)  # of a model that is split, a site holds the ends only
 
         def part_of(known: Federation) -> Any:

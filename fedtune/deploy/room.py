@@ -1,0 +1,33 @@
+"""Whether a site has room for what it is asked, before anything is loaded or computed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fedtune import methods
+from fedtune.config import Recipe
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.sinks.console import size
+from fedtune.trust import Ticket
+
+SPARE = 64 << 20  # bytes of the disk that stay free
+
+
+def require_disk(home: Path, about: Ticket) -> None:
+    """The state that is fetched and the update that is spooled. Raises R404, which is tried again later."""
+    needed, free = about.given_size + about.budget + SPARE, shutil.disk_usage(home).free
+    if free < needed:
+        raise FedtuneError("R404", f"{size(free)} free on the disk of '{home}'", f"{size(needed)} for a state and an update", "free space; it is tried again")
+
+
+def require_memory(recipe: Recipe, labels: int, device: str) -> None:
+    """What stays in memory for certain: weights, trained tensors, gradients, the optimiser. Raises ClientFailed M310."""
+    from fedtune.model.means import means
+
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    parts = method.memory(method.plan(recipe.model, recipe.data.task, labels), recipe.data.max_length)
+    needed, free = sum(count for what, count in parts.items() if "estimate" not in what), int(means(device)["memory"])
+    if free < needed:
+        do = "end other programs, use a larger device, or let the recipe hold less (method.adapter, sfprompt, fedkseed)"
+        raise ClientFailed("M310", f"{size(free)} of memory free on {device or 'this device'}", f"{size(needed)} at least for '{recipe.method.type}'", do)

@@ -1,0 +1,36 @@
+"""A site that has no room says so before it loads anything."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedtune.deploy.room import require_disk, require_memory
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.model import means
+from fedtune.trust import Ticket
+from tests import small
+
+ABOUT = Ticket("run", 1, "site-a", "train", "", "b", "c", 3 << 20, 5 << 20)
+
+
+@pytest.mark.parametrize(("free", "fits"), [((64 + 8) << 20, True), (((64 + 8) << 20) - 1, False)])
+def test_a_state_an_update_and_64_mib_must_fit_the_disk(free: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))  # type: ignore[attr-defined]
+    if fits:
+        require_disk(tmp_path, ABOUT)
+        return
+    with pytest.raises(FedtuneError, match=r"R404: found 72.0 MiB free .* expected 72.0 MiB for a state and an update"):
+        require_disk(tmp_path, ABOUT)
+
+
+def test_weights_and_what_is_trained_must_fit_the_memory(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny encoder: 20,800 parameters and a few trained ones, 4 bytes each and 16 for what is trained; activations are an estimate and do not count."""
+    recipe = small.recipe(tiny_bert, small.write_rows(tmp_path))
+    monkeypatch.setattr(means, "free_memory", lambda: 1 << 20)
+    require_memory(recipe, 3, "cpu")
+    monkeypatch.setattr(means, "free_memory", lambda: 80_000)
+    with pytest.raises(ClientFailed, match=r"M310: found 78.1 KiB of memory free on cpu, expected .* at least for 'fedpeft'"):
+        require_memory(recipe, 3, "cpu")
