@@ -29,6 +29,8 @@ ROWS: dict[str, list[str]] = {
     "independent Gaussian": ["method.pool=independent", "method.directions=gaussian"],
     "scalars of 1 bit": ["method.bits=1", "method.lr=5e-4"],
     "importance (Pro)": ["method.importance=true"],
+    "FZOO, 11 groups of 8": ["method.estimator=fzoo", "method.steps=88", "method.lr=8e-4"],
+    "curvature (HiSo), new pool each round": ["method.curvature=true", "method.refresh=1"],
     "lr = 1e-3": ["method.lr=1e-3"],
     "all gradient": ["method.estimator=gradient", *SGD],
     "all gradient, new pool each round": ["method.estimator=gradient", "method.refresh=1", *SGD],

@@ -11,17 +11,16 @@ replay, in the same round. There is no weight decay: it would make a model depen
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.errors import ClientFailed, FedtuneError, Refused
+from fedtune.errors import FedtuneError, Refused
 from fedtune.methods import whole
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
+from fedtune.methods.fedkseed_walk import FEW, Walk, diverged, walked
 from fedtune.methods.seeds import Seeds, save_seeds
 from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
 from fedtune.rng import seed_of
@@ -36,17 +35,6 @@ if TYPE_CHECKING:
     from fedtune.zeroth import Pool
 
 REACH = 1 << 26  # largest number of a gradient client; in practice they stay below 2**20
-FEW = 10  # batches whose loss, before anything has moved, later rounds are compared with
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What one client found. scalars: a number of units a step (walkers, in order) or a direction (projections)."""
-
-    scalars: np.ndarray
-    loss: float
-    start: float  # mean loss of the first few steps
-    clipped: float = 0.0  # share of the scalars
 
 
 class FedKSeed:
@@ -62,6 +50,7 @@ class FedKSeed:
         self.scale = whole.Scale.of(settings.clip, settings.bits)
         self.most = settings.steps * self.scale.top if settings.walks_only else REACH
         self.reads_each: frozenset[str] = frozenset({"train"}) if settings.sends_steps else frozenset()
+        self.holds: frozenset[str] = frozenset({"train"}) if settings.hold else frozenset()
         self.forms: tuple[str, ...] = ("seeds", "merged", "adapter") if settings.space == "adapter" else ("seeds", "merged")
 
     def prepare(self, base: Base, seed: int) -> Bench:
@@ -128,7 +117,8 @@ class FedKSeed:
     def facts(self) -> dict[str, Any]:
         """What a model follows from, beside its first values and the accumulators."""
         s = self.settings
-        return {"pool": s.pool, "directions": s.directions, "size": s.size, "refresh": s.refresh, "unit": self.scale.unit, "lr": s.lr}
+        always = {"pool": s.pool, "directions": s.directions, "size": s.size, "refresh": s.refresh, "unit": self.scale.unit, "lr": s.lr}
+        return always | ({"curvature": True} if s.curvature else {})
 
     def epoch(self, number: int) -> int:
         """Which pool a round uses; the first is 0."""
@@ -169,7 +159,7 @@ class FedKSeed:
             found_out = self.project(bench, client.data, now.number, seed)
         else:
             seeds = self.draw(given, now, client.id)
-            found_out = self.walk(bench, client.data, self.epoch(now.number), seeds, seed)
+            found_out = self.walk(bench, client.data, self.epoch(now.number), seeds, seed, self.curvature(bench, given, now))
         weight = {"examples": len(client.data), "tokens": client.data.tokens, "equal": 1}[self.settings.weight]
         if self.settings.sends_steps:
             tensors = {"steps": self.packed(found_out.scalars)}
@@ -183,36 +173,9 @@ class FedKSeed:
         levels = given["importance"].view(np.uint8) if self.settings.importance else None
         return whole.draw(self.settings.size, self.settings.steps, (now.seed, now.number, client), levels)
 
-    def walk(self, bench: Bench, data: Encoded, epoch: int, seeds: np.ndarray, seed: int) -> Walk:
-        """SPSA in place (Spall 1992; MeZO, Malladi et al. 2023, alg. 1): g = (L(w + eps z) - L(w - eps z)) / 2 eps, then w -= lr g z.
-
-        g is rounded to what will be sent before it is used, so a step is the one that everybody replays.
-        """
-        from fedtune.model.fit import step_batches
-        from fedtune.model.forward import batch_of, forward_only, mean_loss
-        from fedtune.zeroth import views, walk
-
-        s, pool, held = self.settings, self.pool(bench, epoch), views(bench.named)
-        moves: list[tuple[int, float]] = []  # a step's last, which goes along with the next one's first: one pass over the weights less
-        scalars, losses = np.zeros(len(seeds), np.int64), np.zeros(len(seeds))
-        clipped = 0
-        batches = step_batches(len(data), TrainSettings(steps=len(seeds), batch=s.batch), seed)
-        with forward_only(bench, data):
-            for step, (direction, micro) in enumerate(zip(seeds.tolist(), batches, strict=True)):
-                batch = batch_of(bench, data, list(micro[0]))
-                walk(held, pool, [*moves, (direction, s.eps)])
-                above = mean_loss(bench, batch)
-                walk(held, pool, [(direction, -2 * s.eps)])
-                below = mean_loss(bench, batch)
-                g = (above - below) / (2 * s.eps)
-                if not math.isfinite(g):
-                    raise diverged((above + below) / 2, step + 1)
-                scalars[step] = self.scale.whole(g, s.outside == "drop")
-                clipped += s.bits > 1 and abs(g) > s.clip
-                moves = [(direction, s.eps - s.lr * self.scale.unit * int(scalars[step]))]
-                losses[step] = (above + below) / 2
-        walk(held, pool, moves)
-        return Walk(scalars, float(losses.mean()), float(losses[:FEW].mean()), clipped / len(seeds))
+    def walk(self, bench: Bench, data: Encoded, epoch: int, seeds: np.ndarray, seed: int, by: Mapping[str, Any] | None = None) -> Walk:
+        """Steps by forward passes alone along these seeds (steps,), in place; `by` is the curvature's factor of each parameter."""
+        return walked(bench, data, self.pool(bench, epoch), seeds, seed, self.settings, self.scale, by)
 
     def project(self, bench: Bench, data: Encoded, number: int, seed: int) -> Walk:
         """Train with gradients from where the model stands; send the update's coordinates, gain / K * (z_k . update), in units of lr * scalar."""
@@ -224,9 +187,10 @@ class FedKSeed:
         report = fit(bench, data, s.train, seed, progress=(number - 1, self.rounds))
         for name, value in bench.named.items():
             before[name].sub_(value.detach())  # first minus last: w moves against the scalars
-        if not all(bool(value.isfinite().all()) for value in before.values()):
-            raise diverged(report.loss, report.steps, "method.train.lr")
-        coordinates = project(before, self.pool(bench, self.epoch(number))) * (s.gain / (s.size * s.lr * self.scale.unit))
+        try:
+            coordinates = project(before, self.pool(bench, self.epoch(number))) * (s.gain / (s.size * s.lr * self.scale.unit))
+        except FedtuneError as error:  # W607: a value that is not finite
+            raise diverged(report.loss, report.steps, "method.train.lr") from error
         scalars = np.rint(np.clip(coordinates, -self.most, self.most)).astype(np.int64)
         return Walk(scalars, report.loss, report.loss, float((np.abs(coordinates) > self.most).mean()))
 
@@ -248,8 +212,19 @@ class FedKSeed:
         """The model that the accumulators mean, from the first values: one pass over the weights, whatever it held before."""
         from fedtune.zeroth import replay
 
-        sums = [(self.pool(bench, int(name.removeprefix("pool-"))), given[name]) for name in sorted(given) if name.startswith("pool-")]
-        replay(bench.named, sums, self.replay_scale, base=bench.origin.tensors)
+        replay(bench.named, self.sums(bench, given), self.replay_scale, base=bench.origin.tensors, bent=self.settings.curvature)
+
+    def sums(self, bench: Bench, given: Tensors) -> list[tuple[Pool, np.ndarray]]:
+        """Pools and their accumulators, the oldest first."""
+        return [(self.pool(bench, int(name.removeprefix("pool-"))), given[name]) for name in sorted(given) if name.startswith("pool-")]
+
+    def curvature(self, bench: Bench, given: Tensors, now: Round) -> Mapping[str, Any] | None:
+        """What this round's steps are multiplied by, from the pools before its own; None: nothing."""
+        from fedtune.zeroth import curvature, views
+
+        now_in = pool_name(self.epoch(now.number))
+        before = self.sums(bench, {name: value for name, value in given.items() if name < now_in}) if self.settings.curvature else []
+        return views(curvature(bench.named, before)) if before else None
 
     def pool(self, bench: Bench, epoch: int) -> Pool:
         from fedtune.zeroth import Pool
@@ -306,7 +281,9 @@ class FedKSeed:
     def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
         from fedtune.model.shapes import inference_bytes, training_bytes
 
-        walking = {f"spsa: {what}": count for what, count in inference_bytes(plan, self.settings.batch, length).items()}
+        walker = "fzoo" if self.settings.estimator == "fzoo" else "spsa"
+        walking = {f"{walker}: {what}": count for what, count in inference_bytes(plan, self.settings.batch, length).items()}
+        walking |= {f"{walker}: curvature": 4 * plan.trainable} if self.settings.curvature else {}
         if self.settings.walks_only:
             return walking
         return walking | {f"gradient: {what}": count for what, count in training_bytes(plan, self.settings.train, length).items()}
@@ -340,8 +317,3 @@ def pool_name(epoch: int) -> str:
 def start_of(bench: Bench) -> bytes:
     """SHA-256 of what training starts from: base model, tokenizer, first values, and the run's seed, which names the pools."""
     return hashlib.sha256(bytes.fromhex(bench.base.fingerprint) + bench.origin.digest + str(bench.origin.seed).encode()).digest()
-
-
-def diverged(loss: float, step: int, lower: str = "method.lr") -> ClientFailed:
-    found = f"a loss of {loss} and a model that is not finite at local step {step}"
-    return ClientFailed("W607", found, "finite numbers", f"lower {lower} or look at this client's data")

@@ -38,20 +38,25 @@ class FedKSeedSettings(Settings):
     """K, the number of directions: a power of two."""
     refresh: int = Field(0, ge=0)
     """Rounds until a new pool; 0 keeps one. Every pool so far travels down: 4 K bytes each, and a pass over the weights to rebuild."""
-    estimator: Literal["auto", "spsa", "gradient"] = "auto"
-    """spsa: two forward passes a step, the memory of inference; gradient: [method.train], then projected; auto: gradient where memory allows."""
+    curvature: bool = False
+    """Divide a parameter's steps by the root of what it has moved in finished pools (HiSo), which everybody knows. Experimental; 4 bytes a parameter."""
+    estimator: Literal["auto", "spsa", "fzoo", "gradient"] = "auto"
+    """spsa: two forward passes a step, the memory of inference; fzoo: one and a bit (experimental); gradient: [method.train], then projected; auto:
+    gradient where memory allows, else spsa."""
     estimators: tuple[Literal["spsa", "gradient"], ...] = ()
     """What each client uses, by number, in turns; empty: all as `estimator`."""
     memory: tuple[float, ...] = ()
     """auto: GiB that each client has for training, by number, in turns; empty: half of what its machine or GPU has."""
     steps: int = Field(200, ge=1, le=1 << 16)
-    """spsa: steps in a round."""
+    """spsa, fzoo: scalars in a round, one for each direction that is tried."""
+    group: int = Field(8, ge=2)
+    """fzoo: directions that are tried from one point on one batch; each scalar is divided by the spread of their losses."""
     batch: int = Field(8, ge=1)
-    """spsa: examples in a step."""
+    """spsa, fzoo: examples in a step."""
     lr: float = Field(1e-5, gt=0)
-    """spsa: what a step moves the weights by, over the scalar."""
+    """spsa, fzoo: what a step moves the weights by, over the scalar."""
     eps: float = Field(1e-3, gt=0)
-    """spsa: distance of the two points at which the loss is taken."""
+    """spsa, fzoo: how far along a direction the loss is taken."""
     bits: Literal[16, 1] = 16
     """Bits of a scalar. 1: its sign, so that lr is the length of a step (experimental)."""
     clip: float = Field(100.0, gt=0, le=32000)
@@ -68,6 +73,8 @@ class FedKSeedSettings(Settings):
     """What a client's answer counts for in the mean."""
     guard: float = Field(2.0, ge=0)
     """Stop the run where a round's training loss is more than this times the first one; 0 never does."""
+    hold: bool = True
+    """Clients keep the accumulators, so that only those that changed travel to them again; where they cannot, whole ones do."""
     adapter: AdapterSettings = AdapterSettings()
     train: ProjectSettings = ProjectSettings()
 
@@ -78,7 +85,7 @@ class FedKSeedSettings(Settings):
     @property
     def walks_only(self) -> bool:
         """Whether no client may use gradients."""
-        return "gradient" not in self.estimators if self.estimators else self.estimator == "spsa"
+        return "gradient" not in self.estimators if self.estimators else self.estimator in ("spsa", "fzoo")
 
     @property
     def sends_steps(self) -> bool:
@@ -103,6 +110,16 @@ class FedKSeedSettings(Settings):
             yield "method.bits = 1 with clients that use gradients", "16", "set method.estimator = 'spsa'"
         if self.bits == 1 and {"clip", "outside"} & self.model_fields_set:
             yield "method.clip or method.outside with method.bits = 1", "neither: a sign has no size", "remove them"
+        if self.bits == 1 and self.estimator == "fzoo":
+            yield "method.bits = 1 with method.estimator = 'fzoo'", "16: a sign loses what the spread is for", "remove one of them"
+        if self.estimator == "fzoo" and self.steps % self.group:
+            yield f"method.steps = {self.steps} in groups of {self.group}", "whole groups", f"take steps = {-(-self.steps // self.group) * self.group}"
+        if self.estimator != "fzoo" and "group" in self.model_fields_set:
+            yield "method.group without method.estimator = 'fzoo'", "estimator = 'fzoo'", "remove it"
+        if self.curvature and not self.refresh:
+            yield "method.curvature with one pool for the whole run", "pools that end, from which it is rebuilt", "set method.refresh = 1"
+        if self.curvature and not self.walks_only:
+            yield "method.curvature with clients that use gradients", "spsa or fzoo", "set method.estimator = 'spsa'"
         if self.estimators and self.estimator != "auto":
             yield "both method.estimator and method.estimators", "one of them", "remove one"
         if self.memory and (self.estimators or self.estimator != "auto"):

@@ -42,7 +42,7 @@ class DownlinkSettings(Settings):
 
 @dataclass(frozen=True)
 class Held:
-    """What a client that took the broadcast of `round` holds: float32. The server keeps it from round to round."""
+    """What a client that took the broadcast of `round` holds: float32, or whole numbers (exact.py). The server keeps it from round to round."""
 
     round: int
     tensors: Tensors
@@ -109,7 +109,7 @@ def hold(memory: dict[str, np.ndarray], held: Held) -> None:
     """Keep a broadcast in a client's memory, in place of the one before."""
     for key in [key for key in memory if key.startswith("held/")]:
         del memory[key]
-    memory.update({f"held/{name}": np.asarray(value, np.float32) for name, value in held.tensors.items()})
+    memory.update({f"held/{name}": np.asarray(value) for name, value in held.tensors.items()})
     memory["held.round"] = np.asarray(held.round, np.int64)
 
 

@@ -28,7 +28,7 @@ class Expect:
 
     run, round, client, verb, base   must be equal to the header's
     schema      the tensors asked for, with the types and bounds of whole numbers; None accepts a message that names its tensors, up to `max_values` numbers
-    kinds       the kinds of numbers that the chain sends (values, levels, ring, whole), or state
+    kinds       the kinds of numbers that the chain sends (values, levels, ring, whole), or state, changes
     max_weight  most that one answer may count; max_norm of its mean (L2); max_scale of its levels' scales
     """
 
@@ -139,7 +139,7 @@ def schema_of(message: pb.Message, expect: Expect) -> Schema:
 
 def check_sizes(message: pb.Message, length: int, kind: str, schema: Schema, expect: Expect, widths: Mapping[int, int]) -> None:
     """Payload, types and scales have the sizes that kind and schema say. Raises W601, W603, W606, W607."""
-    if (message.dtypes and kind not in ("state", "whole")) or (kind != "levels" and (message.scaling or message.scales or message.exponent)):
+    if (message.dtypes and kind not in ("state", "whole", "changes")) or (kind != "levels" and (message.scaling or message.scales or message.exponent)):
         raise damaged(f"parts that a message of kind '{kind}' does not have")
     if kind == "levels":
         check_scales(message, schema, expect)
@@ -147,11 +147,11 @@ def check_sizes(message: pb.Message, length: int, kind: str, schema: Schema, exp
     size = 4 * schema.count
     if kind == "whole" and [name for name, _, _ in schema.whole] != [name for name, _ in schema.entries]:
         raise refuse("W603", "whole numbers", "numbers of the kind that was asked for", "use the same recipe on both sides")
-    if kind in ("state", "whole"):
+    if kind in ("state", "whole", "changes"):
         if len(message.dtypes) != len(schema.entries) or any(code not in widths for code in message.dtypes):
             raise refuse("W603", "types of tensors that are not known", "one for each tensor", "install the same version of fedtune on both sides")
         size = sum(math.prod(shape) * widths[code] for (_, shape), code in zip(schema.entries, message.dtypes, strict=True))
-    if length != size:
+    if length != size and kind != "changes":  # whose length only their reader can tell
         raise damaged(f"{length} bytes of numbers where {size} belong")
 
 

@@ -18,6 +18,7 @@ from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.schema import Schema
 from fedtune.types import Tensors, Update
 from fedtune.wire import coder
+from fedtune.wire.changes import pack_changes, unpack_changes
 from fedtune.wire.frame import METRICS, VERSION, refuse, sealed
 from fedtune.wire.guard import Expect, accepted, check_norm
 from fedtune.wire.scales import blocks, expand, to_halves
@@ -27,6 +28,7 @@ from fedtune.wire.whole import pack_whole, unpack_whole
 EVERYONE = -1  # client of a state that is the same for all
 DTYPES: dict[str, int] = {"float32": 1, "float64": 2, "int8": 3, "uint8": 4, "int32": 5, "uint32": 6, "int64": 7, "int16": 8}
 KINDS: dict[str, pb.Kind] = {"values": pb.KIND_VALUES, "levels": pb.KIND_LEVELS, "ring": pb.KIND_RING, "state": pb.KIND_STATE, "whole": pb.KIND_WHOLE}
+KINDS |= {"changes": pb.KIND_CHANGES}
 WIDTHS = {code: np.dtype(name).itemsize for name, code in DTYPES.items()}
 
 SCALINGS: dict[int, pb.Scaling] = {0: pb.SCALING_TENSOR, 1: pb.SCALING_BLOCK64, 2: pb.SCALING_KEPT}  # by dimensions of the scales
@@ -106,10 +108,17 @@ def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes
     return sealed(message, raw(tensors))
 
 
+def encode_changes(tensors: Tensors, changed: Tensors, header: Header) -> bytes:
+    """A state of whole numbers as the numbers that are marked in `changed`: all others are as in the broadcast of round `header.since`, or 0 (since 0)."""
+    message = headed(header, "changes", Schema.of(tensors), 1.0, False)
+    message.dtypes = bytes(DTYPES[tensors[name].dtype.name] for name in sorted(tensors))
+    return sealed(message, [pack_changes(tensors, changed)])
+
+
 def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
     """The answer in `data`, as its sender held it to the bit. Raises Refused W601 to W607 (not W605, see Seen)."""
     message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
-    if kind == "state":
+    if kind in ("state", "changes"):
         raise refuse("W603", "a state", "an answer", "send what was asked for")
     weight, metrics = message.weight, {metric.name: metric.value for metric in message.metrics}
     header = header_of(message)
@@ -133,9 +142,16 @@ def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
     return header, Update(Update.of(values, weight).tensors, weight, metrics)
 
 
-def decode_state(data: bytes, expect: Expect) -> tuple[Header, dict[str, np.ndarray]]:
-    """The state in `data`, every tensor of the type that it was sent as. Raises Refused."""
+def decode_state(data: bytes, expect: Expect, held: tuple[int, Tensors] = (0, {})) -> tuple[Header, dict[str, np.ndarray]]:
+    """The state in `data`, every tensor of the type that it was sent as. `held`: a round and its broadcast, on which changes may build. Raises Refused."""
     message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
+    if kind == "changes":
+        if message.since not in (0, held[0]):
+            found = f"changes to the broadcast of round {message.since}"
+            raise refuse("W604", found, "those to one that this client holds", "the server sends the whole state next time")
+        kinds = {code: np.dtype(name) for name, code in DTYPES.items()}
+        types = [kinds[code] for code in message.dtypes]
+        return header_of(message), unpack_changes(payload, schema, types, held[1] if message.since else {})
     if kind != "state":
         raise refuse("W603", f"an answer of kind '{kind}'", "a state", "send what was asked for")
     names = {code: name for name, code in DTYPES.items()}

@@ -6,11 +6,12 @@ pool     K directions by a key; the oracle of one direction and of their sum
 normal   whole numbers with the shape of a normal distribution
 kernels  the same, compiled for the CPU by numba
 device   the same, in torch integer operations, for parameters that lie elsewhere
+curved   steps times a diagonal curvature that the pools before give
 apply    perturb, walk, replay and project over a model's parameters
 """
 
-from fedtune.zeroth.apply import perturb, project, replay, views, walk
+from fedtune.zeroth.apply import curvature, perturb, project, replay, views, walk
 from fedtune.zeroth.layout import Layout
 from fedtune.zeroth.pool import Pool, combine
 
-__all__ = ["Layout", "Pool", "combine", "perturb", "project", "replay", "views", "walk"]
+__all__ = ["Layout", "Pool", "combine", "curvature", "perturb", "project", "replay", "views", "walk"]

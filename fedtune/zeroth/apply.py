@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.zeroth import cpu, device
+from fedtune.zeroth import cpu, curved, device
 from fedtune.zeroth.layout import Layout
 from fedtune.zeroth.pool import Pool, Work, bounded, wht
 
@@ -47,31 +47,54 @@ def perturb(named: Named, pool: Pool, k: int, step: float, *, base: Named | None
     walk(named, pool, [(k, step)], base=base, layout=layout)
 
 
-def walk(named: Named, pool: Pool, moves: Sequence[tuple[int, float]], *, base: Named | None = None, layout: Layout | None = None) -> None:
+def walk(
+    named: Named, pool: Pool, moves: Sequence[tuple[int, float]], *, base: Named | None = None, by: Named | None = None, layout: Layout | None = None
+) -> None:
     """`perturb` for each move (k, step) in order: the same bits, but signs pass over the memory only once.
+
+    by  of `curvature`: what each parameter's steps are multiplied by; float32, as `named` then must be, and without a base
 
     SPSA (Spall 1992; MeZO, Malladi et al. 2023, algorithm 1) moves three times a step, and the last of one step and the first of the next can be one call.
     """
     for k, step in moves:
         if not 0 <= k < pool.size or not math.isfinite(step):
             raise ValueError(f"direction {k} by {step}: a pool of {pool.size} has directions 0 to {pool.size - 1}, and a step is finite")
-    if moves:
+    if by is not None and (base is not None or not all(is_float32(flat(name, value)) for part in (named, by) for name, value in part.items())):
+        raise ValueError("steps times a curvature are made in place, in float32")
+    if moves and by is not None:
+        change(named, by, layout, lambda code: curved.along(code, pool, [(k, float(step)) for k, step in moves]))
+    elif moves:
         change(named, base, layout, lambda code: code.along(pool, [(k, float(step)) for k, step in moves]))
 
 
-def replay(named: Named, sums: Sequence[tuple[Pool, np.ndarray]], scale: float, *, base: Named | None = None, layout: Layout | None = None) -> None:
+def replay(
+    named: Named, sums: Sequence[tuple[Pool, np.ndarray]], scale: float, *, base: Named | None = None, layout: Layout | None = None, bent: bool = False
+) -> None:
     """w = RN(base + RN(scale * S)), S_i = sum over pools and k of A_k * direction_k(i), a whole number, in one pass over the weights.
 
     sums    pools (of the same kind of directions) and their accumulators A (K,), whole numbers
     scale   what 1 of an accumulator moves a weight by along z of unit variance: times the pool's `unit` and S in float64, rounded to float32
     base    the first values, float32, bfloat16 or float16; none: those in `named`, which become the result
 
+    bent    each pool's sum is multiplied by the curvature of those before it, and rounded and added by itself
+
     Otherwise as `perturb`. Raises W606 if the accumulators could overflow.
     """
     if len({pool.directions for pool, _ in sums}) > 1 or not math.isfinite(scale):
         raise ValueError(f"{len(sums)} pools by {scale}: pools that are added have the same directions, and a scale is finite")
     whole = bounded(sums)
-    change(named, base, layout, lambda code: code.summed(whole, float(scale)))
+    change(named, base, layout, lambda code: curved.summed(code, whole, float(scale)) if bent else code.summed(whole, float(scale)))
+
+
+def curvature(named: Named, sums: Sequence[tuple[Pool, np.ndarray]], *, layout: Layout | None = None) -> dict[str, Flat]:
+    """What each parameter's steps are multiplied by after these pools (curved.py): float32, of the shapes and on the device of `named`."""
+    whole = bounded(sums)
+    made = {
+        name: np.empty(value.shape, np.float32) if isinstance(value, np.ndarray) else torch.empty_like(value, dtype=torch.float32)
+        for name, value in named.items()
+    }
+    change(made, None, layout, lambda code: curved.factors(code, whole))
+    return made
 
 
 def project(named: Named, pool: Pool, *, layout: Layout | None = None) -> np.ndarray:

@@ -79,16 +79,21 @@ def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
                 np.copyto(piece, base[at : at + LENGTH])
             whole = total[: piece.size]
             whole.fill(0)
-            for pool, streams, numbers in parts:
-                if pool.kind == "hadamard":
-                    kernels.sum_table(whole, offset + at, numbers, pool.key)
-                elif pool.directions == "gaussian":
-                    kernels.sum_bytes(whole, offset + at, streams, numbers, normal.TABLE.astype(np.int64), pool.key)
-                else:
-                    kernels.sum_signs(whole, offset + at, streams, numbers, pool.key)
+            for part in parts:
+                add_sum(whole, offset + at, *part)
             kernels.add_whole(piece, whole, factor)
 
     return work
+
+
+def add_sum(whole: np.ndarray, offset: int, pool: Pool, streams: np.ndarray, numbers: np.ndarray) -> None:
+    """whole += S of one pool, as `prepared`."""
+    if pool.kind == "hadamard":
+        kernels.sum_table(whole, offset, numbers, pool.key)
+    elif pool.directions == "gaussian":
+        kernels.sum_bytes(whole, offset, streams, numbers, normal.TABLE.astype(np.int64), pool.key)
+    else:
+        kernels.sum_signs(whole, offset, streams, numbers, pool.key)
 
 
 def prepared(pool: Pool, accumulators: np.ndarray) -> tuple[Pool, np.ndarray, np.ndarray]:
@@ -124,3 +129,40 @@ def gathered(pool: Pool, values: np.ndarray, offset: int, factor: float) -> np.n
     if pool.kind == "hadamard":
         total[:32] += total[pool.size :]
     return total[: pool.size]
+
+
+# --- for curved.py ------------------------------------------------------------------------------------------------------
+
+
+def adder(pool: Pool, accumulators: np.ndarray) -> Callable[[int, np.ndarray], np.ndarray]:
+    """From an offset and a piece of parameters to their S: float64, exact."""
+    part = prepared(pool, accumulators)
+
+    def total(offset: int, piece: np.ndarray) -> np.ndarray:
+        whole = np.zeros(piece.size, np.int64)
+        add_sum(whole, offset, *part)
+        return whole.astype(np.float64)
+
+    return total
+
+
+def put(out: np.ndarray, base: np.ndarray, term: np.ndarray) -> None:
+    """out = RN(base + RN(term)), and base where that term is zero."""
+    small = term.astype(np.float32)
+    np.copyto(out, np.where(small == 0, base, base + small))
+
+
+def zeros(piece: np.ndarray) -> np.ndarray:
+    return np.zeros(piece.size)
+
+
+def wide(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float64)
+
+
+def single(values: np.ndarray) -> np.ndarray:
+    """float64 values rounded to float32."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+root = np.sqrt

@@ -5,7 +5,7 @@ Each operation is a kernel of its own, so nothing is fused into a multiply-add. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -87,23 +87,34 @@ def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
         tile, device = tile_of(out.device), out.device
         for at in range(0, out.numel(), tile):
             piece = out[at : at + tile]
-            count, total = piece.numel(), torch.zeros(piece.numel(), dtype=torch.int64, device=device)
+            total = torch.zeros(piece.numel(), dtype=torch.int64, device=device)
             for (pool, _), table in zip(sums, tables, strict=True):
-                if pool.kind == "hadamard":
-                    sign = 1 - 2 * fields(pool.key, SHARED, 0, offset + at, count, 1, device)
-                    total += sign * torch.from_numpy(table).to(device)[places(pool, offset + at, count, device)]
-                else:
-                    for k in np.flatnonzero(table):
-                        total += int(table[k]) * direction(pool, int(k), offset + at, count, device)
+                add_sum(total, offset + at, pool, table)
             add(piece, piece if base is None else base[at : at + tile], total, factor)
 
     return work
 
 
+def add_sum(total: torch.Tensor, offset: int, pool: Pool, table: np.ndarray) -> None:
+    """total += S of one pool. table: the transform of a Hadamard pool's accumulators, or the accumulators."""
+    count, device = total.numel(), total.device
+    if pool.kind == "hadamard":
+        sign = 1 - 2 * fields(pool.key, SHARED, 0, offset, count, 1, device)
+        total += sign * torch.from_numpy(table).to(device)[places(pool, offset, count, device)]
+        return
+    for k in np.flatnonzero(table):
+        total += int(table[k]) * direction(pool, int(k), offset, count, device)
+
+
 def add(out: torch.Tensor, base: torch.Tensor, whole: torch.Tensor, factor: float) -> None:
     """out = RN(base + RN(factor * whole)), and base where that term is zero."""
-    term = (whole.to(torch.float64) * factor).to(torch.float32)
-    out.copy_(torch.where(term == 0, base, base + term))
+    put(out, base, whole.to(torch.float64) * factor)
+
+
+def put(out: torch.Tensor, base: torch.Tensor, term: torch.Tensor) -> None:
+    """out = RN(base + RN(term)), and base where that term is zero."""
+    small = term.to(torch.float32)
+    out.copy_(torch.where(small == 0, base, base + small))
 
 
 def gathered(pool: Pool, values: torch.Tensor, offset: int, factor: float) -> np.ndarray:
@@ -120,3 +131,36 @@ def gathered(pool: Pool, values: torch.Tensor, offset: int, factor: float) -> np
                 total[k] += (direction(pool, k, offset + at, whole.numel(), device) * whole).sum()
     found: np.ndarray = total.cpu().numpy()
     return found
+
+
+# --- for curved.py ------------------------------------------------------------------------------------------------------
+
+LENGTH = LARGE  # parameters at a time
+
+
+def adder(pool: Pool, accumulators: np.ndarray) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """From an offset and a piece of parameters to their S: float64, exact."""
+    table = wht(accumulators) if pool.kind == "hadamard" else accumulators
+
+    def total(offset: int, piece: torch.Tensor) -> torch.Tensor:
+        whole = torch.zeros(piece.numel(), dtype=torch.int64, device=piece.device)
+        add_sum(whole, offset, pool, table)
+        return whole.to(torch.float64)
+
+    return total
+
+
+def zeros(piece: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(piece.numel(), dtype=torch.float64, device=piece.device)
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float64)
+
+
+def single(values: torch.Tensor) -> torch.Tensor:
+    """float64 values rounded to float32."""
+    return values.to(torch.float32).to(torch.float64)
+
+
+root = torch.sqrt

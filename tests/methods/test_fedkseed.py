@@ -62,27 +62,40 @@ def weights(recipe: Recipe, state: State) -> str:
 # --- exactness ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "independent"}, {"pool": "independent", "directions": "gaussian"}, {"bits": 1, "uplink": "pool"}])
+ALIKE: list[dict[str, Any]] = [
+    {},
+    {"pool": "independent"},
+    {"pool": "independent", "directions": "gaussian"},
+    {"bits": 1, "uplink": "pool"},
+    {"estimator": "fzoo", "group": 3},
+    {"refresh": 1, "curvature": True, "size": 32},
+    {"refresh": 2, "curvature": True, "size": 32, "pool": "independent", "directions": "gaussian", "estimator": "fzoo", "group": 2},
+]
+
+
+@pytest.mark.parametrize("changes", ALIKE)
 def test_one_client_is_a_plain_walk_to_the_bit(changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data, changes, partition__clients=1)
     folder, _, _ = small.play(recipe, tmp_path)
     state, _ = load_state(folder, 3, "")
     accumulators, model = plain_walk(recipe)
-    np.testing.assert_array_equal(state.shared["pool-0000"], accumulators)
+    assert {name: value.tolist() for name, value in state.shared.items() if name.startswith("pool-")} == accumulators
     assert weights(recipe, state) == digest(model)
 
 
-def plain_walk(recipe: Recipe) -> tuple[np.ndarray, Tensors]:
-    """The algorithm in numpy, with whole vectors: directions as a (K, d) matrix, float32 additions, int64 sums."""
+def plain_walk(recipe: Recipe) -> tuple[dict[str, list[int]], Tensors]:
+    """The algorithm in numpy, with whole vectors: directions as (K, d) matrices, float32 additions, int64 sums."""
     from fedtune.model.fit import step_batches
     from fedtune.model.settings import TrainSettings
 
     world, link = world_of(recipe)
     bench, data, s = world.bench, world.train(0), recipe.method
-    directions = matrix(link.method, bench)  # (K, d), whole numbers
+    epochs = [link.method.epoch(number) for number in range(1, recipe.rounds + 1)]
+    pools = {epoch: matrix(link.method, bench, epoch) for epoch in epochs}  # (K, d) each, whole numbers
+    accumulators = {epoch: np.zeros(s.size, np.int64) for epoch in epochs}
     worth = link.method.pool(bench, 0).unit
     first = np.concatenate([value.reshape(-1) for value in bench.read().values()])
-    unit, accumulators = link.method.scale.unit, np.zeros(s.size, np.int64)
+    unit = link.method.scale.unit
 
     def put(flat: np.ndarray) -> None:
         at = 0
@@ -90,26 +103,54 @@ def plain_walk(recipe: Recipe) -> tuple[np.ndarray, Tensors]:
             value.data.view(-1).copy_(torch.from_numpy(flat[at : at + value.numel()]))
             at += value.numel()
 
-    def rebuilt() -> np.ndarray:
-        return moved(first, (directions.T @ accumulators).astype(np.float64) * (link.method.replay_scale * worth))
+    def rebuilt(until: int) -> tuple[np.ndarray, np.ndarray]:
+        """The model, and what the steps of the pool after `until` are multiplied by."""
+        flat, squares, mean = first, np.zeros(len(first)), 0.0
+        factor = np.ones(len(first))
+        for epoch in sorted(accumulators):
+            if epoch <= until:
+                total = (pools[epoch].T @ accumulators[epoch]).astype(np.float64)
+                flat = moved(flat, total * (link.method.replay_scale * worth) * factor)
+                squares, mean = squares + total**2, mean + sum(a * a for a in accumulators[epoch].tolist()) / worth**2
+                if s.curvature and mean:
+                    factor = np.sqrt(2 * mean / (squares + mean)).astype(np.float32).astype(np.float64)
+        return flat, factor
 
-    for number in range(1, recipe.rounds + 1):
-        flat = rebuilt()
-        seeds = whole.draw(s.size, s.steps, (recipe.seed, number, 0))
-        batches = step_batches(len(data), TrainSettings(steps=s.steps, batch=s.batch), seed_of("train", recipe.seed, number, 0))
-        for k, micro in zip(seeds.tolist(), batches, strict=True):
-            batch = batch_of(bench, data, list(micro[0]))
-            losses = []
+    for number, epoch in enumerate(epochs, 1):
+        directions, factor = pools[epoch], rebuilt(epoch - 1)[1]
+        flat = rebuilt(epoch)[0]
+        seeds = whole.draw(s.size, s.steps, (recipe.seed, number, 0)).reshape(-1, s.group if s.estimator == "fzoo" else 1)
+        batches = step_batches(len(data), TrainSettings(steps=len(seeds), batch=s.batch), seed_of("train", recipe.seed, number, 0))
+
+        def go(k: int, by: float, directions: np.ndarray = directions, factor: np.ndarray = factor) -> None:
+            nonlocal flat
+            flat = moved(flat, directions[k] * (by * worth) * factor)
+
+        def loss(flat: np.ndarray, indices: Any) -> float:
+            put(flat)
             with forward_only(bench, data):
-                for by in (s.eps, -2 * s.eps):
-                    flat = moved(flat, directions[k] * (by * worth))
-                    put(flat)
-                    losses.append(mean_loss(bench, batch))
-            a = link.method.scale.whole((losses[0] - losses[1]) / (2 * s.eps), False)
-            flat = moved(flat, directions[k] * ((s.eps - s.lr * unit * a) * worth))
-            accumulators[k] += 256 * a
-    put(rebuilt())
-    return accumulators, bench.read()
+                return mean_loss(bench, batch_of(bench, data, list(indices)))
+
+        for group, micro in zip(seeds.tolist(), batches, strict=True):
+            if s.estimator == "fzoo":
+                start, sides = loss(flat, micro[0]), []
+                for k in group:
+                    go(k, s.eps)
+                    sides.append(loss(flat, micro[0]))
+                    if k != group[-1] or len(sides) < len(group):
+                        go(k, -s.eps)
+                found, back = [(side - start) / np.std(sides, ddof=1) for side in sides], [0.0] * (len(group) - 1) + [-s.eps]
+            else:
+                go(group[0], s.eps)
+                above = loss(flat, micro[0])
+                go(group[0], -2 * s.eps)
+                found, back = [(above - loss(flat, micro[0])) / (2 * s.eps)], [s.eps]
+            for k, g, far in zip(group, found, back, strict=True):
+                a = link.method.scale.whole(g, False)
+                go(k, far - s.lr * unit * a)
+                accumulators[epoch][k] += 256 * a
+    put(rebuilt(max(epochs))[0])
+    return {f"pool-{epoch:04d}": value.tolist() for epoch, value in accumulators.items()}, bench.read()
 
 
 def moved(flat: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -118,9 +159,9 @@ def moved(flat: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.where(term == 0, flat, flat + term)
 
 
-def matrix(method: Any, bench: Any) -> np.ndarray:
-    """Every direction of the first pool: (K, d) whole numbers."""
-    pool = method.pool(bench, 0)
+def matrix(method: Any, bench: Any, epoch: int) -> np.ndarray:
+    """Every direction of a pool: (K, d) whole numbers."""
+    pool = method.pool(bench, epoch)
     return np.stack([pool.direction(k, 0, bench.trainable) for k in range(pool.size)]).astype(np.int64)
 
 
@@ -308,13 +349,42 @@ def test_a_loss_that_is_not_finite_leaves_the_client_out(tiny_bert: Path, data: 
 def test_a_round_costs_under_18_kilobytes(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """The paper's setting, K = 4096 and 200 steps: 17,992 bytes of numbers alone as it counts, at least; whole messages here."""
     recipe = recipe_of(tiny_bert, data, {"size": 4096, "steps": 200}, rounds=2, sampling={"count": 1})
-    _, _, events = small.play(recipe, tmp_path)
-    sent = [e for e in events if isinstance(e, ClientDone)]
+    sent = [e for e in small.play(recipe, tmp_path)[2] if isinstance(e, ClientDone)]
     assert len(sent) == 2
     for e in sent:
-        assert 400 < e.up_bytes < 700 and 16384 < e.down_bytes < 16800 and e.up_bytes + e.down_bytes < 17_992
+        assert 400 < e.up_bytes < 700 and e.down_bytes < 1200  # the accumulators of 200 directions at most
+    assert check(recipe).up_bytes + check(recipe).down_bytes < 17_992  # whatever the accumulators are
     bit = recipe_of(tiny_bert, data, {"size": 4096, "steps": 200, "bits": 1}, rounds=1, sampling={"count": 1})
     assert [e.up_bytes < 300 for e in small.play(bit, tmp_path / "bit")[2] if isinstance(e, ClientDone)] == [True]
+
+
+@pytest.mark.parametrize("changes", [{}, {"refresh": 1}])
+def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Two of four clients a round, six rounds: some come back after a while. The same model as when everything travels, in fewer bytes."""
+    many = {"size": 1024, "steps": 40, **changes}
+    _, held, events = small.play(recipe_of(tiny_bert, data, many, rounds=6, sampling={"count": 2}), tmp_path / "a")
+    _, whole_, others = small.play(recipe_of(tiny_bert, data, {**many, "hold": False}, rounds=6, sampling={"count": 2}), tmp_path / "b")
+    assert held["state_sha256"] == whole_["state_sha256"] and held["left_out"] == 0
+    down = {(e.round, e.client): e.down_bytes for e in events if isinstance(e, ClientDone)}
+    full = {(e.round, e.client): e.down_bytes for e in others if isinstance(e, ClientDone)}
+    back = {key for key in down if any((number, key[1]) in down for number in range(1, key[0]))}
+    assert len(back) >= 6 and all(down[key] == full[key] for key in down.keys() - back)
+    assert all(down[key] <= full[key] for key in back) and min(down[key] / full[key] for key in back) < 0.6
+
+
+def test_a_client_that_lost_its_accumulators_is_given_all_in_the_same_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_bert, data)
+
+    def forgetful(link: Link, world: World) -> Carrier:
+        def client(ask: Ask) -> Any:
+            return world.client_with(1, {}) if (ask.now.number, ask.client) == (3, 1) else world.client(ask)
+
+        return local_carrier(link, client, world.done)
+
+    _, result, events = small.play(recipe, tmp_path / "a", carry=forgetful)
+    down = {e.client: e.down_bytes for e in events if isinstance(e, ClientDone) and e.round == 3}
+    assert result["left_out"] == 0 and down[1] > down[0] == down[2] == down[3]
+    assert result["state_sha256"] == small.play(recipe, tmp_path / "b")[1]["state_sha256"]
 
 
 def test_check_says_what_travels_and_what_is_trained(tiny_bert: Path, data: Path) -> None:
@@ -373,7 +443,7 @@ def test_a_masked_space_leaves_the_rest_alone(tiny_bert: Path, data: Path, tmp_p
 
 
 def test_a_seed_file_rebuilds_the_model_to_the_bit_and_refuses_another_base(tiny_bert: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
-    recipe = recipe_of(tiny_bert, data, {"refresh": 2})
+    recipe = recipe_of(tiny_bert, data, {"refresh": 2, "curvature": True})
     folder, _, _ = small.play(recipe, tmp_path)
     left = folder.adapter / "seeds.safetensors"
     assert left.exists() and "fedkseed" in (folder.adapter / "README.md").read_text()
@@ -439,6 +509,11 @@ def test_importance_follows_the_scalars_that_the_server_read(tiny_bert: Path, da
         ({"adapter": {"kind": "lora"}}, "method.space = 'adapter'"),
         ({"bits": 1, "clip": 3.0}, "a sign has no size"),
         ({"memory": [1.0]}, "auto"),
+        ({"estimator": "fzoo", "group": 4}, "take steps = 8"),
+        ({"estimator": "fzoo", "group": 2, "bits": 1}, "what the spread is for"),
+        ({"group": 2}, "estimator = 'fzoo'"),
+        ({"curvature": True}, "refresh = 1"),
+        ({"curvature": True, "refresh": 1, "estimator": "gradient"}, "estimator = 'spsa'"),
     ],
 )
 def test_settings_that_cannot_go_together_are_refused(changes: dict[str, Any], sentence: str, tiny_bert: Path, data: Path) -> None:

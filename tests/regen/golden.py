@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.types import Update
-from fedtune.wire import Header, encode, encode_state
+from fedtune.wire import Header, encode, encode_changes, encode_state
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = Header(run="golden", round=7, client=3, verb="train", base="b" * 64)
@@ -28,12 +28,18 @@ def levels() -> Update:
     return Update(tensors, 5.0, {"loss": 2.5}, {"a": np.float32(0.125), "b": np.float32(3 * 2.0**-30)})
 
 
+def accumulators() -> dict[str, np.ndarray]:
+    """A state of whole numbers whose second is as the receiver has it: 0."""
+    return {"pool": np.int32([-(2**20), 0, 5])}
+
+
 def messages() -> dict[str, bytes]:
     return {
         "values": encode(values(), HEADER),
         "levels": encode(levels(), HEADER),
         "ring": encode(Update({"w": np.uint32([[0, 1], [2**31, 2**32 - 1]])}, 1.0), HEADER),
         "state": encode_state({"seeds": np.int64([-1, 2**40]), "w": np.float32([0.5])}, HEADER, named=True),
+        "changes": encode_changes(accumulators(), {"pool": np.bool_([True, False, True])}, HEADER),
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from fedtune.errors import Refused
 from fedtune.schema import Schema
 from fedtune.types import Update
-from fedtune.wire import Expect, Header, decode, decode_state, encode, encode_state
+from fedtune.wire import Expect, Header, decode, decode_state, encode, encode_changes, encode_state
 from fedtune.wire.frame import SEAL
 from fedtune.wire.scales import rounded
 
@@ -39,6 +39,9 @@ def corpus() -> list[tuple[bytes, Expect]]:
     ]
     state = {"w": TENSORS["a"], "n": np.int64([4])}
     out.append((encode_state(state, HEADER), Expect("run", 3, 2, "train", "base", Schema.of(state), frozenset({"state"}))))
+    whole = {"a": np.arange(-9, 60, dtype=np.int32), "b": np.int64([2**40, 0])}
+    changes = encode_changes(whole, {name: value != 0 for name, value in whole.items()}, HEADER)
+    out.append((changes, Expect("run", 3, 2, "train", "base", Schema.of(whole), frozenset({"state", "changes"}))))
     out.append((encode(updates[0], HEADER, named=True), Expect("run", 3, 2, "train", "base", None, frozenset({"values"}), max_values=64)))
     return out
 

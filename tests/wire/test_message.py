@@ -103,12 +103,16 @@ def test_size_is_four_bytes_a_number_and_a_header() -> None:
     assert len(encode(big, HEADER)) - 40_000 == len(encode(Update.of({"w": np.zeros(0, np.float32)}), HEADER)) + 5  # tag and length of the payload
 
 
-@pytest.mark.parametrize("name", ["values", "levels", "ring", "state"])
+@pytest.mark.parametrize("name", ["values", "levels", "ring", "state", "changes"])
 def test_messages_of_version_1_can_be_read_for_ever(name: str) -> None:
     from tests.regen import golden
 
     data = bytes.fromhex((GOLDEN / f"message-v1-{name}.hex").read_text())
     expect = Expect("golden", 7, 3, "train", "b" * 64, None, frozenset({name}))
+    if name == "changes":
+        _, state = decode_state(data, replace(expect, schema=Schema.of(golden.accumulators())))
+        np.testing.assert_array_equal(state["pool"], golden.accumulators()["pool"])
+        return
     if name == "state":
         _, state = decode_state(data, expect)
         assert state["seeds"].tolist() == [-1, 2**40] and state["w"].tolist() == [0.5]
