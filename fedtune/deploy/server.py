@@ -32,6 +32,7 @@ from fedtune.deploy.gate import GateConfig
 from fedtune.deploy.processes import TRIES, Program, environment, free_port, healthy
 from fedtune.deploy.sites import resolved
 from fedtune.errors import FedtuneError
+from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.trust import load
 
@@ -228,12 +229,24 @@ def alone(home: Path) -> Iterator[IO[str]]:
         yield handle
 
 
+def split_run(folders: Sequence[RunFolder]) -> str:
+    """The folder of a run whose model is split, "" where there is none; the gate serves one body. Raises C104 where runs need different ones."""
+    bodies: dict[str, str] = {}
+    for folder in folders:
+        recipe = recipe_of(folder)
+        if isinstance(recipe.method, SFPromptSettings):
+            bodies.setdefault(json.dumps([recipe.model.model_dump(mode="json"), recipe.method.head, recipe.method.tail]), str(folder.path))
+    if len(bodies) > 1:
+        found = f"{len(bodies)} split runs with different bodies at one coordinator"
+        raise FedtuneError("C104", found, "one model and one cut", "give each its own coordinator: another --runs and --listen")
+    return next(iter(bodies.values()), "")
+
+
 def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
     """Start the programs, submit the runs, look after both until all runs have ended; the exit code."""
     with alone(coordinator.home):
         try:
-            split = [str(folder.path) for folder in folders if recipe_of(folder).method.type == "sfprompt"]
-            coordinator.start(next(iter(split), ""))
+            coordinator.start(split_run(folders))
             open_runs, code = [Running(folder) for folder in folders], 0
             while open_runs:
                 coordinator.look()
