@@ -1,16 +1,19 @@
-"""SFPrompt on scikit-learn's digits: a small ViT learns 0 to 4 (and their quarter turns), clients then learn 5 to 9 with it.
+"""SFPrompt on pictures and on text; rows that are recorded already are not run again.
 
     python simulations/sfprompt.py FOLDER [--only NAME ...] [--seeds 1 2 3]
+    python simulations/sfprompt.py FOLDER --text ...
 
-The first call makes FOLDER/vit and FOLDER/digits (a few minutes on one core). Every variant is simulations/sfprompt.toml with overrides; what is kept
-is the mean accuracy of the last 5 of 20 rounds, in simulations/results/sfprompt-digits.json. Rows that are there already are not run again.
+Pictures: scikit-learn's digits. A small ViT learns 0 to 4 (and their quarter turns), clients then learn 5 to 9 with it. The first call makes FOLDER/vit
+and FOLDER/digits (a few minutes on one core). Variants of sfprompt.toml; kept is the mean accuracy of the last 5 of 20 rounds.
+
+Text: CLINC150 in FOLDER, a sentence encoder, ten domains are ten clients. Variants of clinc150.toml; kept is the accuracy after the last round, a
+client's share of the work of full fine-tuning by formula, and its memory as `fedtune check` estimates it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -18,13 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "sfprompt-digits.json"
+from record import HERE, hardware
+
 SKEWED = ["partition.by=dirichlet", "partition.alpha=0.3"]
 FULL = ["method.type=fedpeft", "method.adapter.kind=full", "method.train.lr=1e-3"]
 PROBE = ["method.type=fedpeft", "method.adapter.kind=head", "method.train.lr=1e-2"]
 EDGE = ["method.head=0", "method.tail=0"]  # the client holds embeddings, the last norm and the classifier
-VARIANTS: dict[str, list[str]] = {
+DIGITS: dict[str, list[str]] = {
     "full": FULL,
     "head": PROBE,
     "split k=1 m=5": [],
@@ -37,6 +40,12 @@ VARIANTS: dict[str, list[str]] = {
     "split k=1 m=5, skewed": SKEWED,
     "all phases, skewed": ["method.preset=sfprompt-paper", *SKEWED],
 }
+SPLIT = ["method.type=sfprompt", "method.train.lr=1e-3", "method.train.head_lr=5e-2"]
+TEXT: dict[str, list[str]] = {
+    "full": ["method.adapter.kind=full", "method.train.lr=5e-4", "method.train.head_lr=5e-2"],
+    "split k=1 m=3": [*SPLIT, "method.tail=3"],
+}
+LAST = ["evaluate.every=0", "evaluate.base=false"]  # of all variants of text: the score after the last round alone
 
 
 def pictures(folder: Path) -> None:
@@ -84,15 +93,14 @@ def backbone(folder: Path, epochs: int = 110) -> None:
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
 
 
-def play(folder: Path, changes: list[str], seed: int) -> dict[str, Any]:
-    """One run: mean accuracy of the last 5 rounds, and a client's mean bytes in a round, messages and cut together."""
+def play(path: str, changes: list[str], seed: int) -> dict[str, Any]:
+    """One run: accuracies, and a client's mean bytes in a round, messages and cut apart."""
     from fedtune.config import read
     from fedtune.events import Event, RoundDone, Scored
     from fedtune.runtime.folder import create
     from fedtune.runtime.run import run
 
-    places = [f"model.name={folder / 'vit'}", f"data.path={folder / 'digits'}", f"seed={seed}"]
-    recipe = read(str(HERE / "sfprompt.toml"), [*changes, *places])
+    recipe = read(str(HERE / path), [*changes, f"seed={seed}"])
     scores: list[float] = []
     rounds: list[RoundDone] = []
 
@@ -103,7 +111,7 @@ def play(folder: Path, changes: list[str], seed: int) -> dict[str, Any]:
             rounds.append(event)
 
     with tempfile.TemporaryDirectory() as runs:
-        place = create(Path(runs), "", "digits")
+        place = create(Path(runs), "", "run")
         place.begin(recipe)
         began = time.process_time()
         result = run(recipe, place, tell)
@@ -112,29 +120,59 @@ def play(folder: Path, changes: list[str], seed: int) -> dict[str, Any]:
     sent = result["up_bytes_per_client_round"] + result["down_bytes_per_client_round"]
     return {
         "accuracy": statistics.mean(scores[-5:]), "last": scores[-1], "best": max(scores), "trainable": result["trainable"],
-        "message_bytes": sent, "cut_bytes": cut, **told, "cpu_seconds": time.process_time() - began,
+        "message_bytes": sent, "cut_bytes": cut, **told, **client_costs(recipe), "cpu_seconds": time.process_time() - began,
     }  # fmt: skip
+
+
+def client_costs(recipe: Any) -> dict[str, float]:
+    """A client's FLOPs as a share of full fine-tuning's, the parameters that it holds as a share of the model's, and its memory, by formula."""
+    from fedtune.methods.sfprompt_costs import at_cut
+    from fedtune.methods.sfprompt_net import cut_bench
+    from fedtune.model.shapes import weightless
+    from fedtune.runtime.check import check
+
+    checked = check(recipe)
+    memory = {"client_memory_bytes": float(sum(checked.memory.values()))}
+    if recipe.method.type != "sfprompt":
+        whole = float(recipe.method.adapter.kind == "full")
+        return {**memory, "client_flops": whole, "client_parameters": 1.0} if whole else memory
+    if recipe.data.task == "image-classify":
+        return memory
+    net = cut_bench(weightless(recipe.model, recipe.data.task, len(checked.federation.labels)), recipe.method, 0).net
+    cost = at_cut(recipe.method, net, recipe.data.max_length)[1]
+    return {**memory, "client_flops": cost.share_flops, "client_parameters": cost.share_parameters}
+
+
+def places(folder: Path, text: bool) -> list[str]:
+    """Where model and data are, made if need be."""
+    if text:
+        return [f"data.path={folder}"]
+    if not (folder / "digits").exists():
+        pictures(folder / "digits")
+    if not (folder / "vit").exists():
+        backbone(folder / "vit")
+    return [f"model.name={folder / 'vit'}", f"data.path={folder / 'digits'}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--text", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=[*DIGITS, *TEXT])
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     options = parser.parse_args()
-    if not (options.folder / "digits").exists():
-        pictures(options.folder / "digits")
-    if not (options.folder / "vit").exists():
-        backbone(options.folder / "vit")
-    table: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"hardware": f"{platform.machine()}, CPU", "rows": {}}
+    recipe, name, variants = ("clinc150.toml", "sfprompt-clinc150", TEXT) if options.text else ("sfprompt.toml", "sfprompt-digits", DIGITS)
+    results, shared = HERE / "results" / f"{name}.json", [*places(options.folder, options.text), *(LAST if options.text else [])]
+    table: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"rows": {}}
+    table["hardware"] = hardware()
     for seed in options.seeds:
-        for name in options.only:
-            runs = table["rows"].setdefault(name, {})
+        for row in options.only or variants:
+            runs = table["rows"].setdefault(row, {})
             if str(seed) in runs:
                 continue
-            runs[str(seed)] = play(options.folder, VARIANTS[name], seed)
-            RESULTS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-            print(f"{name:<26}seed {seed}: {runs[str(seed)]['accuracy']:.3f}, {runs[str(seed)]['message_bytes'] + runs[str(seed)]['cut_bytes']:,.0f} bytes")
+            runs[str(seed)] = play(recipe, [*shared, *variants[row]], seed)
+            results.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            print(f"{row:<26}seed {seed}: {runs[str(seed)]['accuracy']:.3f}, {runs[str(seed)]['message_bytes'] + runs[str(seed)]['cut_bytes']:,.0f} bytes")
             sys.stdout.flush()
 
 

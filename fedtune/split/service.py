@@ -126,10 +126,11 @@ class Service:
         past = {turn for turn in {session.turn for _, session in sessions} if self.over(*turn)}
         for name, session in sessions:
             with self.lock:
-                if session.turn in past or (session.connection is None and session.seen < late):
+                connection = session.connection
+                if session.turn in past or (connection is None and session.seen < late):
                     self.sessions.pop(name, None)
-            if session.turn in past and session.connection is not None:
-                session.connection.close()
+            if session.turn in past and connection is not None:
+                connection.close()
         self.held.sweep()
 
     def connect(self, peer: str = "", cancel: Callable[[], Any] | None = None) -> Connection:

@@ -63,6 +63,17 @@ def test_a_site_has_the_bench_of_the_whole_model_and_no_block_of_the_body(name: 
         own.net.own_body  # noqa: B018  # a property
 
 
+def test_half_precision_and_a_tied_vocabulary(world: Any, tmp_path: Path) -> None:
+    """The vocabulary's matrix is in the site's memory once, and frozen, as in the whole model."""
+    tied = ModelSettings(name=str(tiny.llama(tmp_path, tie=True)), threads=1, device="cpu")
+    for model, task in ((world.settings("encoder", dtype="bfloat16"), "classify"), (tied, "causal-lm")):
+        whole, site, bench, own = parted(method_of(), model, task)
+        assert Schema.of(own.named) == Schema.of(bench.named) and digest(own.read()) == digest(bench.read())
+        assert site.size == whole.size - sum(value.numel() for value in bench.net.part.parameters("body").values())
+    assert list(own.named) == ["model.norm.weight", "prompts"]
+    assert site.net.lm_head.weight is site.net.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=str)
 def test_loss_and_gradients_are_those_of_the_whole_model(name: str, changes: dict[str, Any], world: Any) -> None:
     """The site's steps go through a body that was loaded alone, the whole model's through its own."""

@@ -54,14 +54,30 @@ SMALL: dict[str, tuple[str, str, dict[str, str]]] = {  # tables of scripts of th
         {"loss": "test loss, nats", "share": "share of what the mean gains where nobody lies"},
     ),
     "merging": (
-        "Six experts that never met become one adapter: pooled test perplexity",
+        "Six experts that never met become one adapter: pooled test perplexity; one random start for all, a base that never saw a play",
         "python simulations/merging.py --set model.name=... --set data.path=...",
+        {"": "perplexity"},
+    ),
+    "merging-strangers": (
+        "The same as strangers: a random start of its own for each, and a base that was first tuned on six other speakers",
+        "python simulations/merging.py --case strangers --set model.name=... --set data.path=...",
         {"": "perplexity"},
     ),
     "sfprompt-digits": (
         "Split learning: a small vision transformer that knows the digits 0 to 4 learns 5 to 9 at eight clients",
         "python simulations/sfprompt.py FOLDER",
         {"accuracy": "accuracy, mean of rounds 16 to 20", "cut_bytes": "bytes over the cut, a client and round", "message_bytes": "bytes of messages"},
+    ),
+    "sfprompt-clinc150": (
+        "Split learning on text: CLINC150, ten domains are ten clients, ten rounds of six steps of 8; learning rates tuned on seed 11",
+        "python simulations/sfprompt.py FOLDER --text",
+        {
+            "accuracy": "accuracy on all 150 intents",
+            "cut_bytes": "bytes over the cut, a client and round",
+            "message_bytes": "bytes of messages",
+            "client_flops": "a client's FLOPs, of full fine-tuning's",
+            "client_memory_bytes": "a client's memory in bytes, by formula",
+        },
     ),
 }
 
