@@ -3,8 +3,8 @@
 Claims: on one core the streaming mean of r = 16 adapters on a 7B model's shapes keeps up with what a 10 Gbit/s link can bring
 (1.25 GB/s), for 8, 100 and 1,000 clients, next to a plain memory copy (a sum in float64 moves 20 bytes a value, a copy 8); the whole
 road of an answer, from the bytes of a message to the running sum (`cohort.sum`: checksum, checks, float64, sum), keeps up as well, next
-to the SHA-256 of the same bytes, which every message pays; the mean's memory does not depend on the number of clients; FlexLoRA's rule
-through thin QR is at least ten times as fast as the dense SVD of the same module, and says the same.
+to the SHA-256 of the same bytes, which every message pays; the memory of the mean, and of the whole road, does not depend on the number of
+clients; FlexLoRA's rule through thin QR is at least ten times as fast as the dense SVD of the same module, and says the same.
 
     python benchmarks/aggregate.py [--full]
 """
@@ -48,6 +48,7 @@ LINEARS = {
 }
 COHORTS = (8, 100, 1000)
 LINK = 1.25  # GB/s: 10 Gbit/s
+ROAD_LAYERS = 8  # of 40 MB in all, beside which what numpy and the allocator keep is small
 POOL = 4  # different adapters that are given out in turn
 Tensors = dict[str, np.ndarray]
 
@@ -125,7 +126,7 @@ def road(pool: Sequence[Tensors], clients: int) -> float:
         nonlocal spent
         for ask in asks:
             start = time.perf_counter()
-            payload = encode(updates[ask.client % POOL], link.header("train", ask.client, now, schema))
+            payload = encode(updates[ask.client % len(updates)], link.header("train", ask.client, now, schema))
             spent += time.perf_counter() - start
             yield Reply(ask.client, payload)
 
@@ -136,19 +137,19 @@ def road(pool: Sequence[Tensors], clients: int) -> float:
 
 
 def memory(layers: int, claims: list[dict[str, Any]]) -> None:
-    """Peak memory of a process of its own, in which every client's adapter is a new one."""
-    counts = (COHORTS[0], COHORTS[-1] if layers <= 2 else COHORTS[1])
-    few, many = (peak(layers, clients) for clients in counts)
-    print(
-        f"\npeak resident memory, {layers} layers, new arrays for each client: {few / 1e6:.0f} MB for {counts[0]} clients, {many / 1e6:.0f} MB for {counts[1]}"
-    )
-    claims.append(
-        claim(f"MB resident at the peak with {counts[1]} clients, other: with {counts[0]}", many / 1e6, few / 1e6, many / few, "<= 1.05", many <= 1.05 * few)
-    )
+    """Peak memory of processes of their own: of the mean alone, every client's adapter a new one; and of `cohort.sum`, every message a new one."""
+    sums = ("peak", layers, COHORTS[0], COHORTS[-1] if layers <= 2 else COHORTS[1], "the mean alone")
+    roads = ("peak-road", max(layers, ROAD_LAYERS), 8, 64, "from messages to the sum")
+    print("\npeak resident memory")
+    for option, deep, less, more, what in (sums, roads):
+        few, many = (peak(option, deep, clients) for clients in (less, more))
+        print(f"{what}, {deep} layers: {few / 1e6:.0f} MB for {less} clients, {many / 1e6:.0f} MB for {more}")
+        text = f"MB resident at the peak with {more} clients, {what}, other: with {less}"
+        claims.append(claim(text, many / 1e6, few / 1e6, many / few, "<= 1.05", many <= 1.05 * few))
 
 
-def peak(layers: int, clients: int) -> int:
-    run = subprocess.run([sys.executable, __file__, "--peak", str(layers), str(clients)], capture_output=True, text=True, check=True)
+def peak(option: str, layers: int, clients: int) -> int:
+    run = subprocess.run([sys.executable, __file__, f"--{option}", str(layers), str(clients)], capture_output=True, text=True, check=True)
     return int(run.stdout)
 
 
@@ -209,9 +210,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all 32 layers and a 4096 x 4096 module: minutes")
     parser.add_argument("--peak", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-road", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
         averaged(fresh(*arguments.peak))
+    if arguments.peak_road:
+        road([adapter(arguments.peak_road[0], 0)], arguments.peak_road[1])
+    if arguments.peak or arguments.peak_road:
         print(high_water())
         return
     machine = platform.processor() or platform.machine()

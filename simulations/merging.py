@@ -1,16 +1,26 @@
 """Six experts that never met become one adapter: which merge keeps what they learned?
 
-    python simulations/merging.py --set model.name=FOLDER --set data.path=input.txt [--seeds 1 2 3]
+    python simulations/merging.py --set model.name=FOLDER --set data.path=input.txt [--case strangers] [--seeds 1 2 3]
 
-Six speakers of simulations/shakespeare.toml train an adapter each, alone, from one start (100 steps); the merges of fedtune.aggregate make one of them,
-once. Their settings are those of the papers or of fedtune/aggregate, none was tuned here. Writes simulations/results/merging.json.
+Six speakers of simulations/shakespeare.toml train an adapter each, alone; the merges of fedtune.aggregate make one of them, once.
+Two cases, each with a file in simulations/results:
+
+one-start  from one adapter (the same random A), 100 steps, on a base that never saw a play: whatever moves towards the play helps
+strangers  as adapters found on a shelf: an A of its own each, and a base that was first tuned on six other speakers, all of its
+           weights, so that it is worth keeping
+
+The merges' settings are those of the papers or of fedtune/aggregate; those of the second case were chosen on seed 11.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +29,18 @@ from record import HERE, hardware
 from fedtune import methods
 from fedtune.aggregate import MERGES, Answer
 from fedtune.config import read
+from fedtune.model.encode import encode
+from fedtune.model.export import save_merged
+from fedtune.model.fit import fit
 from fedtune.model.ranks import resize
 from fedtune.model.score import score
-from fedtune.rng import seed_of
+from fedtune.quiet import quiet
+from fedtune.rng import seed_of, stream
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world
 from fedtune.types import State
 
-SMALL = ["partition.clients=6", "rounds=10"]
+SPEAKERS = 6
 WIDE = 48  # six experts of rank 8: what the exact mean needs
 MERGED: dict[str, Callable[[Sequence[Answer], int, float], Any]] = {
     "mean of products": MERGES["mean"](),
@@ -37,11 +51,31 @@ MERGED: dict[str, Callable[[Sequence[Answer], int, float], Any]] = {
     "LiNeS on task arithmetic, 0.5 + 0.5": MERGES["lines"](alpha=0.5, beta=0.5, of=MERGES["task"](lam=0.5)),
     "PCB, keep 0.2": MERGES["pcb"](keep=0.2, lam=1.0),
 }
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """steps: of each expert alone; base_steps: of the base on other speakers; own_start: whether every expert draws an A of its own."""
+
+    file: str
+    about: str
+    steps: int
+    base_steps: int = 0
+    own_start: bool = False
+
+
+CASES = {
+    "one-start": Case("merging", "shakespeare.toml, six speakers, 100 steps alone", 100),
+    "strangers": Case(
+        "merging-strangers", "shakespeare.toml, six speakers, 100 steps alone from a start of its own; base: 300 steps on six others", 100, 300, True
+    ),
+}
 
 
 def by_factor(experts: Sequence[Answer], rule: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
     """What merges of A and of B apart from each other make: the known-bad way."""
-    return {name: np.float32(rule(np.stack([expert.tensors[name] for expert in experts]))) for name in experts[0].tensors}
+    return {name: np.asarray(rule(np.stack([expert.tensors[name] for expert in experts])), np.float32) for name in experts[0].tensors}
 
 
 def ties_of(stack: np.ndarray, density: float = 0.2, lam: float = 1.0) -> np.ndarray:
@@ -53,31 +87,63 @@ def ties_of(stack: np.ndarray, density: float = 0.2, lam: float = 1.0) -> np.nda
     return merged
 
 
-def trained(world: World, method: Any, recipe: Any) -> list[Answer]:
+def started(start: Tensors, case: Case, seed: int, number: int) -> dict[str, np.ndarray]:
+    """The adapter that an expert begins with: the common one, or peft's Kaiming-uniform A from a draw of its own."""
+    if not case.own_start:
+        return dict(start)
+    draw = stream("own start", seed, number)
+    drawn = {name: draw.uniform(-1, 1, value.shape) / math.sqrt(value.shape[1]) for name, value in start.items() if name.endswith("lora_A.weight")}
+    return {name: np.asarray(drawn.get(name, value), np.float32) for name, value in start.items()}
+
+
+def trained(world: World, method: Any, case: Case, seed: int) -> list[Answer]:
     """Every client's adapter after training alone."""
-    start = method.start(world.bench)
+    shared = method.start(world.bench).shared
     experts = []
     for number in world.names:
-        method.alone(world.bench, world.train(number), start, seed_of("alone", recipe.seed, number + 1))
+        method.alone(world.bench, world.train(number), State(started(shared, case, seed, number)), seed_of("alone", seed, number + 1))
         experts.append(Answer(number, world.bench.read(), 1.0, method.seat()[1]))
     return experts
 
 
-def played(sets: list[str], seed: int) -> dict[str, float]:
-    """Test perplexity of the base, of the experts one by one (their mean), and of every merge."""
-    recipe = read(str(HERE / "shakespeare.toml"), [*sets, *SMALL, f"seed={seed}"])
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    start = method.start(world.bench)
-    rank, scale = method.seat()  # type: ignore[attr-defined]
+@contextmanager
+def base_of(sets: Sequence[str], case: Case, seed: int) -> Iterator[list[str]]:
+    """Overrides that name the case's base: the recipe's own, or that model after tuning on the next six speakers, all of its weights."""
+    if not case.base_steps:
+        yield []
+        return
+    kind = ["method.adapter.kind=full", "method.train.lr=1e-3", f"method.train.steps={case.base_steps}"]
+    recipe, _, world = built([*sets, *kind, "rounds=1", f"partition.clients={2 * SPEAKERS}"], seed)
+    rows = [row for slice_ in world.federation.clients[SPEAKERS:] for row in slice_.train]
+    data = recipe.data
+    others = encode(rows, world.base, max_length=data.max_length, stride=data.stride, separator=data.separator, overlong=data.overlong)
+    report = fit(world.bench, others, recipe.method.train, seed_of("base", seed))
+    with tempfile.TemporaryDirectory() as folder:
+        save_merged(world.bench, folder, "")
+        print(f"seed {seed}: base tuned for {report.steps} steps, {report.seconds:.0f} s, loss {report.loss:.3f}", flush=True)
+        yield [f"model.name={folder}"]
 
-    def perplexity(tensors: Mapping[str, np.ndarray]) -> float:
+
+def built(sets: Sequence[str], seed: int) -> tuple[Any, Any, World]:
+    recipe = read(str(HERE / "shakespeare.toml"), [*sets, f"seed={seed}"])
+    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    return recipe, method, build_world(recipe, method, Memories(None), lambda event: None)
+
+
+def played(sets: list[str], case: Case, seed: int) -> dict[str, float]:
+    """Test perplexity of the base, of the experts one by one (their mean), and of every merge."""
+    with base_of(sets, case, seed) as base:
+        _, method, world = built([*sets, *base, f"partition.clients={SPEAKERS}", f"rounds={case.steps // 10}"], seed)
+    start = method.start(world.bench)
+    rank, scale = method.seat()
+
+    def perplexity(tensors: Tensors) -> float:
         resize(world.bench, next(value.shape[0] for name, value in tensors.items() if name.endswith("lora_A.weight")), scale)
         world.bench.write(tensors)
         return score(world.bench, world.test(), 32).metric
 
     found = {"base": perplexity(start.shared)}
-    experts = trained(world, method, recipe)
+    experts = trained(world, method, case, seed)
     found["one expert"] = float(np.mean([perplexity(expert.tensors) for expert in experts]))
     found["mean of factors"] = perplexity(by_factor(experts, lambda stack: stack.mean(axis=0)))
     found["TIES on factors"] = perplexity(by_factor(experts, ties_of))
@@ -91,14 +157,17 @@ def played(sets: list[str], seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--case", choices=CASES, default="one-start")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     options = parser.parse_args()
+    quiet()
+    case = CASES[options.case]
     rows: dict[str, dict[str, float]] = {}
     for seed in options.seeds:
-        for name, value in played(options.set, seed).items():
+        for name, value in played(options.set, case, seed).items():
             rows.setdefault(name, {})[str(seed)] = value
-        table = {"recipe": "shakespeare.toml, six speakers, 100 steps alone", "hardware": hardware(), "metric": "perplexity", "rows": rows}
-        (HERE / "results" / "merging.json").write_text(json.dumps(table, indent=1) + "\n")
+        table = {"recipe": case.about, "hardware": hardware(), "metric": "perplexity", "rows": rows}
+        (HERE / "results" / f"{case.file}.json").write_text(json.dumps(table, indent=1) + "\n")
     for name, values in rows.items():
         print(f"{name:<38}{np.mean(list(values.values())):10.3f}  ({min(values.values()):.3f} to {max(values.values()):.3f})")
 

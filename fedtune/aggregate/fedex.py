@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from fedtune.aggregate.answer import Answer, Combined, Rule
-from fedtune.aggregate.gather import Ledger, finished, gather
+from fedtune.aggregate.gather import Ledger, alive, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.residual import compact, summary
 from fedtune.aggregate.resize import for_rank
@@ -30,5 +30,5 @@ def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Roun
         minus = Pair(-scale * module.mean.B, module.mean.A)
         residual[module.name], lost = compact([module.product, minus] + ([old] if old else []), extra)
         ledger.note(module, error=lost)
-        pairs[module.name] = module.mean
+        pairs[module.name] = alive(module)
     return finished(made, pairs, ledger, residual, summary(residual))

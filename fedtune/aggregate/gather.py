@@ -141,6 +141,11 @@ def finished(made: Gathered, pairs: dict[str, Pair], ledger: Ledger, residual: d
     return Combined(join(pairs, made.rest.mean()), residual or {}, ledger.report() | (more or {}), ledger.layers)
 
 
+def alive(module: Module) -> Pair:
+    """The mean of factors; a slice that nobody had keeps its A beside B = 0, or no gradient would ever reach it again."""
+    return Pair(module.mean.B, np.where((module.share > 0)[:, None], module.mean.A, module.before.A))
+
+
 def nothing(like: Pair) -> Pair:
     """A product that is zero."""
     return Pair(np.zeros((like.B.shape[0], 1)), np.zeros((1, like.A.shape[1])))

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from fedtune.aggregate.answer import Answer, Combined, Rule
-from fedtune.aggregate.gather import Ledger, Module, finished, gather
+from fedtune.aggregate.gather import Ledger, Module, alive, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.resize import first_slices
 from fedtune.types import Round
@@ -27,7 +27,7 @@ def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Roun
     made = gather(answers, before, scale)
     ledger, pairs = Ledger(scale), dict[str, Pair]()
     for module in made.modules():
-        pairs[module.name] = module.mean if padding else by_slice(module)
+        pairs[module.name] = alive(module) if padding else by_slice(module)
         ledger.note(module, made=pairs[module.name])
     return finished(made, pairs, ledger)
 

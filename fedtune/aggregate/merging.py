@@ -3,8 +3,8 @@
     MERGES["ties"](density=0.2)(experts, rank, scale) -> Combined
 
 `rank` and `scale` are those of the result; rank 0 is exact concatenation, for the merges that only weigh and add. report["error"] is
-what cutting to the rank lost, relative to the merged product. Tensors that are no pairs are averaged. Every round, use a rule:
-these trim without error feedback and bias what is trained further.
+what cutting to the rank lost, relative to the merged product, `layers` the same by module. Tensors that are no pairs are averaged.
+Every round, use a rule: these trim without error feedback and bias what is trained further.
 
 Thresholds are found in each module, as peft and mergekit do; the papers of TIES and PCB take the whole vector.
 """
@@ -23,8 +23,8 @@ from fedtune.aggregate.elementwise import Across, factored, product_entries
 from fedtune.aggregate.pairs import Pair, join, split
 from fedtune.aggregate.pcb import pcb_entries
 from fedtune.aggregate.plain import WeightedMean
-from fedtune.aggregate.product import ProductSum, ratio
-from fedtune.aggregate.residual import as_adapter
+from fedtune.aggregate.product import ProductSum, inner, ratio
+from fedtune.aggregate.residual import as_adapter, narrowed
 from fedtune.errors import FedtuneError
 from fedtune.rng import stream
 
@@ -62,7 +62,11 @@ def lines(alpha: float, beta: float, of: Merge | None = None) -> Merge:
         depth = {name: int(found.group(1)) for name in pairs if (found := BLOCK_NUMBER.search(name))}
         last = max(depth.values(), default=0) or 1
         times = {name: alpha + beta * depth.get(name, 0) / last for name in pairs}
-        return Combined(join({name: Pair(pair.B * np.float64(times[name]), pair.A) for name, pair in pairs.items()}, rest), report=made.report)
+        longer = {name: Pair(pair.B * np.float64(times[name]), pair.A) for name, pair in pairs.items()}
+        kept = {name: inner(pair, pair) for name, pair in longer.items()}  # with what a cut lost, which is orthogonal to it, the whole by Pythagoras
+        whole = {name: square / (1 - made.layers[name] ** 2) for name, square in kept.items()}
+        error = ratio(math.sqrt(max(0.0, sum(whole.values()) - sum(kept.values()))), math.sqrt(sum(whole.values())))
+        return Combined(join(longer, rest), report=dict(made.report) | {"error": error}, layers=made.layers)
 
     return merged
 
@@ -94,7 +98,8 @@ def soup(score: Callable[[Combined], float], of: Merge | None = None) -> Merge:
             if tried >= best:
                 held, best = [*held, experts[i]], tried
         made = merge(held, rank, scale)
-        return Combined(made.tensors, report=dict(made.report) | {"score": best, "kept": float(len(held))})
+        kept = {"score": best, "kept": float(len(held))} | {f"kept/{expert.client}": 1.0 for expert in held}
+        return Combined(made.tensors, report=dict(made.report) | kept, layers=made.layers)
 
     return merged
 
@@ -109,8 +114,10 @@ def weighed(experts: Sequence[Answer], rank: int, scale: float, times: float) ->
         for h in held:
             product.add(h.pair(name), times * h.answer.weight / total)
         pairs[name] = product.stacked() if product.parts else Pair(0 * held[0].pairs[name].B, held[0].pairs[name].A)
-    tensors, _, error = as_adapter(Combined(join(pairs, averaged(held))), 1.0, rank, scale)
-    return Combined(tensors, report={"error": error})
+    if rank < 1:
+        return Combined(as_adapter(Combined(join(pairs, averaged(held))), 1.0, rank, scale)[0], report={"error": 0.0}, layers=dict.fromkeys(pairs, 0.0))
+    cut, layers, error = narrowed({name: Pair(pair.B / scale, pair.A) for name, pair in pairs.items()}, rank)
+    return Combined(join(cut, averaged(held)), report={"error": error}, layers=layers)
 
 
 # --- those that look at single entries --------------------------------------------------------------------------

@@ -38,12 +38,19 @@ def as_adapter(combined: Combined, scale: float, rank: int = 0, out_scale: float
     if not rank:
         wide = max((pair.rank for pair in whole.values()), default=0)
         return join({name: widened(pair, wide) for name, pair in whole.items()}, rest), wide, 0.0
-    lost = total = 0.0
+    cut, _, error = narrowed(whole, rank)
+    return join(cut, rest), rank, error
+
+
+def narrowed(whole: Mapping[str, Pair], rank: int) -> tuple[dict[str, Pair], dict[str, float], float]:
+    """The best pairs of this rank, and what that loses of the products: by module and over all of them, relative."""
+    cut, layers, lost, total = dict[str, Pair](), dict[str, float](), 0.0, 0.0
     for name, pair in whole.items():
         of = spectrum(pair)
-        whole[name] = balanced(of, rank, 1.0, name, pairs[name].A)
+        cut[name] = balanced(of, rank, 1.0, name, pair.A)
+        layers[name] = ratio(beyond(of, rank), float(np.linalg.norm(of.S)))
         lost, total = lost + beyond(of, rank) ** 2, total + float(of.S @ of.S)
-    return join({name: Pair(pair.B, pair.A) for name, pair in whole.items()}, rest), rank, ratio(math.sqrt(lost), math.sqrt(total))
+    return cut, layers, ratio(math.sqrt(lost), math.sqrt(total))
 
 
 def beside(pair: Pair, times: float, residual: Pair | None, out_scale: float) -> Pair:

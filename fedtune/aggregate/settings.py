@@ -13,7 +13,9 @@ AggregateRule = Literal[
 ]
 SUMS = frozenset({"mean", "ffa", "rolora", "fedsa", "fedsb"})  # a weighted sum of the answers is all that they need
 LORA = frozenset({"ffa", "rolora", "fedsa", "fedsb", "flora", "flexlora", "hetlora", "fedex", "fair", "fedrot"})  # they work on pairs of factors
-MIXED = frozenset({"flora", "flexlora", "hetlora"})  # clients may have different ranks
+MIXED = frozenset({"flora", "flexlora", "hetlora", "fedex", "median", "trimmed", "krum", "clipped"})
+"""Clients may have ranks and scales of their own: those that hold one product, each at its own, give that product (tests/aggregate/test_mixed.py).
+Not fair and fedrot: they average zero-padded factors, and what they mend of that is not all of it."""
 CARRIES = frozenset({"flora", "fedex"})  # they would change the base; the change travels as extra rank instead
 
 

@@ -54,10 +54,10 @@ def defect(error: Exception) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
-    from fedtune.cli import check, deploy, keys, leak_test, runs, simulate
+    from fedtune.cli import check, deploy, keys, leak_test, merge, runs, simulate
 
     parser = argparse.ArgumentParser(prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (simulate, check, leak_test, runs, deploy, keys):
+    for module in (simulate, check, leak_test, runs, merge, deploy, keys):
         module.add_commands(commands)
     return parser

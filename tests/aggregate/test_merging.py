@@ -275,3 +275,14 @@ def test_a_soup_with_a_score_that_is_no_number_is_refused() -> None:
 def test_a_rank_below_zero_is_refused(name: str) -> None:
     with pytest.raises(FedtuneError, match="C102: found rank -1"):
         MERGES[name]()(EXPERTS, -1, SCALE)
+
+
+@pytest.mark.parametrize("merge", [MERGES["mean"](), MERGES["ties"](), MERGES["lines"](alpha=0.5, beta=2.0), MERGES["soup"](lambda made: 0.0)])
+def test_a_cut_says_what_it_costs_in_every_module(merge: Merge) -> None:
+    """Against the same merge at full rank; the whole is the sum of squares, whatever a merge does to single blocks."""
+    whole, cut = products(merge(EXPERTS, FULL, SCALE), SCALE), merge(EXPERTS, 3, SCALE)
+    made = products(cut, SCALE)
+    for module, error in cut.layers.items():
+        assert error == pytest.approx(apart({module: made[module]}, {module: whole[module]}), rel=1e-5) and error > 0.01
+    assert cut.layers.keys() == SHAPES.keys()
+    assert cut.report["error"] == pytest.approx(apart(made, whole), rel=1e-5)

@@ -1,0 +1,303 @@
+"""fedtune merge: adapters that stock peft wrote become one that stock peft loads, against naive sums of dense products."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fedtune.aggregate import MERGES, Answer
+from fedtune.cli import main
+from fedtune.cli.merge import RULES
+from fedtune.model.base import load
+from fedtune.model.experts import read_expert
+from fedtune.model.export import load_adapter
+from fedtune.model.score import score
+from fedtune.model.settings import ModelSettings
+from fedtune.runtime.merge import SAME
+from tests import small
+from tests.tiny import SENTENCES
+
+Deltas = dict[str, torch.Tensor]
+CONFIGS: list[dict[str, Any]] = [
+    {"r": 4, "lora_alpha": 8},
+    {"r": 2, "lora_alpha": 8, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 6}},
+    {"r": 3, "lora_alpha": 6, "use_rslora": True},
+]
+
+
+def stock(model: Path, folder: Path, seed: int, **config: Any) -> Path:
+    """An adapter of random factors, as peft saves it."""
+    wanted = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | config
+    net = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(**wanted))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=draw) / 4)
+    net.save_pretrained(str(folder))
+    return folder
+
+
+def deltas(model: Path, folder: Path) -> Deltas:
+    """What stock peft adds to every adapted weight."""
+    net = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(folder))
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    return {name: module.get_delta_weight("default").detach().double() for name, module in layers.items()}
+
+
+def apart(found: Deltas, wanted: Deltas) -> float:
+    assert found.keys() == wanted.keys()
+    return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("shelf")
+    return [stock(tiny_llama, root / f"{number}", number, **config) for number, config in enumerate(CONFIGS)]
+
+
+def merge(shelf: list[Path], to: Path, *more: str) -> int:
+    return main(["merge", *map(str, shelf), "--to", str(to), *more])
+
+
+def test_every_merge_has_its_word() -> None:
+    assert {SAME.get(word, word) for word in RULES} == MERGES.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "naive"),
+    [
+        (["--by", "mean"], lambda t: sum(t) / 3),
+        (["--by", "mean", "--weights", "1", "2", "5"], lambda t: (t[0] + 2 * t[1] + 5 * t[2]) / 8),
+        (["--by", "selma"], lambda t: sum(t) / 3),
+        (["--by", "task", "--set", "lam=0.4"], lambda t: 0.4 * sum(t)),
+        (["--by", "ties", "--set", "density=1", "--set", "lam=0.5", "--rank", "32"], lambda t: 0.5 * elected(torch.stack(t))),
+    ],
+    ids=["mean", "weights", "selma", "task", "ties"],
+)
+def test_stock_peft_adds_the_merge_of_dense_products(
+    words: list[str], naive: Callable[[list[torch.Tensor]], torch.Tensor], shelf: list[Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Ranks and scales of their own, by module even: patterns and rsLoRA are inside the products."""
+    assert merge(shelf, tmp_path / "one", *words) == 0
+    each = [deltas(tiny_llama, folder) for folder in shelf]
+    assert apart(deltas(tiny_llama, tmp_path / "one"), {name: naive([one[name] for one in each]) for name in each[0]}) < 1e-5
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == ((32, 32) if "--rank" in words else (10, 10))  # 4 + 3 + 3, in q_proj
+
+
+def elected(tau: torch.Tensor) -> torch.Tensor:
+    agree = torch.sign(tau) == torch.where(tau.sum(0) >= 0, 1, -1)
+    return (agree * tau).sum(0) / agree.sum(0)
+
+
+@pytest.mark.parametrize("more", [[], ["--rank", "4"]])
+def test_the_mean_of_one_adapter_with_itself_is_that_adapter(more: list[str], shelf: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
+    assert merge([shelf[2]] * 3, tmp_path / "one", *more) == 0
+    assert apart(deltas(tiny_llama, tmp_path / "one"), deltas(tiny_llama, shelf[2])) < 1e-6
+
+
+def test_a_cut_is_the_best_of_its_rank_and_says_what_it_lost(shelf: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the dense singular values: of the whole, and of the layer that loses most; the card says the same, and what went in."""
+    assert merge(shelf, tmp_path / "cut", "--rank", "3") == 0
+    said = capsys.readouterr().out
+    each = [deltas(tiny_llama, folder) for folder in shelf]
+    values = {name: torch.linalg.svdvals(sum(one[name] for one in each) / 3) for name in each[0]}
+    lost = {name: float(s[3:].norm() / s.norm()) for name, s in values.items()}
+    whole = (sum(float(s[3:].norm()) ** 2 for s in values.values()) / sum(float(s.norm()) ** 2 for s in values.values())) ** 0.5
+    worst = max(lost, key=lambda name: lost[name])
+    found = re.search(r"cut to rank 3: (\S+) % of the merged products' norm is lost, at most (\S+) % of a layer's \((.*)\)", said)
+    assert found and float(found[1]) == pytest.approx(100 * whole, rel=1e-2) and float(found[2]) == pytest.approx(100 * lost[worst], rel=1e-2)
+    assert found[3] == worst
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert found[0] in card and all(read_expert(folder).sha256 in card for folder in shelf)
+
+
+def test_options_of_a_rule_under_another_one(shelf: list[Path], tmp_path: Path) -> None:
+    words = ["--by", "lines", "--set", "alpha=0.5", "--set", "beta=2", "--set", "of=ties", "--set", "density=0.3", "--rank", "6"]
+    assert merge(shelf, tmp_path / "one", *words) == 0
+    answers = [Answer(number, read_expert(folder).tensors) for number, folder in enumerate(shelf)]
+    wanted = MERGES["lines"](alpha=0.5, beta=2.0, of=MERGES["ties"](density=0.3))(answers, 6, 1.0).tensors
+    for name, value in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
+        np.testing.assert_array_equal(value, wanted[name])
+
+
+@pytest.mark.parametrize("by", sorted(set(RULES) - {"greedy"}))
+def test_every_rule_leaves_an_adapter_of_the_sum_of_ranks_and_the_same_bytes(by: str, shelf: list[Path], tmp_path: Path) -> None:
+    more = ["--set", "alpha=0.5", "--set", "beta=0.5"] if by == "lines" else []
+    for name in ("one", "two"):
+        assert merge(shelf, tmp_path / name, "--by", by, *more) == 0
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+    assert read_expert(tmp_path / "one").rank == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--by", "ties", "--set", "density=0"], "C102: found density = 0"),
+        (["--by", "ties", "--set", "p=0.5"], "C103: found --set p for ties, expected one of its options (density, lam)"),
+        (["--by", "mean", "--set", "lam=1"], "C103: found --set lam for mean, expected one of its options (none)"),
+        (["--by", "dare", "--set", "p=half"], "C103: found --set p=half, expected a number"),
+        (["--by", "dare", "--set", "seed=1.5"], "C103: found --set seed=1.5, expected a whole number"),
+        (["--set", "lam"], "C103: found --set 'lam', expected OPTION=VALUE"),
+        (["--by", "lines", "--set", "beta=1"], "C103: found lines without alpha, expected --set alpha=NUMBER"),
+        (["--by", "lines", "--set", "of=greedy"], "C103: found --set of=greedy"),
+        (["--weights", "1", "2"], "C103: found --weights 1 2 with --by mean, expected 3 positive numbers"),
+        (["--weights", "1", "2", "-1"], "C103: found --weights 1 2 -1"),
+        (["--by", "selma", "--weights", "1", "2", "3"], "with --by selma, expected none: all count alike"),
+        (["--rank", "0"], "C102: found --rank 0"),
+        (["--by", "greedy"], "C103: found --by greedy without --eval"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused_in_a_sentence(
+    words: list[str], said: str, shelf: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge(shelf, tmp_path / "one", *words) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def other_base(model: Path, folder: Path) -> None:
+    change(stock(model, folder, 5, r=2), base_model_name_or_path="elsewhere/model")
+
+
+def one_module(model: Path, folder: Path) -> None:
+    stock(model, folder, 5, r=2, target_modules=["q_proj"])
+
+
+def changed_base(model: Path, folder: Path) -> None:
+    change(stock(model, folder, 5, r=2), init_lora_weights="pissa")
+
+
+def dora(model: Path, folder: Path) -> None:
+    stock(model, folder, 5, r=2, use_dora=True)
+
+
+def other_kind(model: Path, folder: Path) -> None:
+    change(stock(model, folder, 5, r=2), peft_type="IA3")
+
+
+def cut(model: Path, folder: Path) -> None:
+    path = stock(model, folder, 5, r=2) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def wrong_rank(model: Path, folder: Path) -> None:
+    change(stock(model, folder, 5, r=2), r=4)
+
+
+def nan(model: Path, folder: Path) -> None:
+    path = stock(model, folder, 5, r=2) / "adapter_model.safetensors"
+    save_file({name: value * np.nan for name, value in load_file(path).items()}, path)
+
+
+def nothing(model: Path, folder: Path) -> None:
+    folder.mkdir()
+
+
+def change(folder: Path, **settings: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (other_base, "M304: found base model elsewhere/model of"),
+        (one_module, "M305: found 'model.layers.0.mlp.down_proj.lora_A.weight' in"),
+        (changed_base, "M306: found LoRA with init_lora_weights = pissa"),
+        (dora, "M305: found use_dora = True"),
+        (other_kind, "M306: found an adapter of type IA3"),
+        (cut, "M304: found no adapter in"),
+        (wrong_rank, "M305: found rank 2 of"),
+        (nan, "W607: found NaN or Inf in"),
+        (nothing, "expected adapter_config.json and adapter_model.safetensors"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_in_a_sentence(
+    make: Callable[[Path, Path], None], said: str, shelf: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tiny_llama, tmp_path / "odd")
+    assert merge([shelf[0], tmp_path / "odd"], tmp_path / "one") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "one").exists()
+
+
+def test_bfloat16_adapters_are_read(shelf: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    shutil.copytree(shelf[0], tmp_path / "half")
+    path = tmp_path / "half" / "adapter_model.safetensors"
+    save_torch({name: value.bfloat16() for name, value in load_torch(path).items()}, path)
+    assert merge([tmp_path / "half"] * 2, tmp_path / "one") == 0
+    assert apart(deltas(tiny_llama, tmp_path / "one"), deltas(tiny_llama, tmp_path / "half")) < 1e-5
+
+
+# --- adapters of runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three federations of a round each on one base, with seeds of their own."""
+    root = tmp_path_factory.mktemp("runs")
+    rows = root / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{SENTENCES[i % 6]} {SENTENCES[i % 5]}"}) + "\n" for i in range(60)))
+    changes = {"data__task": "causal-lm", "data__max_length": 16, "rounds": 1, "method__train": {"lr": 0.05, "steps": 6, "batch": 8}}
+    return [small.play(small.recipe(tiny_llama, rows, seed=seed, **changes), root / str(seed))[0].path for seed in (1, 2, 3)]
+
+
+def scores(text: str) -> dict[str, float]:
+    return {found[1]: float(found[2]) for found in re.finditer(r"^(.*): perplexity \S+, loss (\S+)$", text, flags=re.M)}
+
+
+def test_a_merge_of_runs_is_scored_and_the_score_is_that_of_the_folder(
+    runs: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base, adapters one by one, result; the adapter that was written, loaded by fedtune anew, has that loss."""
+    from fedtune.runtime.folder import existing
+    from fedtune.runtime.merge import world_of
+
+    assert merge(runs, tmp_path / "one", "--eval", str(runs[0])) == 0
+    said = scores(capsys.readouterr().out)
+    assert list(said) == ["base", *(str(run / "adapter") for run in runs), "merged"]
+    assert said["merged"] < said["base"]
+    assert np.exp(said[str(runs[0] / "adapter")]) == pytest.approx(json.loads((runs[0] / "result.json").read_text())["federated"], rel=1e-3)
+    world = world_of(existing(runs[0]))
+    base = load(ModelSettings(name=str(tiny_llama), threads=1), "causal-lm", (), 1)
+    assert score(load_adapter(base, tmp_path / "one"), world.test()).loss == pytest.approx(said["merged"], abs=1e-4)
+    assert "on the test set of run" in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_a_greedy_soup_leaves_out_what_hurts(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The third adapter is turned backwards: it is the worst alone, and with it the rest would be worse."""
+    bad = tmp_path / "bad"
+    shutil.copytree(runs[2] / "adapter", bad)
+    path = bad / "adapter_model.safetensors"
+    save_file({name: -3 * value if "lora_B" in name else value for name, value in load_file(path).items()}, path)
+    assert merge([*runs[:2], bad], tmp_path / "one", "--by", "greedy", "--eval", str(runs[0])) == 0
+    out = capsys.readouterr().out
+    said = scores(out)
+    assert said[str(bad)] > said["base"] > said["merged"]
+    assert "kept 2 of 3, chosen by that test set" in out and str(bad) not in out.partition("kept 2")[2]
+    assert "flatters" in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_a_run_on_another_base_is_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs[1] / "adapter", tmp_path / "other")
+    path = tmp_path / "other" / "fedtune.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "0" * 64}))
+    assert merge([runs[0], tmp_path / "other"], tmp_path / "one") == 2
+    assert "M304: found base model 000000000000 of" in capsys.readouterr().err
+    assert merge([tmp_path / "other"] * 2, tmp_path / "one", "--eval", str(runs[0])) == 2
+    assert "which the adapters were made for" in capsys.readouterr().err and not (tmp_path / "one").exists()
