@@ -31,8 +31,9 @@ class Desk:
 
     def offer(self, run: str, data: bytes) -> str:
         """Lay out a state for a run; returns its SHA-256 (hex). Offered twice is offered once. Raises R404, E804."""
-        self.book.pin(run, hashlib.sha256(data).hexdigest())  # first: a release of another run must not take it away in between
-        return self.store.put(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.book.pin(run, sha256)  # first: a release of another run must not take it away in between
+        return self.store.put(data, sha256)
 
     def open_round(self, run: str, round: int, verb: str, base: str, given: Mapping[str, str], budget: int) -> None:
         """Take updates. Again is fine: what was accepted stays accepted.

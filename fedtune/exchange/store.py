@@ -50,9 +50,9 @@ class Store:
     def has(self, sha256: str) -> bool:
         return self.path(sha256).exists()
 
-    def put(self, data: bytes) -> str:
-        """Keep bytes; what is there already is checked, and written again where it is damaged. Raises R404."""
-        name = hashlib.sha256(data).hexdigest()
+    def put(self, data: bytes, sha256: str = "") -> str:
+        """Keep bytes, whose hash the caller may know; what is there already is checked, and written again where it is damaged. Raises R404."""
+        name = sha256 or hashlib.sha256(data).hexdigest()
         path = self.path(name)
         if path.exists() and digest_of(path) == name:
             return name
