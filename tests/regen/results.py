@@ -106,7 +106,7 @@ def page(tables: dict[str, Any]) -> str:
     for name, table in tables.items():
         title, command = ABOUT[name]
         lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n", *drifts(table)]
-    return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *cost()])
+    return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *cost(), *claims()])
 
 
 def small(name: str) -> list[str]:
@@ -168,6 +168,30 @@ def cost() -> list[str]:
         cells = [f"{k['round_seconds']:.1f} s of rounds, {k['process_seconds']:.1f} s in all, {k['peak_mib']:,} MiB" for k in kinds.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, "", f"{kept['hardware']}. {kept['note']}\n"]
+
+
+def claims() -> list[str]:
+    """What the benchmarks claim of themselves, as benchmarks/record.py kept it."""
+    path = ROOT / "simulations" / "results" / "benchmarks.json"
+    if not path.exists():
+        return []
+    lines = [
+        "## Claims, measured\n",
+        "    python benchmarks/record.py\n",
+        "| claim | ours | the other side | ratio | goal | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    known = json.loads(path.read_text())
+    for kept in known.values():
+        for claim in kept["claims"]:
+            cells = [claim["claim"], *(short(claim.get(key)) for key in ("ours", "other", "ratio", "goal")), "yes" if claim.get("met") else "no"]
+            lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return [*lines, "", f"{'; '.join(sorted({kept['hardware'] for kept in known.values()}))}.\n"]
+
+
+def short(value: Any) -> str:
+    """A figure of a claim, in three digits where it is a number."""
+    return "" if value is None else f"{value:,.3g}" if isinstance(value, float) else str(value)
 
 
 def rows(table: dict[str, Any]) -> list[str]:
