@@ -24,7 +24,7 @@ from fedtune.methods.sfprompt_site import offer_of
 from fedtune.split.body import Frozen
 from fedtune.split.channel import Dial, Socket
 from fedtune.split.frames import CHUNK, LONGEST
-from fedtune.split.merge import MERGING, Merging
+from fedtune.split.merge import MERGING
 from fedtune.split.selftest import digest
 from fedtune.split.service import TERMS, Service, Terms, handler
 from fedtune.split.session import Offer, Tokens
@@ -33,7 +33,7 @@ from fedtune.trust import Identity
 # --- the coordinator's machine ----------------------------------------------------------------------------------------
 
 
-def body_service(recipe: Recipe, tokens: Tokens, over: Callable[[str, int], bool], terms: Terms = TERMS, merging: Merging | None = MERGING) -> Service:
+def body_service(recipe: Recipe, tokens: Tokens, over: Callable[[str, int], bool], terms: Terms = TERMS) -> Service:
     """The body of a recipe's model, loaded alone, for whoever shows a token of a round that is not over. It is started.
 
     Which base it belongs to is not known here: its digest is what a site asks for, and a site checks its answers against the coordinator's card.
@@ -44,6 +44,7 @@ def body_service(recipe: Recipe, tokens: Tokens, over: Callable[[str, int], bool
         raise FedtuneError("C104", f"method.type = '{method.type}' with a body service", "'sfprompt'", "start the exchange alone")
     part = method.load_body(recipe.model, recipe.data.task)
     offer = Offer("", digest(part, "body"), part.cut.k, part.cut.m, part.width)
+    merging = MERGING if getattr(recipe.method, "merge", False) else None
     return Service(Frozen(part), offer, tokens.admit, terms, merging, over).start()
 
 

@@ -48,6 +48,9 @@ class SFPromptSettings(Settings):
     """Numbers on the stream; a tensor that suffers too much is sent in the next finer one."""
     window: int = Field(8, ge=1, le=256)
     """Micro-batches in flight; those of one optimiser step are method.train.accumulate."""
+    merge: bool = False
+    """On real sites: let the body service take micro-batches of several clients in one pass. Faster, but the last bits of a result then depend on
+    who was served together."""
     weight: Literal["examples", "tokens", "equal"] = "examples"
     """What a client's answer counts for in the mean."""
     train: TrainSettings = TrainSettings()
