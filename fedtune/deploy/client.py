@@ -51,7 +51,7 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                     say(f"Flower's SuperNode has asked for nothing in {STUCK:.0f} s, while this site had nothing to do: it is started again")
                     programs[1].restart()
                     passage.asked = time.monotonic()
-                if passage.last != away:
+                if bool(passage.last) != bool(away):  # its words change while it is away
                     away = passage.last
                     say(f"the coordinator is away: {away[:200]}" if away else "the coordinator is there")
                 time.sleep(LOOK)

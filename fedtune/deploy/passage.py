@@ -6,6 +6,7 @@ here, and of what members may send to it only the fleet API passes.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import threading
@@ -73,6 +74,7 @@ class Passage:
         self._call = self.channel.unary_unary(f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString)
         self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.server.daemon_threads = True
+        self.server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]  # a SuperNode that hung up, and will ask again
         self.address = f"127.0.0.1:{self.server.server_address[1]}"
         self.last: str = ""  # why the last call failed, "" where it did not
         self.asked = time.monotonic()  # when the SuperNode was last heard of; its heart beats in a thread of its own and says nothing
@@ -109,12 +111,13 @@ class Passage:
                     return
                 body = self.rfile.read(int(length))
                 reply = passage.pass_on(self.command, self.path, list(self.headers.items()), body)
-                self.send_response(reply.status)
-                for header in reply.headers:
-                    self.send_header(header.name, header.value)
-                self.send_header("content-length", str(len(reply.body)))
-                self.end_headers()
-                self.wfile.write(reply.body)
+                with contextlib.suppress(ConnectionError):  # a SuperNode that did not wait for the answer asks again
+                    self.send_response(reply.status)
+                    for header in reply.headers:
+                        self.send_header(header.name, header.value)
+                    self.send_header("content-length", str(len(reply.body)))
+                    self.end_headers()
+                    self.wfile.write(reply.body)
 
             do_GET = do_POST
 

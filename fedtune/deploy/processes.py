@@ -24,9 +24,23 @@ PARENT = "FEDTUNE_PARENT"
 LEASH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
 
 
+APPS = ("flwr-clientapp", "flwr-serverapp")
+
+
+def leashed(folder: Path) -> Path:
+    """A folder for the front of the path: Flower's apps, ending with the SuperExec that started them. By itself an app whose SuperExec and
+    SuperNode are both gone goes on trying to tell them so for ever (flwr 1.41)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in APPS if sys.platform == "linux" else ():
+        path = folder / name
+        path.write_text(f"#!/bin/sh\nexec '{sys.executable}' -SEc '{LEASH}' $PPID '{Path(sys.executable).parent / name}' \"$@\"\n")
+        path.chmod(0o700)
+    return folder
+
+
 def environment(home: Path) -> dict[str, str]:
     """Flower without telemetry and with a home of its own; programs of this interpreter first in the path."""
-    here = Path(sys.executable).parent
+    here = f"{leashed(home / 'bin')}{os.pathsep}{Path(sys.executable).parent}"
     return os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",

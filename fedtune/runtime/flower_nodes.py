@@ -7,7 +7,10 @@ proves by a signature which member it is, so that Flower's own service need not 
 from __future__ import annotations
 
 import json
+import math
+import queue
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +22,9 @@ from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.runtime.flower import SAME, Grid, Post
 
 SITE, TICKET = "query.site", "train.ticket"
-GREETING_SECONDS = 120.0  # for a node to say who it is; Flower starts a process for every message
+GREETING_SECONDS, GREETING_ENDS = 120.0, 1800.0  # until a node is greeted once more, for a greeting may be lost; until an answer is no longer taken
 LOOK_SECONDS = 1.0  # between two looks at which nodes there are
+PULL_SECONDS, HANG_SECONDS = 1.0, 5.0  # that one look waits for Flower's answers; after which others are sent and awaited apart
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,67 @@ class Site:
 Judge = Callable[[bytes, bytes], Site]  # nonce, sealed answer -> who it is; raises FedtuneError
 
 
+class Pull:
+    """Some messages under way, and the thread that asks Flower for their answers."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.post, self.began = Post(grid), 0.0
+        self._got = queue.SimpleQueue[tuple[int, Message] | BaseException]()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def hangs(self) -> bool:
+        return self.busy and time.monotonic() > self.began + HANG_SECONDS
+
+    def look(self, seconds: float) -> Iterator[tuple[int, Message]]:
+        """What has come in, waiting for it so long at most. Raises what Flower raises."""
+        if not self.busy and self.post.waiting:
+            self.began, self._thread = time.monotonic(), threading.Thread(target=self._pull, daemon=True)
+            self._thread.start()
+        if self._thread is not None:
+            self._thread.join(seconds)
+        while not self._got.empty():
+            found = self._got.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+
+    def _pull(self) -> None:
+        try:
+            for answer in self.post.pull():
+                self._got.put(answer)
+        except BaseException as error:
+            self._got.put(error)
+
+
+class Mail:
+    """Messages under way, of which none waits for another's answer. Where a node dies between an answer and its objects, Flower's pull waits for
+    those until they expire (180 s, flwr 1.41, OBJECT_PUSH_SESSION_TTL_SECONDS); whatever is sent from then on is pulled apart from them."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid, self._pulls = grid, [Pull(grid)]
+
+    def send(self, key: int, message: Message) -> bool:
+        """Whether Flower took it."""
+        post = self._pulls[-1].post
+        post.send(key, message)
+        taken = not post.refused
+        post.refused.clear()
+        return taken
+
+    def pull(self) -> Iterator[tuple[int, Message]]:
+        """What has come in since the last time."""
+        for old in self._pulls[:-1]:
+            yield from old.look(0.0)
+        yield from self._pulls[-1].look(PULL_SECONDS)
+        newest = [Pull(self.grid)] if self._pulls[-1].hangs else [self._pulls.pop()]
+        self._pulls = [old for old in self._pulls if old.busy or old.post.waiting] + newest
+
+
 class Nodes:
     """Questions to members through Flower's grid, by the members' names."""
 
@@ -42,7 +107,7 @@ class Nodes:
         self.at: dict[str, int] = {}  # name -> node
         self.reports: dict[str, Mapping[str, Any]] = {}
         self._greeted: dict[int, tuple[bytes, float]] = {}  # node -> nonce, when
-        self._hello, self._asked = Post(grid), Post(grid)
+        self._hello, self._asked = Mail(grid), Mail(grid)
         self._names: list[str] = []  # key of a ticket under way -> name
         self._looked = 0.0
 
@@ -55,13 +120,14 @@ class Nodes:
         self.at = {name: node for name, node in self.at.items() if node in here}
         known = set(self.at.values())
         for node in sorted(here - known):
-            if time.monotonic() < self._greeted.get(node, (b"", -1e9))[1] + GREETING_SECONDS:
+            nonce, greeted = self._greeted.get(node, (secrets.token_bytes(16), -math.inf))
+            if time.monotonic() < greeted + GREETING_SECONDS:
                 continue
-            nonce = secrets.token_bytes(16)
-            self._greeted[node] = nonce, time.monotonic()
-            self._hello.send(node, Message(RecordDict({"site": ConfigRecord({"nonce": nonce})}), node, SITE, ttl=GREETING_SECONDS))
+            self._greeted[node] = nonce, time.monotonic()  # the same until it is met: on a slow machine the first answer may come after the second greeting
+            self._hello.send(node, Message(RecordDict({"site": ConfigRecord({"nonce": nonce})}), node, SITE, ttl=GREETING_ENDS))
         for node, answer in self._hello.pull():
-            self._met(node, answer)
+            if node in here:  # a late answer of one that has gone must not stand in for the node that its member has now
+                self._met(node, answer)
 
     def _met(self, node: int, answer: Message) -> None:
         nonce, _ = self._greeted.get(node, (b"", 0.0))
@@ -83,9 +149,8 @@ class Nodes:
         node = self.at.get(name, 0)
         if node:
             self._names.append(name)
-            self._asked.send(len(self._names) - 1, Message(RecordDict({"ticket": ConfigRecord({"ticket": ticket})}), node, TICKET, ttl=seconds))
-            if self._asked.refused:
-                self._asked.refused.clear()
+            message = Message(RecordDict({"ticket": ConfigRecord({"ticket": ticket})}), node, TICKET, ttl=seconds)
+            if not self._asked.send(len(self._names) - 1, message):
                 self._gone(name)
                 return 0
         return node

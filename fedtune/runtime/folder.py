@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +65,15 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the lock falls with the process, however it dies. Raises R407."""
         with open_for_write(self.path / "lock") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FedtuneError("R407", f"another process working in '{self.path}'", "one process per run", "wait for it to end, or stop it") from None
+            for turn in range(5):  # fedtune server takes it for an instant, to see whether somebody has it
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if turn == 4:
+                        found = f"another process working in '{self.path}'"
+                        raise FedtuneError("R407", found, "one process per run", "wait for it to end, or stop it") from None
+                    time.sleep(0.1)
             yield
 
 

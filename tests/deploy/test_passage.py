@@ -1,0 +1,173 @@
+"""Flower's fleet API through the exchange's door: what passes, what does not, and what a SuperNode sees while nobody is there."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from fedtune.deploy import passage
+from fedtune.deploy.passage import NAME, UP, Passage, behind
+from fedtune.trust.authority import revoke
+from fedtune.wire.v1 import fleet_pb2 as pb
+from tests.exchange.federation import Federation
+
+
+class SuperLink:
+    """Stands for Flower's SuperLink: remembers requests, answers with what it is told to."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.seen: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.status, self.body = 200, b"answer"
+        link = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", "0")))
+                link.seen.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                self.send_response(link.status)
+                self.send_header("content-length", str(len(link.body)))
+                self.send_header("x-flower", "1.41")
+                self.send_header("keep-alive", "timeout=5")
+                self.end_headers()
+                self.wfile.write(link.body)
+
+            do_GET = do_POST
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                """Nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads = True
+        self.address = f"127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Line:
+    """A site's passage, the gate's door, and a SuperLink behind it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.link = SuperLink()
+        self.federation = Federation(folder)
+        self.federation.server.stop(0)
+        self.gate = self.federation.start(also=[behind(self.link.address)], threads=4)
+        self.passage = Passage(self.federation.sites["site-a"], self.gate.address)
+
+    def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """As a SuperNode would: HTTP to its own machine."""
+        host, _, port = self.passage.address.partition(":")
+        call = http.client.HTTPConnection(host, int(port), timeout=30)
+        try:
+            call.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            answer = call.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        finally:
+            call.close()
+
+    def direct(self, method: str, path: str) -> pb.FleetReply:
+        """As a member with its own program would: past the passage, to the gate."""
+        return self.passage._call(pb.FleetRequest(method=method, path=path), timeout=20)
+
+    def close(self) -> None:
+        self.passage.close()
+        self.gate.stop(0)
+        self.federation.desk.close()
+        self.link.close()
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    made = Line(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_call_reaches_the_superlink_and_its_answer_comes_back(line: Line) -> None:
+    status, headers, body = line.request("POST", "/v1/fleet/pull-messages", b"\x00\xffask", x_flower_node="17", keep_alive="1", expect_="no")
+    assert (status, body, headers["x-flower"]) == (200, b"answer", "1.41") and "keep-alive" not in headers
+    method, path, seen, sent = line.link.seen[0]
+    assert (method, path, sent, seen["x-flower-node"]) == ("POST", "/v1/fleet/pull-messages", b"\x00\xffask", "17")
+    assert "keep-alive" not in seen and seen["host"] == line.link.address  # of each connection its own
+    assert line.passage.last == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/control/start-run"), ("POST", "/v1/runtime/pull-task-input"), ("GET", "/health"), ("POST", "/v1/fleet/../control/start-run"),
+        ("POST", "v1/fleet/x"), ("POST", "/V1/FLEET/x"), ("DELETE", "/v1/fleet/x"), ("POST", "/v1/fleet/%2e%2e/control/start-run"), ("POST", "http://elsewhere/v1/fleet/"),
+    ],
+)  # fmt: skip
+def test_nothing_but_the_fleet_api_passes(method: str, path: str, line: Line) -> None:
+    """Flower's control API starts code on every node: whoever has a member's keys and a program of their own must not reach it."""
+    with pytest.raises(grpc.RpcError) as refused:
+        line.direct(method, path)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION and "E806" in refused.value.details()
+    assert not line.link.seen
+
+
+def test_while_the_superlink_or_the_gate_is_away_the_supernode_is_told_to_come_again(line: Line) -> None:
+    line.link.close()
+    assert line.request("POST", "/v1/fleet/x")[0] == 503
+    line.link = SuperLink(int(line.link.address.rpartition(":")[2]))
+    assert line.request("POST", "/v1/fleet/x")[0] == 200
+    line.gate.stop(0)
+    assert line.request("POST", "/v1/fleet/x")[0] == 503 and line.passage.last
+    line.gate = line.federation.start(line.gate.address, also=[behind(line.link.address)], threads=4)
+    end = time.monotonic() + 30
+    while line.request("POST", "/v1/fleet/x")[0] != 200:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert line.passage.last == ""
+
+
+def test_a_superlink_that_talks_nonsense_is_away_too(line: Line) -> None:
+    line.link.close()
+    port = int(line.link.address.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)) as listener:
+
+        def nonsense() -> None:
+            call, _ = listener.accept()
+            call.recv(4096)
+            call.sendall(b"no HTTP at all\r\n\r\n")
+            call.close()
+
+        threading.Thread(target=nonsense, daemon=True).start()
+        assert line.request("POST", "/v1/fleet/x")[0] == 503
+    line.link = SuperLink()
+
+
+def test_sizes_are_bounded_both_ways(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert line.request("POST", "/v1/fleet/x", b"0" * UP)[0] == 200
+    seen = len(line.link.seen)
+    assert line.request("POST", "/v1/fleet/x", b"0" * (UP + 1))[0] == 413 and len(line.link.seen) == seen
+    monkeypatch.setattr(passage, "LONGEST", 1000)
+    line.link.body = b"0" * 1001
+    assert line.request("POST", "/v1/fleet/x")[0] == 503 and "W606" in line.passage.last
+
+
+def test_flowers_own_refusals_pass_as_they_are(line: Line) -> None:
+    line.link.status, line.link.body = 401, b"no"
+    assert line.request("POST", "/v1/fleet/x")[0::2] == (401, b"no")
+
+
+def test_a_member_whose_key_is_revoked_is_told_so(line: Line) -> None:
+    assert line.request("POST", "/v1/fleet/x")[0] == 200
+    revoke(line.federation.coordinator.folder, "site-a")
+    assert line.request("POST", "/v1/fleet/x")[0] == 503 and "T706" in line.passage.last
+    assert len(line.link.seen) == 1 and line.federation.codes()[-1] == "T706"
+    assert NAME == "fedtune.wire.v1.Fleet"

@@ -1,0 +1,50 @@
+"""The processes of a federation under test, by what they are there for. Standard library only: sitecustomize.py imports it before anything else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT, WHO = "FEDTUNE_TEST_ROOT", "FEDTUNE_TEST_WHO"  # in the environment of every process: which federation, and whose machine it plays
+MODULES = {"fedtune.deploy.gate": "gate", "fedtune.deploy.worker": "worker"}
+SCRIPTS = {
+    "flower-superlink": "superlink", "flower-superexec": "superexec", "flower-supernode": "supernode",
+    "flwr-serverapp": "serverapp", "flwr-clientapp": "clientapp", "flwr": "flwr",
+}  # fmt: skip
+
+
+def role_of(command: list[str]) -> str:
+    """gate, worker, superlink, superexec, supernode, serverapp, clientapp, flwr; server or client for who looks after them; "" for others."""
+    match command[1:]:
+        case ["-m", "fedtune", ("server" | "resume"), *_]:
+            return "server"
+        case ["-m", "fedtune", "client", *_]:
+            return "client"
+        case ["-m", module, *_]:
+            return MODULES.get(module, "")
+        case [script, *_]:
+            return SCRIPTS.get(Path(script).name, "")
+    return ""
+
+
+def mine() -> str:
+    """The role of this process."""
+    return role_of(Path("/proc/self/cmdline").read_text().split("\0"))
+
+
+def processes(root: str, role: str = "", who: str = "") -> Iterator[tuple[int, str, str]]:
+    """Process id, role and machine of every living process of a federation; the asking one is not among them."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = path.joinpath("environ").read_bytes().split(b"\0")
+            if f"{ROOT}={root}".encode() not in environment or int(path.name) == os.getpid():
+                continue
+            if path.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                continue
+            found = role_of(path.joinpath("cmdline").read_text().split("\0"))
+            whose = next((pair.decode().partition("=")[2] for pair in environment if pair.startswith(f"{WHO}=".encode())), "")
+        except (OSError, ValueError):  # it has just ended, or is not ours
+            continue
+        if (not role or found == role) and (not who or whose == who):
+            yield int(path.name), found, whose
