@@ -242,12 +242,23 @@ def split_run(folders: Sequence[RunFolder]) -> str:
     return next(iter(bodies.values()), "")
 
 
+def opened(folder: RunFolder) -> Running:
+    """A run from here on: what it told before is not told again."""
+    path = folder.path / "events.jsonl"
+    return Running(folder, read=path.stat().st_size if path.exists() else 0)
+
+
 def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
     """Start the programs, submit the runs, look after both until all runs have ended; the exit code."""
     with alone(coordinator.home):
+        open_runs, code = [opened(folder) for folder in folders], 0
+        for run in [run for run in open_runs if run.result]:
+            coordinator.show({"event": "RunDone", "result": run.folder.read_json("result.json")})
+            open_runs.remove(run)
+        if not open_runs:
+            return code
         try:
-            coordinator.start(split_run(folders))
-            open_runs, code = [Running(folder) for folder in folders], 0
+            coordinator.start(split_run([run.folder for run in open_runs]))
             while open_runs:
                 coordinator.look()
                 for run in list(open_runs):
