@@ -30,7 +30,7 @@ def test_the_name_of_a_run_is_not_part_of_its_identity() -> None:
     assert config.read(None, ["name=a"]).fingerprint == config.read(None, ["name=b"]).fingerprint
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("docker/*.toml")]), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_shipped_recipe_parses(path: Path) -> None:
     assert config.read(str(path)).rounds >= 1
 

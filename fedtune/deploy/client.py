@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune.deploy.passage import Passage
-from fedtune.deploy.processes import Program, environment, free_port
+from fedtune.deploy.processes import Program, environment, free_port, stop_all
 from fedtune.deploy.server import alone
 from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
@@ -56,8 +56,7 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                     say(f"the coordinator is away: {away[:200]}" if away else "the coordinator is there")
                 time.sleep(LOOK)
         finally:
-            for program in reversed(programs):
-                program.stop()
+            stop_all(programs)
             passage.close()
             shutil.rmtree(private, ignore_errors=True)
 

@@ -109,6 +109,16 @@ class Program:
         self.process = None
 
 
+def stop_all(programs: Sequence[Program], seconds: float = 5.0) -> None:
+    """SIGTERM to all, the last started first, and SIGKILL to whoever is still there after a while."""
+    for program in reversed(programs):
+        if program.process is not None:
+            program.process.terminate()
+    end = time.monotonic() + seconds
+    for program in reversed(programs):
+        program.stop(max(0.1, end - time.monotonic()))
+
+
 class Stopped(Exception):
     """SIGTERM or Ctrl-C."""
 

@@ -29,7 +29,7 @@ from fedtune.config import Recipe
 from fedtune.deploy.app import write_app
 from fedtune.deploy.conduct import CRASH, Deployed, failed
 from fedtune.deploy.gate import GateConfig
-from fedtune.deploy.processes import TRIES, Program, environment, free_port, healthy
+from fedtune.deploy.processes import TRIES, Program, environment, free_port, healthy, stop_all
 from fedtune.deploy.sites import resolved
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
@@ -37,7 +37,7 @@ from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.trust import load
 
 HOME = ".coordinator"
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 ABSENT = 10.0  # seconds without a process that holds the run's folder, after which it is submitted again
 SUBMITTED = 90.0  # seconds that a submission may take to get hold of it
 LOOK = 0.5
@@ -186,8 +186,7 @@ class Coordinator:
         return False
 
     def stop(self) -> None:
-        for program in reversed(self.programs):
-            program.stop()
+        stop_all(self.programs)
 
 
 class Ended(Exception):

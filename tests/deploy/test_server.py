@@ -82,7 +82,7 @@ def test_a_run_that_dies_again_and_again_without_a_step_is_given_up(flower: Flow
             coordinator.look_at(run)
 
 
-@pytest.mark.parametrize(("says", "words"), [('{"success": false, "error-message": "no room"}', "no room"), ("nothing", "no answer within 120 s")])
+@pytest.mark.parametrize(("says", "words"), [('{"success": false, "error-message": "no room"}', "no room"), ("nothing", "no answer within 300 s")])
 def test_a_flower_that_takes_no_runs_is_asked_a_few_times(says: str, words: str, flower: Flower, run: Running, coordinator: Coordinator) -> None:
     flower.says = says
     with pytest.raises(FedtuneError, match=rf"F505: found a run that Flower does not take \(.*{words}"):
