@@ -21,7 +21,7 @@ from fedtune.deploy.processes import Program, environment, free_port, stop_all
 from fedtune.deploy.server import alone
 from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
-from fedtune.errors import FedtuneError
+from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.exchange.probe import reason
 from fedtune.trust import load
 
@@ -43,7 +43,7 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
             own = replace(config, socket=str(private / "worker"))
             programs = site_programs(own, passage.address, private)
             say(f"site '{identity.name.name}' of '{identity.name.federation}', coordinator {config.coordinator}, home {home}")
-            away = ""
+            away = "there"
             while True:
                 for program in programs:
                     program.look()
@@ -51,14 +51,20 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                     say(f"Flower's SuperNode has asked for nothing in {STUCK:.0f} s, while this site had nothing to do: it is started again")
                     programs[1].restart()
                     passage.asked = time.monotonic()
-                if bool(passage.last) != bool(away):  # its words change while it is away
-                    away = passage.last
-                    say(f"the coordinator is away: {away[:200]}" if away else "the coordinator is there")
+                if (now := standing(passage.last)) != away:
+                    away = now
+                    say(f"the coordinator is {now}" + (f": {passage.last[:300]}" if passage.last else ""))
                 time.sleep(LOOK)
         finally:
             stop_all(programs)
             passage.close()
             shutil.rmtree(private, ignore_errors=True)
+
+
+def standing(last: str) -> str:
+    """How the coordinator stands to this site, by what came of the last call: gRPC's words change while it is away, a refusal bears a code."""
+    code = last.partition(":")[0]
+    return f"there, and refuses this site ({code})" if code in CATALOGUE else "away" if last else "there"
 
 
 def stuck(passage: Passage, worker: str) -> bool:
