@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.deploy.carrier import PAUSE, Exchanged, Members
+from fedtune.deploy.carrier import PAUSE, Exchanged
 from fedtune.deploy.processes import PARENT, end_with
 from fedtune.deploy.sites import at_coordinator
 from fedtune.errors import FedtuneError, Refused
@@ -90,7 +90,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     def carry(link: Link, world: World) -> Exchanged:
         most, tells = enough(recipe), teller(link, world, where)
         return Exchanged(
-            desk, members(nodes), coordinator, link, where.run, recipe.canonical(), recipe.deploy.sites, recipe.deploy.deadline,
+            desk, nodes, coordinator, link, where.run, recipe.canonical(), recipe.deploy.sites, recipe.deploy.deadline,
             most, lambda asks: budget(link, world, asks), tells,
         )  # fmt: skip
 
@@ -126,10 +126,6 @@ def teller(link: Link, world: World, where: Deployed) -> Callable[[Ask, str], di
 
     tokens, told = Tokens(shared_key(Path(where.home) / SPLIT_KEY)), dict(tell(world.bench))
     return lambda ask, name: told | {"token": tokens.issue(where.run, ask.now.number, ask.client, name)}
-
-
-def members(nodes: Nodes) -> Members:
-    return nodes
 
 
 def enough(recipe: Recipe) -> Callable[[int], int]:
