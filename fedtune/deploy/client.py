@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtune.deploy.passage import Passage
-from fedtune.deploy.processes import Program, environment, free_port, stop_all
-from fedtune.deploy.server import alone
+from fedtune.deploy.processes import Program, alone, environment, free_port, stop_all
 from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.deploy.carrier import PAUSE, Exchanged
-from fedtune.deploy.processes import PARENT, end_with
+from fedtune.deploy.processes import end_with_parent
 from fedtune.deploy.sites import at_coordinator
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
@@ -62,8 +60,7 @@ class Deployed:
 
 def conduct(grid: Any, folder: RunFolder) -> None:
     """All rounds that are not committed yet. A mistake is left in failed.json as its code and sentence, and raised."""
-    if parent := os.environ.get(PARENT):
-        end_with(int(parent))
+    end_with_parent()
     (folder.path / FAILED).unlink(missing_ok=True)
     tell = jsonl_sink(folder.path / "events.jsonl")
     try:
@@ -162,7 +159,6 @@ def judge_of(coordinator: Identity, sites: Sequence[str]) -> Judge:
 def failed(folder: RunFolder) -> dict[str, Any] | None:
     """Why the run ended by itself, if it did."""
     try:
-        found = json.loads((folder.path / FAILED).read_text())
-    except (OSError, ValueError):
+        return folder.read_json(FAILED)
+    except FedtuneError:
         return None
-    return found if isinstance(found, dict) else None

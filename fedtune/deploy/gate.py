@@ -7,7 +7,6 @@ that sites can fetch and send while a run is being restarted, and it holds nothi
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 from fedtune.deploy.conduct import SPLIT_KEY
 from fedtune.deploy.metrics import serve_metrics
 from fedtune.deploy.passage import behind
-from fedtune.deploy.processes import PARENT, end_with
+from fedtune.deploy.processes import end_with_parent
 from fedtune.deploy.status import statuses
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Desk, serve
@@ -69,8 +68,7 @@ def body(config: GateConfig, desk: Desk) -> dict[str, Any]:
 
 def main() -> None:
     quiet()
-    if parent := os.environ.get(PARENT):
-        end_with(int(parent))
+    end_with_parent()
     config = GateConfig.read(Path(sys.argv[1]))
     home = Path(config.home)
     done = threading.Event()

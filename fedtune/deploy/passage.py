@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 
 from fedtune.errors import FedtuneError, Refused
-from fedtune.exchange.tls import CLIENT_OPTIONS, Door
+from fedtune.exchange.tls import Door, secure_channel
 from fedtune.trust import Identity
 from fedtune.wire.v1 import fleet_pb2 as pb
 
@@ -68,9 +68,7 @@ class Passage:
     """The site's end: an HTTP server on loopback. Whatever breaks on the way is a 503, and the SuperNode tries again."""
 
     def __init__(self, identity: Identity, coordinator: str, port: int = 0) -> None:
-        credentials = grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
-        options = [*(o for o in CLIENT_OPTIONS if o[0] != "grpc.max_receive_message_length"), ("grpc.max_receive_message_length", LONGEST + (64 << 10))]
-        self.channel = grpc.secure_channel(coordinator, credentials, options)
+        self.channel = secure_channel(identity, coordinator, longest=LONGEST + (64 << 10))
         self._call = self.channel.unary_unary(f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString)
         self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.server.daemon_threads = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,10 +11,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedtune.disk import took
 from fedtune.errors import FedtuneError
 
 FIRST, LONGEST, STEADY = 0.5, 30.0, 60.0  # seconds: first pause, longest pause, after which a program counts as healthy again
@@ -119,6 +121,16 @@ def stop_all(programs: Sequence[Program], seconds: float = 5.0) -> None:
         program.stop(max(0.1, end - time.monotonic()))
 
 
+@contextlib.contextmanager
+def alone(home: Path) -> Iterator[None]:
+    """One fedtune at work in a home. Raises F506."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("a") as handle:
+        if not took(handle):
+            raise FedtuneError("F506", f"another fedtune at work in '{home}'", "one for each folder", "end it, or choose another folder")
+        yield
+
+
 class Stopped(Exception):
     """SIGTERM or Ctrl-C."""
 
@@ -131,6 +143,12 @@ def stop_on_signals() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+
+def end_with_parent() -> None:
+    """For our own programs: end with the one that looks after this one, where one does."""
+    if parent := os.environ.get(PARENT):
+        end_with(int(parent))
 
 
 def end_with(parent: int) -> None:

@@ -13,24 +13,24 @@ ServerApp has died is submitted once more and goes on after its last committed r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.deploy.app import write_app
 from fedtune.deploy.conduct import CRASH, Deployed, failed
 from fedtune.deploy.gate import GateConfig
-from fedtune.deploy.processes import TRIES, Program, environment, free_port, healthy, stop_all
+from fedtune.deploy.processes import TRIES, Program, alone, environment, free_port, healthy, stop_all
 from fedtune.deploy.sites import resolved
+from fedtune.disk import took
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.runtime.folder import RunFolder, recipe_of
@@ -64,10 +64,9 @@ class Running:
         """Whether a process works on it now."""
         try:
             with (self.folder.path / "lock").open("a") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return not took(handle)
         except OSError:
             return True
-        return False
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What it has told since the last time."""
@@ -121,8 +120,6 @@ class Coordinator:
 
     def _open(self) -> bool:
         """Whether the gate takes connections."""
-        import socket
-
         host, _, port = self.listen.rpartition(":")
         try:
             with socket.create_connection(("127.0.0.1" if host in ("0.0.0.0", "[::]", "") else host.strip("[]"), int(port)), 1):
@@ -213,19 +210,6 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> Run
         folder.begin(named)  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def alone(home: Path) -> Iterator[IO[str]]:
-    """One coordinator a home. Raises F506."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FedtuneError("F506", f"another fedtune at work in '{home}'", "one for each folder", "end it, or choose another folder") from None
-        os.set_inheritable(handle.fileno(), False)
-        yield handle
 
 
 def split_run(folders: Sequence[RunFolder]) -> str:

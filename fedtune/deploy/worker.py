@@ -227,12 +227,11 @@ def attend(worker: Worker, caller: socket.socket) -> None:
 
 
 def main() -> None:
-    from fedtune.deploy.processes import PARENT, end_with
+    from fedtune.deploy.processes import end_with_parent
     from fedtune.quiet import quiet
 
     quiet()
-    if parent := os.environ.get(PARENT):
-        end_with(int(parent))
+    end_with_parent()
     config = SiteConfig.read(Path(sys.argv[1]))
     tell = jsonl_sink(Path(config.home) / "worker.jsonl")
     try:

@@ -18,7 +18,7 @@ from fedtune import methods
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.exchange.book import Book
-from fedtune.exchange.tls import Door
+from fedtune.exchange.tls import Door, client_credentials
 from fedtune.methods.sfprompt_net import BodyAt
 from fedtune.methods.sfprompt_site import offer_of
 from fedtune.split.body import Frozen
@@ -84,7 +84,6 @@ def dial(identity: Identity, address: str, beat: float = 5.0) -> Dial:
     """How a site reaches the body service, as the member that it is; each stream is a connection of its own."""
 
     def connect() -> Socket:
-        credentials = grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
-        return Socket(address, credentials, [("grpc.use_local_subchannel_pool", 1)], beat)
+        return Socket(address, client_credentials(identity), [("grpc.use_local_subchannel_pool", 1)], beat)
 
     return connect

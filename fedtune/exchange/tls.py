@@ -38,7 +38,6 @@ SERVER_OPTIONS = (
 )
 CLIENT_OPTIONS = (
     *KEEPALIVE,
-    ("grpc.max_receive_message_length", FRAME),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4 * WINDOW),
     ("grpc.client_idle_timeout_ms", 120_000),  # between rounds a connection is worth less than its memory
@@ -62,10 +61,18 @@ def server_credentials(identity: Identity) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(identity.key, identity.certificate)], identity.authority_pem, require_client_auth=True)
 
 
-def secure_channel(identity: Identity, address: str, alone: bool = False) -> grpc.Channel:
-    """A connection as this member, to whoever proves to be `address` in the same federation; `alone`: not shared with other channels."""
-    credentials = grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
-    return grpc.secure_channel(address, credentials, options=(*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", int(alone))))
+def client_credentials(identity: Identity) -> grpc.ChannelCredentials:
+    """This member's own, for servers of its authority only."""
+    return grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
+
+
+def secure_channel(identity: Identity, address: str, alone: bool = False, longest: int = FRAME) -> grpc.Channel:
+    """A connection as this member, to whoever proves to be `address` in the same federation; `alone`: not shared with other channels.
+
+    longest  bytes of a message that comes back
+    """
+    options = (*CLIENT_OPTIONS, ("grpc.max_receive_message_length", longest), ("grpc.use_local_subchannel_pool", int(alone)))
+    return grpc.secure_channel(address, client_credentials(identity), options=options)
 
 
 class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types

@@ -6,7 +6,6 @@ config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import time
@@ -18,7 +17,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from fedtune.config import Recipe
-from fedtune.disk import disk_errors, write_atomic
+from fedtune.disk import disk_errors, took, write_atomic
 from fedtune.errors import FedtuneError
 
 
@@ -65,15 +64,13 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the lock falls with the process, however it dies. Raises R407."""
         with open_for_write(self.path / "lock") as handle:
-            for turn in range(5):  # fedtune server takes it for an instant, to see whether somebody has it
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for _ in range(4):  # fedtune server takes it for an instant, to see whether somebody has it
+                if took(handle):
                     break
-                except OSError:
-                    if turn == 4:
-                        found = f"another process working in '{self.path}'"
-                        raise FedtuneError("R407", found, "one process per run", "wait for it to end, or stop it") from None
-                    time.sleep(0.1)
+                time.sleep(0.1)
+            else:
+                if not took(handle):
+                    raise FedtuneError("R407", f"another process working in '{self.path}'", "one process per run", "wait for it to end, or stop it")
             yield
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedtune import methods
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import build_world
+from fedtune.runtime.world import world_of
 
 if TYPE_CHECKING:
     from fedtune.split.leak import Leak
@@ -19,7 +17,7 @@ def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, L
     cut = recipe.method
     if cut.type != "sfprompt":
         raise FedtuneError("C104", f"leak-test with method.type = '{cut.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
-    world = build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), lambda event: None)
+    world = world_of(recipe)
     if client not in world.names or examples < 1 or steps < 1:
         found = f"--client {client} --examples {examples} --steps {steps}"
         raise FedtuneError("C103", found, f"a client below {len(world.names)}, one example and one step or more", "change it")

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune import methods
 from fedtune.aggregate import MERGES, Answer, Combined, Merge, split
 from fedtune.aggregate import ranks as ranks_of
 from fedtune.errors import FedtuneError
 from fedtune.export import check_target, whole_folder
-from fedtune.runtime.after import nobody
 from fedtune.runtime.folder import RunFolder, recipe_of
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.world import world_of
 
 if TYPE_CHECKING:
     from fedtune.model.experts import Expert
@@ -142,13 +139,8 @@ def scorer_of(like: Expert, run: RunFolder) -> Scorer:
     from fedtune.model.experts import seated
     from fedtune.model.score import score
 
-    world = world_of(run)
+    world = world_of(recipe_of(run))
     return lambda tensors, rank: score(seated(world.base, like, tensors, rank), world.test(), world.recipe.evaluate.batch)
-
-
-def world_of(run: RunFolder) -> World:
-    recipe = recipe_of(run)
-    return build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), nobody)
 
 
 def better(scorer: Scorer) -> Callable[[Combined], float]:

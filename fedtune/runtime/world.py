@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune import transforms
+from fedtune import methods, transforms
 from fedtune.config import Recipe
 from fedtune.data import Federation, load
 from fedtune.events import Event, Noted, Truncated
@@ -107,6 +107,11 @@ def build_world(
 
     base = base_of(federation) if base_of else load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
+
+
+def world_of(recipe: Recipe) -> World:
+    """A world to look at outside of any run: nothing is remembered, nothing is told."""
+    return build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), lambda event: None)
 
 
 def link_of(world: World, method: Method, agreed: Recipe | None = None) -> Link:

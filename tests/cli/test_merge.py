@@ -265,15 +265,15 @@ def test_a_merge_of_runs_is_scored_and_the_score_is_that_of_the_folder(
     runs: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Base, adapters one by one, result; the adapter that was written, loaded by fedtune anew, has that loss."""
-    from fedtune.runtime.folder import existing
-    from fedtune.runtime.merge import world_of
+    from fedtune.runtime.folder import existing, recipe_of
+    from fedtune.runtime.world import world_of
 
     assert merge(runs, tmp_path / "one", "--eval", str(runs[0])) == 0
     said = scores(capsys.readouterr().out)
     assert list(said) == ["base", *(str(run / "adapter") for run in runs), "merged"]
     assert said["merged"] < said["base"]
     assert np.exp(said[str(runs[0] / "adapter")]) == pytest.approx(json.loads((runs[0] / "result.json").read_text())["federated"], rel=1e-3)
-    world = world_of(existing(runs[0]))
+    world = world_of(recipe_of(existing(runs[0])))
     base = load(ModelSettings(name=str(tiny_llama), threads=1), "causal-lm", (), 1)
     assert score(load_adapter(base, tmp_path / "one"), world.test()).loss == pytest.approx(said["merged"], abs=1e-4)
     assert "on the test set of run" in (tmp_path / "one" / "README.md").read_text()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedtune.deploy import server
-from fedtune.deploy.processes import TRIES
-from fedtune.deploy.server import Coordinator, Ended, Running, alone
+from fedtune.deploy.processes import TRIES, alone
+from fedtune.deploy.server import Coordinator, Ended, Running
 from fedtune.errors import FedtuneError
 from fedtune.runtime.folder import RunFolder
 
