@@ -19,12 +19,13 @@ from pydantic import BaseModel, Field, ValidationError
 from fedtune.aggregate.settings import AggregateSettings
 from fedtune.data.settings import DataSettings, PartitionSettings
 from fedtune.errors import FedtuneError
-from fedtune.methods import DEFAULT_METHOD, MethodSettings
+from fedtune.methods import DEFAULT_METHOD, MethodSettings, build
 from fedtune.model.settings import ModelSettings
 from fedtune.rules import SELECTORS, check_rules, used
 from fedtune.settings import Settings
 from fedtune.transforms import ChainStep
 from fedtune.transforms.broadcast import DownlinkSettings
+from fedtune.types import Method
 from fedtune.wire.settings import LimitSettings
 
 
@@ -102,6 +103,11 @@ class Recipe(Settings):
         """SHA-256 of the canonical JSON, without the name and [deploy], as hex: the same recipe, the same bytes, wherever it runs."""
         known = self.model_dump(mode="json", exclude={"deploy"}) | {"name": ""}
         return hashlib.sha256(json.dumps(known, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe describes, for all of its rounds."""
+    return build(recipe.method, recipe.rounds, recipe.aggregate)
 
 
 def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:

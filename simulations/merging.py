@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 from record import HERE, hardware
 
-from fedtune import methods
 from fedtune.aggregate import MERGES, Answer
-from fedtune.config import read
+from fedtune.config import method_of, read
 from fedtune.model.encode import encode
 from fedtune.model.export import save_merged
 from fedtune.model.fit import fit
@@ -126,7 +125,7 @@ def base_of(sets: Sequence[str], case: Case, seed: int) -> Iterator[list[str]]:
 
 def built(sets: Sequence[str], seed: int) -> tuple[Any, Any, World]:
     recipe = read(str(HERE / "shakespeare.toml"), [*sets, f"seed={seed}"])
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     return recipe, method, build_world(recipe, method, Memories(None), lambda event: None)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fedtune import methods
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.sinks.console import size
 from fedtune.trust import Ticket
@@ -25,7 +24,7 @@ def require_memory(recipe: Recipe, labels: int, device: str) -> None:
     """What stays in memory for certain: weights, trained tensors, gradients, the optimiser. Raises ClientFailed M310."""
     from fedtune.model.means import means
 
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     parts = method.memory(method.plan(recipe.model, recipe.data.task, labels), recipe.data.max_length)
     needed, free = sum(count for what, count in parts.items() if "estimate" not in what), int(means(device)["memory"])
     if free < needed:

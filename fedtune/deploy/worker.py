@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune import methods
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.room import require_disk, require_memory
@@ -167,7 +166,7 @@ class Worker:
         began = time.monotonic()
         if recipe.deploy.sites[details.number] != self.identity.name.name:
             raise Refused("W604", f"number {details.number} of '{recipe.deploy.sites[details.number]}'", f"one of '{self.identity.name.name}'", "report this")
-        method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+        method = method_of(recipe)
         federation = at_site(mine, details.number, self.config.data)
         require_memory(mine, len(federation.labels), mine.model.device)
         load_part = getattr(method, "load_site", None)  # of a model that is split, a site holds the ends only

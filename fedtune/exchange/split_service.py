@@ -14,8 +14,7 @@ from typing import Any
 
 import grpc
 
-from fedtune import methods
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.exchange.book import Book
 from fedtune.exchange.tls import Door, client_credentials
@@ -39,7 +38,7 @@ def body_service(recipe: Recipe, tokens: Tokens, over: Callable[[str, int], bool
     Which base it belongs to is not known here: its digest is what a site asks for, and a site checks its answers against the coordinator's card.
     Raises C104 for a method that splits nothing, S701, S702, S704, M301.
     """
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     if not hasattr(method, "load_body"):
         raise FedtuneError("C104", f"method.type = '{method.type}' with a body service", "'sfprompt'", "start the exchange alone")
     part = method.load_body(recipe.model, recipe.data.task)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedtune import methods
+from fedtune.config import method_of
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.export import card, check_target, seeds_card, whole_folder
@@ -30,7 +30,7 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     world, state, number = installed(folder)
     recipe = world.recipe
     final = score_test(world, "federated", number, nobody)
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     return {"round": number, **final, "clients": own_scores(recipe, world, method, state)}
 
 
@@ -41,7 +41,7 @@ def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
     """
     target = check_target(to)
     recipe = recipe_of(folder)
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     form = form or method.forms[0]
     if form not in method.forms:
         raise FedtuneError("M306", f"--as {form} for a run of {method.title}", f"one of {', '.join(method.forms)}", "choose another --as")
@@ -100,7 +100,7 @@ def installed(folder: RunFolder) -> tuple[World, State, int]:
     if not committed:
         raise FedtuneError("R402", f"no committed round in '{folder.path}'", "a run with at least one", f"go on with: fedtune resume {folder.path}")
     state, _ = load_state(folder, committed[-1].number, committed[-1].file_sha256)  # now: a run that is still going on prunes old ones
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     world = build_world(recipe, method, Memories(None), nobody)
     if world.base.fingerprint != base:
         raise FedtuneError(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedtune import methods, transforms
-from fedtune.config import Recipe
+from fedtune import transforms
+from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, histogram, load
 from fedtune.errors import FedtuneError
 from fedtune.methods.fedpeft import FedPEFT, plan_at
@@ -49,10 +49,10 @@ def check(recipe: Recipe) -> Checked:
     """Raises the first mistake that can be found without the weights."""
     federation = load(recipe.data, recipe.partition, recipe.seed)
     known = with_ranks(recipe, ()) if is_auto(recipe) else recipe
-    method, chain = methods.build(known.method, recipe.rounds, recipe.aggregate), transforms.build(recipe.chain)
+    method, chain = method_of(known), transforms.build(recipe.chain)
     plan = method.plan(recipe.model, recipe.data.task, len(federation.labels))
     recipe, ranks = explained(recipe, [client.name for client in federation.clients], plan)
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
     if plan.context is not None and recipe.data.max_length > plan.context and recipe.data.task != "image-classify":
         raise FedtuneError("D207", f"data.max_length = {recipe.data.max_length}", f"at most the model's context, {plan.context}", "lower data.max_length")

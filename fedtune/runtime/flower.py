@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load, save
 
-from fedtune import config, methods
+from fedtune import config
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
@@ -234,7 +234,7 @@ def worlds(recipe_json: str) -> tuple[World, Link]:
     """Build the world of a recipe once a process."""
     if recipe_json not in _worlds:
         recipe = config.Recipe.model_validate_json(recipe_json)
-        method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+        method = config.method_of(recipe)
         world = build_world(recipe, method, Memories(None), lambda event: None)
         _worlds.clear()  # one recipe at a time: two models may not fit
         _worlds[recipe_json] = world, link_of(world, method)

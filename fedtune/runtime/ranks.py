@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedtune import methods
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.data import load
 from fedtune.errors import FedtuneError
 from fedtune.methods.fedpeft import FedPEFT, FedPEFTSettings
@@ -56,7 +55,7 @@ def label_count(recipe: Recipe) -> int:
 
 def needs_of(recipe: Recipe, labels: int, plan: Plan | None = None) -> Needs:
     """The method's own estimate of a training client's memory, by rank. No weights are read."""
-    method = methods.build(with_ranks(recipe, ()).method, recipe.rounds, recipe.aggregate)
+    method = method_of(with_ranks(recipe, ()))
     assert isinstance(method, FedPEFT)
     made = plan or method.plan(recipe.model, recipe.data.task, labels)
     return lambda rank: method.memory(made, recipe.data.max_length, rank)

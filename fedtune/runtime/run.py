@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedtune import methods
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, RoundDone, RunDone, RunStarted
@@ -110,7 +109,7 @@ def open_run(
     federation: Federation | None = None,
 ) -> Run:
     """Build the world, and take up the state where the journal left it. Raises R403, R406."""
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     memories = Memories(folder)
     world = build_world(recipe, method, memories, tell, federation)
     check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint, "data": world.federation.fingerprint})

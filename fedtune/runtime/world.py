@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune import methods, transforms
-from fedtune.config import Recipe
+from fedtune import transforms
+from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, load
 from fedtune.events import Event, Noted, Truncated
 from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before
@@ -111,7 +111,7 @@ def build_world(
 
 def world_of(recipe: Recipe) -> World:
     """A world to look at outside of any run: nothing is remembered, nothing is told."""
-    return build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), lambda event: None)
+    return build_world(recipe, method_of(recipe), Memories(None), lambda event: None)
 
 
 def link_of(world: World, method: Method, agreed: Recipe | None = None) -> Link:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fedtune import methods, transforms
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Chose, ClientDone, Event, RoundDone
 from fedtune.rng import seed_of
@@ -74,7 +74,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def world_of(recipe: Recipe) -> tuple[World, Link]:
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     world = build_world(recipe, method, Memories(None), lambda event: None)
     return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from fedtune import config, methods, transforms
+from fedtune import config, transforms
 from fedtune.data import load as load_data
 from fedtune.exchange.split_service import body_at
 from fedtune.model.encode import encode
@@ -25,7 +25,7 @@ from fedtune.types import Client, Round
 def main(job: Path) -> None:
     told = json.loads(job.read_text())
     recipe, details = config.parse(told["recipe"]), told["details"]
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = config.method_of(recipe)
     federation = load_data(recipe.data, recipe.partition, recipe.seed)
     method.plan(recipe.model, recipe.data.task, len(federation.labels))  # imports what the model's kind needs, reads no weights
     before = psutil.Process().memory_info().rss

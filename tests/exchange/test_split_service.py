@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from fedtune import methods, transforms
-from fedtune.config import Recipe, parse
+from fedtune.config import Recipe, method_of, parse
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Server
 from fedtune.exchange.split_service import alongside, body_at, body_service, dial, over
@@ -117,7 +117,7 @@ def deployed(federation: Federation, tmp_path: Path) -> Iterator[Deployed]:
     tokens = Tokens(private.shared_key(tmp_path / "gate" / "split.key"))
     service = body_service(recipe, Tokens(private.shared_key(tmp_path / "gate" / "split.key")), over(federation.desk.book))
     server = federation.start(**alongside(service))
-    world = build_world(recipe, methods.build(recipe.method, recipe.rounds, recipe.aggregate), Memories(None), lambda event: None)
+    world = build_world(recipe, method_of(recipe), Memories(None), lambda event: None)
     yield Deployed(federation, recipe, tree, world, service, server, tokens)
     server.stop(0)
     service.stop()

@@ -15,7 +15,7 @@ import torch
 
 from fedtune import methods, transforms
 from fedtune.cli import main
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import ClientDone, ClientLeftOut
 from fedtune.methods.sfprompt import load
@@ -70,7 +70,7 @@ def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **
 
 
 def world_of(recipe: Recipe) -> tuple[World, Link]:
-    method = methods.build(recipe.method, recipe.rounds, recipe.aggregate)
+    method = method_of(recipe)
     world = build_world(recipe, method, Memories(None), lambda event: None)
     return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
 
