@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -108,13 +109,21 @@ def play(recipe: str, sets: list[str], seed: int) -> dict[str, Any]:
     """One run in a process of its own; what its result.json says."""
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "-m", "fedtune", "simulate", *([str(HERE / recipe)] if recipe else []), "--runs", runs]
+        before = cpu_seconds()
         done = subprocess.run([*command, *(f"--set={one}" for one in [*sets, f"seed={seed}", "name=run"])], capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
+        spent = cpu_seconds() - before
         result = json.loads((Path(runs) / "run" / "result.json").read_text())
         events = [json.loads(line) for line in (Path(runs) / "run" / "events.jsonl").read_text().splitlines()]
     figures = [{key: event["metrics"][key] for key in FIGURES if key in event["metrics"]} for event in events if event["event"] == "RoundDone"]
-    return {key: result[key] for key in KEEP} | ({"by_round": figures} if any(figures) else {})
+    return {key: result[key] for key in KEEP} | {"cpu_seconds": round(spent, 1)} | ({"by_round": figures} if any(figures) else {})
+
+
+def cpu_seconds() -> float:
+    """Of all runs that have ended: other jobs on the machine do not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def show(table: dict[str, Any]) -> None:

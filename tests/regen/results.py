@@ -106,7 +106,7 @@ def page(tables: dict[str, Any]) -> str:
     for name, table in tables.items():
         title, command = ABOUT[name]
         lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n", *drifts(table)]
-    return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *cost(), *claims()])
+    return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *kills(), *cost(), *claims()])
 
 
 def small(name: str) -> list[str]:
@@ -159,6 +159,23 @@ def fine(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def kills() -> list[str]:
+    """What simulations/faults.py killed, and what came of it."""
+    path = ROOT / "simulations" / "results" / "faults.json"
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    by_role = ", ".join(f"{role} {count}" for role, count in kept["by_role"].items())
+    wrong = ", ".join(f"{one['run']}: {one['what']}" for one in kept["mismatches"])
+    ended = wrong or "all with the bytes and the journal of an undisturbed one, and one receipt for each update"
+    return [
+        "## Processes of a deployment killed at random (SIGKILL), a coordinator and three sites\n",
+        "    python simulations/faults.py\n",
+        f"{kept['kills']} kills ({by_role}) in {kept['runs']} runs of {kept['rounds']} rounds, {kept['seconds'] / 60:.0f} minutes; {ended}.\n",
+        f"{kept['hardware']}.\n",
+    ]
+
+
 def cost() -> list[str]:
     """What a federation in one process costs over the training itself, as benchmarks/simulation.py measured it."""
     kept = json.loads((ROOT / "simulations" / "results" / "benchmark-simulation.json").read_text())
@@ -199,6 +216,8 @@ def rows(table: dict[str, Any]) -> list[str]:
     first = next(iter(next(iter(table["rows"].values())).values()))
     compared = [key for key in ("base", "local", "centralised") if any(seed.get(key) is not None for row in table["rows"].values() for seed in row.values())]
     head = ["", f"federated {first['metric']}", "seeds", *compared, "trained", "up, KiB a client and round", "down", "bits a parameter up"]
+    timed = all("cpu_seconds" in seed for row in table["rows"].values() for seed in row.values())
+    head += ["CPU seconds of the run", "peak memory, MiB"] if timed else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, seeds in table["rows"].items():
         runs = list(seeds.values())
@@ -206,7 +225,9 @@ def rows(table: dict[str, Any]) -> list[str]:
         others = [spread([run[key] for run in runs if run.get(key) is not None]) for key in compared]
         trained = runs[0]["trainable"]
         cells = [name, spread([run["federated"] for run in runs]), str(len(runs)), *others]
-        lines.append("| " + " | ".join([*cells, f"{trained:,}", f"{up / 1024:,.1f}", f"{down / 1024:,.1f}", f"{8 * up / trained:.2f}"]) + " |")
+        costs = [mean_of(runs, "cpu_seconds"), f"{statistics.mean(run['peak_rss_bytes'] for run in runs) / 2**20:,.0f}"] if timed else []
+        cells += [f"{trained:,}", f"{up / 1024:,.1f}", f"{down / 1024:,.1f}", f"{8 * up / trained:.2f}", *costs]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
