@@ -117,10 +117,11 @@ class Worker:
         return seal(record, self.identity).to_json().decode()
 
     def report(self) -> dict[str, Any]:
-        """What this site can do: bytes free, its device, its versions."""
-        from fedtune.model.means import means
+        """What this site can do: its device, how fast that is, bytes free, its versions."""
+        from fedtune.model.means import means, speed
 
-        return {**means(self.config.device), "disk": shutil.disk_usage(self.home).free, "protocol": PROTOCOL, "versions": versions()}
+        can = {**means(self.config.device), "speed": round(speed(self.config.device), 1)}
+        return {**can, "disk": shutil.disk_usage(self.home).free, "protocol": PROTOCOL, "versions": versions()}
 
     def done(self, content: bytes) -> str:
         """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from fedtune.model.base import pick_device
 
 GROUP = Path("/sys/fs/cgroup")
+SIDE, TURNS = 512, 8  # of the matrices that are multiplied to see how fast a device is
 
 
 def means(device: str = "") -> dict[str, Any]:
@@ -20,6 +23,20 @@ def means(device: str = "") -> dict[str, Any]:
     if chosen.type == "cuda":
         return known | {"name": torch.cuda.get_device_name(chosen), "memory": int(torch.cuda.mem_get_info(chosen)[0])}
     return known | {"memory": free_memory()}
+
+
+@functools.cache
+def speed(device: str = "") -> float:
+    """10^9 float32 operations a second in matrix products, taken once, in some 10 ms: it tells a phone from a server and is not good for more. Raises M301."""
+    factor = torch.ones(SIDE, SIDE, device=pick_device(device or "auto"))
+    times = []
+    for _ in range(3):  # the first one warms up
+        began = time.perf_counter()
+        for _ in range(TURNS):
+            product = factor @ factor
+        product[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return 2 * SIDE**3 * TURNS / min(times) / 1e9
 
 
 def free_memory() -> int:

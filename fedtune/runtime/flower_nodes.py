@@ -20,6 +20,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.runtime.flower import SAME, Grid, Post
+from fedtune.sinks.console import size
 
 SITE, TICKET = "query.site", "train.ticket"
 GREETING_SECONDS, GREETING_ENDS = 120.0, 1800.0  # until a node is greeted once more, for a greeting may be lost; until an answer is no longer taken
@@ -142,6 +143,8 @@ class Nodes:
         except (KeyError, TypeError, AttributeError) as error:
             self.tell(f"node {node} is not let in: its answer to a greeting cannot be read ({type(error).__name__}); {SAME}.")
             return
+        if site.name not in self.reports:
+            self.tell(f"{site.name} is here: {described(site.report)}")
         self.at[site.name], self.reports[site.name] = node, site.report  # a member that came back sits at a new node; the newest counts
 
     def ask(self, name: str, ticket: bytes, seconds: float) -> int:
@@ -172,6 +175,17 @@ class Nodes:
         node = self.at.pop(name, None)
         if node is not None:
             self._greeted.pop(node, None)
+
+
+def described(report: Mapping[str, Any]) -> str:
+    """A site's device and means as a line; whatever it says of them is taken for numbers or left out."""
+    device, memory, speed = (report.get(key) for key in ("device", "memory", "speed"))
+    parts = [
+        "".join(filter(str.isprintable, device))[:20] if isinstance(device, str) else "",
+        f"{size(memory)} free" if isinstance(memory, int) else "",
+        f"{speed:,.0f} GFLOP/s" if isinstance(speed, float) else "",
+    ]
+    return ", ".join(filter(None, parts)) or "of unknown means"
 
 
 def read_report(text: bytes) -> Mapping[str, Any]:

@@ -63,8 +63,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 def size(count: float) -> str:
     """Bytes for people: 1 KiB = 1024 bytes."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024 or unit == "MiB":
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return ""

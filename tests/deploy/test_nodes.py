@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.deploy.conduct import judge_of
 from fedtune.runtime import flower_nodes
-from fedtune.runtime.flower_nodes import Nodes
+from fedtune.runtime.flower_nodes import Nodes, described
 from fedtune.trust import Identity, load
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.signed import seal
@@ -64,9 +64,21 @@ def met(keys: Keys, answer: Any) -> tuple[Nodes, list[str]]:
     return nodes, told
 
 
+@pytest.mark.parametrize(
+    ("report", "line"),
+    [
+        ({"device": "cuda:0", "memory": 24 << 30, "speed": 41234.5, "name": "x"}, "cuda:0, 24.0 GiB free, 41,234 GFLOP/s"),
+        ({"device": "\x1b[2Jcpu" + 99 * "u", "memory": "much", "speed": [1]}, "[2Jcpuuuuuuuuuuuuuuu"),
+        ({}, "of unknown means"),
+    ],
+)
+def test_what_a_site_says_of_itself_is_one_short_line(report: dict[str, Any], line: str) -> None:
+    assert described(report) == line
+
+
 def test_a_member_is_known_by_its_signature_and_its_report_is_kept(keys: Keys) -> None:
     nodes, told = met(keys, lambda nonce: greeting(keys.sites["site-b"], nonce))
-    assert nodes.at == {"site-b": NODE} and nodes.reports == {"site-b": {"cores": 2}} and not told
+    assert nodes.at == {"site-b": NODE} and nodes.reports == {"site-b": {"cores": 2}} and told == ["site-b is here: of unknown means"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_only_this_user_may_ask(worker: Worker, tmp_path: Path) -> None:
     signed = Signed.from_json(through(str(tmp_path / "socket"), {"what": "site", "nonce": "00" * 16})["sealed"].encode())
     said = json.loads(signed.record)
     assert (said["name"], said["nonce"]) == ("site-a", "00" * 16) and {"disk", "versions"} <= said["report"].keys()
+    assert said["report"]["memory"] > 1 << 20 and said["report"]["speed"] > 0.1
 
 
 def test_a_ticket_that_is_none_is_a_code_and_a_sentence(worker: Worker, tmp_path: Path) -> None:

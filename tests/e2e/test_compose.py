@@ -85,8 +85,7 @@ def test_a_demo_ends_with_the_result_of_a_local_run(clean: None, profile: str) -
     assert not ended.returncode, ended.stderr[-3000:]
     expected = alone(profile)
     assert f"{'federated':<34}{expected['federated']:.4f}" in ended.stdout
-    if profile != "sfprompt":  # the body takes several clients in one pass, and which ones decides the last bits (fedtune.split.merge)
-        assert state_in(ended.stdout) == expected["state_sha256"]
+    assert state_in(ended.stdout) == expected["state_sha256"]
 
 
 def test_a_site_without_a_network_for_a_minute_changes_nothing(clean: None) -> None:
