@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -13,6 +14,10 @@ import torch
 from fedtune.model.base import pick_device
 
 GROUP = Path("/sys/fs/cgroup")
+KINDS = (  # of control groups, 2 and 1: a process's limit, what it uses, and what of that is cached files that may go
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 SIDE, TURNS = 512, 8  # of the matrices that are multiplied to see how fast a device is
 
 
@@ -42,11 +47,15 @@ def speed(device: str = "") -> float:
 def free_memory() -> int:
     """Bytes of main memory that a process may still take: the machine's, or less where its control group allows less."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-        limit, used = GROUP.joinpath("memory.max").read_text().strip(), int(GROUP.joinpath("memory.current").read_text())
-    except (OSError, ValueError):  # no Linux, or no control group of its own
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
+    with contextlib.suppress(OSError, KeyError, ValueError):  # no Linux
+        free = fields("/proc/meminfo")["MemAvailable"] * 1024
+    for limit, used, stat, cached in KINDS:
+        with contextlib.suppress(OSError, KeyError, ValueError):  # no such control group, or "max"
+            left = int((GROUP / limit).read_text()) - int((GROUP / used).read_text()) + fields(GROUP / stat)[cached]
+            free = max(0, min(free, left))
+    return free
+
+
+def fields(path: str | Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    return {words[0].rstrip(":"): int(words[1]) for line in Path(path).read_text().splitlines() if len(words := line.split()) > 1}
