@@ -35,6 +35,8 @@ class Members(Protocol):
 
     def ask(self, name: str, ticket: bytes, seconds: float) -> int: ...
 
+    def over(self) -> None: ...
+
     def answers(self) -> Iterator[tuple[str, Mapping[str, str] | None]]: ...
 
 
@@ -71,6 +73,7 @@ class Exchanged:
         hashes = {ask.client: self.desk.offer(self.run, ask.payload) for ask in asks}
         budget = self.budget(asks)
         self.desk.open_round(self.run, now.number, verb, self.link.base, {self.sites[client]: sha256 for client, sha256 in hashes.items()}, budget)
+        self.members.over()  # an update may be here before Flower says that its ticket is done: that word is not about the next one
         question = Question(self, {self.sites[ask.client]: ask for ask in asks}, hashes, budget)
         wanted, end = self.enough(len(asks)), time.monotonic() + self.deadline
         while question.open and question.counted < wanted and time.monotonic() < end:

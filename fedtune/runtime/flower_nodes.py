@@ -109,7 +109,8 @@ class Nodes:
         self.reports: dict[str, Mapping[str, Any]] = {}
         self._greeted: dict[int, tuple[bytes, float]] = {}  # node -> nonce, when
         self._hello, self._asked = Mail(grid), Mail(grid)
-        self._names: list[str] = []  # key of a ticket under way -> name
+        self._names: list[str] = []  # key of a ticket -> name
+        self._over = 0  # tickets below this key have ended
         self._looked = 0.0
 
     def look(self) -> None:
@@ -158,9 +159,15 @@ class Nodes:
                 return 0
         return node
 
+    def over(self) -> None:
+        """All that was asked so far has ended: what still comes in of it says nothing about what is asked next."""
+        self._over = len(self._names)
+
     def answers(self) -> Iterator[tuple[str, Mapping[str, str] | None]]:
         """What has come in: a member's outcome (code "": done), or None where its node was lost and it should be asked again."""
         for key, answer in self._asked.pull():
+            if key < self._over:
+                continue
             name = self._names[key]
             try:
                 if answer.has_error():

@@ -75,6 +75,28 @@ def test_a_member_whose_node_is_lost_and_comes_back_counts_in_the_same_round(tin
         assert made.folder.read_json("result.json")["state_sha256"] == local(tmp_path / "local", tiny_bert, data, **MEMORY)[1]["state_sha256"]
 
 
+@pytest.mark.parametrize("code", ["", "W604"])
+def test_a_word_about_a_ticket_of_the_round_before_is_not_about_this_one(code: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """site-a's updates are there at once; what Flower says of each ticket (done; or that a second copy of it was refused) comes in the next round."""
+    with inside(tmp_path, tiny_bert, data, **MEMORY) as made:
+        workers, late = made.workers(), dict[str, Any]()
+
+        def instead(node: int, message: Any) -> Any:
+            if (node, message.metadata.message_type) != (101, "train.ticket"):
+                return ...
+            said = answered(workers[node], message)
+            said.content["outcome"]["code"] = code
+            grid.replies |= late
+            late.clear()
+            late[f"m{len(grid.pushed) - 1}"] = said
+            return None
+
+        grid = FakeGrid(workers, instead)
+        made.conduct(grid)
+        assert grid.pushed.count((101, "train.ticket")) == 3 and set(outcomes(made.folder).values()) == {"ok"}
+        assert made.folder.read_json("result.json")["state_sha256"] == local(tmp_path / "local", tiny_bert, data, **MEMORY)[1]["state_sha256"]
+
+
 def test_below_the_quorum_the_run_pauses_and_resume_takes_what_was_accepted(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     changes = {"deploy__quorum": 1.0, "deploy__deadline": 4.0, **MEMORY}
     with inside(tmp_path, tiny_bert, data, **changes) as made:
