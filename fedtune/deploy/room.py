@@ -1,4 +1,4 @@
-"""Whether a site has room for what it is asked, before anything is loaded or computed."""
+"""Whether there is room: at a site for what it is asked, before anything is loaded or computed; at the coordinator for a run to go on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fedtune.sinks.console import size
 from fedtune.trust import Ticket
 
 SPARE = 64 << 20  # bytes of the disk that stay free
+LEAST = 1 << 20  # bytes that a run needs to say anything at all, if only why it ended
 
 
 def require_disk(home: Path, about: Ticket) -> None:
@@ -18,6 +19,12 @@ def require_disk(home: Path, about: Ticket) -> None:
     needed, free = about.given_size + about.budget + SPARE, shutil.disk_usage(home).free
     if free < needed:
         raise FedtuneError("R404", f"{size(free)} free on the disk of '{home}'", f"{size(needed)} for a state and an update", "free space; it is tried again")
+
+
+def require_room(run: Path) -> None:
+    """A run whose process has ended without a word may have had no room for one. Raises R404."""
+    if (free := shutil.disk_usage(run).free) < LEAST:
+        raise FedtuneError("R404", f"no space left for run '{run}' ({size(free)} free)", f"{size(LEAST)} at least", f"free space, then: fedtune resume {run}")
 
 
 def require_memory(recipe: Recipe, labels: int, device: str) -> None:

@@ -29,6 +29,7 @@ from fedtune.deploy.app import write_app
 from fedtune.deploy.conduct import CRASH, Deployed, failed
 from fedtune.deploy.gate import GateConfig
 from fedtune.deploy.processes import TRIES, Program, alone, environment, free_port, healthy, stop_all
+from fedtune.deploy.room import require_room
 from fedtune.deploy.sites import resolved
 from fedtune.disk import took
 from fedtune.errors import FedtuneError
@@ -144,7 +145,8 @@ class Coordinator:
             time.sleep(0.2)
 
     def submit(self, run: Running) -> None:
-        """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one at work."""
+        """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one at work. Raises F505, R404."""
+        require_room(run.folder.path)
         if run.submissions >= TRIES:
             found = f"a run whose process ended {run.submissions} times without one more answer"
             raise FedtuneError("F505", found, "a run that goes on", f"look at {run.folder.path / CRASH}, then: fedtune resume {run.folder.path}")
@@ -191,7 +193,7 @@ class Ended(Exception):
 
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
-        self.sentence, self.exit_code = sentence, exit_code
+        self.exit_code = exit_code
 
 
 def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> RunFolder:
@@ -247,8 +249,8 @@ def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
                 for run in list(open_runs):
                     try:
                         ended = coordinator.look_at(run)
-                    except Ended as error:
-                        coordinator.show({"event": "Ended", "text": error.sentence})
+                    except (Ended, FedtuneError) as error:  # one run's end is not the others'
+                        coordinator.show({"event": "Ended", "text": str(error)})
                         ended, code = True, max(code, error.exit_code)
                     if ended:
                         open_runs.remove(run)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.room import require_disk, require_memory
+from fedtune.deploy.room import require_disk, require_memory, require_room
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.model import means
 from fedtune.trust import Ticket
@@ -24,6 +24,15 @@ def test_a_state_an_update_and_64_mib_must_fit_the_disk(free: int, fits: bool, t
         return
     with pytest.raises(FedtuneError, match=r"R404: found 72.0 MiB free .* expected 72.0 MiB for a state and an update"):
         require_disk(tmp_path, ABOUT)
+
+
+def test_a_run_that_has_no_room_to_say_why_it_ended_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_room(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 8192))  # type: ignore[attr-defined]
+    with pytest.raises(
+        FedtuneError, match=r"R404: found no space left for run '.*' \(8.0 KiB free\), expected 1.0 MiB at least; free space, then: fedtune resume"
+    ):
+        require_room(tmp_path)
 
 
 def test_weights_and_what_is_trained_must_fit_the_memory(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

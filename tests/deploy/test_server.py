@@ -66,7 +66,7 @@ def test_a_run_that_ended_with_a_sentence_is_not_submitted_again(flower: Flower,
     run.folder.write_json("failed.json", {"code": "R409", "sentence": "R409: found 2", "exit_code": 75})
     with pytest.raises(Ended) as ended:
         coordinator.look_at(run)
-    assert (ended.value.sentence, ended.value.exit_code, flower.submissions) == ("R409: found 2", 75, 0)
+    assert (str(ended.value), ended.value.exit_code, flower.submissions) == ("R409: found 2", 75, 0)
 
 
 def test_a_run_that_dies_again_and_again_without_a_step_is_given_up(flower: Flower, run: Running, coordinator: Coordinator) -> None:
