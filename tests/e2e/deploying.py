@@ -61,7 +61,8 @@ class Deployment:
 
     def fedtune(self, who: str, *arguments: str, points: Sequence[dict[str, Any]] = (), **more: str) -> subprocess.Popen[bytes]:
         """One program of `who`; its output is added to logs/WHO.log."""
-        env = os.environ | {ROOT: str(self.root), WHO: who, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CRASH), **more}
+        paths = os.pathsep.join(filter(None, [str(CRASH), os.environ.get("PYTHONPATH")]))  # the same fedtune as the test's
+        env = os.environ | {ROOT: str(self.root), WHO: who, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
         if points:
             env["FEDTUNE_TEST_CRASH"] = json.dumps(list(points))
         (self.root / "logs").mkdir(exist_ok=True)
