@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedtune.trust.authority import create, revoke
 from fedtune.wire.v1 import fleet_pb2
 from tests import small
 from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, local
-from tests.e2e.test_flower import journal
+from tests.e2e.test_flower import free_ports, journal
 
 KSEED: dict[str, Any] = {"method": {"type": "fedkseed", "size": 256, "estimator": "spsa", "steps": 4, "batch": 4, "lr": 1e-3}, "rounds": 2}
 
@@ -51,9 +52,12 @@ def same(federation: Deployment, name: str, root: Path, model: Path, data: Path,
 def test_lora_on_real_sites_ends_with_the_bytes_of_a_local_run(federation: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """With clients that remember (error feedback), a model that is loaded once, and somebody who looks on and may or may not."""
     coordinator, authority = federation.authority.place("coordinator"), federation.authority
-    federation.serve(federation.recipe("lora", tiny_bert, data, **MEMORY))
+    metrics = f"127.0.0.1:{free_ports(1)[0]}"
+    federation.serve(federation.recipe("lora", tiny_bert, data, **MEMORY), "--metrics", metrics)
     federation.wait_round("lora", 1)
     # while it runs
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=20) as answer:
+        assert re.search(rb'^fedtune_round_asked\{run="lora-[0-9a-f]+"\} 3$', answer.read(), re.M)
     for keys in (coordinator, authority.place("site-a")):
         seen = fedtune("status", "--server", federation.address, "--keys", str(keys))
         assert seen.returncode == 0 and re.search(r"^ *lora: round [123] of 3, ", seen.stdout, re.M), seen.stdout + seen.stderr
