@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.deploy.conduct import SPLIT_KEY
-from fedtune.deploy.metrics import serve_metrics
+from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.passage import behind
 from fedtune.deploy.processes import end_with_parent
 from fedtune.deploy.status import statuses
@@ -75,12 +75,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     try:
         desk = Desk(home / "exchange")
-        tell = jsonl_sink(home / "gate.jsonl")
+        tell = Refusals(jsonl_sink(home / "gate.jsonl"))
         more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
         more |= {"also": [*more["also"], behind(config.superlink)], "threads": more["threads"] + SMALL_CALLS}
         server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, runs=lambda: statuses(home.parent), **more)
         if config.metrics:
-            serve_metrics(config.metrics, desk, home)
+            serve_metrics(config.metrics, server, home, tell)
     except FedtuneError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

@@ -1,39 +1,59 @@
-"""A Prometheus endpoint (text format 0.0.4): what an operator watches, from the exchange's book. Counts only, no names of sites."""
+"""A Prometheus endpoint (text format 0.0.4): what an operator watches, from the exchange. Counts only, no names of sites."""
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError
-from fedtune.exchange import Desk
+from fedtune.events import Event, Sink
+from fedtune.exchange import Server
+from fedtune.exchange.events import CallRefused
 
 
-def lines(desk: Desk, home: Path) -> Iterator[str]:
+class Refusals:
+    """A sink that counts refused calls by code, and passes everything on."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.by_code = sink, Counter[str]()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, CallRefused):
+            self.by_code[event.code] += 1
+        self.sink(event)
+
+
+def lines(server: Server, home: Path, refusals: Refusals) -> Iterator[str]:
     """One sample a line."""
     newest: dict[str, Any] = {}
-    for progress in desk.progress():
+    for progress in server.service.desk.progress():
         newest.setdefault(progress.run, progress)
-    gauges = {
-        "fedtune_round": ("round that is being asked about", "round"),
-        "fedtune_round_asked": ("members asked in it", "asked"),
-        "fedtune_round_accepted": ("updates accepted in it", "accepted"),
-        "fedtune_round_bytes": ("bytes of those updates", "bytes"),
-    }
-    for name, (about, field) in gauges.items():
-        yield f"# HELP {name} {about}"
-        yield f"# TYPE {name} gauge"
-        yield from (f'{name}{{run="{run}"}} {getattr(progress, field)}' for run, progress in sorted(newest.items()))
-    yield "# HELP fedtune_disk_free_bytes free bytes of the disk that holds updates"
-    yield "# TYPE fedtune_disk_free_bytes gauge"
-    yield f"fedtune_disk_free_bytes {shutil.disk_usage(home).free}"
+    for name, about, field in (
+        ("fedtune_round", "round that is being asked about", "round"),
+        ("fedtune_round_asked", "members asked in it", "asked"),
+        ("fedtune_round_accepted", "updates accepted in it", "accepted"),
+        ("fedtune_round_bytes", "bytes of those updates", "bytes"),
+    ):
+        yield from metric(name, about, "gauge", {f'{{run="{run}"}}': getattr(progress, field) for run, progress in sorted(newest.items())})
+    yield from metric("fedtune_members_present", "members that have called within a minute", "gauge", {"": len(server.door.present())})
+    yield from metric("fedtune_uploads", "uploads under way", "gauge", {"": len(server.service.intake.active)})
+    yield from metric("fedtune_disk_free_bytes", "free bytes of the disk that holds updates", "gauge", {"": shutil.disk_usage(home).free})
+    refused = {f'{{code="{code}"}}': count for code, count in sorted(refusals.by_code.items())}
+    yield from metric("fedtune_refused_total", "calls that were refused since the gate started, by code", "counter", refused)
 
 
-def serve_metrics(address: str, desk: Desk, home: Path) -> ThreadingHTTPServer:
+def metric(name: str, about: str, kind: str, samples: Mapping[str, int]) -> Iterator[str]:
+    yield f"# HELP {name} {about}"
+    yield f"# TYPE {name} {kind}"
+    yield from (f"{name}{labels} {value}" for labels, value in samples.items())
+
+
+def serve_metrics(address: str, server: Server, home: Path, refusals: Refusals) -> ThreadingHTTPServer:
     """Answer GET /metrics in a thread. Raises E801."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,7 +61,7 @@ def serve_metrics(address: str, desk: Desk, home: Path) -> ThreadingHTTPServer:
             if self.path != "/metrics":
                 self.send_error(404)
                 return
-            body = ("\n".join(lines(desk, home)) + "\n").encode()
+            body = ("\n".join(lines(server, home, refusals)) + "\n").encode()
             self.send_response(200)
             self.send_header("content-type", "text/plain; version=0.0.4")
             self.send_header("content-length", str(len(body)))
@@ -53,9 +73,9 @@ def serve_metrics(address: str, desk: Desk, home: Path) -> ThreadingHTTPServer:
 
     host, _, port = address.rpartition(":")
     try:
-        server = ThreadingHTTPServer((host, int(port)), Handler)
+        http = ThreadingHTTPServer((host, int(port)), Handler)
     except (OSError, ValueError) as error:
         raise FedtuneError("E801", f"metrics address '{address}' ({error})", "host:port that is free", "choose another") from None
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    return http

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from fedtune.config import Recipe
-from fedtune.deploy.metrics import serve_metrics
+from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.policy import Policy, read_policy
 from fedtune.deploy.sites import Details, at_coordinator, at_site, resolved, source_of
 from fedtune.errors import FedtuneError, Refused
+from fedtune.events import Event
+from fedtune.exchange.events import CallRefused
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.certificates import utc_now
 from tests import small
@@ -130,24 +132,32 @@ def test_a_policy_that_cannot_be_read_is_a_sentence(text: str | None, code: str,
 def test_the_endpoint_counts_what_the_exchange_took(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     port = free_ports(1)[0]
-    server = serve_metrics(f"127.0.0.1:{port}", federation.desk, tmp_path)
+    told: list[Event] = []
+    refusals = Refusals(told.append)
+    server = serve_metrics(f"127.0.0.1:{port}", federation.server, tmp_path, refusals)
     try:
         client = federation.client("site-a")
         client.send(federation.ticket("site-a"), b"x" * 1234)
         client.close()
+        refused = [CallRefused("Push", "site-b", code, f"{code}: no") for code in ("T706", "W604", "W604")]
+        for event in refused:
+            refusals(event)
+        assert told == refused
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             assert answer.headers["content-type"] == "text/plain; version=0.0.4"
             lines = answer.read().decode().splitlines()
         samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         assert samples['fedtune_round{run="run-1"}'] == "1" and samples['fedtune_round_asked{run="run-1"}'] == "2"
         assert samples['fedtune_round_accepted{run="run-1"}'] == "1" and samples['fedtune_round_bytes{run="run-1"}'] == "1234"
+        assert samples["fedtune_members_present"] == "1" and samples["fedtune_uploads"] == "0"
+        assert samples['fedtune_refused_total{code="W604"}'] == "2" and samples['fedtune_refused_total{code="T706"}'] == "1"
         assert int(samples["fedtune_disk_free_bytes"]) > 0 and not any("site-a" in line for line in lines)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
         with pytest.raises(FedtuneError, match=rf"E801: found metrics address '127.0.0.1:{port}'"):
-            serve_metrics(f"127.0.0.1:{port}", federation.desk, tmp_path)
+            serve_metrics(f"127.0.0.1:{port}", federation.server, tmp_path, refusals)
         with pytest.raises(FedtuneError, match="E801: found metrics address 'nowhere'"):
-            serve_metrics("nowhere", federation.desk, tmp_path)
+            serve_metrics("nowhere", federation.server, tmp_path, refusals)
     finally:
         server.shutdown()
         server.server_close()
