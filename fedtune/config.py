@@ -129,9 +129,15 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines and [tables]", "mend that line") from None
-    for override in overrides:
+    for override in sorted(overrides, key=selects):
         apply_override(tree, override)
     return parse(tree, stem)
+
+
+def selects(override: str) -> tuple[bool, int]:
+    """Sorts selectors before what they select: `method.type` takes the file's keys of another method with it, and must not take other overrides."""
+    path = override.partition("=")[0].strip()
+    return path not in SELECTORS, path.count(".") if path in SELECTORS else 0
 
 
 def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:

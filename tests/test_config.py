@@ -78,6 +78,13 @@ def test_an_override_of_a_selector_takes_the_old_keys_with_it(tmp_path: Path) ->
         config.read(str(path), ["method.adapter.kind=prompt", "method.adapter.rank=5"])
 
 
+def test_the_order_of_overrides_loses_none() -> None:
+    sets = ["method.train.steps=7", "method.size=128", "method.adapter.kind=head", "method.space=adapter", "method.type=fedkseed"]
+    recipe = config.read(None, sets)
+    assert (recipe.method.type, recipe.method.train.steps, recipe.method.size, recipe.method.adapter.kind) == ("fedkseed", 7, 128, "head")
+    assert recipe.fingerprint == config.read(None, sets[::-1]).fingerprint
+
+
 @pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "a..b=1"])
 def test_a_broken_override_names_itself(override: str) -> None:
     with pytest.raises(FedtuneError, match=r"C10[123]"):
