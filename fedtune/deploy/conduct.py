@@ -17,7 +17,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import Desk
 from fedtune.runtime.cohort import Ask, Link
-from fedtune.runtime.flower_nodes import Judge, Nodes, Site, read_report
+from fedtune.runtime.flower_nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.ranks import is_auto, settled
 from fedtune.runtime.run import run
@@ -107,7 +107,7 @@ def with_reported_ranks(recipe: Recipe, nodes: Nodes) -> Recipe:
             raise FedtuneError("F502", found, "all sites", "start it, or say method.lora_rank_by_client in the recipe")
         nodes.look()
         time.sleep(PAUSE)
-    return settled(recipe, [int(nodes.reports[name].get("memory", 0)) for name in sites], len(recipe.data.labels) or None)
+    return settled(recipe, [memory_of(nodes.reports[name]) for name in sites], len(recipe.data.labels) or None)
 
 
 def ranks_of(recipe: Recipe) -> tuple[int, ...]:

@@ -186,13 +186,19 @@ class Nodes:
 
 def described(report: Mapping[str, Any]) -> str:
     """A site's device and means as a line; whatever it says of them is taken for numbers or left out."""
-    device, memory, speed = (report.get(key) for key in ("device", "memory", "speed"))
+    device, speed, memory = report.get("device"), report.get("speed"), memory_of(report)
     parts = [
         "".join(filter(str.isprintable, device))[:20] if isinstance(device, str) else "",
-        f"{size(memory)} free" if isinstance(memory, int) else "",
+        f"{size(memory)} free" if memory else "",
         f"{speed:,.0f} GFLOP/s" if isinstance(speed, float) else "",
     ]
     return ", ".join(filter(None, parts)) or "of unknown means"
+
+
+def memory_of(report: Mapping[str, Any]) -> int:
+    """Bytes that a site says are free; 0 where what it says cannot be."""
+    memory = report.get("memory")
+    return memory if isinstance(memory, int) and 0 < memory < 1 << 60 else 0
 
 
 def read_report(text: bytes) -> Mapping[str, Any]:

@@ -69,6 +69,7 @@ def met(keys: Keys, answer: Any) -> tuple[Nodes, list[str]]:
     [
         ({"device": "cuda:0", "memory": 24 << 30, "speed": 41234.5, "name": "x"}, "cuda:0, 24.0 GiB free, 41,234 GFLOP/s"),
         ({"device": "\x1b[2Jcpu" + 99 * "u", "memory": "much", "speed": [1]}, "[2Jcpuuuuuuuuuuuuuuu"),
+        ({"memory": 10**400, "speed": float("inf")}, "inf GFLOP/s"),
         ({}, "of unknown means"),
     ],
 )
