@@ -92,7 +92,7 @@ class Proxy:
             while True:
                 near, _ = self.listener.accept()
                 try:
-                    far = socket.create_connection(("127.0.0.1", self.upstream), 2)
+                    far = socket.create_connection(("localhost", self.upstream), 2)  # of its two addresses gRPC may have got one only
                 except OSError:  # the server is down
                     near.close()
                     continue
