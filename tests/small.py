@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedtune import config
-from fedtune.config import Recipe
+from fedtune import config, transforms
+from fedtune.config import Recipe, method_of
 from fedtune.events import Event
 from fedtune.rng import stream
+from fedtune.runtime.cohort import Ask, Carrier, Link
 from fedtune.runtime.folder import RunFolder, create
+from fedtune.runtime.local import local_carrier
 from fedtune.runtime.run import run
+from fedtune.runtime.states import Memories
+from fedtune.runtime.world import World, build_world
+from fedtune.types import Client
 
 WORDS = {"animals": "fox cat dog runs sleeps barks", "music": "song piano plays slow he", "weather": "rain falls roof house on"}
 
@@ -69,3 +74,22 @@ def play(recipe: Recipe, root: Path, tell: Any = None, carry: Any = None) -> tup
             tell(event)
 
     return folder, run(recipe, folder, both, carry), events
+
+
+def world_of(recipe: Recipe) -> tuple[World, Link]:
+    """A world outside of any run, and a link of a run called "run"."""
+    method = method_of(recipe)
+    world = build_world(recipe, method, Memories(None), lambda event: None)
+    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
+
+
+def forgetful(client: int, number: int) -> Any:
+    """A local carrier in which one client has lost, before one round, what it held."""
+
+    def carry(link: Link, world: World) -> Carrier:
+        def asked(ask: Ask) -> Client:
+            return world.client_with(client, {}) if (ask.client, ask.now.number) == (client, number) else world.client(ask)
+
+        return local_carrier(link, asked, world.done)
+
+    return carry

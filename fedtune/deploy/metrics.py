@@ -20,11 +20,12 @@ class Refusals:
     """A sink that counts refused calls by code, and passes everything on."""
 
     def __init__(self, sink: Sink) -> None:
-        self.sink, self.by_code = sink, Counter[str]()
+        self.sink, self.by_code, self._lock = sink, Counter[str](), threading.Lock()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, CallRefused):
-            self.by_code[event.code] += 1
+            with self._lock:  # calls come from many threads
+                self.by_code[event.code] += 1
         self.sink(event)
 
 

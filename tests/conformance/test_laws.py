@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import methods, transforms
-from fedtune.config import Recipe, method_of
+from fedtune import methods
+from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Chose, ClientDone, Event, RoundDone
 from fedtune.rng import seed_of
@@ -23,8 +23,8 @@ from fedtune.runtime.check import check
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, RoundCohort, respond
 from fedtune.runtime.local import local_carrier
 from fedtune.runtime.run import run
-from fedtune.runtime.states import Memories, load_state
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.states import load_state
+from fedtune.runtime.world import World
 from fedtune.schema import Schema, digest
 from fedtune.types import Client, Round, State, Tensors, Update
 from fedtune.wire import EVERYONE, encode_state
@@ -73,12 +73,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def world_of(recipe: Recipe) -> tuple[World, Link]:
-    method = method_of(recipe)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
-
-
 def sha(recipe: Recipe, root: Path, **more: Any) -> str:
     return str(small.play(recipe, root, **more)[1]["state_sha256"])
 
@@ -99,7 +93,7 @@ def plain_training(recipe: Recipe) -> Tensors:
     """A torch loop over the client's batches, with no federation in it: AdamW made anew at every round's start."""
     from fedtune.model.fit import step_batches
 
-    world, _ = world_of(recipe)
+    world, _ = small.world_of(recipe)
     bench, encoded, train = world.bench, world.train(0), recipe.method.train
     net = bench.net.train()
     for number in range(1, recipe.rounds + 1):
@@ -154,7 +148,7 @@ def product(tensors: Tensors, module: str) -> np.ndarray:
 
 def clones(recipe: Recipe, count: int) -> Tensors:
     """One round in which every member has client 0's data and draws client 0's randomness."""
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     real = link.method
     verbs = {verb: lambda client, given, now, half=half: half(replace(client, id=0), given, now) for verb, half in real.verbs.items()}
     twin = replace(link, method=Proxy(real, verbs))
@@ -221,7 +215,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny_bert: P
 
 def test_the_mean_is_weighted_by_examples(tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(tiny_bert, data, partition__by="column", partition__column="label", partition__clients=3)
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     now = Round(1, recipe.seed, (0, 1, 2))
     start = link.method.start(world.bench)
     updates = [link.method.verbs["train"](world.client_with(n, {}), start.shared, now) for n in now.members]
@@ -289,7 +283,7 @@ def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(tiny_bert: P
 
 
 def test_respond_refuses_a_state_of_other_shapes(tiny_bert: Path, data: Path) -> None:
-    world, link = world_of(small.recipe(tiny_bert, data))
+    world, link = small.world_of(small.recipe(tiny_bert, data))
     wrong = {"x": np.zeros(3, np.float32)}
     now = Round(1, 3, (0,))
     payload = encode_state(wrong, link.header("train", EVERYONE, now, Schema.of(wrong)))
@@ -300,7 +294,7 @@ def test_respond_refuses_a_state_of_other_shapes(tiny_bert: Path, data: Path) ->
 def test_a_hundred_clients_cost_one_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Every client works on the same parameter objects; nothing but its memory is its own."""
     recipe = small.recipe(tiny_bert, data)
-    world, _ = world_of(recipe)
+    world, _ = small.world_of(recipe)
     assert world.client_with(0, {}).model is world.client_with(3, {}).model
     state = State(world.bench.read())
     assert Update.of(state.shared).weight == 1.0
@@ -320,13 +314,7 @@ def test_a_client_that_lost_what_it_held_is_given_the_whole_state(tiny_bert: Pat
     """Client 1 forgets after round 1; the change of round 2 means nothing to it, so it is asked again in the same round."""
     recipe = small.recipe(tiny_bert, data, **DELTA)
 
-    def forgetful(link: Link, world: World) -> Carrier:
-        def client(ask: Ask) -> Client:
-            return world.client_with(1, {}) if (ask.now.number, ask.client) == (2, 1) else world.client(ask)
-
-        return local_carrier(link, client, world.done)
-
-    _, result, events = small.play(recipe, tmp_path / "a", carry=forgetful)
+    _, result, events = small.play(recipe, tmp_path / "a", carry=small.forgetful(1, 2))
     down = {e.client: e.down_bytes for e in events if isinstance(e, ClientDone) and e.round == 2}
     assert result["left_out"] == 0 and down[1] > down[0] + 4 * result["trainable"]
     assert result["state_sha256"] == sha(recipe, tmp_path / "b")  # quantize keeps no residual, so nothing else was lost

@@ -16,14 +16,13 @@ import torch
 import transformers
 
 from fedtune import methods, transforms
-from fedtune.config import Recipe, method_of, parse
+from fedtune.config import Recipe, parse
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Server
 from fedtune.exchange.split_service import alongside, body_at, body_service, dial, over
 from fedtune.methods.sfprompt_net import BodyAt
 from fedtune.runtime.cohort import Ask, Link, respond
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.world import World, world_of
 from fedtune.schema import Schema
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
@@ -117,7 +116,7 @@ def deployed(federation: Federation, tmp_path: Path) -> Iterator[Deployed]:
     tokens = Tokens(private.shared_key(tmp_path / "gate" / "split.key"))
     service = body_service(recipe, Tokens(private.shared_key(tmp_path / "gate" / "split.key")), over(federation.desk.book))
     server = federation.start(**alongside(service))
-    world = build_world(recipe, method_of(recipe), Memories(None), lambda event: None)
+    world = world_of(recipe)
     yield Deployed(federation, recipe, tree, world, service, server, tokens)
     server.stop(0)
     service.stop()

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedtune import methods, transforms
 from fedtune.config import Recipe
-from fedtune.runtime.cohort import Link
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world
 from fedtune.schema import digest
 from fedtune.types import State
 from tests import small
@@ -22,14 +18,8 @@ def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **
     return small.recipe(model, data, method={**WALK, **(changes or {})}, **more)
 
 
-def world_of(recipe: Recipe) -> tuple[World, Link]:
-    method = methods.build(recipe.method, recipe.rounds)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
-
-
 def weights(recipe: Recipe, state: State) -> str:
     """SHA-256 of the model that a state means, rebuilt in a new world."""
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     link.method.install(state, world.bench)
     return digest(world.bench.read())

@@ -22,7 +22,7 @@ from fedtune.schema import Schema, digest
 from fedtune.types import Round, State, Tensors
 from fedtune.wire import EVERYONE, encode_state
 from tests import small
-from tests.methods.kseed import recipe_of, weights, world_of
+from tests.methods.kseed import recipe_of, weights
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def plain_walk(recipe: Recipe) -> tuple[dict[str, list[int]], Tensors]:
     from fedtune.model.fit import step_batches
     from fedtune.model.settings import TrainSettings
 
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     bench, data, s = world.bench, world.train(0), recipe.method
     epochs = [link.method.epoch(number) for number in range(1, recipe.rounds + 1)]
     pools = {epoch: matrix(link.method, bench, epoch) for epoch in epochs}  # (K, d) each, whole numbers
@@ -139,7 +139,7 @@ def test_server_clients_late_joiners_and_other_processes_hold_the_same_model(tin
     folder, _, _ = small.play(recipe, tmp_path)
     state, _ = load_state(folder, 3, "")
     want = weights(recipe, state)
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     seen: list[str] = []
     real = link.method.walk
 
@@ -166,7 +166,7 @@ def test_server_clients_late_joiners_and_other_processes_hold_the_same_model(tin
 
 def test_a_client_ends_where_its_own_scalars_lead(tiny_bert: Path, data: Path) -> None:
     """The walk is made in place, in float32; what it says, replayed from the start, is the same model up to the rounding of its additions."""
-    world, link = world_of(recipe_of(tiny_bert, data, {"steps": 20}))
+    world, link = small.world_of(recipe_of(tiny_bert, data, {"steps": 20}))
     method, bench = link.method, world.bench
     reset(bench)
     seeds = whole.draw(256, 20, (3, 1, 0))
@@ -181,7 +181,7 @@ def test_a_client_ends_where_its_own_scalars_lead(tiny_bert: Path, data: Path) -
 
 
 def test_a_fresh_head_does_not_depend_on_torch(tiny_bert: Path, data: Path) -> None:
-    world, _ = world_of(recipe_of(tiny_bert, data))
+    world, _ = small.world_of(recipe_of(tiny_bert, data))
     head = world.bench.read()["classifier.weight"]
     levels = head / np.float32(3**0.5 * 0.2 / 2**15)  # the tiny model's initializer_range
     np.testing.assert_allclose(levels, np.rint(levels), atol=1e-2)
@@ -192,7 +192,7 @@ def test_a_base_in_half_precision_is_rebuilt_from_its_own_values(tiny_bert: Path
     recipe = recipe_of(tiny_bert, data, {"lr": 1e-2}, model__dtype="bfloat16", rounds=1)
     folder, _, _ = small.play(recipe, tmp_path)
     state, _ = load_state(folder, 1, "")
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     link.method.install(state, world.bench)
     name = "bert.encoder.layer.0.output.dense.weight"
     base = world.base.weights[name]

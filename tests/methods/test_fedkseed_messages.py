@@ -27,7 +27,7 @@ from fedtune.schema import Schema
 from fedtune.types import Round, State, Tensors
 from fedtune.wire import EVERYONE, encode_state
 from tests import small, tiny
-from tests.methods.kseed import SGD, recipe_of, world_of
+from tests.methods.kseed import SGD, recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,14 @@ def ask_of(recipe: Recipe, world: World, link: Link, state: State) -> Ask:
 
 def test_a_client_with_another_start_scale_or_base_is_refused_with_a_sentence(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data)
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     ask = ask_of(recipe, world, link, link.method.start(world.bench))
     respond(link, world.client_with(0, {}), ask)
     for changes in ({"lr": 2e-3}, {"clip": 10.0}, {"pool": "independent"}):
-        other, theirs = world_of(recipe_of(tiny_bert, data, changes))
+        other, theirs = small.world_of(recipe_of(tiny_bert, data, changes))
         with pytest.raises(Refused, match=r"W604: found accumulators of another start, pool or scale"):
             respond(theirs, other.client_with(0, {}), ask)
-    other, theirs = world_of(recipe_of(tiny_bert, data, seed=4))  # another seed: other pools, another head
+    other, theirs = small.world_of(recipe_of(tiny_bert, data, seed=4))  # another seed: other pools, another head
     with pytest.raises(Refused, match="W604"):
         respond(theirs, other.client_with(0, {}), ask)
     with torch.random.fork_rng(devices=[]):
@@ -64,7 +64,7 @@ def test_a_client_with_another_start_scale_or_base_is_refused_with_a_sentence(ti
     with torch.no_grad():
         next(net.parameters())[0, 0] += 1
     net.save_pretrained(tmp_path / "other")
-    other, theirs = world_of(recipe_of(tmp_path / "other", data))
+    other, theirs = small.world_of(recipe_of(tmp_path / "other", data))
     with pytest.raises(Refused, match=r"W604.*base"):
         respond(theirs, other.client_with(0, {}), ask)
 
@@ -175,13 +175,7 @@ def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(changes: 
 def test_a_client_that_lost_its_accumulators_is_given_all_in_the_same_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data)
 
-    def forgetful(link: Link, world: World) -> Carrier:
-        def client(ask: Ask) -> Any:
-            return world.client_with(1, {}) if (ask.now.number, ask.client) == (3, 1) else world.client(ask)
-
-        return local_carrier(link, client, world.done)
-
-    _, result, events = small.play(recipe, tmp_path / "a", carry=forgetful)
+    _, result, events = small.play(recipe, tmp_path / "a", carry=small.forgetful(1, 3))
     down = {e.client: e.down_bytes for e in events if isinstance(e, ClientDone) and e.round == 3}
     assert result["left_out"] == 0 and down[1] > down[0] == down[2] == down[3]
     assert result["state_sha256"] == small.play(recipe, tmp_path / "b")[1]["state_sha256"]
@@ -203,7 +197,7 @@ def test_with_as_many_directions_as_parameters_a_projection_is_the_update_itself
     train = {"optimizer": "sgd", "lr": 0.5, "steps": 3, "batch": 4}
     fine = {"space": "adapter", "adapter": {"kind": "head"}, "size": 128, "lr": 1e-5, "estimator": "gradient", "train": train}
     recipe = recipe_of(tiny_bert, data, fine, rounds=1)
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     start = link.method.start(world.bench)
     now = Round(1, recipe.seed, (0, 1, 2, 3))
     from fedtune.model.fit import fit
@@ -233,10 +227,10 @@ def test_auto_takes_gradients_where_memory_allows(tiny_bert: Path, data: Path, t
 
 def test_a_masked_space_leaves_the_rest_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data, {"only": ["*.layer.1.*"]})
-    world, _ = world_of(recipe)
+    world, _ = small.world_of(recipe)
     assert all(".layer.1." in name or name.startswith(("classifier", "bert.pooler")) for name in world.bench.named)
     with pytest.raises(FedtuneError, match="M302"):
-        world_of(recipe_of(tiny_bert, data, {"only": ["*.layer.7.*"]}))
+        small.world_of(recipe_of(tiny_bert, data, {"only": ["*.layer.7.*"]}))
 
 
 # --- the file of kilobytes ------------------------------------------------------------------------------------------------
@@ -256,7 +250,7 @@ def test_a_seed_file_rebuilds_the_model_to_the_bit_and_refuses_another_base(tiny
         assert (tmp_path / "rebuilt" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
     merged = load_file(str(tmp_path / "merged" / "model.safetensors"))
     state, _ = load_state(folder, 3, "")
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     link.method.install(state, world.bench)
     for name, value in world.bench.read().items():
         np.testing.assert_array_equal(merged[name], value)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import methods, transforms
+from fedtune import methods
 from fedtune.cli import main
-from fedtune.config import Recipe, method_of
+from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import ClientDone, ClientLeftOut
 from fedtune.methods.sfprompt import load
@@ -27,8 +27,7 @@ from fedtune.rng import seed_of, stream
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.cohort import Carrier, Link
 from fedtune.runtime.local import local_carrier
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.world import World
 from fedtune.schema import digest
 from fedtune.split.body import Frozen
 from fedtune.split.channel import Socket
@@ -69,12 +68,6 @@ def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **
     return small.recipe(model, data, method={**SPLIT, **(changes or {})}, **more)
 
 
-def world_of(recipe: Recipe) -> tuple[World, Link]:
-    method = method_of(recipe)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
-
-
 # --- the same numbers as without a cut --------------------------------------------------------------------------------
 
 
@@ -90,7 +83,7 @@ def test_one_client_is_ordinary_training_of_the_uncut_model_to_the_bit(changes: 
 
 def plain_training(recipe: Any) -> Tensors:
     """The whole ViT, prompts put in by a hook in front of block k, AdamW made anew every round: no cut, no messages, nothing of fedtune.split."""
-    world, _ = world_of(recipe)
+    world, _ = small.world_of(recipe)
     first = world.bench.read()
     vit = tiny_vit_of(recipe, world)
     prompts = torch.nn.Parameter(torch.from_numpy(first["prompts"]))
@@ -181,12 +174,12 @@ def test_a_tied_vocabulary_stays_frozen(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.SENTENCES * 4))
     (tmp_path / "tied").mkdir()
-    world, _ = world_of(recipe_of(tiny.llama(tmp_path / "tied", tie=True), path, data__task="causal-lm"))
+    world, _ = small.world_of(recipe_of(tiny.llama(tmp_path / "tied", tie=True), path, data__task="causal-lm"))
     assert sorted(world.bench.named) == ["model.norm.weight", "prompts"]
 
 
 def test_the_installed_bench_is_the_uncut_model_with_prompts(tiny_vit: Path, images: Path) -> None:
-    world, _ = world_of(recipe_of(tiny_vit, images, {"head": 1}))
+    world, _ = small.world_of(recipe_of(tiny_vit, images, {"head": 1}))
     vit = copy.deepcopy(tiny_vit_of(world.recipe, world))
     with_prompts(vit, 1, world.bench.named["prompts"])
     batch = world.train(0).collate(range(5))
@@ -202,7 +195,7 @@ def test_the_installed_bench_is_the_uncut_model_with_prompts(tiny_vit: Path, ima
 def elsewhere(tiny_vit: Path, images: Path) -> Iterator[tuple[Recipe, str, Service, Tokens]]:
     """A body service with its own copy of the model, on a socket."""
     recipe = recipe_of(tiny_vit, images, {"head": 1})
-    world, _ = world_of(recipe)
+    world, _ = small.world_of(recipe)
     tokens = Tokens()
     service = Service(Frozen(world.bench.net.part), world.bench.net.own_body.offer, tokens.admit).start()
     server, port = serve(service, "127.0.0.1:0")
@@ -237,7 +230,7 @@ def test_a_client_without_a_token_is_left_out_and_named(elsewhere: Any, tmp_path
 
 def test_another_body_is_refused_before_training(elsewhere: Any, tmp_path: Path) -> None:
     recipe, address, _, tokens = elsewhere
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     net: SplitNet = world.bench.net
     body = BodyAt(lambda: Socket(address), replace(net.own_body.offer, part="0" * 64), "run", lambda number, client: tokens.issue("run", number, client))
     now = methods_round(recipe)
@@ -335,7 +328,7 @@ def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, t
 def test_losses_through_the_body_are_those_of_the_uncut_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Before phase 1 of round 1 the model is the first state; of a client with 24 examples, eight are the probe."""
     recipe = recipe_of(tiny_bert, data, {"local_update": 1})
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     drawn = stream("split probe", seed_of("train", recipe.seed, 1, 1)).permutation(len(world.train(1)))[:8].tolist()
     with torch.no_grad():
         want = float(summed_loss(world.bench, world.train(1).collate(drawn))[0]) / 8
@@ -355,7 +348,7 @@ def test_pruning_sends_fewer_examples(tiny_vit: Path, images: Path, tmp_path: Pa
 def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     for changes in ({"local_update": 1}, {"pruning": "el2n", "keep": 0.5}, {"preset": "sfprompt-paper"}):
         recipe = recipe_of(tiny_bert, data, {"head": 0, **changes})
-        for start in (check, world_of):
+        for start in (check, small.world_of):
             with pytest.raises(FedtuneError, match=r"S703.*k = 0.*first token"):
                 start(recipe)
     check(recipe_of(tiny_bert, data, {"head": 0, "tail": 1, "local_update": 1}))  # a block in the tail sees
@@ -404,7 +397,7 @@ def test_a_cut_that_does_not_fit_is_refused(tiny_bert: Path, data: Path) -> None
 def test_prompts_and_tail_come_back_from_an_export(tiny_vit: Path, images: Path, tmp_path: Path, tiny_bert: Path, data: Path) -> None:
     recipe = recipe_of(tiny_vit, images, {"head": 1})
     folder, _, _ = small.play(recipe, tmp_path)
-    world, link = world_of(recipe)
+    world, link = small.world_of(recipe)
     batch = world.train(0).collate(range(4))
     first = summed_loss(world.bench, batch)[1].detach()
     bench = load(world.base, folder.adapter)
@@ -412,13 +405,13 @@ def test_prompts_and_tail_come_back_from_an_export(tiny_vit: Path, images: Path,
     assert not torch.equal(first, logits)
     link.method.install(replace(link.method.start(bench), shared=state_of(folder)), bench)
     assert torch.equal(summed_loss(bench, batch)[1], logits)
-    other, _ = world_of(recipe_of(tiny_bert, data))
+    other, _ = small.world_of(recipe_of(tiny_bert, data))
     with pytest.raises(FedtuneError, match="M304"):
         load(other.base, folder.adapter)
 
 
 def test_training_alone_is_the_training_of_a_single_client(tiny_vit: Path, images: Path) -> None:
-    world, link = world_of(recipe_of(tiny_vit, images, {"head": 1}))
+    world, link = small.world_of(recipe_of(tiny_vit, images, {"head": 1}))
     start = link.method.start(world.bench)
     results = []
     for _ in range(2):
