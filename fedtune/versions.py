@@ -11,7 +11,10 @@ PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy")
 
 
 def cores() -> int:
-    """Cores that this process may use, where the system can tell: the threads of torch, on which bits may depend."""
+    """Threads that torch gets by default: OMP_NUM_THREADS where it is set, else the cores that this process may use. Bits may depend on them."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if asked.isdigit() and int(asked):
+        return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
