@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy")
-
-
-def cores() -> int:
-    """Threads that torch gets by default: OMP_NUM_THREADS where it is set, else the cores that this process may use. Bits may depend on them."""
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache

@@ -19,7 +19,7 @@ import transformers
 from fedtune.errors import FedtuneError
 from fedtune.model.settings import ModelSettings
 from fedtune.rng import seed_of
-from fedtune.versions import cores
+from fedtune.threads import threads_for
 
 AUTO = {
     "classify": transformers.AutoModelForSequenceClassification,
@@ -206,9 +206,9 @@ def dtype_of(settings: ModelSettings) -> torch.dtype:
 def prepare_torch(settings: ModelSettings) -> None:
     """Threads and, on the CPU, deterministic kernels.
 
-    0 threads are the cores that this process may use, said aloud: Ray would leave its actors one, and bits depend on the number.
+    The number of threads is always set: Ray would leave its actors one, and bits depend on the number.
     """
-    torch.set_num_threads(settings.threads or cores())
+    torch.set_num_threads(threads_for(settings.threads)[0])
     if pick_device(settings.device).type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and nothing here reads such memory

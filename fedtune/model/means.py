@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedtune.model.base import pick_device
+from fedtune.threads import available_cores
 
 GROUP = Path("/sys/fs/cgroup")
 KINDS = (  # of control groups, 2 and 1: a process's limit, what it uses, and what of that is cached files that may go
@@ -24,7 +25,7 @@ SIDE, TURNS = 512, 8  # of the matrices that are multiplied to see how fast a de
 def means(device: str = "") -> dict[str, Any]:
     """device (as it would be taken), devices (CUDA), memory (bytes free for a model there), cores. Raises M301."""
     chosen = pick_device(device or "auto")
-    known: dict[str, Any] = {"device": str(chosen), "devices": torch.cuda.device_count(), "cores": len(os.sched_getaffinity(0))}
+    known: dict[str, Any] = {"device": str(chosen), "devices": torch.cuda.device_count(), "cores": available_cores()}
     if chosen.type == "cuda":
         return known | {"name": torch.cuda.get_device_name(chosen), "memory": int(torch.cuda.mem_get_info(chosen)[0])}
     return known | {"memory": free_memory()}

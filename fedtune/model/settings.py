@@ -23,7 +23,8 @@ class ModelSettings(Settings):
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     threads: int = Field(0, ge=0)
-    """CPU threads of torch; 0 means the cores of the machine. Bits may differ between thread counts."""
+    """CPU threads of torch; 0 means OMP_NUM_THREADS where it is set, else the cores that affinity and control groups allow. Bits may
+    differ between thread counts."""
 
 
 class AdapterSettings(Settings):

@@ -26,7 +26,7 @@ from fedtune.runtime.flower import Grid, answer, find_nodes, flower_carrier, hel
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.run import run
 from fedtune.runtime.world import World
-from fedtune.versions import cores
+from fedtune.threads import available_cores, threads_for
 
 
 def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def actor_size(threads: int, device: str) -> dict[str, float]:
     depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to itself."""
     if device == "cuda":
         return {"num_cpus": 1, "num_gpus": 1}
-    return {"num_cpus": threads or cores(), "num_gpus": 0}
+    return {"num_cpus": threads_for(threads)[0], "num_gpus": 0}
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
     each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
     with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # /tmp: names of sockets end at 107 characters
         try:
-            cpus = max(each, min(cores(), nodes * each))
+            cpus = max(each, min(available_cores(), nodes * each))
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
         except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
             raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
