@@ -1,0 +1,78 @@
+"""Short recipes of every sort, and the bytes with which they end: what a redesign must not change.
+
+python -m tests.conformance.states      # write tests/golden/states.json again, after a change that is meant to change bytes
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.runtime.states import load_state
+from tests import small, tiny
+from tests.conformance.test_laws import METHODS
+from tests.model.cases import VARIANTS
+
+FILE = Path(__file__).parents[1] / "golden" / "states.json"
+CAUSAL = {"data__task": "causal-lm", "data__max_length": 24}
+MORE: dict[str, dict[str, Any]] = {
+    **{f"kind {name}": {"method__adapter": {**change, "kind": change["kind"]}} for name, change in VARIANTS.items() if name != "prefix"},
+    **{f"causal {name}": {"method__adapter": VARIANTS[name], **CAUSAL} for name in ("lora", "prefix", "prompt", "full", "ia3")},
+    "step quantize": {"chain": [{"step": "quantize", "bits": 4}]},
+    "step dither": {"chain": [{"step": "dither"}]},
+    "step deadzone": {"chain": [{"step": "deadzone", "error_feedback": True}]},
+    "step topk": {"chain": [{"step": "topk", "keep": 0.1, "error_feedback": True}]},
+    "step auto": {"chain": [{"step": "auto"}]},
+    "rule median": {"aggregate": {"rule": "median"}},
+    "rule trimmed": {"aggregate": {"rule": "trimmed", "trim": 0.25}},
+    "rule krum": {"aggregate": {"rule": "krum", "faulty": 0, "chosen": 2}},
+    "rule clipped": {"aggregate": {"rule": "clipped", "bound": 0.1}},
+    "partition dirichlet": {"partition": {"by": "dirichlet", "alpha": 0.5, "clients": 3}},
+    "partition column": {"partition": {"by": "column", "column": "site", "clients": 4}},
+    "partition shards": {"partition": {"by": "shards", "shards_per_client": 2, "clients": 3}},
+    "partition size": {"partition": {"by": "size", "clients": 3}},
+    "train sgd": {"method__train": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "steps": 0, "epochs": 1, "batch": 8, "prox": 0.1}},
+    "train cosine": {"method__train": {"lr": 0.01, "steps": 2, "batch": 4, "schedule": "cosine", "warmup": 0.2, "clip": 1.0}},
+    "server adagrad": {"method__server": {"optimizer": "adagrad", "lr": 0.01}},
+    "sampled": {"sampling": {"fraction": 0.5}},
+}
+RECIPES = METHODS | MORE
+
+
+def model_of(name: str, folder: Path) -> Path:
+    """A Llama for causal-lm, a BERT for the rest; made once a folder."""
+    place = folder / ("llama" if name.startswith("causal ") else "bert")
+    return place if place.exists() else (tiny.llama(place) if place.name == "llama" else tiny.bert(place))
+
+
+def end_of(name: str, folder: Path, data: Path, root: Path) -> dict[str, Any]:
+    """The hash of a recipe's last state, and the root of its sum of squares, which another processor changes in its last digits only."""
+    recipe = small.recipe(model_of(name, folder), data, **RECIPES[name])
+    run, result, _ = small.play(recipe, root)
+    state, _ = load_state(run, recipe.rounds, "")
+    size = float(np.sqrt(sum(float(np.square(value.astype(np.float64)).sum()) for value in state.shared.values())))
+    return {"state_sha256": result["state_sha256"], "norm": size}
+
+
+def machine() -> str:
+    """What the bits of a sum depend on besides the recipe."""
+    words = [
+        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "cpu family", "model\t"))
+    ]
+    return " / ".join([*dict.fromkeys(words), torch.backends.cpu.get_cpu_capability(), torch.__version__])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data = small.write_rows(Path(folder))
+        ends = {name: end_of(name, Path(folder), data, Path(folder, "runs", name)) for name in RECIPES}
+    FILE.write_text(json.dumps({"machine": machine(), "ends": ends}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
