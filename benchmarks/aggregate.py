@@ -176,7 +176,6 @@ def refactoring(size: int, clients: int, claims: list[dict[str, Any]]) -> None:
 
     before, answers = Combined(one()), [Answer(i, one(), 1.0 + i, 2.0) for i in range(clients)]
     rule = RULES["flexlora"]()
-    assert rule.combine is not None
     start = time.perf_counter()
     made = rule.combine(answers, before, 2.0, Round(1, 0, ()))
     ours = time.perf_counter() - start

@@ -9,20 +9,20 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
-from fedtune.aggregate.settings import AggregateSettings
+from fedtune.aggregate import AggregateSettings, Mean
 from fedtune.data.settings import DataSettings, PartitionSettings
 from fedtune.errors import FedtuneError
-from fedtune.methods import DEFAULT_METHOD, MethodSettings, build
+from fedtune.methods import FedPEFTSettings, MethodSettings, build
 from fedtune.model.settings import ModelSettings
 from fedtune.rules import SELECTORS, check_rules, used
-from fedtune.settings import Settings
+from fedtune.settings import Settings, tag_of, union_of
 from fedtune.transforms import ChainStep
 from fedtune.transforms.broadcast import DownlinkSettings
 from fedtune.types import Method
@@ -84,15 +84,21 @@ class Recipe(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
-    method: MethodSettings
+    method: MethodSettings = FedPEFTSettings()
     sampling: SamplingSettings = SamplingSettings()
     chain: tuple[ChainStep, ...] = ()
     """Steps between a client's update and the server's sum, in the client's order."""
     downlink: DownlinkSettings = DownlinkSettings()
-    aggregate: AggregateSettings = AggregateSettings()
+    aggregate: AggregateSettings = Mean()
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     deploy: DeploySettings = DeploySettings()
+
+    _notes: tuple[str, ...] = PrivateAttr(())  # what a run says about how its recipe was read
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
 
     def canonical(self) -> str:
         """The resolved recipe as canonical JSON."""
@@ -129,30 +135,49 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines and [tables]", "mend that line") from None
-    for override in sorted(overrides, key=selects):
-        apply_override(tree, override)
-    return parse(tree, stem)
+    dropped = [key for override in sorted(overrides, key=selects) for key in apply_override(tree, override)]
+    recipe = parse(tree, stem)
+    recipe._notes = tuple(f"--set left out {key} of the recipe, which the chosen {key.rpartition('.')[0]} does not have" for key in dropped)
+    return recipe
 
 
 def selects(override: str) -> tuple[bool, int]:
-    """Sorts selectors before what they select: `method.type` takes the file's keys of another method with it, and must not take other overrides."""
-    path = override.partition("=")[0].strip()
-    return path not in SELECTORS, path.count(".") if path in SELECTORS else 0
+    """Sorts what chooses a table's class before what stands in the table: a new `method.type` may drop keys of the file, never other overrides."""
+    keys = override.partition("=")[0].strip().split(".")
+    chooses = is_selector(keys)
+    return not chooses, len(keys) if chooses else 0
+
+
+def is_selector(keys: Sequence[str]) -> bool:
+    return ".".join(keys) in SELECTORS or tuple(keys) in set(discriminators(Recipe))
 
 
 def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
     """A recipe from a parsed tree. Raises C101, C102, C104."""
-    tree.setdefault("method", {}).setdefault("type", DEFAULT_METHOD) if isinstance(tree.get("method", {}), dict) else None
     try:
-        recipe = Recipe.model_validate_json(json.dumps(tree, default=str))
+        recipe = Recipe.model_validate_json(json.dumps(with_defaults(tree, Recipe), default=str))
     except ValidationError as error:
         raise sentence(error) from None
     check_rules(recipe)
     return recipe
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one dotted path; the value is read as TOML, and as a bare string where it is none."""
+def with_defaults(tree: Any, cls: type[BaseModel]) -> Any:
+    """The tree with the discriminators that its tables leave out, by which the right class reads them."""
+    if not isinstance(tree, dict):
+        return tree
+    made = dict(tree)
+    for key in cls.model_fields:
+        union, below = union_of(cls, key), made.get(key, {})
+        if union and key in made and isinstance(below, dict):
+            below = {union.discriminator: union.default} | below
+            chosen = union.classes.get(str(below[union.discriminator]))
+            made[key] = with_defaults(below, chosen) if chosen else below
+    return made
+
+
+def apply_override(tree: dict[str, Any], override: str) -> list[str]:
+    """Set one dotted path; the value is read as TOML, and as a bare string where it is none. Returns the paths of keys that this dropped."""
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -162,8 +187,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = raw
     node: Any = tree
-    if ".".join(keys) in SELECTORS:
-        drop_unused(tree, keys, value)
+    dropped = drop_unused(tree, keys, value) if is_selector(keys) else []
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
@@ -176,16 +200,40 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             node = node[key]
         else:
             raise FedtuneError("C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path")
+    return dropped
 
 
-def drop_unused(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """An override that changes a selector (say, the adapter's kind) takes the file's keys for the old value with it."""
+def drop_unused(tree: dict[str, Any], keys: list[str], value: Any) -> list[str]:
+    """An override that chooses another class for a table takes the keys with it that the class does not know; returns their paths."""
     table: Any = tree
+    cls: type[BaseModel] | None = Recipe
     for key in keys[:-1]:
         table = table.get(key, {}) if isinstance(table, dict) else {}
-    if isinstance(table, dict) and (keys[-1] != "type" or table.get("type", DEFAULT_METHOD) != value):
-        for key in table.keys() - used(".".join(keys), str(value)):
+        union = union_of(cls, key) if cls else None
+        tag = value if key == keys[-2] else table.get(union.discriminator, union.default) if union and isinstance(table, dict) else None
+        cls = union.classes.get(str(tag)) if union else None
+    if not isinstance(table, dict) or not table:
+        return []
+    path = ".".join(keys)
+    if path in SELECTORS:
+        dropped = sorted(table.keys() - used(path, str(value)))
+        for key in dropped:
             del table[key]
+        return [f"{'.'.join(keys[:-1])}.{key}" for key in dropped]
+    return prune(table, cls, ".".join(keys[:-1])) if cls else []
+
+
+def prune(table: dict[str, Any], cls: type[BaseModel], path: str) -> list[str]:
+    """Take out what a class does not know, in its tables as well; returns the paths of what went."""
+    dropped = [f"{path}.{key}" for key in sorted(table.keys() - cls.model_fields.keys())]
+    for key in table.keys() - cls.model_fields.keys():
+        del table[key]
+    for key, below in table.items():
+        inner = leaves(cls.model_fields[key].annotation)
+        single = inner[0] if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel) else None
+        if single and isinstance(below, dict):
+            dropped += prune(below, single, f"{path}.{key}")
+    return dropped
 
 
 def sentence(error: ValidationError) -> FedtuneError:
@@ -230,6 +278,15 @@ def leaves(annotation: Any) -> list[Any]:
 
 
 def tags(cls: type[BaseModel]) -> tuple[str, ...]:
-    """The values of a class's discriminator (`type` of methods, `step` of transforms)."""
-    field = cls.model_fields.get("type") or cls.model_fields.get("step")
-    return tuple(str(t) for t in get_args(field.annotation)) if field else ()
+    """The values of a class's discriminator (`type` of methods, `step` of transforms, `rule` of aggregation)."""
+    return tag_of(cls)[1]
+
+
+def discriminators(cls: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all keys that choose the class of a table."""
+    for key, field in cls.model_fields.items():
+        if union := union_of(cls, key):
+            yield (*path, key, union.discriminator)
+        for below in leaves(field.annotation):
+            if isinstance(below, type) and issubclass(below, BaseModel):
+                yield from discriminators(below, (*path, key))

@@ -28,6 +28,7 @@ class RunStarted(Event):
     trainable: int
     total: int
     resumed_after: int = 0
+    threads: str = ""  # how many torch uses, and why
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedtune.aggregate.settings import SUMS
+from fedtune.aggregate import RULES, Rule
 from fedtune.errors import FedtuneError
 from fedtune.model.settings import TrainSettings
 from fedtune.settings import Settings
@@ -32,22 +32,12 @@ SERVER_KEYS: dict[str, set[str]] = {
     "adagrad": {"lr", "eps"},
     "rmsprop": {"lr", "beta2", "eps"},
 }
-AGGREGATE_KEYS: dict[str, set[str]] = {
-    "flora": {"extra"},
-    "fedex": {"extra"},
-    "hetlora": {"by"},
-    "fair": {"lam"},
-    "trimmed": {"trim"},
-    "krum": {"faulty", "chosen"},
-    "clipped": {"bound"},
-}
 TRAIN_ALWAYS = set(TrainSettings.model_fields) - {"momentum", "nesterov"}
 SELECTORS: dict[str, tuple[set[str], dict[str, set[str]]]] = {
     "method.type": ({"type"}, {}),
     "method.adapter.kind": ({"kind"}, ADAPTER_KEYS),
     "partition.by": ({"by", "clients", "min_rows"}, PARTITION_KEYS),
     "downlink.step": ({"step"}, {"delta": {"keep"}}),
-    "aggregate.rule": ({"rule"}, AGGREGATE_KEYS),
     "method.train.optimizer": (TRAIN_ALWAYS, TRAIN_KEYS),
     "method.server.optimizer": ({"optimizer"}, SERVER_KEYS),
 }
@@ -88,7 +78,6 @@ def check_rules(recipe: Recipe) -> None:
         ("method.adapter.kind", tables.get("adapter")),
         ("partition.by", partition),
         ("downlink.step", recipe.downlink),
-        ("aggregate.rule", recipe.aggregate),
         ("method.train.optimizer", tables.get("train")),
         ("method.server.optimizer", tables.get("server")),
     ):
@@ -108,15 +97,19 @@ def check_rules(recipe: Recipe) -> None:
             refuse(f"method.{name}.nesterov without momentum", "momentum above 0", f"set method.{name}.momentum")
     for conflict in method.conflicts(recipe):
         refuse(*conflict)
-    check_single_answers(recipe.aggregate.rule, build(recipe.chain))
+    check_single_answers(recipe.aggregate, build(recipe.chain))
 
 
-def check_single_answers(rule: str, chain: Chain) -> None:
+def check_single_answers(rule: Rule, chain: Chain) -> None:
     """A rule that reads single answers cannot stand beside a step that only the sum undoes, such as a mask."""
     late = next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
-    if late and rule not in SUMS:
-        found = f"aggregate.rule = '{rule}', which reads single answers, beside '{late}', which hides them"
-        refuse(found, f"a rule that needs the sum only: {', '.join(sorted(SUMS))}", f"change aggregate.rule, or remove '{late}' from [[chain]]")
+    if late and not rule.linear:
+        found = f"aggregate.rule = '{rule.rule}', which reads single answers, beside '{late}', which hides them"
+        refuse(
+            found,
+            f"a rule that needs the sum only: {', '.join(sorted(tag for tag, other in RULES.items() if other.linear))}",
+            f"change aggregate.rule, or remove '{late}' from [[chain]]",
+        )
 
 
 def used(path: str, value: str) -> set[str]:

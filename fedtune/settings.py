@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
+
+DISCRIMINATORS = ("type", "step", "rule")  # keys that choose the class of a table
 
 
 class Settings(BaseModel):
@@ -16,3 +19,36 @@ class Settings(BaseModel):
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         """Settings that cannot go together, each as found, expected, what to do: the recipe is refused (C104) with the first."""
         yield from ()
+
+
+@dataclass(frozen=True)
+class Union:
+    """A table whose discriminator says which class reads it: the union is the registry of those classes."""
+
+    discriminator: str
+    classes: dict[str, type[Settings]]
+    default: str  # "" where the table has to say it
+
+
+def union_of(cls: type[BaseModel], key: str) -> Union | None:
+    """The discriminated union that a field is, or None."""
+    field = cls.model_fields.get(key)
+    if field is None or not isinstance(field.discriminator, str):
+        return None
+    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+    classes = classes_by_tag(field.annotation, field.discriminator)
+    return Union(field.discriminator, classes, str(getattr(default, field.discriminator, "")))
+
+
+def classes_by_tag(union: Any, discriminator: str) -> dict[str, Any]:
+    """The classes of a discriminated union, by the value of their discriminator, in the order of the union."""
+    members = get_args(get_args(union)[0]) if get_origin(union) is Annotated else get_args(union)
+    return {tag: cls for cls in members or (union,) for tag in get_args(cls.model_fields[discriminator].annotation)}
+
+
+def tag_of(cls: type[BaseModel]) -> tuple[str, tuple[str, ...]]:
+    """The discriminator of a union's member and its values; ("", ()) for a class that stands in no union."""
+    for name, field in cls.model_fields.items():
+        if get_origin(field.annotation) is Literal and (name in DISCRIMINATORS):
+            return name, get_args(field.annotation)
+    return "", ()

@@ -33,6 +33,16 @@ def threads_for(asked: int) -> tuple[int, str]:
     return available_cores(), "all cores that this process may use"
 
 
+def describe_threads(asked: int) -> str:
+    """The same in words.
+
+    >>> describe_threads(1)
+    '1 thread (model.threads)'
+    """
+    count, why = threads_for(asked)
+    return f"{count} thread{'s' * (count != 1)} ({why})"
+
+
 def available_cores() -> int:
     """Cores that this process may keep busy: its affinity, or less where the CPU quota of its control group is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,59 +1,54 @@
 """Aggregation: how many adapters become one. One short file a rule, numpy only; it knows no runtime, no network and no model.
 
-RULES[name](options) -> Rule         a round's answers -> the next adapter
+A rule is registered by its place in `AggregateSettings`; RULES[name] is its class.
+
+    RULES[name](options) -> Rule         a round's answers -> the next adapter
     MERGES[name](options) -> Merge       finished experts -> one adapter
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Annotated
 
-from fedtune.aggregate.answer import Answer, Combined, Rule, TooFew
-from fedtune.aggregate.clipped import clipped
-from fedtune.aggregate.fair import fair
-from fedtune.aggregate.fedex import fedex
-from fedtune.aggregate.fedrot import fedrot
-from fedtune.aggregate.fedsa import fedsa
-from fedtune.aggregate.fedsb import fedsb
-from fedtune.aggregate.ffa import ffa
-from fedtune.aggregate.flexlora import flexlora
-from fedtune.aggregate.flora import flora
+from pydantic import Field
+
+from fedtune.aggregate.clipped import Clipped
+from fedtune.aggregate.fair import Fair
+from fedtune.aggregate.fedex import FedEx
+from fedtune.aggregate.fedrot import FedRot
+from fedtune.aggregate.fedsa import FedSA
+from fedtune.aggregate.fedsb import FedSB
+from fedtune.aggregate.ffa import FFA
+from fedtune.aggregate.flexlora import FlexLoRA
+from fedtune.aggregate.flora import FLoRA
 from fedtune.aggregate.gather import drift
-from fedtune.aggregate.hetlora import hetlora
-from fedtune.aggregate.krum import krum
-from fedtune.aggregate.mean import mean
-from fedtune.aggregate.median import median
+from fedtune.aggregate.hetlora import HetLoRA
+from fedtune.aggregate.krum import Krum
+from fedtune.aggregate.mean import Mean
+from fedtune.aggregate.median import Median
 from fedtune.aggregate.merging import MERGES, Merge
 from fedtune.aggregate.pairs import Pair, flat_residual, join, ranks, residual_of, split
 from fedtune.aggregate.plain import WeightedMean
 from fedtune.aggregate.residual import as_adapter
 from fedtune.aggregate.resize import for_rank, left_out
-from fedtune.aggregate.rolora import rolora
-from fedtune.aggregate.trimmed import trimmed
+from fedtune.aggregate.rolora import RoLoRA
+from fedtune.aggregate.rule import Answer, Combined, Rule, TooFew
+from fedtune.aggregate.trimmed import Trimmed
+from fedtune.settings import classes_by_tag
 
-RULES: dict[str, Callable[..., Rule]] = {
-    "mean": mean,
-    "ffa": ffa,
-    "rolora": rolora,
-    "fedsa": fedsa,
-    "fedsb": fedsb,
-    "flora": flora,
-    "flexlora": flexlora,
-    "hetlora": hetlora,
-    "fedex": fedex,
-    "fair": fair,
-    "fedrot": fedrot,
-    "median": median,
-    "trimmed": trimmed,
-    "krum": krum,
-    "clipped": clipped,
-}
+AggregateSettings = Annotated[
+    Mean | FFA | RoLoRA | FedSA | FedSB | FLoRA | FlexLoRA | HetLoRA | FedEx | Fair | FedRot | Median | Trimmed | Krum | Clipped,
+    Field(discriminator="rule"),
+]
+RULES: dict[str, type[Rule]] = classes_by_tag(AggregateSettings, "rule")
 
 __all__ = [
     "MERGES",
     "RULES",
+    "AggregateSettings",
     "Answer",
     "Combined",
+    "Mean",
     "Merge",
     "Pair",
     "Rule",

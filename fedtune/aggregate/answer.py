@@ -1,19 +1,16 @@
-"""The words of this room: one client's answer, what a rule makes of many, and the rule itself.
-
-A rule is a value, not a class to inherit from: its file is a function that returns a `Rule` made of functions.
-"""
+"""One client's answer, and what a rule makes of many."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedtune.aggregate.pairs import Pair
 from fedtune.errors import FedtuneError
-from fedtune.types import Round, Tensors
+from fedtune.types import Tensors
 
 
 @dataclass(frozen=True)
@@ -44,68 +41,6 @@ class Combined:
     residual: Mapping[str, Pair] = field(default_factory=dict)
     report: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, float] = field(default_factory=dict)
-
-
-Names = Iterable[str]
-Combine = Callable[[Iterable[Answer], Combined, float, Round], Combined]
-
-
-class TooFew(FedtuneError):
-    """Fewer answers than the rule needs for what it promises (R410): the round changes nothing, the run goes on."""
-
-
-def every(names: Names, number: int = 0) -> frozenset[str]:
-    return frozenset(names)
-
-
-def none(names: Names) -> frozenset[str]:
-    return frozenset()
-
-
-def replaced(before: Tensors, mean: Tensors) -> dict[str, np.ndarray]:
-    """The mean of what was sent, in the place of what was there; float32, name order. Raises M305 or W607."""
-    unknown = sorted(mean.keys() - before.keys())
-    if unknown:
-        raise FedtuneError("M305", f"a mean of '{unknown[0]}'", "names of the adapter", "average what the rule sends")
-    for name, value in mean.items():
-        if np.shape(value) != np.shape(before[name]):
-            raise misfit(name, np.shape(value), np.shape(before[name]))
-        if not np.isfinite(value).all():
-            raise FedtuneError("W607", f"NaN or Inf in the mean of '{name}'", "finite numbers", "leave out the client that sent them")
-    return {name: np.asarray(mean.get(name, before[name]), dtype=np.float32) for name in sorted(before)}
-
-
-def passed(tensors: Tensors, scale: float, rank: int, client_scale: float) -> dict[str, np.ndarray]:
-    """For rules whose clients all have the server's rank and scale."""
-    return dict(tensors)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How answers become the next adapter.
-
-    linear     a weighted mean of answers is enough: `cohort.sum`, then `from_mean`; `combine` is None
-    mixed      clients may have ranks and scales of their own
-    carries    the result has a residual beside the adapter
-    trains     (names, round number) -> what clients train in this round
-    sends      (names, round number) -> what travels up
-    stays      names -> what a client keeps as its own and the server never overwrites
-    from_mean  (adapter before, mean of what was sent) -> adapter
-    combine    (answers in ascending id, state before, the server's scale, now) -> state; reads one answer at a time. The server's
-               ranks are those of the state before. Arrays of an answer must not change until it returns.
-    for_rank   (adapter, its scale, a client's rank, that client's scale) -> the adapter that this client is given
-    """
-
-    name: str
-    linear: bool
-    combine: Combine | None = None
-    mixed: bool = False
-    carries: bool = False
-    trains: Callable[[Names, int], frozenset[str]] = every
-    sends: Callable[[Names, int], frozenset[str]] = every
-    stays: Callable[[Names], frozenset[str]] = none
-    from_mean: Callable[[Tensors, Tensors], dict[str, np.ndarray]] = replaced
-    for_rank: Callable[[Tensors, float, int, float], dict[str, np.ndarray]] = passed
 
 
 def checked(answers: Iterable[Answer]) -> Iterator[Answer]:

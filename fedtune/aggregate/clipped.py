@@ -8,41 +8,47 @@ smaller rank, what its truncation left out counts as move.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.each import Held, hold, move, scaled
 from fedtune.aggregate.pairs import Pair, join, split
 from fedtune.aggregate.plain import WeightedMean
 from fedtune.aggregate.product import ProductSum, balanced, beyond, ratio, spectrum
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 
-def clipped(bound: float = 0.0) -> Rule:
-    return Rule("clipped", linear=False, combine=partial(combine, bound=bound), mixed=True, for_rank=for_rank)
+class Clipped(Rule):
+    """rule = "clipped": no answer may move the adapter further than a bound."""
 
+    rule: Literal["clipped"] = "clipped"
+    linear: ClassVar[bool] = False
+    mixed: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
+    bound: float = Field(0.0, ge=0)
+    """Largest norm of an answer's move; 0 means the median of the round's norms."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, bound: float) -> Combined:
-    """report: clipped (share of answers), bound, cut (relative loss of the SVD, over all modules); layers: the same by module."""
-    pairs, start = split(before.tensors)
-    held = hold(answers, before)
-    norms = np.array([move(h, pairs, start, scale) for h in held])
-    limit = bound or float(np.median(norms))
-    shares = np.minimum(1.0, np.divide(limit, norms, out=np.ones_like(norms), where=norms > 0))
-    made, layers, lost, whole = dict[str, Pair](), dict[str, float](), 0.0, 0.0
-    for name, pair in pairs.items():
-        of = spectrum(shortened(held, shares, name, scaled(pair, scale)))
-        made[name] = balanced(of, pair.rank, scale, name, pair.A)
-        layers[name] = ratio(beyond(of, pair.rank), float(np.linalg.norm(of.S)))
-        lost, whole = lost + beyond(of, pair.rank) ** 2, whole + float(of.S @ of.S)
-    rest = WeightedMean()
-    for h, share in zip(held, shares, strict=True):
-        rest.add({name: start[name] + share * (np.asarray(value, dtype=np.float64) - start[name]) for name, value in h.rest.items()}, 1.0)
-    report = {"clipped": float(np.mean(shares < 1)), "bound": limit, "cut": ratio(float(np.sqrt(lost)), float(np.sqrt(whole)))}
-    return Combined(join(made, rest.mean()), report=report, layers=layers)
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        """report: clipped (share of answers), bound, cut (relative loss of the SVD, over all modules); layers: the same by module."""
+        pairs, start = split(before.tensors)
+        held = hold(answers, before)
+        norms = np.array([move(h, pairs, start, scale) for h in held])
+        limit = self.bound or float(np.median(norms))
+        shares = np.minimum(1.0, np.divide(limit, norms, out=np.ones_like(norms), where=norms > 0))
+        made, layers, lost, whole = dict[str, Pair](), dict[str, float](), 0.0, 0.0
+        for name, pair in pairs.items():
+            of = spectrum(shortened(held, shares, name, scaled(pair, scale)))
+            made[name] = balanced(of, pair.rank, scale, name, pair.A)
+            layers[name] = ratio(beyond(of, pair.rank), float(np.linalg.norm(of.S)))
+            lost, whole = lost + beyond(of, pair.rank) ** 2, whole + float(of.S @ of.S)
+        rest = WeightedMean()
+        for h, share in zip(held, shares, strict=True):
+            rest.add({name: start[name] + share * (np.asarray(value, dtype=np.float64) - start[name]) for name, value in h.rest.items()}, 1.0)
+        report = {"clipped": float(np.mean(shares < 1)), "bound": limit, "cut": ratio(float(np.sqrt(lost)), float(np.sqrt(whole)))}
+        return Combined(join(made, rest.mean()), report=report, layers=layers)
 
 
 def shortened(held: list[Held], shares: np.ndarray, name: str, origin: Pair) -> Pair:

@@ -8,29 +8,33 @@ it and has one solution. t, the mean eigenvalue of s^2 A A^T, makes `lam` free o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.gather import Ledger, Module, finished, gather
 from fedtune.aggregate.pairs import Pair
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 
-def fair(lam: float = 0.01) -> Rule:
-    """`lam` above 0; 0.01 is the paper's."""
-    return Rule("fair", linear=False, combine=partial(combine, lam=lam), mixed=True, for_rank=for_rank)
+class Fair(Rule):
+    """rule = "fair": mean factors, and a correction of B towards the mean of products."""
 
+    rule: Literal["fair"] = "fair"
+    linear: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    lam: float = Field(0.01, gt=0)
+    """Lambda, the weight of a small correction; 0.01 is the paper's."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, lam: float) -> Combined:
-    made = gather(answers, before, scale)
-    ledger, pairs = Ledger(scale), dict[str, Pair]()
-    for module in made.modules():
-        pairs[module.name] = corrected(module, scale, lam)
-        ledger.note(module, made=pairs[module.name])
-    return finished(made, pairs, ledger)
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        made = gather(answers, before, scale)
+        ledger, pairs = Ledger(scale), dict[str, Pair]()
+        for module in made.modules():
+            pairs[module.name] = corrected(module, scale, self.lam)
+            ledger.note(module, made=pairs[module.name])
+        return finished(made, pairs, ledger)
 
 
 def corrected(module: Module, scale: float, lam: float) -> Pair:

@@ -7,28 +7,35 @@ The paper adds it to the base; here it stands beside the adapter, compacted to i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from typing import ClassVar, Literal
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
+from pydantic import Field
+
 from fedtune.aggregate.gather import Ledger, alive, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.residual import compact, summary
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 
-def fedex(extra: int = 0) -> Rule:
-    """`extra` is the greatest rank of the residual; 0 keeps all of it, and it grows until min(d, k)."""
-    return Rule("fedex", linear=False, combine=partial(combine, extra=extra), mixed=True, carries=True, for_rank=for_rank)
+class FedEx(Rule):
+    """rule = "fedex": mean factors, and what they get wrong as a residual."""
 
+    rule: Literal["fedex"] = "fedex"
+    linear: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    mixed: ClassVar[bool] = True
+    carries: ClassVar[bool] = True
+    extra: int = Field(32, ge=1)
+    """Rank that carries what the base model would be changed by; what does not fit is cut, and the loss is logged."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, extra: int) -> Combined:
-    made = gather(answers, before, scale)
-    ledger, pairs, residual = Ledger(scale), dict[str, Pair](), dict[str, Pair]()
-    for module in made.modules():
-        old = before.residual.get(module.name)
-        minus = Pair(-scale * module.mean.B, module.mean.A)
-        residual[module.name], lost = compact([module.product, minus] + ([old] if old else []), extra)
-        ledger.note(module, error=lost)
-        pairs[module.name] = alive(module)
-    return finished(made, pairs, ledger, residual, summary(residual))
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        made = gather(answers, before, scale)
+        ledger, pairs, residual = Ledger(scale), dict[str, Pair](), dict[str, Pair]()
+        for module in made.modules():
+            old = before.residual.get(module.name)
+            minus = Pair(-scale * module.mean.B, module.mean.A)
+            residual[module.name], lost = compact([module.product, minus] + ([old] if old else []), self.extra)
+            ledger.note(module, error=lost)
+            pairs[module.name] = alive(module)
+        return finished(made, pairs, ledger, residual, summary(residual))

@@ -8,37 +8,40 @@ counted alike (our choice). What does not come from turning stays wrong, and `er
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.gather import Ledger, finished, gather
 from fedtune.aggregate.pairs import Pair, split
 from fedtune.aggregate.residual import widened
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 
-def fedrot() -> Rule:
-    return Rule("fedrot", linear=False, combine=combine, mixed=True, for_rank=for_rank)
+class FedRot(Rule):
+    """rule = "fedrot": every client's factors are turned towards the server's, then averaged."""
 
+    rule: Literal["fedrot"] = "fedrot"
+    linear: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
-    reference = split(before.tensors)[0]
-    sums = {name: (np.zeros(pair.B.shape), np.zeros(pair.A.shape)) for name, pair in reference.items()}
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        reference = split(before.tensors)[0]
+        sums = {name: (np.zeros(pair.B.shape), np.zeros(pair.A.shape)) for name, pair in reference.items()}
 
-    def turn(name: str, pair: Pair, answer: Answer) -> None:
-        near = turned(pair, reference[name])
-        sums[name][0][:] += near.B * (answer.weight * answer.scale / scale)
-        sums[name][1][:] += near.A * answer.weight
+        def turn(name: str, pair: Pair, answer: Answer) -> None:
+            near = turned(pair, reference[name])
+            sums[name][0][:] += near.B * (answer.weight * answer.scale / scale)
+            sums[name][1][:] += near.A * answer.weight
 
-    made = gather(answers, before, scale, look=turn)
-    ledger, pairs = Ledger(scale), dict[str, Pair]()
-    for module in made.modules():
-        b, a = sums[module.name]
-        pairs[module.name] = Pair(b / made.weight, a / made.weight)
-        ledger.note(module, made=pairs[module.name])
-    return finished(made, pairs, ledger)
+        made = gather(answers, before, scale, look=turn)
+        ledger, pairs = Ledger(scale), dict[str, Pair]()
+        for module in made.modules():
+            b, a = sums[module.name]
+            pairs[module.name] = Pair(b / made.weight, a / made.weight)
+            ledger.note(module, made=pairs[module.name])
+        return finished(made, pairs, ledger)
 
 
 def turned(pair: Pair, reference: Pair) -> Pair:

@@ -5,18 +5,21 @@ There is no one global adapter: the server's B stays as it started, and a client
 
 from __future__ import annotations
 
-from fedtune.aggregate.answer import Names, Rule
+from typing import ClassVar, Literal
+
 from fedtune.aggregate.pairs import factors
+from fedtune.aggregate.rule import Names, Rule
 
 
-def fedsa() -> Rule:
-    return Rule("fedsa", linear=True, sends=without_b, stays=own_b)
+class FedSA(Rule):
+    """rule = "fedsa": A is shared, every client keeps its own B."""
 
+    rule: Literal["fedsa"] = "fedsa"
+    pairs: ClassVar[bool] = True
 
-def without_b(names: Names, number: int) -> frozenset[str]:
-    held = frozenset(names)
-    return held - factors(held, "B")
+    def sends(self, names: Names, number: int) -> frozenset[str]:
+        held = frozenset(names)
+        return held - factors(held, "B")
 
-
-def own_b(names: Names) -> frozenset[str]:
-    return factors(names, "B")
+    def stays(self, names: Names) -> frozenset[str]:
+        return factors(names, "B")

@@ -6,13 +6,13 @@ artefact is a stock pair, (B R, A).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from fedtune.aggregate.answer import Names, Rule
 from fedtune.aggregate.pairs import Pair, factors
 from fedtune.aggregate.product import signed, spectrum
+from fedtune.aggregate.rule import Names, Rule
 
 
 class Core(NamedTuple):
@@ -23,13 +23,16 @@ class Core(NamedTuple):
     A: np.ndarray
 
 
-def fedsb() -> Rule:
-    return Rule("fedsb", linear=True, trains=without_pairs, sends=without_pairs)
+class FedSB(Rule):
+    """rule = "fedsb": only a small matrix between fixed factors is trained and averaged."""
 
+    rule: Literal["fedsb"] = "fedsb"
+    pairs: ClassVar[bool] = True
+    core: ClassVar[bool] = True
 
-def without_pairs(names: Names, number: int) -> frozenset[str]:
-    held = frozenset(names)
-    return held - factors(held, "A") - factors(held, "B")
+    def trains(self, names: Names, number: int) -> frozenset[str]:
+        held = frozenset(names)
+        return held - factors(held, "A") - factors(held, "B")
 
 
 def start(update: np.ndarray | Pair, rank: int, scale: float) -> Core:

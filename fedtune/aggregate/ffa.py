@@ -5,14 +5,19 @@ With one A the mean of products is the product of means: exact, and noise on B i
 
 from __future__ import annotations
 
-from fedtune.aggregate.answer import Names, Rule
+from typing import ClassVar, Literal
+
 from fedtune.aggregate.pairs import factors
+from fedtune.aggregate.rule import Names, Rule
 
 
-def ffa() -> Rule:
-    return Rule("ffa", linear=True, trains=without_a, sends=without_a)
+class FFA(Rule):
+    """rule = "ffa": A is frozen, B is averaged."""
 
+    rule: Literal["ffa"] = "ffa"
+    pairs: ClassVar[bool] = True
+    steps: ClassVar[bool] = True
 
-def without_a(names: Names, number: int) -> frozenset[str]:
-    held = frozenset(names)
-    return held - factors(held, "A")
+    def trains(self, names: Names, number: int) -> frozenset[str]:
+        held = frozenset(names)
+        return held - factors(held, "A")

@@ -6,22 +6,31 @@ Eckart and Young: no adapter of the server's rank is nearer to mean(BA). Through
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.gather import Ledger, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.product import balanced, beyond, spectrum
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 
-def flexlora() -> Rule:
-    return Rule("flexlora", linear=False, combine=combine, mixed=True, for_rank=for_rank)
+class FlexLoRA(Rule):
+    """rule = "flexlora": the mean of products, cut to each rank by SVD."""
+
+    rule: Literal["flexlora"] = "flexlora"
+    linear: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    mixed: ClassVar[bool] = True
+
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        return mean_of_products(answers, before, scale)
 
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+def mean_of_products(answers: Iterable[Answer], before: Combined, scale: float) -> Combined:
+    """The weighted mean of the clients' products, cut to the ranks of the state before by SVD."""
     made = gather(answers, before, scale, slices=False)
     ledger, pairs = Ledger(scale), dict[str, Pair]()
     for module in made.modules():

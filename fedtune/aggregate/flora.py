@@ -8,33 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.gather import Ledger, Module, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.residual import compact, summary
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.rng import stream
 from fedtune.types import Round
 
 
-def flora(extra: int = 0) -> Rule:
-    """`extra` is the greatest rank of the residual; 0 keeps all of it, and it grows until min(d, k)."""
-    return Rule("flora", linear=False, combine=partial(combine, extra=extra), mixed=True, carries=True, for_rank=for_rank)
+class FLoRA(Rule):
+    """rule = "flora": all adapters are stacked, which is exact, and training starts afresh."""
 
+    rule: Literal["flora"] = "flora"
+    linear: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    mixed: ClassVar[bool] = True
+    carries: ClassVar[bool] = True
+    extra: int = Field(32, ge=1)
+    """Rank that carries what the base model would be changed by; what does not fit is cut, and the loss is logged."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, extra: int) -> Combined:
-    made = gather(answers, before, scale, slices=False)
-    ledger, pairs, residual = Ledger(scale), dict[str, Pair](), dict[str, Pair]()
-    for module in made.modules():
-        old = before.residual.get(module.name)
-        residual[module.name], lost = compact([module.product] + ([old] if old else []), extra)
-        ledger.note(module, error=lost)
-        pairs[module.name] = fresh(module, now)
-    return finished(made, pairs, ledger, residual, summary(residual))
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        made = gather(answers, before, scale, slices=False)
+        ledger, pairs, residual = Ledger(scale), dict[str, Pair](), dict[str, Pair]()
+        for module in made.modules():
+            old = before.residual.get(module.name)
+            residual[module.name], lost = compact([module.product] + ([old] if old else []), self.extra)
+            ledger.note(module, error=lost)
+            pairs[module.name] = fresh(module, now)
+        return finished(made, pairs, ledger, residual, summary(residual))
 
 
 def fresh(module: Module, now: Round) -> Pair:

@@ -7,29 +7,37 @@ Up: a client's pairs at its own rank. `by = "slices"` weighs each slice by the c
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.gather import Ledger, Module, alive, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.resize import first_slices
-from fedtune.types import Round
+from fedtune.aggregate.rule import Answer, Combined, Rule
+from fedtune.types import Round, Tensors
 
 
-def hetlora(by: Literal["slices", "padding"] = "slices") -> Rule:
-    return Rule("hetlora", linear=False, combine=partial(combine, padding=by == "padding"), mixed=True, for_rank=first_slices)
+class HetLoRA(Rule):
+    """rule = "hetlora": slices of the factors are averaged by index."""
 
+    rule: Literal["hetlora"] = "hetlora"
+    linear: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True
+    mixed: ClassVar[bool] = True
+    by: Literal["slices", "padding"] = "slices"
+    """A slice of rank is averaged over the clients that have it, or over all with zeros for the others (which dilutes high ranks)."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, padding: bool) -> Combined:
-    made = gather(answers, before, scale)
-    ledger, pairs = Ledger(scale), dict[str, Pair]()
-    for module in made.modules():
-        pairs[module.name] = alive(module) if padding else by_slice(module)
-        ledger.note(module, made=pairs[module.name])
-    return finished(made, pairs, ledger)
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        made = gather(answers, before, scale)
+        ledger, pairs = Ledger(scale), dict[str, Pair]()
+        for module in made.modules():
+            pairs[module.name] = alive(module) if self.by == "padding" else by_slice(module)
+            ledger.note(module, made=pairs[module.name])
+        return finished(made, pairs, ledger)
+
+    def for_rank(self, tensors: Tensors, scale: float, rank: int, client_scale: float) -> dict[str, np.ndarray]:
+        return first_slices(tensors, scale, rank, client_scale)
 
 
 def by_slice(module: Module) -> Pair:

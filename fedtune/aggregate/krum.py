@@ -8,32 +8,44 @@ clients is refused, a round in which too many drop out changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedtune.aggregate.answer import Answer, Combined, Rule, TooFew
 from fedtune.aggregate.each import hold, squares
-from fedtune.aggregate.flexlora import combine as mean_of_products
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.flexlora import mean_of_products
+from fedtune.aggregate.rule import Answer, Combined, Rule, TooFew
 from fedtune.types import Round
 
 
-def krum(faulty: int = 1, chosen: int = 0) -> Rule:
-    """`chosen` 0 averages all but the faulty ones (Multi-Krum)."""
-    return Rule("krum", linear=False, combine=partial(combine, faulty=faulty, chosen=chosen), mixed=True, for_rank=for_rank)
+class Krum(Rule):
+    """rule = "krum": the answers with the nearest neighbours, averaged."""
 
+    rule: Literal["krum"] = "krum"
+    linear: ClassVar[bool] = False
+    mixed: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
+    faulty: int = Field(1, ge=0)
+    """Number of answers that may be wrong. It needs 2 faulty + 3 answers; a round in which fewer come changes nothing (R410), the run goes on."""
+    chosen: int = Field(0, ge=0)
+    """Number of answers that are averaged (Multi-Krum); 0 means all but the faulty ones."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, faulty: int, chosen: int) -> Combined:
-    """Raises TooFew (R410) for fewer than 2 faulty + 3 answers."""
-    held = hold(answers, before)
-    n = len(held)
-    if n < 2 * faulty + 3:
-        found, expected = f"{n} answers where {faulty} may be faulty", f"at least {2 * faulty + 3}"
-        raise TooFew("R410", found, expected, "look at the clients' errors; if it happens often, sample more clients or lower aggregate.faulty")
-    near = np.sort(squares(held, before.tensors), axis=1)[:, 1 : n - faulty - 1]  # without oneself
-    best = np.argsort(near.sum(axis=1), kind="stable")[: chosen or n - faulty]
-    made = mean_of_products((replace(held[i].answer, weight=1.0) for i in sorted(best)), before, scale, now)
-    return replace(made, report=dict(made.report) | {"kept": float(len(best))})
+    def limits(self, asked: int) -> Iterator[tuple[str, str, str]]:
+        needed = 2 * self.faulty + 3
+        if asked < needed:
+            yield f"{asked} answers a round for aggregate.faulty = {self.faulty}", f"at least {needed} (2 faulty + 3)", "ask more clients, or lower it"
+
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        """Raises TooFew (R410) for fewer than 2 faulty + 3 answers."""
+        held = hold(answers, before)
+        n = len(held)
+        if n < 2 * self.faulty + 3:
+            found, expected = f"{n} answers where {self.faulty} may be faulty", f"at least {2 * self.faulty + 3}"
+            raise TooFew("R410", found, expected, "look at the clients' errors; if it happens often, sample more clients or lower aggregate.faulty")
+        near = np.sort(squares(held, before.tensors), axis=1)[:, 1 : n - self.faulty - 1]  # without oneself
+        best = np.argsort(near.sum(axis=1), kind="stable")[: self.chosen or n - self.faulty]
+        made = mean_of_products((replace(held[i].answer, weight=1.0) for i in sorted(best)), before, scale)
+        return replace(made, report=dict(made.report) | {"kept": float(len(best))})

@@ -5,8 +5,13 @@ Not the mean of the products: (mean B)(mean A) has cross terms B_i A_j, which `d
 
 from __future__ import annotations
 
-from fedtune.aggregate.answer import Rule
+from typing import ClassVar, Literal
+
+from fedtune.aggregate.rule import Rule
 
 
-def mean() -> Rule:
-    return Rule("mean", linear=True)
+class Mean(Rule):
+    """rule = "mean": the weighted mean of every tensor (FedAvg)."""
+
+    rule: Literal["mean"] = "mean"
+    steps: ClassVar[bool] = True

@@ -6,21 +6,25 @@ Weights do not count: a client could claim any. Holds while fewer than half of t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.each import entry_by_entry
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 
-def median() -> Rule:
-    return Rule("median", linear=False, combine=combine, mixed=True, for_rank=for_rank)
+class Median(Rule):
+    """rule = "median": the median of every entry."""
 
+    rule: Literal["median"] = "median"
+    linear: ClassVar[bool] = False
+    mixed: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
-    return entry_by_entry(answers, before, scale, middle)
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        return entry_by_entry(answers, before, scale, middle)
 
 
 def middle(entries: np.ndarray) -> np.ndarray:

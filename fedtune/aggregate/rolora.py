@@ -5,15 +5,19 @@ The factor at rest is the same at every client, so each round's mean is exact.
 
 from __future__ import annotations
 
-from fedtune.aggregate.answer import Names, Rule
+from typing import ClassVar, Literal
+
 from fedtune.aggregate.pairs import factors
+from fedtune.aggregate.rule import Names, Rule
 
 
-def rolora() -> Rule:
-    return Rule("rolora", linear=True, trains=one_factor, sends=one_factor)
+class RoLoRA(Rule):
+    """rule = "rolora": B and A by turns."""
 
+    rule: Literal["rolora"] = "rolora"
+    pairs: ClassVar[bool] = True
 
-def one_factor(names: Names, number: int) -> frozenset[str]:
-    """B in round 1, because B starts at zero: with B at zero, A has no gradient."""
-    held = frozenset(names)
-    return held - factors(held, "A" if number % 2 else "B")
+    def trains(self, names: Names, number: int) -> frozenset[str]:
+        """B in round 1, because B starts at zero: with B at zero, A has no gradient."""
+        held = frozenset(names)
+        return held - factors(held, "A" if number % 2 else "B")

@@ -5,25 +5,36 @@ Weights do not count. floor(trim n) answers go at either end: with fewer than 1/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from fedtune.aggregate.answer import Answer, Combined, Rule
 from fedtune.aggregate.each import entry_by_entry
-from fedtune.aggregate.resize import for_rank
+from fedtune.aggregate.rule import Answer, Combined, Rule
 from fedtune.types import Round
 
 WHOLE = 1e-9  # 0.3 * 10 is 3 for us, though not for float64
 
 
-def trimmed(trim: float = 0.2) -> Rule:
-    return Rule("trimmed", linear=False, combine=partial(combine, trim=trim), mixed=True, for_rank=for_rank)
+class Trimmed(Rule):
+    """rule = "trimmed": the mean of every entry without the least and the greatest."""
 
+    rule: Literal["trimmed"] = "trimmed"
+    linear: ClassVar[bool] = False
+    mixed: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """Share of the answers that is left out at either end; of fewer than 1/trim answers none is, and it is a mean."""
 
-def combine(answers: Iterable[Answer], before: Combined, scale: float, now: Round, *, trim: float) -> Combined:
-    return entry_by_entry(answers, before, scale, partial(inside, trim=trim))
+    def limits(self, asked: int) -> Iterator[tuple[str, str, str]]:
+        if not cut_of(asked, self.trim):
+            yield f"{asked} answers a round for aggregate.trim = {self.trim:g}", "1/trim and more: fewer would be a plain mean", "ask more clients, or raise it"
+
+    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+        return entry_by_entry(answers, before, scale, partial(inside, trim=self.trim))
 
 
 def cut_of(n: int, trim: float) -> int:

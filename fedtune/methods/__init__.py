@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fedtune.aggregate.settings import AggregateSettings
+from fedtune.aggregate import Rule
 from fedtune.methods.fedkseed import FedKSeed
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.fedpeft import FedPEFT, FedPEFTSettings
@@ -16,14 +16,16 @@ from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.types import Method
 
 MethodSettings = Annotated[FedPEFTSettings | FedKSeedSettings | SFPromptSettings, Field(discriminator="type")]
-METHODS: dict[str, Callable[[Any, int, AggregateSettings | None], Method]] = {
+METHODS: dict[str, Callable[[Any, int, Rule | None], Method]] = {
     "fedpeft": FedPEFT,
     "fedkseed": lambda settings, rounds, aggregate: FedKSeed(settings, rounds),  # whole numbers have one mean
     "sfprompt": lambda settings, rounds, aggregate: SFPrompt(settings, rounds),
 }
-DEFAULT_METHOD = "fedpeft"  # of a recipe that names none
 
 
-def build(settings: MethodSettings, rounds: int, aggregate: AggregateSettings | None = None) -> Method:
+def build(settings: MethodSettings, rounds: int, aggregate: Rule | None = None) -> Method:
     """The method that a recipe's [method] and [aggregate] tables describe, for a run of so many rounds."""
     return METHODS[settings.type](settings, rounds, aggregate)
+
+
+__all__ = ["METHODS", "FedPEFTSettings", "MethodSettings", "build"]

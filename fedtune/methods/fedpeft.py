@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fedtune.aggregate import Answer, Combined, Pair, TooFew, as_adapter, flat_residual, join, left_out, residual_of, split
-from fedtune.aggregate.build import build_rule
+from fedtune.aggregate import RULES, Answer, Combined, Mean, Pair, Rule, TooFew, as_adapter, flat_residual, join, left_out, residual_of, split
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
-from fedtune.aggregate.settings import CARRIES, LORA, MIXED, AggregateSettings
-from fedtune.aggregate.trimmed import cut_of
 from fedtune.errors import FedtuneError
 from fedtune.methods.ranks import SIZE
 from fedtune.model.settings import AdapterSettings, ModelSettings, OuterSettings, TrainSettings, whole_run
@@ -63,39 +60,30 @@ class FedPEFTSettings(Settings):
         return bool(self.lora_rank_by_client or self.lora_alpha_by_client)
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        rule = recipe.aggregate.rule
+        rule: Rule = recipe.aggregate
+        name = f"aggregate.rule = '{rule.rule}'"
         listed = () if self.lora_rank_by_client == "auto" else self.lora_rank_by_client
         if self.memory_by_client and self.lora_rank_by_client != "auto":
             yield "method.memory_by_client without lora_rank_by_client = 'auto'", "both", "remove it, or let it choose the ranks"
         if any(rank < 1 for rank in listed) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
             yield "a rank or alpha that is not positive", "1 and more, above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
-        if (rule in LORA or self.mixed) and self.adapter.kind != "lora":
-            what = f"aggregate.rule = '{rule}'" if rule in LORA else "clients of different ranks"
+        if (rule.pairs or self.mixed) and self.adapter.kind != "lora":
+            what = name if rule.pairs else "clients of different ranks"
             yield f"{what} with method.adapter.kind = '{self.adapter.kind}'", "kind = 'lora'", "change one of them"
-        if self.mixed and rule not in MIXED:
-            yield f"clients of different ranks or alphas with aggregate.rule = '{rule}'", f"one of {', '.join(sorted(MIXED))}", "change aggregate.rule"
-        if (self.mixed or rule in CARRIES) and recipe.downlink.step == "delta":
-            yield f"downlink.step = 'delta' with what aggregate.rule = '{rule}' gives", "none", "remove [downlink]"
+        if self.mixed and not rule.mixed:
+            known = ", ".join(sorted(tag for tag, other in RULES.items() if other.mixed))
+            yield f"clients of different ranks or alphas with {name}", f"one of {known}", "change aggregate.rule"
+        if (self.mixed or rule.carries) and recipe.downlink.step == "delta":
+            yield f"downlink.step = 'delta' with what {name} gives", "none", "remove [downlink]"
         if self.mixed and recipe.downlink.step != "none":
             yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "none", "remove [downlink]"
-        if self.server.optimizer != "none" and rule not in ("mean", "ffa"):
-            yield f"method.server.optimizer = '{self.server.optimizer}' with aggregate.rule = '{rule}'", "mean or ffa", "remove one of them"
-        asked = recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients)
-        needed = 2 * recipe.aggregate.faulty + 3
-        if rule == "krum" and not recipe.partition.all_values and asked < needed:
-            yield (
-                f"{asked} answers a round for aggregate.faulty = {recipe.aggregate.faulty}",
-                f"at least {needed} (2 faulty + 3)",
-                "ask more clients, or lower it",
-            )
-        if rule == "trimmed" and not recipe.partition.all_values and not cut_of(asked, recipe.aggregate.trim):
-            yield (
-                f"{asked} answers a round for aggregate.trim = {recipe.aggregate.trim:g}",
-                "1/trim and more: fewer would be a plain mean",
-                "ask more clients, or raise it",
-            )
-        if self.train.weight_decay and rule in CARRIES:
-            yield f"method.train.weight_decay with aggregate.rule = '{rule}'", "none: it would wear down what is carried", "remove it"
+        if self.server.optimizer != "none" and not rule.steps:
+            known = " or ".join(tag for tag, other in RULES.items() if other.steps)
+            yield f"method.server.optimizer = '{self.server.optimizer}' with {name}", known, "remove one of them"
+        if not recipe.partition.all_values:
+            yield from rule.limits(recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients))
+        if self.train.weight_decay and rule.carries:
+            yield f"method.train.weight_decay with {name}", "none: it would wear down what is carried", "remove it"
 
 
 class FedPEFT:
@@ -106,15 +94,13 @@ class FedPEFT:
     metrics: tuple[str, ...] = ("loss",)
     moves = frozenset({"train"})
 
-    def __init__(self, settings: FedPEFTSettings, rounds: int, aggregate: AggregateSettings | None = None) -> None:
+    def __init__(self, settings: FedPEFTSettings, rounds: int, rule: Rule | None = None) -> None:
         if settings.lora_rank_by_client == "auto":
             found = "method.lora_rank_by_client = 'auto' where the ranks should be known"
             raise FedtuneError("C104", found, "a list of ranks", "start the run with fedtune simulate or fedtune server, which choose them")
-        self.settings, self.rounds, self.aggregate = settings, rounds, aggregate or AggregateSettings()
+        self.settings, self.rounds, self.rule = settings, rounds, rule or Mean()
         self.client_ranks = settings.lora_rank_by_client
-        self.rule = build_rule(self.aggregate)
-        self.has_core = self.rule.name == "fedsb"
-        self.extra = self.aggregate.extra if self.rule.carries else 0
+        self.extra = self.rule.residual_rank
         self.reads_each: frozenset[str] = frozenset() if self.rule.linear else frozenset({"train"})
 
     def prepare(self, base: Base, seed: int) -> Bench:
@@ -132,7 +118,7 @@ class FedPEFT:
         return self.trains(names, 1) | self.trains(names, 2)
 
     def trains(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
-        return frozenset(names) if self.has_core and number == 1 else self.rule.trains(names, number)
+        return frozenset(names) if self.rule.core and number == 1 else self.rule.trains(names, number)
 
     def at_home(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
         """What clients keep to themselves; in the last round they say it, so that there is one adapter at the end."""
@@ -158,7 +144,7 @@ class FedPEFT:
         return State(shared, {OWN + name: tensors[name] for name in sorted(own)})
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        if self.has_core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
+        if self.rule.core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
             return State(with_core(cohort.sum("train", state.shared).values(), self.seat()), state.kept)
         if not self.rule.linear:
             try:
@@ -179,7 +165,6 @@ class FedPEFT:
 
     def combined(self, state: State, cohort: Cohort, now: Round) -> dict[str, np.ndarray]:
         """The next shared tensors, from single answers; figures of the rule go with the round's."""
-        assert self.rule.combine is not None
         adapter, residual = apart(state.shared)
         before = Combined(adapter, residual_of(residual))
         _, scale = self.seat()
@@ -223,7 +208,7 @@ class FedPEFT:
         rank, _ = self.seat(client)
         whole = Schema.of({name: value for name, value in bench.named.items() if name in names})
         entries = [(name, at_rank(name, shape, rank)) for name, shape in whole.entries] if self.settings.mixed or self.extra else list(whole.entries)
-        cores = [(core_of(name), (rank, rank)) for name, _ in entries if name.endswith(".lora_A.weight")] if self.has_core and now.number > 1 else []
+        cores = [(core_of(name), (rank, rank)) for name, _ in entries if name.endswith(".lora_A.weight")] if self.rule.core and now.number > 1 else []
         return Schema(tuple(sorted([*entries, *cores, *self.carried(Schema(tuple(entries)))])))
 
     def carried(self, schema: Schema) -> list[tuple[str, tuple[int, ...]]]:
@@ -242,7 +227,7 @@ class FedPEFT:
         return Schema(tuple(entry for entry in given.entries if entry[0] in sent))
 
     def sent(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
-        if self.has_core and number == 1:
+        if self.rule.core and number == 1:
             return frozenset(names)
         home = self.rule.stays(names) if number == self.rounds else frozenset()
         return self.rule.sends(names, number) | home
@@ -273,7 +258,7 @@ class FedPEFT:
 
     @property
     def title(self) -> str:
-        return f"fedpeft / {self.settings.adapter.kind}" + (f" / {self.rule.name}" if self.rule.name != "mean" else "")
+        return f"fedpeft / {self.settings.adapter.kind}" + (f" / {self.rule.rule}" if self.rule.rule != "mean" else "")
 
     def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
         from fedtune.model.shapes import plan

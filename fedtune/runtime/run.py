@@ -24,6 +24,7 @@ from fedtune.runtime.scoring import at_sites
 from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.schema import digest
+from fedtune.threads import describe_threads
 from fedtune.types import Round, State
 from fedtune.versions import versions
 
@@ -128,7 +129,11 @@ def open_run(
     carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done)
     bench = world.bench
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": STARTED}
-    tell(RunStarted(folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done))
+    tell(
+        RunStarted(
+            folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done, describe_threads(recipe.model.threads)
+        )
+    )
     if recipe.evaluate.base and world.federation.test and not journal.phase("base"):
         method.install(start, bench)
         journal.finish("base", score_test(world, "base", 0, tell))

@@ -14,7 +14,6 @@ from fedtune.data import Federation, load
 from fedtune.events import Event, Noted, Truncated
 from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before
 from fedtune.runtime.states import Memories
-from fedtune.threads import threads_for
 from fedtune.types import Client, Method
 
 if TYPE_CHECKING:
@@ -102,12 +101,12 @@ def build_world(
     base_of  loads the base, where a site does not hold the whole of it
     """
     federation = federation or load(recipe.data, recipe.partition, recipe.seed)
+    for note in recipe.notes:
+        tell(Noted(note))
     for reason, count in federation.dropped.items():
         tell(Noted(f"{count} rows left out: {reason}"))
     from fedtune.model.base import load as load_base
 
-    threads, why = threads_for(recipe.model.threads)
-    tell(Noted(f"torch uses {threads} CPU thread{'s' * (threads != 1)} ({why})"))
     base = base_of(federation) if base_of else load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
 

@@ -21,8 +21,9 @@ def line(event: Event) -> str:
     match event:
         case RunStarted():
             share = f"{event.trainable:,} of {event.total:,} parameters ({100 * event.trainable / event.total:.2f} %)"
+            threads = f"; {event.threads}" if event.threads else ""
             again = f", going on after round {event.resumed_after}" if event.resumed_after else ""
-            return f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: {share}"
+            return f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: {share}{threads}"
         case Noted():
             return f"note: {event.text}"
         case Truncated() if event.whose.startswith("the "):

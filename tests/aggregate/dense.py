@@ -52,7 +52,7 @@ def apart(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
 
 def run(rule: Rule, answers: Sequence[Answer], before: Combined, scale: float, now: Round = NOW) -> Combined:
     """One round of any rule, as a server does it: sums for linear rules, single answers for the others."""
-    if rule.combine:
+    if not rule.linear:
         return rule.combine(iter(answers), before, scale, now)
     total = WeightedMean()
     for answer in answers:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from fedtune.aggregate import RULES, Answer, Combined, Rule, split
-from fedtune.aggregate.settings import MIXED
 from fedtune.schema import digest
 from tests.aggregate.dense import SHAPES, adapter, apart, mean_product, near, products, run
 
 SCALE, RANKS = 2.0, (4, 2, 1, 4, 2, 1, 2)
 SCALES = {"one scale": (SCALE,) * 7, "alpha 8": tuple(8 / rank for rank in RANKS)}
 BEFORE = Combined(adapter(4, 0))
+MIXED = {name for name, rule in RULES.items() if rule.mixed}
 PADDED = {"fair", "fedrot"}  # they average zero-padded factors
 
 mixed_rule = pytest.mark.parametrize("name", sorted(MIXED))

@@ -106,7 +106,6 @@ def test_roles_of_factors_follow_how_peft_starts_them() -> None:
 def test_rules_of_products_hold_for_embeddings(name: str) -> None:
     """Equal answers give that answer; flexlora and fedex give the mean of what peft adds to the table."""
     rule = RULES[name]()
-    assert rule.combine is not None
     before = Combined(embedded(0))
     made = rule.combine([Answer(i, embedded(1), 1.0, 2.0) for i in range(5)], before, 2.0, ROUND)
     assert_table(made, table(embedded(1)))

@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification
 
 from fedtune import methods
 from fedtune.aggregate import RULES
-from fedtune.aggregate.settings import CARRIES, MIXED
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientDone, Event, RoundDone
 from fedtune.methods.fedpeft import FedPEFT
@@ -196,9 +195,9 @@ def test_a_rule_that_reads_single_answers_is_refused_beside_a_step_that_hides_th
     class Mask(Transform):
         name, undone, hides = "mask", "sum", True
 
-    check_single_answers("rolora", Chain([Mask()]))
+    check_single_answers(RULES["rolora"](), Chain([Mask()]))
     with pytest.raises(FedtuneError, match=r"C104.*'median'.*'mask'.*fedsa, fedsb, ffa, mean, rolora"):
-        check_single_answers("median", Chain([Mask()]))
+        check_single_answers(RULES["median"](), Chain([Mask()]))
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed", "krum", "clipped"])
@@ -251,7 +250,7 @@ def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(rule: st
 
     own = {"method__lora_rank_by_client": list(ranks), "method__lora_alpha_by_client": [3.0, 5.0]} if ranks else {}
     adapter = {"kind": "lora", "rank": 4, "alpha": 6.0, "rslora": True, "dora": True}
-    if ranks and rule not in MIXED:
+    if ranks and not RULES[rule].mixed:
         with pytest.raises(FedtuneError, match="flexlora, flora, hetlora"):
             small.recipe(tiny_bert, data, aggregate={"rule": rule}, method__adapter=adapter, **own)
         return
@@ -410,11 +409,11 @@ def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(rule: s
         export_run(played(tiny_bert, data, tmp_path / "bias", "mean", method__adapter={"kind": "bias"})[0], "adapter", tmp_path / "no", 4)
 
 
-@pytest.mark.parametrize("rule", sorted(MIXED))
+@pytest.mark.parametrize("rule", sorted(name for name in RULES if RULES[name].mixed))
 def test_a_federation_of_ranks_2_and_4_runs_under_every_rule_that_is_allowed_for_it(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Each is given and sends its own rank, both rounds learn, and what is left is a stock adapter of the server's rank (plus what is carried)."""
     more = {"method__lora_rank_by_client": [2, 4], "method__adapter": {"kind": "lora", "rank": 4}, "partition__clients": 5, "rounds": 2}
-    folder, events, result = played(tiny_bert, data, tmp_path, rule, **more, **({"extra": 8} if rule in CARRIES else {}))
+    folder, events, result = played(tiny_bert, data, tmp_path, rule, **more, **({"extra": 8} if RULES[rule].carries else {}))
     up = {(e.round, e.client): e.up_bytes for e in events if isinstance(e, ClientDone)}
     assert len(up) == 10 and result["left_out"] == 0
     small_ranks, great_ranks = ({up[number, client] for number in (1, 2) for client in clients} for clients in ((0, 2, 4), (1, 3)))
@@ -423,10 +422,10 @@ def test_a_federation_of_ranks_2_and_4_runs_under_every_rule_that_is_allowed_for
     assert {value.shape[0] for value in factors(state, A).values()} == {4}
     assert any(np.any(value != 0) for name, value in state.items() if name.endswith((B, ".residual_B")))
     rank = {value.shape[0] for name, value in load_file(next(iter(folder.adapter.glob("*.safetensors")))).items() if name.endswith(A)}
-    assert rank == {12 if rule in CARRIES else 4}
+    assert rank == {12 if RULES[rule].carries else 4}
 
 
-@pytest.mark.parametrize("rule", sorted(set(RULES) - MIXED))
+@pytest.mark.parametrize("rule", sorted(name for name in RULES if not RULES[name].mixed))
 def test_other_rules_refuse_clients_of_different_ranks(rule: str, tiny_bert: Path, data: Path) -> None:
     said = f"C104: found clients of different ranks or alphas with aggregate.rule = '{rule}'.*clipped, fedex, flexlora, flora, hetlora, krum, median, trimmed"
     with pytest.raises(FedtuneError, match=said):
