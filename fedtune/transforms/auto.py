@@ -12,11 +12,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from fedtune.schema import Schema
-from fedtune.settings import Settings
-from fedtune.transforms.base import Transform
+from fedtune.transforms.base import StepSettings, Transform
 from fedtune.transforms.levels import Packed, Values, means, unpacked
-from fedtune.transforms.quantize import QuantizeSettings, SignSettings, quantize, sign
-from fedtune.transforms.sparsify import TernarySettings, ternary, ternary_bits
+from fedtune.transforms.quantize import QuantizeSettings, SignSettings
+from fedtune.transforms.sparsify import TernarySettings, ternary_bits
 from fedtune.types import Client, Round, Update
 
 PLAIN = 16.0  # bits of a bfloat16 number, which the ratio is against
@@ -24,7 +23,7 @@ FLAT, HEAVY = 2.5, 4.0  # kurtosis below which signs are best, above which more 
 STATELESS = 9.0  # largest ratio that needs no memory: 2 bits by blocks come to 1.75
 
 
-class AutoSettings(Settings):
+class AutoSettings(StepSettings):
     """[[chain]] step = "auto": picks a code from a target ratio and the kurtosis of the numbers, and says which."""
 
     step: Literal["auto"]
@@ -38,6 +37,9 @@ class AutoSettings(Settings):
         if self.ratio > STATELESS and not self.error_feedback:
             raise ValueError(f"at most {STATELESS:g} without error_feedback: sparse codes lose too much without it")
         return self
+
+    def build(self) -> Auto:
+        return Auto(self)
 
 
 class Auto(Transform):
@@ -69,11 +71,11 @@ def choose(measured: float, settings: AutoSettings) -> Packed:
     budget = PLAIN / settings.ratio
     for bits, cost in ((8, 8.25), (4, 4.15), (2, 1.75)):
         if budget >= cost:
-            return quantize(QuantizeSettings(step="quantize", bits=bits))  # type: ignore[arg-type]
+            return QuantizeSettings(step="quantize", bits=bits).build()  # type: ignore[arg-type]
     if measured < FLAT and budget >= 1.0:
-        return sign(SignSettings(step="sign"))
+        return SignSettings(step="sign").build()
     most = 0.1 if measured > HEAVY else 0.2
-    return ternary(TernarySettings(step="ternary", keep=min(most, density(budget))))
+    return TernarySettings(step="ternary", keep=min(most, density(budget))).build()
 
 
 def describe(step: Packed) -> str:

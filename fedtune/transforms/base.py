@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 
 from fedtune.errors import FedtuneError
 from fedtune.schema import Schema
+from fedtune.settings import Settings
 from fedtune.types import Client, Round, Tensors, Update
 
 Kind = Literal["real", "ring", "packed", "any", "same"]
@@ -29,6 +30,8 @@ class Transform:
     takes: ClassVar[Kind] = "real"
     gives: ClassVar[Kind] = "real"
     hides: ClassVar[bool] = False  # after it, a single client's answer can no longer be read
+
+    tolerance: float | None = None  # of a code: how far the decoded mean may be from the mean sent, as a share of its L2 norm; None: no code
 
     said: str = ""  # what it chose last, and why, for the runtime's events; "" where there is no choice
 
@@ -44,6 +47,15 @@ class Transform:
     def bits(self, schema: Schema, before: float) -> float:
         """Estimated bits a parameter on the wire after this step, given those before it."""
         return before
+
+
+class StepSettings(Settings):
+    """[[chain]]: a step's settings, beside the step that they build. The union of these classes is the registry (registry.py)."""
+
+    step: str
+
+    def build(self) -> Transform:
+        raise NotImplementedError(f"{type(self).__name__} builds no step")
 
 
 class Chain:

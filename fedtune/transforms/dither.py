@@ -17,20 +17,22 @@ from pydantic import Field
 
 from fedtune.rng import stream
 from fedtune.schema import Schema
-from fedtune.settings import Settings
-from fedtune.transforms.base import Kind, Transform
+from fedtune.transforms.base import Kind, StepSettings, Transform
 from fedtune.transforms.levels import means, root_mean_square, scaled, unpacked
 from fedtune.types import Client, Round, Tensors, Update
 
 TOP = 127
 
 
-class DitherSettings(Settings):
+class DitherSettings(StepSettings):
     """[[chain]] step = "dither": integer multiples of a step, rounded after public noise that the server subtracts again."""
 
     step: Literal["dither"]
     sigma: float = Field(2.7, gt=0)
     """The step, in root mean squares of the whole difference; 2.7 takes about 1.2 bits a number."""
+
+    def build(self) -> Dither:
+        return Dither(self)
 
 
 class Dither(Transform):

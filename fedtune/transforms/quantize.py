@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedtune.settings import Settings
+from fedtune.transforms.base import StepSettings
 from fedtune.transforms.levels import Coded, Packed, Values, root_mean_square, scaled
 from fedtune.wire.scales import BLOCK, blocks
 
 ROUND_UP_FROM = 0.6  # a level is taken from 0.6 of a step on instead of 0.5: fewer levels, and small ones are the noisy ones
 
 
-class QuantizeSettings(Settings):
+class QuantizeSettings(StepSettings):
     """[[chain]] step = "quantize": integers of 8, 4 or 2 bits, one scale for each 64 numbers."""
 
     step: Literal["quantize"]
@@ -29,16 +29,27 @@ class QuantizeSettings(Settings):
     error_feedback: bool = False
     """Keep what rounding lost and send it later; needs a client that remembers between rounds."""
 
+    def build(self) -> Packed:
+        """Rounding is off by at most half a step (stochastic: one), a step is the block's largest magnitude / top."""
+        top = 2 ** (self.bits - 1) - 1
+        random = self.rounding == "stochastic"
+        tolerance = (8.1 if random else min(4.05 / top, 1.01)) / (top if random else 1)
+        rate = {8: 8.0, 4: 3.9, 2: 1.5}[self.bits]  # entropy of uniform numbers; bell-shaped ones need less
+        return Packed("quantize", partial(block_levels, top=top, random=random), rate, tolerance, self.error_feedback, BLOCK)
 
-class SignSettings(Settings):
+
+class SignSettings(StepSettings):
     """[[chain]] step = "sign": one bit a number, the tensor's mean magnitude as scale."""
 
     step: Literal["sign"]
     error_feedback: bool = True
     """Keep what rounding lost and send it later; without it, accuracy suffers."""
 
+    def build(self) -> Packed:
+        return Packed("sign", lambda values, rng: sign_levels(values), 1.0, 1.01, self.error_feedback)
 
-class DeadzoneSettings(Settings):
+
+class DeadzoneSettings(StepSettings):
     """[[chain]] step = "deadzone": integer multiples of a step, with a wide zone that becomes 0."""
 
     step: Literal["deadzone"]
@@ -47,22 +58,8 @@ class DeadzoneSettings(Settings):
     error_feedback: bool = True
     """Keep what rounding lost and send it later; without it, accuracy suffers."""
 
-
-def quantize(settings: QuantizeSettings) -> Packed:
-    """Rounding is off by at most half a step (stochastic: one), a step is the block's largest magnitude / top."""
-    top = 2 ** (settings.bits - 1) - 1
-    random = settings.rounding == "stochastic"
-    tolerance = (8.1 if random else min(4.05 / top, 1.01)) / (top if random else 1)
-    rate = {8: 8.0, 4: 3.9, 2: 1.5}[settings.bits]  # entropy of uniform numbers; bell-shaped ones need less
-    return Packed("quantize", partial(block_levels, top=top, random=random), rate, tolerance, settings.error_feedback, BLOCK)
-
-
-def sign(settings: SignSettings) -> Packed:
-    return Packed("sign", lambda values, rng: sign_levels(values), 1.0, 1.01, settings.error_feedback)
-
-
-def deadzone(settings: DeadzoneSettings) -> Packed:
-    return Packed("deadzone", lambda values, rng: step_levels(values, settings.sigma), deadzone_rate(settings.sigma), 1.01, settings.error_feedback)
+    def build(self) -> Packed:
+        return Packed("deadzone", lambda values, rng: step_levels(values, self.sigma), deadzone_rate(self.sigma), 1.01, self.error_feedback)
 
 
 def block_levels(values: Values, rng: np.random.Generator, top: int, random: bool) -> Coded:

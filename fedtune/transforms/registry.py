@@ -1,39 +1,31 @@
-"""Every step that a recipe's [[chain]] can name: its settings and what builds it. A new step is one line here."""
+"""Every step that a recipe's [[chain]] can name: its settings and what builds it. The union of these classes is the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field
 
 from fedtune.schema import Schema
-from fedtune.settings import Settings
-from fedtune.transforms.auto import Auto, AutoSettings
-from fedtune.transforms.base import Chain, Transform
-from fedtune.transforms.dither import Dither, DitherSettings
-from fedtune.transforms.quantize import DeadzoneSettings, QuantizeSettings, SignSettings, deadzone, quantize, sign
-from fedtune.transforms.sparsify import TernarySettings, TopkSettings, ternary, topk
+from fedtune.settings import classes_by_tag
+from fedtune.transforms.auto import AutoSettings
+from fedtune.transforms.base import Chain, StepSettings
+from fedtune.transforms.dither import DitherSettings
+from fedtune.transforms.quantize import DeadzoneSettings, QuantizeSettings, SignSettings
+from fedtune.transforms.sparsify import TernarySettings, TopkSettings
 
 ChainStep = Annotated[
     QuantizeSettings | DitherSettings | SignSettings | DeadzoneSettings | TernarySettings | TopkSettings | AutoSettings,
     Field(discriminator="step"),
 ]
 
-STEPS: dict[str, tuple[type[Settings], Callable[[Any], Transform]]] = {
-    "quantize": (QuantizeSettings, quantize),
-    "dither": (DitherSettings, Dither),
-    "sign": (SignSettings, sign),
-    "deadzone": (DeadzoneSettings, deadzone),
-    "ternary": (TernarySettings, ternary),
-    "topk": (TopkSettings, topk),
-    "auto": (AutoSettings, Auto),
-}
+STEPS: dict[str, type[StepSettings]] = classes_by_tag(ChainStep, "step")
 
 
 def build(steps: Sequence[ChainStep]) -> Chain:
     """The chain that a recipe's [[chain]] tables describe. Raises C104 for an order that could not be undone."""
-    return Chain([STEPS[settings.step][1](settings) for settings in steps])
+    return Chain([settings.build() for settings in steps])
 
 
 def bits_per_parameter(chain: Sequence[ChainStep] | Chain, schema: Schema) -> float:

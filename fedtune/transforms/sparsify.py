@@ -8,12 +8,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fedtune.settings import Settings
+from fedtune.transforms.base import StepSettings
 from fedtune.transforms.levels import Coded, Levels, Packed, Values, scaled
 from fedtune.transforms.quantize import mean_kept
 
 
-class TernarySettings(Settings):
+class TernarySettings(StepSettings):
     """[[chain]] step = "ternary": the sign of the largest numbers (Yadav et al. 2023, ComPEFT; Sattler et al. 2019, STC)."""
 
     step: Literal["ternary"]
@@ -26,8 +26,18 @@ class TernarySettings(Settings):
     error_feedback: bool = True
     """Keep what was not sent and send it later; without it, accuracy suffers."""
 
+    def build(self) -> Packed:
+        alpha = self.alpha if self.scale == "sigma" else 0.0
+        return Packed(
+            "ternary",
+            lambda values, rng: ternary_levels(values, self.keep, alpha),
+            1.008 * ternary_bits(self.keep),  # what the coder needs above the bound
+            1.01 + alpha,
+            self.error_feedback,
+        )
 
-class TopkSettings(Settings):
+
+class TopkSettings(StepSettings):
     """[[chain]] step = "topk": the largest numbers as float16."""
 
     step: Literal["topk"]
@@ -36,21 +46,9 @@ class TopkSettings(Settings):
     error_feedback: bool = True
     """Keep what was not sent and send it later; without it, accuracy suffers."""
 
-
-def ternary(settings: TernarySettings) -> Packed:
-    alpha = settings.alpha if settings.scale == "sigma" else 0.0
-    return Packed(
-        "ternary",
-        lambda values, rng: ternary_levels(values, settings.keep, alpha),
-        1.008 * ternary_bits(settings.keep),  # what the coder needs above the bound
-        1.01 + alpha,
-        settings.error_feedback,
-    )
-
-
-def topk(settings: TopkSettings) -> Packed:
-    rate = 1.008 * ternary_bits(settings.keep) + 16 * settings.keep
-    return Packed("topk", lambda values, rng: topk_levels(values, settings.keep), rate, 1.01, settings.error_feedback)
+    def build(self) -> Packed:
+        rate = 1.008 * ternary_bits(self.keep) + 16 * self.keep
+        return Packed("topk", lambda values, rng: topk_levels(values, self.keep), rate, 1.01, self.error_feedback)
 
 
 def ternary_levels(values: Values, keep: float, alpha: float = 0.0) -> Coded:
