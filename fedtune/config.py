@@ -135,17 +135,11 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines and [tables]", "mend that line") from None
-    dropped = [key for override in sorted(overrides, key=selects) for key in apply_override(tree, override)]
+    paths = [apply_override(tree, override) for override in overrides]
+    dropped = [key for path in sorted(paths, key=len) if is_selector(path) for key in drop_unused(tree, path, set(paths))]
     recipe = parse(tree, stem)
     recipe._notes = tuple(f"--set left out {key} of the recipe, which the chosen {key.rpartition('.')[0]} does not have" for key in dropped)
     return recipe
-
-
-def selects(override: str) -> tuple[bool, int]:
-    """Sorts what chooses a table's class before what stands in the table: a new `method.type` may drop keys of the file, never other overrides."""
-    keys = override.partition("=")[0].strip().split(".")
-    chooses = is_selector(keys)
-    return not chooses, len(keys) if chooses else 0
 
 
 def is_selector(keys: Sequence[str]) -> bool:
@@ -176,8 +170,8 @@ def with_defaults(tree: Any, cls: type[BaseModel]) -> Any:
     return made
 
 
-def apply_override(tree: dict[str, Any], override: str) -> list[str]:
-    """Set one dotted path; the value is read as TOML, and as a bare string where it is none. Returns the paths of keys that this dropped."""
+def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set one dotted path, which is returned; the value is read as TOML, and as a bare string where it is none."""
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -187,7 +181,6 @@ def apply_override(tree: dict[str, Any], override: str) -> list[str]:
     except tomllib.TOMLDecodeError:
         value = raw
     node: Any = tree
-    dropped = drop_unused(tree, keys, value) if is_selector(keys) else []
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
@@ -200,51 +193,57 @@ def apply_override(tree: dict[str, Any], override: str) -> list[str]:
             node = node[key]
         else:
             raise FedtuneError("C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path")
-    return dropped
+    return tuple(keys)
 
 
-def drop_unused(tree: dict[str, Any], keys: list[str], value: Any) -> list[str]:
-    """An override that chooses another class for a table takes the keys with it that the class does not know; returns their paths."""
+def drop_unused(tree: dict[str, Any], keys: Sequence[str], overridden: set[tuple[str, ...]]) -> list[str]:
+    """Where an override chose another class for a table, the file's keys that the class does not use go; returns their paths.
+
+    What another override has set stays: if the class does not know it, that is an error.
+    """
     table: Any = tree
     cls: type[BaseModel] | None = Recipe
     for key in keys[:-1]:
         table = table.get(key, {}) if isinstance(table, dict) else {}
         union = union_of(cls, key) if cls else None
-        tag = value if key == keys[-2] else table.get(union.discriminator, union.default) if union and isinstance(table, dict) else None
+        tag = table.get(union.discriminator, union.default) if union and isinstance(table, dict) else ""
         cls = union.classes.get(str(tag)) if union else None
-    if not isinstance(table, dict) or not table:
+    if not isinstance(table, dict):
         return []
     path = ".".join(keys)
-    if path in SELECTORS:
-        dropped = sorted(table.keys() - used(path, str(value)))
-        for key in dropped:
-            del table[key]
-        return [f"{'.'.join(keys[:-1])}.{key}" for key in dropped]
-    return prune(table, cls, ".".join(keys[:-1])) if cls else []
-
-
-def prune(table: dict[str, Any], cls: type[BaseModel], path: str) -> list[str]:
-    """Take out what a class does not know, in its tables as well; returns the paths of what went."""
-    dropped = [f"{path}.{key}" for key in sorted(table.keys() - cls.model_fields.keys())]
-    for key in table.keys() - cls.model_fields.keys():
+    if path not in SELECTORS:
+        return prune(table, cls, tuple(keys[:-1]), overridden) if cls else []
+    unused = sorted(key for key in table.keys() - used(path, str(table.get(keys[-1]))) if (*keys[:-1], key) not in overridden)
+    for key in unused:
         del table[key]
+    return [".".join((*keys[:-1], key)) for key in unused]
+
+
+def prune(table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], overridden: set[tuple[str, ...]]) -> list[str]:
+    """Take out what a class does not use, in its tables as well; returns the paths of what went."""
+    idle = cls.unused(table) if issubclass(cls, Settings) else set()
+    gone = [
+        key
+        for key in sorted((table.keys() - cls.model_fields.keys()) | (table.keys() & idle))
+        if not any(over[: len(path) + 1] == (*path, key) for over in overridden)
+    ]
+    for key in gone:
+        del table[key]
+    dropped = [".".join((*path, key)) for key in gone]
     for key, below in table.items():
-        inner = leaves(cls.model_fields[key].annotation)
+        inner = leaves(cls.model_fields[key].annotation) if key in cls.model_fields else []
         single = inner[0] if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel) else None
         if single and isinstance(below, dict):
-            dropped += prune(below, single, f"{path}.{key}")
+            dropped += prune(below, single, (*path, key), overridden)
     return dropped
 
 
 def sentence(error: ValidationError) -> FedtuneError:
     """The first mistake of a validation as one sentence."""
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    place, owner = resolve(first["loc"])
+    place, owner, siblings = resolve(first["loc"])
     if first["type"] == "extra_forbidden":
-        key, known = str(first["loc"][-1]), list(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"write '{near[0]}'" if near else "remove it"
-        return FedtuneError("C101", f"unknown key '{place}'", f"one of {', '.join(known)}", hint)
+        return unknown_key(place, str(first["loc"][-1]), owner, siblings)
     if first["type"] == "union_tag_invalid":
         place, known = f"{place}.{first['ctx']['discriminator'].strip(chr(39))}", first["ctx"]["expected_tags"]
         return FedtuneError("C102", f'{place} = "{first["ctx"]["tag"]}"', f"one of {known}", f"change {place} in the recipe or with --set")
@@ -253,22 +252,37 @@ def sentence(error: ValidationError) -> FedtuneError:
     return FedtuneError("C102", f"{place} = {value[:80]}", words.removeprefix("input should be "), f"change {place} in the recipe or with --set")
 
 
-def resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None]:
-    """A pydantic location as a dotted recipe path, and the settings class that holds its last key."""
+def unknown_key(place: str, key: str, owner: type[BaseModel] | None, siblings: Sequence[type[BaseModel]]) -> FedtuneError:
+    """A key that a table does not have: a near miss (C101), or a key of another class of the same union (C104)."""
+    known = list(owner.model_fields) if owner else []
+    others = [value for cls in siblings if key in cls.model_fields for value in tag_of(cls)[1]]
+    if owner and others:
+        selector, (own, *_) = tag_of(owner)
+        chooser = f"{place.rpartition('.')[0]}.{selector}"
+        return FedtuneError("C104", f"{place} with {chooser} = '{own}'", f"only {', '.join(known)}", f"remove it, or set {chooser} to {' or '.join(others)}")
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"write '{near[0]}'" if near else "remove it"
+    return FedtuneError("C101", f"unknown key '{place}'", f"one of {', '.join(known)}", hint)
+
+
+def resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Sequence[type[BaseModel]]]:
+    """A pydantic location as a dotted recipe path, the settings class that holds its last key, and the classes of the union that this one is of."""
     words: list[str] = []
     options: list[type[BaseModel]] = [Recipe]
+    siblings: list[type[BaseModel]] = []
     holder: type[BaseModel] | None = None
     for part in loc:
         tagged = [c for c in options if part in tags(c)]
         if len(options) > 1 and tagged:  # the tag of a union ("fedpeft", "quantize"), which is no key of the recipe
-            options = tagged
+            siblings, options = options, tagged
             continue
         words.append(str(part))
         if isinstance(part, str) and options:
             holder = options[0]
+            siblings = siblings if holder in siblings else []
             field = holder.model_fields.get(part)
             options = [c for c in leaves(field.annotation) if isinstance(c, type) and issubclass(c, BaseModel)] if field else []
-    return ".".join(words), holder
+    return ".".join(words), holder, siblings
 
 
 def leaves(annotation: Any) -> list[Any]:

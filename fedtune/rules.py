@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedtune.aggregate import RULES, Rule
@@ -25,21 +26,12 @@ ADAPTER_KEYS: dict[str, set[str]] = {
 }
 PARTITION_KEYS: dict[str, set[str]] = {"dirichlet": {"alpha", "column"}, "column": {"column", "all_values"}, "shards": {"column", "shards_per_client"}}
 TRAIN_KEYS: dict[str, set[str]] = {"sgd": {"momentum", "nesterov"}}
-SERVER_KEYS: dict[str, set[str]] = {
-    "sgd": {"lr", "momentum", "nesterov"},
-    "adam": {"lr", "beta1", "beta2", "eps", "amsgrad"},
-    "adamw": {"lr", "beta1", "beta2", "eps", "amsgrad", "weight_decay"},
-    "adagrad": {"lr", "eps"},
-    "rmsprop": {"lr", "beta2", "eps"},
-}
 TRAIN_ALWAYS = set(TrainSettings.model_fields) - {"momentum", "nesterov"}
 SELECTORS: dict[str, tuple[set[str], dict[str, set[str]]]] = {
-    "method.type": ({"type"}, {}),
     "method.adapter.kind": ({"kind"}, ADAPTER_KEYS),
     "partition.by": ({"by", "clients", "min_rows"}, PARTITION_KEYS),
     "downlink.step": ({"step"}, {"delta": {"keep"}}),
     "method.train.optimizer": (TRAIN_ALWAYS, TRAIN_KEYS),
-    "method.server.optimizer": ({"optimizer"}, SERVER_KEYS),
 }
 SOURCE_TASKS: dict[str, set[str]] = {
     "docstrings": {"classify", "causal-lm"},
@@ -73,13 +65,12 @@ def check_rules(recipe: Recipe) -> None:
     if recipe.downlink.step != "none" and not recipe.chain:
         refuse(f"downlink.step = '{recipe.downlink.step}' without a [[chain]]", "a chain with a step, so that clients answer with differences",
                "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]")  # fmt: skip
-    tables = {name: getattr(method, name) for name in ("adapter", "train", "server") if hasattr(method, name)}
+    tables = {name: getattr(method, name) for name in ("adapter", "train") if hasattr(method, name)}
     for path, owner in (
         ("method.adapter.kind", tables.get("adapter")),
         ("partition.by", partition),
         ("downlink.step", recipe.downlink),
         ("method.train.optimizer", tables.get("train")),
-        ("method.server.optimizer", tables.get("server")),
     ):
         if owner is not None:
             check_used(path, owner)
@@ -92,11 +83,11 @@ def check_rules(recipe: Recipe) -> None:
         refuse(f"method.train.head_lr with data.task = '{data.task}'", "a task with a head of its own", "remove it")
     if train and train.steps and "epochs" in train.model_fields_set:
         refuse("method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs")
-    for name in tables.keys() & {"train", "server"}:
-        if tables[name].nesterov and not tables[name].momentum:
-            refuse(f"method.{name}.nesterov without momentum", "momentum above 0", f"set method.{name}.momentum")
-    for conflict in method.conflicts(recipe):
-        refuse(*conflict)
+    if train and train.nesterov and not train.momentum:
+        refuse("method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum")
+    for table in tables_of(recipe):
+        for conflict in table.conflicts(recipe):
+            refuse(*conflict)
     check_single_answers(recipe.aggregate, build(recipe.chain))
 
 
@@ -110,6 +101,16 @@ def check_single_answers(rule: Rule, chain: Chain) -> None:
             f"a rule that needs the sum only: {', '.join(sorted(tag for tag, other in RULES.items() if other.linear))}",
             f"change aggregate.rule, or remove '{late}' from [[chain]]",
         )
+
+
+def tables_of(settings: Settings) -> Iterator[Settings]:
+    """A settings object and all tables inside it."""
+    yield settings
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        for below in value if isinstance(value, tuple) else (value,):
+            if isinstance(below, Settings):
+                yield from tables_of(below)
 
 
 def used(path: str, value: str) -> set[str]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
-DISCRIMINATORS = ("type", "step", "rule")  # keys that choose the class of a table
+DISCRIMINATORS = ("type", "step", "rule", "optimizer")  # keys that choose the class of a table
 
 
 class Settings(BaseModel):
     """One table of a recipe. Field descriptions become docs/recipe.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @classmethod
+    def unused(cls, table: Mapping[str, Any]) -> set[str]:
+        """Keys that other values of the same table leave without effect."""
+        return set()
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         """Settings that cannot go together, each as found, expected, what to do: the recipe is refused (C104) with the first."""

@@ -85,6 +85,25 @@ def test_the_order_of_overrides_loses_none() -> None:
     assert recipe.fingerprint == config.read(None, sets[::-1]).fingerprint
 
 
+def test_what_an_override_drops_is_said_and_the_rest_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[method]\nlora_alpha_by_client = [1.0]\n[method.train]\nlr = 0.5\n[method.adapter]\nrank = 64\n[aggregate]\nrule = 'trimmed'\ntrim = 0.3")
+    recipe = config.read(str(path), ["method.type=fedkseed", "method.space=adapter", "aggregate.rule=mean"])
+    assert (recipe.method.train.lr, recipe.method.adapter.rank) == (0.5, 64)
+    assert sorted(note.split()[3] for note in recipe.notes) == ["aggregate.trim", "method.lora_alpha_by_client"]
+    assert config.read(str(path), ["aggregate.rule=trimmed"]).notes == ()
+    assert config.read(str(path), ["aggregate.trim=0.4"]).aggregate.trim == 0.4
+
+
+def test_a_table_without_its_discriminator_has_the_default_one(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[method]\n[method.server]\n[aggregate]\n")
+    recipe = config.read(str(path))
+    assert (recipe.method.type, recipe.method.server.optimizer, recipe.aggregate.rule) == ("fedpeft", "none", "mean")
+    path.write_text("[aggregate]\nrule = 'meen'")
+    assert "C102: found aggregate.rule = \"meen\", expected one of 'mean', 'ffa'" in bad(tmp_path, "[aggregate]\nrule = 'meen'")
+
+
 @pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "a..b=1"])
 def test_a_broken_override_names_itself(override: str) -> None:
     with pytest.raises(FedtuneError, match=r"C10[123]"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -77,6 +77,10 @@ class FedKSeedSettings(Settings):
     """Clients keep the accumulators, so that only those that changed travel to them again; where they cannot, whole ones do."""
     adapter: AdapterSettings = AdapterSettings()
     train: ProjectSettings = ProjectSettings()
+
+    @classmethod
+    def unused(cls, table: Mapping[str, Any]) -> set[str]:
+        return set() if table.get("space") == "adapter" else {"adapter"}
 
     @property
     def trained(self) -> AdapterSettings:

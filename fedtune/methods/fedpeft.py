@@ -21,7 +21,8 @@ from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import FedtuneError
 from fedtune.methods.ranks import SIZE
-from fedtune.model.settings import AdapterSettings, ModelSettings, OuterSettings, TrainSettings, whole_run
+from fedtune.model.server_optimizers import ServerSettings, TakeMean
+from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.settings import Settings
@@ -53,7 +54,7 @@ class FedPEFTSettings(Settings):
     """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one scale."""
     adapter: AdapterSettings = AdapterSettings()
     train: TrainSettings = TrainSettings()
-    server: OuterSettings = OuterSettings()
+    server: ServerSettings = TakeMean()
 
     @property
     def mixed(self) -> bool:

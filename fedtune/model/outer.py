@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedtune.model.settings import OuterSettings
+from fedtune.model.server_optimizers import ServerOptimizer
 from fedtune.types import Tensors
 
 
-def outer_step(shared: Tensors, mean: Tensors, kept: Tensors, s: OuterSettings) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def outer_step(shared: Tensors, mean: Tensors, kept: Tensors, settings: ServerOptimizer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """One step from `shared` against the gradient shared - mean -> (new shared, new kept).
 
     `kept` holds torch's state as "<entry>/<tensor>", e.g. "momentum_buffer/classifier.weight"; empty before the first step. On the CPU,
     tensor by tensor: the result equals an optimiser that never stopped, bit for bit.
     """
-    if s.optimizer == "none":
+    if settings.optimizer == "none":
         return dict(mean), dict(kept)
     names = sorted(shared)
     values = [torch.nn.Parameter(torch.from_numpy(np.array(shared[name], np.float32))) for name in names]
-    optimizer = make(values, s)
+    optimizer = settings.make(values)
     for name, value in zip(names, values, strict=True):
         value.grad = torch.from_numpy(np.asarray(shared[name], np.float32) - np.asarray(mean[name], np.float32))
         state = {key.partition("/")[0]: torch.from_numpy(np.array(array)) for key, array in kept.items() if key.partition("/")[2] == name}
@@ -33,17 +33,3 @@ def outer_step(shared: Tensors, mean: Tensors, kept: Tensors, s: OuterSettings) 
         if isinstance(moment, torch.Tensor)
     }
     return {name: value.detach().numpy() for name, value in zip(names, values, strict=True)}, after
-
-
-def make(values: list[torch.nn.Parameter], s: OuterSettings) -> torch.optim.Optimizer:
-    """torch's optimiser with the settings that it has."""
-    betas = (s.beta1, s.beta2)
-    if s.optimizer == "sgd":
-        return torch.optim.SGD(values, lr=s.lr, momentum=s.momentum, nesterov=s.nesterov)
-    if s.optimizer == "adam":
-        return torch.optim.Adam(values, lr=s.lr, betas=betas, eps=s.eps, amsgrad=s.amsgrad)
-    if s.optimizer == "adamw":
-        return torch.optim.AdamW(values, lr=s.lr, betas=betas, eps=s.eps, amsgrad=s.amsgrad, weight_decay=s.weight_decay)
-    if s.optimizer == "adagrad":
-        return torch.optim.Adagrad(values, lr=s.lr, eps=s.eps)
-    return torch.optim.RMSprop(values, lr=s.lr, alpha=s.beta2, eps=s.eps)

@@ -98,29 +98,3 @@ class TrainSettings(Settings):
 def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:
     """One long loop instead of `rounds` short ones."""
     return train.model_copy(update={"steps": train.steps * rounds} if train.steps else {"epochs": train.epochs * rounds})
-
-
-class OuterSettings(Settings):
-    """[method.server]: the optimiser on the pseudo-gradient (state - mean of answers); any of torch.optim's below.
-
-    FedAvgM: sgd with momentum. FedAdam (Reddi et al. 2021): adam. DiLoCo: sgd, lr 0.7, momentum 0.9, nesterov.
-    """
-
-    optimizer: Literal["none", "sgd", "adam", "adamw", "adagrad", "rmsprop"] = "none"
-    """none takes the mean of the answers as the new state."""
-    lr: float = Field(1.0, gt=0)
-    """Server learning rate."""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """sgd: momentum."""
-    nesterov: bool = False
-    """sgd: Nesterov momentum."""
-    amsgrad: bool = False
-    """adam, adamw: second moments never fall, the nearest that torch has to FedYogi's slow ones."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """adam, adamw: decay of the first moment."""
-    beta2: float = Field(0.99, ge=0, lt=1)
-    """adam, adamw, rmsprop: decay of the second moment."""
-    eps: float = Field(1e-3, gt=0)
-    """adam, adamw, adagrad, rmsprop: tau, the degree of adaptivity."""
-    weight_decay: float = Field(0.0, ge=0)
-    """adamw: share of the state, times lr, that decays in a round."""

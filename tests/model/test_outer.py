@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.model.outer import outer_step
-from fedtune.model.settings import OuterSettings
+from fedtune.model.server_optimizers import SERVER_OPTIMIZERS
 from fedtune.schema import digest
 
 OPTIMIZERS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_an_optimiser_that_never_stopped(name: str) -> None:
     given, make = OPTIMIZERS[name]
-    settings = OuterSettings(**({"optimizer": name} | given))
+    settings = (lambda optimizer=name, **more: SERVER_OPTIMIZERS[optimizer](**more))(**given)
     draw = np.random.default_rng(0)
     shared = {"a/b.weight": draw.normal(size=(3, 2)).astype(np.float32), "c": draw.normal(size=4).astype(np.float32)}
     live = {key: torch.nn.Parameter(torch.from_numpy(value.copy())) for key, value in shared.items()}
@@ -50,7 +50,7 @@ def test_diloco_numbers_by_hand() -> None:
 
     Round 1: g = 1, m = 1, step 0.5 * (1 + 0.5 * 1) = 0.75 -> 0.25. Round 2: g = 0.25 - 0.25 = 0, m = 0.5, step 0.5 * (0 + 0.5 * 0.5) = 0.125 -> 0.125.
     """
-    settings = OuterSettings(optimizer="sgd", lr=0.5, momentum=0.5, nesterov=True)
+    settings = SERVER_OPTIMIZERS["sgd"](lr=0.5, momentum=0.5, nesterov=True)
     one, kept = outer_step({"w": np.float32([1])}, {"w": np.float32([0])}, {}, settings)
     assert one["w"].tolist() == [0.25]
     assert {name: value.tolist() for name, value in kept.items()} == {"momentum_buffer/w": [1.0]}
@@ -60,6 +60,6 @@ def test_diloco_numbers_by_hand() -> None:
 
 
 def test_plain_sgd_with_rate_one_takes_the_mean() -> None:
-    new, kept = outer_step({"w": np.float32([3, 1])}, {"w": np.float32([2, 5])}, {}, OuterSettings(optimizer="sgd"))
+    new, kept = outer_step({"w": np.float32([3, 1])}, {"w": np.float32([2, 5])}, {}, SERVER_OPTIMIZERS["sgd"]())
     assert new["w"].tolist() == [2, 5]
     assert kept == {}
