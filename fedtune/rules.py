@@ -13,6 +13,7 @@ from fedtune.transforms import Chain, build
 
 if TYPE_CHECKING:
     from fedtune.config import Recipe
+    from fedtune.data.settings import DataSettings
 
 # Which keys of a table the value of its selector uses; other keys would be ignored, so they are refused.
 ADAPTER_KEYS: dict[str, set[str]] = {
@@ -76,6 +77,7 @@ def check_rules(recipe: Recipe) -> None:
             check_used(path, owner)
     if data.messages and data.task != "instruct":
         refuse(f"data.messages with data.task = '{data.task}'", "data.task = 'instruct'", "remove one of them")
+    check_templates(data)
     if data.stride > data.max_length:
         refuse(f"data.stride = {data.stride} above data.max_length = {data.max_length}", "at most max_length, so that no token is passed over", "lower it")
     train = tables.get("train")
@@ -89,6 +91,20 @@ def check_rules(recipe: Recipe) -> None:
         for conflict in table.conflicts(recipe):
             refuse(*conflict)
     check_single_answers(recipe.aggregate, build(recipe.chain))
+
+
+def check_templates(data: DataSettings) -> None:
+    """Keys that say how prompts and conversations become texts, where nothing would use them."""
+    for key, unused in (("template", "auto"), ("system", "")):
+        if getattr(data, key) != unused and data.task != "instruct":
+            refuse(f"data.{key} with data.task = '{data.task}'", "data.task = 'instruct'", "remove one of them")
+    own = data.template not in ("auto", "chat")  # the text is the user's own, and no chat template writes it
+    if own and data.messages:
+        refuse(f"data.template = '{data.template}' with data.messages", "the model's chat template", "remove one of them")
+    if own and data.system:
+        refuse(f"data.system with data.template = '{data.template}'", "a chat template, which knows where it goes", "write it into data.template")
+    if "{response}" in data.template.removesuffix("{response}"):
+        refuse("data.template with {response} before its end", "a text that goes before the response", "end data.template where the response begins")
 
 
 def check_single_answers(rule: Rule, chain: Chain) -> None:

@@ -1,7 +1,7 @@
 """From what a source gives to rows of one shape per task, checked one by one.
 
     causal-lm        {"text": str}
-    instruct         {"messages": [{"role", "content"}, ...]} or {"prompt": str, "response": str}
+    instruct         {"messages": [{"role", "content", ...}, ...], "tools": [...] if any} or {"prompt": str, "response": str}
     classify         {"text": str, "label": str}
     image-classify   {"image": path or uint8 array (height, width, channels), "label": str}
 
@@ -12,6 +12,7 @@ Rows are counted from 1 in messages.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from fedtune.data import chats
 from fedtune.data.settings import DataSettings
 from fedtune.errors import FedtuneError
 
@@ -70,9 +72,9 @@ def shape(data: DataSettings, row: Mapping[str, Any], at: str, folder: Path | No
     if data.task == "image-classify":
         return {"image": picture(cell(row, data.image, at, "data.image"), data.image, at, folder), "label": label_of(data, row, at)}
     if data.task == "instruct" and data.messages:
-        return {"messages": chat(row, data.messages, at)}
+        return chat(row, data.messages, at)
     if data.task == "instruct":
-        prompt, response = text_of(row, data.prompt, at, "data.prompt"), text_of(row, data.response, at, "data.response")
+        prompt, response = prompt_of(data, row, at), text_of(row, data.response, at, "data.response")
         return {"prompt": prompt, "response": response} if response.strip() else None
     text = text_of(row, data.text, at, "data.text")
     if not text.strip():
@@ -116,13 +118,19 @@ def label_of(data: DataSettings, row: Mapping[str, Any], at: str) -> str:
     return label
 
 
-def chat(row: Mapping[str, Any], column: str, at: str) -> list[dict[str, str]]:
-    """Chat messages: a list of {role, content}, both texts; other keys do not travel."""
-    value = cell(row, column, at, "data.messages")
-    turns = list(value) if isinstance(value, (list, tuple, np.ndarray)) else []
-    if not turns or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in turns):
-        unreadable(f"{kind(value)} in column '{column}' of {at}", "a list of messages, each with the texts role and content")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+def chat(row: Mapping[str, Any], column: str, at: str) -> dict[str, Any] | None:
+    """A conversation in one form, whatever form it came in; None if the assistant says nothing in it."""
+    messages = chats.messages(cell(row, column, at, "data.messages"), f"column '{column}' of {at}")
+    tools = chats.tools(row.get("tools"), f"column 'tools' of {at}")
+    return None if messages is None else {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def prompt_of(data: DataSettings, row: Mapping[str, Any], at: str) -> str:
+    """The prompt's column; where data.template is a text, that text with the row's columns in it."""
+    if "{" not in data.template:
+        return text_of(row, data.prompt, at, "data.prompt")
+    before = data.template.removesuffix("{response}")
+    return re.sub(r"\{([^{}]+)\}", lambda found: text_of(row, data.prompt if found[1] == "prompt" else found[1], at, "data.template"), before)
 
 
 def picture(value: Any, column: str, at: str, folder: Path | None) -> str | np.ndarray:

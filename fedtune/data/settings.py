@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Literal
 
 from pydantic import Field
@@ -36,7 +37,17 @@ class DataSettings(Settings):
     response: str = "response"
     """Column of the response (instruct)."""
     messages: str = ""
-    """Column of chat messages, a list of {role, content} (instruct); replaces prompt and response."""
+    """Column of chat messages (instruct); replaces prompt and response. A list of {role, content}, with tool_calls and other keys that
+    the model's chat template knows, or ShareGPT's {from, value}; content may be a list of text parts; a cell of a file may hold the list
+    as JSON text. A column `tools` beside it, if there is one, describes the tools."""
+    template: str = Field("auto", pattern=r"^(auto|chat|plain)$|\{[^{}]+\}")
+    """How prompt and response become one text (instruct): auto (as the model's own chat template writes a question and its answer; without
+    one, two lines), chat (the template, which must be there), plain (the one glued to the other), or a text with columns in braces that
+    goes before the response, such as "Question: {prompt}\\nAnswer: "; {prompt} is data.prompt's column."""
+    system: str = ""
+    """System message before conversations that have none of their own (instruct; needs a chat template)."""
+    date: datetime.date = datetime.date(2025, 1, 1)
+    """What chat templates that ask for today's date are told, on every day and at every site, as in "2025-01-01"."""
     image: str = "image"
     """Column of the image (image-classify)."""
     labels: tuple[str, ...] = ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.model import chat, pixels
 from fedtune.model.base import Base
+from fedtune.model.template import THE_DATE
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 Example = dict[str, np.ndarray]
@@ -26,6 +30,7 @@ class Encoded:
     tokens     tokens that carry loss (language models), all tokens (classify), images (image-classify)
     truncated  rows cut to max_length
     dropped    rows left out because their whole response was cut
+    unshown    key of chat messages -> rows that have it, where the chat template does not show it
     """
 
     examples: Sequence[Example]
@@ -33,6 +38,7 @@ class Encoded:
     tokens: int
     truncated: int = 0
     dropped: int = 0
+    unshown: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -53,8 +59,11 @@ def encode(
     stride: int = 0,
     separator: Literal["eos", "none"] = "eos",
     overlong: Literal["cut", "refuse"] = "cut",
+    template: str = "plain",
+    system: str = "",
+    day: date = THE_DATE,
 ) -> Encoded:
-    """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages}, {image, label}. Settings as in [data].
+    """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages, tools}, {image, label}. Settings as in [data].
 
     Language models: leave `stride` at 0 for what is scored, so that every token counts once.
     Raises D203 (row unreadable), D206 (unknown label), D207 (too long), C104 (no separator token), M307 (no chat template); rows are counted from 1.
@@ -64,6 +73,7 @@ def encode(
             "D207", f"data.max_length = {max_length} with {base.name}", f"at most the model's context of {base.context} tokens", "lower data.max_length"
         )
     truncated = dropped = 0
+    unshown: Counter[str] = Counter()
     if base.task == "image-classify":
         examples = [
             {"pixels": pixels.resized(cell(row, n, "image"), base.tokenizer, n), "labels": class_of(row, n, base.labels)} for n, row in enumerate(rows, 1)
@@ -76,10 +86,11 @@ def encode(
         examples = encode_stream(rows, base, max_length, stride or max_length, separator)
         tokens = sum(len(e["input_ids"]) - 1 for e in examples)
     else:
-        examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong)
+        talks = partial(talk, base=base, template=template, system=system, day=day, unshown=unshown)
+        examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong, talks)
         tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
     pad = base.tokenizer.pad_token_id
-    return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad), tokens, truncated, dropped)
+    return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad), tokens, truncated, dropped, dict(unshown))
 
 
 def encode_classify(rows: Sequence[Row], base: Base, max_length: int, overlong: str) -> tuple[list[Example], int]:
@@ -121,14 +132,13 @@ def encode_stream(rows: Sequence[Row], base: Base, max_length: int, stride: int,
     return blocks
 
 
-def encode_instruct(rows: Sequence[Row], base: Base, max_length: int, overlong: str) -> tuple[list[Example], int, int]:
+def encode_instruct(
+    rows: Sequence[Row], base: Base, max_length: int, overlong: str, talks: Callable[[Row, int], chat.Marked]
+) -> tuple[list[Example], int, int]:
     """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out and counted."""
     examples, truncated, dropped = [], 0, 0
     for number, row in enumerate(rows, 1):
-        if "messages" in row:
-            ids, answered = chat.conversation(base.tokenizer, cell(row, number, "messages"), number, base.name)
-        else:
-            ids, answered = chat.pair(base.tokenizer, str(cell(row, number, "prompt")), str(cell(row, number, "response")))
+        ids, answered = talks(row, number)
         if len(ids) > max_length:
             refuse_overlong(overlong, number, len(ids), max_length)
             truncated += 1
@@ -138,6 +148,24 @@ def encode_instruct(rows: Sequence[Row], base: Base, max_length: int, overlong: 
         else:
             examples.append({"input_ids": np.asarray(ids[:max_length], np.int32), "labels": labels})
     return examples, truncated, dropped
+
+
+def talk(row: Row, number: int, base: Base, template: str, system: str, day: date, unshown: Counter[str]) -> chat.Marked:
+    """One row as a conversation, or as prompt and response; counts the keys of messages that the chat template does not show."""
+    if "messages" in row:
+        messages, tools = cell(row, number, "messages"), row.get("tools") or ()
+    else:
+        prompt, response = str(cell(row, number, "prompt")), str(cell(row, number, "response"))
+        if not chat.uses_template(base.tokenizer, template, base.name):
+            if system:
+                chat.check_template(base.tokenizer, "data.system", base.name)
+            return chat.pair(base.tokenizer, chat.apart(prompt, response) if template == "auto" else prompt, response)
+        messages, tools = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], ()
+    if system and not (isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    ids, answered, lost = chat.marked(base.tokenizer, messages, number, base.name, tools, day)
+    unshown.update(lost)
+    return ids, answered
 
 
 def collate_text(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:

@@ -80,7 +80,12 @@ class World:
 
             data = self.recipe.data
             stride = 0 if scored else data.stride
-            encoded = encode(rows, self.base, max_length=data.max_length, stride=stride, separator=data.separator, overlong=data.overlong)
+            encoded = encode(
+                rows, self.base, max_length=data.max_length, stride=stride, separator=data.separator, overlong=data.overlong,
+                template=data.template, system=data.system, day=data.date,
+            )  # fmt: skip
+            for name, count in encoded.unshown.items():
+                self.tell(Noted(f"{whose}: {count} of {len(rows)} rows have messages with '{name}', which the model's chat template does not show"))
             if encoded.truncated or encoded.dropped:
                 self.tell(Truncated(whose, len(rows), encoded.truncated, encoded.dropped, data.max_length))
             self._encoded[key] = encoded

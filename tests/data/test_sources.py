@@ -219,6 +219,6 @@ def test_shapes_of_instructions_and_numbers_as_labels(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = lines(tmp_path / "a.jsonl", {"q": "hi", "a": "ho", "chat": [{**turns[0], "id": 7}, turns[1]], "kind": 3})
     assert rows("jsonl", path, task="instruct", prompt="q", response="a") == [{"prompt": "hi", "response": "ho"}]
-    assert rows("jsonl", path, task="instruct", messages="chat") == [{"messages": turns}]
+    assert rows("jsonl", path, task="instruct", messages="chat") == [{"messages": [{**turns[0], "id": 7}, turns[1]]}]
     assert rows("jsonl", path, text="q", label="kind") == [{"text": "hi", "label": "3"}]
     assert rows("jsonl", path, task="image-classify", image="q", label="kind") == [{"image": str(tmp_path / "hi"), "label": "3"}]  # beside the file
