@@ -112,8 +112,9 @@ def span(talk: Talk, turn: int, whole: str, floor: int, mark: str) -> tuple[int,
     if start >= stop or start < floor or (whole.startswith(earlier) and start < len(earlier)):
         raise lost_turn(talk, turn)
     ended = talk.attempt(spoken[: turn + 1]) if turn + 1 < len(spoken) else other
-    tail = whole[stop:] if ended is None or mark not in ended else ended[ended.rfind(mark) + len(mark) :]
-    return header_end(talk, turn, whole, earlier, floor, start), stop + len(end_marker(talk.tokenizer, tail, whole[stop:]))
+    tail = None if ended is None or mark not in ended else ended[ended.rfind(mark) + len(mark) :]
+    last = len(whole) - len(after) + len(end_marker(talk.tokenizer, tail, after))  # the texts are alike from there on
+    return header_end(talk, turn, whole, earlier, floor, start), max(stop, last)
 
 
 def replaced(message: Message, mark: str) -> dict[str, Any]:
@@ -135,7 +136,8 @@ def header_end(talk: Talk, turn: int, whole: str, earlier: str, floor: int, star
         asked = talk.attempt(talk.messages[:turn], ask=True) or ""
         header, gap = asked[len(earlier) :] if asked.startswith(earlier) else "", whole[len(earlier) : start]
         visible = closed(header[: alike(header, gap)])
-        if visible.strip() or not gap.strip():
+        complete = visible == header or header[len(visible) :].startswith(("<", "["))
+        if (visible.strip() and complete) or not gap.strip():
             return len(earlier) + len(visible)
     question = [{"role": "user", "content": "?"}]
     asked, earlier = talk.attempt(question, ask=True) or "", talk.attempt(question) or ""
@@ -144,19 +146,20 @@ def header_end(talk: Talk, turn: int, whole: str, earlier: str, floor: int, star
     return place + len(header) if place >= 0 else start
 
 
-def end_marker(tokenizer: Any, tail: str, rest: str) -> str:
-    """What ends a turn: `tail` is what the template writes after a last turn, `rest` what stands there in the conversation.
+def end_marker(tokenizer: Any, tail: str | None, rest: str) -> str:
+    """What ends a turn: `tail` is what the template writes after a last turn (None: it cannot be had), `rest` what stands there in the conversation.
 
     A template that opens the next turn without being asked writes more than an end: text after a special token is not part of it.
     """
     special = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content), key=len, reverse=True)
-    known = "|".join(re.escape(token) for token in special)
-    found = re.match(rf"(.*?)({known})\s*", tail, re.DOTALL) if known else None
+    known = "|".join(re.escape(token) for token in special) or "(?!)"
+    if tail is None:
+        at_once = re.match(rf"\W*?({known})\s*", rest)
+        return at_once[0] if at_once else ""
+    found = re.match(rf"(.*?)({known})\s*", tail, re.DOTALL)
     if found and re.sub(rf"{known}|\s", "", tail[found.end() :]):
         tail = found[0]
-    if rest.startswith(tail):
-        return tail
-    return closed(tail[: alike(tail, rest)])
+    return tail if rest.startswith(tail) else closed(tail[: alike(tail, rest)])
 
 
 def closed(text: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from fedtune.model.base import AUTO, Base, load_config, locate, reading
+from fedtune.model.base import AUTO, Base, load_config, load_tokenizer, locate, reading
 from fedtune.model.bench import Bench, attach
+from fedtune.model.encode import Encoded, encode
 from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
 
 
@@ -50,6 +52,14 @@ def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
     if task != "image-classify" and net.config.pad_token_id is None:
         net.config.pad_token_id = 0  # loading takes one from the tokenizer; a generative classifier will not run without any
     return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
+
+
+def encoded_without_weights(model: ModelSettings, task: str, rows: Sequence[Mapping[str, Any]], **how: Any) -> Encoded:
+    """Rows of a task without labels, encoded by the model's tokenizer; `how` as in `encode`. Raises M301, and what `encode` raises."""
+    base = weightless(model, task, 0)
+    with reading(model.name):
+        base.tokenizer = load_tokenizer(locate(model.name), task, {"revision": model.revision} if model.revision else {})
+    return encode(rows, base, **how)
 
 
 def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: int) -> Plan:

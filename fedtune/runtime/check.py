@@ -15,6 +15,7 @@ from fedtune.methods.fedpeft import FedPEFT, plan_at
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.ranks import explained, is_auto, with_ranks
 from fedtune.runtime.sampling import sample
+from fedtune.runtime.world import how_to_encode
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
 from fedtune.transforms.broadcast import down_bits as broadcast_bits
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fedtune.model.shapes import Plan
 
 MIB = 2**20
+TRIED = 1000  # rows that go through the tokenizer: a second or two
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,20 @@ def check(recipe: Recipe) -> Checked:
     bits = (up_bits / trained, down_bits / trained)
     needs = dict(method.memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
+    texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
     more = method.remarks(recipe, len(federation.labels), mean) if hasattr(method, "remarks") else []
-    return Checked(recipe, method, federation, plan, asked, round(up), round(down), bits, needs, exposure(method, chain), more, ranks)
+    return Checked(recipe, method, federation, plan, asked, round(up), round(down), bits, needs, exposure(method, chain), [*texts, *more], ranks)
+
+
+def conversations(recipe: Recipe, federation: Federation) -> list[str]:
+    """What becomes of the first rows in the tokenizer and its chat template, in lines. Raises what a run would: D203, D207, M307."""
+    from fedtune.model.shapes import encoded_without_weights
+
+    rows = [row for client in federation.clients for row in client.train][:TRIED]
+    tried = encoded_without_weights(recipe.model, recipe.data.task, rows, **how_to_encode(recipe.data))
+    share = f"of {'the first ' * (len(rows) == TRIED)}{len(rows):,} training rows"
+    said = [f"texts     {tried.truncated} {share} are longer than {recipe.data.max_length} tokens, {tried.dropped} keep no response"]
+    return said + [f"texts     {count} {share} have messages with '{name}', which the chat template does not show" for name, count in tried.unshown.items()]
 
 
 Both = tuple[tuple[int, int], tuple[float, float]]  # bytes of the messages up and down, bits of their numbers up and down

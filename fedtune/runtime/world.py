@@ -11,6 +11,7 @@ import numpy as np
 from fedtune import transforms
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, load
+from fedtune.data.settings import DataSettings
 from fedtune.events import Event, Noted, Truncated
 from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before
 from fedtune.runtime.states import Memories
@@ -79,11 +80,7 @@ class World:
             from fedtune.model.encode import encode
 
             data = self.recipe.data
-            stride = 0 if scored else data.stride
-            encoded = encode(
-                rows, self.base, max_length=data.max_length, stride=stride, separator=data.separator, overlong=data.overlong,
-                template=data.template, system=data.system, day=data.date,
-            )  # fmt: skip
+            encoded = encode(rows, self.base, **how_to_encode(data, scored))
             for name, count in encoded.unshown.items():
                 self.tell(Noted(f"{whose}: {count} of {len(rows)} rows have messages with '{name}', which the model's chat template does not show"))
             if encoded.truncated or encoded.dropped:
@@ -91,6 +88,12 @@ class World:
             self._encoded[key] = encoded
         result: Encoded = self._encoded[key]
         return result
+
+
+def how_to_encode(data: DataSettings, scored: bool = False) -> dict[str, Any]:
+    """What [data] says to `encode`; rows that are scored do not overlap."""
+    same = {name: getattr(data, name) for name in ("max_length", "separator", "overlong", "template", "system")}
+    return same | {"stride": 0 if scored else data.stride, "day": data.date}
 
 
 def build_world(

@@ -66,6 +66,21 @@ POLITE = (  # asks behind a user's turn only
     "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt and messages[-1].role == 'user' %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BARE = "{% for m in messages %}" + TURN + "{% endfor %}"  # never asks
+NAMED = (  # names its speakers, and asks without a name
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + (' Ann' if m.role == 'assistant' else '') + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+STRICT = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('who asks?') }}{% endif %}" + CHATML
+COUNTED = "{{ messages|length ~ ' turns\n' }}" + CHATML
+WORDS = (
+    "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content }}{{ eos_token if loop.last and m.role == 'assistant' else '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+)
+GRANITE = (  # a default system turn with the date
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system<|im_end|>Today is ' + strftime_now('%B %d, %Y') + '.</s>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>' }}{% endif %}"
+)
 SMOL3 = (  # marks by itself what an assistant generates
     "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + TURN + "{% endif %}{% endfor %}" + ASK

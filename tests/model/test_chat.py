@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ CASES = {
     "phi-3": (t.PHI3, LONG, "runs<|end|>\n|old book<|end|>\n</s>"),
     "deepseek": (t.DEEPSEEK, "u:the a:<think>so</think>fox u:the a:<think>dog</think>cat", "fox<|eos|>|cat<|eos|>"),
     "asks users only": (t.POLITE, TWICE, "runs<|im_end|>\n|sleeps<|im_end|>\n|no<|im_end|>\n"),
+    "asks with a reasoning, which a name keeps away": (t.NAMED, "u:the a:fox u:the a:cat", "fox<|im_end|>\n|cat<|im_end|>\n"),
+    "never ends with an assistant": (t.STRICT, "u:the a:fox s:the u:a a:cat u:no", "fox<|im_end|>\n|cat<|im_end|>\n"),
+    "plain words, the end of text behind the last turn": (t.WORDS, "a:hello u:the a:fox u:the a:cat", "hello|fox|cat</s>"),
+    "counts its turns": (t.COUNTED, BOT_FIRST, "hello<|im_end|>\n|sleeps<|im_end|>\n"),
+    "granite, the bot first": (t.GRANITE, BOT_FIRST, "hello</s>\n|sleeps</s>\n"),
     "never asks": (t.BARE, LONG, "runs<|im_end|>\n|old book<|im_end|>\n"),
     "never asks, the bot first": (t.BARE, BOT_FIRST, "hello<|im_end|>\n|sleeps<|im_end|>\n"),
 }  # fmt: skip
@@ -80,7 +86,7 @@ def test_only_what_the_assistant_says_is_learned(case: str, tokenizer: Any) -> N
     template, turns, want = CASES[case]
     assert learned(tokenizer, template, talk(turns)) == want
     ids, _ = conversation(tokenizer, talk(turns), 1, "model")
-    assert case.startswith("llama 3,") or tokenizer.decode(ids) == tokenizer.apply_chat_template(talk(turns), tokenize=False)
+    assert "strftime_now" in template or tokenizer.decode(ids) == tokenizer.apply_chat_template(talk(turns), tokenize=False)
 
 
 @pytest.mark.parametrize("turns", [LONG, BOT_FIRST, TWICE, "u:said a:said u:x a:said"])
@@ -122,9 +128,9 @@ def called(arguments: Any = None, **more: Any) -> Turns:
     return [*talk("u:the_fox"), call, *talk("t:here u:the_cat a:old")]
 
 
-@pytest.mark.parametrize("arguments", [{"what": "the fox"}, '{"what": "the fox"}', {}, "{}"])
+@pytest.mark.parametrize("arguments", [{"what": "the fox"}, '{"what": "the fox"}', {}, "{}", {"n": 1, "on": [True, {"a": "b"}]}])
 def test_a_tool_call_is_what_is_learned(arguments: Any, tokenizer: Any) -> None:
-    written = '{"what": "the fox"}' if "fox" in str(arguments) else "{}"
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
     call = '\n<tool_call>\n{"name": "find", "arguments": ' + written + "}\n</tool_call><|im_end|>\n"
     assert learned(tokenizer, t.QWEN25, called(arguments)) == call + "|old<|im_end|>\n"
     assert learned(tokenizer, t.QWEN25, called(arguments), tools=[TOOL]) == call + "|old<|im_end|>\n"

@@ -13,6 +13,8 @@ from PIL import Image
 
 from fedtune import config
 from fedtune.events import Truncated
+from fedtune.runtime.check import check
+from fedtune.runtime.check import rows as checked_rows
 from tests import small
 from tests.tiny import SENTENCES
 
@@ -53,6 +55,39 @@ def test_responses_to_prompts(shape: str, tiny_llama: Path, tmp_path: Path) -> N
     result, events = play(tree(tiny_llama, data | ({"messages": "messages"} if shape == "chat" else {})), tmp_path)
     assert result["metric"] == "perplexity" and result["federated"] < 0.8 * result["base"]
     assert not [e for e in events if isinstance(e, Truncated)]
+
+
+def test_a_recipes_template_system_and_date_reach_the_texts(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for file in tiny_llama.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y') }}" + template.read_text())
+    rows = [
+        {"prompt": "2+2?", "response": "four", "messages": [{"role": "user", "content": "2+2?", "name": "Ann"}, {"role": "assistant", "content": "four"}]}
+    ] * 20
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "path": str(tmp_path / "rows.jsonl"), "task": "instruct", "max_length": 60}
+
+    def text(**settings: Any) -> str:
+        world, _ = small.world_of(config.parse(tree(tmp_path / "model", data | settings)))
+        encoded = [world.train(0)[0], world.test()[0], world.held_out(1)[0], world.pooled()[0]]
+        shown = {world.base.tokenizer.decode(example["input_ids"]) for example in encoded}
+        assert len(shown) == 1
+        return shown.pop()
+
+    chat = "<|user|>\n2+2?</s>\n<|assistant|>\nfour</s>\n"
+    assert text() == text(messages="messages") == "2025" + chat
+    assert text(date="2031-05-06", system="add") == "2031<|system|>\nadd</s>\n" + chat
+    assert text(template="plain") == "2+2?four</s>"
+    assert text(template="Q: {prompt}\nA: ") == "Q: 2+2?\nA: four</s>"
+    lines = checked_rows(check(config.parse(tree(tmp_path / "model", data | {"messages": "messages", "max_length": 16}))))
+    said = [line.split(None, 1)[1] for line in lines if line.startswith("texts")]
+    n = 12  # of 20 rows, 4 are the test set, 2 of each client's 8 are held out
+    assert said == [
+        f"{n} of {n} training rows are longer than 16 tokens, 0 keep no response",
+        f"{n} of {n} training rows have messages with 'name', which the chat template does not show",
+    ]
 
 
 def test_what_is_cut_is_said(tiny_bert: Path, tmp_path: Path) -> None:
