@@ -112,7 +112,8 @@ def weighed(experts: Sequence[Answer], rank: int, scale: float, times: float) ->
     for name in held[0].pairs:
         product = ProductSum()
         for h in held:
-            product.add(h.pair(name), times * h.answer.weight / total)
+            if h.pairs[name].A.any():  # a pair of zeros, which an adapter without this layer has, is no rank of the result
+                product.add(h.pair(name), times * h.answer.weight / total)
         pairs[name] = product.stacked() if product.parts else Pair(0 * held[0].pairs[name].B, held[0].pairs[name].A)
     if rank < 1:
         return Combined(as_adapter(Combined(join(pairs, averaged(held))), 1.0, rank, scale)[0], report={"error": 0.0}, layers=dict.fromkeys(pairs, 0.0))

@@ -22,6 +22,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help=told)
     parser.add_argument("--weights", nargs="+", type=float, default=[], metavar="W", help="how much each adapter counts; without them all count alike")
     parser.add_argument("--rank", type=int, metavar="R", help="cut to this rank (SVD); without it the sum of ranks")
+    parser.add_argument("--base", default="", metavar="MODEL", help="the base of all, whatever the adapters call it; their layers are checked against it")
     parser.add_argument("--eval", metavar="RUN", help="score base, adapters and result on this run's test set")
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=merge)
@@ -29,6 +30,7 @@ def add_commands(commands: Any) -> None:
 
 def merge(options: argparse.Namespace) -> int:
     folders, target = [Path(folder).resolve() for folder in options.adapters], Path(options.to).resolve()  # before `opened` goes elsewhere
+    home = Path.cwd()
     if options.rank is not None and options.rank < 1:
         raise FedtuneError("C102", f"--rank {options.rank}", "1 or more", "correct it, or leave it out for the sum of ranks")
     settings = {}
@@ -43,7 +45,7 @@ def merge(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.runtime.merge import Asked, cost, merge_adapters
 
-    merged = merge_adapters(folders, Asked(options.by, settings, options.weights, options.rank or 0), target, run)
+    merged = merge_adapters(folders, Asked(options.by, settings, options.weights, options.rank or 0, options.base, home), target, run)
     for name, score in merged.scores.items():
         print(f"{name}: {score.name} {score.metric:.4f}, loss {score.loss:.4f}")
     if options.by == "greedy":

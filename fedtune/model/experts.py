@@ -1,7 +1,8 @@
 """LoRA adapters as tensors: folders that peft wrote are read without their model, and one is written for peft to load.
 
 Every pair is brought to scale 1: B times the module's own alpha / r (rank_pattern, alpha_pattern and rsLoRA inside), so that what peft
-adds to a weight is plain B @ A.
+adds to a weight is plain B @ A. peft multiplies a bias of B (lora_bias) likewise and adds it to the layer's: here it is a pair of its own,
+a product of d x 1, so that every rule of products holds for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ from fedtune.errors import FedtuneError
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench, attach
 from fedtune.model.export import SIDECAR
+from fedtune.model.plain_lora import check_plain
 from fedtune.model.settings import AdapterSettings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+?)\.lora_(?:embedding_)?(A|B)(?:\.weight)?$")
-STARTS = (True, False, "gaussian", "eva", "orthogonal")  # ways to start that leave the base alone; pissa, olora, corda and loftq change it
-VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "alora_invocation_tokens", "target_parameters")
-ALIKE = ("task_type", "use_dora", "fan_in_fan_out", "layer_replication")  # settings that merged adapters must share
+FACTOR = re.compile(r"^base_model\.model\.(?:(.+)\.lora_(A|B)\.weight|(.+\.lora_embedding)_(A|B))$")
+BIASES = re.compile(r"^base_model\.model\.(.+)\.lora_B\.bias$")
+EMBEDDING, BIAS = ".lora_embedding", ".lora_B_bias"  # how the module of such a pair ends here
+STARTS_ANEW: dict[str, Any] = dict.fromkeys(("eva_config", "corda_config", "lora_ga_config", "velora_config"), None) | {"loftq_config": {}}  # of training only
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,36 @@ class Expert:
     sha256: str
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module (without PREFIX) -> rows and columns of its pair's product; EMBEDDING or BIAS at the end of its name where it is one."""
+        sides = {found: value.shape for name, value in self.tensors.items() if (found := factor_of(name))}
+        return {module: (sides[module, "B"][0], shape[1]) for (module, side), shape in sides.items() if side == "A"}
+
+    @property
+    def plain(self) -> dict[str, np.ndarray]:
+        """What is no pair: heads, tables, trained biases, rows of tokens."""
+        return {name: value for name, value in self.tensors.items() if not factor_of(name)}
+
+    @property
     def modules(self) -> list[str]:
         """Full names in the model of what is adapted."""
-        return sorted({found[1] for name in self.tensors if (found := FACTOR.match(name))})
+        return sorted(module.removesuffix(EMBEDDING) for module in self.shapes if not module.endswith(BIAS))
 
     @property
     def rank(self) -> int:
         """The greatest of its pairs."""
-        greatest: int = max(value.shape[0] for name, value in self.tensors.items() if (found := FACTOR.match(name)) and found[2] == "A")
-        return greatest
+        return max(int(value.shape[0]) for name, value in self.tensors.items() if (found := factor_of(name)) and found[1] == "A")
+
+
+def factor_of(name: str) -> tuple[str, str] | None:
+    """Module and factor of a tensor's name, None where it belongs to no pair."""
+    found = FACTOR.match(name)
+    return (found[1] or found[3], found[2] or found[4]) if found else None
+
+
+def factor(module: str, side: str) -> str:
+    """The inverse of `factor_of`."""
+    return f"{PREFIX}{module}_{side}" if module.endswith(EMBEDDING) else f"{PREFIX}{module}.lora_{side}.weight"
 
 
 def read_expert(folder: Path) -> Expert:
@@ -77,37 +100,55 @@ def read_expert(folder: Path) -> Expert:
     except (OSError, ValueError, SafetensorError) as error:
         found = f"no adapter in '{folder}' ({type(error).__name__}: {str(error)[:120]})"
         raise FedtuneError("M304", found, f"{CONFIG} and {TENSORS}", "name an adapter's folder, or that of a finished run") from error
-    check_plain(config, place)
-    expert = Expert(place, config, about, {name: scaled(config, name, raw[name], place) for name in sorted(raw)}, sha256)
+    check_plain(config, sorted(raw), place)
+    tensors = {key: part for name in raw for key, part in scaled(config, name, raw[name], place).items()}
+    expert = Expert(place, config, about, {name: tensors[name] for name in sorted(tensors)}, sha256)
+    check_pairs(expert)
     if not expert.modules:
         raise FedtuneError("M306", f"an adapter without LoRA pairs in '{place}'", "pairs of linear layers", "leave it out")
     return expert
 
 
-def check_plain(config: Mapping[str, Any], place: Path) -> None:
-    """Raises M306 for other adapters than LoRA, and for LoRA whose product is not what is added to the base."""
-    if config.get("peft_type") != "LORA":
-        raise FedtuneError("M306", f"an adapter of type {config.get('peft_type')} in '{place}'", "LORA", "leave it out")
-    odd = [name for name in VARIANTS if config.get(name)]
-    if config.get("init_lora_weights", True) not in STARTS:
-        odd.append(f"init_lora_weights = {config['init_lora_weights']}")
-    if odd:
-        raise FedtuneError(
-            "M306", f"LoRA with {odd[0]} in '{place}'", "pairs whose product is added to the untouched base", "convert it with peft, or leave it out"
-        )
-
-
-def scaled(config: Mapping[str, Any], name: str, value: np.ndarray, place: Path) -> np.ndarray:
-    """A tensor of the file at scale 1. Raises M305 where a pair has another rank than the config says, which also sets its scale."""
-    found = FACTOR.match(name)
-    if not found:
-        return value
-    rank, alpha = (pattern_of(config.get(f"{what}_pattern") or {}, found[1], config.get(key)) for what, key in (("rank", "r"), ("alpha", "lora_alpha")))
-    have = value.shape[0 if found[2] == "A" else 1] if value.ndim == 2 else value.shape
-    if have != rank or not isinstance(alpha, (int, float)):
+def scaled(config: Mapping[str, Any], name: str, value: np.ndarray, place: Path) -> dict[str, np.ndarray]:
+    """A tensor of the file at scale 1; a bias of B as a pair. Raises M305 where a pair has another rank than the config says, which sets its scale."""
+    pair, bias = factor_of(name), BIASES.match(name)
+    if not pair and not bias:
+        return {name: value}
+    module, side = pair or (bias[1] if bias else "", "B")
+    layer = module.removesuffix(EMBEDDING)
+    rank, alpha = (pattern_of(config.get(f"{what}_pattern") or {}, layer, config.get(key)) for what, key in (("rank", "r"), ("alpha", "lora_alpha")))
+    if pair and value.ndim != 2:
+        raise FedtuneError("M306", f"'{name}' of shape {value.shape} in '{place}'", "pairs of matrices (linear layers, embeddings)", "leave it out")
+    have = value.shape[0 if side == "A" else 1] if pair else rank
+    if have != rank or not isinstance(rank, int) or not isinstance(alpha, (int, float)):
         raise FedtuneError("M305", f"rank {have} of '{name}' in '{place}'", f"{rank}, and a number for alpha, as its {CONFIG} says", "export the adapter again")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return value if found[2] == "A" else np.multiply(value, scale, dtype=np.float64).astype(np.float32)
+    if side == "A":
+        return {name: value}
+    whole = np.multiply(value, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), dtype=np.float64).astype(np.float32)
+    if pair:
+        return {name: whole}
+    return {factor(module + BIAS, "A"): np.ones((1, 1), np.float32), factor(module + BIAS, "B"): whole.reshape(-1, 1)}
+
+
+def check_pairs(expert: Expert) -> None:
+    """Raises M305 for half a pair, and for numbers that are under no name that peft would read."""
+    sides = {found for name in expert.tensors if (found := factor_of(name))}
+    for module, side in sorted(sides):
+        if (module, {"A": "B", "B": "A"}[side]) not in sides:
+            raise FedtuneError("M305", f"half a pair in '{expert.path}': '{factor(module, side)}'", "both factors of every layer", "export the adapter again")
+    if odd := next((name for name in expert.tensors if not name.startswith(PREFIX)), None):
+        raise FedtuneError("M305", f"'{odd}' in '{expert.path}'", f"names that begin with {PREFIX}, as peft's do", "export the adapter again")
+
+
+def unfolded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Under peft's names: biases of B are vectors again."""
+    made = {name: value for name, value in tensors.items() if not ((found := factor_of(name)) and found[0].endswith(BIAS))}
+    for name, value in tensors.items():
+        found = factor_of(name)
+        if found and found[0].endswith(BIAS) and found[1] == "B":
+            product = value.astype(np.float64) @ tensors[factor(found[0], "A")].astype(np.float64)  # (rows, 1)
+            made[f"{PREFIX}{found[0].removesuffix(BIAS)}.lora_B.bias"] = product[:, 0].astype(np.float32)
+    return made
 
 
 def pattern_of(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
@@ -115,53 +156,31 @@ def pattern_of(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
 
 
-def check_alike(experts: Sequence[Expert]) -> None:
-    """Adapters of one base and of the same modules can be merged. Raises M304 for another base, task or label set, M305 for other modules or settings.
-
-    Bases are compared by fingerprint; where an adapter came without one, by name and revision.
-    """
-    first = experts[0]
-    for other in experts[1:]:
-        known = bool(first.about.get("base_fingerprint") and other.about.get("base_fingerprint"))
-        for what, one, two in (
-            ("base model", *((e.about["base_fingerprint"][:12] if known else base_name(e)) for e in (first, other))),
-            ("label set", *(e.about.get("labels") if first.about and other.about else None for e in (first, other))),
-        ):
-            if one != two:
-                found, expected = f"{what} {str(two)[:120]} of '{other.path}'", f"{str(one)[:120]}, that of '{first.path}'"
-                raise FedtuneError("M304", found, expected, "merge adapters of one base")
-        for name in ALIKE:
-            if (first.config.get(name) or None) != (other.config.get(name) or None):
-                found, expected = f"{name} = {other.config.get(name)} in '{other.path}'", f"{first.config.get(name)}, as in '{first.path}'"
-                raise FedtuneError("M305", found, expected, "leave one of them out")
-        if odd := sorted(first.tensors.keys() ^ other.tensors.keys()):
-            where, lacks = (first, other) if odd[0] in first.tensors else (other, first)
-            found = f"'{odd[0].removeprefix(PREFIX)}' in '{where.path}' but not in '{lacks.path}' ({len(odd)} differ)"
-            raise FedtuneError("M305", found, "the same target modules and the same other tensors in every adapter", "leave one of them out")
-
-
-def base_name(expert: Expert) -> str:
-    return " ".join(str(expert.config[key]) for key in ("base_model_name_or_path", "revision") if expert.config.get(key))
-
-
 def seated(base: Base, expert: Expert, tensors: Mapping[str, np.ndarray], rank: int) -> Bench:
-    """The base with tensors like this expert's, of one rank and scale 1. Raises M304 for another base than the expert's, M302, M305."""
+    """The base with tensors like this expert's, of one rank and scale 1. Raises M304 for another base than the expert's, M302, M305, M306."""
     made_for = expert.about.get("base_fingerprint")
     if made_for and made_for != base.fingerprint:
         raise FedtuneError("M304", f"base model {base.fingerprint[:12]}", f"{made_for[:12]}, which the adapters were made for", "name a run on that base")
-    settings = AdapterSettings(rank=rank, alpha=float(rank), targets=tuple(expert.modules), dora=bool(expert.config.get("use_dora")))
-    bench = attach(base, settings, 0)
+    if any(module.endswith((BIAS, EMBEDDING)) for module in expert.shapes):
+        found = f"a score of '{expert.path}', which has lora_bias or an adapted embedding"
+        raise FedtuneError("M306", found, "pairs of linear layers alone, which fedtune can seat on a base", "merge without --eval")
+    bench = attach(base, AdapterSettings(rank=rank, alpha=float(rank), targets=tuple(expert.modules)), 0)
     bench.write(tensors)
     return bench
 
 
-def write_expert(folder: Path, like: Expert, tensors: Mapping[str, np.ndarray], rank: int, card: str) -> None:
-    """A folder that stock peft loads: this expert's config at one rank and scale 1. With fedtune.json where the expert has one."""
-    changed = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True, "inference_mode": True}
+def write_expert(folder: Path, like: Expert, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], rank: int, card: str) -> None:
+    """A folder that stock peft loads: this expert's config with `settings` in it, at one rank and scale 1. With fedtune.json where the expert has one."""
+    changed = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "inference_mode": True}
+    started = {name: value for name, value in STARTS_ANEW.items() if name in like.config} | {"init_lora_weights": True}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(tensors), str(folder / TENSORS), metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(dict(like.config) | changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(unfolded(tensors), str(folder / TENSORS), metadata={"format": "pt"})
+    config = dict(like.config) | changed | started | dict(settings)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if like.about:
         adapter = dict(like.about.get("adapter") or {}) | {"rank": rank, "alpha": float(rank), "rslora": False}
-        (folder / SIDECAR).write_text(json.dumps(dict(like.about) | {"adapter": adapter}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if "target_modules" in settings:  # other modules than this expert's
+            adapter |= {"targets": like.modules, "last": 0}
+        about = dict(like.about) | {"adapter": adapter, "base": config.get("base_model_name_or_path", "")}
+        (folder / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -29,17 +29,24 @@ Scorer = Callable[[Mapping[str, np.ndarray], int], "Score"]  # tensors at a rank
 
 @dataclass(frozen=True)
 class Asked:
-    """How to merge: the rule, its options, a weight for each adapter (empty: 1), the rank of the result (0: the sum of ranks)."""
+    """How to merge: the rule, its options, a weight for each adapter (empty: 1), the rank of the result (0: the sum of ranks).
+
+    base  the base of all adapters, whatever names they have for it; empty: their names
+    home  where relative names of bases are meant from
+    """
 
     by: str
     options: Mapping[str, str] = field(default_factory=dict)
     weights: Sequence[float] = ()
     rank: int = 0
+    base: str = ""
+    home: Path = Path()
 
 
 @dataclass(frozen=True)
 class Merged:
-    """rank and what cutting to it lost, relative, over all and in the worst module; scores by name (base, adapters, merged); folders that were used."""
+    """rank and what cutting to it lost, relative, over all and in the worst module; scores by name (base, adapters, merged); folders that were used;
+    notes on what was brought together: names of one base, layers that some adapters lack."""
 
     rank: int
     error: float
@@ -47,7 +54,7 @@ class Merged:
     scores: Mapping[str, Score]
     used: Sequence[Path]
     plain: int  # tensors that are no pairs: averaged
-    dora: bool
+    notes: Sequence[str]
 
 
 def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFolder | None = None) -> Merged:
@@ -57,11 +64,20 @@ def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFold
     """
     target = check_target(to)
     check_asked(asked, len(folders), run)
-    from fedtune.model.experts import check_alike, read_expert, write_expert
+    from fedtune.model.experts import read_expert, write_expert
+    from fedtune.model.same_base import BaseName, check_fits, check_same, check_union, named
+    from fedtune.model.union import aligned, settings_of
 
     merge = built(asked.by, asked.options, unscored)  # options are refused before the first file is read
-    experts = [read_expert(folder) for folder in folders]
-    check_alike(experts)
+    read = [read_expert(folder) for folder in folders]
+    experts, notes = aligned(read)
+    if asked.base:
+        check_fits(read, BaseName(asked.base, "", asked.home))
+    else:
+        notes = [*check_same(read, asked.home), *notes]
+        if len({expert.sha256 for expert in read}) > 1:
+            check_union(read, named(read[0], asked.home))
+    settings = settings_of(read, experts) | ({"base_model_name_or_path": asked.base, "revision": None} if asked.base else {})
     scorer = scorer_of(experts[0], run) if run else None
     if scorer and asked.by == "greedy":
         merge = built(asked.by, asked.options, better(scorer))
@@ -72,9 +88,9 @@ def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFold
     scores = scored(scorer, experts, made.tensors, rank) if scorer else {}
     worst = max(made.layers.items(), key=lambda item: item[1])
     used = [e.path for n, e in enumerate(experts) if asked.by != "greedy" or f"kept/{n}" in made.report]
-    merged = Merged(rank, made.report["error"], worst, scores, used, len(split(made.tensors)[1]), bool(experts[0].config.get("use_dora")))
+    merged = Merged(rank, made.report["error"], worst, scores, used, len(split(made.tensors)[1]), notes)
     with whole_folder(target) as temporary:
-        write_expert(temporary, experts[0], made.tensors, rank, card(asked, experts, weights, merged, run))
+        write_expert(temporary, experts[0], settings, made.tensors, rank, card(asked, experts, weights, merged, run))
     return merged
 
 
@@ -126,9 +142,13 @@ def number(key: str, value: str, kind: str) -> float:
 
 
 def full_rank(experts: Sequence[Expert]) -> int:
-    """The sum of ranks, as far as a module can have it."""
-    widest: int = max(min(pair.B.shape[0], pair.A.shape[1]) for pair in split(experts[0].tensors)[0].values())
-    return min(sum(expert.rank for expert in experts), widest)
+    """The sum of ranks, as far as a module can have it; a pair of zeros has none."""
+    sums: dict[str, int] = {}
+    for expert in experts:
+        for module, pair in split(expert.tensors)[0].items():
+            rank = pair.rank if pair.A.any() or pair.B.any() else 0
+            sums[module] = min(sums.get(module, 0) + rank, pair.B.shape[0], pair.A.shape[1])
+    return max(1, *sums.values())
 
 
 # --- scores -----------------------------------------------------------------------------------------------------
@@ -154,7 +174,7 @@ def unscored(made: Combined) -> float:
 
 def scored(scorer: Scorer, experts: Sequence[Expert], tensors: Mapping[str, np.ndarray], rank: int) -> dict[str, Score]:
     """Of every adapter alone, of none, and of the merged one."""
-    nothing = {name: np.zeros_like(value) if ".lora_" in name and "magnitude" not in name else value for name, value in tensors.items()}
+    nothing = {name: np.zeros_like(value) if ".lora_" in name else value for name, value in tensors.items()}
     found = {"base, with what is no pair" if split(tensors)[1] else "base": scorer(nothing, rank)}
     for expert in experts:
         wide = MERGES["mean"]()([Answer(0, expert.tensors)], 0, 1.0).tensors  # one rank for all modules
@@ -168,7 +188,14 @@ def scored(scorer: Scorer, experts: Sequence[Expert], tensors: Mapping[str, np.n
 def card(asked: Asked, experts: Sequence[Expert], weights: Sequence[float], merged: Merged, run: RunFolder | None) -> str:
     """README.md: what was merged, how, and what it cost."""
     options = ", ".join(f"{key} = {value}" for key, value in asked.options.items())
-    lines = ["---", "library_name: peft", f"base_model: {experts[0].config.get('base_model_name_or_path', '')}", "tags: [fedtune, merged]", "---", ""]
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {asked.base or experts[0].config.get('base_model_name_or_path', '')}",
+        "tags: [fedtune, merged]",
+        "---",
+        "",
+    ]
     lines += [f"# {len(merged.used)} LoRA adapters merged by {asked.by}", ""]
     lines += ["| adapter | SHA-256 of its tensors | weight |", "|---|---|---|"]
     lines += [f"| {e.path} | {e.sha256} | {weight:g} |" for e, weight in zip(experts, weights, strict=True) if e.path in merged.used]
@@ -182,6 +209,9 @@ def card(asked: Asked, experts: Sequence[Expert], weights: Sequence[float], merg
 def cost(merged: Merged) -> list[str]:
     """What the result does not hold, in words."""
     name, error = merged.worst
-    said = [f"cut to rank {merged.rank}: {100 * merged.error:.3g} % of the merged products' norm is lost, at most {100 * error:.3g} % of a layer's ({name})"]
+    said = [
+        *merged.notes,
+        f"cut to rank {merged.rank}: {100 * merged.error:.3g} % of the merged products' norm is lost, at most {100 * error:.3g} % of a layer's ({name})",
+    ]
     said += [f"{merged.plain} tensors that are no LoRA pairs were averaged"] if merged.plain else []
-    return said + (["DoRA: its magnitudes were averaged, so the result is not the merge of the adapted weights"] if merged.dora else [])
+    return said

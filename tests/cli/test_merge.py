@@ -172,8 +172,12 @@ def other_base(model: Path, folder: Path) -> None:
     change(stock(model, folder, 5, r=2), base_model_name_or_path="elsewhere/model")
 
 
-def one_module(model: Path, folder: Path) -> None:
-    stock(model, folder, 5, r=2, target_modules=["q_proj"])
+def whole_head(model: Path, folder: Path) -> None:
+    stock(model, folder, 5, r=2, modules_to_save=["lm_head"])
+
+
+def later_variant(model: Path, folder: Path) -> None:
+    change(stock(model, folder, 5, r=2), use_something_new={"groups": 4})
 
 
 def changed_base(model: Path, folder: Path) -> None:
@@ -215,9 +219,10 @@ def change(folder: Path, **settings: Any) -> None:
     ("make", "said"),
     [
         (other_base, "M304: found base model elsewhere/model of"),
-        (one_module, "M305: found 'model.layers.0.mlp.down_proj.lora_A.weight' in"),
+        (whole_head, "M305: found 'lm_head.weight', which is no LoRA pair, in"),
+        (later_variant, "M306: found LoRA with use_something_new in"),
         (changed_base, "M306: found LoRA with init_lora_weights = pissa"),
-        (dora, "M305: found use_dora = True"),
+        (dora, "M306: found DoRA in"),
         (other_kind, "M306: found an adapter of type IA3"),
         (cut, "M304: found no adapter in"),
         (wrong_rank, "M305: found rank 2 of"),
