@@ -112,9 +112,19 @@ def span(talk: Talk, turn: int, whole: str, floor: int, mark: str) -> tuple[int,
     if start >= stop or start < floor or (whole.startswith(earlier) and start < len(earlier)):
         raise lost_turn(talk, turn)
     ended = talk.attempt(spoken[: turn + 1]) if turn + 1 < len(spoken) else other
-    tail = None if ended is None or mark not in ended else ended[ended.rfind(mark) + len(mark) :]
-    last = len(whole) - len(after) + len(end_marker(talk.tokenizer, tail, after))  # the texts are alike from there on
-    return header_end(talk, turn, whole, earlier, floor, start), max(stop, last)
+    tail = behind(ended, mark)
+    if ended and tail is not None and ended.count(mark) < other.count(mark):  # a later turn repeats this one's words, such as a tool's name
+        upto = talk.attempt(talk.messages[: turn + 1]) or ""
+        if len(upto) <= start or not whole.startswith(upto):
+            raise lost_turn(talk, turn)
+        stop, after = len(upto) - alike(upto[start:][::-1], tail[::-1]), tail + whole[len(upto) :]
+    first = header_end(talk, turn, whole, earlier, floor, start)
+    return first, max(stop, len(whole) - len(after) + len(end_marker(talk, tail, after, mark)))  # the texts are alike from there on
+
+
+def behind(text: str | None, mark: str) -> str | None:
+    """What follows the last mark; None where there is none."""
+    return None if text is None or mark not in text else text[text.rfind(mark) + len(mark) :]
 
 
 def replaced(message: Message, mark: str) -> dict[str, Any]:
@@ -136,7 +146,8 @@ def header_end(talk: Talk, turn: int, whole: str, earlier: str, floor: int, star
         asked = talk.attempt(talk.messages[:turn], ask=True) or ""
         header, gap = asked[len(earlier) :] if asked.startswith(earlier) else "", whole[len(earlier) : start]
         visible = closed(header[: alike(header, gap)])
-        complete = visible == header or header[len(visible) :].startswith(("<", "["))
+        left = header[len(visible) :].strip()
+        complete = visible == header or (visible[-1:] in tuple(">]:\n") and (not left or left[0] in "<["))
         if (visible.strip() and complete) or not gap.strip():
             return len(earlier) + len(visible)
     question = [{"role": "user", "content": "?"}]
@@ -146,12 +157,13 @@ def header_end(talk: Talk, turn: int, whole: str, earlier: str, floor: int, star
     return place + len(header) if place >= 0 else start
 
 
-def end_marker(tokenizer: Any, tail: str | None, rest: str) -> str:
+def end_marker(talk: Talk, tail: str | None, rest: str, mark: str) -> str:
     """What ends a turn: `tail` is what the template writes after a last turn (None: it cannot be had), `rest` what stands there in the conversation.
 
-    A template that opens the next turn without being asked writes more than an end: text after a special token is not part of it.
+    A template that opens the next turn without being asked writes more than an end: text after a special token is not part of it. Some end the last
+    turn with a token of its own, and the others as they end a question.
     """
-    special = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content), key=len, reverse=True)
+    special = sorted((token.content for token in talk.tokenizer.added_tokens_decoder.values() if token.special and token.content), key=len, reverse=True)
     known = "|".join(re.escape(token) for token in special) or "(?!)"
     if tail is None:
         at_once = re.match(rf"\W*?({known})\s*", rest)
@@ -159,7 +171,10 @@ def end_marker(tokenizer: Any, tail: str | None, rest: str) -> str:
     found = re.match(rf"(.*?)({known})\s*", tail, re.DOTALL)
     if found and re.sub(rf"{known}|\s", "", tail[found.end() :]):
         tail = found[0]
-    return tail if rest.startswith(tail) else closed(tail[: alike(tail, rest)])
+    if rest.startswith(tail):
+        return tail
+    asked = behind(talk.attempt([{"role": "user", "content": mark}]), mark) or ""
+    return asked if re.search(known, asked) and rest.startswith(asked) else closed(tail[: alike(tail, rest)])
 
 
 def closed(text: str) -> str:

@@ -153,6 +153,6 @@ def marked_calls(message: Message, mark: str) -> list[dict[str, Any]]:
     calls = []
     for call in with_arguments(message, False).get("tool_calls", []):
         given = call["function"].get("arguments")
-        arguments = dict.fromkeys(given, mark) if isinstance(given, Mapping) else mark if given else given
+        arguments = dict.fromkeys(given or [mark], mark) if isinstance(given, Mapping) else mark if given else given
         calls.append({**call, "function": {**call["function"], "name": mark} | ({} if given is None else {"arguments": arguments})})
     return calls

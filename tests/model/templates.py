@@ -81,20 +81,19 @@ GRANITE = (  # a default system turn with the date
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>' + m.content + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>' }}{% endif %}"
 )
+GPT_OSS = (  # the last turn ends with a token of its own; answers of tools repeat the name of the call
+    "{% for m in messages %}{% if m.tool_calls %}"
+    "{{ '<|start|>assistant to=' + m.tool_calls[0].function.name + '<|message|>' + m.tool_calls[0].function.arguments|tojson + '<|call|>' }}"
+    "{% else %}{% if m.role == 'tool' %}{{ '<|start|>' + messages[loop.index0 - 1].tool_calls[0].function.name + '<|message|>' + m.content }}"
+    "{% else %}{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') + '<|message|>' + m.content }}{% endif %}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
 SMOL3 = (  # marks by itself what an assistant generates
     "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + TURN + "{% endif %}{% endfor %}" + ASK
 )
 SPECIAL = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|User|>",
-    "<|Assistant|>",
-    "<|eos|>",
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|end|>"),
+    *("<|User|>", "<|Assistant|>", "<|eos|>", "<|start|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>"),
 ]

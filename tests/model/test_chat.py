@@ -74,6 +74,7 @@ CASES = {
     "asks with a reasoning, which a name keeps away": (t.NAMED, "u:the a:fox u:the a:cat", "fox<|im_end|>\n|cat<|im_end|>\n"),
     "never ends with an assistant": (t.STRICT, "u:the a:fox s:the u:a a:cat u:no", "fox<|im_end|>\n|cat<|im_end|>\n"),
     "plain words, the end of text behind the last turn": (t.WORDS, "a:hello u:the a:fox u:the a:cat", "hello|fox|cat</s>"),
+    "gpt-oss": (t.GPT_OSS, LONG, "<|channel|>final<|message|>runs<|end|>|<|channel|>final<|message|>old book<|return|>"),
     "counts its turns": (t.COUNTED, BOT_FIRST, "hello<|im_end|>\n|sleeps<|im_end|>\n"),
     "granite, the bot first": (t.GRANITE, BOT_FIRST, "hello</s>\n|sleeps</s>\n"),
     "never asks": (t.BARE, LONG, "runs<|im_end|>\n|old book<|im_end|>\n"),
@@ -137,6 +138,8 @@ def test_a_tool_call_is_what_is_learned(arguments: Any, tokenizer: Any) -> None:
     assert learned(tokenizer, t.QWEN25, called(arguments, content="so:")) == "so:" + call + "|old<|im_end|>\n"
     assert learned(tokenizer, t.QWEN25, called(arguments)[:2]) == call
     assert learned(tokenizer, t.LLAMA3, called(arguments)) == '{"name": "find", "parameters": ' + written + "}<|eot_id|>|old<|eot_id|>"
+    final = "<|channel|>final<|message|>old<|return|>"
+    assert learned(tokenizer, t.GPT_OSS, called(arguments)) == " to=find<|message|>" + written + "<|call|>|" + final
     assert learned(tokenizer, t.DEEPSEEK, called(arguments)) == "<|tool|>find\n" + written + "<|eos|>|old<|eos|>"
 
 
