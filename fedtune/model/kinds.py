@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.config import LM_TASKS
 from fedtune.model import blocks
-from fedtune.model.base import LM_TASKS, Base
+from fedtune.model.base import Base
 from fedtune.model.settings import AdapterSettings
 
 Named = dict[str, nn.Parameter]

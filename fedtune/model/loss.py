@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import FedtuneError
-from fedtune.model.base import LM_TASKS
+from fedtune.hf.config import LM_TASKS
 from fedtune.model.bench import Bench
 from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.base import LM_TASKS
+from fedtune.hf.config import LM_TASKS
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss

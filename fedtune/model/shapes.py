@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.model.base import AUTO, Base, load_config, load_tokenizer, locate, reading
+from fedtune.hf.config import AUTO, load_config, locate
+from fedtune.hf.tokenizer import load_tokenizer
+from fedtune.model.base import Base, context_of, pick_device, reading
 from fedtune.model.bench import Bench, attach
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
@@ -43,10 +45,12 @@ class Plan:
 
 def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
     """The base from its config.json alone, on torch's meta device. Raises M301."""
+    pick_device(model.device)
     labels: Sequence[str] = [f"label {number}" for number in range(n_labels)]
     known = {"revision": model.revision} if model.revision else {}
     with reading(model.name):
-        config = load_config(locate(model.name), task, labels, known)
+        place = locate(model.name)
+        config, _ = load_config(place, task, labels, known)
         with torch.device("meta"):
             net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
     if task != "image-classify" and net.config.pad_token_id is None:
@@ -75,7 +79,7 @@ def plan_of(bench: Bench) -> Plan:
     text = bench.base.net.config.get_text_config()
     weights = sum(value.numel() * value.element_size() for value in bench.base.weights.values())
     shapes = {name: tuple(value.shape) for name, value in bench.named.items()}
-    context = getattr(text, "max_position_embeddings", None)
+    context = None if bench.base.task == "image-classify" else context_of(bench.base.net)
     wide = 2 if next(iter(bench.base.weights.values())).dtype == torch.float32 else 1
     return Plan(bench.trainable, bench.total, shapes, weights, context, text.num_hidden_layers, text.hidden_size, text.num_attention_heads, wide)
 

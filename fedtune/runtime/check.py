@@ -10,7 +10,6 @@ import numpy as np
 from fedtune import transforms
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, histogram, load
-from fedtune.errors import FedtuneError
 from fedtune.methods.fedpeft import FedPEFT, plan_at
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.ranks import explained, is_auto, with_ranks
@@ -52,12 +51,11 @@ def check(recipe: Recipe) -> Checked:
     federation = load(recipe.data, recipe.partition, recipe.seed)
     known = with_ranks(recipe, ()) if is_auto(recipe) else recipe
     method, chain = method_of(known), transforms.build(recipe.chain)
+    check_context(recipe, len(federation.labels))
     plan = method.plan(recipe.model, recipe.data.task, len(federation.labels))
     recipe, ranks = explained(recipe, [client.name for client in federation.clients], plan)
     method = method_of(recipe)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    if plan.context is not None and recipe.data.max_length > plan.context and recipe.data.task != "image-classify":
-        raise FedtuneError("D207", f"data.max_length = {recipe.data.max_length}", f"at most the model's context, {plan.context}", "lower data.max_length")
     everyone, alike = asked == len(federation.clients), seats(method, len(federation.clients))
     ways = [(both_ways(recipe, method, chain, plan, verb, everyone, client), share) for verb in method.verbs for client, share in alike.items()]
     (up, down), (up_bits, down_bits) = (tuple(sum(share * way[part][side] for way, share in ways) for side in (0, 1)) for part in (0, 1))
@@ -66,6 +64,7 @@ def check(recipe: Recipe) -> Checked:
     needs = dict(method.memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
+    texts = remarks_on_labels(recipe, federation) + texts
     more = method.remarks(recipe, len(federation.labels), mean) if hasattr(method, "remarks") else []
     return Checked(recipe, method, federation, plan, asked, round(up), round(down), bits, needs, exposure(method, chain), [*texts, *more], ranks)
 
@@ -79,6 +78,30 @@ def conversations(recipe: Recipe, federation: Federation) -> list[str]:
     share = f"of {'the first ' * (len(rows) == TRIED)}{len(rows):,} training rows"
     said = [f"texts     {tried.truncated} {share} are longer than {recipe.data.max_length} tokens, {tried.dropped} keep no response"]
     return said + [f"texts     {count} {share} have messages with '{name}', which the chat template does not show" for name, count in tried.unshown.items()]
+
+
+def check_context(recipe: Recipe, labels: int) -> None:
+    """Raises D207 for texts longer than config.json and the tables of positions allow; the tokenizer may allow less."""
+    from fedtune.hf.config import locate, refuse_missing_weights
+    from fedtune.model.base import context_of
+    from fedtune.model.encode import check_length
+    from fedtune.model.shapes import weightless
+
+    base = weightless(recipe.model, recipe.data.task, labels)
+    refuse_missing_weights(locate(recipe.model.name))
+    if recipe.data.task != "image-classify":
+        check_length(replace(base, context=context_of(base.net)), recipe.data.max_length)
+
+
+def remarks_on_labels(recipe: Recipe, federation: Federation) -> list[str]:
+    """Whether the model file's own task head is used, and in which order its classes count."""
+    from fedtune.hf.config import load_config, locate
+    from fedtune.model.base import reading
+
+    known = {"revision": recipe.model.revision} if recipe.model.revision else {}
+    with reading(recipe.model.name):
+        chosen = load_config(locate(recipe.model.name), recipe.data.task, federation.labels, known)[1]
+    return [f"labels    {chosen.note}"] if chosen.note else []
 
 
 Both = tuple[tuple[int, int], tuple[float, float]]  # bytes of the messages up and down, bits of their numbers up and down

