@@ -18,7 +18,8 @@ import transformers
 from safetensors import safe_open
 
 from fedtune.errors import FedtuneError
-from fedtune.model.base import load, locate
+from fedtune.hf.config import locate
+from fedtune.model.base import load, 
 from fedtune.model.experts import BIAS, EMBEDDING, PREFIX, Expert
 from fedtune.model.settings import ModelSettings
 from fedtune.model.union import vocabulary_of
