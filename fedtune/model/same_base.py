@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import locate
-from fedtune.model.base import load, 
+from fedtune.model.base import load
 from fedtune.model.experts import BIAS, EMBEDDING, PREFIX, Expert
 from fedtune.model.settings import ModelSettings
 from fedtune.model.union import vocabulary_of
