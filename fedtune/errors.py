@@ -33,7 +33,7 @@ CATALOGUE: dict[str, str] = {
     "M304": "An adapter was exported for another base model.",
     "M305": "The tensors offered do not fit the model.",
     "M306": "The adapter kind does not work with this model or task.",
-    "M307": "The tokenizer has no chat template, which chat messages need.",
+    "M307": "The tokenizer lacks what chat messages need: a chat template, and tokens that know their place in the text.",
     "M308": "A client's memory cannot hold the model and an adapter of rank 1.",
     "M309": "A client's device has too little memory for one example.",
     "M310": "A site has less memory free than the model and what is trained take.",

@@ -126,11 +126,16 @@ def chat(row: Mapping[str, Any], column: str, at: str) -> dict[str, Any] | None:
 
 
 def prompt_of(data: DataSettings, row: Mapping[str, Any], at: str) -> str:
-    """The prompt's column; where data.template is a text, that text with the row's columns in it."""
+    """The prompt's column; where data.template is a text, that text with the row's columns in it (nothing where one has no value)."""
     if "{" not in data.template:
         return text_of(row, data.prompt, at, "data.prompt")
     before = data.template.removesuffix("{response}")
-    return re.sub(r"\{([^{}]+)\}", lambda found: text_of(row, data.prompt if found[1] == "prompt" else found[1], at, "data.template"), before)
+
+    def column(found: re.Match[str]) -> str:
+        name = data.prompt if found[1] == "prompt" else found[1]
+        return "" if name != data.prompt and name in row and row[name] is None else text_of(row, name, at, "data.template")
+
+    return re.sub(r"\{([^{}]+)\}", column, before)
 
 
 def picture(value: Any, column: str, at: str, folder: Path | None) -> str | np.ndarray:

@@ -48,7 +48,7 @@ def conversation(tokenizer: Any, messages: Sequence[Message], number: int, name:
 
     Nothing that the template writes by itself in front of it is: no header, no default system turn, no date. A message with weight 0
     carries no loss. A token counts as response if all its characters do, a blank in front of them aside (" yes" after a header).
-    Raises M307 (no template) and D203 (a row whose turns cannot be found, or with tool calls that the template does not show).
+    Raises M307 (no template, or a tokenizer without offsets) and D203 (a row whose turns cannot be found, or with tool calls that the template does not show).
     """
     return marked(tokenizer, messages, number, name, tools, day)[:2]
 
@@ -60,6 +60,15 @@ def marked(
     check_template(tokenizer, "chat messages", name)
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
         raise FedtuneError("D203", f"row {number} whose messages are not a list of {{role, content}}", "chat messages", "correct data.messages or the row")
+    if not getattr(tokenizer, "is_fast", False):
+        raise FedtuneError(
+            "M307",
+            f"chat messages with {name}, whose tokenizer does not say where in a text its tokens stand",
+            "a fast one (tokenizer.json)",
+            "use another model",
+        )
+    if not messages:
+        raise FedtuneError("D203", f"row {number} without messages", "one or more", "correct or remove the row")
     talk, whole = ready(Talk(tokenizer, messages, tools, number, name, day))
     mark = "said"
     while mark in whole or mark in str(messages) or mark in str(tools):
@@ -193,7 +202,7 @@ def alike(one: str, other: str) -> int:
 def lost_turn(talk: Talk, turn: int) -> FedtuneError:
     return FedtuneError(
         "D203",
-        f"row {talk.number} whose turn {turn} cannot be found in the chat template's text",
+        f"{talk.row} whose turn {turn} cannot be found in the chat template's text",
         "a template that renders a conversation in order",
         "use data.prompt and data.response",
     )

@@ -33,6 +33,12 @@ class Talk:
     day: date = THE_DATE
     text_arguments: bool = False
 
+    @property
+    def row(self) -> str:
+        """The row's number and how it begins: rows are counted among a client's, which nobody sees."""
+        first = " ".join(str(self.messages[0]["content"]).split())
+        return f"row {self.number} ('{first if len(first) <= 40 else first[:37] + '...'}')"
+
     def render(self, messages: Sequence[Message] | None = None, ask: bool = False) -> str:
         """The template's text of these messages (the whole conversation by default); `ask` adds the header of an answer to come. Raises D203."""
         try:
@@ -40,7 +46,7 @@ class Talk:
         except Exception as error:  # templates are programs of the model's author, and raise what they like
             raise FedtuneError(
                 "D203",
-                f"row {self.number}, which the chat template refuses ({str(error)[:120]})",
+                f"{self.row}, which the chat template refuses ({str(error)[:120]})",
                 "messages in the template's order of roles",
                 "correct the row",
             ) from error
@@ -135,7 +141,7 @@ def unshown(talk: Talk, whole: str, mark: str) -> set[str]:
     if lost:
         raise FedtuneError(
             "D203",
-            f"row {talk.number} with '{lost}', which the chat template of {talk.name} does not show",
+            f"{talk.row} with '{lost}', which the chat template of {talk.name} does not show",
             "a template that shows all that is said",
             f"use a model whose template knows '{lost}', or take them, or the row, out of the data",
         )

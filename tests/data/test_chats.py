@@ -121,6 +121,7 @@ def test_a_text_with_columns_in_braces_is_the_prompt() -> None:
     row = {"instruction": "add", "input": "2+2", "output": "four"}
     data = DataSettings(task="instruct", prompt="instruction", response="output", template="Task: {prompt}\n{input}\nAnswer: {response}")
     assert clean(data, [row], "here").rows == [{"prompt": "Task: add\n2+2\nAnswer: ", "response": "four"}]
+    assert clean(data, [row | {"input": None}], "here").rows[0]["prompt"] == "Task: add\n\nAnswer: "
     with pytest.raises(FedtuneError, match=r"D204.*'inputs'.*data.template"):
         clean(data.model_copy(update={"template": "{inputs}:"}), [row], "here")
 

@@ -108,12 +108,20 @@ def test_todays_date_is_the_recipes(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(("template", "turns"), [(t.MISTRAL, "u:a u:b a:c"), (t.MISTRAL, "a:c u:b"), (t.GEMMA, "s:a u:b a:c")])
 def test_what_a_template_refuses_is_a_sentence(template: str, turns: str, tokenizer: Any) -> None:
-    with pytest.raises(FedtuneError, match=r"D203: found row 1, which the chat template refuses \((roles|System)"):
+    with pytest.raises(FedtuneError, match=r"D203: found row 1 \('[abc]'\), which the chat template refuses \((roles|System)"):
         learned(tokenizer, template, talk(turns))
 
 
+def test_a_tokenizer_without_places_is_a_sentence(tokenizer: Any) -> None:
+    slow = transformers.ByT5Tokenizer(chat_template=t.CHATML)
+    with pytest.raises(FedtuneError, match=r"M307.*chat messages with m.*tokenizer\.json"):
+        conversation(slow, talk("u:a a:b"), 1, "m")
+    with pytest.raises(FedtuneError, match=r"D203.*row 3 without messages"):
+        conversation(tokenizer, [], 3, "m")
+
+
 def test_a_template_that_hides_a_turn_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(FedtuneError, match=r"D203.*row 1 whose turn 1 cannot be found"):
+    with pytest.raises(FedtuneError, match=r"D203.*row 1 \('a'\) whose turn 1 cannot be found"):
         learned(tokenizer, t.CHATML.replace("messages %}", "messages if m.role == 'user' or m.content == 'd' %}"), talk("u:a a:b u:c a:d"))
 
 
@@ -152,7 +160,7 @@ def test_tools_and_calls_that_a_template_does_not_show_are_refused_by_name(token
         (t.CHATML, thought, {}, "reasoning_content"),
         (t.CHATML.replace("m.content +", "m.content + ('<call>' if m.tool_calls else '') +"), called(), {}, "tool_calls"),  # that, but not what
     ):
-        with pytest.raises(FedtuneError, match=rf"D203.*row 1 with '{key}'.*chat template of model"):
+        with pytest.raises(FedtuneError, match=rf"D203.*row 1 \(.*\) with '{key}'.*chat template of model"):
             learned(tokenizer, template, turns, **more)
 
 
