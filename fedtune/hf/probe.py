@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -42,6 +43,44 @@ def padding_side(net: Any, tokenizer: Any, task: str, context: int | None, name:
         "a model that leaves padding out (attention_mask, and the padding id of its configuration)",
         "choose another model",
     )
+
+
+def is_causal(net: Any, tokenizer: Any, context: int | None) -> bool:
+    """Whether the backbone computes a text's first token without its last one: a decoder, whatever its modules are called."""
+    if getattr(net.config, "is_encoder_decoder", False):  # its encoder reads both ways
+        return False
+    short, _ = texts(tokenizer, context)
+    device = next(net.parameters()).device
+    ids = torch.tensor([short, [*short[:-1], other(short[-1], tokenizer)]], device=device)
+    with torch.no_grad():
+        hidden = net.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0].float().cpu()
+    return len(short) > 1 and not differ(hidden[0, 0], hidden[1, 0], 1e-3)
+
+
+def try_once(net: Any, base: Any) -> None:
+    """One forward pass of an input that is as small as possible, to see that what was put on the network runs. Raises what the network raises."""
+    device = next(iter(base.weights.values())).device
+    if base.task == "image-classify":
+        size = image_size(net.config, base.tokenizer)
+        inputs = {"pixel_values": torch.zeros(1, getattr(net.config, "num_channels", None) or 3, *size, device=device)}
+    else:
+        short = texts(base.tokenizer, base.context)[0] if base.tokenizer is not None else [1, 2, 3]
+        ids = torch.tensor([short], device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    dtype = next(iter(base.weights.values())).dtype
+    half = torch.autocast(device.type, dtype) if dtype != torch.float32 and device.type != "meta" else contextlib.nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), half:
+        net(**inputs)
+
+
+def image_size(config: Any, processor: Any) -> tuple[int, int]:
+    """Height and width of the images that the model sees: the processor's, else the configuration's."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = crop or getattr(processor, "size", None)
+    if size and size.get("height") and size.get("width"):
+        return int(size["height"]), int(size["width"])
+    edge = (size or {}).get("shortest_edge") or getattr(config, "image_size", None) or 224
+    return (int(edge[0]), int(edge[1])) if isinstance(edge, (list, tuple)) else (int(edge), int(edge))
 
 
 def refuse_conflict(net: Any, tokenizer: Any, stated: int | None, task: str, context: int | None, name: str) -> None:

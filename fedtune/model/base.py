@@ -17,7 +17,8 @@ import transformers
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit
 from fedtune.hf.labels import LabelSet, redraw
-from fedtune.hf.probe import padding_side, refuse_conflict
+from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
+from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.settings import ModelSettings
 from fedtune.rng import seed_of
@@ -38,21 +39,27 @@ class Base:
     fresh: frozenset[str]  # names of parameters that were not in the pretrained file: the task head
     notes: tuple[str, ...] = ()  # what was decided while loading and should be said
     pad_side: str = "right"  # where batches are padded
+    causal: bool | None = None  # whether a text's first tokens are computed without its last ones; None: not tried (images, no weights)
     attached: Any = None  # the Bench that now sits on this base, if any
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
     weights: dict[str, torch.Tensor] = field(init=False, repr=False)  # name -> pristine parameter, tied ones once
+    buffers: dict[str, torch.Tensor] = field(init=False, repr=False)  # name -> buffer that the model's file holds, such as running statistics
 
     def __post_init__(self) -> None:
         self.weights = dict(self.net.named_parameters())
+        self.buffers = saved_buffers(self.net)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the pretrained weights (not the fresh head) and the tokenizer, as hex. Computed at first use."""
+        """SHA-256 over the pretrained weights (not the fresh head), the buffers of the file and the tokenizer, as hex. Computed at first use."""
         total = hashlib.sha256()
         for name in sorted(self.weights.keys() - self.fresh):
             value = self.weights[name].detach().cpu().contiguous()
             total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
             total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        for name, value in sorted(self.buffers.items()):
+            total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         total.update(tokenizer_text(self.tokenizer).encode())
         return total.hexdigest()
 
@@ -97,7 +104,8 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     with reading(settings.name):
         refuse_conflict(net, tokenizer, stated, task, context, settings.name)
         side = padding_side(net, tokenizer, task, context, settings.name)
-    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, notes=said_of(chosen), pad_side=side)
+        causal = task in LM_TASKS or is_causal(net, tokenizer, context)
+    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, notes=said_of(chosen), pad_side=side, causal=causal)
 
 
 def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:

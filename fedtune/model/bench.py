@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.probe import try_once
 from fedtune.model import kinds
 from fedtune.model.base import Base
 from fedtune.model.settings import AdapterSettings
@@ -100,11 +101,7 @@ def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
             net, named = kinds.BUILD[settings.kind](base, settings)
     except BaseException as error:
         restore(before)
-        if isinstance(error, (ValueError, TypeError, AttributeError, NotImplementedError)):  # how peft says that a model is not for it
-            why = next(iter(str(error).splitlines()), "")[:160]
-            found = f"kind '{settings.kind}' with a {type(base.net).__name__} ({why})"
-            raise FedtuneError("M306", found, "a model that it fits", "choose another method.adapter.kind") from error
-        raise
+        raise unfit(base, settings.kind, error) from error
     named = {name: named[name] for name in sorted(named)}
     trained = {id(value) for value in named.values()}
     for value in net.parameters():
@@ -112,8 +109,28 @@ def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
     for value in named.values():
         value.data = value.data.float()
     bench = Bench(base, settings, net.eval(), named, before, base.size + sum(v.numel() for n, v in named.items() if kinds.plain(n) not in base.weights))
+    try_bench(bench)
     base.attached = bench
     return bench
+
+
+def try_bench(bench: Bench) -> None:
+    """A kind that cannot stand on a model shows in its first forward pass: raise M306 now, with the base as it was, not in a client's first step."""
+    try:
+        try_once(bench.net, bench.base)
+    except BaseException as error:
+        if bench.base.device.type == "meta" and (isinstance(error, NotImplementedError) or "meta" in str(error)):
+            return  # the model looks at its numbers, which it does not have; it is tried again once there are weights
+        restore(bench.before)
+        raise unfit(bench.base, bench.kind, error) from error
+
+
+def unfit(base: Base, kind: str, error: BaseException) -> BaseException:
+    """How peft and torch say that a model is not for a kind, as M306; everything else stays what it is."""
+    if isinstance(error, FedtuneError) or not isinstance(error, Exception) or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return error
+    why = next(iter(str(error).splitlines()), "")[:160] or type(error).__name__
+    return FedtuneError("M306", f"kind '{kind}' with a {type(base.net).__name__} ({why})", "a model that it fits", "choose another method.adapter.kind")
 
 
 def bare(base: Base) -> Bench:

@@ -5,17 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from fedtune.errors import FedtuneError
+from fedtune.model.base import Base
 
 ENTANGLED = ("modernbert", "deberta", "deberta-v2", "swin", "swinv2")  # positions or masks are fixed before the embeddings are made
 
 
-def is_encoder(net: Any) -> bool:
-    """Whether the network attends in both directions and marks a class token first (BERT, ViT), so prompts go behind it."""
-    backbone = net.base_model
-    return hasattr(backbone, "embeddings")
+def is_encoder(base: Base) -> bool:
+    """Whether the network attends in both directions and marks a class token first (BERT, ViT), so prompts go behind it.
+
+    What was seen when the model was loaded decides; without weights, what the configuration says.
+    """
+    backbone, config = base.net.base_model, base.net.config.get_text_config()
+    if base.causal is None and base.task != "image-classify":
+        masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+        causal = getattr(config, "is_decoder", False) or (type(config) in transformers.AutoModelForCausalLM._model_mapping and not masked)
+    else:
+        causal = bool(base.causal)
+    return hasattr(backbone, "embeddings") and not causal
 
 
 def block_list(net: Any) -> nn.ModuleList:
@@ -67,12 +77,13 @@ def add_bottleneck(net: Any, reduction: int, shared: bool, device: torch.device)
     return {f"bottlenecks.{name}": value for name, value in net.bottlenecks.named_parameters()}
 
 
-def add_prompts(net: Any, tokens: int, deep: bool, device: torch.device) -> dict[str, nn.Parameter]:
+def add_prompts(base: Base, tokens: int, deep: bool) -> dict[str, nn.Parameter]:
     """Prompts (blocks or 1, tokens, width) that enter behind the class token (encoders) or before the text (decoders).
 
     Deep: before every block the prompts' places are filled anew, VPT-deep (Jia et al. 2022), P-tuning v2 in spirit. Drawn uniformly
     from +-sqrt(6 / (2 width)), which is VPT's range for ViT-B/16. The places are cut off behind the backbone, so heads see what they always saw.
     """
+    net = base.net
     if net.config.model_type in ENTANGLED:
         raise FedtuneError(
             "M306",
@@ -81,9 +92,9 @@ def add_prompts(net: Any, tokens: int, deep: bool, device: torch.device) -> dict
             "choose another kind, or deep = false",
         )
     backbone, blocks = net.base_model, block_list(net)
-    width, place = net.config.get_text_config().hidden_size, 1 if is_encoder(net) else 0
+    width, place = net.config.get_text_config().hidden_size, 1 if is_encoder(base) else 0
     reach = (3.0 / width) ** 0.5
-    net.prompts = nn.Parameter(torch.empty(len(blocks) if deep else 1, tokens, width).uniform_(-reach, reach).to(device))
+    net.prompts = nn.Parameter(torch.empty(len(blocks) if deep else 1, tokens, width).uniform_(-reach, reach).to(base.device))
 
     def longer(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = kwargs.get("attention_mask")

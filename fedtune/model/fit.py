@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.hf.statistics import freeze_statistics, unchanged
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.kinds import in_head, plain
@@ -179,10 +180,12 @@ def training(bench: Bench, settings: TrainSettings, seed: int) -> Iterator[None]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of("dropout", seed))
         bench.net.train()
+        freeze_statistics(bench.base.net)
         if settings.checkpointing:
             recompute(net, True)
         try:
-            yield
+            with unchanged(bench.base.net):
+                yield
         finally:
             if settings.checkpointing:
                 recompute(net, False)

@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
@@ -63,14 +64,14 @@ def prompt(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
 
     A generative classifier reads the last token that is not padding, which peft's prompts hide from it (they replace ids by embeddings).
     """
-    if s.deep or base.task == "image-classify" or (base.task == "classify" and not blocks.is_encoder(base.net)):
-        return base.net, blocks.add_prompts(base.net, s.tokens, s.deep, base.device) | head_parameters(base)
+    if s.deep or base.task == "image-classify" or (base.task == "classify" and not blocks.is_encoder(base)):
+        return base.net, blocks.add_prompts(base, s.tokens, s.deep) | head_parameters(base)
     return with_peft(base, peft.PromptTuningConfig(num_virtual_tokens=s.tokens, prompt_tuning_init="SAMPLE_VOCAB", **sizes(base), **common(base)))
 
 
 def p_tuning(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     """Liu et al. 2021: prompts from a small network; the network travels while training, its output alone is exported."""
-    if base.task == "image-classify" or (base.task == "classify" and not blocks.is_encoder(base.net)):
+    if base.task == "image-classify" or (base.task == "classify" and not blocks.is_encoder(base)):
         raise unfit(base, "p-tuning", "a text encoder or a causal language model", 'choose kind = "prompt"')
     width = sizes(base)["token_dim"]
     return with_peft(base, peft.PromptEncoderConfig(num_virtual_tokens=s.tokens, encoder_hidden_size=width, **sizes(base), **common(base)))
@@ -78,7 +79,7 @@ def p_tuning(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
 
 def prefix(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     """Li and Liang 2021: keys and values before every block's own; needs a model that takes a cache."""
-    if base.task == "image-classify" or blocks.is_encoder(base.net):
+    if base.task == "image-classify" or blocks.is_encoder(base):
         raise unfit(base, "prefix", "a decoder, which takes a cache of keys and values", 'choose kind = "prompt" with deep = true')
     return with_peft(base, peft.PrefixTuningConfig(num_virtual_tokens=s.tokens, **common(base)))
 
@@ -210,15 +211,21 @@ def opened(base: Base, names: set[str]) -> Named:
 
 
 def linears(base: Base) -> list[str]:
-    """Names of the linear layers, without the task head and the output layer."""
+    """Names of the linear layers that peft adapts (quantised ones as well), without the task head and the output layer.
+
+    torch's own attention module reads the weights of its output layer without calling it, so an adapter there would never be seen.
+    """
     output = base.net.get_output_embeddings()
-    kinds = {"Linear", "Conv1D"}
-    return [n for n, module in base.net.named_modules() if type(module).__name__ in kinds and module is not output and not in_head(base, n)]
+    uncalled = {id(module.out_proj) for module in base.net.modules() if isinstance(module, nn.MultiheadAttention)}
+    found = [(name, module) for name, module in base.net.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return [name for name, module in found if module is not output and id(module) not in uncalled and not in_head(base, name)]
 
 
 def targets(base: Base, s: AdapterSettings) -> list[str]:
     """Full names of the modules that the settings mean: all-linear or endings of names, in the last blocks or all. Raises M302."""
     known = linears(base)
+    if not known:
+        raise unfit(base, s.kind, "a model with linear layers (torch's Linear, or GPT-2's Conv1D) outside its task head", "choose another method.adapter.kind")
     found: set[str] = set()
     for target in s.targets:
         hits = known if target == "all-linear" else [name for name in known if name == target or name.endswith("." + target)]
@@ -241,9 +248,11 @@ def targets(base: Base, s: AdapterSettings) -> list[str]:
 
 def narrows(base: Base, name: str) -> bool:
     """Whether a linear layer outside the attention has more inputs than outputs: the second half of a feed-forward part."""
-    rows, columns = base.net.get_submodule(name).weight.shape  # (out, in); Conv1D keeps (in, out)
-    if type(base.net.get_submodule(name)).__name__ == "Conv1D":
-        rows, columns = columns, rows
+    layer = base.net.get_submodule(name)
+    if isinstance(layer, Conv1D):
+        columns, rows = layer.weight.shape  # (in, out)
+    else:
+        rows, columns = layer.out_features, layer.in_features  # a quantised weight has another shape
     return bool(columns > rows) and not re.search(r"attn|attention", name)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.hf.statistics import freeze_statistics
 from fedtune.split.anatomy import Anatomy, blank, look
 from fedtune.split.cut import ROLES, Cut, Role, Side
 from fedtune.split.gates import NOW, Block, Call, Front, Reached, gate
@@ -94,6 +95,7 @@ class Part:
                     child.train()
             for number in self.cut.span("tail", self.blocks):
                 self.layers[number].train()
+            freeze_statistics(self.net)
 
     # --- what each party calls ----------------------------------------------------------------------------------------
 
