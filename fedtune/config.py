@@ -123,7 +123,7 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     else:
         stem = Path(path).stem
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise FedtuneError(
                 "C105",

@@ -5,12 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fedtune.errors import FedtuneError
+
+
+def json_text(content: Any, **layout: Any) -> str:
+    """JSON and nothing else: a number that is not finite, which JSON does not know, becomes null."""
+    return json.dumps(finite(content), sort_keys=True, default=str, allow_nan=False, **layout)
+
+
+def finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
 def write_atomic(path: Path, content: bytes) -> None:

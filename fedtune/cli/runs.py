@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.common import sinks
+from fedtune.disk import json_text
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 
@@ -75,7 +75,7 @@ def evaluate(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.runtime.after import evaluate_run
 
-    print(json.dumps(evaluate_run(folder), indent=2))
+    print(json_text(evaluate_run(folder), indent=2))
     return 0
 
 

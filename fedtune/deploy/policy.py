@@ -48,7 +48,7 @@ def read_policy(path: str) -> Policy:
     if not path:
         return Policy()
     try:
-        return Policy.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")), strict=False)
+        return Policy.model_validate(tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig")), strict=False)
     except (OSError, UnicodeDecodeError) as error:
         raise FedtuneError("C105", f"no readable policy at '{path}' ({type(error).__name__})", "a TOML file", "check the path") from None
     except tomllib.TOMLDecodeError as error:

@@ -29,6 +29,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
 from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before, respond
+from fedtune.runtime.failures import failure_of
 from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
@@ -107,7 +108,8 @@ class Worker:
         with self.lock:
             try:
                 return {"code": "", "said": self.done(content)}
-            except FedtuneError as error:
+            except Exception as cause:  # whatever it is, it is about this ticket: the worker lives on
+                error = failure_of(cause, self.identity.name.name, self.home / "errors")
                 self.tell(Noted(str(error)))
                 return {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
 
@@ -186,7 +188,8 @@ class Worker:
             try:
                 for receipt in self.exchange.flush():
                     self.tell(Noted(f"an update of round {receipt.round} was sent later"))
-            except FedtuneError as error:
+            except Exception as cause:  # whatever it is, it is about this ticket: the worker lives on
+                error = failure_of(cause, self.identity.name.name, self.home / "errors")
                 self.tell(Noted(str(error)))
             finally:
                 self.lock.release()

@@ -1,4 +1,4 @@
-"""How good the bench's state is on examples: accuracy, or perplexity with every token counted once."""
+"""How good the bench's state is on examples: accuracy, or perplexity with every token counted once. NaN is no score."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from fedtune.hf.config import LM_TASKS
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
+
+LARGEST = 700.0  # nats of a loss whose perplexity is still a number
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ def score(bench: Bench, encoded: Encoded, batch: int = 32) -> Score:
             count += carries(bench.base.task, examples)
             right += 0 if language else int((logits.argmax(-1) == labels).sum())
     mean = loss / count
+    if not math.isfinite(mean) or (language and mean > LARGEST):
+        found, expected = f"a loss of {mean:.6g} on the {count} {'tokens' if language else 'examples'} to score", "a finite score"
+        raise FedtuneError("W607", found, expected, "look at the model's weights and at the rows, or lower the learning rate")
     if language:
-        return Score(mean, math.exp(mean) if mean < 700 else math.inf, "perplexity", count)
+        return Score(mean, math.exp(mean), "perplexity", count)
     return Score(mean, right / count, "accuracy", count)

@@ -31,7 +31,7 @@ def evaluate_run(folder: RunFolder) -> dict[str, Any]:
     recipe = world.recipe
     final = score_test(world, "federated", number, nobody)
     method = method_of(recipe)
-    return {"round": number, **final, "clients": own_scores(recipe, world, method, state)}
+    return {"round": number, **final, "clients": own_scores(recipe, world, method, state, nobody)}
 
 
 def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:

@@ -131,6 +131,9 @@ def respond(link: Link, client: Client, ask: Ask) -> bytes:
     """The client's half of one question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
     schema = link.given(ask.verb, client.model, client.id, ask.now)
     given = received(link, client, ask, schema)
+    if ask.verb != SCORE and not len(client.data):
+        found, expected = f"no training examples at client '{client.name}'", "at least one: a text whose whole response is cut at data.max_length is none"
+        raise ClientFailed("D205", found, expected, "give it rows, or raise data.max_length")
     update = link.work(ask.verb)(client, given, ask.now)
     require_finite(update, client.name)
     sent = link.steps(ask.verb).send(update, client, ask.now, link.near(ask.verb, given))

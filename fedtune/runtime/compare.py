@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.events import Event, Scored
+from fedtune.errors import FedtuneError
+from fedtune.events import Event, Noted, Scored
 from fedtune.rng import seed_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.world import World
 from fedtune.types import Method, State
+
+NOT_SCORED: dict[str, Any] = {"metric": "", "value": None, "loss": None}
 
 
 def compare(recipe: Recipe, world: World, method: Method, start: State, state: State, journal: Journal, tell: Callable[[Event], None]) -> dict[str, Any]:
     """Scores by phase; finished phases are in the journal and are not repeated after a crash."""
 
     def phase(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        done = journal.phase(name)
-        if done is None:
-            done = work()
-            journal.finish(name, done)
-        return done
+        return finished_phase(journal, name, work, tell)
 
     def federated() -> dict[str, Any]:
         method.install(state, world.bench)
         return score_test(world, "federated", recipe.rounds, tell)
 
     final = phase("federated", federated)
-    scores: dict[str, Any] = {"metric": final["metric"], "federated": final["value"], "loss": {"federated": final["loss"]}}
+    metric = final["metric"] or (journal.phase("base") or NOT_SCORED)["metric"]
+    scores: dict[str, Any] = {"metric": metric, "federated": final["value"], "loss": {"federated": final["loss"]}}
     base = journal.phase("base")
     if base:
         scores |= {"base": base["value"]}
         scores["loss"]["base"] = base["loss"]
     if recipe.evaluate.clients:
-        scores["clients_metric"] = phase("clients", lambda: own_scores(recipe, world, method, state))
+        scores["clients_metric"] = phase("clients", lambda: own_scores(recipe, world, method, state, tell))
     if recipe.evaluate.centralised:
         pooled = phase("centralised", lambda: alone(recipe, world, method, start, -1, "centralised", tell))
         scores["centralised"] = pooled["value"]
         scores["loss"]["centralised"] = pooled["loss"]
     if recipe.evaluate.local:
         each = [phase(f"local:{n}", lambda n=n: alone(recipe, world, method, start, n, f"local:{n}", tell)) for n in world.names]  # type: ignore[misc]
-        scores["local"] = sum(one["value"] for one in each) / len(each)
-        scores["loss"]["local"] = sum(one["loss"] for one in each) / len(each)
+        scores["local"] = mean_of(one["value"] for one in each)
+        scores["loss"]["local"] = mean_of(one["loss"] for one in each)
     return scores
+
+
+def finished_phase(journal: Journal, name: str, work: Callable[[], dict[str, Any]], tell: Callable[[Event], None]) -> dict[str, Any]:
+    """What a phase found, now or before a crash. One that fails is null and says why: a comparison must not cost the run its result."""
+    done = journal.phase(name)
+    if done is None:
+        try:
+            done = work()
+        except Exception as error:
+            reason = str(error) if isinstance(error, FedtuneError) else f"{type(error).__name__}: {str(error)[:200]}"
+            tell(Noted(f"not scored: {name}. {reason}"))
+            done = {**NOT_SCORED, "reason": reason}
+        journal.finish(name, done)
+    return done
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean over what was scored; None where nothing was."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def score_test(world: World, name: str, number: int, tell: Callable[[Event], None]) -> dict[str, Any]:
@@ -55,16 +75,21 @@ def score_test(world: World, name: str, number: int, tell: Callable[[Event], Non
     return {"metric": got.name, "value": got.metric, "loss": got.loss}
 
 
-def own_scores(recipe: Recipe, world: World, method: Method, state: State) -> dict[str, Any]:
-    """The federated state on every client's own held-out rows, by client name."""
+def own_scores(recipe: Recipe, world: World, method: Method, state: State, tell: Callable[[Event], None]) -> dict[str, Any]:
+    """The federated state on every client's own held-out rows, by client name; null for a client whose rows give no finite score."""
     from fedtune.model.score import score
 
     method.install(state, world.bench)
-    own = {}
+    own: dict[str, Any] = {}
     for number, name in world.names.items():
-        if len(world.held_out(number)):
+        if not len(world.held_out(number)):
+            continue
+        try:
             got = score(world.bench, world.held_out(number), recipe.evaluate.batch)
             own[name] = {"metric": got.metric, "loss": got.loss, "count": got.count}
+        except FedtuneError as error:
+            tell(Noted(f"not scored: the rows held out at client {name}. {error}"))
+            own[name] = None
     return own
 
 

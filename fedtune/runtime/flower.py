@@ -24,6 +24,7 @@ from fedtune import config
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
+from fedtune.runtime.failures import failure_of
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.ranks import settled
 from fedtune.runtime.run import run
@@ -201,16 +202,19 @@ def answer(message: Message, context: Context, shelf: Path | None = None) -> Mes
     The client's memory lies on `shelf`, or in the folder that the node's config calls `memory`, and then outlives the
     SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where: it has no say over a site's disk.
     """
+    place, name = shelf, "?"
     try:
         ask = read_ask(message)
         world, link = worlds(str(message.content["ask"]["recipe"]))
+        name = world.names.get(ask.client, str(ask.client))
         place = shelf or (Path(str(context.node_config["memory"])) / link.run if "memory" in context.node_config else None)
         versions = load_memory(context, place, ask.client)
         client = world.client_with(ask.client, memory_before(versions, ask))
         payload = respond(link, client, ask)
         save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
         outcome = {"code": "", "found": "", "expected": "", "do": "", "said": link.chain.said}
-    except FedtuneError as error:
+    except Exception as cause:  # whatever it is, it is about this client
+        error = failure_of(cause, name, place / "errors" if place else None)
         payload, outcome = b"", {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
     return Message(RecordDict({"outcome": ConfigRecord(outcome), "payload": wrap(payload)}), reply_to=message)
 

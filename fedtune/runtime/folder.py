@@ -17,7 +17,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from fedtune.config import Recipe
-from fedtune.disk import disk_errors, took, write_atomic
+from fedtune.disk import disk_errors, json_text, took, write_atomic
 from fedtune.errors import FedtuneError
 
 
@@ -47,7 +47,7 @@ class RunFolder:
         self.write_json("origin.json", {"working_directory": str(Path.cwd())})
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomic(self.path / name, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+        write_atomic(self.path / name, json_text(content, indent=2).encode() + b"\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.disk import disk_errors
+from fedtune.disk import disk_errors, json_text
 from fedtune.errors import FedtuneError
 
 TABLES = """
@@ -90,7 +90,7 @@ class Journal:
         with self._transaction():
             before = self.db.execute("SELECT link FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
             link = chain(before[0] if before else "", number, state_sha256)
-            self.db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (number, state_sha256, file_sha256, link, seconds, json.dumps(dict(metrics))))
+            self.db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (number, state_sha256, file_sha256, link, seconds, json_text(metrics)))
             rows = [(number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note, a.memory_sha256) for a in answers]
             self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -101,7 +101,7 @@ class Journal:
 
     def finish(self, name: str, value: Mapping[str, Any]) -> None:
         with self._transaction():
-            self.db.execute("INSERT OR REPLACE INTO phases VALUES (?, ?)", (name, json.dumps(dict(value))))
+            self.db.execute("INSERT OR REPLACE INTO phases VALUES (?, ?)", (name, json_text(value)))
 
     def check(self) -> None:
         """Walk the hash chain. Raises R403 where a row was changed or lost."""

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from fedtune.errors import ClientFailed, Refused
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, respond
+from fedtune.runtime.failures import failure_of
 from fedtune.types import Client
 
 
-def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[Ask, Client], None]) -> Carrier:
-    """Ask members by calling their half, `client` before and `done` after it; memory does not grow with their number."""
+def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[Ask, Client], None], logs: Path | None = None) -> Carrier:
+    """Ask members by calling their half, `client` before and `done` after it; memory does not grow with their number.
+
+    logs  where the traceback of a client's unforeseen error goes
+    """
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
         for ask in asks:
+            name = str(ask.client)
             try:
                 world = client(ask)
+                name = world.name
                 reply = Reply(ask.client, respond(link, world, ask), said=link.chain.said)
                 done(ask, world)
-                yield reply
-            except (ClientFailed, Refused) as error:
-                yield Reply(ask.client, failure=error)
+            except Exception as error:  # whatever it is, it is about this client
+                reply = Reply(ask.client, failure=failure_of(error, name, logs))
+            yield reply
 
     return carry

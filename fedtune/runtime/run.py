@@ -13,9 +13,9 @@ from typing import Any
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
-from fedtune.events import Event, RoundDone, RunDone, RunStarted
+from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted
 from fedtune.runtime.cohort import Carrier, Downlink, Link, RoundCohort
-from fedtune.runtime.compare import compare, score_test
+from fedtune.runtime.compare import compare, finished_phase, score_test
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
@@ -126,7 +126,7 @@ def open_run(
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
     downlink = Downlink(held, {client: number for client, (number, _) in counted.items()})
     link = link_of(world, method)
-    carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done)
+    carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done, folder.path / "errors")
     bench = world.bench
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": STARTED}
     tell(
@@ -136,7 +136,7 @@ def open_run(
     )
     if recipe.evaluate.base and world.federation.test and not journal.phase("base"):
         method.install(start, bench)
-        journal.finish("base", score_test(world, "base", 0, tell))
+        finished_phase(journal, "base", lambda: score_test(world, "base", 0, tell), tell)
     return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink, clock, federation is not None)
 
 
@@ -176,7 +176,10 @@ def one_round(work: Run, number: int) -> None:
     work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
     if recipe.evaluate.every and number % recipe.evaluate.every == 0 and number < recipe.rounds and world.federation.test:
         work.link.method.install(work.state, world.bench)
-        score_test(world, "federated", number, work.tell)
+        try:
+            score_test(world, "federated", number, work.tell)
+        except FedtuneError as error:
+            work.tell(Noted(f"not scored: round {number}. {error}"))
 
 
 def finish(work: Run) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from fedtune.disk import disk_errors
+from fedtune.disk import disk_errors, json_text
 from fedtune.events import Event, Sink
 
 
@@ -13,7 +12,7 @@ def jsonl_sink(path: Path) -> Sink:
     """A sink that appends to `path`; a line is complete or absent after a crash, and readers skip a cut last line."""
 
     def tell(event: Event) -> None:
-        line = json.dumps(event.record(), sort_keys=True, default=str) + "\n"
+        line = json_text(event.record()) + "\n"
         with disk_errors(path), path.open("a", encoding="utf-8") as handle:
             handle.write(line)
 

@@ -1,0 +1,41 @@
+"""Whatever goes wrong in a client's half is that client's failure, on every engine: the round goes on without it."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
+
+
+def failure_of(error: Exception, client: str, logs: Path | None = None) -> FedtuneError:
+    """What a client's work raised, as the reason for which it is left out of the round.
+
+    An error that fedtune did not foresee is R411, with its traceback in a file of `logs` on the client's machine. Raises Paused again: it
+    is not about one client.
+    """
+    if isinstance(error, Paused):
+        raise error
+    if isinstance(error, (ClientFailed, Refused)):
+        return error
+    if isinstance(error, FedtuneError):
+        return ClientFailed(error.code, error.found, error.expected, error.do)
+    first = next(iter(str(error).strip().splitlines()), "")[:160]
+    found = f"{type(error).__name__} in the work of client '{client}'" + (f" ({first})" if first else "")
+    place = write_traceback(error, client, logs)
+    return ClientFailed("R411", found, "an answer", f"see {place} on the client's machine" if place else "see the client's log")
+
+
+def write_traceback(error: Exception, client: str, logs: Path | None) -> Path | None:
+    """Append the traceback to the client's file; a disk that takes no more must not turn one client's failure into another one."""
+    if logs is None:
+        return None
+    path = logs / f"{re.sub(r'[^A-Za-z0-9._-]', '_', client)[:80] or 'client'}.txt"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)) + "\n")
+    except OSError:
+        return None
+    return path
