@@ -149,11 +149,19 @@ def is_selector(keys: Sequence[str]) -> bool:
 def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
     """A recipe from a parsed tree. Raises C101, C102, C104."""
     try:
-        recipe = Recipe.model_validate_json(json.dumps(with_defaults(tree, Recipe), default=str))
+        recipe = Recipe.model_validate_json(json.dumps(with_all_values(with_defaults(tree, Recipe)), default=str))
     except ValidationError as error:
         raise sentence(error) from None
     check_rules(recipe)
     return recipe
+
+
+def with_all_values(tree: dict[str, Any]) -> dict[str, Any]:
+    """Clients by a column are as many as it has values, unless the recipe says how many."""
+    partition = tree.get("partition")
+    if isinstance(partition, dict) and partition.get("by") == "column" and not partition.keys() & {"clients", "all_values"}:
+        return {**tree, "partition": {**partition, "all_values": True}}
+    return tree
 
 
 def with_defaults(tree: Any, cls: type[BaseModel]) -> Any:

@@ -51,6 +51,8 @@ def check_rules(recipe: Recipe) -> None:
     known = SOURCE_TASKS.get(data.source)
     if known and data.task not in known:
         refuse(f"data.task = '{data.task}' with data.source = '{data.source}'", f"one of {', '.join(sorted(known))}", "change data.task or data.source")
+    if data.source != "hub" and "split" in data.model_fields_set and data.split != "train":
+        refuse(f"data.split = '{data.split}' with data.source = '{data.source}'", "data.source = 'hub'", "remove it, or name the file in data.path")
     if not data.path and data.source not in FILELESS:
         refuse(f"no data.path for data.source = '{data.source}'", "a file, a folder or a hub name", "set data.path in the recipe or with --set data.path=...")
     if partition.by == "column" and not partition.column:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -40,12 +40,14 @@ class Federation:
     test     the global test set: the source's own, or test_share of the rows, or what the clients hold out, pooled
     labels   the label set, in the order of the class numbers; () for tasks without labels
     dropped  reason -> rows left out; callers report them
+    notes    what was decided, or looks odd, in sentences; callers report them
     """
 
     clients: tuple[Slice, ...]
     test: Rows
     labels: tuple[str, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,9 +70,13 @@ def load(data: DataSettings, partition: PartitionSettings, seed: int) -> Federat
     column = partition.column if partition.by in ("column", "dirichlet", "shards") else ""
     table = SOURCES[data.source](data)
     rows, dropped = usable(data, table, seed, column)
+    if data.duplicates == "drop":
+        rows = without_repeats(rows, dropped)
     test = None if table.test is None else clean(data, table.test, f"the test set of {table.where}", table.folder, column if partition.by == "column" else "")
     if test is not None:
         count(dropped, BLANK, test.blank)
+        if data.duplicates == "drop":
+            rows = without_repeats(rows, dropped, {key_of(row) for row in test.rows}, "training rows that stand in the test set")
     values: list[str] = []
     if partition.by == "column":
         values = kept_values(partition, sizes(data, rows))
@@ -92,7 +98,8 @@ def load(data: DataSettings, partition: PartitionSettings, seed: int) -> Federat
         held = [row for client in clients for row in client.test]
     if not held and (table.test is not None or data.client_test_share):
         raise FedtuneError("D202", f"no rows in the test set of {table.where}", "at least one", "correct the data or raise data.test_share")
-    return Federation(clients, held, label_set(data, [*rows.rows, *held]), dropped)
+    notes = [*table.notes, *odd_labels([*rows.rows, *held]), *leaks(clients, held)]
+    return Federation(clients, held, label_set(data, [*rows.rows, *held]), dropped, tuple(notes))
 
 
 def load_slice(data: DataSettings, seed: int, id: int = 0, name: str = "site") -> tuple[Slice, dict[str, int]]:
@@ -114,6 +121,41 @@ def load_slice(data: DataSettings, seed: int, id: int = 0, name: str = "site") -
     if not mine.train:
         raise FedtuneError("D205", f"0 training rows at '{name}'", "at least one", "use more data or lower data.client_test_share")
     return mine, dropped
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """What two rows have in common if they are the same row."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, default=summary).encode()).hexdigest()
+
+
+def without_repeats(rows: Clean, dropped: dict[str, int], seen: set[str] | None = None, reason: str = "rows that stand twice") -> Clean:
+    """The first of each row; none of those in `seen`."""
+    known, kept = set(seen or ()), list[int]()
+    for number, row in enumerate(rows.rows):
+        key = key_of(row)
+        if key not in known:
+            known.add(key)
+            kept.append(number)
+    count(dropped, reason, len(rows.rows) - len(kept))
+    return Clean([rows.rows[i] for i in kept], [rows.keys[i] for i in kept], rows.blank)
+
+
+def leaks(clients: Sequence[Slice], test: Rows) -> list[str]:
+    """Rows of the test set that are trained on as well."""
+    trained = {key_of(row) for client in clients for row in client.train}
+    twice = sum(key_of(row) in trained for row in test)
+    if not twice:
+        return []
+    return [f"{twice} of {len(test)} rows of the test set stand among the training rows too; data.duplicates = 'drop' leaves out what stands twice"]
+
+
+def odd_labels(rows: Rows) -> list[str]:
+    """Labels that differ in case or surrounding blanks only are different classes, and rarely meant so."""
+    alike: dict[str, list[str]] = {}
+    for label in histogram(rows):
+        alike.setdefault(label.strip().casefold(), []).append(label)
+    several = [", ".join(map(repr, some)) for some in alike.values() if len(some) > 1]
+    return [f"the labels {some} are different classes, though they differ in case or blanks only" for some in several]
 
 
 def histogram(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -13,12 +13,15 @@ def hub(data: DataSettings) -> Table:
     """The split `data.split`; classes kept as numbers with names become their names. Raises D201 and D202."""
     import datasets
 
+    path = str(data.path)
+    if path.startswith("~"):
+        path = str(Path(path).expanduser())
     try:
-        if (Path(data.path) / "state.json").is_file() or (Path(data.path) / "dataset_dict.json").is_file():  # written by save_to_disk
-            loaded = datasets.load_from_disk(data.path)
+        if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():  # written by save_to_disk
+            loaded = datasets.load_from_disk(path)
             found = loaded if isinstance(loaded, datasets.Dataset) else loaded[data.split]
         else:
-            found = datasets.load_dataset(data.path, split=data.split)
+            found = datasets.load_dataset(path, split=data.split)
     except Exception as error:  # loaders, file formats and the network raise what they like; all of it means: no data
         said = " ".join(str(error).split())[:160]
         raise FedtuneError(

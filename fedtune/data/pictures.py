@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from fedtune.data.files import existing
+from fedtune.data.files import FOLDER, existing
 from fedtune.data.rows import Rows, Table
 from fedtune.data.settings import DataSettings
+from fedtune.data.splits import Split, assign, is_hidden, split_of
 from fedtune.errors import FedtuneError
 
 
 def images(data: DataSettings) -> Table:
-    """The class is the subfolder's name; images are opened when they are encoded. Raises D201 and D202."""
-    from PIL import Image
+    """The class is the subfolder's name; images are opened when they are encoded. Raises D201 and D202.
 
+    train/CLASS and test/CLASS are respected as splits; SITE/CLASS gives a column `folder`, by which each site can be a client.
+    """
     folder = existing(data)
     if not folder.is_dir():
         raise FedtuneError("D201", f"the file '{folder}'", "a folder with one subfolder per class", "correct data.path")
+    seen = sorted(folder.iterdir())
+    subfolders = [path for path in seen if path.is_dir() and not is_hidden(path)]
+    others = len(seen) - len(subfolders)
+    if not subfolders:
+        raise FedtuneError("D202", f"no subfolders in '{folder}'", "one subfolder per class", "correct data.path")
+    rows: dict[Split, Rows] = {"train": [], "validation": [], "test": []}
+    notes: list[str] = []
+    nested = all(any(inner.is_dir() and not is_hidden(inner) for inner in sub.iterdir()) for sub in subfolders)
+    if nested and all(split_of(sub.name) for sub in subfolders):
+        splits, notes = assign(subfolders, folder)
+        for sub, split in splits.items():
+            made, more = classes_in(data, sub)
+            rows[split] += made
+            others += more
+    elif nested:
+        for sub in subfolders:
+            made, more = classes_in(data, sub)
+            rows["train"] += [{FOLDER: sub.name, **row} for row in made]
+            others += more
+    else:
+        rows["train"], more = classes_in(data, folder)
+        others = more
+    dropped = {"files and folders that are no images": others} if others else {}
+    if rows["validation"]:
+        dropped["a validation split, which is neither trained nor tested on"] = len(rows["validation"])
+    return Table(rows["train"], str(folder), rows["test"] or None, dropped, notes=tuple(notes))
+
+
+def classes_in(data: DataSettings, folder: Path) -> tuple[Rows, int]:
+    """The images of a folder's subfolders, one a class, and how many files and folders are none."""
+    from PIL import Image
+
     suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
     rows: Rows = []
-    others = 0
-    for sub in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = sorted(p for p in sub.iterdir())
-        found = [p for p in files if p.is_file() and p.suffix.lower() in suffixes]
+    seen = sorted(folder.iterdir())
+    subfolders = [path for path in seen if path.is_dir() and not is_hidden(path)]
+    others = len(seen) - len(subfolders)
+    for sub in subfolders:
+        files = sorted(sub.iterdir())
+        found = [path for path in files if path.is_file() and not is_hidden(path) and path.suffix.lower() in suffixes]
         if not found:
-            raise FedtuneError(
-                "D202", f"no images in '{sub}'", "one subfolder per class, with its images directly in it", "fill or remove the subfolder, or correct data.path"
-            )
+            expected = "one subfolder per class, with its images directly in it"
+            raise FedtuneError("D202", f"no images in '{sub}'", expected, "fill or remove the subfolder, or correct data.path")
         others += len(files) - len(found)
-        rows += [{data.image: str(p.absolute()), data.label: sub.name} for p in found]
-    others += sum(1 for p in folder.iterdir() if not p.is_dir())
-    if not rows:
-        raise FedtuneError("D202", f"no subfolders in '{folder}'", "one subfolder per class", "correct data.path")
-    return Table(rows, str(folder), dropped={"files and folders that are no images": others} if others else {})
+        rows += [{data.image: str(path.absolute()), data.label: sub.name} for path in found]
+    return rows, others
 
 
 def digits(data: DataSettings) -> Table:

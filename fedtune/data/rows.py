@@ -5,7 +5,8 @@
     classify         {"text": str, "label": str}
     image-classify   {"image": path or uint8 array (height, width, channels), "label": str}
 
-Nothing is cast but labels and client names: whole numbers become their digits, because files keep classes as either.
+Nothing is cast but labels and client names: whole numbers become their digits and truth values true or false, because files keep
+classes as any of them.
 Rows are counted from 1 in messages.
 """
 
@@ -15,6 +16,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +25,7 @@ import numpy as np
 from fedtune.data import chats
 from fedtune.data.settings import DataSettings
 from fedtune.errors import FedtuneError
+from fedtune.images import to_eight_bits
 
 Rows = list[dict[str, Any]]
 BLANK = "an empty text or response"
@@ -35,6 +38,7 @@ class Table:
     test     the source's own test set, None if it has none
     dropped  reason -> rows that the source left out
     folder   where relative paths in an image column start
+    notes    what was decided about files and should be said
     """
 
     rows: Rows
@@ -42,6 +46,7 @@ class Table:
     test: Rows | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
     folder: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def cell(row: Mapping[str, Any], column: str, at: str, setting: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
-    value = cell(row, column, at, setting)
+    """A text; nothing in the cell is an empty one, which is left out and counted. Raises D203 and D204."""
+    value = "" if column in row and row[column] is None else cell(row, column, at, setting)
     if not isinstance(value, str):
         unreadable(f"{kind(value)} in column '{column}' of {at}", "a text")
     try:
@@ -103,9 +109,13 @@ def text_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
 
 
 def name_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
-    """A label or a client's name: a text that is not empty, or a whole number, which becomes its digits."""
+    """A label or a client's name: a text that is not empty, true or false, or a whole number (1.0 as well), which becomes its digits."""
     value = cell(row, column, at, setting)
-    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)) or value == "":
+    if isinstance(value, (bool, np.bool_)):
+        return str(bool(value)).lower()
+    if isinstance(value, (float, np.floating, Decimal)) and value == value and value == int(value):
+        value = int(value)
+    if not isinstance(value, (str, int, np.integer)) or value == "":
         unreadable(f"{kind(value)} in column '{column}' of {at}", "a name or a whole number")
     return str(value)
 
@@ -150,10 +160,13 @@ def picture(value: Any, column: str, at: str, folder: Path | None) -> str | np.n
         try:
             value = Image.open(io.BytesIO(value))
             value.load()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             unreadable(f"an image in column '{column}' of {at} that Pillow cannot read", "an image file's bytes", error)
     if isinstance(value, Image.Image):
-        value = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
+        try:
+            value = np.asarray(to_eight_bits(value))
+        except ValueError as error:
+            unreadable(f"an image in column '{column}' of {at} with {error}", "8 bits a channel", error)
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim not in (2, 3):
         unreadable(f"{kind(value)} in column '{column}' of {at}", "a path, an image or a uint8 array (height, width, channels)")
     return value if value.ndim == 3 else value[:, :, None]

@@ -21,9 +21,16 @@ class DataSettings(Settings):
 
     Columns of the sources that bring their own: docstrings text, label; text (one row a paragraph) text, file; plays (one row
     a speaker's turn) text, speaker; clinc150 text, label, domain; images (one subfolder per class) and digits image, label."""
-    path: str = ""
-    """File or folder (relative to the working directory), or a hub data set's name. Of a folder, jsonl, csv, parquet and text read
-    all files with their suffix (.txt for text); one named `test` is the global test set."""
+    path: str | tuple[str, ...] = ""
+    """File, list of files, pattern (data/*.jsonl) or folder, relative to the working directory, or a hub data set's name. Of a folder, jsonl
+    (.jsonl, .ndjson, .json), csv (.csv, .tsv), parquet and text (.txt) read all files with their suffix, also as .gz. Names such as train,
+    validation and test are respected: the test split is the global test set, a validation split stands in where there is none and is left
+    out otherwise. Subfolders become the column `folder`: by = "column", column = "folder" makes each a client."""
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Rows that stand twice: keep (and say how many of the test set are trained on), or drop all but the first, of the test set's the
+    training rows."""
     split: str = "train"
     """Hub only: which split to load."""
     task: Task = "classify"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fedtune.errors import FedtuneError
+from fedtune.images import to_eight_bits
 
 
 def resized(image: Any, processor: Any, number: int) -> np.ndarray:
@@ -18,11 +19,9 @@ def resized(image: Any, processor: Any, number: int) -> np.ndarray:
     try:
         if isinstance(image, (str, Path)):
             with Image.open(image) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"pixels of mode {opened.mode}, which do not fit in 8 bits")  # Pillow would clamp them
-                picture = opened.convert("RGB")
+                picture = to_eight_bits(opened).convert("RGB")
         elif isinstance(image, Image.Image):
-            picture = image.convert("RGB")
+            picture = to_eight_bits(image).convert("RGB")
         else:
             array = np.asarray(image)
             if array.dtype != np.uint8:

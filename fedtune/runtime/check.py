@@ -158,6 +158,7 @@ def rows(checked: Checked) -> list[str]:
         labels = "  ".join(f"{label}:{n}" for label, n in list(counts.items())[:12]) + (" ..." if len(counts) > 12 else "")
         lines.append(f"  {client.name:<24}{len(client.train):>7} rows, {len(client.test)} held out  {labels}")
     lines += [f"left out  {count} rows: {reason}" for reason, count in federation.dropped.items()]
+    lines += [f"note      {note}" for note in (*recipe.notes, *federation.notes)]
     lines += [f"ranks     {line}" for line in checked.ranks]
     lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
     lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))

@@ -113,6 +113,8 @@ def build_world(
         tell(Noted(note))
     for reason, count in federation.dropped.items():
         tell(Noted(f"{count} rows left out: {reason}"))
+    for note in federation.notes:
+        tell(Noted(note))
     from fedtune.model.base import load as load_base
 
     base = base_of(federation) if base_of else load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
