@@ -14,6 +14,7 @@ from fedtune.model.base import Base
 from fedtune.model.bench import Bench, detach, snapshot
 from fedtune.model.prompted import PROMPTS, add_lora, attach_split, check_context, open_tail
 from fedtune.rng import seed_of
+from fedtune.split.anatomy import block_count
 from fedtune.split.body import Frozen
 from fedtune.split.channel import Dial, Local
 from fedtune.split.codec import Coding
@@ -178,7 +179,7 @@ def cut_of(base: Base, s: SFPromptSettings) -> tuple[Part, Kind]:
     if base.attached is not None:
         detach(base.attached)
     config = base.net.config
-    blocks = config.get_text_config().num_hidden_layers
+    blocks = block_count(config)
     cut = Cut(s.head, blocks - s.tail)
     if base.part is not None and base.part.cut != cut:
         raise RuntimeError(f"this base was loaded to be cut at {base.part.cut}, not at {cut}")

@@ -20,6 +20,7 @@ from fedtune.model.base import Base, context_of, dtype_of, pick_device, prepare_
 from fedtune.model.bench import Bench, without
 from fedtune.model.settings import ModelSettings
 from fedtune.split import selftest
+from fedtune.split.anatomy import block_count
 from fedtune.split.cut import Cut, Role
 from fedtune.split.load import load_part
 from fedtune.split.parts import Part
@@ -65,7 +66,7 @@ def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[
     with reading(model.name):
         config, chosen = load_config(place, task, labels, known)
         tokenizer = load_tokenizer(place, task, known) if "head" in holds else None
-        cut = Cut(s.head, config.get_text_config().num_hidden_layers - s.tail)
+        cut = Cut(s.head, block_count(config) - s.tail)
         where = {"dtype": dtype_of(model), "device": pick_device(model.device), "revision": model.revision or None}
         part = load_part(place, AUTO[task], cut, holds, config=config, seed=seed, **where)
     if tokenizer is not None and task != "image-classify":

@@ -65,6 +65,19 @@ class Pairs(Exception):
 def look(net_class: type, config: Any) -> Anatomy:
     """The anatomy of a class of networks with this configuration. Raises S701 (no such cut) and S704 (rows of a batch would mix)."""
     refuse(config)
+    try:
+        return followed(net_class, config)
+    except FedtuneError:
+        raise
+    except Exception as error:  # a forward that wants values, or more of its blocks than that they can be called, raises what it likes
+        why = next(iter(str(error).splitlines()), "")[:160]
+        found = f"a {net_class.__name__}, whose forward cannot be followed to its blocks ({type(error).__name__}: {why})"
+        expected, do = "a transformer that calls its blocks one after the other", "choose another model, or [method] type = 'fedpeft'"
+        raise FedtuneError("S701", found, expected, do) from error
+
+
+def followed(net_class: type, config: Any) -> Anatomy:
+    """The same, where the network is of the kind that this can read; else it raises S701 or whatever stopped it."""
     with torch.device("meta"):
         net = net_class(copy.deepcopy(config)).eval()
     net.config.use_cache = True  # or masks are made of values, which nothing has here
@@ -105,18 +118,41 @@ def refuse(config: Any) -> None:
                 "a model in which no row of a batch can change another's",
                 "choose a dense model or one with dropless experts",
             )
+    if getattr(config, "is_encoder_decoder", False):
+        found, expected = f"a {config.model_type}, which is an encoder and a decoder", "one stack of blocks"
+        raise FedtuneError("S701", found, expected, "choose another model, or [method] type = 'fedpeft'")
     if text.model_type in ENTANGLED or getattr(text, "use_shared_relative_position_bias", False) or getattr(text, "output_router_logits", False):
+        raise entangled(text.model_type)
+
+
+def entangled(kind: str) -> FedtuneError:
+    found, expected = (
+        f"a {kind}, whose blocks or loss need tensors that do not pass the cut",
+        "a model whose blocks need hidden states, a mask and positions alone",
+    )
+    return FedtuneError("S701", found, expected, "choose another model, or [method] type = 'fedpeft'")
+
+
+def learned(value: Any) -> bool:
+    """Whether anything in it is made of parameters (a table of relative positions, say), which the side behind the cut does not hold."""
+    if isinstance(value, (tuple, list)):
+        return any(map(learned, value))
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def block_count(config: Any) -> int:
+    """How many blocks a configuration says. Raises S701 for networks in stages (ResNet, Swin), whose blocks are not alike."""
+    count: int = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not count:
         raise FedtuneError(
-            "S701",
-            f"a {text.model_type}, whose blocks or loss need tensors that do not pass the cut",
-            "a model whose blocks need hidden states, a mask and positions alone",
-            "choose another model, or [method] type = 'fedpeft'",
+            "S701", f"a {config.model_type}, which is no stack of alike blocks", "a transformer such as ViT, BERT or Llama", "choose another model"
         )
+    return count
 
 
 def layer_list(base: nn.Module, config: Any) -> str:
     """Path of the list of blocks below the backbone."""
-    count = config.get_text_config().num_hidden_layers
+    count = block_count(config)
     found = [name for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if count < 2 or not found or len({id(block) for block in base.get_submodule(found[0])}) < count:
         raise FedtuneError(
@@ -148,6 +184,9 @@ def trace(net: nn.Module, base: nn.Module, layers_path: str, beside: list[str], 
 
     def begun(module: Any, args: Any, named: dict[str, Any]) -> None:
         started.append(True)
+        others = [*args[1:], *(value for name, value in named.items() if name != "hidden_states")]
+        if any(map(learned, others)):
+            raise entangled(net.config.get_text_config().model_type)
 
     def second(module: Any, args: Any, named: dict[str, Any]) -> None:
         if (args[0] if args else named["hidden_states"]).ndim != 3:  # the model took [0] of a tensor: it expects a tuple
@@ -165,7 +204,7 @@ def trace(net: nn.Module, base: nn.Module, layers_path: str, beside: list[str], 
     handles = [blocks[0].register_forward_pre_hook(begun, with_kwargs=True), blocks[1].register_forward_pre_hook(second, with_kwargs=True)]
     handles += [net.get_submodule(path).register_forward_hook(ran(path)) for path in beside]
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # shows what is made of parameters
             base(**blank(net.config, image, 1, 3, torch.device("meta")))
     finally:
         for handle in handles:
