@@ -57,8 +57,11 @@ def is_causal(net: Any, tokenizer: Any, context: int | None) -> bool:
     return len(short) > 1 and not differ(hidden[0, 0], hidden[1, 0], 1e-3)
 
 
-def try_once(net: Any, base: Any) -> None:
-    """One forward pass of an input that is as small as possible, to see that what was put on the network runs. Raises what the network raises."""
+def try_once(net: Any, base: Any) -> bool:
+    """One forward pass of an input that is as small as possible, to see that what was put on the network runs. Raises what the network raises.
+
+    True where the answer depends on anything that is to be trained.
+    """
     device = next(iter(base.weights.values())).device
     if base.task == "image-classify":
         size = image_size(net.config, base.tokenizer)
@@ -69,8 +72,8 @@ def try_once(net: Any, base: Any) -> None:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dtype = next(iter(base.weights.values())).dtype
     half = torch.autocast(device.type, dtype) if dtype != torch.float32 and device.type != "meta" else contextlib.nullcontext()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), half:
-        net(**inputs)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), half:
+        return bool(net(**inputs).logits.requires_grad)
 
 
 def image_size(config: Any, processor: Any) -> tuple[int, int]:

@@ -97,6 +97,9 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         fresh = redraw_head(net, fresh, seed)
     net.requires_grad_(False).eval().to(device)
     if task == "image-classify":
+        if net.main_input_name != "pixel_values":
+            found, expected = f"a {type(net).__name__}, which reads images as {net.main_input_name}", "a model of pixels, such as ViT or ResNet"
+            raise FedtuneError("M306", found, expected, "choose another model")
         return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said_of(chosen))
     stated = net.config.get_text_config().pad_token_id
     fit_tokenizer(net, tokenizer, settings.name)

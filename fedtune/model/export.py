@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -16,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.base import Base
-from fedtune.model.bench import Bench, attach
+from fedtune.model.bench import Bench, attach, detach
+from fedtune.model.kinds import file_name
 from fedtune.model.settings import AdapterSettings
 
 SIDECAR = "fedtune.json"
@@ -89,8 +92,19 @@ def load_adapter(base: Base, folder: str | Path) -> Bench:
         if want != have and not alike:
             raise FedtuneError("M304", f"an adapter whose {what} is {str(have)[:80]}", str(want)[:80], f"load it on the base it was made for ({about['base']})")
     bench = attach(base, settings, 0)
-    bench.write(tensors)
+    try:
+        bench.write(without_statistics(bench, tensors))
+    except FedtuneError:
+        detach(bench)
+        raise
     return bench
+
+
+def without_statistics(bench: Bench, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is trained: peft also saves the running statistics of a head with a batch norm, which stay as they are here."""
+    here = {file_name(name): value for name, value in bench.net.named_buffers()}
+    same = {name for name, value in tensors.items() if name in here and np.array_equal(value, here[name].cpu().numpy())}
+    return {name: value for name, value in tensors.items() if name in bench.named or name not in same}
 
 
 def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
