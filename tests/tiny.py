@@ -26,15 +26,7 @@ CHAT = (
 
 def llama(folder: Path, tie: bool = False, chat: bool = True) -> Path:
     """A causal language model: 2 blocks of width 32, byte-level BPE of 300 tokens, context 64."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        ),
-    )
+    tokenizer = byte_pairs(["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=64)
     if chat:
         fast.chat_template = CHAT
@@ -44,6 +36,16 @@ def llama(folder: Path, tie: bool = False, chat: bool = True) -> Path:
         max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=tie, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return save(transformers.LlamaForCausalLM, config, folder)
+
+
+def byte_pairs(special: list[str]) -> Tokenizer:
+    """Byte-level BPE of 300 tokens, the special ones first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer
 
 
 def bert(folder: Path, dropout: float = 0.0) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.regen import docs, golden, results, stubs
+from tests.regen import docs, golden, models, results, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
@@ -18,6 +18,7 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "errors": docs.errors,
     "recipe": docs.recipe,
     "results": results.generate,
+    "models": models.generate,
 }
 
 
