@@ -246,6 +246,21 @@ def prune(table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], ov
     return dropped
 
 
+def without_idle(tree: Any, cls: type[BaseModel]) -> Any:
+    """A recipe that version 0.1 wrote into a run's folder, without the keys that it kept for the classes that a table did not choose."""
+    if not isinstance(tree, dict):
+        return tree
+    made = {}
+    for key, below in tree.items():
+        union = union_of(cls, key)
+        chosen = union.classes.get(str(below.get(union.discriminator, union.default))) if union and isinstance(below, dict) else None
+        if union and chosen:
+            others = {name for other in union.classes.values() for name in other.model_fields} - chosen.model_fields.keys()
+            below = without_idle({name: value for name, value in below.items() if name not in others}, chosen)
+        made[key] = below
+    return made
+
+
 def sentence(error: ValidationError) -> FedtuneError:
     """The first mistake of a validation as one sentence."""
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
@@ -269,8 +284,19 @@ def unknown_key(place: str, key: str, owner: type[BaseModel] | None, siblings: S
         chooser = f"{place.rpartition('.')[0]}.{selector}"
         return FedtuneError("C104", f"{place} with {chooser} = '{own}'", f"only {', '.join(known)}", f"remove it, or set {chooser} to {' or '.join(others)}")
     near = difflib.get_close_matches(key, known, 1)
-    hint = f"write '{near[0]}'" if near else "remove it"
+    homes = sorted(home for home in places_of(key, Recipe) if home != place)
+    hint = f"write {homes[0]}, where that key stands" if homes else f"write '{near[0]}'" if near else "remove it"
     return FedtuneError("C101", f"unknown key '{place}'", f"one of {', '.join(known)}", hint)
+
+
+def places_of(key: str, cls: type[BaseModel], path: str = "") -> set[str]:
+    """Dotted paths of all keys of that name in any table of a recipe."""
+    found = {f"{path}{key}"} if key in cls.model_fields else set()
+    for name, field in cls.model_fields.items():
+        for below in leaves(field.annotation):
+            if isinstance(below, type) and issubclass(below, BaseModel):
+                found |= places_of(key, below, f"{path}{name}.")
+    return found
 
 
 def resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Sequence[type[BaseModel]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,21 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FedtuneError, match="C105"):
         config.read(str(tmp_path / "binary.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[model]\nmax_length = 5", "C101: found unknown key 'model.max_length'.*write data.max_length"),
+        ("[method]\nrank = 5", "C101: found unknown key 'method.rank'.*write method.adapter.rank"),
+        ("[method.train]\nlr = 1000000.0", "C102: found method.train.lr = 1000000.0.*less than or equal to 100"),
+    ],
+)
+def test_a_key_that_stands_elsewhere_and_a_slip_of_the_pen_are_named(text: str, words: str, tmp_path: Path) -> None:
+    assert re.search(words, bad(tmp_path, text))
+
+
+def test_a_byte_order_mark_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 9\r\nrounds = 2\r\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (config.read("~/r.toml").seed, config.read("~/r.toml").rounds) == (9, 2)

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser("resume", help="continue a run after its last committed round")
     parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--rounds", type=int, default=0, metavar="N", help="go on until N rounds, more than the run was begun with")
     parser.set_defaults(command=resume)
 
-    parser = commands.add_parser("eval", help="score a run's state on its test set and on every client's held-out rows")
+    parser = commands.add_parser("eval", help="score a run's state on its test set and on every client's held-out rows, or on a file")
     parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--data", metavar="PATH", help="score the rows of this file or folder instead; the run's own data is not needed")
     parser.set_defaults(command=evaluate)
 
     parser = commands.add_parser("export", help="write a run's model as a PEFT adapter, a merged model or a seed file")
@@ -32,7 +34,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
     parser.add_argument("--from-seeds", metavar="FILE", help="instead of a run: a file that --as seeds wrote; needs --base")
     parser.add_argument("--base", metavar="MODEL", help="with --from-seeds: the base model that the seeds were made for")
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="cut a LoRA adapter to this rank (SVD), and say what that loses")
+    parser.add_argument("--rank", type=int, default=None, metavar="R", help="cut a LoRA adapter to this rank (SVD), and say what that loses")
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)
 
@@ -45,7 +47,7 @@ def opened(path: str) -> RunFolder:
     """A run's folder. Its recipe's relative paths are meant from where the run was begun, so that is where we go."""
     from fedtune.runtime.folder import existing
 
-    folder = existing(Path(path).resolve())
+    folder = existing(Path(path).expanduser().resolve())
     origin = folder.path / "origin.json"
     if origin.exists():
         with contextlib.suppress(OSError):  # gone since: absolute paths still work, others say what is missing
@@ -60,6 +62,10 @@ def resume(options: argparse.Namespace) -> int:
     folder = opened(options.run)
     recipe = recipe_of(folder)
     quiet()
+    if options.rounds:
+        from fedtune.runtime.extend import extend
+
+        recipe = extend(folder, options.rounds)
     if (folder.path / "deploy.json").exists():
         from fedtune.cli.deploy import go_on
 
@@ -71,20 +77,21 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
+    data = str(Path(options.data).expanduser().resolve()) if options.data else ""  # before `opened` goes elsewhere
     folder = opened(options.run)
     quiet()
-    from fedtune.runtime.after import evaluate_run
+    from fedtune.runtime.after import evaluate_file, evaluate_run
 
-    print(json_text(evaluate_run(folder), indent=2))
+    print(json_text(evaluate_file(folder, data) if data else evaluate_run(folder), indent=2))
     return 0
 
 
 def export(options: argparse.Namespace) -> int:
-    target = Path(options.to).resolve()
+    target = Path(options.to).expanduser().resolve()
     given = [word for word, value in (("RUN", options.run), ("--from-seeds", options.from_seeds), ("--base", options.base)) if value]
     if given not in (["RUN"], ["--from-seeds", "--base"]):
         raise FedtuneError("C103", f"export with {' and '.join(given) or 'nothing'}", "RUN, or --from-seeds FILE with --base MODEL", "name one of them")
-    if options.rank < 0 or (options.rank and options.from_seeds):
+    if options.rank is not None and (options.rank < 1 or options.from_seeds):
         raise FedtuneError("C103", f"--rank {options.rank}", "1 or more, with RUN", "correct it or leave it out")
     if options.from_seeds:
         quiet()
@@ -96,7 +103,7 @@ def export(options: argparse.Namespace) -> int:
         quiet()
         from fedtune.runtime.after import export_run
 
-        lost = export_run(folder, options.form, target, options.rank)
+        lost = export_run(folder, options.form, target, options.rank or 0)
         if options.rank:
             print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")
     print(options.to)
@@ -107,5 +114,5 @@ def report(options: argparse.Namespace) -> int:
     from fedtune.runtime.folder import existing
     from fedtune.sinks.report import write_report
 
-    print(write_report(existing(options.run)))
+    print(write_report(existing(Path(options.run).expanduser())))
     return 0

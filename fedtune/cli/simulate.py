@@ -30,7 +30,7 @@ def simulate(options: argparse.Namespace) -> int:
     from fedtune.runtime.run import run
 
     recipe = settled(recipe)
-    folder = create(Path(options.runs), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
+    folder = create(Path(options.runs).expanduser(), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
     try:
         folder.begin(recipe)
         if options.engine == "flower":

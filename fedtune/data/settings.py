@@ -11,6 +11,9 @@ from fedtune.settings import Settings
 
 Task = Literal["causal-lm", "instruct", "classify", "image-classify"]
 Source = Literal["docstrings", "jsonl", "csv", "parquet", "text", "plays", "clinc150", "images", "digits", "hub"]
+SUFFIXES: dict[str, Source] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
+}  # fmt: skip
 
 
 class DataSettings(Settings):

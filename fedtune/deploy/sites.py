@@ -9,13 +9,12 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.data import Federation, Slice, load, load_slice
+from fedtune.data.settings import SUFFIXES
 from fedtune.errors import FedtuneError, Refused
 from fedtune.trust import COORDINATOR
 from fedtune.trust.allowed import read_entries
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.identity import ALLOWED
-
-SUFFIXES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def resolved(recipe: Recipe, keys: Path) -> Recipe:

@@ -42,6 +42,9 @@ class FedPEFTSettings(Settings):
     """[method] type = "fedpeft"."""
 
     type: Literal["fedpeft"] = "fedpeft"
+    start_from: str = ""
+    """An adapter to begin with instead of a fresh one: the folder of a run, of an exported adapter, or of one that stock peft saved for
+    the same base. Only the coordinator needs it."""
     weight: Literal["examples", "tokens", "equal"] = "examples"
     """What a client's answer counts for in the mean."""
     lora_rank_by_client: Annotated[tuple[int, ...], Field(max_length=4096)] | Literal["auto"] = ()
@@ -83,6 +86,8 @@ class FedPEFTSettings(Settings):
             yield f"method.server.optimizer = '{self.server.optimizer}' with {name}", known, "remove one of them"
         if not recipe.partition.all_values:
             yield from rule.limits(recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients))
+        if self.start_from and (rule.core or rule.carries):
+            yield f"method.start_from with {name}", "a rule whose state is the adapter alone", "change aggregate.rule"
         if self.train.weight_decay and rule.carries:
             yield f"method.train.weight_decay with {name}", "none: it would wear down what is carried", "remove it"
 
@@ -138,6 +143,10 @@ class FedPEFT:
     # --- on the server ------------------------------------------------------------------------------------------
 
     def start(self, bench: Bench) -> State:
+        if self.settings.start_from:
+            from fedtune.model.start import start_from
+
+            start_from(bench, self.settings.start_from)
         tensors = bench.read()
         own = self.rule.stays(tensors)
         shared = {name: value for name, value in tensors.items() if name not in own}

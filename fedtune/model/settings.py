@@ -63,9 +63,9 @@ class TrainSettings(Settings):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """torch.optim.AdamW or SGD; made anew every round, so a client keeps no optimiser state."""
-    lr: float = Field(1e-3, gt=0)
-    """Learning rate."""
-    head_lr: float = Field(0.0, ge=0)
+    lr: float = Field(1e-3, gt=0, le=100)
+    """Learning rate; above 100 it is a slip of the pen, even for prompts under SGD."""
+    head_lr: float = Field(0.0, ge=0, le=100)
     """Learning rate of the task head, which starts from nothing where an adapter does not; 0 means lr."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of the local optimiser."""

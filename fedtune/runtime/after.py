@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from fedtune.config import method_of
+from fedtune.data import Federation, load_slice
+from fedtune.data.settings import SUFFIXES, Source
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.export import card, check_target, seeds_card, whole_folder
@@ -26,12 +29,32 @@ from fedtune.types import State
 
 
 def evaluate_run(folder: RunFolder) -> dict[str, Any]:
-    """Scores of the last committed state on the test set and on each client's own held-out rows."""
-    world, state, number = installed(folder)
+    """Scores of the last committed state on the test set and on each client's own held-out rows. Raises R406 where the data has changed since.
+
+    A test set drawn anew from other rows would hold rows that were trained on.
+    """
+    world, state, number = installed(folder, data=True)
     recipe = world.recipe
     final = score_test(world, "federated", number, nobody)
     method = method_of(recipe)
     return {"round": number, **final, "clients": own_scores(recipe, world, method, state, nobody)}
+
+
+def evaluate_file(folder: RunFolder, path: str) -> dict[str, Any]:
+    """Scores of the last committed state on all rows of a file or folder, in the form of the recipe's [data]; the run's own data is not read."""
+    world, _, number = installed(folder)
+    data = world.recipe.data
+    whole = {"path": path, "source": source_of(data.source, path), "labels": world.federation.labels, "client_test_share": 0.0, "limit": 0, "split": "train"}
+    mine, dropped = load_slice(data.model_copy(update=whole), world.recipe.seed, 0, path)
+    rows = [*mine.train, *mine.test]
+    asked = replace(world, federation=replace(world.federation, test=rows), _encoded={})
+    return {"round": number, "rows": len(rows), "left_out": dropped, **score_test(asked, "federated", number, nobody)}
+
+
+def source_of(source: Source, path: str) -> Source:
+    """The source that reads a file, by its suffix; the recipe's own for folders and other files."""
+    plain = path.removesuffix(".gz")
+    return next((known for suffix, known in SUFFIXES.items() if plain.endswith(suffix)), source)
 
 
 def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
@@ -87,25 +110,31 @@ def settings_of(seeds: Seeds) -> FedKSeedSettings:
         raise FedtuneError("R403", found, "those of this version of fedkseed", "export it again") from error
 
 
-def installed(folder: RunFolder) -> tuple[World, State, int]:
-    """The run's world with its last committed state in the bench. Raises R402 where no round was committed."""
+def installed(folder: RunFolder, data: bool = False) -> tuple[World, State, int]:
+    """The run's world with its last committed state in the bench. Raises R402 where no round was committed, M304 for another base.
+
+    data  read the run's data, and refuse data that has changed (R406); otherwise the labels that the journal knows are enough
+    """
     recipe = recipe_of(folder)
     journal = Journal(folder.journal)
     try:
         journal.check()
         committed = journal.rounds()
-        base = journal.facts().get("base", "")
+        facts = journal.facts()
     finally:
         journal.close()
     if not committed:
         raise FedtuneError("R402", f"no committed round in '{folder.path}'", "a run with at least one", f"go on with: fedtune resume {folder.path}")
     state, _ = load_state(folder, committed[-1].number, committed[-1].file_sha256)  # now: a run that is still going on prunes old ones
     method = method_of(recipe)
-    world = build_world(recipe, method, Memories(None), nobody)
-    if world.base.fingerprint != base:
-        raise FedtuneError(
-            "M304", f"base model {world.base.fingerprint[:12]}", f"{base[:12]}, which this run was trained on", "point model.name at the same weights"
-        )
+    known = None if data or "labels" not in facts else Federation((), [], tuple(json.loads(facts["labels"])))
+    world = build_world(recipe, method, Memories(None), nobody, known)
+    if data and facts.get("data", world.federation.fingerprint) != world.federation.fingerprint:
+        found = f"data that has changed since the run began ({world.federation.fingerprint[:12]} now, {facts['data'][:12]} then)"
+        raise FedtuneError("R406", found, "the rows of the run, so that none that was trained on is scored", "score a file with: fedtune eval RUN --data FILE")
+    if world.base.fingerprint != facts.get("base", ""):
+        found, expected = f"base model {world.base.fingerprint[:12]}", f"{facts.get('base', '')[:12]}, which this run was trained on"
+        raise FedtuneError("M304", found, expected, "point model.name at the same weights")
     method.install(state, world.bench)
     return world, state, committed[-1].number
 

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from fedtune.config import Recipe
+from fedtune.config import Recipe, without_idle
 from fedtune.disk import disk_errors, json_text, took, write_atomic
 from fedtune.errors import FedtuneError
 
@@ -132,7 +132,7 @@ def open_for_write(path: Path) -> IO[str]:
 def recipe_of(folder: RunFolder) -> Recipe:
     """The resolved recipe of a run. Raises R402."""
     try:
-        return Recipe.model_validate_json(json.dumps(folder.read_json("config.json")))
+        return Recipe.model_validate_json(json.dumps(without_idle(folder.read_json("config.json"), Recipe)))
     except ValidationError as error:
         found = f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)"
         raise FedtuneError("R402", found, "the config.json of a run", "use the version that began the run") from None

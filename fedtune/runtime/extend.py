@@ -1,0 +1,48 @@
+"""A run goes on for more rounds than it was begun with: the same bytes as a run of so many from the start."""
+
+from __future__ import annotations
+
+from fedtune.config import Recipe
+from fedtune.errors import FedtuneError
+from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.journal import Journal
+
+
+def extend(folder: RunFolder, rounds: int) -> Recipe:
+    """The run's recipe with more rounds, in its folder and its journal; scores and comparisons of the shorter run are forgotten.
+
+    Raises C104 where the rounds that are done would have been others in a longer run: a schedule that depends on the number of rounds, a
+    rule whose last round differs, real sites.
+    """
+    recipe = recipe_of(folder)
+    if rounds < recipe.rounds:
+        raise FedtuneError("C104", f"--rounds {rounds} for a run of {recipe.rounds}", "more rounds", "leave --rounds out to go on with it as it is")
+    for found in depends_on_rounds(recipe, folder):
+        raise FedtuneError("C104", f"--rounds for a run with {found}", "rounds that do not depend on their number", "start a new run with method.start_from")
+    longer = recipe.model_copy(update={"rounds": rounds})
+    with folder.locked():
+        journal = Journal(folder.journal)
+        try:
+            journal.check()
+            if journal.facts().get("recipe") != longer.fingerprint:
+                (folder.path / "result.json").unlink(missing_ok=True)
+                journal.extend(longer.fingerprint)
+            folder.write_json("config.json", longer.model_dump(mode="json"))
+        finally:
+            journal.close()
+    return longer
+
+
+def depends_on_rounds(recipe: Recipe, folder: RunFolder) -> list[str]:
+    """What of a recipe looks at the number of rounds while it trains."""
+    train = getattr(recipe.method, "train", None)
+    found = []
+    if (folder.path / "deploy.json").exists():
+        found.append("real sites, whose memories belong to one recipe")
+    if train is not None and train.schedule != "constant":
+        found.append(f"method.train.schedule = '{train.schedule}'")
+    if train is not None and train.warmup:
+        found.append("method.train.warmup")
+    if recipe.aggregate.stays(["module.lora_A.weight", "module.lora_B.weight"]):
+        found.append(f"aggregate.rule = '{recipe.aggregate.rule}', whose clients show in the last round what they keep")
+    return found
