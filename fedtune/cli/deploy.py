@@ -56,13 +56,14 @@ def server(options: argparse.Namespace) -> int:
 def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, listen: str, metrics: str) -> int:
     """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names that their runs get otherwise."""
     from fedtune.cli.keys import coordinator as own
+    from fedtune.deploy.ports import require_free
     from fedtune.deploy.processes import Stopped, stop_on_signals
     from fedtune.deploy.server import Coordinator, begin, conduct_all
 
-    at, _, port = listen.rpartition(":")
-    if not port.isdecimal() or not at:
-        raise FedtuneError("C103", f"--listen '{listen}'", f"HOST:PORT such as 0.0.0.0:{PORT}", "correct it")
-    place, folder = Path(runs).resolve(), own(Path(keys)).resolve()
+    place, folder = Path(runs).expanduser().resolve(), own(Path(keys).expanduser()).resolve()
+    require_free(listen, "--listen")
+    if metrics:
+        require_free(metrics, "--metrics")
     begun = [begin(recipe, stem, place, folder, listen) for recipe, stem in recipes]
     stop_on_signals()
     try:
@@ -96,15 +97,17 @@ def show(record: dict[str, Any]) -> None:
 def client(options: argparse.Namespace) -> int:
     """Take part until ended by Ctrl-C or SIGTERM."""
     from fedtune.deploy.client import attend
+    from fedtune.deploy.ports import split_address
     from fedtune.deploy.processes import Stopped, stop_on_signals
     from fedtune.deploy.worker import SiteConfig
 
     quiet()
-    home = Path(options.home).resolve()
-    config = SiteConfig(
-        str(Path(options.keys).resolve()), options.server, str(home), "", options.data and str(Path(options.data).resolve()), options.model, options.device,
-        options.policy and str(Path(options.policy).resolve()),
-    )  # fmt: skip
+    split_address(options.server, "--server")
+    keys, home, data, policy = (absolute(text) for text in (options.keys, options.home, options.data, options.policy))
+    for option, path in (("--data", data), ("--policy", policy), ("--keys", keys)):
+        if path and not Path(path).exists():
+            raise FedtuneError("D201" if option == "--data" else "C105", f"no '{path}' for {option}", "a file or folder", f"correct {option}")
+    config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy)
     stop_on_signals()
     try:
         attend(config, lambda text: print(text, flush=True))
@@ -113,13 +116,18 @@ def client(options: argparse.Namespace) -> int:
     return 0
 
 
+def absolute(path: str) -> str:
+    """A path of the command line for programs that start elsewhere; "" stays what it is."""
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
 def status(options: argparse.Namespace) -> int:
     from fedtune.deploy.status import at_server, of_folder
 
     if options.server:
         if not options.keys:
             raise FedtuneError("C103", "--server without --keys", "a member's keys", "name their folder")
-        lines = at_server(options.server, Path(options.keys), options.run)
+        lines = at_server(options.server, Path(options.keys).expanduser(), options.run)
     else:
         lines = of_folder(options.run or ".")
     for line in lines:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedtune.disk import took
 from fedtune.errors import FedtuneError
+from fedtune.proxies import spared
 
 FIRST, LONGEST, STEADY = 0.5, 30.0, 60.0  # seconds: first pause, longest pause, after which a program counts as healthy again
 TRIES = 8  # deaths in a row, none of them after a healthy while
@@ -43,15 +44,19 @@ def leashed(folder: Path) -> Path:
 def environment(home: Path) -> dict[str, str]:
     """Flower without telemetry and with a home of its own; programs of this interpreter first in the path."""
     here = f"{leashed(home / 'bin')}{os.pathsep}{Path(sys.executable).parent}"
-    return os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
-        "GRPC_VERBOSITY": "ERROR",
-        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
-        PARENT: str(os.getpid()),
-    }
+    return (
+        os.environ
+        | spared(os.environ)
+        | {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+            "GRPC_VERBOSITY": "ERROR",
+            "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', '')}",
+            PARENT: str(os.getpid()),
+        }
+    )
 
 
 @dataclass
@@ -93,10 +98,17 @@ class Program:
             self.process = subprocess.Popen(command, env=dict(self.env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         self._since, self.lives = now, self.lives + 1
 
+    @property
+    def started(self) -> float:
+        """When its present life began, by the monotonic clock."""
+        return self._since
+
     def restart(self) -> None:
-        """SIGKILL; the next looks start it again."""
+        """SIGKILL; the next look starts it again, without a pause: a death by our hand says nothing of the program."""
         if self.process is not None:
             self.process.kill()
+            self.process.wait()
+            self.process = None
 
     def stop(self, seconds: float = 5.0) -> None:
         """SIGTERM, and SIGKILL after a while."""
@@ -171,9 +183,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # our own programs are asked without a proxy
+
+
 def healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
+        with DIRECT.open(url, timeout=2) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError, ValueError):
         return False

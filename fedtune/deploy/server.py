@@ -233,6 +233,12 @@ def opened(folder: RunFolder) -> Running:
     return Running(folder, read=path.stat().st_size if path.exists() else 0)
 
 
+def welcome(folder: RunFolder, listen: str) -> str:
+    """Where the coordinator listens, and whom it waits for."""
+    sites = recipe_of(folder).deploy.sites
+    return f"{folder.path.name}: listening on {listen} for {len(sites)} clients: {', '.join(sites[:12])}{' ...' if len(sites) > 12 else ''}"
+
+
 def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
     """Start the programs, submit the runs, look after both until all runs have ended; the exit code."""
     with alone(coordinator.home):
@@ -244,6 +250,8 @@ def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
             return code
         try:
             coordinator.start(split_run([run.folder for run in open_runs]))
+            for run in open_runs:
+                coordinator.show({"event": "Noted", "text": welcome(run.folder, coordinator.listen)})
             while open_runs:
                 coordinator.look()
                 for run in list(open_runs):

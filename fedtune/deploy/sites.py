@@ -28,6 +28,8 @@ def resolved(recipe: Recipe, keys: Path) -> Recipe:
         raise FedtuneError(
             "F502", f"deploy.sites with '{unknown[0]}', who has no valid key", f"names among {', '.join(allowed)[:200]}", "fedtune keys issue it"
         )
+    if recipe.deploy.data == "sites" and recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
+        raise FedtuneError("D206", "no data.labels in a recipe for real sites", "the label set", "list all labels in data.labels")
     if len(set(sites)) < len(sites):
         raise FedtuneError("C104", "deploy.sites with a name twice", "each site once", "remove one")
     if recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.all_values:

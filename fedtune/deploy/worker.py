@@ -148,11 +148,14 @@ class Worker:
             from fedtune.exchange.split_service import body_at
 
             world.body = body_at(self.identity, self.config.coordinator, about.run, token, details.told)
+        self.tell(Noted(f"asked: '{about.verb}' in round {about.round} of run {about.run}"))
         held = load_versions(place, ask.client)
         client = world.client_with(ask.client, memory_before(held, ask))
         update = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         self.exchange.send(about, update)
+        last = "; that was the run's last round" if about.round == world.recipe.rounds else ""
+        self.tell(Noted(f"sent: {len(update):,} bytes for round {about.round} of run {about.run}{last}"))
         return link.chain.said
 
     def own(self, recipe: Recipe) -> Recipe:

@@ -18,6 +18,7 @@ from fedtune.events import Event
 from fedtune.exchange.events import CallRefused
 from fedtune.exchange.limits import FRAME, WINDOW
 from fedtune.exchange.refusal import NoRoom, abort
+from fedtune.proxies import is_loopback
 from fedtune.trust import AllowList, Identity, Peer, peer_from_tls
 
 KEEPALIVE = (  # a peer that is gone without a word is noticed after 30 s
@@ -71,7 +72,8 @@ def secure_channel(identity: Identity, address: str, alone: bool = False, longes
 
     longest  bytes of a message that comes back
     """
-    options = (*CLIENT_OPTIONS, ("grpc.max_receive_message_length", longest), ("grpc.use_local_subchannel_pool", int(alone)))
+    direct = (("grpc.enable_http_proxy", 0),) if is_loopback(address) else ()
+    options = (*CLIENT_OPTIONS, *direct, ("grpc.max_receive_message_length", longest), ("grpc.use_local_subchannel_pool", int(alone)))
     return grpc.secure_channel(address, client_credentials(identity), options=options)
 
 

@@ -21,6 +21,7 @@ from flwr.app import Context, Message
 from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
+from fedtune.proxies import spared
 from fedtune.runtime.cohort import Carrier, Link
 from fedtune.runtime.flower import Grid, answer, find_nodes, flower_carrier, hello
 from fedtune.runtime.folder import RunFolder
@@ -57,6 +58,7 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
     takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs in a thread,
     so that a run's own errors, and Ctrl-C, happen where they do in a local run.
     """
+    os.environ.update(spared(os.environ))  # Ray and Flower talk to their own parts on this machine
     # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

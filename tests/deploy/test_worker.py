@@ -9,8 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -61,18 +59,20 @@ def test_no_worker_is_a_sentence_after_a_while(tmp_path: Path) -> None:
 def test_a_supernode_that_asks_for_nothing_while_nothing_is_done_is_stuck(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that trains keeps its SuperNode silent for hours, and that is well."""
     monkeypatch.setattr(client, "STUCK", 0.3)
-    silent: Any = SimpleNamespace(asked=time.monotonic() - 10)
-    socket = str(tmp_path / "socket")
-    wait_for(lambda: client.stuck(silent, socket), 10, "a worker that is idle for long enough")
-    assert not client.stuck(SimpleNamespace(asked=time.monotonic() + 10), socket)  # type: ignore[arg-type]  # it asked just now
+    now = time.monotonic()
+    silent, born, socket = now - 10, now - 20, str(tmp_path / "socket")
+    wait_for(lambda: client.stuck(silent, born, socket), 10, "a worker that is idle for long enough")
+    assert not client.stuck(now + 10, born, socket)  # it asked just now
+    assert not client.stuck(silent, now - 5, socket)  # it has not asked anything in this life, and may still be starting
+    assert client.stuck(silent, silent + 1 - client.STARTING, socket) and client.stuck(now - 900, now - 301, socket)
     free = threading.Event()
     monkeypatch.setattr(worker, "done", lambda content: str(free.wait(30)))
     asking = threading.Thread(target=through, args=(socket, {"what": "ticket", "ticket": "x"}))
     asking.start()
     wait_for(lambda: worker.callers, 10, "the worker to begin")
     time.sleep(0.5)
-    assert not client.stuck(silent, socket)
+    assert not client.stuck(silent, born, socket)
     free.set()
     asking.join()
-    wait_for(lambda: client.stuck(silent, socket), 10, "a worker that is idle again")
-    assert not client.stuck(silent, str(tmp_path / "none"))  # a worker that is being started
+    wait_for(lambda: client.stuck(silent, born, socket), 10, "a worker that is idle again")
+    assert not client.stuck(silent, born, str(tmp_path / "none"))  # a worker that is being started
