@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Which keys of a table the value of its selector uses; other keys would be ignored, so they are refused.
 ADAPTER_KEYS: dict[str, set[str]] = {
-    "lora": {"rank", "alpha", "dropout", "targets", "last", "rslora", "dora"},
-    "ia3": {"targets", "last"},
+    "lora": {"rank", "alpha", "dropout", "targets", "last", "rslora", "dora", "modules_to_save"},
+    "ia3": {"targets", "last", "modules_to_save"},
     "adapter": {"reduction", "shared"},
     "prompt": {"tokens", "deep"},
     "prefix": {"tokens"},

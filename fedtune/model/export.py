@@ -17,10 +17,13 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
+from fedtune.model import standalone
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench, attach, detach
+from fedtune.model.blocks import is_encoder
 from fedtune.model.kinds import file_name
 from fedtune.model.settings import AdapterSettings
+from fedtune.model.usage import usage
 
 SIDECAR = "fedtune.json"
 OWN_FILE = "fedtune_adapter.safetensors"  # tensors under fedtune's names, where peft's file does not hold them
@@ -43,8 +46,8 @@ def save(form: str, bench: Bench, folder: str | Path, card: str) -> None:
 def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) -> None:
     """Write the adapter, the card (README.md) and fedtune.json, which names the base by fingerprint.
 
-    Kinds that peft has become adapter_config.json and adapter_model.safetensors. The others become fedtune_adapter.safetensors, which only
-    `load_adapter` reads: peft has no form for them (bias, head and full can be exported as a merged model instead).
+    Kinds that peft has become adapter_config.json and adapter_model.safetensors. The others become fedtune_adapter.safetensors, which
+    `load_adapter` reads, and load.py beside it without fedtune. The tokenizer (or image processor) and the labels lie beside both.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -60,8 +63,13 @@ def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) ->
     base = bench.base
     about = {"format": 1, "base": base_name, "base_fingerprint": base.fingerprint, "task": base.task, "labels": list(base.labels)}
     about["adapter"] = bench.settings.model_dump(mode="json") if bench.settings else None
+    about["pad_token_id"] = None if base.task == "image-classify" else base.tokenizer.pad_token_id
+    about["behind_class_token"] = is_encoder(base)  # where prompts of our own enter
     (place / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-    (place / "README.md").write_text(card)
+    base.tokenizer.save_pretrained(str(place))
+    if not is_stock(bench):
+        (place / "load.py").write_bytes(Path(standalone.__file__).read_bytes())
+    (place / "README.md").write_text(card + "\n" + usage("stock" if is_stock(bench) else "script", about))
 
 
 def sort_lists(path: Path) -> None:
@@ -128,4 +136,5 @@ def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
     with torch.no_grad():
         merged.save_pretrained(str(place))
     bench.base.tokenizer.save_pretrained(str(place))
-    (place / "README.md").write_text(card)
+    about = {"task": bench.base.task, "labels": list(bench.base.labels), "base": bench.base.name}
+    (place / "README.md").write_text(card + "\n" + usage("merged", about))

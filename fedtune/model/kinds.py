@@ -33,7 +33,13 @@ def lora(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
     return with_peft(
         base,
         peft.LoraConfig(
-            r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=targets(base, s), use_rslora=s.rslora, use_dora=s.dora, **common(base)
+            r=s.rank,
+            lora_alpha=s.alpha,
+            lora_dropout=s.dropout,
+            target_modules=targets(base, s),
+            use_rslora=s.rslora,
+            use_dora=s.dora,
+            **common(base, s.modules_to_save),
         ),
     )
 
@@ -48,7 +54,9 @@ def ia3(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
         raise FedtuneError(
             "M306", f"no key, value or feed-forward layer that 'ia3' knows in {base.name}", "names of layers to scale", "set method.adapter.targets"
         )
-    return with_peft(base, peft.IA3Config(target_modules=wanted, feedforward_modules=[name for name in wanted if narrows(base, name)], **common(base)))
+    return with_peft(
+        base, peft.IA3Config(target_modules=wanted, feedforward_modules=[name for name in wanted if narrows(base, name)], **common(base, s.modules_to_save))
+    )
 
 
 def layernorm(base: Base, s: AdapterSettings) -> tuple[Any, Named]:
@@ -140,9 +148,19 @@ BUILD: dict[str, Callable[[Base, AdapterSettings], tuple[Any, Named]]] = {
 # --- what the kinds share ---------------------------------------------------------------------------------------
 
 
-def common(base: Base) -> dict[str, Any]:
-    """Settings of every peft config: the task, and the head that travels with the adapter."""
-    return {"task_type": PEFT_TASK[base.task], "modules_to_save": list(heads(base)) or None}
+def common(base: Base, whole: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Settings of every peft config: the task, the head that travels with the adapter, and other modules that are trained whole. Raises M302, M306."""
+    for name in whole:
+        found = [path for path, _ in base.net.named_modules() if path == name or path.endswith("." + name)]
+        if not found:
+            some = ", ".join(sorted({path.rpartition(".")[2] for path, _ in base.net.named_modules() if path})[:8])
+            raise FedtuneError("M302", f"the module '{name}' to save, which {base.name} does not have", f"names such as {some}", "correct modules_to_save")
+        tied = base.net.get_output_embeddings()
+        embeddings = base.net.get_input_embeddings()
+        if tied is not None and tied.weight is embeddings.weight and any(base.net.get_submodule(path) in (tied, embeddings) for path in found):
+            found_ = f"modules_to_save = '{name}' with {base.name}, whose output layer is tied to its embeddings"
+            raise FedtuneError("M306", found_, "a module with weights of its own", 'leave it out, or choose kind = "full"')
+    return {"task_type": PEFT_TASK[base.task], "modules_to_save": [*heads(base), *whole] or None}
 
 
 def sizes(base: Base) -> dict[str, int]:
@@ -223,7 +241,7 @@ def linears(base: Base) -> list[str]:
 
 def targets(base: Base, s: AdapterSettings) -> list[str]:
     """Full names of the modules that the settings mean: all-linear or endings of names, in the last blocks or all. Raises M302."""
-    known = linears(base)
+    known = [name for name in linears(base) if not any(name == whole or name.endswith("." + whole) for whole in s.modules_to_save)]
     if not known:
         raise unfit(base, s.kind, "a model with linear layers (torch's Linear, or GPT-2's Conv1D) outside its task head", "choose another method.adapter.kind")
     found: set[str] = set()

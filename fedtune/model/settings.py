@@ -38,6 +38,8 @@ class AdapterSettings(Settings):
     """lora: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """lora: dropout before A."""
+    modules_to_save: tuple[str, ...] = ()
+    """lora, ia3: modules beside the task head that are trained whole and travel, by the ends of their names, such as "embed_tokens"."""
     targets: tuple[str, ...] = ("all-linear",)
     """lora, ia3: names of modules, or all-linear."""
     last: int = Field(0, ge=0)

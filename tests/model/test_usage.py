@@ -1,0 +1,100 @@
+"""What an export says about loading works as it stands: the card's lines with stock libraries, and load.py without fedtune."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedtune.model.bench import Bench, attach
+from fedtune.model.export import is_stock, load_adapter, save
+from fedtune.model.fit import fit
+from fedtune.model.settings import AdapterSettings, TrainSettings
+from tests.model.cases import ALL, VARIANTS
+
+
+def tuned(world: Any, model: str, **settings: Any) -> Bench:
+    bench = attach(world.base(model), AdapterSettings(**settings), 0)
+    fit(bench, world.encoded(model), TrainSettings(steps=3, lr=0.05, batch=6), 5)
+    return bench
+
+
+def logits(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(net(**batch).logits)
+
+
+def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Execute the lines of the card in its folder."""
+    (lines,) = re.findall(r"## Use\n.*?```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "load", raising=False)
+    names: dict[str, Any] = {}
+    exec(compile(lines, "card", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(("model", "variant"), ALL)
+def test_the_cards_lines_load_what_was_trained(model: str, variant: str, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tuned(world, model, **VARIANTS[variant])
+    batch = {name: value for name, value in world.encoded(model).collate([0, 1, 2]).items() if name != "labels"}
+    want = logits(bench.net, batch)
+    save("adapter", bench, tmp_path / "out", "# card\n")
+    names = run_card(tmp_path / "out", monkeypatch)
+    torch.testing.assert_close(logits(names["model"].eval(), batch), want, rtol=1e-4, atol=1e-5)
+    assert type(names["tokenizer"]) is type(bench.base.tokenizer)
+    assert (tmp_path / "out" / "load.py").exists() is not is_stock(bench)
+    torch.testing.assert_close(logits(load_adapter(bench.base, tmp_path / "out").net, batch), want, rtol=1e-4, atol=1e-5)
+
+
+def test_load_py_needs_neither_fedtune_nor_peft() -> None:
+    spec = importlib.util.find_spec("fedtune.model.standalone")
+    assert spec and spec.origin
+    tree = ast.parse(Path(spec.origin).read_text())
+    roots = {name.split(".")[0] for node in ast.walk(tree) for name in names_of(node)}
+    assert roots <= {"__future__", "importlib", "json", "pathlib", "typing", "torch", "transformers", "safetensors"}
+
+
+def names_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+@pytest.mark.parametrize("model", ["causal", "encoder"])
+def test_a_merged_models_card_works(model: str, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tuned(world, model, kind="lora")
+    batch = {name: value for name, value in world.encoded(model).collate([0, 1, 2]).items() if name != "labels"}
+    want = logits(bench.net, batch)
+    save("merged", bench, tmp_path / "out", "# card\n")
+    torch.testing.assert_close(logits(run_card(tmp_path / "out", monkeypatch)["model"].eval(), batch), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_other_modules_can_be_trained_whole_and_travel(kind: str, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tuned(world, "causal", kind=kind, modules_to_save=("embed_tokens", "lm_head"))
+    assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= bench.named.keys()
+    batch = {name: value for name, value in world.encoded("causal").collate([0, 1, 2]).items() if name != "labels"}
+    want = logits(bench.net, batch)
+    save("adapter", bench, tmp_path / "out", "# card\n")
+    torch.testing.assert_close(logits(run_card(tmp_path / "out", monkeypatch)["model"], batch), want, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_that_are_not_there_or_tied_are_refused(world: Any, tmp_path: Path) -> None:
+    from fedtune.errors import FedtuneError
+    from fedtune.model.base import load
+    from fedtune.model.settings import ModelSettings
+    from tests import tiny
+
+    with pytest.raises(FedtuneError, match=r"M302.*'nowhere'"):
+        attach(world.base("causal"), AdapterSettings(modules_to_save=("nowhere",)), 0)
+    base = load(ModelSettings(name=str(tiny.llama(tmp_path, tie=True)), threads=1), "causal-lm", (), 1)
+    with pytest.raises(FedtuneError, match=r"M306.*tied to its embeddings"):
+        attach(base, AdapterSettings(modules_to_save=("lm_head",)), 0)
