@@ -35,8 +35,17 @@ def usage(form: str, about: Mapping[str, Any]) -> str:
             f'tokenizer = {reader}.from_pretrained(".")',
             *(["model.config.pad_token_id = tokenizer.pad_token_id"] if task != "image-classify" else []),
             'model = PeftModel.from_pretrained(model, ".").eval()',
+            *one_line(task, about),
         ]
     return "\n".join(["## Use", "", "In this folder:", "", "```python", *lines, "```", ""])
+
+
+def one_line(task: str, about: Mapping[str, Any]) -> list[str]:
+    """peft's own shorthand, where it knows the task and finds the base by its name."""
+    if task == "image-classify" or str(about["base"]).startswith("package:"):
+        return []
+    words = f'(".", num_labels={len(about["labels"])})' if about["labels"] else '(".")'
+    return [f"# in one line: peft.{AUTO[task].replace('AutoModel', 'AutoPeftModel')}.from_pretrained{words}"]
 
 
 def imports_of(base: str) -> list[str]:

@@ -163,6 +163,9 @@ def rows(checked: Checked) -> list[str]:
     lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
     lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))
     lines += checked.remarks
+    if recipe.deploy.data == "sites" and recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
+        known = ", ".join(f'"{label}"' for label in federation.labels[:6]) + (", ..." if len(federation.labels) > 6 else "")
+        lines.append(f"sites     before fedtune server: set data.labels = [{known}], so that all sites number the classes alike")
     lines += [f"memory    {what}: {count / MIB:,.1f} MiB" for what, count in checked.memory.items()]
     for row in checked.exposed:
         if row.verb in checked.method.verbs:

@@ -360,3 +360,18 @@ def test_a_node_that_comes_late_and_one_that_has_gone_do_not_stop_a_run() -> Non
 
     grid.get_node_ids = nodes  # type: ignore[method-assign]
     assert flower.find_nodes(grid, 2, 5) == {0: 5, 1: 8}
+
+
+@pytest.mark.slow
+def test_flwr_run_as_the_readme_prints_it(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """The README's own line, with a recipe of two clients, on Flower's default local SuperLink; nothing is installed and no network is asked."""
+    (line,) = [text.partition("    #")[0].strip() for text in (ROOT / "README.md").read_text().splitlines() if "flwr run ." in text]
+    recipe = write_recipe(tmp_path / "my.toml", tiny_bert, data, partition__clients=2)
+    env = os.environ | {"FLWR_HOME": str(tmp_path / "flower"), "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = line.replace('recipe="my.toml"', f'recipe="{recipe}" runs="{tmp_path / "runs"}"')
+    try:
+        done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=280)
+        assert (tmp_path / "runs" / "my" / "result.json").exists(), done.stdout + done.stderr
+    finally:
+        for pid in processes(f"FLWR_HOME={tmp_path / 'flower'}"):
+            os.kill(pid, signal.SIGTERM)

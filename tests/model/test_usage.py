@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -52,6 +53,18 @@ def test_the_cards_lines_load_what_was_trained(model: str, variant: str, world: 
     assert type(names["tokenizer"]) is type(bench.base.tokenizer)
     assert (tmp_path / "out" / "load.py").exists() is not is_stock(bench)
     torch.testing.assert_close(logits(load_adapter(bench.base, tmp_path / "out").net, batch), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["causal", "encoder"])
+def test_pefts_own_shorthand_loads_it_as_well(model: str, world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tuned(world, model, kind="lora")
+    batch = {name: value for name, value in world.encoded(model).collate([0, 1, 2]).items() if name != "labels"}
+    want = logits(bench.net, batch)
+    save("adapter", bench, tmp_path / "out", "# card\n")
+    (line,) = re.findall(r"# in one line: (.*)", (tmp_path / "out" / "README.md").read_text())
+    monkeypatch.chdir(tmp_path / "out")
+    net = eval(line, {"peft": peft})  # noqa: S307  # our own card's line
+    torch.testing.assert_close(logits(net.eval(), batch), want, rtol=1e-4, atol=1e-5)
 
 
 def test_load_py_needs_neither_fedtune_nor_peft() -> None:
