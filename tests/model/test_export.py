@@ -55,7 +55,7 @@ def test_round_trips(world: Any, model: str, variant: str, tmp_path: Path) -> No
     folder = tmp_path / "adapter"
     save_adapter(bench, folder, str(world.folders[model]), "# a card\n")
     assert digest(bench.read()) == digest(state)
-    assert (folder / "README.md").read_text() == "# a card\n"
+    assert (folder / "README.md").read_text().startswith("# a card\n")
 
     if is_stock(bench):
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world.folders[model])
