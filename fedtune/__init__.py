@@ -3,8 +3,40 @@
 Importing this package loads neither torch nor Flower; see DESIGN in docs/architecture.md for the floors.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fedtune.threads import shorten_spinning
+
+if TYPE_CHECKING:
+    from fedtune.api import Result as Result
+    from fedtune.api import check as check
+    from fedtune.api import load as load
+    from fedtune.api import recipe as recipe
+    from fedtune.api import simulate as simulate
+    from fedtune.config import Recipe
+    from fedtune.errors import FedtuneError
+
 
 __version__ = "0.1.0"
 
 shorten_spinning()  # here, since torch reads the setting when it is imported, and everything of fedtune comes before that
+
+API = ("Result", "check", "load", "recipe", "simulate")
+__all__ = [*API, "FedtuneError", "Recipe", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import fedtune` stays light."""
+    if name in API:
+        from fedtune import api
+
+        return getattr(api, name)
+    if name == "Recipe":
+        from fedtune.config import Recipe
+
+        return Recipe
+    if name == "FedtuneError":
+        from fedtune.errors import FedtuneError
+
+        return FedtuneError
+    raise AttributeError(f"module 'fedtune' has no attribute '{name}'")

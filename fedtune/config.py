@@ -135,6 +135,11 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines and [tables]", "mend that line") from None
+    return parse_with(tree, overrides, stem)
+
+
+def parse_with(tree: dict[str, Any], overrides: Sequence[str], stem: str) -> Recipe:
+    """A recipe from a parsed tree, which is changed, and overrides. Raises C101 to C104."""
     paths = [apply_override(tree, override) for override in overrides]
     dropped = [key for path in sorted(paths, key=len) if is_selector(path) for key in drop_unused(tree, path, set(paths))]
     recipe = parse(tree, stem)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
 from fedtune.cli.common import add_recipe, sinks
 from fedtune.quiet import quiet
+
+STARTED = time.time()  # the nearest thing to the start of the command
 
 
 def add_commands(commands: Any) -> None:
@@ -38,7 +41,7 @@ def simulate(options: argparse.Namespace) -> int:
 
             simulation(recipe, folder, sinks(folder))
         else:
-            run(recipe, folder, sinks(folder))
+            run(recipe, folder, sinks(folder), began=STARTED)
     except FedtuneError:
         discard_if_empty(folder)
         raise

@@ -30,6 +30,7 @@ from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
 from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before, respond
 from fedtune.runtime.failures import failure_of
+from fedtune.runtime.scoring import SCORE
 from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
@@ -154,7 +155,7 @@ class Worker:
         update = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         self.exchange.send(about, update)
-        last = "; that was the run's last round" if about.round == world.recipe.rounds else ""
+        last = "; that was the run's last round" if about.round == world.recipe.rounds and about.verb != SCORE else ""
         self.tell(Noted(f"sent: {len(update):,} bytes for round {about.round} of run {about.run}{last}"))
         return link.chain.said
 

@@ -82,15 +82,13 @@ def sort_lists(path: Path) -> None:
 def load_adapter(base: Base, folder: str | Path) -> Bench:
     """A bench with the adapter that `save_adapter` wrote. Raises M304 if it was made for another base, task or label set."""
     place = Path(folder)
+    about = sidecar(place)
     try:
-        about = json.loads((place / SIDECAR).read_text())
         settings = AdapterSettings.model_validate_json(json.dumps(about["adapter"]))
         file = place / OWN_FILE if (place / OWN_FILE).exists() else place / "adapter_model.safetensors"
         tensors = load_file(str(file))
     except (OSError, ValueError, KeyError) as error:
-        raise FedtuneError(
-            "M304", f"no adapter of fedtune in {place} ({str(error)[:120]})", f"{SIDECAR} beside the tensors", "name the folder that 'fedtune export' wrote"
-        ) from error
+        raise no_adapter(place, error) from error
     for what, want, have in (
         ("task", base.task, about["task"]),
         ("labels", list(base.labels), about["labels"]),
@@ -113,6 +111,22 @@ def without_statistics(bench: Bench, tensors: Mapping[str, np.ndarray]) -> dict[
     here = {file_name(name): value for name, value in bench.net.named_buffers()}
     same = {name for name, value in tensors.items() if name in here and np.array_equal(value, here[name].cpu().numpy())}
     return {name: value for name, value in tensors.items() if name in bench.named or name not in same}
+
+
+def sidecar(place: Path) -> dict[str, Any]:
+    """What fedtune.json says of an adapter: base, task, labels, settings. Raises M304."""
+    try:
+        about = json.loads((place / SIDECAR).read_text())
+        if not isinstance(about, dict) or not {"base", "task", "labels", "adapter", "base_fingerprint"} <= about.keys():
+            raise ValueError("an entry is missing")
+    except (OSError, ValueError) as error:
+        raise no_adapter(place, error) from error
+    return about
+
+
+def no_adapter(place: Path, error: Exception) -> FedtuneError:
+    found = f"no adapter of fedtune in {place} ({str(error)[:120]})"
+    return FedtuneError("M304", found, f"{SIDECAR} beside the tensors", "name the folder that 'fedtune export' wrote")
 
 
 def save_merged(bench: Bench, folder: str | Path, card: str) -> None:

@@ -28,8 +28,6 @@ from fedtune.threads import describe_threads
 from fedtune.types import Round, State
 from fedtune.versions import versions
 
-STARTED = time.time()  # the nearest thing to the start of the command; time to the first round is counted from here
-
 
 @dataclass
 class Run:
@@ -64,14 +62,17 @@ def run(
     tell: Callable[[Event], None],
     carry: Callable[[Link, World], Carrier] | None = None,
     federation: Federation | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Start or continue the run in `folder`; returns what result.json holds.
 
     carry       makes the carrier from the link and the world; the default keeps every client in this process
     federation  of real sites: who takes part, and what there is to score on
+    began       when the work began that led here, in seconds since the epoch; the result's seconds count from then (None: from now)
 
     Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
     """
+    since = time.time() if began is None else began
     with folder.locked():
         journal = Journal(folder.journal)
         try:
@@ -79,7 +80,7 @@ def run(
             if done:
                 tell(RunDone(done))
                 return done
-            work = open_run(recipe, folder, journal, tell, carry, federation)
+            work = open_run(recipe, folder, journal, tell, carry, federation, since)
             for number in range(work.done + 1, recipe.rounds + 1):
                 one_round(work, number)
             result = finish(work)
@@ -107,7 +108,8 @@ def open_run(
     journal: Journal,
     tell: Callable[[Event], None],
     carry: Callable[[Link, World], Carrier] | None,
-    federation: Federation | None = None,
+    federation: Federation | None,
+    since: float,
 ) -> Run:
     """Build the world, and take up the state where the journal left it. Raises R403, R406."""
     method = method_of(recipe)
@@ -130,7 +132,7 @@ def open_run(
     link = link_of(world, method)
     carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done, folder.path / "errors")
     bench = world.bench
-    clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": STARTED}
+    clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(
         RunStarted(
             folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done, describe_threads(recipe.model.threads)

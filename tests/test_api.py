@@ -1,0 +1,57 @@
+"""The Python API: what a notebook needs, with nothing printed, several runs in one process, and nothing heavy imported by `import fedtune`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedtune
+from fedtune.events import Event, RoundDone
+from tests import small
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return small.write_rows(tmp_path)
+
+
+def test_a_run_from_a_dict_and_its_model(tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[Event] = []
+    result = fedtune.simulate(small.tree(tiny_bert, data), runs=tmp_path / "runs", on_event=told.append, rounds=2, method__adapter__rank=3)
+    assert result.rounds == 2 and result.metric == "accuracy" and result.folder == tmp_path / "runs" / "run"
+    assert sum(isinstance(event, RoundDone) for event in told) == 2 and capsys.readouterr().out == ""
+    again = fedtune.simulate(small.recipe(tiny_bert, data, rounds=2, method__adapter={"kind": "lora", "rank": 3}), runs=tmp_path / "runs")
+    assert again.state_sha256 == result.state_sha256 and again.folder.name == "run-2"
+    assert again.seconds < 60 and again.first_round_seconds <= again.seconds  # its own clock, not that of the process
+    with pytest.raises(AttributeError, match="a result has no 'nonsense'"):
+        _ = result.nonsense
+    model, tokenizer = fedtune.load(result.folder)
+    with torch.no_grad():
+        assert model(**tokenizer("the red fox", return_tensors="pt", return_token_type_ids=False)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("kind", ["bias", "adapter", "full"])
+def test_kinds_without_a_form_in_peft_load_too(kind: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    result = fedtune.simulate(small.tree(tiny_bert, data, rounds=1, method__adapter={"kind": kind}), runs=tmp_path / "runs")
+    model, _ = fedtune.load(result.folder / "adapter", base=str(tiny_bert))
+    assert not model.training
+
+
+def test_recipes_and_checks(tiny_bert: Path, data: Path) -> None:
+    tree = small.tree(tiny_bert, data)
+    first = fedtune.recipe(tree, method__server={"optimizer": "sgd", "lr": 0.5})
+    assert first.method.server.lr == 0.5 and fedtune.recipe(first, rounds=9).rounds == 9 and "server" not in tree["method"]
+    assert any(line.startswith("bytes") for line in fedtune.check(tree))
+    with pytest.raises(fedtune.FedtuneError, match=r"C101.*nonsense"):
+        fedtune.recipe(None, nonsense=1)
+    with pytest.raises(fedtune.FedtuneError, match=r"M304.*no adapter of fedtune"):
+        fedtune.load(data.parent)
+
+
+def test_importing_fedtune_is_light() -> None:
+    program = "import fedtune, sys; fedtune.Recipe; print(sorted({'torch', 'transformers', 'flwr', 'grpc'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
