@@ -28,7 +28,7 @@ from fedtune.errors import FedtuneError
 from fedtune.images import to_eight_bits
 
 Rows = list[dict[str, Any]]
-BLANK = "an empty text or response"
+BLANK = "an empty text, response or label"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def clean(data: DataSettings, rows: Rows, where: str, folder: Path | None = None
 
 
 def shape(data: DataSettings, row: Mapping[str, Any], at: str, folder: Path | None) -> dict[str, Any] | None:
-    """One row in the task's shape; None if it has no text."""
+    """One row in the task's shape; None if it has no text, or nothing where its label should be."""
+    if data.task in ("classify", "image-classify") and data.label in row and row[data.label] is None:
+        return None
     if data.task == "image-classify":
         return {"image": picture(cell(row, data.image, at, "data.image"), data.image, at, folder), "label": label_of(data, row, at)}
     if data.task == "instruct" and data.messages:

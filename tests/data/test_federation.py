@@ -121,7 +121,7 @@ def test_limit_and_blank_texts_are_counted(tmp_path: Path) -> None:
         handle.write('{"text": "  ", "label": 1}\n')
     made = load(settings(path, limit=50), IID, 1)
     assert len(everywhere(made)) == len(set(everywhere(made))) == 50
-    assert made.dropped == {"an empty text or response": 1, "more than data.limit = 50": 150}
+    assert made.dropped == {"an empty text, response or label": 1, "more than data.limit = 50": 150}
 
 
 def test_the_label_set_is_the_recipes_where_it_has_one(tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def test_labels_as_truth_values_and_whole_floats(tmp_path: Path) -> None:
 
 
 def test_nothing_in_a_text_is_an_empty_text_and_counted(tmp_path: Path) -> None:
-    found = opened(lines(tmp_path / "a.jsonl", [*made(0, 8), {"text": None, "label": "a"}]))
-    assert found.dropped == {"an empty text or response": 1}
+    found = opened(lines(tmp_path / "a.jsonl", [*made(0, 8), {"text": None, "label": "a"}, {"text": "x", "label": None}]))
+    assert found.dropped == {"an empty text, response or label": 2} and found.labels == ("a", "b")
 
 
 # --- repeats and labels that look alike ------------------------------------------------------------------------------------

@@ -199,7 +199,6 @@ def test_other_broken_files_are_named(tmp_path: Path) -> None:
         ({"body": "x", "label": "a"}, {}, "D204", ["'text'", "body, label", "data.text"]),
         ({"text": "x", "class": "a"}, {}, "D204", ["'label'", "class, text", "data.label"]),
         ({"text": 5, "label": "a"}, {}, "D203", ["int 5", "'text'"]),
-        ({"text": "x", "label": None}, {}, "D203", ["'label'"]),
         ({"text": "x", "label": 1.5}, {}, "D203", ["float 1.5"]),
         ({"text": "x", "label": "c"}, {"labels": ("a", "b")}, "D206", ["'c'", "a, b"]),
         ({"prompt": "x"}, {"task": "instruct"}, "D204", ["'response'", "data.response"]),
