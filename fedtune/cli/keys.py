@@ -68,7 +68,7 @@ def days(text: str) -> int:
 def init(options: argparse.Namespace) -> int:
     from fedtune.trust import authority
 
-    folder = Path(options.keys)
+    folder = Path(options.keys).expanduser()
     hosts = options.host or ["localhost", "127.0.0.1", socket.gethostname()]
     own = chosen(folder / "authority" / "key.pem", options.authority_passphrase)
     made = authority.create(folder, options.federation, hosts, options.days, own, chosen(folder / "coordinator" / "key.pem", options.passphrase))
@@ -81,7 +81,7 @@ def init(options: argparse.Namespace) -> int:
 def issue(options: argparse.Namespace) -> int:
     from fedtune.trust.authority import open_authority
 
-    made = open_authority(Path(options.keys), asked)
+    made = open_authority(Path(options.keys).expanduser(), asked)
     place = made.issue(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase))
     print(f"{place}  carry it to the site over a safe way, then delete it here")
     return 0
@@ -90,7 +90,7 @@ def issue(options: argparse.Namespace) -> int:
 def renew(options: argparse.Namespace) -> int:
     from fedtune.trust.authority import open_authority
 
-    made = open_authority(Path(options.keys), asked)
+    made = open_authority(Path(options.keys).expanduser(), asked)
     place = made.renew(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase), options.host)
     print(f"{place}  the old keys stay valid until they end, or: fedtune keys revoke {options.name} --key HASH")
     return 0
@@ -99,7 +99,7 @@ def renew(options: argparse.Namespace) -> int:
 def revoke(options: argparse.Namespace) -> int:
     from fedtune.trust import authority
 
-    for entry in authority.revoke(coordinator(Path(options.keys)), options.name, options.key):
+    for entry in authority.revoke(coordinator(Path(options.keys).expanduser()), options.name, options.key):
         print(f"revoked {entry.name} {entry.key[:12]}")
     return 0
 
@@ -111,7 +111,7 @@ def listed(options: argparse.Namespace) -> int:
 
     print(f"{'name':<24}{'key':<14}{'from':<12}{'until':<12}state")
     now = utc_now()
-    for entry in read_entries(coordinator(Path(options.keys)) / "allowed.json"):
+    for entry in read_entries(coordinator(Path(options.keys).expanduser()) / "allowed.json"):
         state = entry.state(now)
         if state == "valid":
             state = f"valid for {(datetime.fromisoformat(entry.ends) - now).days} days"

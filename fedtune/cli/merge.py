@@ -29,7 +29,8 @@ def add_commands(commands: Any) -> None:
 
 
 def merge(options: argparse.Namespace) -> int:
-    folders, target = [Path(folder).resolve() for folder in options.adapters], Path(options.to).resolve()  # before `opened` goes elsewhere
+    folders = [Path(folder).expanduser().resolve() for folder in options.adapters]  # before `opened` goes elsewhere
+    target = Path(options.to).expanduser().resolve()
     home = Path.cwd()
     if options.rank is not None and options.rank < 1:
         raise FedtuneError("C102", f"--rank {options.rank}", "1 or more", "correct it, or leave it out for the sum of ranks")

@@ -97,7 +97,7 @@ def export(options: argparse.Namespace) -> int:
         quiet()
         from fedtune.runtime.after import export_seeds
 
-        export_seeds(Path(options.from_seeds), options.base, options.form or "merged", target)
+        export_seeds(Path(options.from_seeds).expanduser(), options.base, options.form or "merged", target)
     else:
         folder = opened(options.run)
         quiet()

@@ -230,3 +230,11 @@ def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-m", "fedtune", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert "Traceback" not in done.stderr
+
+
+def test_a_home_folder_is_meant_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in --keys=~/keys, which a shell leaves alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["keys", "init", "--federation", "demo", "--host", "127.0.0.1", "--keys=~/keys"]) == 0
+    assert main(["keys", "issue", "site-a", "--keys=~/keys"]) == 0 and (tmp_path / "keys" / "clients" / "site-a").is_dir()
+    assert main(["eval", "~/no-run"]) == 2 and str(tmp_path / "no-run") in capsys.readouterr().err
