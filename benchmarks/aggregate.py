@@ -6,7 +6,7 @@ road of an answer, from the bytes of a message to the running sum (`cohort.sum`:
 to the SHA-256 of the same bytes, which every message pays; the memory of the mean, and of the whole road, does not depend on the number of
 clients; FlexLoRA's rule through thin QR is at least ten times as fast as the dense SVD of the same module, and says the same.
 
-    python benchmarks/aggregate.py [--full]
+    python benchmarks/aggregate.py [--full | --tiny]
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ def seconds(work: Callable[[], Any], turns: int) -> float:
     return best
 
 
-def speeds(layers: int, claims: list[dict[str, Any]]) -> None:
+def speeds(layers: int, cohorts: Sequence[int], claims: list[dict[str, Any]]) -> None:
     pool = [adapter(layers, seed) for seed in range(POOL)]
     size = sum(value.nbytes for value in pool[0].values())
     print(
         f"streaming mean, r = {RANK}, {layers} of {LAYERS} layers: {size / 1e6:.0f} MB an adapter\n{'clients':>8}{'mean GB/s':>12}{'copy GB/s':>12}{'ratio':>8}"
     )
-    for clients in COHORTS:
+    for clients in cohorts:
         turns = 3 if clients < 1000 else 1
         ours = clients * size / 1e9 / seconds(lambda n=clients: averaged(pool[i % POOL] for i in range(n)), turns)  # type: ignore[misc]
         copy = clients * size / 1e9 / seconds(lambda n=clients: copied(pool[i % POOL] for i in range(n)), turns)  # type: ignore[misc]
@@ -101,12 +101,12 @@ def speeds(layers: int, claims: list[dict[str, Any]]) -> None:
         claims.append(claim(f"GB/s of adapters averaged, {clients} clients, other: memory copy", ours, copy, ours / copy, f"ours >= {LINK}", ours >= LINK))
 
 
-def messages(layers: int, claims: list[dict[str, Any]]) -> None:
+def messages(layers: int, cohorts: Sequence[int], claims: list[dict[str, Any]]) -> None:
     """The server's whole work on answers without a chain; messages are made outside of the clock, as clients would."""
     pool = [adapter(layers, seed) for seed in range(POOL)]
     size = sum(value.nbytes for value in pool[0].values())
     print(f"\nfrom messages to the sum, {layers} layers\n{'clients':>8}{'cohort GB/s':>12}{'SHA-256 GB/s':>14}{'ratio':>8}")
-    for clients in COHORTS[:2]:
+    for clients in cohorts:
         ours = clients * size / 1e9 / min(road(pool, clients) for _ in range(3))
         flat = np.concatenate([value.reshape(-1) for value in pool[0].values()]).tobytes()
         floor = size / 1e9 / seconds(lambda flat=flat: hashlib.sha256(flat).digest(), 5)  # type: ignore[misc]
@@ -136,10 +136,10 @@ def road(pool: Sequence[Tensors], clients: int) -> float:
     return time.perf_counter() - start - spent
 
 
-def memory(layers: int, claims: list[dict[str, Any]]) -> None:
+def memory(layers: int, cohorts: Sequence[int], claims: list[dict[str, Any]]) -> None:
     """Peak memory of processes of their own: of the mean alone, every client's adapter a new one; and of `cohort.sum`, every message a new one."""
-    sums = ("peak", layers, COHORTS[0], COHORTS[-1] if layers <= 2 else COHORTS[1], "the mean alone")
-    roads = ("peak-road", max(layers, ROAD_LAYERS), 8, 64, "from messages to the sum")
+    sums = ("peak", layers, cohorts[0], cohorts[-1] if layers <= 2 else cohorts[1], "the mean alone")
+    roads = ("peak-road", max(layers, ROAD_LAYERS), cohorts[0], 8 * cohorts[0], "from messages to the sum")
     print("\npeak resident memory")
     for option, deep, less, more, what in (sums, roads):
         few, many = (peak(option, deep, clients) for clients in (less, more))
@@ -208,6 +208,7 @@ def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all 32 layers and a 4096 x 4096 module: minutes")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
     parser.add_argument("--peak", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peak-road", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -221,10 +222,12 @@ def main() -> None:
     machine = platform.processor() or platform.machine()
     print(f"{machine}, one thread, Python {platform.python_version()}, numpy {np.__version__}\n")
     claims: list[dict[str, Any]] = []
-    speeds(LAYERS if arguments.full else 2, claims)
-    messages(LAYERS if arguments.full else 2, claims)
-    memory(LAYERS if arguments.full else 2, claims)
-    refactoring(4096 if arguments.full else 2048, 10, claims)
+    layers, size = (LAYERS, 4096) if arguments.full else (1, 64) if arguments.tiny else (2, 2048)
+    cohorts = (2, 3) if arguments.tiny else COHORTS
+    speeds(layers, cohorts, claims)
+    messages(layers, cohorts[:2], claims)
+    memory(layers, cohorts, claims)
+    refactoring(size, 10, claims)
     print()
     print(json.dumps(claims))
 

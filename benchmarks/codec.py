@@ -3,7 +3,7 @@
 Claims: within 1 % of H2(p) + p bits a parameter at p = 5, 10, 20 %; at least 300 MB of bf16 adapter encoded and 1 GB decoded per
 core second. Both are measured on independent levels with random signs, by CPU time of this process, the best of several turns.
 
-    python benchmarks/codec.py [--full]
+    python benchmarks/codec.py [--full | --tiny]
 """
 
 from __future__ import annotations
@@ -115,13 +115,15 @@ def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="40 million levels instead of 4 million")
-    count = 40_000_000 if parser.parse_args().full else 4_000_000
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
+    options = parser.parse_args()
+    count = 40_000_000 if options.full else 40_000 if options.tiny else 4_000_000
     codes: dict[str, tuple[Code, int, int]] = {"gaps, Huffman-only, signs (ours)": ((coder.pack, coder.unpack), count, 5)}
     if zstandard:
         codes["bitmap, zstd-3, signs"] = ((bitmap_pack, bitmap_unpack), count, 3)
     else:
         print("zstandard is not installed: no row for bitmap, zstd-3")
-    codes["Golomb (plain Python, 0.2 M)"] = ((golomb_pack, golomb_unpack), 200_000, 1)
+    codes["Golomb (plain Python, 0.2 M)"] = ((golomb_pack, golomb_unpack), min(count, 200_000), 1)
     codes["raw bf16"] = ((lambda v: v.astype("<i2").tobytes(), lambda d, n: np.frombuffer(d, "<i2").astype(np.int8)), count, 3)
     machine = platform.processor() or platform.machine()
     print(f"{machine}, Python {platform.python_version()}, numpy {np.__version__}; {count:,} levels, MB of bf16 per core second\n")

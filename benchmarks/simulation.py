@@ -4,7 +4,7 @@ plain   a torch loop over the very same batches, peft and AdamW by hand: no fede
 local   fedtune's local cohort
 flower  the same recipe on Flower's simulation engine (Ray); only with --flower
 
-python benchmarks/simulation.py [--full] [--flower]
+python benchmarks/simulation.py [--full | --tiny] [--flower]
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def memory(process: psutil.Process) -> int:
 
 
 def worker(kind: str, clients: int, rounds: int, steps: int) -> None:
-    from fedtune.cli.common import quiet
+    from fedtune.quiet import quiet
 
     quiet()
     seconds = plain(clients, rounds, steps) if kind == "plain" else ours(kind, clients, rounds, steps)
@@ -132,6 +132,7 @@ def worker(kind: str, clients: int, rounds: int, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="more steps, and 100 clients too")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
     parser.add_argument("--flower", action="store_true", help="Flower's engine too (minutes)")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -139,11 +140,11 @@ def main() -> None:
         kind, *numbers = options.worker
         return worker(kind, *map(int, numbers))
     claims: list[dict[str, Any]] = []
-    sizes = [(8, 3, 3), (100, 1, 2)] if options.full else [(8, 2, 2)]
+    sizes = [(8, 3, 3), (100, 1, 2)] if options.full else [(2, 1, 1)] if options.tiny else [(8, 2, 2)]
     for size in sizes:
         kinds = ["plain", "local"]
         taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-        for _ in range(2):
+        for _ in range(1 if options.tiny else 2):
             for kind in kinds:
                 taken[kind].append(measure(kind, *size))
         if options.flower:

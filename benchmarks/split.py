@@ -7,7 +7,7 @@ window  a step of 8 micro-batches over a link of 10 ms one way and 100 Mbit/s, w
 merge   1, 4 and 8 clients with 1 x 32 tokens each, merged and not: micro-batches (forward and backward) per CPU second of the service's
         process, which is a process of its own.
 
-    python benchmarks/split.py [--full]
+    python benchmarks/split.py [--full | --tiny]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +104,7 @@ def best(work: Callable[[], float], turns: int) -> float:
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def cost(turns: int) -> list[dict[str, Any]]:
+def cost(turns: int, codings: Sequence[Coding]) -> list[dict[str, Any]]:
     whole, cut = model(), model()
     prompts = torch.zeros(PROMPTS, WIDTH, requires_grad=True)
     batches = [torch.randint(1, 512, (4, 64)) for _ in range(4)]
@@ -130,7 +130,7 @@ def cost(turns: int) -> list[dict[str, Any]]:
 
     body, claims = Timed(part), []
     with listening(body) as port:
-        for coding in (Coding("fp32"), Coding("fp16"), Coding("int8", 32)):
+        for coding in codings:
             client = stream(port, coding=coding, window=4, lean=True)
 
             def split(client: Stream = client) -> tuple[float, float]:
@@ -157,12 +157,12 @@ def cost(turns: int) -> list[dict[str, Any]]:
 # --- window -----------------------------------------------------------------------------------------------------------
 
 
-def window(turns: int) -> list[dict[str, Any]]:
+def window(turns: int, names: Sequence[str]) -> list[dict[str, Any]]:
     micros = [torch.ones(2, 64, WIDTH, requires_grad=True) for _ in range(8)]
     walls = {}
     with listening(Mirror()) as port:
         link = Link(port, delay=0.01, rate=100e6 / 8)
-        for name in ("fp32", "fp16", "int8"):
+        for name in names:
             for size in (1, 2, 4, 8):
                 client = stream(link.port, coding=Coding(name), window=size, lean=True)
 
@@ -238,15 +238,18 @@ def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="five times as many turns")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
     parser.add_argument("--serve", choices=("merged", "single"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.serve:
         serving(arguments.serve == "merged")
         return
-    more = 5 if arguments.full else 1
+    turns, seconds = (20, 10.0) if arguments.full else (1, 0.1) if arguments.tiny else (4, 2.0)
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, one thread a process\n")
-    claims = [*cost(4 * more), *window(2 * more), *merge(2.0 * more)]
+    codings = (Coding("fp32"), Coding("fp16"), Coding("int8", 32))
+    codings = codings[1:2] if arguments.tiny else codings
+    claims = [*cost(turns, codings), *window(max(1, turns // 2), [coding.name for coding in codings]), *merge(seconds)]
     print()
     print(json.dumps(claims))
 

@@ -3,7 +3,7 @@
 alone   the built-in federation without scores and comparisons, two local processes never at once: ours against OpenMP's default wait
 pair    two such runs at once, against one of them alone
 
-python benchmarks/threads.py [--full]       # --full: three rounds as simulated by a user, and OpenMP's default in pairs too (minutes)
+python benchmarks/threads.py [--full | --tiny]       # --full: three rounds as simulated by a user, and OpenMP's default in pairs too (minutes)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SHORT: dict[str, str] = {}  # fedtune's own choice
 LONG = {"GOMP_SPINCOUNT": "300000"}  # GNU OpenMP's default where OMP_WAIT_POLICY is not set
 QUICK = ("rounds=1", "evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false")
 FULL = ("rounds=3",)
+TINY = (*QUICK, "partition.clients=2", "method.train.steps=1", "data.limit=200")
 
 
 def start(wait: dict[str, str], changes: tuple[str, ...], folder: str) -> subprocess.Popen[bytes]:
@@ -42,10 +43,12 @@ def seconds(wait: dict[str, str], changes: tuple[str, ...], at_once: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
     options = parser.parse_args()
-    changes, repeats = (FULL, 3) if options.full else (QUICK, 1)
+    changes, repeats = (FULL, 3) if options.full else (TINY if options.tiny else QUICK, 1)
     taken: dict[str, list[float]] = {"short, alone": [], "long, alone": [], "short, pair": []}
-    seconds(SHORT, QUICK, 1)  # files and compiled kernels are read once before anything is timed
+    if not options.tiny:
+        seconds(SHORT, QUICK, 1)  # files and compiled kernels are read once before anything is timed
     for _ in range(repeats):
         taken["short, alone"].append(seconds(SHORT, changes, 1))
         taken["long, alone"].append(seconds(LONG, changes, 1))

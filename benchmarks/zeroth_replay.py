@@ -7,7 +7,7 @@ the best of several turns, over the tensors of a Llama of 97.5 M parameters.
 The published loop is written anew here in plain torch: for each seed, for each tensor, w = w - lr * (g * normal(seed) + decay * w). It is run for
 two seeds; K seeds are that many times as long, because the loop has no other work.
 
-    python benchmarks/zeroth_replay.py [--full]
+    python benchmarks/zeroth_replay.py [--full | --tiny]
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedtune.zeroth import Layout, Pool, project, replay
 
 SEEDS = 2  # that the published loop is run for
-SHAPE = LlamaConfig(
-    hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, vocab_size=16384, tie_word_embeddings=True
-)  # fmt: skip
+SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 16384}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512}
 
 
 def aligned(count: int) -> np.ndarray:
@@ -85,10 +84,15 @@ def claim(text: str, ours: float, other: float, goal: float, most: bool) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="more turns, independent pools over all parameters and not a sixteenth, 40 pools at once")
-    full = parser.parse_args().full
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
+    options = parser.parse_args()
+    full = options.full
     torch.set_num_threads(1)
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in LlamaForCausalLM(SHAPE).named_parameters()}
+        shapes = {
+            name: tuple(value.shape)
+            for name, value in LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **(TINY if options.tiny else SHAPE))).named_parameters()
+        }
     layout = Layout.of(shapes)
     base, out = aligned(layout.count), aligned(layout.count)
     np.random.default_rng(0).standard_normal(dtype=np.float32, out=base)
@@ -105,7 +109,7 @@ def main() -> None:
     for size, pool in pools.items():
         works[f"K {size}"] = partial(replay, last, [(pool, accumulators(size))], 1e-9, base=first)
     turns(works, 1)  # the first touch of the pages
-    found = turns(works, 40 if full else 15)
+    found = turns(works, 40 if full else 2 if options.tiny else 15)
     found |= turns({"many": lambda: replay(last, many, 1e-9, base=first), "project": lambda: project(first, pools[4096])}, 2)
     found |= turns({"signs": lambda: replay(moved, [(signs, accumulators(1024))], 1e-9, base=part)}, 2)
     found |= turns({"normal": lambda: replay(moved, [(normal, accumulators(64))], 1e-9, base=part)}, 2)

@@ -7,7 +7,7 @@ counted. CPU time of one thread on a Llama with random weights: 9.6 M parameters
 
 The published optimiser (MeZO's loop as in FedKSeed's code) is written anew here in plain torch: a tensor of normal numbers for each perturbation.
 
-    python benchmarks/zeroth_step.py [--full]
+    python benchmarks/zeroth_step.py [--full | --tiny]
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fedtune.zeroth import Pool, views, walk
 LENGTH, EPS, LR = 128, 5e-4, 3e-7
 MEGABYTE = 1e6
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 1024},
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 12288},
     "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 16384},
 }
@@ -134,22 +135,24 @@ def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="97.5 M parameters instead of 9.6 M")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
     parser.add_argument("--memory", nargs=2, metavar=("SIZE", "CASE"), help=argparse.SUPPRESS)  # one case, in a process of its own
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.memory:
         print(json.dumps(memory(*arguments.memory)))
         return
-    size = "100M" if arguments.full else "10M"
+    size = "100M" if arguments.full else "tiny" if arguments.tiny else "10M"
+    cases = CASES[:1] + CASES[-1:] if arguments.tiny else CASES
     bench = Bench(size)
     print(f"{platform.processor() or platform.machine()}, numba {numba.__version__}, torch {torch.__version__}, one thread; ", end="")
     print(f"{bench.count:,} parameters ({4 * bench.count / MEGABYTE:,.0f} MB), {LENGTH} tokens\n")
-    found = turns({"forwards": bench.forwards} | {case: bench.work(case) for case in CASES}, 10 if arguments.full else 12)
-    held = {case: measured(size, case) for case in CASES}
+    found = turns({"forwards": bench.forwards} | {case: bench.work(case) for case in cases}, 1 if arguments.tiny else 10 if arguments.full else 12)
+    held = {case: measured(size, case) for case in cases}
     print(f"{'':<44}{'ms':>9}{'of two forwards':>17}{'MB above them':>15}{'traced MB':>11}")
     print(f"{'two forward passes':<44}{1e3 * found['forwards']:>9,.1f}{1:>17.3f}")
     texts = dict(zip(CASES, ("step, Hadamard pool", "step, independent signs", "step, independent normal table", "step, published optimiser"), strict=True))
-    for case in CASES:
+    for case in cases:
         ratio = found[case] / found["forwards"]
         print(f"{texts[case]:<44}{1e3 * found[case]:>9,.1f}{ratio:>17.3f}{held[case]['above']:>15.1f}{held[case]['traced']:>11.2f}")
     two, ours, other = found["forwards"], found["hadamard"], found["published"]

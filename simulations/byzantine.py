@@ -1,6 +1,6 @@
 """Two of ten clients lie: what they send is ten times their move, backwards. Which rules still learn?
 
-    python simulations/byzantine.py --set model.name=FOLDER --set data.path=input.txt [--seeds 1 2 3]
+    python simulations/byzantine.py --set model.name=FOLDER --set data.path=input.txt [--seeds 1 2 3] [--results FOLDER]
 
 Runs simulations/shakespeare.toml with ten speakers and six rounds; writes simulations/results/byzantine.json. A rule's share is what it gains in test
 loss over the base model, of what the plain mean gains where nobody lies.
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from record import ALONE, HERE, hardware
+from record import ALONE, HERE, RESULTS, hardware
 
 from fedtune.config import read
 from fedtune.runtime.cohort import Carrier, Link
@@ -67,7 +67,7 @@ def with_liars(link: Link, world: World) -> Carrier:
 
 def play(sets: list[str], seed: int, liars: bool) -> dict[str, float]:
     """One run; the base model's loss and the federation's."""
-    recipe = read(str(HERE / "shakespeare.toml"), [*sets, *SMALL, f"seed={seed}", "name=run"])
+    recipe = read(str(HERE / "shakespeare.toml"), [*SMALL, *sets, f"seed={seed}", "name=run"])
     with tempfile.TemporaryDirectory() as runs:
         result = run(recipe, create(Path(runs), "", "run"), lambda event: None, with_liars if liars else None)
     return {"base": math.log(result["base"]), "federated": math.log(result["federated"]) if math.isfinite(result["federated"]) else math.inf}
@@ -77,8 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
     options = parser.parse_args()
-    path = HERE / "results" / "byzantine.json"
+    path = options.results / "byzantine.json"
     table: dict[str, Any] = {"recipe": "shakespeare.toml, ten speakers, two of them lie", "hardware": hardware(), "rows": {}}
     for seed in options.seeds:
         clean = play([*options.set, "aggregate.rule=mean"], seed, liars=False)

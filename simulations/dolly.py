@@ -91,7 +91,7 @@ def federated(recipe: Any, folder: Path) -> dict[str, Any]:
             if error.code != "R408":
                 raise
             return {"stopped": str(error)}
-        world, _, _ = installed(place)
+        world, _, _ = installed(place, data=True)
         seen, unseen = losses(world, folder)
     keep = ("up_bytes_per_client_round", "down_bytes_per_client_round", "trainable", "state_sha256")
     return {"seen": seen, "unseen": unseen, "cpu_seconds": round(spent[-1] - spent[0], 1)} | {key: result[key] for key in keep}

@@ -1,6 +1,6 @@
 """A hundred processes killed at random, of every role, while runs go on: same bytes, every update counted once?
 
-    python simulations/faults.py [--kills 100] [--seed 1] [--rounds 8]
+    python simulations/faults.py [--kills 100] [--seed 1] [--rounds 8] [--results FOLDER]
 
 A coordinator and three sites on this machine, over TLS; a run follows the other until so many kills have happened. Everybody is started again by who
 looks after them, the two supervisors by this program (`fedtune resume`, `fedtune client`). Writes simulations/results/faults.json.
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
-from record import HERE, hardware  # noqa: E402
+from record import RESULTS, hardware  # noqa: E402
 
 from tests import small, tiny  # noqa: E402
 from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, lines_of, local  # noqa: E402
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=1e9, help="kill nobody after so long")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
     options = parser.parse_args()
     draw, by_role, mismatches, runs, began = random.Random(options.seed), Counter[str](), list[dict[str, Any]](), 0, time.monotonic()
     until, changes = began + 60 * options.minutes, {**MEMORY, "rounds": options.rounds}
@@ -127,7 +128,7 @@ def main() -> None:
         "kills": by_role.total(), "runs": runs, "rounds": options.rounds, "seed": options.seed, "by_role": dict(sorted(by_role.items())),
         "mismatches": mismatches, "seconds": round(time.monotonic() - began), "hardware": hardware(),
     }  # fmt: skip
-    (HERE / "results" / "faults.json").write_text(json.dumps(record, indent=2) + "\n")
+    (options.results / "faults.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 
 

@@ -1,6 +1,6 @@
 """Six experts that never met become one adapter: which merge keeps what they learned?
 
-    python simulations/merging.py --set model.name=FOLDER --set data.path=input.txt [--case strangers] [--seeds 1 2 3]
+    python simulations/merging.py --set model.name=FOLDER --set data.path=input.txt [--case strangers] [--seeds 1 2 3] [--results FOLDER]
 
 Six speakers of simulations/shakespeare.toml train an adapter each, alone; the merges of fedtune.aggregate make one of them, once.
 Two cases, each with a file in simulations/results:
@@ -21,10 +21,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import HERE, hardware
+from record import HERE, RESULTS, hardware
 
 from fedtune.aggregate import MERGES, Answer
 from fedtune.config import method_of, read
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--case", choices=CASES, default="one-start")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
     options = parser.parse_args()
     quiet()
     case = CASES[options.case]
@@ -166,7 +168,7 @@ def main() -> None:
         for name, value in played(options.set, case, seed).items():
             rows.setdefault(name, {})[str(seed)] = value
         table = {"recipe": case.about, "hardware": hardware(), "metric": "perplexity", "rows": rows}
-        (HERE / "results" / f"{case.file}.json").write_text(json.dumps(table, indent=1) + "\n")
+        (options.results / f"{case.file}.json").write_text(json.dumps(table, indent=1) + "\n")
     for name, values in rows.items():
         print(f"{name:<38}{np.mean(list(values.values())):10.3f}  ({min(values.values()):.3f} to {max(values.values()):.3f})")
 

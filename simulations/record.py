@@ -1,6 +1,6 @@
 """Run a table of variants over seeds and keep the results: simulations/results/<table>.json, with hardware and month.
 
-    python simulations/record.py shakespeare --set model.name=FOLDER --set data.path=input.txt [--only outer] [--seeds 1 2 3]
+    python simulations/record.py shakespeare --set model.name=FOLDER --set data.path=input.txt [--only outer] [--seeds 1 2 3] [--results FOLDER]
 
 Every row is a run of a shipped recipe with overrides; rows that are already recorded for a seed are kept unless --again.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 KEEP = ("metric", "base", "local", "federated", "centralised", "up_bytes_per_client_round", "down_bytes_per_client_round")
 KEEP += ("first_round_seconds", "rounds", "clients", "trainable", "total", "seconds", "peak_rss_bytes", "state_sha256")
 FIGURES = ("drift", "error", "residual_rank")  # of rules that read single answers
@@ -147,9 +148,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
     options = parser.parse_args()
     recipe, rows = TABLES[options.table]
-    path = HERE / "results" / f"{options.table}.json"
+    path = options.results / f"{options.table}.json"
     table = json.loads(path.read_text()) if path.exists() else {"recipe": recipe or "built-in", "rows": {}}
     table["hardware"] = hardware()
     for seed in options.seeds:

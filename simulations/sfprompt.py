@@ -1,6 +1,6 @@
 """SFPrompt on pictures and on text; rows that are recorded already are not run again.
 
-    python simulations/sfprompt.py FOLDER [--only NAME ...] [--seeds 1 2 3]
+    python simulations/sfprompt.py FOLDER [--only NAME ...] [--seeds 1 2 3] [--set PATH=VALUE] [--results FOLDER]
     python simulations/sfprompt.py FOLDER --text ...
 
 Pictures: scikit-learn's digits. A small ViT learns 0 to 4 (and their quarter turns), clients then learn 5 to 9 with it. The first call makes FOLDER/vit
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from record import HERE, hardware
+from record import HERE, RESULTS, hardware
 
 SKEWED = ["partition.by=dirichlet", "partition.alpha=0.3"]
 FULL = ["method.type=fedpeft", "method.adapter.kind=full", "method.train.lr=1e-3"]
@@ -61,7 +61,7 @@ def pictures(folder: Path) -> None:
             Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(folder / str(label) / f"{number:04d}.png")
 
 
-def backbone(folder: Path, epochs: int = 110) -> None:
+def backbone(folder: Path, epochs: int) -> None:
     """A ViT of 6 blocks of width 64, trained on digits 0 to 4 in four orientations (20 classes), shifted and with noise."""
     import torch
     import transformers
@@ -143,14 +143,14 @@ def client_costs(recipe: Any) -> dict[str, float]:
     return {**memory, "client_flops": cost.share_flops, "client_parameters": cost.share_parameters}
 
 
-def places(folder: Path, text: bool) -> list[str]:
+def places(folder: Path, text: bool, epochs: int) -> list[str]:
     """Where model and data are, made if need be."""
     if text:
         return [f"data.path={folder}"]
     if not (folder / "digits").exists():
         pictures(folder / "digits")
     if not (folder / "vit").exists():
-        backbone(folder / "vit")
+        backbone(folder / "vit", epochs)
     return [f"model.name={folder / 'vit'}", f"data.path={folder / 'digits'}"]
 
 
@@ -160,9 +160,12 @@ def main() -> None:
     parser.add_argument("--text", action="store_true")
     parser.add_argument("--only", nargs="*", choices=[*DIGITS, *TEXT])
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--epochs", type=int, default=110, help="of the backbone on the digits 0 to 4, where it is not there yet")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
     options = parser.parse_args()
     recipe, name, variants = ("clinc150.toml", "sfprompt-clinc150", TEXT) if options.text else ("sfprompt.toml", "sfprompt-digits", DIGITS)
-    results, shared = HERE / "results" / f"{name}.json", [*places(options.folder, options.text), *(LAST if options.text else [])]
+    results, shared = options.results / f"{name}.json", [*places(options.folder, options.text, options.epochs), *(LAST if options.text else [])]
     table: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"rows": {}}
     table["hardware"] = hardware()
     for seed in options.seeds:
@@ -170,7 +173,7 @@ def main() -> None:
             runs = table["rows"].setdefault(row, {})
             if str(seed) in runs:
                 continue
-            runs[str(seed)] = play(recipe, [*shared, *variants[row]], seed)
+            runs[str(seed)] = play(recipe, [*shared, *variants[row], *options.set], seed)
             results.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             print(f"{row:<26}seed {seed}: {runs[str(seed)]['accuracy']:.3f}, {runs[str(seed)]['message_bytes'] + runs[str(seed)]['cut_bytes']:,.0f} bytes")
             sys.stdout.flush()
