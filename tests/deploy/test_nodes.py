@@ -19,7 +19,7 @@ from fedtune.trust import Identity, load
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.signed import seal
 from tests.deploy.inside import FakeGrid, lost
-from tests.e2e.test_flower import wait_for
+from tests.waiting import wait_for
 
 NODE = 7
 
@@ -156,7 +156,7 @@ def test_an_answer_that_hangs_in_flower_keeps_no_other_waiting(keys: Keys, monke
     nodes = Nodes(grid, judge_of(keys.coordinator, ("site-a", "site-b")))
     nodes.look()
     grid.workers[2] = None
-    wait_for(lambda: nodes.look() or nodes.at == {"site-a": 1, "site-b": 2}, 20, "both sites")  # site-a is greeted once more
+    wait_for(lambda: nodes.look() or nodes.at == {"site-a": 1, "site-b": 2}, "both sites")  # site-a is greeted once more
     free.set()
 
 

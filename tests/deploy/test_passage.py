@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +18,7 @@ from fedtune.deploy.passage import NAME, UP, Passage, behind
 from fedtune.trust.authority import revoke
 from fedtune.wire.v1 import fleet_pb2 as pb
 from tests.exchange.federation import Federation
+from tests.waiting import PATIENCE, wait_for
 
 
 class SuperLink:
@@ -70,7 +70,7 @@ class Line:
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
         """As a SuperNode would: HTTP to its own machine."""
         host, _, port = self.passage.address.partition(":")
-        call = http.client.HTTPConnection(host, int(port), timeout=30)
+        call = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
         try:
             call.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             answer = call.getresponse()
@@ -80,7 +80,7 @@ class Line:
 
     def direct(self, method: str, path: str) -> pb.FleetReply:
         """As a member with its own program would: past the passage, to the gate."""
-        return self.passage._call(pb.FleetRequest(method=method, path=path), timeout=20)
+        return self.passage._call(pb.FleetRequest(method=method, path=path), timeout=PATIENCE)
 
     def close(self) -> None:
         self.passage.close()
@@ -128,10 +128,7 @@ def test_while_the_superlink_or_the_gate_is_away_the_supernode_is_told_to_come_a
     line.gate.stop(0)
     assert line.request("POST", "/v1/fleet/x")[0] == 503 and line.passage.last
     line.gate = line.federation.start(line.gate.address, also=[behind(line.link.address)], threads=4)
-    end = time.monotonic() + 30
-    while line.request("POST", "/v1/fleet/x")[0] != 200:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: line.request("POST", "/v1/fleet/x")[0] == 200, "the gate", every=0.1)
     assert line.passage.last == ""
 
 

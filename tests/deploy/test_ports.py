@@ -34,7 +34,7 @@ def test_a_port_that_is_listened_on_is_refused(host: str, taken: int) -> None:
     began = time.monotonic()
     with pytest.raises(FedtuneError, match=rf"E801.*--listen {host}:{taken}.*in use"):
         require_free(f"{host}:{taken}", "--listen", patience=0.5)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_a_port_that_grpc_would_share_is_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 from fedtune.deploy import processes
 from fedtune.deploy.processes import TRIES, Program
 from fedtune.errors import FedtuneError
-from tests.e2e.test_flower import wait_for
+from tests.waiting import wait_for
 
 SLEEP = (sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)")
 
@@ -34,14 +34,14 @@ def test_a_program_that_dies_is_started_again_after_a_pause(tmp_path: Path) -> N
     it.look()
     assert it.process is not None
     first = it.process.pid
-    wait_for(lambda: it.log.exists() and it.log.read_text() == "here\n", 20, "its first word")
+    wait_for(lambda: it.log.exists() and it.log.read_text() == "here\n", "its first word")
     os.kill(first, signal.SIGKILL)
-    wait_for(lambda: it.look() or it.process is None, 10, "its death to be noticed")
+    wait_for(lambda: it.look() or it.process is None, "its death to be noticed")
     it.look()
     assert it.process is None and it.lives == 1  # half a second must pass
-    wait_for(lambda: it.look() or it.process is not None, 10, "its next life")
+    wait_for(lambda: it.look() or it.process is not None, "its next life")
     assert it.process is not None and it.process.pid != first and it.lives == 2
-    wait_for(lambda: it.log.read_text() == "here\nhere\n", 20, "both lives in the log")
+    wait_for(lambda: it.log.read_text() == "here\nhere\n", "both lives in the log")
     it.stop()
     assert it.process is None
 
@@ -55,7 +55,7 @@ def test_a_program_that_dies_again_and_again_is_given_up_with_its_last_words(tmp
         return False
 
     with pytest.raises(FedtuneError, match=rf"F505: found 'it' ended {TRIES + 1} times in a row \(code 3; it last said: port taken\).*look at {it.log}"):
-        wait_for(look, 60, "the end of patience", every=0.01)
+        wait_for(look, "the end of patience", every=0.01)
     assert it.lives == TRIES + 1
 
 
@@ -63,14 +63,14 @@ def test_a_program_that_was_well_for_a_while_starts_counting_anew(tmp_path: Path
     monkeypatch.setattr(processes, "FIRST", 0.0)
     monkeypatch.setattr(processes, "STEADY", -1.0)
     it = program(tmp_path, sys.executable, "-SEc", "pass")
-    wait_for(lambda: it.look() or it.lives > TRIES + 3, 60, "many lives", every=0.01)
+    wait_for(lambda: it.look() or it.lives > TRIES + 3, "many lives", every=0.01)
     assert it.deaths == 1
 
 
 def test_a_program_that_does_not_listen_to_sigterm_is_killed(tmp_path: Path) -> None:
     it = program(tmp_path, sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)")
     it.look()
-    wait_for(lambda: it.log.read_text() == "deaf\n", 20, "its first word")
+    wait_for(lambda: it.log.read_text() == "deaf\n", "its first word")
     assert it.process is not None
     pid = it.process.pid
     it.stop(0.2)
@@ -98,7 +98,7 @@ def test_children_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(children) == 2 and all(map(alive, children))
         parent.kill()
-    wait_for(lambda: not any(map(alive, children)), 10, "the children's end")
+    wait_for(lambda: not any(map(alive, children)), "the children's end")
 
 
 def test_a_grandchild_ends_when_the_program_above_is_gone(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_an_app_of_flowers_ends_with_whoever_started_it(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True) as superexec:
         assert superexec.stdout is not None
         app = int(superexec.stdout.readline())
-        wait_for(lambda: b"input()" in Path(f"/proc/{app}/cmdline").read_bytes().split(b"\0"), 20, "the app")
+        wait_for(lambda: b"input()" in Path(f"/proc/{app}/cmdline").read_bytes().split(b"\0"), "the app")
         superexec.kill()
-    wait_for(lambda: not alive(app), 10, "the app's end")
+    wait_for(lambda: not alive(app), "the app's end")
 
 
 def test_programs_of_this_interpreter_come_first_and_flower_has_a_home_of_its_own(tmp_path: Path) -> None:

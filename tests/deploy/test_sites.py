@@ -21,8 +21,8 @@ from fedtune.exchange.events import CallRefused
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.certificates import utc_now
 from tests import small
-from tests.e2e.test_flower import free_ports
 from tests.exchange.federation import Federation
+from tests.waiting import free_ports
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fedtune.errors import FedtuneError
 from fedtune.trust import Signed
 from tests import small
 from tests.deploy.inside import Inside, inside
-from tests.e2e.test_flower import wait_for
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def worker(made: Inside, tmp_path: Path) -> Worker:
     """Listening; its thread ends with the tests."""
     it = made.worker("site-a")
     threading.Thread(target=serve, args=(it, tmp_path / "socket"), daemon=True).start()
-    wait_for((tmp_path / "socket").exists, 10, "the socket")
+    wait_for((tmp_path / "socket").exists, "the socket")
     return it
 
 
@@ -61,7 +61,7 @@ def test_a_supernode_that_asks_for_nothing_while_nothing_is_done_is_stuck(worker
     monkeypatch.setattr(client, "STUCK", 0.3)
     now = time.monotonic()
     silent, born, socket = now - 10, now - 20, str(tmp_path / "socket")
-    wait_for(lambda: client.stuck(silent, born, socket), 10, "a worker that is idle for long enough")
+    wait_for(lambda: client.stuck(silent, born, socket), "a worker that is idle for long enough")
     assert not client.stuck(now + 10, born, socket)  # it asked just now
     assert not client.stuck(silent, now - 5, socket)  # it has not asked anything in this life, and may still be starting
     assert client.stuck(silent, silent + 1 - client.STARTING, socket) and client.stuck(now - 900, now - 301, socket)
@@ -69,10 +69,10 @@ def test_a_supernode_that_asks_for_nothing_while_nothing_is_done_is_stuck(worker
     monkeypatch.setattr(worker, "done", lambda content: str(free.wait(30)))
     asking = threading.Thread(target=through, args=(socket, {"what": "ticket", "ticket": "x"}))
     asking.start()
-    wait_for(lambda: worker.callers, 10, "the worker to begin")
+    wait_for(lambda: worker.callers, "the worker to begin")
     time.sleep(0.5)
     assert not client.stuck(silent, born, socket)
     free.set()
     asking.join()
-    wait_for(lambda: client.stuck(silent, born, socket), 10, "a worker that is idle again")
+    wait_for(lambda: client.stuck(silent, born, socket), "a worker that is idle again")
     assert not client.stuck(silent, born, str(tmp_path / "none"))  # a worker that is being started

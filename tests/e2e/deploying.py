@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ from fedtune.runtime.folder import RunFolder
 from fedtune.trust.authority import Authority, create
 from tests import small
 from tests.e2e.faults.crash.roles import ROOT, WHO, processes
-from tests.e2e.test_flower import free_ports, wait_for, write_recipe
+from tests.e2e.test_flower import write_recipe
+from tests.waiting import PATIENCE, free_ports, wait_for
 
 SITES = ("site-a", "site-b", "site-c")
 CRASH = Path(__file__).parent / "faults" / "crash"
@@ -29,6 +31,17 @@ MEMORY = {"chain": [{"step": "sign", "error_feedback": True}]}  # what a client 
 def point(at: str, marker: Path, moment: str = "before", when: str = "", **more: Any) -> dict[str, Any]:
     """A named crash point (faults/crash/sitecustomize.py)."""
     return {"at": at, "moment": moment, "when": when, "marker": str(marker), **more}
+
+
+@contextmanager
+def held(at: str, folder: Path, moment: str = "before", when: str = "") -> Iterator[dict[str, Any]]:
+    """A point at which a process stands still, once its marker exists, until the block is left: whoever asks meanwhile asks a run that has not ended."""
+    gate = folder / "held"
+    gate.touch()
+    try:
+        yield point(at, folder / "held-once", moment, when, do=f"gone({str(gate)!r})")
+    finally:
+        gate.unlink()
 
 
 @dataclass
@@ -129,7 +142,7 @@ class Deployment:
             assert server is None or server.poll() in (None, 0), f"the server ended with {server.poll()} while waiting for {what}"
             return False
 
-        wait_for(either, seconds, what, every=0.2)
+        wait_for(either, what, seconds, every=0.2)
 
     def ended(self, seconds: float = LONG) -> int:
         """The server's exit code, once it has ended."""
@@ -137,20 +150,17 @@ class Deployment:
 
     def kill(self, role: str, who: str = "", number: int = signal.SIGKILL) -> list[int]:
         """Send a signal to every process of a role; whom it went to."""
-        pids = self.pids(role, who)
-        for pid in pids:
-            os.kill(pid, number)
-        return pids
+        return [pid for pid in self.pids(role, who) if signalled(pid, number)]
 
     def stacks(self) -> None:
         """Have every Python process write its stacks into its log (faults/crash/sitecustomize.py)."""
         for pid, role, _ in processes(str(self.root)):
             if role and role != "flwr":
-                os.kill(pid, signal.SIGUSR1)
+                signalled(pid, signal.SIGUSR1)
 
     # --- the end ---
 
-    def leave(self, who: str, seconds: float = 30.0) -> int:
+    def leave(self, who: str, seconds: float = PATIENCE) -> int:
         """SIGTERM to one program, as its user would send it; its exit code."""
         process = self.running.pop(who)
         process.terminate()
@@ -163,15 +173,15 @@ class Deployment:
                 process.terminate()
         for process in self.running.values():
             try:
-                process.wait(30)
+                process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        end = time.monotonic() + 15  # those that Flower's programs have started look once a second whether they are alone
+        end = time.monotonic() + PATIENCE  # those that Flower's programs have started look once a second whether they are alone
         while (left := list(processes(str(self.root)))) and time.monotonic() < end:
             time.sleep(0.2)
         for pid, _, _ in left:
-            os.kill(pid, signal.SIGKILL)
+            signalled(pid, signal.SIGKILL)
         assert not left, f"still alive: {left}"
 
     def logs(self) -> str:
@@ -191,6 +201,14 @@ def deployed(root: Path, sites: Sequence[str] = SITES) -> Iterator[Deployment]:
         raise
     finally:
         made.close()
+
+
+def signalled(pid: int, number: int) -> bool:
+    """Whether the process was still there to get the signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -19,9 +19,12 @@ from fedtune.trust import load
 from fedtune.trust.authority import create, revoke
 from fedtune.wire.v1 import fleet_pb2
 from tests import small
-from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, local
-from tests.e2e.test_flower import free_ports, journal
+from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, held, local
+from tests.e2e.test_flower import journal
+from tests.waiting import free_ports
 
+pytestmark = pytest.mark.timeout(900)
+OPEN = "fedtune.exchange.desk:Desk.open_round"
 KSEED: dict[str, Any] = {"method": {"type": "fedkseed", "size": 256, "estimator": "spsa", "steps": 4, "batch": 4, "lr": 1e-3}, "rounds": 2}
 
 
@@ -51,17 +54,28 @@ def same(federation: Deployment, name: str, root: Path, model: Path, data: Path,
 
 def test_lora_on_real_sites_ends_with_the_bytes_of_a_local_run(federation: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """With clients that remember (error feedback), a model that is loaded once, and somebody who looks on and may or may not."""
-    coordinator, authority = federation.authority.place("coordinator"), federation.authority
     metrics = f"127.0.0.1:{free_ports(1)[0]}"
-    federation.serve(federation.recipe("lora", tiny_bert, data, **MEMORY), "--metrics", metrics)
-    federation.wait_round("lora", 1)
-    # while it runs
+    with held(OPEN, tmp_path, "after", "args[2] == 3") as point:
+        federation.serve(federation.recipe("lora", tiny_bert, data, **MEMORY), "--metrics", metrics, points=[point])
+        federation.wait(Path(point["marker"]).exists, "round 3, open")
+        asked_while_it_runs(federation, metrics, tmp_path)
+    assert federation.ended() == 0
+    same(federation, "lora", tmp_path / "local", tiny_bert, data, **MEMORY)
+    for site in SITES:
+        assert [e["event"] for e in federation.worker_events(site)].count("WorldBuilt") == 1
+    seen = fedtune("status", str(federation.folder("lora").path))
+    assert seen.stdout.startswith("lora: round 3 of 3, finished\n"), seen.stdout
+
+
+def asked_while_it_runs(federation: Deployment, metrics: str, folder: Path) -> None:
+    """Metrics, the status for whoever may see it, and refusals for everybody else, while round 3 is open and nobody has been asked."""
+    coordinator, authority = federation.authority.place("coordinator"), federation.authority
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=20) as answer:
         assert re.search(rb'^fedtune_round_asked\{run="lora-[0-9a-f]+"\} 3$', answer.read(), re.M)
     for keys in (coordinator, authority.place("site-a")):
         seen = fedtune("status", "--server", federation.address, "--keys", str(keys))
-        assert seen.returncode == 0 and re.search(r"^ *lora: round [123] of 3, ", seen.stdout, re.M), seen.stdout + seen.stderr
-    stranger = create(tmp_path / "keys", "hospitals", ["localhost"], 30).issue("site-a", 30)  # the right names, of an authority of its own
+        assert seen.returncode == 0 and re.search(r"^ *lora: round 2 of 3, ", seen.stdout, re.M), seen.stdout + seen.stderr
+    stranger = create(folder / "keys", "hospitals", ["localhost"], 30).issue("site-a", 30)  # the right names, of an authority of its own
     refused = fedtune("status", "--server", federation.address, "--keys", str(stranger))
     assert refused.returncode == 2 and "T705: found a coordinator of another authority" in refused.stderr and not refused.stdout
     with secure_channel(load(authority.place("site-a")), federation.address) as channel:
@@ -70,12 +84,6 @@ def test_lora_on_real_sites_ends_with_the_bytes_of_a_local_run(federation: Deplo
             call(fleet_pb2.FleetRequest(method="POST", path="/v1/control/start-run"), timeout=20)
         assert "E806" in refusal.value.details()
         assert call(fleet_pb2.FleetRequest(method="POST", path="/v1/fleet/pull-messages"), timeout=20).status >= 400  # Flower answers, and refuses nonsense
-    assert federation.ended() == 0
-    same(federation, "lora", tmp_path / "local", tiny_bert, data, **MEMORY)
-    for site in SITES:
-        assert [e["event"] for e in federation.worker_events(site)].count("WorldBuilt") == 1
-    seen = fedtune("status", str(federation.folder("lora").path))
-    assert seen.stdout.startswith("lora: round 3 of 3, finished\n"), seen.stdout
 
 
 def test_integers_only_on_the_same_sites(federation: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -90,16 +98,17 @@ def test_integers_only_on_the_same_sites(federation: Deployment, tiny_bert: Path
     assert all("the coordinator is away" in federation.said(site) for site in SITES)
 
 
-def test_a_policy_keeps_its_site_out_and_a_revoked_key_is_told_so(federation: Deployment, tiny_bert: Path, data: Path) -> None:
+def test_a_policy_keeps_its_site_out_and_a_revoked_key_is_told_so(federation: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """site-b allows integers only; site-c's key is no longer good."""
     policy = federation.root / "policy.toml"
     policy.write_text('methods = ["fedkseed"]\n')
     assert federation.leave("site-b") == 0
     federation.join("site-b", "--policy", str(policy))
     revoke(federation.authority.place("coordinator"), "site-c")
-    federation.serve(federation.recipe("few", tiny_bert, data, rounds=1, partition__clients=2))
-    federation.wait(lambda: "T706" in federation.said("site-c"), "a sentence for site-c")
-    refused = fedtune("status", "--server", federation.address, "--keys", str(federation.authority.place("site-c")))
+    with held(OPEN, tmp_path, "after") as point:
+        federation.serve(federation.recipe("few", tiny_bert, data, rounds=1, partition__clients=2), points=[point])
+        federation.wait(lambda: "T706" in federation.said("site-c"), "a sentence for site-c")
+        refused = fedtune("status", "--server", federation.address, "--keys", str(federation.authority.place("site-c")))
     assert refused.returncode == 2 and "T706: " in refused.stderr and not refused.stdout
     assert federation.ended() == 0
     answers = [row for row in journal(federation.folder("few")) if len(row) == 7]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import ClientLeftOut
 from fedtune.runtime.folder import RunFolder, create
 from tests import small
+from tests.waiting import PATIENCE, free_ports, wait_for
 
 flower = pytest.importorskip("fedtune.runtime.flower")
 flower_engine = pytest.importorskip("fedtune.runtime.flower_engine")
@@ -79,17 +80,18 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
         for line in process.stdout or []:
             lines.append(line)
             if line.startswith("round   1"):
-                actors = [pid for pid in processes(marked) if b"ray::ClientAppActor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+                actors = [pid for pid in processes(marked) if b"ray::ClientAppActor" in command_of(pid)]
                 os.kill(actors[0], signal.SIGKILL)
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
-        end = time.monotonic() + 10
+        end = time.monotonic() + PATIENCE
         while (leftover := processes(marked)) and time.monotonic() < end:  # Ray's helpers notice a moment later that they are alone
             time.sleep(0.1)
         for pid in leftover:
-            print(Path(f"/proc/{pid}/cmdline").read_bytes())
-            os.kill(pid, signal.SIGKILL)
+            print(command_of(pid))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         errors.seek(0)
         print("".join(lines), errors.read())
     assert not leftover
@@ -119,6 +121,13 @@ def processes(mark: str) -> list[int]:
         except OSError:  # it has just ended, or is not ours
             continue
     return found
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process, empty for one that has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def test_an_engine_that_cannot_start_says_so_at_once() -> None:
@@ -152,7 +161,7 @@ class Deployment:
     def open(self) -> None:
         address = f"127.0.0.1:{self.link}"
         self.start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.link), "--disable-runtime-dependency-installation")
-        wait_for(lambda: healthy(f"http://{address}/health"), 60, "the SuperLink")
+        wait_for(lambda: healthy(f"http://{address}/health"), "the SuperLink")
         for partition, port in enumerate(self.nodes):
             config = f"partition-id={partition} num-partitions={len(self.nodes)}"
             self.start("flower-supernode", "--insecure", "--superlink", address, "--host", "127.0.0.1", "--port", str(port), "--node-config", config)
@@ -162,7 +171,9 @@ class Deployment:
         self.running.append(subprocess.Popen(command, cwd=self.root, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
 
     def flwr(self, *arguments: str) -> Any:
-        done = subprocess.run(["flwr", *arguments, "--format", "json"], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            ["flwr", *arguments, "--format", "json"], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=PATIENCE
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 
@@ -180,9 +191,10 @@ class Deployment:
         for process in self.running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(PATIENCE)
         for pid in processes(f"FLWR_HOME={self.home}"):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-6000:]}" for path in sorted(self.root.glob("*.log")))
@@ -199,14 +211,6 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         print(made.logs())  # pytest shows it where a test failed
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
@@ -215,30 +219,23 @@ def healthy(url: str) -> bool:
         return False
 
 
-def wait_for(done: Callable[[], Any], seconds: float, what: str, every: float = 0.1) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
-        time.sleep(every)
-
-
 def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(deployment: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     changes = {"partition__clients": 2, **MEMORY}
     recipe = write_recipe(tmp_path / "small.toml", tiny_bert, data, **changes)
     run = deployment.run(recipe=str(recipe), set="rounds=2", runs=str(tmp_path / "runs"))
     folder = RunFolder(tmp_path / "runs" / "small")
     with showing(deployment):
-        wait_for((folder.path / "result.json").exists, 120, "the run's result")
+        wait_for((folder.path / "result.json").exists, "the run's result")
         local, result, _ = small.play(small.recipe(tiny_bert, data, rounds=2, **changes), tmp_path / "local")
         assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
         assert journal(folder) == journal(local)
-        wait_for(lambda: deployment.state(run)["status"] == "finished:completed", 20, "the end of the run")
+        wait_for(lambda: deployment.state(run)["status"] == "finished:completed", "the end of the run")
 
 
 def test_a_mistake_in_the_recipe_ends_the_flower_run_with_its_sentence(deployment: Deployment, tmp_path: Path) -> None:
     run = deployment.run(set="rounds=0", runs=str(tmp_path / "runs"))
     with showing(deployment):
-        wait_for(lambda: deployment.state(run)["status"].startswith("finished"), 30, "the end of the run")
+        wait_for(lambda: deployment.state(run)["status"].startswith("finished"), "the end of the run")
         state = deployment.state(run)
         assert state["status"] == "finished:failed" and "C102: found rounds = 0" in json.dumps(state)
         assert not (tmp_path / "runs").exists()

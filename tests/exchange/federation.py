@@ -18,6 +18,7 @@ from fedtune.exchange.client import NAME
 from fedtune.trust import Envelope, Identity, Ticket, envelope, load
 from fedtune.trust.authority import Authority, create
 from fedtune.wire.v1 import exchange_pb2 as pb
+from tests.waiting import PATIENCE
 
 BASE = "b" * 64
 STATE = b"a state of the model" * 1000
@@ -72,7 +73,7 @@ def push(client: ExchangeClient, envelope_: Envelope, pieces: Iterable[pb.Piece]
     data = envelope_.encode()
     offer = pb.Offer(envelope=data, signature=(signer or client.identity).sign(data))
     requests = itertools.chain([pb.PushRequest(offer=offer)], (pb.PushRequest(piece=piece) for piece in pieces))
-    return list(client._push(requests, timeout=20))
+    return list(client._push(requests, timeout=PATIENCE))
 
 
 class Proxy:

@@ -23,6 +23,7 @@ from fedtune.exchange.refusal import understood
 from fedtune.trust import Receipt
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import BASE, STATE, Federation, Proxy, push, said
+from tests.waiting import PATIENCE
 
 MIB = 1 << 20
 UPDATE = random.Random(24).randbytes(24 * MIB)
@@ -83,7 +84,7 @@ def test_killed_in_the_middle_of_an_upload_it_goes_on_where_it_was(process: Proc
         process.start()
         assert arrived(federation) >= kept >= at * MIB
     process.proxy.pause = 0.0
-    thread.join(60)
+    thread.join(PATIENCE)
     assert got[0].payload == hashlib.sha256(UPDATE).hexdigest() and got[0].row == 1
     assert federation.desk.read("run-1", 1, "train", "site-a") == UPDATE and process.proxy.up < 1.7 * len(UPDATE)
 
@@ -94,11 +95,11 @@ def test_killed_between_disk_and_receipt_an_update_counts_once(point: str, proce
     process.start(point)
     thread, got = process.upload()
     assert process.running
-    process.running.wait(60)
+    process.running.wait(PATIENCE)
     rows = federation.desk.accepted("run-1", 1, "train")
     assert len(rows) == (point == "counted") and not got
     process.start()
-    thread.join(60)
+    thread.join(PATIENCE)
     assert got[0].row == 1 and len(federation.desk.accepted("run-1", 1, "train")) == 1
     assert federation.desk.read("run-1", 1, "train", "site-a") == UPDATE
     client = federation.client()
@@ -141,11 +142,11 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
     def requests() -> Any:
         yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
         yield pb.PushRequest(piece=pb.Piece(data=data[:CHUNK]))
-        step.wait(10)
+        step.wait(PATIENCE)
         for at in range(CHUNK, len(data), CHUNK):
             yield pb.PushRequest(piece=pb.Piece(data=data[at : at + CHUNK]))
 
-    call = client._push(requests(), timeout=20)
+    call = client._push(requests(), timeout=PATIENCE)
     while not (parts := list((small_disk / "exchange" / "incoming").iterdir())) or parts[0].stat().st_size < CHUNK:
         time.sleep(0.01)
     with pytest.raises(OSError), filler.open("wb", buffering=0) as file:

@@ -25,6 +25,7 @@ from fedtune.trust import receipt
 from fedtune.trust.authority import revoke
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import BASE, Federation, proxied, push, said
+from tests.waiting import PATIENCE, wait_for
 
 UPDATE = random.Random(3).randbytes(3 * CHUNK + 17)
 SMALL = b"four" * 10
@@ -43,13 +44,6 @@ def code_of(call: Callable[[], Any]) -> str:
 
 def events(federation: Federation) -> list[UpdateAccepted]:
     return [event for event in federation.told if isinstance(event, UpdateAccepted)]
-
-
-def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_an_update_is_safe_before_its_receipt_is_given(federation: Federation) -> None:
@@ -132,10 +126,10 @@ def test_streams_that_are_not_as_declared_are_refused(federation: Federation) ->
         assert code_of(lambda p=pieces, n=number: push(client, said(federation, SMALL, sequence=n + 1), p)) == code, code  # type: ignore[misc]
     stub = client.channel.stream_stream("/fedtune.wire.v1.Exchange/Push", pb.PushRequest.SerializeToString, pb.PushReply.FromString)
     for requests in ([], [pb.PushRequest(piece=pb.Piece(data=b"x"))], [pb.PushRequest()]):
-        assert code_of(lambda r=requests: list(stub(iter(r), timeout=10))) == "E808"  # type: ignore[misc]
+        assert code_of(lambda r=requests: list(stub(iter(r), timeout=PATIENCE))) == "E808"  # type: ignore[misc]
     junk = client.channel.stream_stream("/fedtune.wire.v1.Exchange/Push")
     with pytest.raises(grpc.RpcError):
-        list(junk(iter([b"\x80\x04cos\nsystem\n"]), timeout=10))  # a pickle is not even parsed
+        list(junk(iter([b"\x80\x04cos\nsystem\n"]), timeout=PATIENCE))  # a pickle is not even parsed
     assert client.send(federation.ticket(), SMALL).row == 1
 
 
@@ -212,10 +206,10 @@ def test_one_upload_a_client_and_a_second_connection_replaces_a_dead_one(federat
     def slowly() -> Any:
         yield pb.PushRequest(offer=pb.Offer(envelope=first.encode(), signature=client.identity.sign(first.encode())))
         yield pb.PushRequest(piece=pb.Piece(data=UPDATE[:CHUNK]))
-        gate.wait(20)
+        gate.wait(PATIENCE)
 
     hanging = client._push(slowly())
-    until(lambda: any(upload.written == CHUNK for upload in federation.server.service.intake.active.values()))
+    wait_for(lambda: any(upload.written == CHUNK for upload in federation.server.service.intake.active.values()), "a first piece")
     federation.open(2)
     other = said(federation, SMALL, round=2, sequence=2)
     assert code_of(lambda: push(federation.client(), other, split(SMALL))) == "E804"
@@ -234,12 +228,12 @@ def test_who_is_revoked_during_an_upload_does_not_count(federation: Federation) 
     def requests() -> Any:
         yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
         yield pb.PushRequest(piece=pb.Piece(data=UPDATE[:CHUNK]))
-        gate.wait(20)
+        gate.wait(PATIENCE)
         for piece in split(UPDATE[CHUNK:]):
             yield pb.PushRequest(piece=piece)
 
-    call = client._push(requests(), timeout=20)
-    until(lambda: bool(federation.server.service.intake.active))
+    call = client._push(requests(), timeout=PATIENCE)
+    wait_for(lambda: federation.server.service.intake.active, "an upload")
     revoke(federation.authority.place("coordinator"), "site-a")
     gate.set()
     assert code_of(lambda: list(call)) == "T706" and not federation.desk.accepted("run-1", 1, "train")
@@ -255,7 +249,7 @@ def test_slots_run_out_and_everybody_gets_a_turn(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
         assert len(got) == 2 and len(federation.desk.accepted("run-1", 1, "train")) == 2
     finally:
         federation.close()
@@ -270,10 +264,10 @@ def test_who_stalls_loses_the_slot_and_not_the_bytes(tmp_path: Path) -> None:
         def requests() -> Any:
             yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
             yield pb.PushRequest(piece=pb.Piece(data=UPDATE[:CHUNK]))
-            gate.wait(20)
+            gate.wait(PATIENCE)
 
         call = client._push(requests())
-        until(lambda: bool(federation.server.service.intake.active))
+        wait_for(lambda: federation.server.service.intake.active, "an upload")
         assert federation.client().send(federation.ticket(), SMALL).row == 1  # the other one waits for the slot, not for ever
         with pytest.raises(grpc.RpcError):
             list(call)
@@ -289,12 +283,12 @@ def test_no_member_takes_all_threads_and_silence_is_cut(tmp_path: Path) -> None:
         a, gate = federation.client(), threading.Event()
 
         def nothing() -> Any:
-            gate.wait(20)
+            gate.wait(PATIENCE)
             yield from ()
 
         silent = [a._push(nothing()) for _ in range(3)]
-        until(lambda: federation.server.door._busy["site-a"] == 3)
-        assert code_of(lambda: a._status(pb.StatusRequest(), timeout=5)) == "E804"
+        wait_for(lambda: federation.server.door._busy["site-a"] == 3, "three calls")
+        assert code_of(lambda: a._status(pb.StatusRequest(), timeout=PATIENCE)) == "E804"
         assert federation.client("site-b").status().uploads == 0  # the others do not notice
         for call in silent:
             with pytest.raises(grpc.RpcError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from fedtune.wire import EVERYONE, encode_state
 from tests import small, tiny
 from tests.exchange.federation import Federation
 from tests.split.plain import OFFER, run, served, turn
+from tests.waiting import wait_for
 
 RUN = "run-1"
 NAMES = {0: "site-a", 1: "site-b"}
@@ -173,10 +173,7 @@ def test_a_round_that_is_over_admits_nobody_and_ends_who_is_there(deployed: Depl
     deployed.federation.desk.close_round(RUN, 1, "train")
     with pytest.raises(FedtuneError, match="S712: found round 1, which is over"):
         deployed.body(1).open(1, 1, wishes)
-    end = time.monotonic() + 10
-    while deployed.service.sessions and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not deployed.service.sessions and deployed.service.live == 0
+    wait_for(lambda: not deployed.service.sessions and deployed.service.live == 0, "the end of the session")
     stream.close()
     deployed.federation.open(2)
     deployed.body(0, 2).open(2, 0, wishes).close()

@@ -127,14 +127,14 @@ def test_turns_are_fair() -> None:
 
 def test_one_client_alone_is_not_kept_waiting_and_two_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "TARDY", 30.0)
-    asked = Asked(Merging(wait=2.0))
+    asked = Asked(Merging(wait=60.0))
     began = time.monotonic()
     asked.ask("alone", 1, 8)
     asked.all()
     asked.ask("late", 1, 8)
     asked.ask("alone", 1, 8)
     asked.all()  # all who are known are here
-    assert time.monotonic() - began < 1.5 and asked.merger.counts.passes == 2
+    assert time.monotonic() - began < 30 and asked.merger.counts.passes == 2
     asked.ask("alone", 1, 8)
     threading.Timer(0.05, asked.ask, ("late", 1, 8)).start()
     asked.merger.step()

@@ -21,6 +21,7 @@ from fedtune.split.session import Held, Tokens
 from fedtune.split.stream import Micro, Stream, Turn, Wishes
 from fedtune.wire.v1 import split_pb2 as pb
 from tests.split.plain import KEY, OFFER, WIDTH, Model, PlainBody, batches, listening, near, opened, run, served, split_step, turn
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def until(true: Any, seconds: float = 5.0) -> bool:
+def until(true: Any, seconds: float = PATIENCE) -> bool:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.02)
@@ -267,7 +268,7 @@ def test_where_too_much_waits_streams_are_read_no_further() -> None:
     real = body.forward
 
     def forward(hidden: torch.Tensor, side: Side) -> torch.Tensor:
-        gate.wait(30)
+        gate.wait(PATIENCE)
         return real(hidden, side)
 
     body.forward = forward  # type: ignore[method-assign]

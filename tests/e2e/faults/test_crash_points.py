@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.deploying import LONG, SITES, Deployment, point
 from tests.e2e.faults.conftest import Oracle
-from tests.e2e.test_flower import wait_for as wait
+from tests.waiting import wait_for
 
 POINTS = {  # one a round, so that one run shows them all: name -> where, when
     "before-open": ("fedtune.exchange.desk:Desk.open_round", "before", "args[2] == 1"),
@@ -51,6 +51,6 @@ def test_a_process_killed_at_every_point_of_a_round_changes_no_byte(victim: str,
             federation.serve(recipe, points=told)
         return federation.running["server"].poll() == 0
 
-    wait(done, 2 * LONG, "the run's end")
+    wait_for(done, "the run's end", 2 * LONG, every=0.1)
     assert {path.name for path in (tmp_path / "points").iterdir()} == set(POINTS)
     oracle.same(federation, rounds=ROUNDS)

@@ -19,7 +19,7 @@ from fedtune.runtime.cohort import Ask, Carrier, Link, Reply
 from fedtune.runtime.local import local_carrier
 from fedtune.runtime.world import World
 from tests import small, tiny
-from tests.e2e.deploying import MEMORY, SITES, Deployment, lines_of, local, point
+from tests.e2e.deploying import MEMORY, SITES, Deployment, held, lines_of, local, point
 from tests.e2e.faults.conftest import Oracle, counts
 from tests.e2e.test_flower import journal
 from tests.exchange.federation import Proxy
@@ -36,15 +36,17 @@ def noted(federation: Deployment, name: str = "run") -> list[str]:
 
 def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(federation: Deployment, oracle: Oracle, tmp_path: Path) -> None:
     """The short form of this folder: a site's worker is killed after training, the run before it commits round 2, and then the operator stops it all."""
-    federation.serve(oracle.recipe(federation), points=[point("fedtune.runtime.journal:Journal.commit", tmp_path / "commit", when="args[1] == 2")])
-    for site in SITES:
-        federation.join(site, points=[point(TRAINED, tmp_path / "trained")])  # whoever comes first
-    federation.wait_round("run", 2)
-    assert (tmp_path / "commit").exists() and (tmp_path / "trained").exists()
-    assert federation.leave("server") == 0
+    dies = point("fedtune.runtime.journal:Journal.commit", tmp_path / "commit", when="args[1] == 2")
+    with held("fedtune.exchange.desk:Desk.open_round", tmp_path, when="args[2] == 3") as stands:
+        federation.serve(oracle.recipe(federation), points=[dies, stands])
+        for site in SITES:
+            federation.join(site, points=[point(TRAINED, tmp_path / "trained")])  # whoever comes first
+        federation.wait(Path(stands["marker"]).exists, "round 3, about to open")
+        assert (tmp_path / "commit").exists() and (tmp_path / "trained").exists()
+        assert federation.leave("server") == 0
     assert f"stopped; go on with: fedtune resume {federation.folder('run').path}" in federation.said("server")
     assert not federation.pids("gate") + federation.pids("superlink")
-    federation.wait(lambda: not federation.pids("serverapp"), "the end of the run's process, which looks once a second", 30)
+    federation.wait(lambda: not federation.pids("serverapp"), "the end of the run's process, which looks once a second")
     federation.resume("run")
     assert federation.ended() == 0
     oracle.same(federation)

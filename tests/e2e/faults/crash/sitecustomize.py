@@ -6,7 +6,7 @@ at      "module:Class.method" or "module:function", as the caller finds it there
 moment  "before" or "after" the call
 when    an expression over `args` (with self) and `calls` (of this process); "" for the first call
 kill    roles that get SIGKILL; empty for the process itself
-do      an expression over `args` that is evaluated instead of a kill, for faults that are not deaths
+do      an expression over `args` that is evaluated instead of a kill, for faults that are not deaths; `gone(path)` waits until a file is gone
 marker  a file that is made then, so that it happens once
 """
 
@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 
@@ -31,7 +32,7 @@ def crash(point: dict[str, Any], args: tuple[Any, ...]) -> None:
     except FileExistsError:
         return
     if point.get("do"):
-        eval(point["do"], {"args": args})  # noqa: S307
+        eval(point["do"], {"args": args, "gone": gone})  # noqa: S307
         return
     from roles import ROOT, mine, processes
 
@@ -40,6 +41,12 @@ def crash(point: dict[str, Any], args: tuple[Any, ...]) -> None:
             os.kill(pid, signal.SIGKILL)
     if not point.get("kill") or mine() in point["kill"]:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def gone(path: str) -> None:
+    """The process stands still here for as long as there is the file that the test has made."""
+    while os.path.exists(path):
+        time.sleep(0.05)
 
 
 def arm(module: Any, points: list[dict[str, Any]]) -> None:
