@@ -6,10 +6,41 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+WORKERS = 4  # at most: each holds torch, and the tests of real deployments start a dozen processes beside them
+
+
+class OneDeploymentAtATime(LoadScopeScheduling):  # type: ignore[misc]
+    """A file's tests share their models, so they stay on one worker; so do all of tests/e2e, whose federations would only slow one another."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "e2e" if in_e2e(nodeid) else nodeid.partition("::")[0]
+
+
+def in_e2e(nodeid: str) -> bool:
+    return nodeid.startswith("tests/e2e/")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneDeploymentAtATime(config, log)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core that this process may use; none of its own for a single file, which would not be divided."""
+    files = {argument.partition("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and Path(*files).is_file() else min(WORKERS, len(os.sched_getaffinity(0)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first: real deployments, which mostly wait, then files with many tests."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (not in_e2e(item.nodeid), -tests[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")
