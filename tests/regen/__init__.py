@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.regen import docs, golden, models, results, stubs
+from tests.regen import architecture, cli, docs, golden, models, results, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
@@ -17,6 +17,8 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "golden": golden.generate,
     "errors": docs.errors,
     "recipe": docs.recipe,
+    "cli": cli.generate,
+    "architecture": architecture.generate,
     "results": results.generate,
     "models": models.generate,
 }

@@ -25,6 +25,7 @@ ROOMS = {
     "W": "Messages",
     "T": "Keys and trust",
     "E": "The exchange",
+    "S": "Split learning",
 }
 
 
