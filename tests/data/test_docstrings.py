@@ -12,6 +12,7 @@ import pytest
 
 from fedtune.data.docstrings import MASK, PACKAGES, cleaned, collect, paragraphs
 from fedtune.errors import FedtuneError
+from tests.waiting import PATIENCE
 
 PROBE = """
 import hashlib, sys
@@ -65,7 +66,7 @@ def test_cleaning(raw: str, expected: str) -> None:
 def test_two_processes_agree_and_import_nothing() -> None:
     answers = {
         subprocess.run(
-            [sys.executable, "-c", PROBE], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", PROBE], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True, timeout=PATIENCE
         ).stdout.strip()
         for seed in ("1", "2")
     }

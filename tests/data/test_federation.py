@@ -14,6 +14,7 @@ import pytest
 from fedtune.data import Federation, Slice, histogram, load, load_slice
 from fedtune.data.settings import DataSettings, PartitionSettings
 from fedtune.errors import FedtuneError
+from tests.waiting import PATIENCE
 
 IID = PartitionSettings(by="iid", clients=4)
 
@@ -185,7 +186,7 @@ def test_histogram() -> None:
 
 def test_settings_import_nothing_heavy() -> None:
     probe = "import sys, fedtune.data.settings; print(sorted({'numpy', 'torch', 'datasets', 'pyarrow', 'PIL'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=60).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout.strip() == "[]"
     probe = "import sys, fedtune.data.federation; print(sorted({'torch', 'datasets', 'pyarrow', 'PIL', 'flwr_datasets'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=60).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout.strip() == "[]"
     assert Slice(0, "a", [], []).train == []

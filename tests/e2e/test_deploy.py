@@ -21,7 +21,7 @@ from fedtune.wire.v1 import fleet_pb2
 from tests import small
 from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, held, local
 from tests.e2e.test_flower import journal
-from tests.waiting import free_ports
+from tests.waiting import PATIENCE, free_ports
 
 pytestmark = pytest.mark.timeout(900)
 OPEN = "fedtune.exchange.desk:Desk.open_round"
@@ -43,7 +43,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 
 def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fedtune", *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([sys.executable, "-m", "fedtune", *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def same(federation: Deployment, name: str, root: Path, model: Path, data: Path, **changes: Any) -> None:
@@ -70,7 +70,7 @@ def test_lora_on_real_sites_ends_with_the_bytes_of_a_local_run(federation: Deplo
 def asked_while_it_runs(federation: Deployment, metrics: str, folder: Path) -> None:
     """Metrics, the status for whoever may see it, and refusals for everybody else, while round 3 is open and nobody has been asked."""
     coordinator, authority = federation.authority.place("coordinator"), federation.authority
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=PATIENCE) as answer:
         assert re.search(rb'^fedtune_round_asked\{run="lora-[0-9a-f]+"\} 3$', answer.read(), re.M)
     for keys in (coordinator, authority.place("site-a")):
         seen = fedtune("status", "--server", federation.address, "--keys", str(keys))
@@ -81,9 +81,11 @@ def asked_while_it_runs(federation: Deployment, metrics: str, folder: Path) -> N
     with secure_channel(load(authority.place("site-a")), federation.address) as channel:
         call = channel.unary_unary(f"/{NAME}/Call", fleet_pb2.FleetRequest.SerializeToString, fleet_pb2.FleetReply.FromString)
         with pytest.raises(grpc.RpcError) as refusal:  # Flower's control API starts code on every node
-            call(fleet_pb2.FleetRequest(method="POST", path="/v1/control/start-run"), timeout=20)
+            call(fleet_pb2.FleetRequest(method="POST", path="/v1/control/start-run"), timeout=PATIENCE)
         assert "E806" in refusal.value.details()
-        assert call(fleet_pb2.FleetRequest(method="POST", path="/v1/fleet/pull-messages"), timeout=20).status >= 400  # Flower answers, and refuses nonsense
+        assert (
+            call(fleet_pb2.FleetRequest(method="POST", path="/v1/fleet/pull-messages"), timeout=PATIENCE).status >= 400
+        )  # Flower answers, and refuses nonsense
 
 
 def test_integers_only_on_the_same_sites(federation: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
