@@ -57,13 +57,13 @@ def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, list
     """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names that their runs get otherwise."""
     from fedtune.cli.keys import coordinator as own
     from fedtune.deploy.ports import require_free
-    from fedtune.deploy.processes import Stopped, stop_on_signals
-    from fedtune.deploy.server import Coordinator, begin, conduct_all
+    from fedtune.deploy.processes import Stopped, require_idle, stop_on_signals
+    from fedtune.deploy.server import HOME, Coordinator, begin, conduct_all, require_coordinator
 
     place, folder = Path(runs).expanduser().resolve(), own(Path(keys).expanduser()).resolve()
-    require_free(listen, "--listen")
-    if metrics:
-        require_free(metrics, "--metrics")
+    require_coordinator(folder)
+    require_idle(place / HOME)
+    require_free({"--listen": listen} | ({"--metrics": metrics} if metrics else {}))
     begun = [begin(recipe, stem, place, folder, listen) for recipe, stem in recipes]
     stop_on_signals()
     try:
@@ -129,7 +129,7 @@ def status(options: argparse.Namespace) -> int:
             raise FedtuneError("C103", "--server without --keys", "a member's keys", "name their folder")
         lines = at_server(options.server, Path(options.keys).expanduser(), options.run)
     else:
-        lines = of_folder(options.run or ".")
+        lines = of_folder(str(Path(options.run or ".").expanduser()))
     for line in lines:
         print(line)
     return 0

@@ -20,26 +20,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtune.deploy.passage import Passage
+from fedtune.deploy.policy import read_policy
 from fedtune.deploy.processes import Program, alone, environment, free_port, stop_all
 from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError
-from fedtune.exchange.probe import reason
-from fedtune.proxies import proxy_for
-from fedtune.trust import COORDINATOR, load
+from fedtune.exchange.probe import reason, unreachable
+from fedtune.proxies import proxy_for, proxy_hint
+from fedtune.trust import COORDINATOR, Identity, load
 
 LOOK = 0.5
 STARTING = 300.0  # seconds that a SuperNode may take to ask its first question: a cold disk, a slow board, a busy machine
+STOPPED = 15.0  # seconds between two looks, after which it was not the SuperNode that kept silent
+REASONS = 30.0  # seconds between two questions why no connection comes about
 STUCK = 60.0  # seconds without a question from the SuperNode while nothing is being done; Flower itself gives a task that long
 
 
 def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
-    """Until an exception ends it (Stopped, F505). Raises T701 to T708 for keys that cannot be used, E802 for a connection that is refused."""
+    """Until an exception ends it (Stopped, F505). Raises T701 to T708 for keys that cannot be used, E802 for a connection that is refused,
+    C101 to C105 for a policy that cannot be read."""
     home = Path(config.home)
     with alone(home):
         identity = load(Path(config.keys))
         if identity.name.name == COORDINATOR:
             raise FedtuneError("T705", f"the coordinator's own keys in '{config.keys}'", "the keys of a site", "name the folder that 'fedtune keys issue' made")
+        read_policy(config.policy)  # the worker would say so too, after a while
         if why := reason(identity, config.coordinator):
             raise why
         private = short_folder()
@@ -49,7 +54,9 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
             own = replace(config, socket=str(private / "worker"))
             programs = site_programs(own, passage.address, private)
             say(f"site '{identity.name.name}' of '{identity.name.federation}', coordinator {config.coordinator}, home {home}")
-            away = "there"
+            if not proxy_for(config.coordinator) and (nobody := unreachable(config.coordinator)):
+                say(f"nobody answers at {config.coordinator} yet ({nobody}); this site goes on trying")
+            line, ended = Line(identity, config.coordinator, say), 0
             events = home / "worker.jsonl"
             told = Told(events, events.stat().st_size if events.exists() else 0)
             while True:
@@ -59,12 +66,14 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                     say(f"Flower's SuperNode has asked for nothing in {time.monotonic() - programs[1].started:.0f} s, while this site had nothing to do: "
                         "it is started again")  # fmt: skip
                     programs[1].restart()
-                if (now := standing(passage.last)) != away:
-                    away = now
-                    say(f"the coordinator is {now}" + (f": {passage.last[:300]}" if passage.last else "") + through_proxy(config.coordinator, now))
+                line.look(passage)
                 for text in told.lines():
                     say(text)
-                time.sleep(LOOK)
+                for text in passage.ended[ended:]:
+                    say(text)
+                ended = len(passage.ended)
+                if rest() > STOPPED and passage.asked > programs[1].started:
+                    passage.asked = time.monotonic()  # this machine slept, or this program was stopped: the SuperNode could not ask either
         finally:
             stop_all(programs)
             passage.close()
@@ -80,16 +89,46 @@ def short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fedtune-", dir="/tmp"))
 
 
+@dataclass
+class Line:
+    """What there is to say of the connection to the coordinator, once each time it changes."""
+
+    identity: Identity
+    coordinator: str
+    say: Callable[[str], None]
+    now: str = ""
+    judged: float = -REASONS
+    why: str = ""
+
+    def look(self, passage: Passage) -> None:
+        """Raises T704, T705, E802 where the two ends refuse one another and never were connected; a later refusal is said, and may pass."""
+        if not passage.called:
+            return
+        if (now := standing(passage.last)) != self.now:
+            self.now = now
+            self.say(
+                f"the coordinator is {now}" + (f": {passage.last[:300]}" if passage.last else "") + (proxy_hint(self.coordinator) if now == "away" else "")
+            )
+        if now == "away" and time.monotonic() > self.judged + REASONS:
+            self.judged, why = time.monotonic(), reason(self.identity, self.coordinator)
+            if why and not passage.answered:
+                raise why
+            if why and str(why) != self.why:
+                self.why = str(why)
+                self.say(self.why)
+
+
 def standing(last: str) -> str:
     """How the coordinator stands to this site, by what came of the last call: gRPC's words change while it is away, a refusal bears a code."""
     code = last.partition(":")[0]
-    return f"there, and refuses this site ({code})" if code in CATALOGUE else "away" if last else "there"
+    return f"there, and refuses this site ({code})" if code in CATALOGUE else "away" if last else "there, and this site is connected"
 
 
-def through_proxy(coordinator: str, now: str) -> str:
-    """A proxy of the environment is the first thing to look at where nobody answers."""
-    proxy = proxy_for(coordinator) if now == "away" else ""
-    return f" (connections go through {proxy}; if that is wrong, add the coordinator's name to no_proxy)" if proxy else ""
+def rest() -> float:
+    """Sleep for a moment; how long it was in the end."""
+    began = time.monotonic()
+    time.sleep(LOOK)
+    return time.monotonic() - began
 
 
 def stuck(asked: float, started: float, worker: str) -> bool:
@@ -145,4 +184,4 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
                       "--node-config", node),
         "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
     }  # fmt: skip
-    return [Program(name, command, home / "logs" / f"{name}.log", env) for name, command in commands.items()]
+    return [Program(name, command, home / "logs" / f"{name}.log", env, own=name == "worker") for name, command in commands.items()]

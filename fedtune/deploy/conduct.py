@@ -78,7 +78,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     where, recipe = Deployed.read(folder), recipe_of(folder)
     coordinator = load(Path(where.keys))
     desk = Desk(Path(where.home) / "exchange")
-    nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)))
+    nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)), recipe.deploy.sites)
     if is_auto(recipe):
         recipe = with_reported_ranks(recipe, nodes)
         folder.write_json("config.json", recipe.model_dump(mode="json"))  # from here on it is a recipe that somebody could have written by hand

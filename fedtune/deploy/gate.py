@@ -18,7 +18,7 @@ from fedtune.deploy.conduct import SPLIT_KEY
 from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.passage import behind
 from fedtune.deploy.processes import end_with_parent
-from fedtune.deploy.status import statuses
+from fedtune.deploy.status import Ends, statuses
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Desk, serve
 from fedtune.quiet import quiet
@@ -77,7 +77,7 @@ def main() -> None:
         desk = Desk(home / "exchange")
         tell = Refusals(jsonl_sink(home / "gate.jsonl"))
         more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
-        more |= {"also": [*more["also"], behind(config.superlink)], "threads": more["threads"] + SMALL_CALLS}
+        more |= {"also": [*more["also"], behind(config.superlink, Ends(home.parent, desk.book.is_member))], "threads": more["threads"] + SMALL_CALLS}
         server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, runs=lambda: statuses(home.parent), **more)
         if config.metrics:
             serve_metrics(config.metrics, server, home, tell)

@@ -11,7 +11,7 @@ import http.client
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,19 +30,25 @@ METHODS = frozenset({"POST", "GET"})
 LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
 UP = 256 << 10  # bytes of a request
 SECONDS = 30.0
+ENDED = "fedtune-ended"  # a header of ours in every answer: a run of the member's that has ended, how, and nothing for Flower
 OWN = frozenset({"host", "connection", "content-length", "transfer-encoding", "keep-alive", "expect", "date", "server"})  # of one connection
 
 
-def behind(superlink: str) -> Callable[[Door], grpc.GenericRpcHandler]:
-    """For `exchange.serve(..., also=[behind("127.0.0.1:8000")])`."""
+def behind(superlink: str, ended: Callable[[str], Iterable[str]] = lambda member: ()) -> Callable[[Door], grpc.GenericRpcHandler]:
+    """For `exchange.serve(..., also=[behind("127.0.0.1:8000")])`; `ended`: what there is to say to a member of the ends of its runs."""
 
-    def call(request: pb.FleetRequest, context: Any) -> pb.FleetReply:
-        if request.method not in METHODS or not PATH.fullmatch(request.path):
-            raise FedtuneError("E806", f"{request.method[:8]} {request.path[:80]!r}", f"POST or GET under {PREFIX}", "use fedtune client")
-        return forwarded(superlink, request)
+    def made(door: Door) -> grpc.GenericRpcHandler:
+        def call(request: pb.FleetRequest, context: Any) -> pb.FleetReply:
+            if request.method not in METHODS or not PATH.fullmatch(request.path):
+                raise FedtuneError("E806", f"{request.method[:8]} {request.path[:80]!r}", f"POST or GET under {PREFIX}", "use fedtune client")
+            reply = forwarded(superlink, request)
+            reply.headers.extend(pb.FleetHeader(name=ENDED, value=text) for text in ended(door.peer(context).name.name))
+            return reply
 
-    handler = grpc.unary_unary_rpc_method_handler(call, pb.FleetRequest.FromString, pb.FleetReply.SerializeToString)
-    return lambda door: grpc.method_handlers_generic_handler(NAME, {"Call": handler})
+        handler = grpc.unary_unary_rpc_method_handler(call, pb.FleetRequest.FromString, pb.FleetReply.SerializeToString)
+        return grpc.method_handlers_generic_handler(NAME, {"Call": handler})
+
+    return made
 
 
 def forwarded(superlink: str, request: pb.FleetRequest) -> pb.FleetReply:
@@ -75,6 +81,8 @@ class Passage:
         self.server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]  # a SuperNode that hung up, and will ask again
         self.address = f"127.0.0.1:{self.server.server_address[1]}"
         self.last: str = ""  # why the last call failed, "" where it did not
+        self.called = self.answered = False  # whether any call was made, and any answered
+        self.ended: list[str] = []  # what the coordinator said of runs that have ended, each once
         self.asked = time.monotonic()  # when the SuperNode was last heard of; its heart beats in a thread of its own and says nothing
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -90,10 +98,12 @@ class Passage:
         try:
             reply: pb.FleetReply = self._call(pb.FleetRequest(method=method, path=path, headers=kept, body=body), timeout=SECONDS)
         except grpc.RpcError as error:
-            self.last = error.details() or str(error.code())
+            self.last, self.called = error.details() or str(error.code()), True
             return pb.FleetReply(status=503)
-        self.last = ""
-        return reply
+        self.ended += [header.value for header in reply.headers if header.name == ENDED and header.value not in self.ended]
+        kept = [header for header in reply.headers if header.name != ENDED]
+        self.last, self.called, self.answered = "", True, True
+        return pb.FleetReply(status=reply.status, headers=kept, body=reply.body)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         passage = self

@@ -9,6 +9,7 @@ update_bytes = 50_000_000        # most bytes of one update; 0: the coordinator'
 from __future__ import annotations
 
 import tomllib
+from os.path import expanduser
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -31,7 +32,7 @@ class Policy(Settings):
         steps = [step.step for step in recipe.chain]
         if self.methods and recipe.method.type not in self.methods:
             raise forbidden(f"method '{recipe.method.type}'", f"one of {', '.join(self.methods)}")
-        if self.models and recipe.model.name not in self.models:
+        if self.models and expanduser(recipe.model.name) not in map(expanduser, self.models):
             raise forbidden(f"base model '{recipe.model.name}'", f"one of {', '.join(self.models)}")
         if lacking := [name for name in self.require if name not in steps]:
             raise forbidden(f"a message chain without '{lacking[0]}'", f"one with {', '.join(self.require)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.disk import took
-from fedtune.errors import FedtuneError
+from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.proxies import spared
 
 FIRST, LONGEST, STEADY = 0.5, 30.0, 60.0  # seconds: first pause, longest pause, after which a program counts as healthy again
 TRIES = 8  # deaths in a row, none of them after a healthy while
+MISTAKE = 2  # exit code of our own programs for what a user has to mend; the sentence is their last line
 PARENT = "FEDTUNE_PARENT"
 # The kernel sends SIGKILL when the thread that started us ends (prctl PR_SET_PDEATHSIG, kept by exec). A small program in between rather than
 # a function between fork and exec: a process that has gRPC's threads must not run Python there.
@@ -61,12 +63,16 @@ def environment(home: Path) -> dict[str, str]:
 
 @dataclass
 class Program:
-    """One program; its output goes to a log that is cut at the start of every life."""
+    """One program; its output goes to a log that is begun anew with its first life.
+
+    own  whether it is one of ours: a mistake that ends its first life would end every other
+    """
 
     name: str
     command: Sequence[str]
     log: Path
     env: Mapping[str, str]
+    own: bool = False
     process: subprocess.Popen[bytes] | None = None
     deaths: int = 0
     lives: int = 0
@@ -74,7 +80,7 @@ class Program:
     _again: float = field(default=0.0)
 
     def look(self) -> None:
-        """Start it if it is not there and its pause is over. Raises F505 where it dies again and again."""
+        """Start it if it is not there and its pause is over. Raises F505 where it dies again and again, and what one of ours ends with at once."""
         now = time.monotonic()
         if self.process is None:
             if now >= self._again:
@@ -85,8 +91,10 @@ class Program:
             return
         self.process = None
         self.deaths = 1 if now - self._since > STEADY else self.deaths + 1
+        words = next(iter(self.log.read_text(errors="replace").strip().splitlines()[-1:]), "nothing")
+        if self.own and self.lives == 1 and code == MISTAKE and (mistake := read_sentence(words)):
+            raise mistake
         if self.deaths > TRIES:
-            words = next(iter(self.log.read_text(errors="replace").strip().splitlines()[-1:]), "nothing")
             found = f"'{self.name}' ended {self.deaths} times in a row (code {code}; it last said: {words[:200]})"
             raise FedtuneError("F505", found, "a program that stays alive", f"look at {self.log}")
         self._again = now + min(LONGEST, FIRST * 2 ** (self.deaths - 1))
@@ -123,6 +131,12 @@ class Program:
         self.process = None
 
 
+def read_sentence(line: str) -> FedtuneError | None:
+    """A mistake from the sentence that it was printed as; None for any other line."""
+    parts = re.fullmatch(r"([A-Z]\d{3}): found (.*), expected (.*?); (.*)\.", line)
+    return FedtuneError(*parts.groups()) if parts and parts[1] in CATALOGUE else None
+
+
 def stop_all(programs: Sequence[Program], seconds: float = 5.0) -> None:
     """SIGTERM to all, the last started first, and SIGKILL to whoever is still there after a while."""
     for program in reversed(programs):
@@ -135,12 +149,23 @@ def stop_all(programs: Sequence[Program], seconds: float = 5.0) -> None:
 
 @contextlib.contextmanager
 def alone(home: Path) -> Iterator[None]:
-    """One fedtune at work in a home. Raises F506."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "lock").open("a") as handle:
+    """One fedtune at work in a home. Raises F506, R404 for a home that cannot be made."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        handle = (home / "lock").open("a")
+    except OSError as error:
+        raise FedtuneError("R404", f"a folder '{home}' that cannot be written ({error.strerror})", "one with room", "choose another folder") from None
+    with handle:
         if not took(handle):
             raise FedtuneError("F506", f"another fedtune at work in '{home}'", "one for each folder", "end it, or choose another folder")
         yield
+
+
+def require_idle(home: Path) -> None:
+    """Raises F506 where another fedtune is at work in a home; makes none."""
+    if (home / "lock").exists():
+        with alone(home):
+            pass
 
 
 class Stopped(Exception):

@@ -35,13 +35,15 @@ from fedtune.disk import took
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.runtime.folder import RunFolder, recipe_of
-from fedtune.trust import load
+from fedtune.trust import AllowList, load
+from fedtune.trust.identity import ALLOWED
 
 HOME = ".coordinator"
 START_SECONDS = 300.0
 ABSENT = 10.0  # seconds without a process that holds the run's folder, after which it is submitted again
 SUBMITTED = 90.0  # seconds that a submission may take to get hold of it
 LOOK = 0.5
+FAREWELL = 4.0  # seconds from a run's end to the gate's: SuperNodes ask every 3 s, and so their sites hear of it
 STEPS = ("ClientDone", "RoundDone")
 
 
@@ -102,8 +104,7 @@ class Coordinator:
         return self.runs / HOME
 
     def start(self, body: str) -> None:
-        """SuperLink, SuperExec and gate. Raises F505, E801, T701 to T708."""
-        load(self.keys)  # its mistakes in a sentence now rather than in a log later
+        """SuperLink, SuperExec and gate. Raises F505, and what the gate ends with at once: E801, T701 to T708, M301, S701 to S704."""
         self.env = environment(self.home / "flower")
         self.superlink = f"127.0.0.1:{free_port()}"
         flower = self.home / "flower"
@@ -116,7 +117,7 @@ class Coordinator:
         self.add("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port, "--isolation", "process",
                  "--database", str(flower / "state.db"), "--disable-runtime-dependency-installation")  # fmt: skip
         self.add("superexec", "flower-superexec", "--insecure", "--runtime-api-address", self.superlink)
-        self.add("gate", sys.executable, "-m", "fedtune.deploy.gate", str(config))
+        self.add("gate", sys.executable, "-m", "fedtune.deploy.gate", str(config), own=True)
         self.wait_for(lambda: healthy(f"http://{self.superlink}/health") and self._open(), "Flower's SuperLink and the gate")
 
     def _open(self) -> bool:
@@ -128,8 +129,8 @@ class Coordinator:
         except OSError:
             return False
 
-    def add(self, name: str, *command: str) -> None:
-        self.programs.append(Program(name, command, self.home / "logs" / f"{name}.log", self.env))
+    def add(self, name: str, *command: str, own: bool = False) -> None:
+        self.programs.append(Program(name, command, self.home / "logs" / f"{name}.log", self.env, own))
 
     def look(self) -> None:
         for program in self.programs:
@@ -194,6 +195,14 @@ class Ended(Exception):
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
         self.exit_code = exit_code
+
+
+def require_coordinator(keys: Path) -> None:
+    """Raises T701 to T706 for keys with which no coordinator can be started."""
+    identity = load(keys)
+    if not identity.is_coordinator:
+        raise FedtuneError("T705", f"the keys of '{identity.name.name}' in '{keys}'", "the coordinator's", "name the folder that 'fedtune keys init' made")
+    AllowList(identity.folder / ALLOWED).check(identity.peer)
 
 
 def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> RunFolder:
@@ -263,6 +272,7 @@ def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:
                     if ended:
                         open_runs.remove(run)
                 time.sleep(LOOK)
+            time.sleep(FAREWELL)
             return code
         finally:
             coordinator.stop()

@@ -6,10 +6,10 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fedtune.deploy.conduct import Deployed
+from fedtune.deploy.conduct import FAILED, Deployed
 from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
 from fedtune.runtime.folder import RunFolder, existing, recipe_of
@@ -42,6 +42,31 @@ def statuses(runs: Path) -> Iterator[pb.RunStatus]:
         folder = RunFolder(path.parent)
         with contextlib.suppress(FedtuneError, OSError, TypeError):
             yield status_of(folder, Deployed.read(folder).run)
+
+
+class Ends:
+    """Which runs under a folder have ended since this was made, for their members. Looks at most once a second."""
+
+    def __init__(self, runs: Path, is_member: Callable[[str, str], bool]) -> None:
+        self.runs, self.is_member = runs, is_member
+        self.before, self.now, self.looked = set(ended(runs)), dict[str, str](), time.monotonic()
+
+    def __call__(self, member: str) -> list[str]:
+        if time.monotonic() > self.looked + 1.0:
+            self.looked = time.monotonic()
+            self.now = {run: how for run, how in ended(self.runs).items() if run not in self.before}
+        return [f"run {run} has ended {how}" for run, how in self.now.items() if self.is_member(run, member)]
+
+
+def ended(runs: Path) -> dict[str, str]:
+    """Deployed runs under a folder that are over, by their names on the exchange, and how they ended."""
+    over = {}
+    for path in runs.glob("*/deploy.json"):
+        how = "with a result" if (path.parent / "result.json").exists() else "without a result" if (path.parent / FAILED).exists() else ""
+        if how:
+            with contextlib.suppress(FedtuneError, TypeError):
+                over[Deployed.read(RunFolder(path.parent)).run] = how
+    return over
 
 
 def told(status: pb.RunStatus, name: str) -> Iterator[str]:

@@ -155,8 +155,7 @@ class Worker:
         update = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         self.exchange.send(about, update)
-        last = "; that was the run's last round" if about.round == world.recipe.rounds and about.verb != SCORE else ""
-        self.tell(Noted(f"sent: {len(update):,} bytes for round {about.round} of run {about.run}{last}"))
+        self.tell(Noted(f"sent: {len(update):,} bytes for round {about.round} of run {about.run}"))
         return link.chain.said
 
     def own(self, recipe: Recipe) -> Recipe:

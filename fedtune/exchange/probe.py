@@ -39,6 +39,16 @@ def reason(identity: Identity, address: str) -> FedtuneError | None:
     return ours(identity)
 
 
+def unreachable(address: str) -> str:
+    """Why no connection to HOST:PORT can be made from here, without a proxy; "" where one can."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), SECONDS):
+            return ""
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+
+
 def context(identity: Identity) -> ssl.SSLContext:
     """Our end, as gRPC would present it."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedtune.errors import CATALOGUE, FedtuneError, Refused
+from fedtune.proxies import proxy_hint
 from fedtune.wire.v1 import exchange_pb2 as pb
 
 TRAILER = "fedtune-error-bin"
@@ -57,7 +58,7 @@ def understood(error: grpc.RpcError, address: str) -> tuple[FedtuneError, float 
         return FedtuneError("E804", f"an exchange at {address} that takes no more calls", "room for one", "it is tried again later"), 0.0
     if status in AGAIN:
         found = f"no answer from {address} ({status.name}: {details})"
-        return FedtuneError("E801", found, "the coordinator's exchange", "check address, network and that the coordinator runs"), 0.0
+        return FedtuneError("E801", found, "the coordinator's exchange", f"check address, network and that the coordinator runs{proxy_hint(address)}"), 0.0
     return FedtuneError(
         "E808", f"a call that {address} ended with {status.name} ({details})", "an answer", "install the same version of fedtune on both sides"
     ), None

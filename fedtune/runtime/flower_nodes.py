@@ -12,7 +12,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedtune.sinks.console import size
 
 SITE, TICKET = "query.site", "train.ticket"
 GREETING_SECONDS, GREETING_ENDS = 120.0, 1800.0  # until a node is greeted once more, for a greeting may be lost; until an answer is no longer taken
+WAITING_SECONDS, LONGEST_PAUSE = 30.0, 1800.0  # until members that are not here are named again: twice as long each time, up to the second
 LOOK_SECONDS = 1.0  # between two looks at which nodes there are
 PULL_SECONDS, HANG_SECONDS = 1.0, 5.0  # that one look waits for Flower's answers; after which others are sent and awaited apart
 
@@ -103,13 +104,15 @@ class Mail:
 class Nodes:
     """Questions to members through Flower's grid, by the members' names."""
 
-    def __init__(self, grid: Grid, judge: Judge, tell: Callable[[str], None] = lambda text: None) -> None:
-        self.grid, self.judge, self.tell = grid, judge, tell
+    def __init__(self, grid: Grid, judge: Judge, tell: Callable[[str], None] = lambda text: None, members: Sequence[str] = ()) -> None:
+        self.grid, self.judge, self.tell, self.members = grid, judge, tell, members
         self.at: dict[str, int] = {}  # name -> node
         self.reports: dict[str, Mapping[str, Any]] = {}
         self._greeted: dict[int, tuple[bytes, float]] = {}  # node -> nonce, when
         self._hello, self._asked = Mail(grid), Mail(grid)
         self._names: list[str] = []  # key of a ticket -> name
+        self._present: dict[str, int] = {}  # members that were told to be here, and at which node
+        self._silent, self._pause = time.monotonic(), WAITING_SECONDS  # since when nothing was told of who is lacking, and for how long it is well so
         self._over = 0  # tickets below this key have ended
         self._looked = 0.0
 
@@ -120,6 +123,7 @@ class Nodes:
         self._looked = time.monotonic()
         here = set(self.grid.get_node_ids())
         self.at = {name: node for name, node in self.at.items() if node in here}
+        self._tell_lacking(here)
         known = set(self.at.values())
         for node in sorted(here - known):
             nonce, greeted = self._greeted.get(node, (secrets.token_bytes(16), -math.inf))
@@ -144,9 +148,31 @@ class Nodes:
         except (KeyError, TypeError, AttributeError) as error:
             self.tell(f"node {node} is not let in: its answer to a greeting cannot be read ({type(error).__name__}); {SAME}.")
             return
-        if site.name not in self.reports:
-            self.tell(f"{site.name} is here: {described(site.report)}")
         self.at[site.name], self.reports[site.name] = node, site.report  # a member that came back sits at a new node; the newest counts
+        before, self._present[site.name] = self._present.get(site.name), node
+        if before is None:
+            self.tell(f"{site.name} is here: {described(site.report)}{self._lacking()}")
+            self._silent, self._pause = time.monotonic(), WAITING_SECONDS
+
+    def _tell_lacking(self, here: set[int]) -> None:
+        """Who has gone; and who is still waited for, less and less often."""
+        gone = sorted(name for name, node in self._present.items() if node not in here)
+        self._present = {name: node for name, node in self._present.items() if node in here}
+        lacking = self._lacking()
+        if gone:
+            self.tell(f"{', '.join(gone)} {'has' if len(gone) == 1 else 'have'} gone{lacking}")
+        elif lacking and time.monotonic() > self._silent + self._pause:
+            self.tell(lacking.removeprefix("; "))
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        else:
+            return
+        self._silent = time.monotonic()
+
+    def _lacking(self) -> str:
+        """Which members are waited for, as the end of a line; "" where all are here."""
+        lacking = [name for name in self.members if name not in self._present]
+        names = ", ".join(lacking[:12]) + (", ..." if len(lacking) > 12 else "")
+        return f"; waiting for {len(lacking)} of {len(self.members)}: {names}" if lacking else ""
 
     def ask(self, name: str, ticket: bytes, seconds: float) -> int:
         """Give a member its ticket; the node that it went to, 0 where the member is not here."""

@@ -133,6 +133,36 @@ def test_a_member_that_comes_back_at_another_node_is_asked_there(keys: Keys) -> 
     assert nodes.ask("site-b", b"ticket", 60) == 0  # who is not here is not asked
 
 
+def test_who_is_waited_for_is_said_when_one_comes_when_one_goes_and_seldom_in_between(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def instead(node: int, message: Message) -> Any:
+        if message.metadata.message_type != "query.site":
+            return lost(message)
+        said = greeting(keys.sites[f"site-{'abcb'[node]}"], bytes(message.content["site"]["nonce"]).hex())
+        return Message(RecordDict({"site": ConfigRecord({"sealed": said})}), reply_to=message)
+
+    told: list[str] = []
+    grid, all_sites = FakeGrid({}, instead), ("site-a", "site-b", "site-c")
+    nodes = Nodes(grid, judge_of(keys.coordinator, all_sites), told.append, all_sites)
+    nodes.look()
+    grid.workers = {1: None}
+    nodes.look()
+    assert told == ["site-b is here: of unknown means; waiting for 2 of 3: site-a, site-c"]
+    assert nodes.ask("site-b", b"ticket", 60) == 1 and list(nodes.answers()) == [("site-b", None)] and not nodes.at
+    nodes.look()  # a lost message is no farewell: it is greeted again, and nothing is said
+    assert nodes.at == {"site-b": 1} and len(told) == 1
+    monkeypatch.setattr(nodes, "_pause", 0.0)
+    nodes.look()
+    nodes.look()
+    assert told[1:] and set(told[1:]) == {"waiting for 2 of 3: site-a, site-c"}
+    told.clear()
+    grid.workers = {0: None, 2: None}
+    nodes.look()
+    assert told[0] == "site-b has gone; waiting for 3 of 3: site-a, site-b, site-c" and told[-1].endswith("; waiting for 1 of 3: site-b")
+    grid.workers = {0: None, 2: None, 3: None}
+    nodes.look()
+    assert told[-1] == "site-b is here: of unknown means"
+
+
 def test_an_answer_that_hangs_in_flower_keeps_no_other_waiting(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     """site-a's node died after its answer and before the answer's objects: Flower's pull waits for them. site-b comes meanwhile."""
     monkeypatch.setattr(flower_nodes, "PULL_SECONDS", 0.1)

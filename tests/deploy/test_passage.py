@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ import grpc
 import pytest
 
 from fedtune.deploy import passage
-from fedtune.deploy.passage import NAME, UP, Passage, behind
-from fedtune.trust.authority import revoke
+from fedtune.deploy.client import Line as Told
+from fedtune.deploy.conduct import Deployed
+from fedtune.deploy.passage import ENDED, NAME, UP, Passage, behind
+from fedtune.deploy.status import Ends
+from fedtune.errors import FedtuneError
+from fedtune.runtime.folder import RunFolder
+from fedtune.trust import load
+from fedtune.trust.authority import create, revoke
 from fedtune.wire.v1 import fleet_pb2 as pb
 from tests.exchange.federation import Federation
 from tests.waiting import PATIENCE, wait_for
@@ -60,11 +67,11 @@ class SuperLink:
 class Line:
     """A site's passage, the gate's door, and a SuperLink behind it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ended: Callable[[str], Iterable[str]] = lambda member: ()) -> None:
         self.link = SuperLink()
         self.federation = Federation(folder)
         self.federation.server.stop(0)
-        self.gate = self.federation.start(also=[behind(self.link.address)], threads=4)
+        self.gate = self.federation.start(also=[behind(self.link.address, ended)], threads=4)
         self.passage = Passage(self.federation.sites["site-a"], self.gate.address)
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -118,6 +125,60 @@ def test_nothing_but_the_fleet_api_passes(method: str, path: str, line: Line) ->
         line.direct(method, path)
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION and "E806" in refused.value.details()
     assert not line.link.seen
+
+
+def test_a_site_hears_once_that_its_run_has_ended(tmp_path: Path) -> None:
+    """The gate says so in every answer; the SuperNode never sees it, other members are told nothing, and old runs are no news."""
+    runs = tmp_path / "runs"
+
+    def over(name: str, file: str) -> None:
+        (runs / name).mkdir(parents=True, exist_ok=True)
+        Deployed("keys", "home", f"{name}-1", "here", "recipe").write(RunFolder(runs / name))
+        (runs / name / file).write_text("{}")
+
+    over("old", "result.json")
+    over("new", "config.json")
+    made = Line(tmp_path, Ends(runs, lambda run, member: member == "site-a"))
+    try:
+        made.request("POST", "/v1/fleet/pull-messages", b"")
+        assert made.passage.answered and made.passage.ended == []
+        over("new", "result.json")
+        over("sad", "failed.json")
+        time.sleep(1.1)
+        for _ in range(2):
+            _, headers, _ = made.request("POST", "/v1/fleet/pull-messages", b"")
+            assert ENDED not in headers
+        assert sorted(made.passage.ended) == ["run new-1 has ended with a result", "run sad-1 has ended without a result"]
+        other = Passage(made.federation.sites["site-b"], made.gate.address)
+        other.pass_on("POST", "/v1/fleet/pull-messages", [], b"")
+        assert other.answered and other.ended == []
+        other.close()
+    finally:
+        made.close()
+
+
+def test_what_a_site_says_of_its_connection(line: Line) -> None:
+    said: list[str] = []
+    told = Told(line.federation.sites["site-a"], line.gate.address, said.append)
+    told.look(line.passage)
+    assert said == []  # nothing was asked yet
+    for _ in range(2):
+        line.request("POST", "/v1/fleet/pull-messages", b"")
+        told.look(line.passage)
+    assert said == ["the coordinator is there, and this site is connected"]
+    line.gate.stop(0)
+    line.request("POST", "/v1/fleet/pull-messages", b"")
+    told.look(line.passage)
+    assert len(said) == 2 and said[1].startswith("the coordinator is away")
+
+
+def test_keys_of_another_federation_are_a_sentence_even_where_the_coordinator_comes_later(line: Line, tmp_path: Path) -> None:
+    stranger = load(create(tmp_path / "other", "demo", ["localhost"], 30).issue("site-a", 30))
+    passage = Passage(stranger, line.gate.address)
+    passage.pass_on("POST", "/v1/fleet/pull-messages", [], b"")
+    with pytest.raises(FedtuneError, match="T705"):
+        Told(stranger, line.gate.address, lambda text: None).look(passage)
+    passage.close()
 
 
 def test_while_the_superlink_or_the_gate_is_away_the_supernode_is_told_to_come_again(line: Line) -> None:
