@@ -30,7 +30,6 @@ from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
 from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before, respond
 from fedtune.runtime.failures import failure_of
-from fedtune.runtime.scoring import SCORE
 from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
