@@ -26,8 +26,9 @@ def check(options: argparse.Namespace) -> int:
 
         print(tomli_w.dumps(recipe.model_dump(mode="json")))
     quiet()
+    from fedtune.deploy.ready import remarks
     from fedtune.runtime.check import check as work
     from fedtune.runtime.check import rows
 
-    print("\n".join(rows(work(recipe))))
+    print("\n".join([*rows(work(recipe)), *remarks(recipe)]))
     return 0

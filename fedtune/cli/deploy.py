@@ -58,12 +58,14 @@ def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, list
     from fedtune.cli.keys import coordinator as own
     from fedtune.deploy.ports import require_free
     from fedtune.deploy.processes import Stopped, require_idle, stop_on_signals
-    from fedtune.deploy.server import HOME, Coordinator, begin, conduct_all, require_coordinator
+    from fedtune.deploy.server import HOME, Coordinator, begin, conduct_all, require_coordinator, require_new_ready
 
     place, folder = Path(runs).expanduser().resolve(), own(Path(keys).expanduser()).resolve()
     require_coordinator(folder)
     require_idle(place / HOME)
     require_free({"--listen": listen} | ({"--metrics": metrics} if metrics else {}))
+    for recipe, stem in recipes:
+        require_new_ready(recipe, stem, place, folder)
     begun = [begin(recipe, stem, place, folder, listen) for recipe, stem in recipes]
     stop_on_signals()
     try:

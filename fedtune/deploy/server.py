@@ -29,9 +29,10 @@ from fedtune.deploy.app import write_app
 from fedtune.deploy.conduct import CRASH, Deployed, failed
 from fedtune.deploy.gate import GateConfig
 from fedtune.deploy.processes import TRIES, Program, alone, environment, free_port, healthy, stop_all
+from fedtune.deploy.ready import require_ready
 from fedtune.deploy.room import require_room
 from fedtune.deploy.sites import resolved
-from fedtune.disk import took
+from fedtune.disk import disk_errors, took
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.runtime.folder import RunFolder, recipe_of
@@ -205,6 +206,12 @@ def require_coordinator(keys: Path) -> None:
     AllowList(identity.folder / ALLOWED).check(identity.peer)
 
 
+def require_new_ready(recipe: Recipe, stem: str, runs: Path, keys: Path) -> None:
+    """Raises what would end a run at its beginning, where it has none yet: its folder could not be had by the recipe with the mistake mended."""
+    if not (runs / (recipe.name or stem) / "config.json").exists():
+        require_ready(resolved(recipe, keys))
+
+
 def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> RunFolder:
     """The run's folder: a new one, or the one that this recipe began. Raises R401, R406, and what `resolved` raises."""
     name = recipe.name or stem
@@ -216,7 +223,8 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> Run
             raise FedtuneError("R406", found, "the same recipe, to go on, or a new name", "choose one with --set name=...")
     else:
         named = resolved(recipe, keys)
-        (folder.path / "state").mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder.path):
+            (folder.path / "state").mkdir(parents=True, exist_ok=True)
         Deployed(str(keys), str(runs / HOME), f"{name[:40]}-{secrets.token_hex(8)}", listen, recipe.fingerprint).write(folder)
         folder.begin(named)  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,19 @@ def resolved(recipe: Recipe, keys: Path) -> Recipe:
         raise FedtuneError(
             "F502", f"deploy.sites with '{unknown[0]}', who has no valid key", f"names among {', '.join(allowed)[:200]}", "fedtune keys issue it"
         )
+    require_for_sites(recipe, sites)
+    return recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": tuple(sites)})})
+
+
+def require_for_sites(recipe: Recipe, sites: Sequence[str]) -> None:
+    """Whether a recipe can be played by these sites, as far as the recipe says; () where they are not known yet. Raises C104, D206."""
     if recipe.deploy.data == "sites" and recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
         raise FedtuneError("D206", "no data.labels in a recipe for real sites", "the label set", "list all labels in data.labels")
     if len(set(sites)) < len(sites):
         raise FedtuneError("C104", "deploy.sites with a name twice", "each site once", "remove one")
-    if recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.all_values:
+    if sites and recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.all_values:
         found = f"partition.clients = {recipe.partition.clients} beside {len(sites)} sites ({', '.join(sites)[:120]})"
         raise FedtuneError("C104", found, "as many of one as of the other", f"--set partition.clients={len(sites)}")
-    return recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": tuple(sites)})})
 
 
 def at_coordinator(recipe: Recipe) -> Federation:
@@ -46,10 +53,10 @@ def at_coordinator(recipe: Recipe) -> Federation:
     test: list[dict[str, Any]] = []
     if deploy.test:
         data = recipe.data.model_copy(update={"path": deploy.test, "client_test_share": 0.0, "limit": 0, "source": source_of(recipe, deploy.test)})
-        mine, _ = load_slice(data, recipe.seed, 0, "the coordinator")
+        with called("data.path", "deploy.test"):
+            mine, _ = load_slice(data, recipe.seed, 0, "the coordinator")
         test = [*mine.train, *mine.test]
-    if recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
-        raise FedtuneError("D206", "no data.labels in a recipe for real sites", "the label set", "list all labels in data.labels")
+    require_for_sites(recipe, ())
     return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(deploy.sites)), test, recipe.data.labels)
 
 
@@ -60,9 +67,19 @@ def at_site(recipe: Recipe, number: int, data: str) -> Federation:
     if not data:
         raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
     name = recipe.deploy.sites[number]
-    mine, dropped = load_slice(recipe.data.model_copy(update={"path": data, "source": source_of(recipe, data)}), recipe.seed, number, name)
+    with called("data.path", "--data"):
+        mine, dropped = load_slice(recipe.data.model_copy(update={"path": data, "source": source_of(recipe, data)}), recipe.seed, number, name)
     slices = tuple(mine if other == number else Slice(other, whose, [], []) for other, whose in enumerate(recipe.deploy.sites))
     return Federation(slices, [], recipe.data.labels, dropped)
+
+
+@contextlib.contextmanager
+def called(setting: str, here: str) -> Iterator[None]:
+    """A mistake's words, with the name by which whoever reads them set the value."""
+    try:
+        yield
+    except FedtuneError as error:
+        raise type(error)(error.code, error.found, error.expected, error.do.replace(setting, here)) from error
 
 
 def source_of(recipe: Recipe, path: str) -> str:

@@ -24,7 +24,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.room import require_disk, require_memory
-from fedtune.deploy.sites import Details, at_site
+from fedtune.deploy.sites import Details, at_site, called
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
@@ -197,6 +197,21 @@ class Worker:
                 self.lock.release()
 
 
+def require_own(config: SiteConfig) -> None:
+    """What the site's operator named has to be there before anybody asks for it. Raises M301 for --device and --model. Reads no weights."""
+    if config.device:
+        from fedtune.model.base import pick_device
+
+        with called("model.device", "--device"):
+            pick_device(config.device)
+    if config.model:
+        from fedtune.hf.config import require_model
+        from fedtune.model.base import reading
+
+        with called("model.name", "--model"), reading(config.model):
+            require_model(config.model)
+
+
 def serve(worker: Worker, path: Path) -> None:
     """Answer on a Unix socket until the process ends; a thread a caller, because ClientApps may overlap."""
     path.unlink(missing_ok=True)
@@ -240,6 +255,7 @@ def main() -> None:
     config = SiteConfig.read(Path(sys.argv[1]))
     tell = jsonl_sink(Path(config.home) / "worker.jsonl")
     try:
+        require_own(config)
         serve(Worker(config, tell), Path(config.socket))
     except FedtuneError as error:
         sys.stderr.write(f"{error}\n")

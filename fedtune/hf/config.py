@@ -86,6 +86,13 @@ def refuse_missing_weights(place: str) -> None:
         raise FedtuneError("M301", found, "the model's weights as safetensors", "convert or download them: files that hold pickled code are never read")
 
 
+def require_model(name: str) -> None:
+    """Raises M301, or what transformers raises, where a name leads to no model: one without config.json, or without weights. Reads none of them."""
+    place = locate(name)
+    transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    refuse_missing_weights(place)
+
+
 def refuse_architecture(config: Any, place: str, task: str) -> None:
     """Raises M306 where transformers has no such head for the architecture, or one that would not be trained as the task says."""
     kind = config.model_type
