@@ -63,7 +63,8 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                 for program in programs:
                     program.look()
                 if stuck(passage.asked, programs[1].started, own.socket):
-                    say(f"Flower's SuperNode has asked for nothing in {time.monotonic() - programs[1].started:.0f} s, while this site had nothing to do: "
+                    silent = time.monotonic() - max(passage.asked, programs[1].started)
+                    say(f"Flower's SuperNode has asked for nothing in {silent:.0f} s, while this site had nothing to do: "
                         "it is started again")  # fmt: skip
                     programs[1].restart()
                 line.look(passage)
