@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -204,6 +205,11 @@ def end_with(parent: int) -> None:
 
 
 def free_port() -> int:
+    """A port of loopback that no outgoing connection will take meanwhile: systems give those the numbers from 32768 on, or higher ones."""
+    draw = random.SystemRandom()
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", draw.randrange(20_000, 32_768))) as found:
+            return int(found.getsockname()[1])
     with socket.create_server(("127.0.0.1", 0)) as found:
         return int(found.getsockname()[1])
 

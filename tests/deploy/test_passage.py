@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -144,10 +143,14 @@ def test_a_site_hears_once_that_its_run_has_ended(tmp_path: Path) -> None:
         assert made.passage.answered and made.passage.ended == []
         over("new", "result.json")
         over("sad", "failed.json")
-        time.sleep(1.1)
-        for _ in range(2):
+
+        def asked() -> bool:
             _, headers, _ = made.request("POST", "/v1/fleet/pull-messages", b"")
             assert ENDED not in headers
+            return len(made.passage.ended) > 1
+
+        wait_for(asked, "news of both runs", every=0.2)
+        asked()
         assert sorted(made.passage.ended) == ["run new-1 has ended with a result", "run sad-1 has ended without a result"]
         other = Passage(made.federation.sites["site-b"], made.gate.address)
         other.pass_on("POST", "/v1/fleet/pull-messages", [], b"")

@@ -13,7 +13,7 @@ from fedtune.deploy.sites import at_site
 from fedtune.deploy.worker import SiteConfig, require_own
 from fedtune.errors import FedtuneError
 from tests import small
-from tests.e2e.test_flower import free_ports
+from tests.waiting import free_ports
 
 LABELS = sorted(small.WORDS)
 
