@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 120.0  # seconds: a busy machine is no reason to fail, and who is not kept waiting loses nothing
+PATIENCE = 300.0  # seconds: beside twelve busy processes two minutes were not enough, and who is not kept waiting loses nothing
 
 
 def wait_for(done: Callable[[], Any], what: str, seconds: float = PATIENCE, every: float = 0.02) -> None:
