@@ -10,6 +10,8 @@ from typing import Any
 
 PATIENCE = 300.0  # seconds: beside twelve busy processes two minutes were not enough, and who is not kept waiting loses nothing
 
+LONG = 400.0  # seconds that a whole run of real processes may take, faults and a busy machine included
+
 
 def wait_for(done: Callable[[], Any], what: str, seconds: float = PATIENCE, every: float = 0.02) -> None:
     """Until a condition holds."""

@@ -20,11 +20,10 @@ from fedtune.trust.authority import Authority, create
 from tests import small
 from tests.e2e.faults.crash.roles import ROOT, WHO, processes
 from tests.e2e.test_flower import write_recipe
-from tests.waiting import PATIENCE, free_ports, wait_for
+from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
 SITES = ("site-a", "site-b", "site-c")
 CRASH = Path(__file__).parent / "faults" / "crash"
-LONG = 400.0  # seconds that a run may take, faults and a busy machine included
 MEMORY = {"chain": [{"step": "sign", "error_feedback": True}]}  # what a client did not get to say, it keeps until the next round
 
 

@@ -23,7 +23,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import ClientLeftOut
 from fedtune.runtime.folder import RunFolder, create
 from tests import small
-from tests.waiting import PATIENCE, free_ports, wait_for
+from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
 flower = pytest.importorskip("fedtune.runtime.flower")
 flower_engine = pytest.importorskip("fedtune.runtime.flower_engine")
@@ -225,17 +225,17 @@ def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(deploy
     run = deployment.run(recipe=str(recipe), set="rounds=2", runs=str(tmp_path / "runs"))
     folder = RunFolder(tmp_path / "runs" / "small")
     with showing(deployment):
-        wait_for((folder.path / "result.json").exists, "the run's result")
+        wait_for((folder.path / "result.json").exists, "the run's result", LONG)
         local, result, _ = small.play(small.recipe(tiny_bert, data, rounds=2, **changes), tmp_path / "local")
         assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
         assert journal(folder) == journal(local)
-        wait_for(lambda: deployment.state(run)["status"] == "finished:completed", "the end of the run")
+        wait_for(lambda: deployment.state(run)["status"] == "finished:completed", "the end of the run", LONG)
 
 
 def test_a_mistake_in_the_recipe_ends_the_flower_run_with_its_sentence(deployment: Deployment, tmp_path: Path) -> None:
     run = deployment.run(set="rounds=0", runs=str(tmp_path / "runs"))
     with showing(deployment):
-        wait_for(lambda: deployment.state(run)["status"].startswith("finished"), "the end of the run")
+        wait_for(lambda: deployment.state(run)["status"].startswith("finished"), "the end of the run", LONG)
         state = deployment.state(run)
         assert state["status"] == "finished:failed" and "C102: found rounds = 0" in json.dumps(state)
         assert not (tmp_path / "runs").exists()
@@ -367,7 +367,7 @@ def test_flwr_run_as_the_readme_prints_it(tiny_bert: Path, data: Path, tmp_path:
     env = os.environ | {"FLWR_HOME": str(tmp_path / "flower"), "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = line.replace('recipe="my.toml"', f'recipe="{recipe}" runs="{tmp_path / "runs"}"')
     try:
-        done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=280)
+        done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=LONG)
         assert (tmp_path / "runs" / "my" / "result.json").exists(), done.stdout + done.stderr
     finally:
         for pid in processes(f"FLWR_HOME={tmp_path / 'flower'}"):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.deploying import LONG, SITES, Deployment, point
+from tests.e2e.deploying import SITES, Deployment, point
 from tests.e2e.faults.conftest import Oracle
-from tests.waiting import wait_for
+from tests.waiting import LONG, wait_for
 
 POINTS = {  # one a round, so that one run shows them all: name -> where, when
     "before-open": ("fedtune.exchange.desk:Desk.open_round", "before", "args[2] == 1"),
