@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 
 from fedtune import config
 from fedtune.errors import ClientFailed, FedtuneError, Refused
-from fedtune.events import Event
+from fedtune.events import Event, Noted
 from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.folder import RunFolder, create
@@ -38,6 +38,8 @@ STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as a
 WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
 ANSWER_SECONDS = 3600.0  # for one answer; after it the round goes on without that client
 SAME = "run the same fedtune on server and nodes"
+LATE_SECONDS = 20.0  # until it is said which nodes are waited for
+IN_SIMULATION = "in Flower's own simulation, flwr run --federation-config num-supernodes=N makes N"
 NODE_CONFIG = "give every SuperNode its own: --node-config 'partition-id=N'"
 
 
@@ -134,14 +136,17 @@ def read_answer(client: int, answer: Message | FedtuneError) -> Reply:
         return Reply(client, failure=Refused("W601", found, "an outcome and a payload", SAME))
 
 
-def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS) -> dict[int, int]:
-    """Client id -> node id, once there is a node for each of `wanted` clients and every node greeted so far has answered.
+def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS, say: Callable[[str], None] = lambda text: None) -> dict[int, int]:
+    """Client id -> node id, once there is a node for each of `wanted` clients and every node greeted so far has answered. Waiting is said once.
 
     Raises F502 where nodes are missing after `seconds`, F503 where a node does not say which client it is or two say the same.
     """
     post, nodes, silent = Post(grid), dict[int, int](), set[int]()
-    began = time.monotonic()
+    began, said = time.monotonic(), False
     while time.monotonic() < began + seconds:
+        if not said and time.monotonic() > began + LATE_SECONDS:
+            said = True
+            say(f"waiting for nodes: {len(nodes)} of {wanted} clients have one ({IN_SIMULATION})")
         for node in sorted(set(grid.get_node_ids()) - nodes.keys() - silent):
             silent.add(node)
             post.send(node, Message(RecordDict({}), node, HELLO, ttl=seconds))
@@ -155,7 +160,8 @@ def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS) -> dict[i
         pause(began)
     missing = sorted(set(range(wanted)) - set(nodes.values()))
     found = f"no node for client {missing[0]} after {seconds:.0f} s ({len(nodes)} nodes answered)" if missing else f"a node silent for {seconds:.0f} s"
-    raise FedtuneError("F502", found, f"partition-id 0 to {wanted - 1}", f"start the SuperNodes that are missing, or lower partition.clients; {NODE_CONFIG}")
+    do = f"start the SuperNodes that are missing, or lower partition.clients; {IN_SIMULATION}; {NODE_CONFIG}"
+    raise FedtuneError("F502", found, f"partition-id 0 to {wanted - 1}", do)
 
 
 def client_of(answer: Message, taken: Iterable[int]) -> int:
@@ -173,7 +179,11 @@ def client_of(answer: Message, taken: Iterable[int]) -> int:
 
 def serve(grid: Grid, recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None], wait: float = WAIT_SECONDS) -> dict[str, Any]:
     """A whole run with Flower's nodes as clients; the journal and the bytes are those of a local run."""
-    return run(recipe, folder, tell, lambda link, world: flower_carrier(grid, recipe, find_nodes(grid, len(world.names), wait)))
+
+    def say(text: str) -> None:
+        tell(Noted(text))
+
+    return run(recipe, folder, tell, lambda link, world: flower_carrier(grid, recipe, find_nodes(grid, len(world.names), wait, say)))
 
 
 def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callable[[RunFolder], Callable[[Event], None]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientLeftOut
 from fedtune.runtime.folder import RunFolder, create
@@ -31,6 +33,7 @@ from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+COPIED = ("pyproject.toml", "LICENSE", "server", "client", "simulations")  # of a checkout, what Flower's command line reads
 MEMORY = {"chain": [{"step": "sign", "error_feedback": True}]}  # what a client did not get to say, it keeps until the next round
 
 
@@ -359,16 +362,28 @@ def test_a_node_that_comes_late_and_one_that_has_gone_do_not_stop_a_run() -> Non
     assert flower.find_nodes(grid, 2, 5) == {0: 5, 1: 8}
 
 
+def test_whoever_waits_for_nodes_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "LATE_SECONDS", 0.2)
+    said: list[str] = []
+    with pytest.raises(FedtuneError, match=r"F502.*num-supernodes"):
+        flower.find_nodes(FakeGrid({5: 0, 6: 1}), 8, 1, said.append)
+    assert len(said) == 1 and said[0].startswith("waiting for nodes: 2 of 8 clients have one") and "num-supernodes" in said[0]
+    assert flower.find_nodes(FakeGrid({5: 0, 6: 1}), 2, 1, said.append) == {0: 5, 1: 6} and len(said) == 1
+
+
 @pytest.mark.slow
 def test_flwr_run_as_the_readme_prints_it(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """The README's own line, with a recipe of two clients, on Flower's default local SuperLink; nothing is installed and no network is asked."""
+    """The README's own line, from a checkout with a recipe of as many clients, on Flower's default local SuperLink; no network is asked."""
     (line,) = [text.partition("    #")[0].strip() for text in (ROOT / "README.md").read_text().splitlines() if "flwr run ." in text]
-    recipe = write_recipe(tmp_path / "my.toml", tiny_bert, data, partition__clients=2)
+    assert "num-supernodes=8 " in line and Recipe().partition.clients == 8
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=lambda folder, names: set(names) - set(COPIED) if folder == str(ROOT) else ())
+    write_recipe(tmp_path / "checkout" / "my.toml", tiny_bert, data, partition__clients=8)
     env = os.environ | {"FLWR_HOME": str(tmp_path / "flower"), "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = line.replace('recipe="my.toml"', f'recipe="{recipe}" runs="{tmp_path / "runs"}"')
+    env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(free_ports(1)[0])  # another's SuperLink may have the usual one
     try:
-        done = subprocess.run(command, shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=LONG)
-        assert (tmp_path / "runs" / "my" / "result.json").exists(), done.stdout + done.stderr
+        done = subprocess.run(line, shell=True, cwd=tmp_path / "checkout", env=env, capture_output=True, text=True, check=False, timeout=LONG)
+        assert (tmp_path / "checkout" / "runs" / "my" / "result.json").exists(), done.stdout + done.stderr
+        assert "federated: accuracy" in done.stdout
     finally:
         for pid in processes(f"FLWR_HOME={tmp_path / 'flower'}"):
             os.kill(pid, signal.SIGTERM)
