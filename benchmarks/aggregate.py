@@ -30,7 +30,8 @@ import numpy as np
 
 from fedtune.aggregate import RULES, Answer, Combined, Pair, WeightedMean, split
 from fedtune.methods.fedpeft import FedPEFT, FedPEFTSettings
-from fedtune.runtime.cohort import Ask, Link, Reply, RoundCohort
+from fedtune.runtime.cohort import RoundCohort
+from fedtune.runtime.protocol import Ask, Link, Reply
 from fedtune.schema import Schema
 from fedtune.transforms import Chain
 from fedtune.types import Round, Update

@@ -20,9 +20,9 @@ from typing import Any
 from record import ALONE, HERE, RESULTS, hardware
 
 from fedtune.config import read
-from fedtune.runtime.cohort import Carrier, Link
 from fedtune.runtime.folder import create
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.run import run
 from fedtune.runtime.world import World
 from fedtune.types import Client, Round, Tensors, Update

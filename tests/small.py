@@ -10,9 +10,9 @@ from fedtune import config, transforms
 from fedtune.config import Recipe, method_of
 from fedtune.events import Event
 from fedtune.rng import stream
-from fedtune.runtime.cohort import Ask, Carrier, Link
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Ask, Carrier, Link
 from fedtune.runtime.run import run
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world

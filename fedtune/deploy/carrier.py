@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fedtune.deploy.sites import Details
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.exchange import Desk
-from fedtune.runtime.cohort import Ask, Link, Reply
+from fedtune.runtime.protocol import Ask, Link, Reply
 from fedtune.trust import Identity, Ticket, ticket
 from fedtune.trust.envelope import PROTOCOL
 

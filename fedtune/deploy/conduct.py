@@ -16,9 +16,9 @@ from fedtune.deploy.sites import at_coordinator
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import Desk
-from fedtune.runtime.cohort import Ask, Link
 from fedtune.runtime.flower_nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.ranks import is_auto, settled
 from fedtune.runtime.run import run
 from fedtune.runtime.sampling import wanted
@@ -133,7 +133,8 @@ def enough(recipe: Recipe) -> Callable[[int], int]:
 
 def budget(link: Link, world: World, asks: Sequence[Ask]) -> int:
     """Most bytes of one answer: its numbers as float64, and room for a frame with names."""
-    schemas = (link.answer(ask.verb, link.given(ask.verb, world.bench, ask.client, ask.now), ask.now) for ask in asks)
+    tasks = link.tasks
+    schemas = (tasks[ask.verb].answer(tasks[ask.verb].given(world.bench, ask.client, ask.now), ask.now) for ask in asks)
     return max(8 * schema.count + 256 * len(schema.entries) for schema in schemas) + (1 << 16)
 
 

@@ -92,7 +92,7 @@ class Details:
     """What a ticket says beside what every ticket says.
 
     recipe   the coordinator's, as canonical JSON
-    number   of the client; `seed`, `members` of the round; `last`, `first` as in runtime.cohort.Ask
+    number   of the client; `seed`, `members` of the round; `last`, `first` as in runtime.protocol.Ask
     told     what the method wants its clients to know
     """
 

@@ -28,8 +28,9 @@ from fedtune.deploy.sites import Details, at_site, called
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
-from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before, respond
+from fedtune.runtime.client_half import memory_after, memory_before, respond
 from fedtune.runtime.failures import failure_of
+from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of

@@ -23,9 +23,10 @@ from safetensors.numpy import load, save
 from fedtune import config
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Event, Noted
-from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, Versions, memory_after, memory_before, respond
+from fedtune.runtime.client_half import Versions, memory_after, memory_before, respond
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.folder import RunFolder, create
+from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
 from fedtune.runtime.ranks import settled
 from fedtune.runtime.run import run
 from fedtune.runtime.shelf import load_versions, save_versions

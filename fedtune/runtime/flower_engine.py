@@ -22,9 +22,9 @@ from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.proxies import spared
-from fedtune.runtime.cohort import Carrier, Link
 from fedtune.runtime.flower import Grid, answer, find_nodes, flower_carrier, hello
 from fedtune.runtime.folder import RunFolder
+from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.run import run
 from fedtune.runtime.world import World
 from fedtune.threads import available_cores, threads_for

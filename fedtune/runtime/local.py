@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, respond
+from fedtune.runtime.client_half import respond
 from fedtune.runtime.failures import failure_of
+from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
 from fedtune.types import Client
 
 

@@ -14,11 +14,13 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted
-from fedtune.runtime.cohort import Carrier, Downlink, Link, RoundCohort
+from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.compare import compare, finished_phase, score_test
+from fedtune.runtime.downlink import Downlink
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.scoring import at_sites
 from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
@@ -191,7 +193,9 @@ def finish(work: Run) -> dict[str, Any]:
     if work.world.federation.test:
         scores = compare(work.recipe, work.world, work.link.method, work.start, work.state, work.journal, work.tell)
     else:
-        scores = at_sites(work)
+        now = Round(work.recipe.rounds, work.recipe.seed, tuple(work.world.names))
+        everyone = RoundCohort(work.link, now, work.carrier, work.tell, work.world.names, replace(work.downlink))
+        scores = at_sites(everyone, work.state.shared, work.world.bench, work.journal)
     from fedtune.export import export_final
 
     work.link.method.install(work.state, work.world.bench)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import Noted, Scored
+from fedtune.runtime.cohort import RoundCohort
+from fedtune.runtime.journal import Journal
+from fedtune.runtime.protocol import Task
 from fedtune.schema import Schema
 from fedtune.types import Client, Method, Round, State, Tensors, Update, Verb
 
-if TYPE_CHECKING:
-    from fedtune.runtime.run import Run
-
 SCORE = "score"  # the runtime's own verb, beside those of the methods
 NOTHING = Schema(())  # an answer of figures alone
+
+
+def score_task(method: Method, batch: int) -> Task:
+    """The score as a task of the run's. A client is given what it is given with the first of the method's verbs."""
+    first = next(iter(method.verbs))
+
+    def given(bench: Any, client: int, now: Round) -> Schema:
+        return method.given(first, bench, client, now)
+
+    return Task(scored(method, batch), given, lambda given, now: NOTHING, trains=False)
 
 
 def scored(method: Method, batch: int) -> Verb:
@@ -36,32 +45,27 @@ def scored(method: Method, batch: int) -> Verb:
     return work
 
 
-def at_sites(work: Run) -> dict[str, Any]:
+def at_sites(cohort: RoundCohort, shared: Tensors, bench: Any, journal: Journal) -> dict[str, Any]:
     """What compare() gives, from the sites' own rows; a state that sites cannot install by itself, or that nobody scores, is not scored."""
-    done = work.journal.phase("sites")
+    done = journal.phase("sites")
     if done is None:
         try:
-            done = asked(work)
+            done = asked(cohort, shared, bench)
         except FedtuneError as error:
-            work.tell(Noted(f"the last state was not scored at the sites. {error}"))
+            cohort.tell(Noted(f"the last state was not scored at the sites. {error}"))
             done = {"metric": "", "value": None, "loss": None}
-        work.journal.finish("sites", done)
+        journal.finish("sites", done)
     return {"metric": done["metric"], "federated": done["value"], "loss": {"federated": done["loss"]}}
 
 
-def asked(work: Run) -> dict[str, Any]:
+def asked(cohort: RoundCohort, shared: Tensors, bench: Any) -> dict[str, Any]:
     """Raises R405 where nobody could score, C104 where the state is not what sites are given in a round."""
-    from fedtune.runtime.cohort import RoundCohort
-
-    rounds, names, method = work.recipe.rounds, work.world.names, work.link.method
-    now = Round(rounds, work.recipe.seed, tuple(names))
-    shared = work.state.shared
-    if any(method.given("train", work.world.bench, client, now).entries != Schema.of(shared).entries for client in names):
-        found = f"a state of '{method.title}' that a site cannot score by itself"
+    link, now = cohort.link, cohort.now
+    if any(link.tasks[SCORE].given(bench, client, now).entries != Schema.of(shared).entries for client in now.members):
+        found = f"a state of '{link.method.title}' that a site cannot score by itself"
         raise FedtuneError("C104", found, "one that it can", "give the coordinator rows to score on: deploy.test")
-    cohort = RoundCohort(work.link, now, work.carrier, work.tell, names, replace(work.downlink))
     mean = cohort.sum(SCORE, shared).mean()
     name = "perplexity" if "perplexity" in mean.metrics else "accuracy"
     value = math.exp(mean.metrics["loss"]) if name == "perplexity" else mean.metrics[name]
-    work.tell(Scored("federated", rounds, name, value, mean.metrics["loss"]))
+    cohort.tell(Scored("federated", now.number, name, value, mean.metrics["loss"]))
     return {"metric": name, "value": value, "loss": mean.metrics["loss"]}

@@ -13,7 +13,9 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, load
 from fedtune.data.settings import DataSettings
 from fedtune.events import Event, Noted, Truncated
-from fedtune.runtime.cohort import Ask, Link, memory_after, memory_before
+from fedtune.runtime.client_half import memory_after, memory_before
+from fedtune.runtime.protocol import Ask, Link
+from fedtune.runtime.scoring import SCORE, score_task
 from fedtune.runtime.states import Memories
 from fedtune.types import Client, Method
 
@@ -137,4 +139,5 @@ def link_of(world: World, method: Method, agreed: Recipe | None = None) -> Link:
     agreed  the coordinator's recipe, where this world was built from a site's own version of it
     """
     recipe = agreed or world.recipe
-    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink, recipe.limits, recipe.evaluate.batch)
+    more = {SCORE: score_task(method, recipe.evaluate.batch)}
+    return Link(recipe.fingerprint[:16], world.base.fingerprint, method, transforms.build(recipe.chain), recipe.downlink, recipe.limits, more)

@@ -20,8 +20,10 @@ from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Chose, ClientDone, Event, RoundDone
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check
-from fedtune.runtime.cohort import Ask, Carrier, Link, Reply, RoundCohort, respond
+from fedtune.runtime.client_half import respond
+from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
 from fedtune.runtime.run import run
 from fedtune.runtime.states import load_state
 from fedtune.runtime.world import World

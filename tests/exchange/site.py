@@ -17,7 +17,8 @@ from fedtune import config, transforms
 from fedtune.data import load as load_data
 from fedtune.exchange.split_service import body_at
 from fedtune.model.encode import encode
-from fedtune.runtime.cohort import Ask, Link, respond
+from fedtune.runtime.client_half import respond
+from fedtune.runtime.protocol import Ask, Link
 from fedtune.trust import load
 from fedtune.types import Client, Round
 

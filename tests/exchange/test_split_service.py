@@ -20,7 +20,8 @@ from fedtune.errors import FedtuneError
 from fedtune.exchange import Server
 from fedtune.exchange.split_service import alongside, body_at, body_service, dial, over
 from fedtune.methods.sfprompt_net import BodyAt
-from fedtune.runtime.cohort import Ask, Link, respond
+from fedtune.runtime.client_half import respond
+from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.world import World, world_of
 from fedtune.schema import Schema
 from fedtune.split.codec import Coding

@@ -16,7 +16,8 @@ from fedtune.methods import whole
 from fedtune.model.forward import batch_of, forward_only, mean_loss
 from fedtune.model.origin import reset
 from fedtune.rng import seed_of
-from fedtune.runtime.cohort import Ask, respond
+from fedtune.runtime.client_half import respond
+from fedtune.runtime.protocol import Ask
 from fedtune.runtime.states import load_state
 from fedtune.schema import Schema, digest
 from fedtune.types import Round, State, Tensors

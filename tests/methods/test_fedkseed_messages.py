@@ -19,8 +19,9 @@ from fedtune.events import ClientDone, ClientLeftOut, RoundDone
 from fedtune.model.origin import reset
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check, rows
-from fedtune.runtime.cohort import Ask, Carrier, Link, respond
+from fedtune.runtime.client_half import respond
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Ask, Carrier, Link
 from fedtune.runtime.states import load_state
 from fedtune.runtime.world import World
 from fedtune.schema import Schema

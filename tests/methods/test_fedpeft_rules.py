@@ -203,8 +203,8 @@ def test_a_rule_that_reads_single_answers_is_refused_beside_a_step_that_hides_th
 @pytest.mark.parametrize("rule", ["median", "trimmed", "krum", "clipped"])
 def test_a_robust_rule_shrugs_off_one_liar_of_five(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """One client sends its move times -10; the honest mean stays nearer to a robust result than to the plain mean."""
-    from fedtune.runtime.cohort import Carrier, Link
     from fedtune.runtime.local import local_carrier
+    from fedtune.runtime.protocol import Carrier, Link
     from fedtune.runtime.world import World
 
     def lying(link: Link, world: World) -> Carrier:
@@ -301,8 +301,9 @@ def test_a_client_with_nan_counts_like_one_that_did_not_answer(rule: str, tiny_b
     """One of six: left out by name (W607), and the result is to the bit that of the other five."""
     from fedtune.errors import ClientFailed
     from fedtune.events import ClientLeftOut
-    from fedtune.runtime.cohort import Reply, RoundCohort
+    from fedtune.runtime.cohort import RoundCohort
     from fedtune.runtime.local import local_carrier
+    from fedtune.runtime.protocol import Reply
     from fedtune.runtime.world import link_of
 
     recipe = small.recipe(tiny_bert, data, partition__clients=6, rounds=2, aggregate={"rule": rule})
@@ -333,9 +334,9 @@ def test_krum_with_too_few_answers_skips_the_round_and_the_run_goes_on(tiny_bert
     """One of five drops out in round 2: four answers are too few where one may be faulty. Nothing is learned there, nobody's memory moves."""
     from fedtune.errors import ClientFailed
     from fedtune.events import Noted
-    from fedtune.runtime.cohort import Ask, Carrier, Link, Reply
     from fedtune.runtime.journal import Journal
     from fedtune.runtime.local import local_carrier
+    from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
     from fedtune.runtime.world import World
 
     recipe = small.recipe(tiny_bert, data, partition__clients=5, aggregate={"rule": "krum"}, chain=[{"step": "quantize", "bits": 4, "error_feedback": True}])

@@ -25,8 +25,8 @@ from fedtune.model.kinds import file_name
 from fedtune.model.loss import summed_loss
 from fedtune.rng import seed_of, stream
 from fedtune.runtime.check import check, rows
-from fedtune.runtime.cohort import Carrier, Link
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.world import World
 from fedtune.schema import digest
 from fedtune.split.body import Frozen

@@ -10,9 +10,20 @@ import pytest
 
 from fedtune.config import Recipe
 from fedtune.data import load
+from fedtune.errors import Refused
 from fedtune.events import Noted
+from fedtune.methods.fedpeft import FedPEFT
+from fedtune.runtime.client_half import respond
+from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.folder import create
+from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.run import run
+from fedtune.runtime.scoring import SCORE, asked, score_task
+from fedtune.schema import Schema
+from fedtune.transforms.base import Chain
+from fedtune.types import Round, State
+from fedtune.wire import EVERYONE, encode_state
 from tests import small
 
 SHARE = {"data__client_test_share": 0.3, "data__test_share": 0.2}
@@ -45,3 +56,46 @@ def test_clients_that_hold_nothing_out_leave_the_run_unscored_with_a_note(tiny_b
     found, notes = at_sites(recipe, tmp_path)
     assert found["metric"] == "" and found["federated"] is None and found["rounds"] == 3
     assert any("not scored at the sites" in note and "D202" in note for note in notes)
+
+
+class Tuning(FedPEFT):
+    """A method without a verb called `train`."""
+
+    moves = frozenset({"tune"})
+
+    @property
+    def verbs(self) -> Any:
+        return {"tune": self.train}
+
+    def given(self, verb: str, bench: Any, client: int, now: Round) -> Schema:
+        assert verb == "tune"
+        return super().given("train", bench, client, now)
+
+    def round(self, state: State, cohort: Any, now: Round) -> State:
+        return State(cohort.sum("tune", state.shared).values())
+
+
+def test_a_method_without_a_verb_called_train_can_be_scored(tiny_bert: Path, tmp_path: Path) -> None:
+    recipe = small.recipe(tiny_bert, small.write_rows(tmp_path), **SHARE)
+    world, usual = small.world_of(recipe)
+    method = Tuning(recipe.method, recipe.rounds, recipe.aggregate)
+    start, names = usual.method.start(world.bench), world.names
+
+    def score_after_a_round(link: Link) -> dict[str, Any]:
+        carrier = local_carrier(link, world.client, world.done)
+        first, last = (RoundCohort(link, Round(n, recipe.seed, tuple(names)), carrier, lambda event: None, names) for n in (1, 2))
+        return asked(last, link.method.round(start, first, first.now).shared, world.bench)
+
+    renamed = score_after_a_round(Link("run", usual.base, method, Chain([]), more={SCORE: score_task(method, 4)}))
+    assert renamed == score_after_a_round(replace(usual, more={SCORE: score_task(usual.method, 4)})) and renamed["loss"] > 0
+
+
+def test_what_nobody_knows_how_to_answer_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    world, link = small.world_of(small.recipe(tiny_bert, small.write_rows(tmp_path)))
+    now, given = Round(1, 3, (0,)), link.method.start(world.bench).shared
+    payload = encode_state(given, link.header("prune", EVERYONE, now, Schema.of(given)))
+    with pytest.raises(Refused, match="W604: found the verb 'prune', expected one of train"):
+        respond(link, world.client_with(0, {}), Ask(0, "prune", now, payload))
+    twice = replace(link, more={"train": score_task(link.method, 4)})
+    with pytest.raises(RuntimeError, match="'train', which is the run's own"):
+        respond(twice, world.client_with(0, {}), Ask(0, "train", now, payload))

@@ -15,8 +15,8 @@ import pytest
 import transformers
 
 from fedtune.errors import ClientFailed
-from fedtune.runtime.cohort import Ask, Carrier, Link, Reply
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
 from fedtune.runtime.world import World
 from tests import small, tiny
 from tests.e2e.deploying import MEMORY, SITES, Deployment, held, lines_of, local, point
@@ -26,7 +26,7 @@ from tests.exchange.federation import Proxy
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.timeout(900)
-TRAINED = "fedtune.runtime.cohort:require_finite"  # in a worker: after training, before anything is kept
+TRAINED = "fedtune.runtime.client_half:require_finite"  # in a worker: after training, before anything is kept
 
 
 def noted(federation: Deployment, name: str = "run") -> list[str]:

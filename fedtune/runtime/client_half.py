@@ -1,0 +1,62 @@
+"""The client's half of a question, the same wherever the client is, and what the client remembers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedtune.errors import ClientFailed, Refused
+from fedtune.runtime.protocol import Ask, Link, require_finite
+from fedtune.schema import Schema
+from fedtune.transforms.broadcast import Held, hold, holding, unpack
+from fedtune.types import Client, Tensors
+from fedtune.wire import EVERYONE, decode, decode_state, encode
+
+Versions = dict[int, dict[str, np.ndarray]]  # round -> what a client's memory was after it
+
+
+def memory_before(versions: Versions, ask: Ask) -> dict[str, np.ndarray]:
+    """The memory to answer with: that of the last answer that counted. What a lost answer wrote is forgotten, so that
+    error feedback never takes for sent what the server did not get."""
+    return dict(versions.get(ask.last if ask.first else ask.now.number, {}))
+
+
+def memory_after(versions: Versions, ask: Ask, memory: dict[str, np.ndarray]) -> Versions:
+    """The two memories worth keeping: before this round, and after this answer if it will count."""
+    kept = {ask.last: versions.get(ask.last, {}), ask.now.number: memory}
+    return {number: tensors for number, tensors in kept.items() if tensors}
+
+
+def respond(link: Link, client: Client, ask: Ask) -> bytes:
+    """One question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
+    task = link.tasks.get(ask.verb)
+    if task is None:
+        raise Refused("W604", f"the verb '{ask.verb[:40]}'", f"one of {', '.join(sorted(link.tasks))}", "run the same fedtune on both sides")
+    schema = task.given(client.model, client.id, ask.now)
+    given = received(link, client, ask, schema)
+    if task.trains and not len(client.data):
+        found, expected = f"no training examples at client '{client.name}'", "at least one: a text whose whole response is cut at data.max_length is none"
+        raise ClientFailed("D205", found, expected, "give it rows, or raise data.max_length")
+    update = task.work(client, given, ask.now)
+    require_finite(update, client.name)
+    sent = task.chain.send(update, client, ask.now, task.near(given))
+    return encode(sent, link.header(ask.verb, client.id, ask.now, task.answer(schema, ask.now)))
+
+
+def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
+    """What the server gives, as this client now holds it. Raises Refused."""
+    if not link.coded(ask.verb):
+        holds = link.tasks[ask.verb].holds
+        known = holding(client.memory) if holds else None
+        expect = link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"state", "changes"}))
+        _, tensors = decode_state(ask.payload, expect, (known.round, known.tensors) if known else (0, {}))
+        if holds:
+            hold(client.memory, Held(ask.now.number, tensors))
+        return tensors
+    header, message = decode(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"})))
+    before = holding(client.memory) if header.since else None
+    if header.since != (before.round if before else 0):
+        raise Refused("W604", f"a change to the broadcast of round {header.since}", "one that this client holds", "the server sends the whole state next time")
+    given = unpack(link.downlink, message, before.tensors if before else None)
+    if link.downlink.step == "delta":
+        hold(client.memory, Held(ask.now.number, given))
+    return given

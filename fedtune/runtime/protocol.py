@@ -1,0 +1,142 @@
+"""What both ends of a conversation agree on: questions, replies, and how each verb is asked, answered and coded.
+
+Both halves speak the wire format even inside one process, so that what is measured, refused and computed is the same
+whether a client is a function call away or a continent. How a question reaches a client is the carrier's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.schema import Schema
+from fedtune.transforms.base import Chain
+from fedtune.transforms.broadcast import DownlinkSettings
+from fedtune.types import Method, Round, Tensors, Update, Verb
+from fedtune.wire import EVERYONE, Expect, Header
+from fedtune.wire.settings import LimitSettings
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question to one member: a verb and an encoded state."""
+
+    client: int
+    verb: str
+    now: Round
+    payload: bytes
+    last: int = 0  # the last round in which an answer of this client counted; 0: none yet
+    first: bool = True  # the first question of its round
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A member's answer as it came over the wire, or why there is none."""
+
+    client: int
+    payload: bytes = b""
+    failure: FedtuneError | None = None
+    said: str = ""  # what the client's chain chose, and why
+
+
+Carrier = Callable[[Sequence[Ask]], Iterable[Reply]]  # every ask gets exactly one reply, in any order
+Given = Tensors | Callable[[int], Tensors]  # the same for all members, or by client
+
+
+def given_to(client: int, given: Given) -> Tensors:
+    return given(client) if callable(given) else given
+
+
+@dataclass(frozen=True)
+class Task:
+    """A verb as both ends know it.
+
+    work    the client's half
+    given   bench, client, round -> the schema of what that client is given
+    answer  schema given, round -> the schema of the answer
+    chain   the steps that an answer goes through
+    moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may be lossy
+    holds   clients keep the whole numbers that they are given, so that later only changes need travel
+    trains  the client's half needs training rows
+    """
+
+    work: Verb
+    given: Callable[[Any, int, Round], Schema]
+    answer: Callable[[Schema, Round], Schema]
+    chain: Chain = field(default_factory=Chain)
+    moves: bool = False
+    holds: bool = False
+    trains: bool = True
+
+    def kinds(self, answer: Schema) -> frozenset[str]:
+        """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them otherwise."""
+        return frozenset({"whole"}) if answer.whole and not self.chain.steps else self.chain.kinds
+
+    def near(self, given: Tensors) -> Tensors | None:
+        """What an answer is the difference to, under a chain."""
+        return given if self.moves else None
+
+
+def tasks_of(method: Method, chain: Chain) -> dict[str, Task]:
+    """A task for each verb of a method; where single answers are read, steps that only a sum can undo are left out."""
+    alone = Chain([step for step in chain.steps if step.undone == "reply"])
+    holds = getattr(method, "holds", ())
+
+    def task(verb: str, work: Verb) -> Task:
+        return Task(
+            work,
+            lambda bench, client, now: method.given(verb, bench, client, now),
+            lambda given, now: method.answer(verb, given, now),
+            alone if verb in method.reads_each else chain,
+            verb in method.moves,
+            verb in holds,
+        )
+
+    return {verb: task(verb, work) for verb, work in method.verbs.items()}
+
+
+@dataclass(frozen=True)
+class Link:
+    """What both ends of a conversation agree on before the first message."""
+
+    run: str  # the run's identity
+    base: str  # fingerprint of the base model
+    method: Method
+    chain: Chain
+    downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    more: Mapping[str, Task] = field(default_factory=dict)  # the run's own tasks, beside the method's verbs
+
+    @cached_property
+    def tasks(self) -> Mapping[str, Task]:
+        """Everything that can be asked, by verb."""
+        own = tasks_of(self.method, self.chain)
+        if twice := sorted(own.keys() & self.more.keys()):
+            raise RuntimeError(f"{self.method.type} has a verb '{twice[0]}', which is the run's own")
+        return {**own, **self.more}
+
+    def coded(self, verb: str) -> bool:
+        """Whether what is given with a verb travels through the downlink's code: only what the verb moves can be lossy."""
+        return self.downlink.step != "none" and self.tasks[verb].moves
+
+    def header(self, verb: str, client: int, now: Round, schema: Schema, since: int = 0) -> Header:
+        return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since, whole=schema.whole)
+
+    def expect(self, verb: str, client: int, now: Round, schema: Schema, kinds: frozenset[str]) -> Expect:
+        plain = Expect(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema, kinds=kinds)
+        if client == EVERYONE:  # the limits are the server's, for answers
+            return plain
+        return replace(plain, max_weight=self.limits.weight, max_norm=self.limits.norm or math.inf)
+
+
+def require_finite(update: Update, name: str) -> None:
+    """Raise ClientFailed (W607) where an answer holds NaN or Inf."""
+    for tensor, value in update.tensors.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ClientFailed("W607", f"NaN or Inf in '{tensor}' from client '{name}'", "finite numbers", "lower the learning rate or set method.train.clip")
