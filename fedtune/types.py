@@ -32,12 +32,14 @@ class Update:
     weight   how much this answer counts (examples, tokens, or 1)
     metrics  name -> number, already times `weight`
     scales   name -> array, filled only by transforms that turn tensors into integer levels
+    notes    what the client's transforms chose, and why, for the run's events; no part of the message, and of no sum
     """
 
     tensors: Tensors
     weight: float = 1.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     scales: Tensors = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, values: Tensors, weight: float = 1.0, metrics: Mapping[str, float] | None = None) -> Update:

@@ -152,11 +152,11 @@ class Worker:
         self.tell(Noted(f"asked: '{about.verb}' in round {about.round} of run {about.run}"))
         held = load_versions(place, ask.client)
         client = world.client_with(ask.client, memory_before(held, ask))
-        update = respond(link, client, ask)
+        reply = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
-        self.exchange.send(about, update)
-        self.tell(Noted(f"sent: {len(update):,} bytes for round {about.round} of run {about.run}"))
-        return link.chain.said
+        self.exchange.send(about, reply.payload)
+        self.tell(Noted(f"sent: {len(reply.payload):,} bytes for round {about.round} of run {about.run}"))
+        return reply.said
 
     def own(self, recipe: Recipe) -> Recipe:
         """The coordinator's recipe with this site's paths and device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedtune.errors import ClientFailed, Refused
-from fedtune.runtime.protocol import Ask, Link, require_finite
+from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
 from fedtune.schema import Schema
 from fedtune.transforms.broadcast import Held, hold, holding, unpack
 from fedtune.types import Client, Tensors
@@ -26,7 +26,7 @@ def memory_after(versions: Versions, ask: Ask, memory: dict[str, np.ndarray]) ->
     return {number: tensors for number, tensors in kept.items() if tensors}
 
 
-def respond(link: Link, client: Client, ask: Ask) -> bytes:
+def respond(link: Link, client: Client, ask: Ask) -> Reply:
     """One question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
     task = link.tasks.get(ask.verb)
     if task is None:
@@ -39,7 +39,8 @@ def respond(link: Link, client: Client, ask: Ask) -> bytes:
     update = task.work(client, given, ask.now)
     require_finite(update, client.name)
     sent = task.chain.send(update, client, ask.now, task.near(given))
-    return encode(sent, link.header(ask.verb, client.id, ask.now, task.answer(schema, ask.now)))
+    payload = encode(sent, link.header(ask.verb, client.id, ask.now, task.answer(schema, ask.now)))
+    return Reply(client.id, payload, said="; ".join(sent.notes))
 
 
 def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:

@@ -221,9 +221,10 @@ def answer(message: Message, context: Context, shelf: Path | None = None) -> Mes
         place = shelf or (Path(str(context.node_config["memory"])) / link.run if "memory" in context.node_config else None)
         versions = load_memory(context, place, ask.client)
         client = world.client_with(ask.client, memory_before(versions, ask))
-        payload = respond(link, client, ask)
+        reply = respond(link, client, ask)
         save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
-        outcome = {"code": "", "found": "", "expected": "", "do": "", "said": link.chain.said}
+        outcome = {"code": "", "found": "", "expected": "", "do": "", "said": reply.said}
+        payload = reply.payload
     except Exception as cause:  # whatever it is, it is about this client
         error = failure_of(cause, name, place / "errors" if place else None)
         payload, outcome = b"", {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}

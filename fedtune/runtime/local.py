@@ -23,7 +23,7 @@ def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[A
             try:
                 world = client(ask)
                 name = world.name
-                reply = Reply(ask.client, respond(link, world, ask), said=link.chain.said)
+                reply = respond(link, world, ask)
                 done(ask, world)
             except Exception as error:  # whatever it is, it is about this client
                 reply = Reply(ask.client, failure=failure_of(error, name, logs))

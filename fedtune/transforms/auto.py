@@ -6,6 +6,7 @@ one round (kurtosis 1.9) and of a whole training (3.4). The choice travels with 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -56,8 +57,9 @@ class Auto(Transform):
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         measured = kurtosis(means(update, client))
         pick = choose(measured, self.settings)
-        self.said = f"auto: {describe(pick)}, because the kurtosis is {measured:.2f} and the target {self.settings.ratio:g} times smaller than bfloat16"
-        return pick.on_client(update, client, now)
+        why = f"auto: {describe(pick)}, because the kurtosis is {measured:.2f} and the target {self.settings.ratio:g} times smaller than bfloat16"
+        sent = pick.on_client(update, client, now)
+        return replace(sent, notes=(*sent.notes, why))
 
     def on_reply(self, update: Update, client: int, now: Round) -> Update:
         return unpacked(update)

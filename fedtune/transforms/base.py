@@ -33,8 +33,6 @@ class Transform:
 
     tolerance: float | None = None  # of a code: how far the decoded mean may be from the mean sent, as a share of its L2 norm; None: no code
 
-    said: str = ""  # what it chose last, and why, for the runtime's events; "" where there is no choice
-
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         return update
 
@@ -70,13 +68,8 @@ class Chain:
         self.steps = tuple(steps)
         self.kinds = frozenset({{"real": "values", "ring": "ring", "packed": "levels"}[held]})  # what a receiver may expect
 
-    @property
-    def said(self) -> str:
-        """What the steps chose for the last answer, and why; "" where they have no choice."""
-        return "; ".join(step.said for step in self.steps if step.said)
-
     def send(self, update: Update, client: Client, now: Round, near: Tensors | None = None) -> Update:
-        """The client's halves, in order."""
+        """The client's halves, in order. A step holds nothing of one answer: clients may go through one chain at the same time."""
         if self.steps and near is not None:
             update = update.shifted(near, -1)
         return reduce(lambda u, step: step.on_client(u, client, now), self.steps, update)

@@ -16,6 +16,7 @@ from fedtune.deploy import carrier, worker
 from fedtune.deploy.worker import WorldBuilt
 from fedtune.errors import FedtuneError, Paused
 from fedtune.exchange import Limits, serve
+from fedtune.runtime.protocol import Reply
 from fedtune.trust import load
 from tests import small
 from tests.deploy.inside import SITES, FakeGrid, answered, inside, lost
@@ -274,7 +275,7 @@ def test_an_update_that_was_finished_and_not_sent_is_sent_later_and_not_computed
         workers[102].exchange.patience = 0.5
         respond, computed = worker.respond, []
 
-        def counted(link: Any, client: Any, ask: Any) -> bytes:
+        def counted(link: Any, client: Any, ask: Any) -> Reply:
             answer = respond(link, client, ask)
             computed.append(client.id)
             if client.id == 1 and len(computed) == computed.index(1) + 1:

@@ -38,7 +38,7 @@ def main(job: Path) -> None:
     client = Client(number, name, bench, data, {}, body)
     link = Link(told["run"], base.fingerprint, method, transforms.build(recipe.chain))
     ask = Ask(number, "train", Round(told["round"], recipe.seed, tuple(told["members"])), job.with_name(told["given"]).read_bytes())
-    job.with_name("answer").write_bytes(respond(link, client, ask))
+    job.with_name("answer").write_bytes(respond(link, client, ask).payload)
     grown = psutil.Process().memory_info().rss - before
     gc.collect()
     tensors = {id(one.untyped_storage()): one for one in gc.get_objects() if isinstance(one, torch.Tensor) and not one.is_meta and one.is_floating_point()}

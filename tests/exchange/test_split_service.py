@@ -136,7 +136,7 @@ def test_a_site_with_one_of_eight_blocks_answers_to_the_bit_what_the_whole_model
 
     own = world.bench.net.own_body
     here = BodyAt(own.dial, own.offer, RUN, lambda number, client: details["token"])
-    payload = respond(deployed.link, Client(0, "site-a", world.bench, world.train(0), {}, here), ask)
+    payload = respond(deployed.link, Client(0, "site-a", world.bench, world.train(0), {}, here), ask).payload
     assert (tmp_path / "answer").read_bytes() == payload and len(payload) > 10_000
 
     body = sum(value.numel() for value in world.bench.net.part.parameters("body").values())

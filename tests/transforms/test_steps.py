@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedtune.schema import Schema
 from fedtune.transforms import STEPS, ChainStep, bits_per_parameter, build
 from fedtune.transforms.auto import AutoSettings, choose, density, kurtosis
+from fedtune.transforms.base import Chain, Kind, Transform
 from fedtune.transforms.dither import Dither, DitherSettings, dither_rate, nearest
 from fedtune.transforms.levels import Packed
 from fedtune.transforms.quantize import block_levels, deadzone_rate, sign_levels, step_levels
@@ -158,8 +162,40 @@ def test_auto_picks_the_most_faithful_that_fits(measured: float, ratio: float, n
 
 def test_auto_says_what_it_chose_and_why() -> None:
     auto = step(step="auto", ratio=15.0)
-    auto.on_client(Update.of({"w": np.float32([1, -1, 1, 1])}), Client(0, "", None, None), Round(1, 1, (0,)))
-    assert auto.said == "auto: sign at about 1.00 bits with error feedback, because the kurtosis is 1.00 and the target 15 times smaller than bfloat16"
+    sent = auto.on_client(Update.of({"w": np.float32([1, -1, 1, 1])}), Client(0, "", None, None), Round(1, 1, (0,)))
+    assert sent.notes == ("auto: sign at about 1.00 bits with error feedback, because the kurtosis is 1.00 and the target 15 times smaller than bfloat16",)
+
+
+class Meet(Transform):
+    """Lets nobody on before both clients have come through the steps before it."""
+
+    takes: ClassVar[Kind] = "any"
+    gives: ClassVar[Kind] = "same"
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+
+    def on_client(self, update: Update, client: Client, now: Round) -> Update:
+        self.barrier.wait()
+        return update
+
+
+def test_two_clients_in_threads_through_one_chain_keep_their_own_notes() -> None:
+    chain = Chain([AutoSettings(step="auto", ratio=15.0).build(), Meet()])
+    now, far = Round(1, 1, (0, 1)), np.float32([100] + [0.1] * 99)
+    values = {0: np.float32([1, -1] * 50), 1: far}  # signs, and a heavy tail
+
+    def notes(client: int) -> tuple[str, ...]:
+        return chain.send(Update.of({"w": values[client]}), Client(client, "", None, None), now).notes
+
+    with ThreadPoolExecutor(2) as pool:
+        signs, sparse = pool.map(notes, (0, 1))
+    assert "sign at" in signs[0] and "ternary at" in sparse[0] and len(signs) == len(sparse) == 1
+
+
+def test_notes_are_no_part_of_a_sum() -> None:
+    one = replace(Update.of({"w": np.float32([1])}), notes=("why",))
+    assert (one + one).notes == () and one.shifted({"w": np.float32([1])}, -1).notes == ("why",)
 
 
 def test_auto_without_memory_stops_at_two_bits() -> None:
