@@ -49,6 +49,7 @@ CATALOGUE: dict[str, str] = {
     "R409": "Fewer members than the quorum gave a usable answer; the run pauses.",
     "R410": "Too few usable answers for the aggregation rule; the round changes nothing.",
     "R411": "A client's own work ended with an error that fedtune did not foresee; the client is left out of the round.",
+    "R412": "A group of clients is too small for its sum to be read.",
     # F: Flower
     "F501": "Flower, or the part of it that this command needs, is not installed.",
     "F502": "Too few nodes are connected.",

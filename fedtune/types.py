@@ -10,10 +10,10 @@ An `Update` is what a client answers. It can be added, so that a server may see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fedtune.errors import FedtuneError
 from fedtune.schema import Schema
 
 Tensors = Mapping[str, np.ndarray]
+Group = TypeVar("Group", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,27 @@ class Update:
         return replace(self, tensors={name: value + np.multiply(origin[name], step, dtype=np.float64) for name, value in self.tensors.items()})
 
 
+class RunningSum:
+    """a + b + c in the order in which they come and to the bit, in one set of arrays however many come; the updates stay as they are."""
+
+    def __init__(self) -> None:
+        self.total: Update | None = None  # None: nothing has come
+        self.count = 0
+
+    def add(self, update: Update) -> None:
+        if self.total is None:
+            self.total = update
+        else:  # the third is the first that finds a total whose arrays are our own
+            self.total = self.total.joined(update, onto) if self.count > 1 else self.total + update
+        self.count += 1
+
+
 def summed(updates: Iterable[Update]) -> Update | None:
-    """a + b + c in their order and to the bit, in one set of arrays however many come; the updates stay as they are. None for none."""
-    total, own = None, False
+    """The running sum of all; None for none."""
+    running = RunningSum()
     for update in updates:
-        if total is None:
-            total = update
-        else:
-            total, own = (total.joined(update, onto) if own else total + update), True
-    return total
+        running.add(update)
+    return running.total
 
 
 def onto(total: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -138,6 +151,13 @@ class Cohort(Protocol):
         """Ask every member and read single answers, in ascending id; the method must list `verb` in `reads_each`.
 
         Members may be given different tensors: then `given` says what, by client id.
+        """
+
+    def sum_groups(self, verb: str, given: Tensors | Callable[[Group], Tensors], group_of: Callable[[int], Group], min_group: int = 2) -> dict[Group, Update]:
+        """Ask every member once; the caller sees one sum for each group of members, and no sum of fewer than `min_group` answers.
+
+        Groups may be given different tensors: then `given` says what, by group. A sum of one is a single answer: for `min_group` = 1 the
+        method must list `verb` in `reads_each`. Groups from which too few answers came are left out.
         """
 
     def note(self, name: str, value: float) -> None:

@@ -6,6 +6,7 @@ runtime/local.py calls it, runtime/flower.py sends it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ from fedtune.runtime.downlink import Downlink, Payloads
 from fedtune.runtime.journal import Answer
 from fedtune.runtime.protocol import Ask, Carrier, Given, Link, Reply, given_to, require_finite
 from fedtune.schema import Schema
-from fedtune.types import Round, Tensors, Update, summed
+from fedtune.types import Group, Round, RunningSum, Tensors, Update, summed
 from fedtune.wire import decode
 
 
@@ -30,7 +31,7 @@ class RoundCohort:
     names: Mapping[int, str]
     downlink: Downlink = field(default_factory=Downlink)
     answers: dict[int, Answer] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)  # sums over the answers that count
+    figures: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)  # client -> metrics of an answer that counts
     notes: dict[str, float] = field(default_factory=dict)  # the server's own figures
     quorum: int = 0  # answers that must count
 
@@ -55,6 +56,37 @@ class RoundCohort:
             raise self._nobody()
         self._require_quorum()
 
+    def sum_groups(self, verb: str, given: Tensors | Callable[[Group], Tensors], group_of: Callable[[int], Group], min_group: int = 2) -> dict[Group, Update]:
+        """Groups in the order of their first members. Raises R412 where one has fewer than `min_group`, R405 where no group is left."""
+        if min_group < 2 and verb not in self.link.method.reads_each:
+            raise RuntimeError(f"{self.link.method.type} reads sums of single answers to '{verb}' without declaring it in reads_each")
+        group = {client: group_of(client) for client in self.now.members}
+        sizes = Counter(group.values())
+        if small := [name for name, size in sizes.items() if size < min_group]:
+            found = f"{sizes[small[0]]} members of group '{small[0]}' in round {self.now.number}"
+            raise FedtuneError("R412", found, f"at least {min_group} members in a group", "make larger groups, or ask more clients a round")
+        tensors = {name: given(name) if callable(given) else given for name in sizes}
+        sums = {name: RunningSum() for name in sizes}
+        for client, update in self._replies(verb, (lambda client: tensors[group[client]]) if callable(given) else given):
+            sums[group[client]].add(update)
+        task, settled = self.link.tasks[verb], dict[Group, Update]()
+        for name, running in sums.items():
+            if running.total is None or running.count < min_group:
+                self._leave_out([client for client in self.now.members if group[client] == name], running.count, f"group '{name}'", min_group)
+            else:
+                settled[name] = task.chain.settle(running.total, self.now, task.near(tensors[name]))
+        if not settled:
+            raise self._nobody()
+        self._require_quorum()
+        return settled
+
+    def _leave_out(self, clients: Sequence[int], came: int, whose: str, least: int) -> None:
+        """Too few answers of a group: those that came do not count."""
+        found = f"{came} usable answers from the {len(clients)} members of {whose} in round {self.now.number}"
+        error = FedtuneError("R412", found, f"at least {max(least, 1)}", "look at the errors of the others")
+        self._discount(clients, error)
+        self.tell(Noted(f"left out: {whose}. {error}"))
+
     def _require_quorum(self) -> None:
         """Raises Paused (R409)."""
         counted = sum(answer.outcome == "ok" for answer in self.answers.values())
@@ -73,11 +105,24 @@ class RoundCohort:
 
     def skip(self, error: FedtuneError) -> None:
         """Answers that came do not count, so that no client takes for received what changed nothing (error feedback)."""
-        counted = {client: answer for client, answer in self.answers.items() if answer.outcome == "ok"}
-        self.answers |= {client: replace(answer, outcome=error.code, weight=0.0, note=str(error)) for client, answer in counted.items()}
-        self.metrics.clear()
+        self._discount(self.now.members, error)
         self.note("skipped", 1.0)
         self.tell(Noted(f"round {self.now.number} changes nothing: {error}"))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Sums over the answers that count."""
+        sums: dict[str, float] = {}
+        for _, metrics in self.figures:
+            for name, number in metrics.items():
+                sums[name] = sums.get(name, 0.0) + number
+        return sums
+
+    def _discount(self, clients: Sequence[int], error: FedtuneError) -> None:
+        """Answers that came and do not count, because of `error`."""
+        counted = {client: answer for client, answer in self.answers.items() if client in clients and answer.outcome == "ok"}
+        self.answers |= {client: replace(answer, outcome=error.code, weight=0.0, note=str(error)) for client, answer in counted.items()}
+        self.figures = [(client, metrics) for client, metrics in self.figures if client not in clients]
 
     def _replies(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
         task = self.link.tasks[verb]
@@ -101,8 +146,7 @@ class RoundCohort:
                 continue
             if reply.said:
                 self.tell(Chose(self.now.number, reply.client, self.names[reply.client], reply.said))
-            for name, number in update.metrics.items():
-                self.metrics[name] = self.metrics.get(name, 0.0) + number
+            self.figures.append((reply.client, update.metrics))
             self._note(reply.client, Answer(reply.client, "ok", update.weight, len(reply.payload), down))
             metrics = {name: number / update.weight for name, number in update.metrics.items()}
             self.tell(ClientDone(self.now.number, reply.client, self.names[reply.client], update.weight, len(reply.payload), down, metrics))

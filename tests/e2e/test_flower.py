@@ -20,10 +20,15 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientLeftOut
+from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.folder import RunFolder, create
+from fedtune.runtime.local import local_carrier
+from fedtune.runtime.world import link_of, world_of
+from fedtune.schema import digest
+from fedtune.types import Round
 from tests import small
 from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
@@ -329,6 +334,24 @@ def test_a_run_on_a_grid_without_failures_is_a_local_run(tiny_bert: Path, data: 
     folder = create(tmp_path, "", "run")
     flower.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)
     assert journal(folder) == journal(small.play(recipe, tmp_path / "local")[0])
+
+
+def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> None:
+    recipe = small.recipe(tiny_bert, data)
+    world = world_of(recipe)
+    link = link_of(world, method_of(recipe))
+    grid = FakeGrid({90 + part: part for part in range(4)})
+    carriers = {
+        "local": local_carrier(link, world.client, world.done),
+        "flower": flower.flower_carrier(grid, recipe, flower.find_nodes(grid, 4, 5), seconds=60),
+    }
+    given, sums = link.method.start(world.bench).shared, {}
+    for name, carrier in carriers.items():
+        cohort = RoundCohort(link, Round(1, recipe.seed, (0, 1, 2, 3)), carrier, lambda event: None, world.names)
+        sums[name] = cohort.sum_groups("train", given, lambda client: client // 2)
+    assert sums["local"].keys() == sums["flower"].keys() == {0, 1}
+    for group, total in sums["local"].items():
+        assert digest(total.tensors) == digest(sums["flower"][group].tensors) and total.metrics == sums["flower"][group].metrics
 
 
 @pytest.mark.parametrize(
