@@ -57,7 +57,7 @@ Wrap = Callable[[Carrier], Carrier]
 
 
 def cohort_of(
-    made: tuple[World, Link], members: Sequence[int] = MEMBERS, wrap: Wrap = lambda carrier: carrier, tell: Callable[[Event], None] = id
+    made: tuple[World, Link], members: Sequence[int] = MEMBERS, wrap: Wrap = lambda carrier: carrier, tell: Callable[[Event], None] = lambda event: None
 ) -> RoundCohort:
     """A round of clients that remember nothing."""
     world, link = made
