@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fedtune.deploy.passage import Passage
 from fedtune.deploy.policy import read_policy
-from fedtune.deploy.processes import Program, alone, environment, free_port, stop_all
+from fedtune.deploy.processes import Program, alone, bare, environment, free_port, stop_all
 from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError
@@ -173,8 +173,10 @@ class Told:
 def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Program]:
     """The worker, Flower's SuperNode, and the SuperExec that starts a ClientApp for each message."""
     home = Path(config.home)
-    env = environment(home / "flower")
-    (home / "flower").mkdir(parents=True, exist_ok=True)
+    flower = home / "flower"
+    flower.mkdir(parents=True, exist_ok=True)
+    env = environment(flower)
+    theirs = bare(env, flower)
     told = private / "worker.json"
     config.write(told)
     port = free_port()
@@ -185,4 +187,5 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
                       "--node-config", node),
         "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
     }  # fmt: skip
-    return [Program(name, command, home / "logs" / f"{name}.log", env, own=name == "worker") for name, command in commands.items()]
+    own = {"worker"}
+    return [Program(name, command, home / "logs" / f"{name}.log", env if name in own else theirs, own=name in own) for name, command in commands.items()]

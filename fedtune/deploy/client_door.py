@@ -8,6 +8,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.deploy.socket import through
+from fedtune.errors import FedtuneError
 
 app = ClientApp()
 
@@ -24,5 +25,8 @@ def site(message: Message, context: Context) -> Message:
 def do(message: Message, context: Context) -> Message:
     """A ticket's outcome as code and sentence; the update itself has gone over the exchange."""
     ticket = bytes(message.content["ticket"]["ticket"]).decode()
-    said: dict[str, Any] = through(str(context.node_config["worker"]), {"what": "ticket", "ticket": ticket})
+    try:
+        said: dict[str, Any] = through(str(context.node_config["worker"]), {"what": "ticket", "ticket": ticket})
+    except FedtuneError as error:  # as an outcome: of an exception Flower would send the words
+        said = {"code": error.code}
     return Message(RecordDict({"outcome": ConfigRecord({part: str(text) for part, text in said.items()})}), reply_to=message)

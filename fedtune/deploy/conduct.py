@@ -11,6 +11,7 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.deploy.carrier import PAUSE, Exchanged
+from fedtune.deploy.members import bound
 from fedtune.deploy.processes import end_with_parent
 from fedtune.deploy.sites import at_coordinator
 from fedtune.errors import FedtuneError, Refused
@@ -78,7 +79,13 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     where, recipe = Deployed.read(folder), recipe_of(folder)
     coordinator = load(Path(where.keys))
     desk = Desk(Path(where.home) / "exchange")
-    nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)), recipe.deploy.sites)
+    at = bound(Path(where.home))
+
+    def theirs() -> list[int] | None:
+        known = at()
+        return None if known is None else [known[name] for name in recipe.deploy.sites if name in known]
+
+    nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)), recipe.deploy.sites, theirs)
     if is_auto(recipe):
         recipe = with_reported_ranks(recipe, nodes)
         folder.write_json("config.json", recipe.model_dump(mode="json"))  # from here on it is a recipe that somebody could have written by hand

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.deploy.conduct import SPLIT_KEY
+from fedtune.deploy.members import Members
 from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.passage import behind
 from fedtune.deploy.processes import end_with_parent
@@ -77,7 +78,10 @@ def main() -> None:
         desk = Desk(home / "exchange")
         tell = Refusals(jsonl_sink(home / "gate.jsonl"))
         more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
-        more |= {"also": [*more["also"], behind(config.superlink, Ends(home.parent, desk.book.is_member))], "threads": more["threads"] + SMALL_CALLS}
+        more |= {
+            "also": [*more["also"], behind(config.superlink, Members(home), Ends(home.parent, desk.book.is_member))],
+            "threads": more["threads"] + SMALL_CALLS,
+        }
         server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, runs=lambda: statuses(home.parent), **more)
         if config.metrics:
             serve_metrics(config.metrics, server, home, tell)

@@ -62,6 +62,19 @@ def environment(home: Path) -> dict[str, str]:
     )
 
 
+KEPT = (  # of a site's environment, what Flower's programs need to start: no passphrase, no token, no name of a place
+    "PATH", "LANG", "LANGUAGE", "TZ", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "GRPC_VERBOSITY", "NO_PROXY", "no_proxy", PARENT,
+)  # fmt: skip
+
+
+def bare(env: Mapping[str, str], home: Path) -> dict[str, str]:
+    """An environment for Flower's programs at a site: they see neither the user's home nor what the user's variables say."""
+    kept = {name: value for name, value in env.items() if name in KEPT or name.startswith(("LC_", "FLWR_"))}
+    temporary = home / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    return kept | {"HOME": str(home), "TMPDIR": str(temporary)}
+
+
 @dataclass
 class Program:
     """One program; its output goes to a log that is begun anew with its first life.

@@ -12,7 +12,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +104,10 @@ class Mail:
 class Nodes:
     """Questions to members through Flower's grid, by the members' names."""
 
-    def __init__(self, grid: Grid, judge: Judge, tell: Callable[[str], None] = lambda text: None, members: Sequence[str] = ()) -> None:
+    def __init__(self, grid: Grid, judge: Judge, tell: Callable[[str], None] = lambda text: None, members: Sequence[str] = (),
+                 bound: Callable[[], Collection[int] | None] = lambda: None) -> None:  # fmt: skip
         self.grid, self.judge, self.tell, self.members = grid, judge, tell, members
+        self.bound = bound  # the nodes that members may have; None: any
         self.at: dict[str, int] = {}  # name -> node
         self.reports: dict[str, Mapping[str, Any]] = {}
         self._greeted: dict[int, tuple[bytes, float]] = {}  # node -> nonce, when
@@ -121,7 +123,9 @@ class Nodes:
         if time.monotonic() < self._looked + LOOK_SECONDS:
             return
         self._looked = time.monotonic()
-        here = set(self.grid.get_node_ids())
+        here, bound = set(self.grid.get_node_ids()), self.bound()
+        if bound is not None:
+            here &= set(bound)  # a node that is nobody's is not greeted: it costs nothing
         self.at = {name: node for name, node in self.at.items() if node in here}
         self._tell_lacking(here)
         known = set(self.at.values())

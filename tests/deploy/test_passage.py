@@ -16,13 +16,16 @@ import pytest
 from fedtune.deploy import passage
 from fedtune.deploy.client import Line as Told
 from fedtune.deploy.conduct import Deployed
-from fedtune.deploy.passage import ENDED, NAME, UP, Passage, behind
+from fedtune.deploy.fleet import CALLS, SMALL
+from fedtune.deploy.members import Members
+from fedtune.deploy.passage import ENDED, NAME, Passage, behind
 from fedtune.deploy.status import Ends
 from fedtune.errors import FedtuneError
 from fedtune.runtime.folder import RunFolder
 from fedtune.trust import load
 from fedtune.trust.authority import create, revoke
 from fedtune.wire.v1 import fleet_pb2 as pb
+from tests.deploy.flowers import body, headers
 from tests.exchange.federation import Federation
 from tests.waiting import PATIENCE, wait_for
 
@@ -63,6 +66,9 @@ class SuperLink:
         self.server.server_close()
 
 
+PULL = "/v1/fleet/pull-messages"
+
+
 class Line:
     """A site's passage, the gate's door, and a SuperLink behind it."""
 
@@ -70,15 +76,16 @@ class Line:
         self.link = SuperLink()
         self.federation = Federation(folder)
         self.federation.server.stop(0)
-        self.gate = self.federation.start(also=[behind(self.link.address, ended)], threads=4)
+        self.members = Members(folder)
+        self.gate = self.federation.start(also=[behind(self.link.address, self.members, ended)], threads=4)
         self.passage = Passage(self.federation.sites["site-a"], self.gate.address)
 
-    def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, str], bytes]:
+    def request(self, method: str = "POST", path: str = PULL, content: bytes = body("pull-messages"), **more: str) -> tuple[int, dict[str, str], bytes]:
         """As a SuperNode would: HTTP to its own machine."""
         host, _, port = self.passage.address.partition(":")
         call = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
         try:
-            call.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            call.request(method, path, content, headers() | {name.replace("_", "-"): value for name, value in more.items()})
             answer = call.getresponse()
             return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
         finally:
@@ -102,13 +109,15 @@ def line(tmp_path: Path) -> Iterator[Line]:
     made.close()
 
 
-def test_a_call_reaches_the_superlink_and_its_answer_comes_back(line: Line) -> None:
-    status, headers, body = line.request("POST", "/v1/fleet/pull-messages", b"\x00\xffask", x_flower_node="17", keep_alive="1", expect_="no")
-    assert (status, body, headers["x-flower"]) == (200, b"answer", "1.41") and "keep-alive" not in headers
-    method, path, seen, sent = line.link.seen[0]
-    assert (method, path, sent, seen["x-flower-node"]) == ("POST", "/v1/fleet/pull-messages", b"\x00\xffask", "17")
-    assert "keep-alive" not in seen and seen["host"] == line.link.address  # of each connection its own
-    assert line.passage.last == ""
+def test_calls_reach_the_superlink_as_flower_wrote_them_and_its_answers_come_back(line: Line) -> None:
+    for name in ("register-node", "activate-node", *sorted(CALLS.keys() - {"register-node", "activate-node", "deactivate-node", "unregister-node"})):
+        line.link.body = b"\x08" + body("pull-messages")[3:] if name == "activate-node" else b"" if name == "get-run" else b"answer"
+        status, got, answer = line.request("POST", f"/v1/fleet/{name}", body(name), keep_alive="1", expect_="no", cookie="x")
+        assert (status, answer) == (200, b"\n\x00" if name == "get-run" else line.link.body) and "keep-alive" not in got and "x-flower" not in got
+        method, path, seen, sent = line.link.seen[-1]
+        assert (method, path, sent) == ("POST", f"/v1/fleet/{name}", body(name))
+        assert seen.keys() - {"accept-encoding"} == headers().keys() | {"host", "content-length", "connection"} and seen["host"] == line.link.address
+        assert line.passage.last == ""
 
 
 @pytest.mark.parametrize(
@@ -139,21 +148,21 @@ def test_a_site_hears_once_that_its_run_has_ended(tmp_path: Path) -> None:
     over("new", "config.json")
     made = Line(tmp_path, Ends(runs, lambda run, member: member == "site-a"))
     try:
-        made.request("POST", "/v1/fleet/pull-messages", b"")
+        made.request()
         assert made.passage.answered and made.passage.ended == []
         over("new", "result.json")
         over("sad", "failed.json")
 
         def asked() -> bool:
-            _, headers, _ = made.request("POST", "/v1/fleet/pull-messages", b"")
-            assert ENDED not in headers
+            _, got, _ = made.request()
+            assert ENDED not in got
             return len(made.passage.ended) > 1
 
         wait_for(asked, "news of both runs", every=0.2)
         asked()
         assert sorted(made.passage.ended) == ["run new-1 has ended with a result", "run sad-1 has ended without a result"]
         other = Passage(made.federation.sites["site-b"], made.gate.address)
-        other.pass_on("POST", "/v1/fleet/pull-messages", [], b"")
+        other.pass_on("POST", PULL, list(headers(b"another").items()), b"")
         assert other.answered and other.ended == []
         other.close()
     finally:
@@ -166,11 +175,11 @@ def test_what_a_site_says_of_its_connection(line: Line) -> None:
     told.look(line.passage)
     assert said == []  # nothing was asked yet
     for _ in range(2):
-        line.request("POST", "/v1/fleet/pull-messages", b"")
+        line.request()
         told.look(line.passage)
     assert said == ["the coordinator is there, and this site is connected"]
     line.gate.stop(0)
-    line.request("POST", "/v1/fleet/pull-messages", b"")
+    line.request()
     told.look(line.passage)
     assert len(said) == 2 and said[1].startswith("the coordinator is away")
 
@@ -178,7 +187,7 @@ def test_what_a_site_says_of_its_connection(line: Line) -> None:
 def test_keys_of_another_federation_are_a_sentence_even_where_the_coordinator_comes_later(line: Line, tmp_path: Path) -> None:
     stranger = load(create(tmp_path / "other", "demo", ["localhost"], 30).issue("site-a", 30))
     passage = Passage(stranger, line.gate.address)
-    passage.pass_on("POST", "/v1/fleet/pull-messages", [], b"")
+    passage.pass_on("POST", PULL, list(headers().items()), body("pull-messages"))
     with pytest.raises(FedtuneError, match="T705"):
         Told(stranger, line.gate.address, lambda text: None).look(passage)
     passage.close()
@@ -186,13 +195,13 @@ def test_keys_of_another_federation_are_a_sentence_even_where_the_coordinator_co
 
 def test_while_the_superlink_or_the_gate_is_away_the_supernode_is_told_to_come_again(line: Line) -> None:
     line.link.close()
-    assert line.request("POST", "/v1/fleet/x")[0] == 503
+    assert line.request()[0] == 503
     line.link = SuperLink(int(line.link.address.rpartition(":")[2]))
-    assert line.request("POST", "/v1/fleet/x")[0] == 200
+    assert line.request()[0] == 200
     line.gate.stop(0)
-    assert line.request("POST", "/v1/fleet/x")[0] == 503 and line.passage.last
-    line.gate = line.federation.start(line.gate.address, also=[behind(line.link.address)], threads=4)
-    wait_for(lambda: line.request("POST", "/v1/fleet/x")[0] == 200, "the gate", every=0.1)
+    assert line.request()[0] == 503 and line.passage.last
+    line.gate = line.federation.start(line.gate.address, also=[behind(line.link.address, line.members)], threads=4)
+    wait_for(lambda: line.request()[0] == 200, "the gate", every=0.1)
     assert line.passage.last == ""
 
 
@@ -208,27 +217,25 @@ def test_a_superlink_that_talks_nonsense_is_away_too(line: Line) -> None:
             call.close()
 
         threading.Thread(target=nonsense, daemon=True).start()
-        assert line.request("POST", "/v1/fleet/x")[0] == 503
+        assert line.request()[0] == 503
     line.link = SuperLink()
 
 
 def test_sizes_are_bounded_both_ways(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert line.request("POST", "/v1/fleet/x", b"0" * UP)[0] == 200
-    seen = len(line.link.seen)
-    assert line.request("POST", "/v1/fleet/x", b"0" * (UP + 1))[0] == 413 and len(line.link.seen) == seen
+    assert line.request(content=b"0" * (SMALL + 1))[0] == 413 and not line.link.seen
     monkeypatch.setattr(passage, "LONGEST", 1000)
     line.link.body = b"0" * 1001
-    assert line.request("POST", "/v1/fleet/x")[0] == 503 and "W606" in line.passage.last
+    assert line.request()[0] == 503 and "W606" in line.passage.last
 
 
 def test_flowers_own_refusals_pass_as_they_are(line: Line) -> None:
     line.link.status, line.link.body = 401, b"no"
-    assert line.request("POST", "/v1/fleet/x")[0::2] == (401, b"no")
+    assert line.request()[0::2] == (401, b"no")
 
 
 def test_a_member_whose_key_is_revoked_is_told_so(line: Line) -> None:
-    assert line.request("POST", "/v1/fleet/x")[0] == 200
+    assert line.request()[0] == 200
     revoke(line.federation.coordinator.folder, "site-a")
-    assert line.request("POST", "/v1/fleet/x")[0] == 503 and "T706" in line.passage.last
+    assert line.request()[0] == 503 and "T706" in line.passage.last
     assert len(line.link.seen) == 1 and line.federation.codes()[-1] == "T706"
     assert NAME == "fedtune.wire.v1.Fleet"

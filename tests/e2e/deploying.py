@@ -76,7 +76,7 @@ class Deployment:
         paths = os.pathsep.join(filter(None, [str(CRASH), os.environ.get("PYTHONPATH")]))  # the same fedtune as the test's
         env = os.environ | {ROOT: str(self.root), WHO: who, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
         if points:
-            env["FEDTUNE_TEST_CRASH"] = json.dumps(list(points))
+            env["FLWR_TEST_CRASH"] = json.dumps(list(points))
         (self.root / "logs").mkdir(exist_ok=True)
         with (self.root / "logs" / f"{who}.log").open("ab") as log:
             command = [sys.executable, "-m", "fedtune", *arguments]

@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT, WHO = "FEDTUNE_TEST_ROOT", "FEDTUNE_TEST_WHO"  # in the environment of every process: which federation, and whose machine it plays
+ROOT, WHO = (
+    "FLWR_TEST_ROOT",
+    "FLWR_TEST_WHO",
+)  # in the environment of every process (FLWR_: Flower's programs see no others): which federation, and whose machine it plays
 MODULES = {"fedtune.deploy.gate": "gate", "fedtune.deploy.worker": "worker"}
 SCRIPTS = {
     "flower-superlink": "superlink", "flower-superexec": "superexec", "flower-supernode": "supernode",

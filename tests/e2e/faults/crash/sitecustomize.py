@@ -1,6 +1,6 @@
 """Named crash points without hooks in the product: Python imports this file at the start of every process that has its folder on PYTHONPATH.
 
-FEDTUNE_TEST_CRASH is a JSON list of points:
+FLWR_TEST_CRASH is a JSON list of points:
 
 at      "module:Class.method" or "module:function", as the caller finds it there
 moment  "before" or "after" the call
@@ -102,7 +102,7 @@ class Arming(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 faulthandler.register(signal.SIGUSR1)  # `kill -USR1` writes every thread's stack to the process's log: where does it hang?
 
-if told := os.environ.get("FEDTUNE_TEST_CRASH"):
+if told := os.environ.get("FLWR_TEST_CRASH"):
     by_module: dict[str, list[dict[str, Any]]] = {}
     for given in json.loads(told):
         if not os.path.exists(given["marker"]):
