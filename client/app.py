@@ -3,8 +3,8 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.flower.client_app import answer, hello
 from fedtune.quiet import quiet
-from fedtune.runtime.flower import answer, hello
 
 app = ClientApp()
 

@@ -6,8 +6,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.cli.common import sinks
+from fedtune.flower.server_app import serve_context
 from fedtune.quiet import quiet
-from fedtune.runtime.flower import serve_context
 
 app = ServerApp()
 

@@ -37,7 +37,7 @@ def simulate(options: argparse.Namespace) -> int:
     try:
         folder.begin(recipe)
         if options.engine == "flower":
-            from fedtune.runtime.flower_engine import simulation
+            from fedtune.flower.simulation import simulation
 
             simulation(recipe, folder, sinks(folder))
         else:

@@ -26,7 +26,7 @@ LATER = ("E", "R404", "S711", "S712", "F505")  # codes, or their letters, of mis
 
 
 class Members(Protocol):
-    """What is asked of Flower's nodes (runtime/flower_nodes.py)."""
+    """What is asked of Flower's nodes (flower/nodes.py)."""
 
     at: dict[str, int]
     reports: dict[str, Mapping[str, Any]]

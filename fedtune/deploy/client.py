@@ -22,10 +22,10 @@ from pathlib import Path
 from fedtune.deploy.passage import Passage
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.processes import Program, alone, bare, environment, free_port, stop_all
-from fedtune.deploy.socket import through
 from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.exchange.probe import reason, unreachable
+from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
 from fedtune.trust import COORDINATOR, Identity, load
 

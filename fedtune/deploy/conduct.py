@@ -17,7 +17,7 @@ from fedtune.deploy.sites import at_coordinator
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import Desk
-from fedtune.runtime.flower_nodes import Judge, Nodes, Site, memory_of, read_report
+from fedtune.flower.nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.ranks import is_auto, settled

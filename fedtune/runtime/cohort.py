@@ -1,7 +1,7 @@
 """The server's half of a round: asks its clients, wherever they are, and adds up the answers.
 
 Answers are added in ascending id, whatever order they came in. How a question reaches a client is the carrier's business:
-runtime/local.py calls it, runtime/flower.py sends it.
+runtime/local.py calls it, flower/server_app.py sends it.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class FakeGrid:
 
 
 def answered(worker: Worker, message: Message) -> Message:
-    """What the client's door does (deploy/client_door.py), without the socket."""
+    """What the client's door does (flower/site_app.py), without the socket."""
     if message.metadata.message_type == "query.site":
         said = worker.answer({"what": "site", "nonce": bytes(message.content["site"]["nonce"]).hex()})
         return Message(RecordDict({"site": ConfigRecord({"sealed": str(said["sealed"]).encode()})}), reply_to=message)

@@ -33,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrier, "AGAIN", 0.3)
     monkeypatch.setattr(carrier, "PAUSE", 0.02)
-    monkeypatch.setattr("fedtune.runtime.flower_nodes.LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("fedtune.runtime.flower_nodes.GREETING_SECONDS", 1.0)
+    monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("fedtune.flower.nodes.GREETING_SECONDS", 1.0)
 
 
 def outcomes(folder: Any) -> dict[tuple[int, int], str]:

@@ -13,8 +13,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.deploy.conduct import judge_of
-from fedtune.runtime import flower_nodes
-from fedtune.runtime.flower_nodes import Nodes, described
+from fedtune.flower import nodes as flower_nodes
+from fedtune.flower.nodes import Nodes, described
 from fedtune.trust import Identity, load
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.signed import seal

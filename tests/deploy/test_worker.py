@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy import client
-from fedtune.deploy.socket import through
 from fedtune.deploy.worker import Worker, serve
 from fedtune.errors import FedtuneError
+from fedtune.flower.worker_socket import through
 from fedtune.trust import Signed
 from tests import small
 from tests.deploy.inside import Inside, inside

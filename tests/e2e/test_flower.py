@@ -32,8 +32,8 @@ from fedtune.types import Round
 from tests import small
 from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
-flower = pytest.importorskip("fedtune.runtime.flower")
-flower_engine = pytest.importorskip("fedtune.runtime.flower_engine")
+client_app, server_app = pytest.importorskip("fedtune.flower.client_app"), pytest.importorskip("fedtune.flower.server_app")
+messages, simulation = pytest.importorskip("fedtune.flower.messages"), pytest.importorskip("fedtune.flower.simulation")
 from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
@@ -141,9 +141,9 @@ def command_of(pid: int) -> bytes:
 def test_an_engine_that_cannot_start_says_so_at_once() -> None:
     with (
         pytest.raises(FedtuneError, match=r"F504: found Flower's simulation engine stopped \(ActorPool is empty"),
-        flower_engine.engine(1, {"num_cpus": 1, "num_gpus": 99}) as grid,
+        simulation.engine(1, {"num_cpus": 1, "num_gpus": 99}) as grid,
     ):
-        flower.find_nodes(grid, 1, 60)
+        server_app.find_nodes(grid, 1, 60)
 
 
 # --- a SuperLink and two SuperNodes -----------------------------------------------------------------------------
@@ -286,11 +286,11 @@ class FakeGrid:
     def take(self, message: Message) -> str:
         context = self.contexts[message.metadata.dst_node_id]
         name = message.metadata.__dict__["_message_id"] = f"m{len(self.replies)}"
-        greeting = message.metadata.message_type == flower.HELLO
+        greeting = message.metadata.message_type == messages.HELLO
         number = 0 if greeting else int(message.content["ask"]["round"])
         match self.broken.get((int(context.node_config.get("partition-id", -1)), number)):
             case None:
-                self.replies[name] = (flower.hello if greeting else flower.answer)(message, context)
+                self.replies[name] = (client_app.hello if greeting else client_app.answer)(message, context)
             case "error":
                 self.replies[name] = Message(Error(5, "Node Unavailable"), reply_to=message)
             case "silent":
@@ -299,7 +299,7 @@ class FakeGrid:
                 return ""
             case "data":
                 message.content["ask"]["recipe"] = str(message.content["ask"]["recipe"]).replace("rows.jsonl", "gone.jsonl")
-                self.replies[name] = flower.answer(message, context)
+                self.replies[name] = client_app.answer(message, context)
         return name
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -319,7 +319,7 @@ def test_a_node_that_fails_in_a_round_is_left_out_of_it_and_the_run_goes_on(
     grid = FakeGrid({90 + part: part for part in range(4)}, {(2, 2): how})
 
     def carry(link: Any, world: Any) -> Any:
-        return flower.flower_carrier(grid, recipe, flower.find_nodes(grid, 4, 5), seconds=1)
+        return server_app.flower_carrier(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=1)
 
     folder, result, events = small.play(recipe, tmp_path, carry=carry)
     out = [(e.round, e.client, e.code) for e in events if isinstance(e, ClientLeftOut)]
@@ -332,7 +332,7 @@ def test_a_run_on_a_grid_without_failures_is_a_local_run(tiny_bert: Path, data: 
     """The fake itself must not be what makes the tests above pass."""
     recipe = small.recipe(tiny_bert, data, **MEMORY)
     folder = create(tmp_path, "", "run")
-    flower.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)
+    server_app.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)
     assert journal(folder) == journal(small.play(recipe, tmp_path / "local")[0])
 
 
@@ -343,7 +343,7 @@ def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> No
     grid = FakeGrid({90 + part: part for part in range(4)})
     carriers = {
         "local": local_carrier(link, world.client, world.done),
-        "flower": flower.flower_carrier(grid, recipe, flower.find_nodes(grid, 4, 5), seconds=60),
+        "flower": server_app.flower_carrier(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=60),
     }
     given, sums = link.method.start(world.bench).shared, {}
     for name, carrier in carriers.items():
@@ -367,7 +367,7 @@ def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> No
 )
 def test_nodes_that_are_missing_or_doubled_are_named_before_the_first_round(partitions: Any, broken: Any, words: str) -> None:
     with pytest.raises(FedtuneError, match=words):
-        flower.find_nodes(FakeGrid(partitions, broken), 2, 1)
+        server_app.find_nodes(FakeGrid(partitions, broken), 2, 1)
 
 
 def test_a_node_that_comes_late_and_one_that_has_gone_do_not_stop_a_run() -> None:
@@ -382,16 +382,16 @@ def test_a_node_that_comes_late_and_one_that_has_gone_do_not_stop_a_run() -> Non
         return found
 
     grid.get_node_ids = nodes  # type: ignore[method-assign]
-    assert flower.find_nodes(grid, 2, 5) == {0: 5, 1: 8}
+    assert server_app.find_nodes(grid, 2, 5) == {0: 5, 1: 8}
 
 
 def test_whoever_waits_for_nodes_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flower, "LATE_SECONDS", 0.2)
+    monkeypatch.setattr(server_app, "LATE_SECONDS", 0.2)
     said: list[str] = []
     with pytest.raises(FedtuneError, match=r"F502.*num-supernodes"):
-        flower.find_nodes(FakeGrid({5: 0, 6: 1}), 8, 1, said.append)
+        server_app.find_nodes(FakeGrid({5: 0, 6: 1}), 8, 1, said.append)
     assert len(said) == 1 and said[0].startswith("waiting for nodes: 2 of 8 clients have one") and "num-supernodes" in said[0]
-    assert flower.find_nodes(FakeGrid({5: 0, 6: 1}), 2, 1, said.append) == {0: 5, 1: 6} and len(said) == 1
+    assert server_app.find_nodes(FakeGrid({5: 0, 6: 1}), 2, 1, said.append) == {0: 5, 1: 6} and len(said) == 1
 
 
 @pytest.mark.slow

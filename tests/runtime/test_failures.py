@@ -12,10 +12,10 @@ import pytest
 from fedtune.disk import json_text
 from fedtune.errors import ClientFailed, FedtuneError, Paused
 from fedtune.events import ClientLeftOut, Noted
+from fedtune.flower import server_app
 from fedtune.methods.fedpeft import FedPEFT
 from fedtune.model import score as scores
 from fedtune.model.score import score
-from fedtune.runtime import flower
 from fedtune.runtime.failures import failure_of
 from fedtune.types import Client, Round
 from tests import small
@@ -46,7 +46,7 @@ def test_an_exception_at_one_client_leaves_it_out_on_every_engine(
     grid = FakeGrid({90 + part: part for part in range(4)})
 
     def carry(link: Any, world: Any) -> Any:
-        return flower.flower_carrier(grid, recipe, flower.find_nodes(grid, 4, 5), seconds=5)
+        return server_app.flower_carrier(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=5)
 
     _, there, told_too = small.play(recipe, tmp_path / "flower", carry=carry)
     code = error.code if isinstance(error, FedtuneError) else "R411"

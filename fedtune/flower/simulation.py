@@ -1,4 +1,4 @@
-"""Flower's simulation engine (Ray) under a run: started, watched and removed. The other module that speaks Flower."""
+"""Flower's simulation engine (Ray) under a run: started, watched and removed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from flwr.app import Context, Message
 from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
+from fedtune.flower.client_app import answer, hello
+from fedtune.flower.messages import Grid
+from fedtune.flower.server_app import find_nodes, flower_carrier
 from fedtune.proxies import spared
-from fedtune.runtime.flower import Grid, answer, find_nodes, flower_carrier, hello
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.run import run

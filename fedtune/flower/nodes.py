@@ -19,7 +19,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.errors import ClientFailed, FedtuneError, Refused
-from fedtune.runtime.flower import SAME, Grid, Post
+from fedtune.flower.messages import SAME, Grid, Post
 from fedtune.sinks.console import size
 
 SITE, TICKET = "query.site", "train.ticket"
