@@ -68,7 +68,7 @@ def toml(value: Any) -> str:
 
 
 def simulate(source: Source = None, /, *, runs: str | Path = "runs", on_event: Callable[[Event], None] | None = None, **changes: Any) -> Result:
-    """A whole federation in this process, in a new folder under `runs`. Several may run one after the other in one process.
+    """A whole federation in this process, in a new folder under `runs`. Several may run in one process, also in threads; those take turns while they train.
 
     on_event  is told everything as it happens (fedtune.events); nothing is printed
 
@@ -128,8 +128,7 @@ def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, 
 
 def from_origin(base: str, run: Path) -> str:
     """A relative path of a run's recipe is meant from where the run was begun."""
-    origin = run / "origin.json"
-    if Path(base).exists() or not origin.exists():
-        return base
-    there = Path(json.loads(origin.read_text())["working_directory"]) / base
-    return str(there) if there.exists() else base
+    from fedtune.runtime.folder import RunFolder
+
+    place = None if Path(base).exists() else RunFolder(run).origin()
+    return str(place / base) if place and (place / base).exists() else base

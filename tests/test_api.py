@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import fedtune
-from fedtune.events import Event, RoundDone
+from fedtune.events import Event, RoundDone, RunStarted
 from tests import small
 
 
@@ -32,6 +34,23 @@ def test_a_run_from_a_dict_and_its_model(tiny_bert: Path, data: Path, tmp_path: 
     model, tokenizer = fedtune.load(result.folder)
     with torch.no_grad():
         assert model(**tokenizer("the red fox", return_tensors="pt", return_token_type_ids=False)).logits.shape == (1, 3)
+
+
+def test_runs_in_threads_of_one_process_end_as_each_does_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """With dropout, which draws from the one generator that torch has."""
+    recipes = [small.recipe(tiny_bert, data, seed=seed, method__train={"lr": 0.01, "steps": 4, "batch": 4}) for seed in (3, 4)]
+    together = threading.Barrier(2, timeout=60)
+
+    def ends(recipe: fedtune.Recipe, runs: str, meet: bool) -> str:
+        def tell(event: Event) -> None:
+            if meet and isinstance(event, RunStarted):
+                together.wait()  # both have loaded, neither has trained
+
+        return str(fedtune.simulate(recipe, runs=tmp_path / runs, on_event=tell).state_sha256)
+
+    alone = [ends(recipe, "alone", False) for recipe in recipes]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ends, recipes, ("one", "two"), (True, True))) == alone and alone[0] != alone[1]
 
 
 @pytest.mark.parametrize("kind", ["bias", "adapter", "full"])

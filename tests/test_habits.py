@@ -31,3 +31,9 @@ def test_paths_that_a_page_names_are_there(page: str) -> None:
 
 def test_type_checkers_see_the_annotations() -> None:
     assert (ROOT / "fedtune" / "py.typed").exists()
+
+
+def test_no_library_code_changes_the_working_directory() -> None:
+    """It belongs to the whole process, and several runs may be in it."""
+    files = sorted((ROOT / "fedtune").rglob("*.py"))
+    assert len(files) > 200 and not [file for file in files if "chdir(" in file.read_text(encoding="utf-8")]

@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
 
 
 def merge(options: argparse.Namespace) -> int:
-    folders = [Path(folder).expanduser().resolve() for folder in options.adapters]  # before `opened` goes elsewhere
+    folders = [Path(folder).expanduser().resolve() for folder in options.adapters]
     target = Path(options.to).expanduser().resolve()
     home = Path.cwd()
     if options.rank is not None and options.rank < 1:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +42,10 @@ def add_commands(commands: Any) -> None:
 
 
 def opened(path: str) -> RunFolder:
-    """A run's folder. Its recipe's relative paths are meant from where the run was begun, so that is where we go."""
+    """A run's folder. Raises R402."""
     from fedtune.runtime.folder import existing
 
-    folder = existing(Path(path).expanduser().resolve())
-    origin = folder.path / "origin.json"
-    if origin.exists():
-        with contextlib.suppress(OSError):  # gone since: absolute paths still work, others say what is missing
-            os.chdir(str(folder.read_json("origin.json")["working_directory"]))
-    return folder
+    return existing(Path(path).expanduser().resolve())
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -77,7 +70,7 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    data = str(Path(options.data).expanduser().resolve()) if options.data else ""  # before `opened` goes elsewhere
+    data = str(Path(options.data).expanduser().resolve()) if options.data else ""
     folder = opened(options.run)
     quiet()
     from fedtune.runtime.after import evaluate_file, evaluate_run

@@ -19,6 +19,7 @@ from fedtune.events import Event, Noted
 from fedtune.exchange import Desk
 from fedtune.flower.nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.ranks import is_auto, settled
 from fedtune.runtime.run import run
@@ -99,7 +100,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         )  # fmt: skip
 
     try:
-        run(recipe, folder, tell, carry, at_coordinator(recipe))
+        run(recipe, folder, tell, carry, at_coordinator(located(recipe, folder.origin())))
         desk.release(where.run, recipe.rounds)
     finally:
         desk.close()

@@ -24,6 +24,7 @@ from fedtune.errors import FedtuneError
 from fedtune.exchange import Desk, serve
 from fedtune.quiet import quiet
 from fedtune.runtime.folder import existing, recipe_of
+from fedtune.runtime.paths import located
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import load
 from fedtune.trust.private import shared_key
@@ -64,7 +65,8 @@ def body(config: GateConfig, desk: Desk) -> dict[str, Any]:
     from fedtune.split.session import Tokens
 
     tokens = Tokens(shared_key(Path(config.home) / SPLIT_KEY))
-    return alongside(body_service(recipe_of(existing(config.body)), tokens, over(desk.book)))
+    run = existing(config.body)
+    return alongside(body_service(located(recipe_of(run), run.origin()), tokens, over(desk.book)))
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from fedtune.hf.draws import own_draws
+
 GENERIC = re.compile(r"LABEL_(\d+)")  # what transformers calls classes that nobody named
 
 
@@ -62,8 +64,7 @@ def shown(labels: Sequence[str]) -> str:
 def redraw(net: Any, heads: Sequence[str], seed: int) -> frozenset[str]:
     """Initialise these modules as the architecture does for a new model, from `seed` alone; returns the names of their parameters."""
     names = set[str]()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with own_draws(seed), torch.no_grad():
         for path in heads:
             for module in net.get_submodule(path).modules():
                 module._is_hf_initialized = False

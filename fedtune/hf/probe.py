@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.draws import own_draws
 
 SHORT, LONG = "a b c", "a b c d e f g h a b c d e f g h"
 
@@ -72,7 +73,7 @@ def try_once(net: Any, base: Any) -> bool:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dtype = next(iter(base.weights.values())).dtype
     half = torch.autocast(device.type, dtype) if dtype != torch.float32 and device.type != "meta" else contextlib.nullcontext()
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), half:
+    with torch.enable_grad(), own_draws(), half:
         return bool(net(**inputs).logits.requires_grad)
 
 

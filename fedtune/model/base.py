@@ -16,6 +16,7 @@ import transformers
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit
+from fedtune.hf.draws import own_draws
 from fedtune.hf.labels import LabelSet, redraw
 from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
@@ -79,8 +80,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     device = pick_device(settings.device)
     place = locate(settings.name)
     known: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
-    with reading(settings.name), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of("head", seed))  # transformers draws the missing head from torch's generator, on the CPU
+    with reading(settings.name), own_draws(seed_of("head", seed)):  # transformers draws the missing head from torch's generator, on the CPU
         tokenizer = load_tokenizer(place, task, known)
         config, chosen = load_config(place, task, labels, known)
         net, info = AUTO[task].from_pretrained(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import try_once
 from fedtune.model import kinds
 from fedtune.model.base import Base
@@ -96,8 +97,7 @@ def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
         detach(base.attached)
     before = snapshot(base.net)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # every kind draws on the CPU, so that the device does not matter
+        with own_draws(seed):  # every kind draws on the CPU, so that the device does not matter
             net, named = kinds.BUILD[settings.kind](base, settings)
     except BaseException as error:
         restore(before)

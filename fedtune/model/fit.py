@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
@@ -177,8 +178,7 @@ def training(bench: Bench, settings: TrainSettings, seed: int) -> Iterator[None]
     if settings.checkpointing and (bench.kind == "prefix" or not net.supports_gradient_checkpointing):
         found = f"method.train.checkpointing with kind '{bench.kind}' on a {type(net).__name__}"
         raise FedtuneError("M306", found, "a model that can recompute, and no prefixes (they are a cache)", "turn method.train.checkpointing off")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed_of("dropout", seed))
+    with own_draws(seed_of("dropout", seed), [device] if device.type == "cuda" else []):
         bench.net.train()
         freeze_statistics(bench.base.net)
         if settings.checkpointing:

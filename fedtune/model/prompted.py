@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.draws import own_draws
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench
 from fedtune.model.encode import IGNORED, Encoded
@@ -46,8 +47,7 @@ def add_lora(base: Base, rank: int, within: Collection[str], seed: int) -> tuple
     targets = [name for name in linears(base) if any(name.startswith(f"{path}.") for path in within)]
     if not targets:
         raise FedtuneError("M306", f"method.lora_rank = {rank} with no block on the client's side", "a block in head or tail", "set method.head or method.tail")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_draws(seed):
         _, named = with_peft(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **common(base)))
     for value in named.values():
         value.data = value.data.float()

@@ -23,6 +23,7 @@ from fedtune.model.settings import ModelSettings
 from fedtune.runtime.compare import own_scores, score_test
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
+from fedtune.runtime.paths import located
 from fedtune.runtime.states import Memories, load_state
 from fedtune.runtime.world import World, build_world
 from fedtune.types import State
@@ -126,9 +127,10 @@ def installed(folder: RunFolder, data: bool = False) -> tuple[World, State, int]
     if not committed:
         raise FedtuneError("R402", f"no committed round in '{folder.path}'", "a run with at least one", f"go on with: fedtune resume {folder.path}")
     state, _ = load_state(folder, committed[-1].number, committed[-1].file_sha256)  # now: a run that is still going on prunes old ones
-    method = method_of(recipe)
+    place = folder.origin()
+    method = method_of(located(recipe, place))
     known = None if data or "labels" not in facts else Federation((), [], tuple(json.loads(facts["labels"])))
-    world = build_world(recipe, method, Memories(None), nobody, known)
+    world = build_world(recipe, method, Memories(None), nobody, known, place=place)
     if data and facts.get("data", world.federation.fingerprint) != world.federation.fingerprint:
         found = f"data that has changed since the run began ({world.federation.fingerprint[:12]} now, {facts['data'][:12]} then)"
         raise FedtuneError("R406", found, "the rows of the run, so that none that was trained on is scored", "score a file with: fedtune eval RUN --data FILE")

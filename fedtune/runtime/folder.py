@@ -46,6 +46,13 @@ class RunFolder:
         self.write_json("config.json", recipe.model_dump(mode="json"))
         self.write_json("origin.json", {"working_directory": str(Path.cwd())})
 
+    def origin(self) -> Path | None:
+        """Where the recipe's relative paths are meant from; None (the working directory) where nobody said, or where that folder is gone."""
+        if not (self.path / "origin.json").exists():
+            return None
+        place = Path(str(self.read_json("origin.json")["working_directory"]))
+        return place if place.is_dir() else None
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomic(self.path / name, json_text(content, indent=2).encode() + b"\n")
 

@@ -159,7 +159,7 @@ def scorer_of(like: Expert, run: RunFolder) -> Scorer:
     from fedtune.model.experts import seated
     from fedtune.model.score import score
 
-    world = world_of(recipe_of(run))
+    world = world_of(recipe_of(run), run.origin())
     return lambda tensors, rank: score(seated(world.base, like, tensors, rank), world.test(), world.recipe.evaluate.batch)
 
 

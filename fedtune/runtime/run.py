@@ -20,6 +20,7 @@ from fedtune.runtime.downlink import Downlink
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_carrier
+from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.scoring import at_sites
@@ -114,9 +115,10 @@ def open_run(
     since: float,
 ) -> Run:
     """Build the world, and take up the state where the journal left it. Raises R403, R406."""
-    method = method_of(recipe)
+    place = folder.origin()
+    method = method_of(located(recipe, place))
     memories = Memories(folder)
-    world = build_world(recipe, method, memories, tell, federation)
+    world = build_world(recipe, method, memories, tell, federation, place=place)
     check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint, "data": world.federation.fingerprint})
     journal.remember({"labels": json.dumps(world.federation.labels)})
     world.encode_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedtune.data import Federation, load
 from fedtune.data.settings import DataSettings
 from fedtune.events import Event, Noted, Truncated
 from fedtune.runtime.client_half import memory_after, memory_before
+from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.scoring import SCORE, score_task
 from fedtune.runtime.states import Memories
@@ -105,12 +107,15 @@ def build_world(
     tell: Callable[[Event], None],
     federation: Federation | None = None,
     base_of: Callable[[Federation], Base] | None = None,
+    place: Path | None = None,
 ) -> World:
     """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show before the model's seconds are spent.
 
     base_of  loads the base, where a site does not hold the whole of it
+    place    where the recipe's relative paths are meant from; None: from the working directory
     """
-    federation = federation or load(recipe.data, recipe.partition, recipe.seed)
+    here = located(recipe, place)
+    federation = federation or load(here.data, recipe.partition, recipe.seed)
     for note in recipe.notes:
         tell(Noted(note))
     for reason, count in federation.dropped.items():
@@ -119,7 +124,8 @@ def build_world(
         tell(Noted(note))
     from fedtune.model.base import load as load_base
 
-    base = base_of(federation) if base_of else load_base(recipe.model, recipe.data.task, federation.labels, recipe.seed)
+    base = base_of(federation) if base_of else load_base(here.model, recipe.data.task, federation.labels, recipe.seed)
+    base.name = recipe.model.name  # what exports call it
     from fedtune.model.encode import check_length
 
     check_length(base, recipe.data.max_length)
@@ -128,9 +134,9 @@ def build_world(
     return World(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
 
 
-def world_of(recipe: Recipe) -> World:
+def world_of(recipe: Recipe, place: Path | None = None) -> World:
     """A world to look at outside of any run: nothing is remembered, nothing is told."""
-    return build_world(recipe, method_of(recipe), Memories(None), lambda event: None)
+    return build_world(recipe, method_of(located(recipe, place)), Memories(None), lambda event: None, place=place)
 
 
 def link_of(world: World, method: Method, agreed: Recipe | None = None) -> Link:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.draws import own_draws
 from fedtune.rng import seed_of
 from fedtune.split.anatomy import Anatomy, look
 from fedtune.split.cut import Cut, Role
@@ -48,8 +49,7 @@ def load_part(
     net_class = class_of(auto, config)
     anatomy = look(net_class, config)
     cut.check(anatomy.blocks)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of("head", seed))  # transformers draws a missing head from torch's generator, on the CPU
+    with own_draws(seed_of("head", seed)):  # transformers draws a missing head from torch's generator, on the CPU
         net, info = partial_class(net_class, anatomy, cut, holds).from_pretrained(
             place,
             config=copy.deepcopy(config),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,22 +158,34 @@ def test_a_damaged_state_and_a_changed_recipe_are_refused(recipe: Path, tmp_path
 
 
 def test_a_run_goes_on_from_another_folder_but_not_with_other_data(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    relative = ["--set", "data.path=rows.jsonl", "--set", "model.name=bert"]
+    assert main(["simulate", "mine.toml", "--set", "name=first", "--set", "rounds=1", *relative, "--runs", "runs"]) == 0
+    started = [*relative, "--set", "method.start_from=runs/first", "--set", "data.client_test_share=0.2"]
+    assert main(["simulate", "mine.toml", "--set", "name=whole", *started, "--runs", "runs"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr("fedtune.runtime.run.finish", lambda work: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(["simulate", "mine.toml", "--set", "data.path=rows.jsonl", "--runs", "runs"]) == 130
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+        assert main(["simulate", "mine.toml", *started, "--runs", "runs"]) == 130
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
     rows = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows[: len(rows) // 2].rpartition("\n")[0] + "\n")
     assert main(["resume", "../runs/mine"]) == 2 and "R406" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text(rows)
-    monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["resume", "../runs/mine"]) == 0
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert main(["export", "../runs/mine", "--to", "out"]) == 0 and (tmp_path / "elsewhere" / "out" / "adapter_config.json").exists()
+    results = [json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("mine", "whole")]
+    assert results[0]["state_sha256"] == results[1]["state_sha256"]
+    capsys.readouterr()
+    assert main(["eval", "../runs/mine"]) == 0
+    assert json.loads(capsys.readouterr().out)["value"] == results[0]["federated"]
+    assert main(["export", "../runs/mine", "--to", "out"]) == 0
+    assert json.loads((here / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "bert"  # as the recipe calls it
+    assert main(["merge", "../runs/mine", "out", "--base", "../bert", "--eval", "../runs/mine", "--to", "merged"]) == 0
+    assert Path.cwd() == here and (here / "merged" / "adapter_config.json").exists()
 
 
 def test_check_finds_texts_beyond_the_context(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
