@@ -17,7 +17,7 @@ import torch
 from fedtune import methods
 from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, FedtuneError, Refused
-from fedtune.events import Chose, ClientDone, Event, RoundDone
+from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, RoundDone
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check
 from fedtune.runtime.client_half import respond
@@ -31,6 +31,7 @@ from fedtune.schema import Schema, digest
 from fedtune.types import Client, Round, State, Tensors, Update
 from fedtune.wire import EVERYONE, encode_state
 from tests import small
+from tests.carriers import Disturbed, disturbed
 
 WALK = {"type": "fedkseed", "size": 256, "steps": 6, "batch": 4, "lr": 1e-3}
 PROJECT = {"train": {"optimizer": "sgd", "lr": 0.05, "steps": 2, "batch": 4}}
@@ -112,19 +113,20 @@ def plain_training(recipe: Recipe) -> Tensors:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_order_of_answers_does_not_change_the_result(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_answers_in_any_order_twice_or_late_do_not_change_the_result(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
 
     def backwards(link: Link, world: World) -> Carrier:
         carry = local_carrier(link, world.client, world.done)
         return lambda asks: reversed(list(carry(list(reversed(asks)))))
 
-    def shuffled(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
-        return lambda asks: sorted(carry(asks), key=lambda reply: (reply.client % 2, -reply.client))
-
     want = sha(recipe, tmp_path / "a")
-    assert sha(recipe, tmp_path / "b", carry=backwards) == want == sha(recipe, tmp_path / "c", carry=shuffled)
+    assert sha(recipe, tmp_path / "b", carry=backwards) == want
+    kept: list[Disturbed] = []
+    _, result, events = small.play(recipe, tmp_path / "c", carry=disturbed(len(name), kept))
+    assert result["state_sha256"] == want and result["left_out"] == 0
+    dropped = [e for e in events if isinstance(e, ClientLeftOut)]
+    assert {e.code for e in dropped} == {"W605"} and len(dropped) == kept[0].doubled > 2
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OWN_SEEDS])
