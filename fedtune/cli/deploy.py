@@ -29,7 +29,8 @@ def add_commands(commands: Any) -> None:
 
     parser = commands.add_parser("client", help="take part in a federation with this site's data")
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator")
-    parser.add_argument("--data", default="", metavar="FILE", help="this site's rows; without it, the recipe's partition (demos)")
+    parser.add_argument("--data", default="", metavar="FILE", help="this site's rows")
+    parser.add_argument("--partition", action="store_true", help="demos only: recipes may say which rows and which model are read on this machine")
     parser.add_argument("--keys", required=True, metavar="DIR", help="this site's keys, as the coordinator's operator issued them")
     parser.add_argument("--home", default="site", metavar="DIR", help="where this site keeps what it has finished (default: site)")
     parser.add_argument("--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's")
@@ -109,7 +110,7 @@ def client(options: argparse.Namespace) -> int:
     for option, path in (("--data", data), ("--policy", policy), ("--keys", keys)):
         if path and not Path(path).exists():
             raise FedtuneError("D201" if option == "--data" else "C105", f"no '{path}' for {option}", "a file or folder", f"correct {option}")
-    config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy)
+    config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition)
     stop_on_signals()
     try:
         attend(config, lambda text: print(text, flush=True))

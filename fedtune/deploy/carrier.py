@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fedtune.deploy.sites import Details
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.exchange import Desk
+from fedtune.forms import MemberName, RunName, Sha256, VerbName
 from fedtune.runtime.protocol import Ask, Link, Reply
 from fedtune.trust import Identity, Ticket, ticket
 from fedtune.trust.envelope import PROTOCOL
@@ -94,7 +95,7 @@ class Question:
 
     carrier: Exchanged
     open: dict[str, Ask]
-    hashes: Mapping[int, str]
+    hashes: Mapping[int, Sha256]
     budget: int
     counted: int = 0
     said: dict[str, str] = field(default_factory=dict)
@@ -121,7 +122,8 @@ class Question:
         details = Details(c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, c.tells(ask, name))
         attempt = c.attempts.get((now.number, ask.verb, ask.client), 1)
         about = Ticket(
-            c.run, now.number, name, ask.verb, "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget, attempt, details.encode(),
+            RunName(c.run), now.number, MemberName(name), VerbName(ask.verb), "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget,
+            attempt, details.encode(),
             protocol=self.protocol(name),
         )  # fmt: skip
         return ticket.write(about, c.coordinator)

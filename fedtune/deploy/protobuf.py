@@ -7,16 +7,15 @@ Only what the calls of fleet.py need: whole numbers, doubles, texts, bytes, tabl
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fedtune.errors import FedtuneError, Refused
+from fedtune.forms import Sha256
 
 Kind = Literal["number", "double", "text", "bytes", "hash", "table"]
-HASH = re.compile(r"[0-9a-f]{64}")
 DEPTH = 8  # of tables inside tables
 VARINT, FIXED, SIZED = 0, 1, 2  # wire types
 WIRE: dict[Kind, int] = {"number": VARINT, "double": FIXED}
@@ -83,7 +82,7 @@ def text(content: bytes, field: Field) -> str:
         said = content.decode("ascii")
     except UnicodeDecodeError:
         said = "\0"
-    if not said.isprintable() or (field.kind == "hash" and not HASH.fullmatch(said)):
+    if not said.isprintable() or (field.kind == "hash" and not Sha256.form.fullmatch(said)):
         raise Refused("W601", f"'{field.name}' in another form", "64 hexadecimal digits" if field.kind == "hash" else "printable ASCII", "use fedtune client")
     return said
 

@@ -225,7 +225,7 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> Run
         named = resolved(recipe, keys)
         with disk_errors(folder.path):
             (folder.path / "state").mkdir(parents=True, exist_ok=True)
-        Deployed(str(keys), str(runs / HOME), f"{name[:40]}-{secrets.token_hex(8)}", listen, recipe.fingerprint).write(folder)
+        Deployed(str(keys), str(runs / HOME), f"{name.lstrip('.')[:40] or 'run'}-{secrets.token_hex(8)}", listen, recipe.fingerprint).write(folder)
         folder.begin(named)  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)
     return folder

@@ -13,6 +13,7 @@ from fedtune.config import Recipe
 from fedtune.data import Federation, Slice, load, load_slice
 from fedtune.data.settings import SUFFIXES
 from fedtune.errors import FedtuneError, Refused
+from fedtune.rules import FILELESS
 from fedtune.trust import COORDINATOR
 from fedtune.trust.allowed import read_entries
 from fedtune.trust.certificates import utc_now
@@ -60,10 +61,16 @@ def at_coordinator(recipe: Recipe) -> Federation:
     return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(deploy.sites)), test, recipe.data.labels)
 
 
-def at_site(recipe: Recipe, number: int, data: str) -> Federation:
-    """One site's own rows, under its number; of the others nothing. Raises what the data raise."""
+def at_site(recipe: Recipe, number: int, data: str, partition: bool = False) -> Federation:
+    """One site's own rows, under its number; of the others nothing. They come from `data` and from nowhere else: what a recipe names is read only where the
+    site's operator has said so (`partition`, for demos). Raises F507, and what the data raise."""
     if recipe.deploy.data == "partition":
+        if not partition:
+            raise FedtuneError("F507", "a recipe that says which rows are read here (deploy.data = 'partition')", "rows of --data", "for a demo: --partition")
         return load(recipe.data, recipe.partition, recipe.seed)
+    if recipe.data.source in FILELESS:
+        found = f"data.source = '{recipe.data.source}', which reads what is installed here"
+        raise FedtuneError("F507", found, "a source that reads --data", "name the form of the sites' rows in the recipe: jsonl, csv, parquet")
     if not data:
         raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
     name = recipe.deploy.sites[number]
@@ -114,7 +121,10 @@ class Details:
             tree = json.loads(text)
             told = {str(name): str(value) for name, value in tree["told"].items()}
             members = tuple(int(m) for m in tree["members"])
-            return cls(str(tree["recipe"]), int(tree["number"]), int(tree["seed"]), members, int(tree["last"]), bool(tree["first"]), told)
+            said = cls(str(tree["recipe"]), int(tree["number"]), int(tree["seed"]), members, int(tree["last"]), bool(tree["first"]), told)
+            if any(not 0 <= number < 1 << 31 for number in (said.number, said.last, *members)):
+                raise ValueError
+            return said
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(
                 "W601", f"a ticket whose details cannot be read ({type(error).__name__})", "those of this version", "install the same fedtune"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -19,6 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
@@ -31,6 +34,7 @@ from fedtune.exchange import ExchangeClient
 from fedtune.runtime.client_half import memory_after, memory_before, respond
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.protocol import Ask, Link
+from fedtune.runtime.scoring import SCORE
 from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
@@ -41,7 +45,9 @@ from fedtune.trust.signed import seal
 from fedtune.types import Round
 from fedtune.versions import versions
 
-LONGEST = 1 << 20  # bytes of a request: a ticket with its recipe
+LONGEST = 4 << 20  # bytes of a request: a ticket with its recipe
+UPDATE = "install the same version of fedtune on both sides"
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 IDLE = 5.0  # seconds without work after which old updates are tried again
 PATIENCE = 600.0  # seconds to go on trying to send before Flower is told
 
@@ -51,6 +57,7 @@ class SiteConfig:
     """What the site's operator says; not a word of it comes from the coordinator.
 
     model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own device
+    partition      for demos: the recipe may say which rows and which model's folder are read here
     """
 
     keys: str
@@ -61,6 +68,7 @@ class SiteConfig:
     model: str = ""
     device: str = ""
     policy: str = ""
+    partition: bool = False
 
     @classmethod
     def read(cls, path: Path) -> SiteConfig:
@@ -130,7 +138,7 @@ class Worker:
         """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""
         about = ticket.read(content, self.identity)
         details = Details.decode(about.details)
-        recipe = Recipe.model_validate_json(details.recipe)
+        recipe = understood(details, about.verb)
         mine = self.own(recipe)
         self.policy.check(mine, about.budget)
         if self.exchange.held(about):
@@ -160,6 +168,10 @@ class Worker:
 
     def own(self, recipe: Recipe) -> Recipe:
         """The coordinator's recipe with this site's paths and device."""
+        if not self.config.model and not self.config.partition and (not HUB_NAME.fullmatch(recipe.model.name) or Path(recipe.model.name).exists()):
+            raise FedtuneError(
+                "F507", "a recipe whose base model is no name on the hub", "one, or this site's own folder", "start it with: fedtune client --model"
+            )
         model = {key: value for key, value in (("name", self.config.model), ("device", self.config.device)) if value}
         return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
 
@@ -170,10 +182,10 @@ class Worker:
             return self.built[1:]
         self.built = None  # two models may not fit
         began = time.monotonic()
-        if recipe.deploy.sites[details.number] != self.identity.name.name:
-            raise Refused("W604", f"number {details.number} of '{recipe.deploy.sites[details.number]}'", f"one of '{self.identity.name.name}'", "report this")
+        if recipe.deploy.sites[details.number : details.number + 1] != (self.identity.name.name,):
+            raise Refused("W604", f"number {details.number} of {len(recipe.deploy.sites)} sites", f"that of '{self.identity.name.name}'", "report this")
         method = method_of(recipe)
-        federation = at_site(mine, details.number, self.config.data)
+        federation = at_site(mine, details.number, self.config.data, self.config.partition)
         require_memory(mine, len(federation.labels), mine.model.device)
         load_part = getattr(method, "load_site", None)  # of a model that is split, a site holds the ends only
 
@@ -196,6 +208,19 @@ class Worker:
                 self.tell(Noted(str(error)))
             finally:
                 self.lock.release()
+
+
+def understood(details: Details, verb: str) -> Recipe:
+    """A ticket's recipe. Raises Refused (W602) for one that asks for what this version does not have."""
+    try:
+        recipe = Recipe.model_validate_json(details.recipe)
+        known = {*method_of(recipe).verbs, SCORE}
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])[:80]
+        raise Refused("W602", f"a recipe whose '{place}' this version cannot read", "settings of this version", UPDATE) from None
+    if verb not in known:
+        raise Refused("W602", f"the verb '{verb}'", f"one of {', '.join(sorted(known))}", UPDATE)
+    return recipe
 
 
 def require_own(config: SiteConfig) -> None:

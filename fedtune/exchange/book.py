@@ -18,6 +18,7 @@ from typing import Any
 
 from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.store import absent
+from fedtune.forms import Sha256
 from fedtune.trust import Envelope, Peer, Replays, Signed
 
 TABLES = """
@@ -52,7 +53,7 @@ class Accepted:
 
     row: int
     client: str
-    payload: str
+    payload: Sha256
     size: int
 
 
@@ -132,14 +133,14 @@ class Book:
         rows = self.query(
             "SELECT row, client, payload, size FROM accepted WHERE run = ? AND round = ? AND verb = ? AND released = 0 ORDER BY client", run, round, verb
         )
-        return [Accepted(*row) for row in rows]
+        return [Accepted(row, client, Sha256(payload), size) for row, client, payload, size in rows]
 
     def forget(self, run: str, round: int, verb: str, client: str) -> None:
         """Take back an acceptance whose bytes were lost, so that the client can be asked again."""
         with self.transaction():
             self.db.execute("DELETE FROM accepted WHERE run = ? AND round = ? AND verb = ? AND client = ? AND released = 0", (run, round, verb, client))
 
-    def release(self, run: str, through: int, remove: Callable[[str], None]) -> None:
+    def release(self, run: str, through: int, remove: Callable[[Sha256], None]) -> None:
         """Rounds that nobody will ask about again: what only they need is removed, receipts stay."""
         with self.transaction():
             past = (run, through)
@@ -152,7 +153,7 @@ class Book:
                 if not self.db.execute("SELECT 1 FROM asked WHERE run = ? AND given = ?", (run, sha256)).fetchone():
                     self.db.execute("DELETE FROM pins WHERE run = ? AND sha256 = ?", (run, sha256))
                 if not self.wanted(sha256):
-                    remove(sha256)
+                    remove(Sha256(sha256))
 
     def wanted(self, sha256: str) -> bool:
         """Whether any run needs an object."""

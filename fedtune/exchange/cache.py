@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from fedtune.disk import disk_errors, sync_folder
-from fedtune.exchange.store import HASH
+from fedtune.forms import Sha256
 from fedtune.trust import private
 
 
@@ -19,7 +19,7 @@ class Cache:
         self.folder, self.cap = folder, cap
         private.make_folder(folder)
 
-    def get(self, sha256: str) -> bytes | None:
+    def get(self, sha256: Sha256) -> bytes | None:
         """The object, if it is here and whole; a damaged one is removed."""
         path = self.folder / sha256
         try:
@@ -33,11 +33,11 @@ class Cache:
             os.utime(path)
         return data
 
-    def part(self, sha256: str) -> Path:
+    def part(self, sha256: Sha256) -> Path:
         """Where an object that is on its way is gathered."""
         return self.folder / f"{sha256}.part"
 
-    def keep(self, sha256: str) -> bool:
+    def keep(self, sha256: Sha256) -> bool:
         """Make a gathered file an object; False, and the file is gone, where its bytes are others. Raises R404."""
         part = self.part(sha256)
         with disk_errors(part):
@@ -56,7 +56,9 @@ class Cache:
     def _trim(self, newest: str) -> None:
         for part in self.folder.glob("*.part"):  # of states that nobody asks for any more
             part.unlink(missing_ok=True)
-        objects = sorted((path for path in self.folder.iterdir() if HASH.fullmatch(path.name) and path.name != newest), key=lambda p: p.stat().st_mtime_ns)
+        objects = sorted(
+            (path for path in self.folder.iterdir() if Sha256.form.fullmatch(path.name) and path.name != newest), key=lambda p: p.stat().st_mtime_ns
+        )
         total = sum(path.stat().st_size for path in [*objects, self.folder / newest])
         for path in objects:
             if total <= self.cap:

@@ -20,6 +20,7 @@ from pathlib import Path
 from fedtune.errors import FedtuneError
 from fedtune.exchange.book import Accepted, Book, Progress
 from fedtune.exchange.store import Store, absent
+from fedtune.forms import Sha256
 
 
 class Desk:
@@ -29,9 +30,9 @@ class Desk:
         self.store = Store(folder)
         self.book = Book(folder / "book.db")
 
-    def offer(self, run: str, data: bytes) -> str:
+    def offer(self, run: str, data: bytes) -> Sha256:
         """Lay out a state for a run; returns its SHA-256 (hex). Offered twice is offered once. Raises R404, E804."""
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = Sha256(hashlib.sha256(data).hexdigest())
         self.book.pin(run, sha256)  # first: a release of another run must not take it away in between
         return self.store.put(data, sha256)
 
@@ -43,7 +44,7 @@ class Desk:
 
         Raises E803 where a state was not offered.
         """
-        for sha256 in set(given.values()):
+        for sha256 in map(Sha256, set(given.values())):
             if not self.store.has(sha256):
                 raise absent(sha256)
         self.book.open_round(run, round, verb, base, given, budget)

@@ -24,6 +24,7 @@ from fedtune.exchange.limits import FRAME, Limits
 from fedtune.exchange.pieces import packed, unpacked
 from fedtune.exchange.tls import Door, server_credentials, server_options
 from fedtune.exchange.turns import Turns
+from fedtune.forms import Sha256
 from fedtune.trust import COORDINATOR, AllowList, Identity, Signed
 from fedtune.trust.envelope import OLDEST, PROTOCOL
 from fedtune.trust.identity import ALLOWED
@@ -62,9 +63,7 @@ class Service:
 
     def fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.Piece]:
         """A state that this client was given in this run. Raises E803, E806, E807, NoRoom, Refused W601."""
-        peer, sha256 = self.door.peer(context), request.sha256.hex()
-        if len(request.sha256) != 32:
-            raise Refused("W601", f"a hash of {len(request.sha256)} bytes", "32", "check the sender")
+        peer, sha256 = self.door.peer(context), Sha256(request.sha256.hex())
         if not self.desk.book.may_fetch(request.run, peer.name.name, sha256):
             found = f"a request of '{peer.name.name}' for object {sha256[:12]} of run {request.run[:80]!r}"
             raise FedtuneError("E806", found, "a state that this client was given", "answer the coordinator's tickets only")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fedtune.errors import FedtuneError
 from fedtune.exchange.store import digest_of
+from fedtune.forms import Sha256
 from fedtune.trust import Envelope, Identity, Signed, Ticket, envelope, private
 
 
@@ -55,9 +56,9 @@ class Spool:
 
     def keep(self, ticket: Ticket, data: bytes) -> Finished:
         """A finished update, signed and on disk. Raises R404."""
-        name, payload = name_of(ticket), hashlib.sha256(data).hexdigest()
+        name, payload = name_of(ticket), Sha256(hashlib.sha256(data).hexdigest())
         said = Envelope(
-            self.identity.name.federation, ticket.run, ticket.round, self.identity.name.name, ticket.verb, ticket.base, ticket.given,
+            self.identity.name.federation, ticket.run, ticket.round, ticket.client, ticket.verb, ticket.base, ticket.given,
             payload, len(data), self.count(), envelope.new_nonce(), ticket.protocol,
         )  # fmt: skip
         self._remove(name)  # an earlier answer to the same question must not stand beside this one's envelope

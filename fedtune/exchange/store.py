@@ -17,9 +17,8 @@ from pathlib import Path
 from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
 from fedtune.exchange.limits import CHUNK
+from fedtune.forms import MemberName, Sha256
 from fedtune.trust import private
-
-HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -41,42 +40,40 @@ class Store:
         for place in (folder, self.objects, self.incoming, self.damaged):
             private.make_folder(place)
 
-    def path(self, sha256: str) -> Path:
-        """Raises ValueError for what is no hash: a name from outside never becomes a path."""
-        if not HASH.fullmatch(sha256):
-            raise ValueError(f"{sha256[:80]!r} is no SHA-256")
+    def path(self, sha256: Sha256) -> Path:
+        """Of a hash, and of nothing else: a name from outside never becomes a path."""
         return self.objects / sha256
 
-    def has(self, sha256: str) -> bool:
+    def has(self, sha256: Sha256) -> bool:
         return self.path(sha256).exists()
 
-    def put(self, data: bytes, sha256: str = "") -> str:
+    def put(self, data: bytes, sha256: Sha256 | None = None) -> Sha256:
         """Keep bytes, whose hash the caller may know; what is there already is checked, and written again where it is damaged. Raises R404."""
-        name = sha256 or hashlib.sha256(data).hexdigest()
+        name = sha256 or Sha256(hashlib.sha256(data).hexdigest())
         path = self.path(name)
         if path.exists() and digest_of(path) == name:
             return name
         private.write(path, data)
         return name
 
-    def adopt(self, part: Path, sha256: str) -> None:
+    def adopt(self, part: Path, sha256: Sha256) -> None:
         """Make an uploaded file, already fsynced, the object of its hash. Raises R404."""
         with disk_errors(part):
             part.replace(self.path(sha256))
             sync_folder(self.objects)
 
-    def read(self, sha256: str) -> bytes:
+    def read(self, sha256: Sha256) -> bytes:
         """Raises E803 where it is not there, E807 where it is damaged: it is then put aside."""
         return b"".join(self.stream(sha256))
 
-    def size(self, sha256: str) -> int:
+    def size(self, sha256: Sha256) -> int:
         """Raises E803."""
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError:
             raise absent(sha256) from None
 
-    def stream(self, sha256: str, offset: int = 0) -> Iterator[bytes]:
+    def stream(self, sha256: Sha256, offset: int = 0) -> Iterator[bytes]:
         """Pieces of at most CHUNK bytes. From the beginning, the last piece comes only after the hash was found right. Raises E803, E807."""
         digest, held = hashlib.sha256(), b""
         try:
@@ -96,15 +93,15 @@ class Store:
         if held:
             yield held
 
-    def quarantine(self, sha256: str) -> None:
+    def quarantine(self, sha256: Sha256) -> None:
         """Out of the way, but not lost; the newest of each name is kept."""
         with disk_errors(self.path(sha256)):
             self.path(sha256).replace(self.damaged / sha256)
 
-    def remove(self, sha256: str) -> None:
+    def remove(self, sha256: Sha256) -> None:
         self.path(sha256).unlink(missing_ok=True)
 
-    def part(self, run: str, round: int, client: str, envelope: str) -> Part:
+    def part(self, run: str, round: int, client: MemberName, envelope: Sha256) -> Part:
         """Where an upload goes; `envelope` is its digest (hex)."""
         return Part(self.incoming / f"{short(run)}-{round:08d}-{client}-{envelope[:32]}.part", round, client, envelope[:32])
 
@@ -130,5 +127,5 @@ def short(run: str) -> str:
     return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
-def absent(sha256: str) -> FedtuneError:
+def absent(sha256: Sha256) -> FedtuneError:
     return FedtuneError("E803", f"no object {sha256[:12]}", "one that was stored and not yet released", "ask for the state of an open round")

@@ -13,7 +13,7 @@ from fedtune.errors import Refused
 
 Form = Literal["text", "number", "bytes"]
 Value = str | int | bytes
-LONGEST = 1 << 16  # bytes of one field: names, hashes and settings, never payloads
+LONGEST = 1 << 20  # bytes of one field: names, hashes and settings (a recipe with a few thousand labels), never payloads
 
 
 def join(tag: bytes, fields: Sequence[tuple[Form, Value]]) -> bytes:

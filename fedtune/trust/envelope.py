@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from fedtune.errors import FedtuneError, Refused
+from fedtune.forms import MemberName, RunName, Sha256, VerbName, sha256_or_nothing
 from fedtune.trust import canonical
 from fedtune.trust.certificates import Peer
 from fedtune.trust.identity import Identity
@@ -40,26 +41,32 @@ class Envelope:
     """
 
     federation: str
-    run: str
+    run: RunName
     round: int
-    client: str
-    verb: str
+    client: MemberName
+    verb: VerbName
     base: str
-    given: str
-    payload: str
+    given: Sha256
+    payload: Sha256
     size: int
     sequence: int
     nonce: bytes
     protocol: int = PROTOCOL
+
+    def __post_init__(self) -> None:
+        """Raises Refused W601 for words that are none: an envelope names files at the coordinator."""
+        for name, form in (("run", RunName), ("client", MemberName), ("verb", VerbName), ("given", Sha256), ("payload", Sha256)):
+            object.__setattr__(self, name, form(getattr(self, name)))
+        sha256_or_nothing(self.base)
 
     def encode(self) -> bytes:
         """Raises ValueError for values that have no encoding."""
         return canonical.join(TAG, [(form, getattr(self, name)) for name, form in FORMS.items()])
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> Sha256:
         """SHA-256 (hex) of the signed bytes: the envelope's name."""
-        return hashlib.sha256(self.encode()).hexdigest()
+        return Sha256(hashlib.sha256(self.encode()).hexdigest())
 
     def require(self, **asked: str | int) -> None:
         """Raises Refused W604 with the first field that is not as asked."""
@@ -75,8 +82,8 @@ def new_nonce() -> bytes:
 def decode(data: bytes) -> Envelope:
     """Raises Refused W601, W602, W606."""
     values = canonical.part(TAG, data, FORMS)
+    require_spoken(values["protocol"])
     envelope = Envelope(**values)  # type: ignore[arg-type]  # FORMS gives the types
-    require_spoken(envelope.protocol)
     if len(envelope.nonce) != NONCE:
         raise canonical.damaged(f"a nonce of {len(envelope.nonce)} bytes")
     for field in ("round", "size", "sequence"):
@@ -85,11 +92,11 @@ def decode(data: bytes) -> Envelope:
     return envelope
 
 
-def require_spoken(protocol: int) -> None:
+def require_spoken(protocol: canonical.Value) -> None:
     """Raises Refused W602."""
-    if not OLDEST <= protocol <= PROTOCOL:
+    if not isinstance(protocol, int) or not OLDEST <= protocol <= PROTOCOL:
         known = f"protocol {PROTOCOL}" if OLDEST == PROTOCOL else f"protocol {OLDEST} to {PROTOCOL}"
-        raise Refused("W602", f"protocol {protocol}", known, "install the same version of fedtune on both sides")
+        raise Refused("W602", f"protocol {protocol!r}", known, "install the same version of fedtune on both sides")
 
 
 def sign(envelope: Envelope, identity: Identity) -> bytes:

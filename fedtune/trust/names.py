@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 
 from fedtune.errors import FedtuneError
+from fedtune.forms import MemberName
 
-PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+PATTERN = MemberName.form
 FORM = "1 to 63 of a-z, 0-9, '.', '_' and '-', beginning and ending with a letter or digit"
 COORDINATOR = "coordinator"  # the one name that no client can have
 

@@ -91,6 +91,7 @@ class Inside:
         """A life of a site's worker."""
         home = self.root / f"home-{site}"
         home.mkdir(exist_ok=True)
+        more = more if "data" in more else {"partition": True, **more}
         config_ = SiteConfig(str(self.authority.place(site)), self.server.address, str(home), str(home / "socket"), **more)
         return Worker(config_, self.told[site].append)
 

@@ -93,6 +93,7 @@ class Deployment:
 
     def join(self, site: str, *more: str, address: str = "", points: Sequence[dict[str, Any]] = (), **env: str) -> subprocess.Popen[bytes]:
         place = ("--server", address or self.address, "--keys", str(self.authority.place(site)), "--home", str(self.root / f"home-{site}"))
+        more = more if {"--data", "--partition"} & set(more) else (*more, "--partition")  # as the recipes above say
         return self.fedtune(site, "client", *place, *more, points=points, **env)
 
     def join_all(self, **more: Any) -> None:

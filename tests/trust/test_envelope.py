@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import FedtuneError, Refused
+from fedtune.forms import MemberName, RunName, Sha256, VerbName
 from fedtune.trust import Envelope, Identity, Signed, Ticket, canonical, envelope, load, receipt, ticket
 from fedtune.trust.authority import create
 
@@ -19,7 +20,7 @@ UPDATE = b"an update"
 ENVELOPE = Envelope(
     "hospitals", "run-1", 3, "site-a", "train", "b" * 64, "c" * 64, hashlib.sha256(UPDATE).hexdigest(), len(UPDATE), 7, bytes(range(16))
 )  # fmt: skip
-OTHER = {str: "x", int: 2, bytes: b"\xff" * 16}
+OTHER = {str: "x", int: 2, bytes: b"\xff" * 16, RunName: "x", MemberName: "x", VerbName: "x", Sha256: "d" * 64}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_an_envelope_is_read_back_and_its_signature_holds(members: dict[str, Ide
 @pytest.mark.parametrize("name", [field.name for field in fields(Envelope)])
 def test_every_field_is_signed(name: str, members: dict[str, Identity]) -> None:
     site, signature = members["site-a"], envelope.sign(ENVELOPE, members["site-a"])
-    altered = replace(ENVELOPE, **{name: OTHER[type(getattr(ENVELOPE, name))]})
+    altered = replace(ENVELOPE, **{name: "d" * 64 if name == "base" else OTHER[type(getattr(ENVELOPE, name))]})
     assert altered != ENVELOPE and altered.digest != ENVELOPE.digest
     with pytest.raises(FedtuneError, match="T707"):
         envelope.verified(altered.encode(), signature, site.peer)
@@ -77,7 +78,7 @@ def test_another_protocol_and_numbers_out_of_range_are_refused() -> None:
         envelope.decode(replace(ENVELOPE, sequence=1 << 63).encode())
     with pytest.raises(Refused, match="W601"):
         envelope.decode(replace(ENVELOPE, nonce=b"short").encode())
-    for odd in ({"round": -1}, {"size": 1 << 64}, {"run": "r" * (1 << 16) + "r"}, {"nonce": "text"}):
+    for odd in ({"round": -1}, {"size": 1 << 64}, {"federation": "r" * (canonical.LONGEST + 1)}, {"nonce": "text"}):
         with pytest.raises(ValueError):
             replace(ENVELOPE, **odd).encode()  # type: ignore[arg-type]
 
@@ -137,7 +138,7 @@ def test_every_field_of_a_receipt_is_signed(name: str, members: dict[str, Identi
     signed = receipt.write(ENVELOPE, 41, NOW, members["coordinator"])
     read = receipt.read(signed, members["site-a"].authority)
     value = getattr(read, name)
-    altered = replace(read, **{name: value + 1 if isinstance(value, int) else value + "x"})
+    altered = replace(read, **{name: value + 1 if isinstance(value, int) else "d" * 64 if len(value) == 64 else value + "x"})
     with pytest.raises(FedtuneError, match="T707"):
         receipt.read(replace(signed, record=altered.encode()), members["site-a"].authority)
 
@@ -185,7 +186,7 @@ def test_a_client_acts_on_what_its_coordinator_signed_only(members: dict[str, Id
     kept = Signed.from_json(signed)
     for name in ("run", "round", "verb", "address", "base", "given", "given_size", "budget", "attempt", "details"):
         value = getattr(TICKET, name)
-        altered = replace(TICKET, federation="hospitals", **{name: value + 1 if isinstance(value, int) else value + "x"})
+        altered = replace(TICKET, federation="hospitals", **{name: value + 1 if isinstance(value, int) else "d" * 64 if len(value) == 64 else value + "x"})
         record = Signed.from_json(ticket.write(altered, members["coordinator"])).record
         with pytest.raises(FedtuneError, match="T707"):
             ticket.read(replace(kept, record=record).to_json(), members["site-a"])
