@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from fedtune.errors import FedtuneError
+from fedtune.plain import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options)
     except FedtuneError as error:
-        print(f"fedtune: {error}", file=sys.stderr)
+        print(plain(f"fedtune: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("fedtune: stopped; of a run, what was committed is kept: fedtune resume goes on with it", file=sys.stderr)

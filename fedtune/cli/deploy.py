@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import FedtuneError
+from fedtune.plain import plain
 from fedtune.quiet import quiet
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def show(record: dict[str, Any]) -> None:
 
     kind = getattr(events, str(record.get("event")), None)
     if record.get("event") == "Ended":
-        print(f"fedtune: {record['text']}", flush=True)
+        print(plain(f"fedtune: {record['text']}"), flush=True)
     elif kind is not None:
         console_sink(kind(**{name: value for name, value in record.items() if name != "event"}))
 
@@ -113,7 +114,7 @@ def client(options: argparse.Namespace) -> int:
     config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition)
     stop_on_signals()
     try:
-        attend(config, lambda text: print(text, flush=True))
+        attend(config, lambda text: print(plain(text), flush=True))
     except Stopped:
         print("stopped; what was finished and not sent stays in the site's folder", flush=True)
     return 0
@@ -134,5 +135,5 @@ def status(options: argparse.Namespace) -> int:
     else:
         lines = of_folder(str(Path(options.run or ".").expanduser()))
     for line in lines:
-        print(line)
+        print(plain(line))
     return 0

@@ -15,6 +15,7 @@ from fedtune.deploy.sites import Details
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.exchange import Desk
 from fedtune.forms import MemberName, RunName, Sha256, VerbName
+from fedtune.runtime.failures import heard
 from fedtune.runtime.protocol import Ask, Link, Reply
 from fedtune.trust import Identity, Ticket, ticket
 from fedtune.trust.envelope import PROTOCOL
@@ -152,13 +153,13 @@ class Question:
                 self.again(name)  # its update is there; or was lost here after the receipt, and the next attempt has no receipt yet
                 self.pause[name] = time.monotonic() + AGAIN
             elif outcome["code"].startswith(LATER):
-                self.words[name] = f"{outcome['code']}: {outcome.get('found', '')}"
+                self.words[name] = str(heard(outcome, name))
                 if outcome["code"] in GONE:
                     self.carrier.desk.offer(self.carrier.run, self.open[name].payload)
                 self.sent.pop(name, None)
                 self.pause[name] = time.monotonic() + AGAIN
             else:
-                yield self._failed(name, failure_of(outcome))
+                yield self._failed(name, heard(outcome, name))
 
     def accepted(self) -> Iterator[Reply]:
         """Updates that the exchange holds."""
@@ -192,12 +193,3 @@ class Question:
 
     def _failed(self, name: str, failure: FedtuneError) -> Reply:
         return Reply(self.open.pop(name).client, failure=failure)
-
-
-def failure_of(outcome: Mapping[str, Any]) -> FedtuneError:
-    """A site's own words; a code that this version does not know is still a failure of that client."""
-    parts = [str(outcome.get(part, ""))[:500] for part in ("found", "expected", "do")]
-    try:
-        return ClientFailed(str(outcome["code"]), *parts)
-    except KeyError:
-        return ClientFailed("F503", f"{outcome.get('code')}: {parts[0]}", *parts[1:])

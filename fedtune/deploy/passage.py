@@ -29,6 +29,7 @@ NAME = "fedtune.wire.v1.Fleet"
 LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
 SECONDS = 30.0
 AHEAD, BEHIND = 5.0, 300.0  # seconds: what Flower takes of a node's clock
+NEWS = 256  # ends of runs that a site remembers having been told of
 ENDED = "fedtune-ended"  # a header of ours in every answer: a run of the member's that has ended, how, and nothing for Flower
 
 # --- the coordinator's end ---------------------------------------------------------------------------------------------
@@ -119,7 +120,8 @@ class Passage:
         except grpc.RpcError as error:
             self.last, self.called = error.details() or str(error.code()), True
             return pb.FleetReply(status=503)
-        self.ended += [header.value for header in reply.headers if header.name == ENDED and header.value not in self.ended]
+        news = [header.value[:200] for header in reply.headers if header.name == ENDED and header.value[:200] not in self.ended]
+        self.ended += news[: max(0, NEWS - len(self.ended))]
         self.last, self.called, self.answered = "", True, True
         kept = picked(((header.name, header.value) for header in reply.headers), BACK)
         answer = own_run(reply.body) if call.name == GET_RUN and reply.status == 200 else reply.body

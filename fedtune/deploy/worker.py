@@ -32,7 +32,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
 from fedtune.runtime.client_half import memory_after, memory_before, respond
-from fedtune.runtime.failures import failure_of
+from fedtune.runtime.failures import failure_of, numbered
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.scoring import SCORE
 from fedtune.runtime.shelf import load_versions, save_versions
@@ -113,14 +113,14 @@ class Worker:
             self.left = time.monotonic()
 
     def outcome(self, content: bytes) -> dict[str, Any]:
-        """A ticket, done one after the other; its code and sentence where it was not."""
+        """A ticket, done one after the other; where it was not, a code and a number: the sentence stays here."""
         with self.lock:
             try:
                 return {"code": "", "said": self.done(content)}
             except Exception as cause:  # whatever it is, it is about this ticket: the worker lives on
-                error = failure_of(cause, self.identity.name.name, self.home / "errors")
-                self.tell(Noted(str(error)))
-                return {"code": error.code, "found": error.found, "expected": error.expected, "do": error.do}
+                outcome, sentence = numbered(failure_of(cause, self.identity.name.name, self.home / "errors"))
+                self.tell(Noted(sentence))
+                return outcome
 
     def site(self, nonce: str) -> str:
         """Name and means of this site, under its signature."""

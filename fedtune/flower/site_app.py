@@ -23,7 +23,7 @@ def site(message: Message, context: Context) -> Message:
 
 @app.train("ticket")  # type: ignore[untyped-decorator]  # flwr has no types
 def do(message: Message, context: Context) -> Message:
-    """A ticket's outcome as code and sentence; the update itself has gone over the exchange."""
+    """A ticket's outcome as code and number; the update itself has gone over the exchange."""
     ticket = bytes(message.content["ticket"]["ticket"]).decode()
     try:
         said: dict[str, Any] = through(str(context.node_config["worker"]), {"what": "ticket", "ticket": ticket})

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import secrets
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
-from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
+from fedtune.errors import CATALOGUE, ClientFailed, FedtuneError, Paused, Refused
+
+NUMBER = re.compile(r"[0-9a-f]{8}")
 
 
 def failure_of(error: Exception, client: str, logs: Path | None = None) -> FedtuneError:
@@ -39,3 +43,20 @@ def write_traceback(error: Exception, client: str, logs: Path | None) -> Path | 
     except OSError:
         return None
     return path
+
+
+def numbered(error: FedtuneError) -> tuple[dict[str, str], str]:
+    """What leaves a site of an error: its code and a number. And the sentence that stays there, with cells, columns, paths and names, under that number."""
+    number = secrets.token_hex(4)
+    return {"code": error.code, "number": number}, f"{error} (number {number})"
+
+
+def heard(outcome: Mapping[str, str], name: str) -> FedtuneError:
+    """The other end of `numbered`: what happened, and who knows more. A code that this version does not know is still a failure of that client."""
+    code, number = outcome.get("code", ""), outcome.get("number", "")
+    about = f", number {number}" if NUMBER.fullmatch(number) else ""
+    if code not in CATALOGUE:
+        return ClientFailed("F503", f"a mistake at '{name}' whose code this version does not know{about}", "an answer", f"ask the operator of '{name}'")
+    return ClientFailed(
+        code, f"at '{name}'{about}: {CATALOGUE[code].rstrip('.')}", "an answer", f"ask the operator of '{name}', whose worker.jsonl has the sentence"
+    )

@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtune.events import Chose, ClientLeftOut, Event, Noted, RoundDone, RunDone, RunStarted, Scored, Truncated
+from fedtune.plain import plain
 
 
 def console_sink(event: Event) -> None:
     """Print the events that a person wants to see; everything is in events.jsonl."""
     text = line(event)
     if text:
-        print(text, file=sys.stdout, flush=True)
+        print(shown(event, text), file=sys.stdout, flush=True)
+
+
+def shown(event: Event, text: str) -> str:
+    """Whatever came from elsewhere in it, as a terminal may have it; the table at the end has lines."""
+    return "\n".join(map(plain, text.split("\n"))) if isinstance(event, RunDone) else plain(text)
 
 
 def line(event: Event) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedtune.disk import write_atomic
+from fedtune.plain import plain
 from fedtune.runtime.folder import RunFolder
 from fedtune.sinks.console import size
 
@@ -70,8 +71,8 @@ def page(name: str, config: dict[str, Any], events: list[dict[str, Any]], result
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
     """An HTML table; every cell is escaped."""
-    cells = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>" + "".join(cells) + "</table>"
+    cells = ["<tr>" + "".join(f"<td>{html.escape(plain(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    return "<table><tr>" + "".join(f"<th>{html.escape(plain(cell))}</th>" for cell in head) + "</tr>" + "".join(cells) + "</table>"
 
 
 def plot(points: list[tuple[int, float]]) -> str:

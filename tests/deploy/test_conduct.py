@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.deploy import carrier, worker
 from fedtune.deploy.worker import WorldBuilt
 from fedtune.errors import FedtuneError, Paused
+from fedtune.events import Noted
 from fedtune.exchange import Limits, serve
 from fedtune.runtime.protocol import Reply
 from fedtune.trust import load
@@ -119,7 +120,8 @@ def test_a_site_whose_policy_forbids_the_method_is_left_out_with_its_own_words(t
         workers = made.workers() | {103: made.worker("site-c", policy=str(tmp_path / "policy.toml"))}
         made.conduct(FakeGrid(workers))
         assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "ok", (1, 2): "F507"}
-        assert "found method 'fedpeft', expected one of fedkseed" in notes(made.folder)[0]
+        assert "found at 'site-c', number " in notes(made.folder)[0] and "ask the operator of 'site-c'" in notes(made.folder)[0]
+        assert any("found method 'fedpeft', expected one of fedkseed" in e.text for e in made.told["site-c"] if isinstance(e, Noted))  # its own terminal
 
 
 def test_a_site_with_another_base_model_trains_nothing(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -129,7 +131,9 @@ def test_a_site_with_another_base_model_trains_nothing(tiny_bert: Path, data: Pa
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with inside(tmp_path, tiny_bert, data, rounds=1, **MEMORY) as made:
         made.conduct(FakeGrid(made.workers() | {102: made.worker("site-b", model=str(other))}))
-        assert outcomes(made.folder)[1, 1] == "W604" and "base model" in notes(made.folder)[0] and "--model" in notes(made.folder)[0]
+        assert outcomes(made.folder)[1, 1] == "W604" and any(
+            "base model" in e.text and "--model" in e.text for e in made.told["site-b"] if isinstance(e, Noted)
+        )
 
 
 def test_a_node_that_is_busy_or_broken_for_a_moment_is_asked_again(tiny_bert: Path, data: Path, tmp_path: Path) -> None:

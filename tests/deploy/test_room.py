@@ -13,7 +13,7 @@ from fedtune.model import means
 from fedtune.trust import Ticket
 from tests import small
 
-ABOUT = Ticket("run", 1, "site-a", "train", "", "b", "c", 3 << 20, 5 << 20)
+ABOUT = Ticket("run", 1, "site-a", "train", "", "b" * 64, "c" * 64, 3 << 20, 5 << 20)
 
 
 @pytest.mark.parametrize(("free", "fits"), [((64 + 8) << 20, True), (((64 + 8) << 20) - 1, False)])

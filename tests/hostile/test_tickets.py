@@ -110,7 +110,7 @@ def test_a_recipe_cannot_name_rows_at_a_site(hostile: Taken, tmp_path: Path) -> 
         answers = []
         for path in (str(other), "/nowhere/at/all.jsonl", "/etc/passwd", "~/.ssh/id_rsa"):
             answers.append(hostile.asks(worker, hostile.recipe(deploy__data="partition", data__path=path)))
-        assert {json.dumps(said, sort_keys=True) for said in answers} == {json.dumps(answers[0], sort_keys=True)} and answers[0]["code"] == "F507"
+        assert {said["code"] for said in answers} == {"F507"}
 
 
 def test_a_recipe_cannot_name_a_models_folder_at_a_site(hostile: Taken) -> None:
@@ -118,7 +118,7 @@ def test_a_recipe_cannot_name_a_models_folder_at_a_site(hostile: Taken) -> None:
     worker = hostile.worker(model="")
     names = [str(hostile.model), "/nowhere", "./model", "../model", "~/model", "package:json", "package:tests.tiny/x", "file:///x", "a/b/c"]
     answers = [hostile.asks(worker, hostile.recipe(model__name=name)) for name in names]
-    assert {json.dumps(said, sort_keys=True) for said in answers} == {json.dumps(answers[0], sort_keys=True)} and answers[0]["code"] == "F507"
+    assert {said["code"] for said in answers} == {"F507"}
 
 
 @pytest.mark.parametrize("source", ["docstrings", "digits"])
