@@ -21,7 +21,6 @@ from fedtune.aggregate.fedsb import FedSB
 from fedtune.aggregate.ffa import FFA
 from fedtune.aggregate.flexlora import FlexLoRA
 from fedtune.aggregate.flora import FLoRA
-from fedtune.aggregate.gather import drift
 from fedtune.aggregate.hetlora import HetLoRA
 from fedtune.aggregate.krum import Krum
 from fedtune.aggregate.mean import Mean
@@ -55,7 +54,6 @@ __all__ = [
     "TooFew",
     "WeightedMean",
     "as_adapter",
-    "drift",
     "flat_residual",
     "for_rank",
     "join",

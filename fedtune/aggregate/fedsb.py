@@ -59,12 +59,6 @@ def completed(basis: np.ndarray, rank: int) -> np.ndarray:
     return np.concatenate([basis, np.linalg.qr(unit - basis @ (basis.T @ unit))[0]], axis=1)
 
 
-def nearest(core: Core, pair: Pair) -> np.ndarray:
-    """The R for which B R A is nearest to a pair's product (scales equal): B^T (B' A') A^T, from factors only."""
-    near: np.ndarray = (core.B.T @ np.asarray(pair.B, dtype=np.float64)) @ (np.asarray(pair.A, dtype=np.float64) @ core.A.T)
-    return near.astype(np.float32)
-
-
 def as_pair(core: Core) -> Pair:
     """The stock pair (B R, A): the same product to rounding of float32."""
     return Pair((np.asarray(core.B, dtype=np.float64) @ core.R).astype(np.float32), core.A)

@@ -121,22 +121,6 @@ def away(product: Pair, square: float, made: Pair, scale: float) -> float:
     return math.sqrt(max(0.0, square - 2 * scale * inner(product, made) + scale**2 * inner(made, made)))
 
 
-def drift(answers: Iterable[Answer]) -> float:
-    """||mean(B) mean(A) - mean(BA)||_F / ||mean(BA)||_F over all modules: what averaging factors gets wrong, for any rule.
-
-    Factors of smaller rank are padded with zeros. Raises M305, W607 or R405 as `gather` does.
-    """
-    held = list(answers)
-    if not held:
-        raise FedtuneError("R405", "no answer to compare", "at least one", "look at the clients' errors")
-    largest = max(held, key=lambda answer: sum(pair.rank for pair in split(answer.tensors)[0].values()))
-    made = gather(held, Combined(largest.tensors), largest.scale)
-    ledger = Ledger(largest.scale)
-    for module in made.modules():
-        ledger.note(module, made=module.mean)
-    return ledger.report()["drift"]
-
-
 def finished(made: Gathered, pairs: dict[str, Pair], ledger: Ledger, residual: dict[str, Pair] | None = None, more: dict[str, float] | None = None) -> Combined:
     return Combined(join(pairs, made.rest.mean()), residual or {}, ledger.report() | (more or {}), ledger.layers)
 

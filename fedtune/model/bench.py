@@ -142,13 +142,6 @@ def unfit(base: Base, kind: str, error: BaseException) -> BaseException:
     return FedtuneError("M306", f"kind '{kind}' with a {type(base.net).__name__} ({why})", "a model that it fits", "choose another method.adapter.kind")
 
 
-def bare(base: Base) -> Bench:
-    """The base as it is, with nothing to train: for the score before tuning."""
-    if base.attached is not None:
-        detach(base.attached)
-    return Bench(base, None, base.net, {}, [], base.size)
-
-
 def detach(bench: Bench) -> None:
     """Take the adapter off: the base's network is again what it was before `attach`, bit for bit. Nothing happens if it is off already."""
     if bench.base.attached is bench:

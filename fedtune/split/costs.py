@@ -65,10 +65,6 @@ class Costs:
     trained: int
     kind: Kind
 
-    def round_bytes(self, samples: int, epochs: int, batch: int) -> int:
-        """Through the cut in one client's round, the first of a run where the head's answers are kept."""
-        return epochs * -(-samples // batch) * (self.up + self.down) + samples * self.once
-
     def break_even(self, batch: int, other: int, own: int) -> float:
         """Samples a round (epochs times samples) at which the cut costs what another method's round costs.
 

@@ -67,23 +67,6 @@ class Part:
         own += {"head": self.anatomy.front, "body": (), "tail": self.anatomy.rear}[role]
         return {name: value for name, value in self.net.named_parameters(remove_duplicate=False) if any(name.startswith(path + ".") for path in own)}
 
-    @property
-    def vocabulary(self) -> nn.Parameter | None:
-        """The output layer's matrix, where it is the embeddings' as well."""
-        output = self.net.get_output_embeddings() if self.net.config.get_text_config().tie_word_embeddings else None
-        return getattr(output, "weight", None) if "tail" in self.holds else None
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The tail's parameters without a tied vocabulary: through the tail alone comes half of its gradient, so it stays frozen, unless untied."""
-        return {name: value for name, value in self.parameters("tail").items() if value is not self.vocabulary}
-
-    def untie(self) -> None:
-        """Give the output layer a matrix of its own, to train; the embeddings keep theirs. The network's configuration says so from here on."""
-        shared = self.vocabulary
-        if shared is not None:
-            self.net.get_output_embeddings().weight = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-            self.net.config.get_text_config().tie_word_embeddings = False
-
     def train(self, on: bool = True) -> None:
         """Training mode (dropout) for the tail; head and body stay in eval mode, so that what passes the cut is a function of the input."""
         self.net.eval()

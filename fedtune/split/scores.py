@@ -2,25 +2,18 @@
 
 The shortcut's scores are a guess. On a small ViT they had a rank correlation of 0 with the true ones at k = 0, where a class token has seen no
 pixel yet, 0.4 to 0.6 at k = 1 after local training and 0.8 at k = 2; and keeping the hardest half was worse than keeping any half. Hence the
-refusal here, and the probe, which tells what the guess is worth in the run at hand.
+refusal here, and the figure `el2n_rank`, which tells what the guess is worth in the run at hand.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.rng import stream
-from fedtune.split.cut import Cut, Side
-from fedtune.split.parts import Part
-from fedtune.split.prompts import insert, insert_labels
-from fedtune.split.slim import Kind, pooling
-
-Body = Callable[[torch.Tensor, Side], torch.Tensor]  # Part.body, or a remote one
+from fedtune.split.cut import Cut
+from fedtune.split.slim import Kind
 
 
 def el2n(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -48,29 +41,6 @@ def check_sees(kind: Kind, cut: Cut, blocks: int) -> None:
             "a block in head or tail, without which that token has seen nothing of the input",
             "set k to 1 or more (2 is better), or switch these phases off",
         )
-
-
-def check_model_sees(net_class: type, config: Any, cut: Cut, blocks: int) -> None:
-    """`check_sees` before any weights are read."""
-    check_sees(pooling(net_class, config), cut, blocks)
-
-
-def true_logits(part: Part, body: Body, inputs: Mapping[str, torch.Tensor], prompts: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits through head, body and tail, with prompts (P, d) at the cut."""
-    hidden, side = part.head(inputs)
-    if prompts is not None:
-        hidden, side = insert(hidden, side, prompts, part.place)
-    return part.tail(body(hidden, side), side)[1]
-
-
-def probe(part: Part, body: Body, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, prompts: torch.Tensor | None = None) -> float:
-    """Rank correlation of the shortcut's EL2N with the true one on a batch: 1 where the shortcut knows which samples are hard, 0 where it guesses."""
-    if labels.ndim == 2 and prompts is not None:
-        labels = insert_labels(labels, len(prompts), part.place)
-    with torch.no_grad():
-        guessed = el2n(part.shortcut(inputs, prompts), labels)
-        true = el2n(true_logits(part, body, inputs, prompts), labels)
-    return spearman(guessed.cpu().numpy(), true.cpu().numpy())
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 from fedtune.split.anatomy import look
 from fedtune.split.cut import Cut, Side
 from fedtune.split.parts import Part
-from fedtune.split.prompts import insert, prompt_grad
 from fedtune.split.strip import strip
 
 # first: the class token's row alone; last: the last token's; each: any row, for its own logits alone (language models); all: every row for every logit
@@ -91,20 +90,6 @@ def spread(grad: torch.Tensor, rows: torch.Tensor, shape: tuple[int, int]) -> to
     whole = grad.new_zeros(shape[0] * shape[1], grad.shape[-1])
     whole[rows] = grad
     return whole.view(*shape, -1)
-
-
-def body_rows(part: Part, smashed: torch.Tensor, side: Side, prompts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The server's forward: what the head said (B, T, d), prompts (P, d) -> rows (R, d) behind the body."""
-    with torch.no_grad():
-        return take(part.body(*insert(smashed, side, prompts, part.place)), rows)
-
-
-def body_rows_backward(part: Part, smashed: torch.Tensor, side: Side, prompts: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The server's backward: gradients of the rows (R, d) -> of the prompts (P, d), summed over the batch. Nothing is kept from the forward."""
-    with torch.no_grad():
-        hidden, longer_side = insert(smashed, side, prompts, part.place)
-    back = part.body_backward(hidden, longer_side, spread(grad, rows, (hidden.shape[0], hidden.shape[1])))
-    return prompt_grad(back, len(prompts), part.place)
 
 
 def tail_rows(part: Part, rows: torch.Tensor, kind: Kind, wanted: torch.Tensor | None = None) -> tuple[torch.Tensor | None, torch.Tensor]:

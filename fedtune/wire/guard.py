@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedtune.wire.scales import HIGHEST, LOWEST, blocks
 from fedtune.wire.v1 import message_pb2 as pb
 
 if TYPE_CHECKING:
-    from fedtune.wire.message import Header
+    pass
 
 ROOM = 64 * 1024  # bytes of a message besides its numbers: header, metrics, head of the coder
 NAME = 256  # longest name of a tensor
@@ -58,24 +58,6 @@ class Expect:
     def bound(self) -> int:
         """Bytes that decoding may need: the longest message and the update made of it, 8 a number."""
         return self.max_message + 8 * self.count
-
-
-@dataclass
-class Seen:
-    """Answers already taken. One answer a run, round, client and verb."""
-
-    taken: set[tuple[str, int, int, str]] = field(default_factory=set)
-
-    def take(self, header: Header) -> None:
-        """Raises W605 where this answer was taken before."""
-        key = (header.run, header.round, header.client, header.verb)
-        if key in self.taken:
-            raise refuse("W605", f"a second answer of client {header.client} to '{header.verb}' of round {header.round}", "one", "nothing: the first was taken")
-        self.taken.add(key)
-
-    def forget(self, before: int) -> None:
-        """Drop what was taken before a round: such answers are stale anyway."""
-        self.taken = {key for key in self.taken if key[1] >= before}
 
 
 def accepted(data: bytes, expect: Expect, kinds: Mapping[str, int], widths: Mapping[int, int]) -> tuple[pb.Message, memoryview, Schema, str]:

@@ -116,7 +116,7 @@ def encode_changes(tensors: Tensors, changed: Tensors, header: Header) -> bytes:
 
 
 def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
-    """The answer in `data`, as its sender held it to the bit. Raises Refused W601 to W607 (not W605, see Seen)."""
+    """The answer in `data`, as its sender held it to the bit. Raises Refused W601 to W604, W606, W607: that it came before (W605), a message cannot show."""
     message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
     if kind in ("state", "changes"):
         raise refuse("W603", "a state", "an answer", "send what was asked for")
@@ -165,11 +165,6 @@ def decode_state(data: bytes, expect: Expect, held: tuple[int, Tensors] = (0, {}
         tensors[name] = value
         at += size * kept.itemsize
     return header_of(message), tensors
-
-
-def as_sent(update: Update) -> Update:
-    """What `decode(encode(update))` gives, without the bytes: the same numbers on both roads."""
-    return Update(Update.of(update.values(), update.weight).tensors, update.weight, update.metrics) if kind_of(update) == "values" else update
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

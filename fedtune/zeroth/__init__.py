@@ -7,11 +7,11 @@ normal   whole numbers with the shape of a normal distribution
 kernels  the same, compiled for the CPU by numba
 device   the same, in torch integer operations, for parameters that lie elsewhere
 curved   steps times a diagonal curvature that the pools before give
-apply    perturb, walk, replay and project over a model's parameters
+apply    walk, replay and project over a model's parameters
 """
 
-from fedtune.zeroth.apply import curvature, perturb, project, replay, views, walk
+from fedtune.zeroth.apply import curvature, project, replay, views, walk
 from fedtune.zeroth.layout import Layout
 from fedtune.zeroth.pool import Pool, combine
 
-__all__ = ["Layout", "Pool", "combine", "curvature", "perturb", "project", "replay", "views", "walk"]
+__all__ = ["Layout", "Pool", "combine", "curvature", "project", "replay", "views", "walk"]

@@ -34,25 +34,18 @@ def views(named: Named) -> dict[str, Flat]:
     return {name: flat(name, named[name]) for name in sorted(named)}
 
 
-def perturb(named: Named, pool: Pool, k: int, step: float, *, base: Named | None = None, layout: Layout | None = None) -> None:
-    """w = RN(w + RN(step * z_k)) in place; with `base`, w = RN(base + RN(step * z_k)), cast to w's type.
+def walk(
+    named: Named, pool: Pool, moves: Sequence[tuple[int, float]], *, base: Named | None = None, by: Named | None = None, layout: Layout | None = None
+) -> None:
+    """w = RN(w + RN(step * z_k)) in place, for each move (k, step) in order; with `base`, from there instead of from w, cast to w's type.
+
+    Nothing of a tensor's size is allocated. Where the term is zero, w keeps its bits. Same bits on every device, for any number of threads (torch's)
+    and any split. Raises ValueError for another direction, a step that is not finite, or a tensor that does not fit; M305 if not contiguous.
 
     named   float32, or with `base` also bfloat16 or float16: contiguous tensors, or arrays, of any device
     step    signed; times z_k in float64, then rounded to float32
     layout  of all tensors, where `named` holds only some of them
-
-    Nothing of a tensor's size is allocated. Where the term is zero, w keeps its bits. Same bits on every device, for any number of threads
-    (torch's) and any split. Raises ValueError for another direction, a step that is not finite, or a tensor that does not fit; M305 if not contiguous.
-    """
-    walk(named, pool, [(k, step)], base=base, layout=layout)
-
-
-def walk(
-    named: Named, pool: Pool, moves: Sequence[tuple[int, float]], *, base: Named | None = None, by: Named | None = None, layout: Layout | None = None
-) -> None:
-    """`perturb` for each move (k, step) in order: the same bits, but signs pass over the memory only once.
-
-    by  of `curvature`: what each parameter's steps are multiplied by; float32, as `named` then must be, and without a base
+    by      of `curvature`: what each parameter's steps are multiplied by; float32, as `named` then must be, and without a base
 
     SPSA (Spall 1992; MeZO, Malladi et al. 2023, algorithm 1) moves three times a step, and the last of one step and the first of the next can be one call.
     """
@@ -78,7 +71,7 @@ def replay(
 
     bent    each pool's sum is multiplied by the curvature of those before it, and rounded and added by itself
 
-    Otherwise as `perturb`. Raises W606 if the accumulators could overflow.
+    Otherwise as `walk`. Raises W606 if the accumulators could overflow.
     """
     if len({pool.directions for pool, _ in sums}) > 1 or not math.isfinite(scale):
         raise ValueError(f"{len(sums)} pools by {scale}: pools that are added have the same directions, and a scale is finite")

@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.aggregate import RULES, Answer, Combined, Pair, split
 from fedtune.aggregate.fedrot import turned
-from fedtune.aggregate.fedsb import as_pair, nearest, start
+from fedtune.aggregate.fedsb import Core, as_pair, start
 from fedtune.schema import digest
 from fedtune.types import Round
 from tests.aggregate.dense import NOW, SHAPES, adapter, apart, mean_product, near, products, run
@@ -194,6 +194,12 @@ def test_either_factor_tells_the_turn(blank: str) -> None:
     back = turned(Pair(whole.B @ q, q.T @ whole.A), whole._replace(**{blank: np.zeros_like(getattr(whole, blank))}))
     np.testing.assert_allclose(back.B, whole.B, atol=1e-6)
     np.testing.assert_allclose(back.A, whole.A, atol=1e-6)
+
+
+def nearest(core: Core, pair: Pair) -> np.ndarray:
+    """The R for which B R A is nearest to a pair's product (scales equal): B^T (B' A') A^T, from factors only."""
+    near: np.ndarray = (core.B.T @ np.asarray(pair.B, dtype=np.float64)) @ (np.asarray(pair.A, dtype=np.float64) @ core.A.T)
+    return near.astype(np.float32)
 
 
 def test_fedsb_averages_what_stands_between_fixed_factors() -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.bench import attach, bare, detach
+from fedtune.model.bench import attach, detach
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
 from fedtune.model.score import score
 from fedtune.model.settings import AdapterSettings, TrainSettings
 from fedtune.schema import digest
+from tests.benches import bare
 from tests.model.cases import ALL, REFUSED, VARIANTS
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.bench import attach, bare
+from fedtune.model.bench import attach
 from fedtune.model.encode import encode
 from fedtune.model.score import score
 from fedtune.model.settings import AdapterSettings
 from tests import tiny
+from tests.benches import bare
 
 
 @pytest.mark.parametrize("kind", ["none", "prompt", "prefix"])

@@ -21,13 +21,14 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO
 from fedtune.model.base import Base, load
-from fedtune.model.bench import Bench, attach, bare, detach
+from fedtune.model.bench import Bench, attach, detach
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.export import is_stock, load_adapter, save_adapter
 from fedtune.model.fit import fit
 from fedtune.model.score import score
 from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
 from tests import small, tiny
+from tests.benches import bare
 from tests.models.families import FAMILIES, make
 from tests.models.record import COLUMNS, FAULT, WORKS
 

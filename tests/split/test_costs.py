@@ -113,13 +113,6 @@ def test_break_even_with_federated_fine_tuning_of_vit_b() -> None:
     assert sum(step_bytes("naive", 32, 197, 768, 4, 10, 32)) == 81_395_712  # 315 times 2 * 129,024
 
 
-def test_bytes_of_a_round() -> None:
-    """100 samples in batches of 32 are 4 steps, twice; the head's answers go up once."""
-    config = T.ViTConfig(**DIGITS)
-    cost = costs(ViT, config, Cut(1, 6), tokens=17, batch=32, prompts=8, mode="cached", number=4)
-    assert cost.kind == "first" and cost.round_bytes(100, 2, 32) == 8 * 2 * (8 + 32) * 64 * 4 + 100 * 17 * 64 * 4
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_a_language_models_tail_works_on_label_rows_and_tied_values_count_once(name: str) -> None:
     net = make(name)

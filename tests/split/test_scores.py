@@ -10,7 +10,8 @@ from fedtune.errors import FedtuneError
 from fedtune.split import scores
 from fedtune.split.cut import Cut
 from fedtune.split.parts import Part
-from tests.split.families import LAYERS, WIDTH, batch, make
+from fedtune.split.slim import pooling
+from tests.split.families import LAYERS, batch, make
 
 
 @pytest.fixture(autouse=True)
@@ -57,28 +58,12 @@ def test_the_shortcut_without_blocks_sees_nothing_and_is_refused(name: str) -> N
     seeing = Part(net, Cut(1, LAYERS)).shortcut(given)
     assert (seeing - seeing[:1])[1:].abs().max() > 1e-3
     with pytest.raises(FedtuneError, match="S703: found local_update or pruning = 'el2n' with k = 0"):
-        scores.check_model_sees(type(net), net.config, Cut(0, LAYERS), LAYERS)
+        scores.check_sees(pooling(type(net), net.config), Cut(0, LAYERS), LAYERS)
     for cut in (Cut(1, LAYERS), Cut(0, LAYERS - 1)):
-        scores.check_model_sees(type(net), net.config, cut, LAYERS)
+        scores.check_sees(pooling(type(net), net.config), cut, LAYERS)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "llama"])
 def test_heads_that_read_more_rows_are_let_through(name: str) -> None:
     net = make(name)
-    scores.check_model_sees(type(net), net.config, Cut(0, LAYERS), LAYERS)
-
-
-def test_the_probe_compares_the_shortcut_with_the_whole_model() -> None:
-    """A body that changes nothing makes both the same; the real body makes another ranking."""
-    net, inputs = make("vit"), batch("vit", rows=32)
-    part, prompts = Part(net, Cut(1, 3)), torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
-    given = {"pixel_values": inputs["pixel_values"]}
-    assert scores.probe(part, lambda hidden, side: hidden, given, inputs["labels"], prompts) == pytest.approx(1)
-    real = scores.probe(part, part.body, given, inputs["labels"], prompts)
-    with torch.no_grad():
-        a = scores.el2n(part.shortcut(given, prompts), inputs["labels"]).numpy()
-        b = scores.el2n(scores.true_logits(part, part.body, given, prompts), inputs["labels"]).numpy()
-    assert -1 <= real < 1 and real == scores.spearman(a, b)
-    text = batch("llama", rows=8)
-    lm = Part(make("llama"), Cut(1, 3))
-    assert -1 <= scores.probe(lm, lm.body, {k: v for k, v in text.items() if k != "labels"}, text["labels"], prompts) < 1
+    scores.check_sees(pooling(type(net), net.config), Cut(0, LAYERS), LAYERS)

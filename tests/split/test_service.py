@@ -17,10 +17,10 @@ from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
 from fedtune.split.merge import Merging
 from fedtune.split.service import Terms, local
-from fedtune.split.session import Held, Tokens
-from fedtune.split.stream import Micro, Stream, Turn, Wishes
+from fedtune.split.session import Held
+from fedtune.split.stream import Micro, Stream, Wishes
 from fedtune.wire.v1 import split_pb2 as pb
-from tests.split.plain import KEY, OFFER, WIDTH, Model, PlainBody, batches, listening, near, opened, run, served, split_step, turn
+from tests.split.plain import OFFER, WIDTH, Model, PlainBody, batches, listening, near, opened, run, served, split_step, turn
 from tests.waiting import PATIENCE
 
 
@@ -55,16 +55,6 @@ def until(true: Any, seconds: float = PATIENCE) -> bool:
 def test_who_does_not_fit_is_told_why(code: str, offer: dict[str, Any], who: dict[str, Any]) -> None:
     with pytest.raises(FedtuneError, match=code):
         Stream(near(served()), replace(OFFER, **offer), replace(turn(), **who), Wishes(Coding("fp32")))
-
-
-def test_a_closed_round_admits_nobody_and_the_next_does() -> None:
-    tokens, service = Tokens(KEY), served()
-    service.admit = tokens.admit
-    opened(near(service))
-    tokens.close("run", 1)
-    with pytest.raises(FedtuneError, match="S712"):
-        opened(near(service))
-    Stream(near(service), OFFER, Turn("run", 2, 0, tokens.issue("run", 2, 0)), Wishes(Coding("fp32")))
 
 
 def test_no_more_sessions_than_agreed_but_always_ones_own() -> None:

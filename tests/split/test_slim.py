@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedtune.split import costs, slim
-from fedtune.split.cut import Cut
+from fedtune.split.cut import Cut, Side
 from fedtune.split.parts import Part
-from fedtune.split.prompts import insert, insert_labels
+from fedtune.split.prompts import insert, insert_labels, prompt_grad
 from tests.split.families import FAMILIES, LAYERS, WIDTH, batch, make
 from tests.split.test_cut import P, grads, some_prompts, split_step
 
@@ -30,6 +30,20 @@ def test_what_a_tail_reads_is_seen_by_asking_it(name: str) -> None:
     assert slim.rows_needed(Part(net, Cut(1, LAYERS - 1))) == "all"
 
 
+def body_rows(part: Part, smashed: torch.Tensor, side: Side, prompts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The server's forward: what the head said (B, T, d), prompts (P, d) -> rows (R, d) behind the body."""
+    with torch.no_grad():
+        return slim.take(part.body(*insert(smashed, side, prompts, part.place)), rows)
+
+
+def body_rows_backward(part: Part, smashed: torch.Tensor, side: Side, prompts: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The server's backward: gradients of the rows (R, d) -> of the prompts (P, d), summed over the batch. Nothing is kept from the forward."""
+    with torch.no_grad():
+        hidden, longer_side = insert(smashed, side, prompts, part.place)
+    back = part.body_backward(hidden, longer_side, slim.spread(grad, rows, (hidden.shape[0], hidden.shape[1])))
+    return prompt_grad(back, len(prompts), part.place)
+
+
 def slim_step(part: Part, inputs: dict[str, torch.Tensor], prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
     """(loss, the prompts' gradient, numbers that crossed in this step); what the head says was sent before."""
     labels, kind = inputs["labels"], slim.rows_needed(part)
@@ -38,11 +52,11 @@ def slim_step(part: Part, inputs: dict[str, torch.Tensor], prompts: torch.Tensor
     hidden, longer = insert(cached, side, prompts, part.place)
     labels = insert_labels(labels, P, part.place) if labels.ndim == 2 else labels
     rows = slim.pick(kind, longer, labels, (hidden.shape[0], hidden.shape[1]))
-    down = slim.body_rows(part, cached, side, prompts, rows).requires_grad_()
+    down = body_rows(part, cached, side, prompts, rows).requires_grad_()
     loss, _ = slim.tail_rows(part, down, kind, slim.targets(kind, labels))
     assert loss is not None
     loss.backward()
-    return loss.detach(), slim.body_rows_backward(part, cached, side, prompts, rows, down.grad), 2 * prompts.numel() + 2 * down.numel()
+    return loss.detach(), body_rows_backward(part, cached, side, prompts, rows, down.grad), 2 * prompts.numel() + 2 * down.numel()
 
 
 @pytest.mark.parametrize("k", [0, 2])

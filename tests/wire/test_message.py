@@ -12,7 +12,7 @@ import pytest
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.schema import Schema
 from fedtune.types import Update
-from fedtune.wire import EVERYONE, Expect, Header, Seen, as_sent, decode, decode_state, encode, encode_state
+from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_state
 from fedtune.wire.frame import SEAL
 from fedtune.wire.scales import rounded
 from fedtune.wire.v1 import message_pb2 as pb
@@ -59,11 +59,6 @@ def test_values_arrive_to_the_bit() -> None:
     header, update = decode(encode(UPDATE, HEADER), EXPECT)
     assert header == replace(HEADER, schema=SCHEMA.fingerprint)
     assert same(update, UPDATE)
-
-
-def test_as_sent_is_the_road_without_bytes() -> None:
-    moved = UPDATE.shifted({name: np.full_like(value, 1 / 3) for name, value in VALUES.items()}, -1)  # means that float32 must round
-    assert same(decode(encode(moved, HEADER), EXPECT)[1], as_sent(moved))
 
 
 @pytest.mark.parametrize("shape", ["tensor", "block", "kept"])
@@ -222,16 +217,6 @@ def test_every_cut_and_every_extra_byte_is_seen() -> None:
         refused(data[:end], EXPECT, "W601")
     refused(data + b"\0", EXPECT, "W601")
     refused(data + data, EXPECT, "W601")
-
-
-def test_an_answer_is_taken_once() -> None:
-    seen = Seen()
-    seen.take(HEADER)
-    seen.take(replace(HEADER, client=1))
-    with pytest.raises(Refused, match="W605"):
-        seen.take(HEADER)
-    seen.forget(4)
-    assert not seen.taken
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])

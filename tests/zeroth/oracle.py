@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from fedtune.zeroth import Pool
+from fedtune.zeroth import Pool, walk
 from fedtune.zeroth.normal import TABLE
 
 LOW = 2**32 - 1
@@ -15,6 +17,11 @@ POOLS = (
     Pool(5, 50, "independent"),
     Pool(2**63, 33, "independent", "gaussian"),
 )
+
+
+def perturb(named: Any, pool: Pool, k: int, step: float, **more: Any) -> None:
+    """One move."""
+    walk(named, pool, [(k, step)], **more)
 
 
 def philox(counter: tuple[int, int, int, int], key: int) -> list[int]:

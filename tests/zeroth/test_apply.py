@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from fedtune.errors import FedtuneError
 from fedtune.schema import Schema
-from fedtune.zeroth import Layout, Pool, apply, combine, cpu, device, perturb, project, replay, views, walk
+from fedtune.zeroth import Layout, Pool, apply, combine, cpu, device, project, replay, views, walk
 from fedtune.zeroth.pool import wht
 from tests.zeroth import oracle
+from tests.zeroth.oracle import perturb
 
 SHAPES = {"c": (3, 5), "a": (1,), "b": (70, 99), "d": (9001,)}
 LAYOUT = Layout.of(SHAPES)

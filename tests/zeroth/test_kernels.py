@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.zeroth import kernels, perturb, project, replay
-from tests.zeroth.oracle import POOLS
+from fedtune.zeroth import kernels, project, replay
+from tests.zeroth.oracle import POOLS, perturb
 from tests.zeroth.test_apply import joined, some, values
 
 ROOT = Path(__file__).parents[2]
