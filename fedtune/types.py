@@ -160,6 +160,9 @@ class Cohort(Protocol):
         method must list `verb` in `reads_each`. Groups from which too few answers came are left out.
         """
 
+    def typical(self, name: str) -> float:
+        """A figure as the median client of this round says it: no single one decides what a run does because of it."""
+
     def note(self, name: str, value: float) -> None:
         """A figure of the server's own for this round's journal and events."""
 

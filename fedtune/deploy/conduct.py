@@ -11,6 +11,7 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.deploy.carrier import PAUSE, Exchanged
+from fedtune.deploy.declared import heaviest
 from fedtune.deploy.members import bound
 from fedtune.deploy.processes import end_with_parent
 from fedtune.deploy.sites import at_coordinator
@@ -21,10 +22,11 @@ from fedtune.flower.nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
-from fedtune.runtime.ranks import is_auto, settled
+from fedtune.runtime.ranks import is_auto, settled, with_ranks
 from fedtune.runtime.run import run
 from fedtune.runtime.sampling import wanted
 from fedtune.runtime.world import World
+from fedtune.sinks.console import size
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import AllowList, Identity, Signed, load
 from fedtune.trust.certificates import utc_now
@@ -94,6 +96,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
 
     def carry(link: Link, world: World) -> Exchanged:
         most, tells = enough(recipe), teller(link, world, where)
+        link.bounds.most = lambda client, verb: heaviest(recipe, nodes.reports.get(recipe.deploy.sites[client], {}), verb)
         return Exchanged(
             desk, nodes, coordinator, link, where.run, recipe.canonical(), recipe.deploy.sites, recipe.deploy.deadline,
             most, lambda asks: budget(link, world, asks), tells,
@@ -107,7 +110,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
 
 
 def with_reported_ranks(recipe: Recipe, nodes: Nodes) -> Recipe:
-    """Every site's LoRA rank, by the memory that it says is free for training. Waits for all sites. Raises F502, M308."""
+    """Every site's LoRA rank, by the memory that it says is free for training. Waits for all sites. Raises F502."""
     sites, end = recipe.deploy.sites, time.monotonic() + recipe.deploy.deadline
     while lacking := [name for name in sites if name not in nodes.reports]:
         if time.monotonic() > end:
@@ -115,7 +118,21 @@ def with_reported_ranks(recipe: Recipe, nodes: Nodes) -> Recipe:
             raise FedtuneError("F502", found, "all sites", "start it, or say method.lora_rank_by_client in the recipe")
         nodes.look()
         time.sleep(PAUSE)
-    return settled(recipe, [memory_of(nodes.reports[name]) for name in sites], len(recipe.data.labels) or None)
+    known, labels = {name: memory_of(nodes.reports[name]) for name in sites}, len(recipe.data.labels) or None
+    ranks = {memory: rank_at(recipe, memory, labels) for memory in set(known.values())}
+    for name in (name for name, memory in known.items() if not ranks[memory]):
+        nodes.tell(f"'{name}' says that it has {size(known[name])} of memory, in which nothing can be trained: it is given rank 1")
+    return with_ranks(recipe, [ranks[known[name]] or 1 for name in sites])
+
+
+def rank_at(recipe: Recipe, memory: int, labels: int | None) -> int:
+    """The rank that fits into so much memory; 0: none does, and what one site says of itself ends nobody's run."""
+    try:
+        return ranks_of(settled(recipe, [memory], labels))[0]
+    except FedtuneError as error:
+        if error.code != "M308":
+            raise
+        return 0
 
 
 def ranks_of(recipe: Recipe) -> tuple[int, ...]:

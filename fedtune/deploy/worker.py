@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
+from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.room import require_disk, require_memory
 from fedtune.deploy.sites import Details, at_site, called
@@ -128,11 +129,11 @@ class Worker:
         return seal(record, self.identity).to_json().decode()
 
     def report(self) -> dict[str, Any]:
-        """What this site can do: its device, how fast that is, bytes free, its versions."""
+        """What this site can do: its device, how fast that is, bytes free, how much data it has, its versions."""
         from fedtune.model.means import means, speed
 
         can = {**means(self.config.device), "speed": round(speed(self.config.device), 1)}
-        return {**can, "disk": shutil.disk_usage(self.home).free, "protocol": PROTOCOL, "versions": versions()}
+        return {**can, **declared(self.config.data), "disk": shutil.disk_usage(self.home).free, "protocol": PROTOCOL, "versions": versions()}
 
     def done(self, content: bytes) -> str:
         """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""

@@ -216,11 +216,12 @@ class Nodes:
 
 def described(report: Mapping[str, Any]) -> str:
     """A site's device and means as a line; whatever it says of them is taken for numbers or left out."""
-    device, speed, memory = report.get("device"), report.get("speed"), memory_of(report)
+    device, speed, memory, rows = report.get("device"), report.get("speed"), memory_of(report), report.get("rows")
     parts = [
         "".join(filter(str.isprintable, device))[:20] if isinstance(device, str) else "",
         f"{size(memory)} free" if memory else "",
         f"{speed:,.0f} GFLOP/s" if isinstance(speed, float) else "",
+        f"{rows:,} rows" if isinstance(rows, int) and 0 < rows < 1 << 60 else "",
     ]
     return ", ".join(filter(None, parts)) or "of unknown means"
 

@@ -80,7 +80,7 @@ class FedKSeed:
             total = answer.tensors["pool"]
         before = pools.get(name, np.zeros(self.settings.size, np.int64)).astype(np.int64)
         pools[name] = whole.narrow(before + whole.mean(total, int(answer.weight)))
-        self.check_loss(answer, kept, now)
+        self.check_loss(cohort, kept, now)
         return self.state(pools, kept)
 
     def gather(self, cohort: Cohort, state: State, kept: dict[str, np.ndarray], now: Round) -> tuple[np.ndarray, Update]:
@@ -97,10 +97,10 @@ class FedKSeed:
             answers += Update({}, update.weight, update.metrics)
         return total, answers
 
-    def check_loss(self, answer: Update, kept: dict[str, np.ndarray], now: Round) -> None:
-        """Note the first loss; raise R408 where this round's is far above it."""
-        loss = answer.metrics["loss"] / answer.weight
-        kept.setdefault("first", np.asarray(answer.metrics["start"] / answer.weight))
+    def check_loss(self, cohort: Cohort, kept: dict[str, np.ndarray], now: Round) -> None:
+        """Note the first loss; raise R408 where this round's is far above it, for the median client: a single one ends nobody's run."""
+        loss = cohort.typical("loss")
+        kept.setdefault("first", np.asarray(cohort.typical("start")))
         first, most = float(kept["first"]), self.settings.guard
         if most and loss > most * first:
             found = f"a training loss of {loss:.4g} in round {now.number} that began at {first:.4g}"

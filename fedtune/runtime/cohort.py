@@ -6,6 +6,8 @@ runtime/local.py calls it, flower/server_app.py sends it.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,6 +102,10 @@ class RoundCohort:
         found = f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})"
         return FedtuneError("R405", found, "at least one", "look at the clients' errors, then: fedtune resume")
 
+    def typical(self, name: str) -> float:
+        said = [metrics[name] / self.answers[client].weight for client, metrics in self.figures if name in metrics and self.answers[client].weight]
+        return statistics.median_low(said) if said else math.nan
+
     def note(self, name: str, value: float) -> None:
         self.notes[name] = float(value)
 
@@ -140,6 +146,8 @@ class RoundCohort:
                 _, sent = decode(reply.payload, self.link.expect(verb, reply.client, self.now, answer, task.kinds(answer)))
                 update = task.chain.receive(sent, reply.client, self.now)
                 require_finite(update, self.names[reply.client])
+                given_here = given_to(reply.client, given)
+                self.link.bounds.check(self.now.number, reply.client, self.names[reply.client], verb, update, given_here, self.link.limits.spread)
             except (ClientFailed, Refused) as error:
                 self._note(reply.client, Answer(reply.client, error.code, 0.0, len(reply.payload), down, str(error)))
                 self.tell(ClientLeftOut(self.now.number, reply.client, self.names[reply.client], error.code, str(error)))

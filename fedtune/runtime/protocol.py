@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.runtime.bounds import LARGEST, Bounds, too_large
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
 from fedtune.transforms.broadcast import DownlinkSettings
@@ -112,6 +111,7 @@ class Link:
     downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     more: Mapping[str, Task] = field(default_factory=dict)  # the run's own tasks, beside the method's verbs
+    bounds: Bounds = field(default_factory=Bounds)  # what the server takes for an answer, beside the limits of the recipe
 
     @cached_property
     def tasks(self) -> Mapping[str, Task]:
@@ -136,7 +136,7 @@ class Link:
 
 
 def require_finite(update: Update, name: str) -> None:
-    """Raise ClientFailed (W607) where an answer holds NaN or Inf."""
-    for tensor, value in update.tensors.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise ClientFailed("W607", f"NaN or Inf in '{tensor}' from client '{name}'", "finite numbers", "lower the learning rate or set method.train.clip")
+    """Raise ClientFailed (W607) where an answer holds NaN, Inf, or what no parameter can be."""
+    if tensor := too_large(update.tensors, update.weight):
+        found = f"NaN, Inf or a number beyond {LARGEST:g} in '{tensor}' from client '{name}'"
+        raise ClientFailed("W607", found, "finite numbers", "lower the learning rate or set method.train.clip")

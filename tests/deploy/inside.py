@@ -87,13 +87,13 @@ class Inside:
         self.server: Server = serve(self.desk, load(self.keys), "localhost:0", Limits(free_bytes=0))
         self.told: dict[str, list[Event]] = {site: [] for site in SITES}
 
-    def worker(self, site: str, **more: Any) -> Worker:
+    def worker(self, site: str, kind: type[Worker] = Worker, **more: Any) -> Worker:
         """A life of a site's worker."""
         home = self.root / f"home-{site}"
         home.mkdir(exist_ok=True)
         more = more if "data" in more else {"partition": True, **more}
         config_ = SiteConfig(str(self.authority.place(site)), self.server.address, str(home), str(home / "socket"), **more)
-        return Worker(config_, self.told[site].append)
+        return kind(config_, self.told[site].append)
 
     def workers(self, **more: Any) -> dict[int, Worker]:
         return {101 + number: self.worker(site, **more) for number, site in enumerate(SITES)}
