@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.cli.common import add_recipe
 from fedtune.errors import FedtuneError
 from fedtune.plain import plain
 from fedtune.quiet import quiet
@@ -36,8 +37,13 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--home", default="site", metavar="DIR", help="where this site keeps what it has finished (default: site)")
     parser.add_argument("--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's")
     parser.add_argument("--device", default="", help="in place of the recipe's: cpu, cuda, cuda:1")
-    parser.add_argument("--policy", default="", metavar="FILE", help="what this site allows (TOML: methods, models, require, update_bytes)")
+    parser.add_argument("--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)")
     parser.set_defaults(command=client)
+
+    parser = commands.add_parser("approve", help="at a site: allow a recipe, where its policy wants approved recipes only")
+    add_recipe(parser)
+    parser.add_argument("--home", default="site", metavar="DIR", help="the site's home, as fedtune client has it (default: site)")
+    parser.set_defaults(command=approve)
 
     parser = commands.add_parser("status", help="rounds, bytes and time of a run, here or at a coordinator")
     parser.add_argument("run", nargs="?", default="", help="a run's folder; or with --server, the name of a run there (default: all)")
@@ -117,6 +123,18 @@ def client(options: argparse.Namespace) -> int:
         attend(config, lambda text: print(plain(text), flush=True))
     except Stopped:
         print("stopped; what was finished and not sent stays in the site's folder", flush=True)
+    return 0
+
+
+def approve(options: argparse.Namespace) -> int:
+    """Write the recipe's hash into the site's home; what it does is what `fedtune check` says."""
+    from fedtune.config import read
+    from fedtune.deploy import policy
+
+    recipe = read(options.recipe, options.set)
+    stem = Path(options.recipe).stem if options.recipe else "demo"
+    print(plain(f"approved {policy.approve(Path(options.home).expanduser(), recipe, recipe.name or stem)}: {recipe.method.type} on {recipe.model.name}, "
+                f"{recipe.rounds} rounds; whatever else it says, see: fedtune check"))  # fmt: skip
     return 0
 
 

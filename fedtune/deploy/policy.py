@@ -1,43 +1,148 @@
 """What a site allows, in a file of its own: the coordinator cannot change it.
 
+coordinators = ["3f9a..."]       # keys that may ask, by their hash or its beginning (fedtune keys list); empty: every one of the federation
+approved_only = true             # only recipes that this site's operator has approved: fedtune approve RECIPE
+recipes = ["c0ffee..."]          # or these, by their whole hash
 methods = ["fedpeft"]            # what may be done here; empty: everything
+adapters = ["lora"]              # what may be trained; empty: everything
 models = ["/models/llama"]       # base models, as the recipe or --model names them; empty: every one
 require = ["sign"]               # chain steps without which nothing leaves the house
+verbs = ["train"]                # what may be asked; empty: all that the method asks
+scores = false                   # whether figures of held-out rows may leave (the verb `score`)
+min_rows = 100                   # least rows that train; 8 where nothing is said
+min_examples = 64                # least examples behind one update: steps times batch; 8 where nothing is said
+min_members = 3                  # least members in a round
+max_rounds = 50                  # most rounds of a run
+answers_a_day = 100              # most answers in 24 hours
+bytes_a_day = 1_000_000_000      # and their bytes
 update_bytes = 50_000_000        # most bytes of one update; 0: the coordinator's budget
+hours = "20-06"                  # of the day, by this machine's clock, from the first to before the second
 """
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from fedtune.config import Recipe, sentence
+from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
+from fedtune.runtime.scoring import SCORE
 from fedtune.settings import Settings
+
+DAY = 24 * 3600.0
+LEDGER, APPROVED = "ledger.jsonl", "approved.txt"  # in a site's home: what has left; which recipes its operator approved
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a coordinator wants, beside the recipe.
+
+    recipe    its hash, as it came: the site's own model is in the other
+    members   of the round; rounds of the run are the recipe's
+    key       hash of the coordinator's key
+    approved  hashes of recipes that this site's operator has approved
+    sent      bytes of every answer of the last day
+    """
+
+    recipe: str = ""
+    verb: str = "train"
+    budget: int = 0
+    members: int = 1 << 30
+    key: str = ""
+    approved: frozenset[str] = frozenset()
+    sent: tuple[int, ...] = ()
+    now: datetime = field(default_factory=datetime.now)
 
 
 class Policy(Settings):
     """The file's keys."""
 
+    coordinators: tuple[str, ...] = ()
+    approved_only: bool = False
+    recipes: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     require: tuple[str, ...] = ()
+    verbs: tuple[str, ...] = ()
+    scores: bool = True
+    min_rows: int = Field(8, ge=1)
+    min_examples: int = Field(8, ge=1)
+    min_members: int = Field(1, ge=1)
+    max_rounds: int = Field(0, ge=0)
+    answers_a_day: int = Field(0, ge=0)
+    bytes_a_day: int = Field(0, ge=0)
     update_bytes: int = Field(0, ge=0)
+    hours: str = Field("", pattern=r"^$|^([01]\d|2[0-3])-([01]\d|2[0-4])$")
 
-    def check(self, recipe: Recipe, budget: int) -> None:
-        """Raises F507."""
+    def check(self, recipe: Recipe, asked: Asked) -> None:
+        """Before anything is read or loaded. Raises F507."""
+        self._who(recipe, asked)
         steps = [step.step for step in recipe.chain]
+        adapter = str(recipe.method.model_dump().get("adapter", {}).get("kind", "")) or "full"
         if self.methods and recipe.method.type not in self.methods:
             raise forbidden(f"method '{recipe.method.type}'", f"one of {', '.join(self.methods)}")
+        if self.adapters and adapter not in self.adapters:
+            raise forbidden(f"an adapter of kind '{adapter}'", f"one of {', '.join(self.adapters)}")
         if self.models and expanduser(recipe.model.name) not in map(expanduser, self.models):
             raise forbidden(f"base model '{recipe.model.name}'", f"one of {', '.join(self.models)}")
         if lacking := [name for name in self.require if name not in steps]:
             raise forbidden(f"a message chain without '{lacking[0]}'", f"one with {', '.join(self.require)}")
-        if self.update_bytes and budget > self.update_bytes:
-            raise forbidden(f"updates of up to {budget} bytes", f"at most {self.update_bytes}")
+        if self.update_bytes and asked.budget > self.update_bytes:
+            raise forbidden(f"updates of up to {asked.budget} bytes", f"at most {self.update_bytes}")
+        if asked.verb == SCORE and not self.scores:
+            raise forbidden("a score of rows that are held out here", "none")
+        if self.verbs and asked.verb != SCORE and asked.verb not in self.verbs:
+            raise forbidden(f"the verb '{asked.verb}'", f"one of {', '.join(self.verbs)}")
+        if asked.members < self.min_members:
+            raise forbidden(f"a round of {asked.members} members", f"at least {self.min_members}")
+        if self.max_rounds and recipe.rounds > self.max_rounds:
+            raise forbidden(f"a run of {recipe.rounds} rounds", f"at most {self.max_rounds}")
+        if asked.verb != SCORE and (seen := examples_of(recipe, 1 << 30)) < self.min_examples:
+            raise forbidden(f"an update of {seen} examples", f"at least {self.min_examples}")
+
+    def _who(self, recipe: Recipe, asked: Asked) -> None:
+        """By whom, with which recipe, when, and how often."""
+        if self.coordinators and not any(asked.key.startswith(known) for known in self.coordinators if len(known) >= 12):
+            raise forbidden(f"a coordinator with key {asked.key[:12]}", f"one of {', '.join(known[:12] for known in self.coordinators)}")
+        if (self.approved_only or self.recipes) and (hash_ := asked.recipe or recipe.fingerprint) not in {*self.recipes, *asked.approved}:
+            raise forbidden(f"recipe {hash_}, which nobody here has approved", "an approved one (fedtune approve RECIPE)")
+        if self.hours and not within(self.hours, asked.now.hour):
+            raise forbidden(f"work at {asked.now:%H:%M}", f"work from {self.hours.replace('-', ' to ')} o'clock")
+        if self.answers_a_day and len(asked.sent) >= self.answers_a_day:
+            raise forbidden(f"one more than {len(asked.sent)} answers in 24 hours", f"at most {self.answers_a_day}")
+        if self.bytes_a_day and sum(asked.sent) + asked.budget > self.bytes_a_day:
+            raise forbidden(f"up to {sum(asked.sent) + asked.budget} bytes in 24 hours", f"at most {self.bytes_a_day}")
+
+    def check_rows(self, recipe: Recipe, rows: int) -> None:
+        """Once the rows are known, before any is trained on: an update of one row says what stands in it. Raises F507."""
+        if rows < self.min_rows:
+            raise forbidden(f"{rows} rows that train", f"at least {self.min_rows}")
+        if (seen := examples_of(recipe, rows)) < self.min_examples:
+            raise forbidden(f"an update of {seen} examples", f"at least {self.min_examples}")
+
+
+def examples_of(recipe: Recipe, rows: int) -> int:
+    """Examples that one update is made of, by the method's own settings."""
+    method = recipe.method.model_dump()
+    tables: list[Mapping[str, Any]] = [table for table in (method, method.get("train", {})) if "batch" in table]
+    counts = [min(rows, table["steps"] * table["batch"]) if table.get("steps") else rows * int(bool(table.get("epochs", 1))) for table in tables]
+    return min(counts, default=rows)
+
+
+def within(hours: str, hour: int) -> bool:
+    """Whether an hour is inside a span that may go over midnight."""
+    first, last = map(int, hours.split("-"))
+    return first <= hour < last if first < last else hour >= first or hour < last
 
 
 def forbidden(found: str, expected: str) -> FedtuneError:
@@ -45,7 +150,7 @@ def forbidden(found: str, expected: str) -> FedtuneError:
 
 
 def read_policy(path: str) -> Policy:
-    """The site's file, "" for none: everything is allowed. Raises C105, C103, C101, C102."""
+    """The site's file, "" for none: what stands above as a default. Raises C105, C103, C101, C102."""
     if not path:
         return Policy()
     try:
@@ -56,3 +161,36 @@ def read_policy(path: str) -> Policy:
         raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines", "mend that line") from None
     except ValidationError as error:
         raise sentence(error) from None
+
+
+# --- a site's own books ------------------------------------------------------------------------------------------------
+
+
+def approved(home: Path) -> frozenset[str]:
+    """Hashes that `approve` has written."""
+    path = home / APPROVED
+    return frozenset(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.split()) if path.exists() else frozenset()
+
+
+def approve(home: Path, recipe: Recipe, name: str) -> str:
+    """Write a recipe's hash down, with when and what it was called; the hash. Raises R404."""
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        if recipe.fingerprint not in approved(home):
+            with (home / APPROVED).open("a", encoding="utf-8") as file:
+                file.write(f"{recipe.fingerprint} {datetime.now():%Y-%m-%dT%H:%M} {name}\n")
+    return recipe.fingerprint
+
+
+def sent_since(home: Path, since: float) -> tuple[int, ...]:
+    """Bytes of each answer that has left since a time."""
+    path = home / LEDGER
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    known = (json.loads(line) for line in lines if line.endswith("}"))
+    return tuple(int(entry["bytes"]) for entry in known if entry["at"] >= since)
+
+
+def note_sent(home: Path, **about: Any) -> None:
+    """A line of the ledger: what leaves the house, before it does. Raises R404."""
+    with disk_errors(home / LEDGER), (home / LEDGER).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(about, sort_keys=True) + "\n")

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.deploy.declared import declared
-from fedtune.deploy.policy import read_policy
+from fedtune.deploy.policy import DAY, Asked, approved, note_sent, read_policy, sent_since
 from fedtune.deploy.room import require_disk, require_memory
 from fedtune.deploy.sites import Details, at_site, called
 from fedtune.errors import FedtuneError, Refused
@@ -40,9 +40,10 @@ from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.sinks.jsonl import jsonl_sink
-from fedtune.trust import Ticket, load, ticket
+from fedtune.trust import Signed, Ticket, load, ticket
+from fedtune.trust.certificates import utc_now
 from fedtune.trust.envelope import PROTOCOL
-from fedtune.trust.signed import seal
+from fedtune.trust.signed import seal, signer
 from fedtune.types import Round
 from fedtune.versions import versions
 
@@ -141,15 +142,23 @@ class Worker:
         details = Details.decode(about.details)
         recipe = understood(details, about.verb)
         mine = self.own(recipe)
-        self.policy.check(mine, about.budget)
         if self.exchange.held(about):
             return ""
+        self.policy.check(mine, self.asked(content, about, details, recipe))
         require_disk(self.home, about)
         world, link = self.world(recipe, mine, details)
         if link.base != about.base:
             found = f"base model {link.base[:12]} at this site (weights, tokenizer and chat template)"
             raise Refused("W604", found, f"{about.base[:12]} as at the coordinator", "use the same files, or name them with --model")
+        if link.tasks[about.verb].trains:
+            self.policy.check_rows(world.recipe, len(world.train(details.number)))
         return self.computed(about, details, world, link)
+
+    def asked(self, content: bytes, about: Ticket, details: Details, recipe: Recipe) -> Asked:
+        """For the policy: who asks for what, and what has left this house lately."""
+        key = signer(Signed.from_json(content), self.identity.authority, utc_now(), "ticket").key
+        sent = sent_since(self.home, time.time() - DAY)
+        return Asked(recipe.fingerprint, about.verb, about.budget, len(details.members), key, approved(self.home), sent)
 
     def computed(self, about: Ticket, details: Details, world: World, link: Link) -> str:
         ask = Ask(details.number, about.verb, Round(about.round, details.seed, details.members), self.exchange.fetch(about), details.last, details.first)
@@ -163,6 +172,7 @@ class Worker:
         client = world.client_with(ask.client, memory_before(held, ask))
         reply = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
+        note_sent(self.home, at=time.time(), run=about.run, round=about.round, verb=about.verb, bytes=len(reply.payload), recipe=link.run)
         self.exchange.send(about, reply.payload)
         self.tell(Noted(f"sent: {len(reply.payload):,} bytes for round {about.round} of run {about.run}"))
         return reply.said

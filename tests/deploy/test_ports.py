@@ -18,7 +18,7 @@ from fedtune.cli import main
 from fedtune.config import Recipe
 from fedtune.deploy import client
 from fedtune.deploy.passage import Passage
-from fedtune.deploy.policy import read_policy
+from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.ports import require_free, split_address
 from fedtune.deploy.processes import Program, alone, environment, healthy, read_sentence
 from fedtune.deploy.server import HOME
@@ -175,9 +175,9 @@ def test_a_tilde_is_the_home_in_every_path(tmp_path: Path, monkeypatch: pytest.M
     assert str(tmp_path / "none") in capsys.readouterr().err
     policy = tmp_path / "policy.toml"
     policy.write_text("\ufeffmodels = ['~/model']\n", encoding="utf-8")
-    read_policy("~/policy.toml").check(Recipe.model_validate({"model": {"name": str(tmp_path / "model")}}), 1)
+    read_policy("~/policy.toml").check(Recipe.model_validate({"model": {"name": str(tmp_path / "model")}}), Asked())
     with pytest.raises(FedtuneError, match="F507"):
-        read_policy("~/policy.toml").check(Recipe.model_validate({"model": {"name": "~/other"}}), 1)
+        read_policy("~/policy.toml").check(Recipe.model_validate({"model": {"name": "~/other"}}), Asked())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "policy.toml", "rows.jsonl", "site"]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.config import Recipe
 from fedtune.deploy.metrics import Refusals, serve_metrics
-from fedtune.deploy.policy import Policy, read_policy
+from fedtune.deploy.policy import Asked, Policy, read_policy
 from fedtune.deploy.sites import Details, at_coordinator, at_site, resolved, source_of
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event
@@ -106,14 +106,14 @@ def test_the_details_of_a_ticket_survive_their_way_and_damage_is_refused() -> No
 def test_a_policy_forbids_what_it_does_not_name(text: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text(text)
     with pytest.raises(FedtuneError, match=sentence):
-        read_policy(str(tmp_path / "policy.toml")).check(recipe(), 1000)
+        read_policy(str(tmp_path / "policy.toml")).check(recipe(), Asked(budget=1000))
 
 
 def test_a_policy_allows_what_it_names_and_no_policy_everything(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text('methods = ["fedpeft"]\nmodels = ["bert"]\nrequire = ["sign"]\nupdate_bytes = 1000\n')
-    read_policy(str(tmp_path / "policy.toml")).check(recipe(chain=[{"step": "sign"}]), 1000)
+    read_policy(str(tmp_path / "policy.toml")).check(recipe(chain=[{"step": "sign"}]), Asked(budget=1000))
     assert read_policy("") == Policy()
-    Policy().check(recipe(), 1 << 40)
+    Policy().check(recipe(), Asked(budget=1 << 40))
 
 
 @pytest.mark.parametrize(
