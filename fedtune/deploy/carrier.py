@@ -23,6 +23,7 @@ from fedtune.trust.envelope import PROTOCOL
 PAUSE = 0.2  # seconds between two looks
 AGAIN = 10.0  # seconds before a member that could not work now is asked again
 SILENT = 60.0  # seconds without a word from a member that was sent a ticket, after which it is sent another; twice as long each time
+ABSENT, GRACE = 2, 2.0  # questions in a row without an answer, after which a member is asked and not waited for; seconds that it gets in any case
 GONE = ("E803", "E807")  # what the exchange should have is not there, or is damaged
 LATER = ("E", "R404", "S711", "S712", "F505")  # codes, or their letters, of mistakes that may mend themselves
 
@@ -52,6 +53,8 @@ class Exchanged:
     enough    how many answers end it, given how many were asked
     budget    most bytes of one answer
     tells     what the method wants a client of that name to know
+    speaks   whether a member of that name has a key that may speak now
+    absent   name -> questions in a row without an answer of it
     """
 
     desk: Desk
@@ -65,6 +68,8 @@ class Exchanged:
     enough: Callable[[int], int]
     budget: Callable[[Sequence[Ask]], int]
     tells: Callable[[Ask, str], dict[str, str]] = lambda ask, name: {}
+    speaks: Callable[[str], bool] = lambda name: True
+    absent: dict[str, int] = field(default_factory=dict)
     attempts: dict[tuple[int, str, int], int] = field(default_factory=dict)
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[Reply]:
@@ -78,9 +83,10 @@ class Exchanged:
         self.members.over()  # an update may be here before Flower says that its ticket is done: that word is not about the next one
         question = Question(self, {self.sites[ask.client]: ask for ask in asks}, hashes, budget)
         wanted, end = self.enough(len(asks)), time.monotonic() + self.deadline
-        while question.open and question.counted < wanted and time.monotonic() < end:
+        while question.open and question.counted < wanted and time.monotonic() < end and question.is_waited_for():
             self.members.look()
             yield from question.failures()
+            yield from question.shut_out()
             yield from question.accepted()
             question.ask(end - time.monotonic())
             if question.open and question.counted < wanted:
@@ -88,6 +94,10 @@ class Exchanged:
         self.desk.close_round(self.run, now.number, verb)
         yield from question.accepted()  # what came in between the last look and the close was given a receipt, so it counts
         yield from question.missing(wanted)
+
+    def came(self, name: str, answered: bool) -> None:
+        """Count the questions in a row that a member has not answered."""
+        self.absent[name] = 0 if answered else self.absent.get(name, 0) + 1
 
 
 @dataclass
@@ -105,6 +115,24 @@ class Question:
     silent: dict[str, float] = field(default_factory=dict)  # name -> not a second time to the same node before this time
     pause: dict[str, float] = field(default_factory=dict)  # name -> not before this time
     words: dict[str, str] = field(default_factory=dict)  # name -> why it could not work when it was last asked
+    began: float = field(default_factory=time.monotonic)
+    alone: float = 0.0  # since when nobody is left but members that have been absent
+
+    def is_waited_for(self) -> bool:
+        """Whether there is somebody to wait for. A member that gave no answer to the last questions is asked like everybody, and gets once more as long as
+        the others took if it is here; so it comes back by itself, and one that does not holds up nobody."""
+        absent = self.carrier.absent
+        if not self.counted or any(absent.get(name, 0) < ABSENT for name in self.open):
+            self.alone = 0.0
+            return True
+        self.alone = self.alone or time.monotonic()
+        here = any(name in self.carrier.members.at for name in self.open)
+        return here and time.monotonic() < self.alone + (self.alone - self.began) + GRACE
+
+    def shut_out(self) -> Iterator[Reply]:
+        """Members whose keys were all revoked, or have ended, while the question is open: they can answer nothing any more."""
+        for name in [name for name in self.open if not self.carrier.speaks(name)]:
+            yield self._failed(name, ClientFailed("T706", f"no key of '{name}' that may speak", "one", f"fedtune keys renew {name}, or a new run without it"))
 
     def ask(self, seconds: float) -> None:
         """Tickets to members that are here and do not hold one, and after a long silence once more: Flower hands a message out once, and if the
@@ -179,14 +207,22 @@ class Question:
                 continue
             del self.open[update.client]
             self.counted += 1
+            c.came(update.client, True)
             yield Reply(ask.client, payload, said=self.said.get(update.client, ""))
 
     def missing(self, wanted: int) -> Iterator[Reply]:
         """Whoever has not answered when the question is closed."""
         for name in list(self.open):
+            self.carrier.came(name, self.counted >= wanted)  # whoever was not needed is not absent
             why = self.words.get(name, "") or ("its ticket is out" if name in self.sent else "no node of it is here")
             if self.counted >= wanted:
                 found, expected, do = f"an answer later than {wanted} others", "one of the first", "nothing: more were asked than were needed (deploy.over)"
+            elif time.monotonic() < self.began + self.carrier.deadline:
+                found, expected, do = (
+                    f"no answer to the last {self.carrier.absent[name]} questions ({why})",
+                    "an answer",
+                    "nothing: it is asked again in each round",
+                )
             else:
                 found, expected, do = f"no answer within {self.carrier.deadline:.0f} s ({why})", "an answer", "look at the site's log"
             yield self._failed(name, ClientFailed("F503", found, expected, do))

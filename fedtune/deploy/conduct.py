@@ -82,7 +82,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     where, recipe = Deployed.read(folder), recipe_of(folder)
     coordinator = load(Path(where.keys))
     desk = Desk(Path(where.home) / "exchange")
-    at = bound(Path(where.home))
+    at, allowed = bound(Path(where.home)), AllowList(coordinator.folder / ALLOWED)
 
     def theirs() -> list[int] | None:
         known = at()
@@ -99,7 +99,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         link.bounds.most = lambda client, verb: heaviest(recipe, nodes.reports.get(recipe.deploy.sites[client], {}), verb)
         return Exchanged(
             desk, nodes, coordinator, link, where.run, recipe.canonical(), recipe.deploy.sites, recipe.deploy.deadline,
-            most, lambda asks: budget(link, world, asks), tells,
+            most, lambda asks: budget(link, world, asks), tells, allowed.speaks,
         )  # fmt: skip
 
     try:

@@ -7,6 +7,7 @@ that sites can fetch and send while a run is being restarted, and it holds nothi
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import sys
 import threading
@@ -69,9 +70,16 @@ def body(config: GateConfig, desk: Desk) -> dict[str, Any]:
     return alongside(body_service(located(recipe_of(run), run.origin()), tokens, over(desk.book)))
 
 
+def all_descriptors() -> None:
+    """As many open connections as this process may have, whatever a shell sets by habit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     quiet()
     end_with_parent()
+    all_descriptors()
     config = GateConfig.read(Path(sys.argv[1]))
     home = Path(config.home)
     done = threading.Event()

@@ -35,6 +35,7 @@ SERVER_OPTIONS = (
     ("grpc.http2.bdp_probe", 0),  # a window that grows by itself is memory that grows by itself
     ("grpc.http2.lookahead_bytes", WINDOW),
     ("grpc.experimental.tcp_max_read_chunk_size", 1 << 16),  # of each connection; 4 MiB by default
+    ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing keeps a descriptor so long; two minutes by default
     ("grpc.so_reuseport", 0),  # two servers on one port would share its clients
 )
 CLIENT_OPTIONS = (

@@ -78,6 +78,10 @@ class AllowList:
         if not peer.starts <= now <= peer.ends:
             raise outdated(peer, now)
 
+    def speaks(self, name: str, now: datetime | None = None) -> bool:
+        """Whether a member of that name has any key that may speak now. Raises T702."""
+        return any(entry.name == name and entry.state(now or datetime.now(UTC)) == "valid" for entry in self._fresh().values())
+
     def _fresh(self) -> dict[str, Entry]:
         """The list as it is on disk now. A damaged one lets nobody in."""
         with self._lock:

@@ -255,7 +255,7 @@ def test_events_say_who_was_not_let_in(tiny_bert: Path, data: Path, tmp_path: Pa
     with inside(tmp_path, tiny_bert, data, rounds=1, deploy__deadline=3.0, **MEMORY) as made:
         revoke(made.keys, "site-b")
         made.conduct(FakeGrid(made.workers()))
-        assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "F503", (1, 2): "ok"}
+        assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "T706", (1, 2): "ok"}
         said = [e["text"] for e in lines_of(made.folder.path / "events.jsonl") if e["event"] == "Noted"]
         assert any(text.startswith("node 102 is not let in. T706") for text in said)
 

@@ -1,0 +1,111 @@
+"""Nobody holds up the others: not a member that was shut out or has left, not a node that was made up, not a connection that says nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.deploy import carrier
+from fedtune.deploy.members import NODES
+from fedtune.exchange.tls import SERVER_OPTIONS
+from fedtune.trust.authority import revoke
+from tests import small
+from tests.deploy.inside import FakeGrid, inside
+from tests.deploy.test_conduct import notes, outcomes
+from tests.e2e.deploying import MEMORY
+from tests.exchange.federation import Federation
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carrier, "AGAIN", 0.3)
+    monkeypatch.setattr(carrier, "PAUSE", 0.02)
+    monkeypatch.setattr(carrier, "GRACE", 0.5)
+    monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def silent_from(node: int, first: int, until: int = 1 << 30) -> Any:
+    """A node that takes its tickets of these rounds and never answers."""
+    seen: list[int] = []
+
+    def instead(asked: int, message: Any) -> Any:
+        if asked != node or message.metadata.message_type != "train.ticket":
+            return ...
+        seen.append(1)
+        return None if first <= len(seen) < until else ...
+
+    return instead
+
+
+def test_a_revoked_member_is_out_now(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """In the middle of a round, with an hour of deadline left."""
+    with inside(tmp_path, tiny_bert, data, rounds=2, deploy__deadline=3600.0, **MEMORY) as made:
+
+        def instead(node: int, message: Any) -> Any:
+            if node == 102 and message.metadata.message_type == "train.ticket":
+                revoke(made.keys, "site-b")
+                return None
+            return ...
+
+        began = time.monotonic()
+        made.conduct(FakeGrid(made.workers(), instead))
+        assert time.monotonic() < began + 120
+        assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "T706", (1, 2): "ok", (2, 0): "ok", (2, 1): "T706", (2, 2): "ok"}
+        assert "no key of 'site-b' that may speak" in notes(made.folder)[0]
+
+
+def test_a_member_that_stays_away_is_asked_and_not_waited_for_and_comes_back_by_itself(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """Two rounds cost their deadline; the others nothing. In round 5 it answers again, and counts."""
+    with inside(tmp_path, tiny_bert, data, rounds=6, deploy__deadline=4.0, **MEMORY) as made:
+        made.conduct(grid := FakeGrid(made.workers(), silent_from(102, 1, 5)))
+        got = [outcomes(made.folder)[number, 1] for number in range(1, 7)]
+        assert got == ["F503"] * 4 + ["ok", "ok"] and grid.pushed.count((102, "train.ticket")) == 6
+        assert "no answer within 4 s" in notes(made.folder)[1] and "no answer to the last 3 questions" in notes(made.folder)[2]
+
+
+def test_where_nobody_answers_everybody_is_waited_for(tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.errors import FedtuneError
+
+    with inside(tmp_path, tiny_bert, data, rounds=1, deploy__deadline=2.0, **MEMORY) as made:
+        began = time.monotonic()
+        with pytest.raises(FedtuneError, match="R405"):
+            made.conduct(FakeGrid(made.workers(), lambda node, m: None if m.metadata.message_type == "train.ticket" else ...))
+        assert time.monotonic() > began + 2.0
+
+
+def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    """The gate has written down which node is whose; a thousand others are neither greeted nor told of."""
+    with inside(tmp_path, tiny_bert, data, rounds=1, **MEMORY) as made:
+        workers = made.workers()
+        home = made.root / "runs" / ".coordinator"
+        (home / NODES).write_text('{"site-a": ["k1", 101], "site-b": ["k2", 102], "site-c": ["k3", 103], "stranger": ["k4", 7]}')
+        grid = FakeGrid(workers | dict.fromkeys(range(1000, 2000), workers[101]) | {7: workers[101]})
+        made.conduct(grid)
+        assert {node for node, _ in grid.pushed} == {101, 102, 103} and set(outcomes(made.folder).values()) == {"ok"}
+
+
+@pytest.mark.slow
+def test_a_connection_that_says_nothing_is_cut_soon(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    try:
+        port = int(federation.server.address.rpartition(":")[2])
+        began = time.monotonic()
+        with socket.create_connection(("localhost", port), 60) as silent:
+            silent.settimeout(60)
+            assert not silent.recv(1 << 16) or not silent.recv(1)
+        assert time.monotonic() < began + 30
+    finally:
+        federation.close()
+
+
+def test_the_time_that_a_silent_connection_has_is_bounded() -> None:
+    assert dict(SERVER_OPTIONS)["grpc.server_handshake_timeout_ms"] <= 10_000
