@@ -29,7 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core for both
 import numpy as np
 
 from fedtune.aggregate import RULES, Answer, Combined, Pair, WeightedMean, split
-from fedtune.methods.fedpeft import FedPEFT, FedPEFTSettings
+from fedtune.methods.fedpeft import FedPEFT
+from fedtune.methods.fedpeft_settings import FedPEFTSettings
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.protocol import Ask, Link, Reply
 from fedtune.schema import Schema

@@ -76,11 +76,10 @@ def simulate(source: Source = None, /, *, runs: str | Path = "runs", on_event: C
     """
     from fedtune.disk import json_text
     from fedtune.runtime.folder import create, discard_if_empty
-    from fedtune.runtime.ranks import settled
     from fedtune.runtime.run import run
     from fedtune.sinks.jsonl import jsonl_sink
 
-    known = settled(recipe(source, **changes))
+    known = config.decided(recipe(source, **changes))
     stem = Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
     folder = create(Path(runs).expanduser(), known.name, stem)
     write = jsonl_sink(folder.path / "events.jsonl")

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,15 +17,15 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from fedtune.aggregate import AggregateSettings, Mean
-from fedtune.data.settings import DataSettings, PartitionSettings
+from fedtune.data.partition import Dirichlet, PartitionSettings
+from fedtune.data.sources import DataSettings, Docstrings
 from fedtune.errors import FedtuneError
-from fedtune.methods import FedPEFTSettings, MethodSettings, build
+from fedtune.methods import METHODS, FedPEFTTable, Method, MethodSettings, MethodTable
 from fedtune.model.settings import ModelSettings
-from fedtune.rules import SELECTORS, check_rules, used
+from fedtune.rules import check_rules
 from fedtune.settings import Settings, tag_of, union_of
 from fedtune.transforms import ChainStep
-from fedtune.transforms.broadcast import DownlinkSettings
-from fedtune.types import Method
+from fedtune.transforms.downlink import DownlinkSettings, Plain
 from fedtune.wire.settings import LimitSettings
 
 
@@ -36,6 +36,12 @@ class SamplingSettings(Settings):
     """Share of the clients; at least one is asked."""
     count: int = Field(0, ge=0)
     """Number of clients; 0 means `fraction` decides."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.count and "fraction" in self.model_fields_set:
+            yield "both sampling.count and sampling.fraction", "one of them", "remove one"
+        if self.count > recipe.partition.clients and not recipe.partition.open_ended:
+            yield f"sampling.count = {self.count} of {recipe.partition.clients} clients", "at most all of them", "lower it"
 
 
 class EvaluateSettings(Settings):
@@ -82,13 +88,13 @@ class Recipe(Settings):
     rounds: int = Field(10, ge=1)
     """Rounds of the federation."""
     model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    partition: PartitionSettings = PartitionSettings()
-    method: MethodSettings = FedPEFTSettings()
+    data: DataSettings = Docstrings()
+    partition: PartitionSettings = Dirichlet()
+    method: MethodSettings = FedPEFTTable()
     sampling: SamplingSettings = SamplingSettings()
     chain: tuple[ChainStep, ...] = ()
     """Steps between a client's update and the server's sum, in the client's order."""
-    downlink: DownlinkSettings = DownlinkSettings()
+    downlink: DownlinkSettings = Plain()
     aggregate: AggregateSettings = Mean()
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -113,7 +119,18 @@ class Recipe(Settings):
 
 def method_of(recipe: Recipe) -> Method:
     """The method that a recipe describes, for all of its rounds."""
-    return build(recipe.method, recipe.rounds, recipe.aggregate)
+    return recipe.method.build(recipe.rounds, recipe.aggregate)
+
+
+def decided(recipe: Recipe, memory: Sequence[int] = (), labels: int | None = None, least: bool = False) -> Recipe:
+    """The recipe with nothing left open that depends on the clients: the same that somebody could have written by hand. As `MethodTable.decided`."""
+    return recipe.model_copy(update={"method": recipe.method.decided(recipe, memory, labels, least)}) if recipe.method.undecided else recipe
+
+
+def read_method(table: Mapping[str, Any]) -> MethodTable:
+    """A [method] table that this or an earlier version has written. Raises KeyError, pydantic's ValidationError."""
+    cls = METHODS[table["type"]]
+    return cls.model_validate_json(json.dumps(without_idle(with_defaults(dict(table), cls), cls)))
 
 
 def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -141,14 +158,10 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
 def parse_with(tree: dict[str, Any], overrides: Sequence[str], stem: str) -> Recipe:
     """A recipe from a parsed tree, which is changed, and overrides. Raises C101 to C104."""
     paths = [apply_override(tree, override) for override in overrides]
-    dropped = [key for path in sorted(paths, key=len) if is_selector(path) for key in drop_unused(tree, path, set(paths))]
+    dropped = [key for path in sorted(paths, key=len) for key in drop_unused(tree, path, set(paths))]
     recipe = parse(tree, stem)
     recipe._notes = tuple(f"--set left out {key} of the recipe, which the chosen {key.rpartition('.')[0]} does not have" for key in dropped)
     return recipe
-
-
-def is_selector(keys: Sequence[str]) -> bool:
-    return ".".join(keys) in SELECTORS or tuple(keys) in set(discriminators(Recipe))
 
 
 def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
@@ -218,18 +231,17 @@ def drop_unused(tree: dict[str, Any], keys: Sequence[str], overridden: set[tuple
     cls: type[BaseModel] | None = Recipe
     for key in keys[:-1]:
         table = table.get(key, {}) if isinstance(table, dict) else {}
-        union = union_of(cls, key) if cls else None
-        tag = table.get(union.discriminator, union.default) if union and isinstance(table, dict) else ""
-        cls = union.classes.get(str(tag)) if union else None
-    if not isinstance(table, dict):
-        return []
-    path = ".".join(keys)
-    if path not in SELECTORS:
-        return prune(table, cls, tuple(keys[:-1]), overridden) if cls else []
-    unused = sorted(key for key in table.keys() - used(path, str(table.get(keys[-1]))) if (*keys[:-1], key) not in overridden)
-    for key in unused:
-        del table[key]
-    return [".".join((*keys[:-1], key)) for key in unused]
+        cls = class_at(cls, key, table) if cls else None
+    chooses = cls is not None and issubclass(cls, Settings) and keys[-1] in (tag_of(cls)[0], cls.selector)
+    return prune(table, cls, tuple(keys[:-1]), overridden) if cls and chooses and isinstance(table, dict) else []
+
+
+def class_at(cls: type[BaseModel], key: str, table: Any) -> type[BaseModel] | None:
+    """The class that reads the table under a key; None where there is none, or its discriminator says nothing known."""
+    if union := union_of(cls, key):
+        return union.classes.get(str(table.get(union.discriminator, union.default))) if isinstance(table, dict) else None
+    inner = leaves(cls.model_fields[key].annotation) if key in cls.model_fields else []
+    return inner[0] if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel) else None
 
 
 def prune(table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], overridden: set[tuple[str, ...]]) -> list[str]:
@@ -244,10 +256,9 @@ def prune(table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], ov
         del table[key]
     dropped = [".".join((*path, key)) for key in gone]
     for key, below in table.items():
-        inner = leaves(cls.model_fields[key].annotation) if key in cls.model_fields else []
-        single = inner[0] if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel) else None
-        if single and isinstance(below, dict):
-            dropped += prune(below, single, (*path, key), overridden)
+        chosen = class_at(cls, key, below)
+        if chosen and isinstance(below, dict):
+            dropped += prune(below, chosen, (*path, key), overridden)
     return dropped
 
 
@@ -333,13 +344,3 @@ def leaves(annotation: Any) -> list[Any]:
 def tags(cls: type[BaseModel]) -> tuple[str, ...]:
     """The values of a class's discriminator (`type` of methods, `step` of transforms, `rule` of aggregation)."""
     return tag_of(cls)[1]
-
-
-def discriminators(cls: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of all keys that choose the class of a table."""
-    for key, field in cls.model_fields.items():
-        if union := union_of(cls, key):
-            yield (*path, key, union.discriminator)
-        for below in leaves(field.annotation):
-            if isinstance(below, type) and issubclass(below, BaseModel):
-                yield from discriminators(below, (*path, key))

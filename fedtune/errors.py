@@ -17,6 +17,7 @@ CATALOGUE: dict[str, str] = {
     "C103": "The recipe is not valid TOML, or an argument of a command is not in its form.",
     "C104": "Two settings of the recipe cannot go together.",
     "C105": "The recipe file does not exist or cannot be read.",
+    "C106": "An installed package adds something to fedtune that cannot be used.",
     # D: data
     "D201": "A data file or folder does not exist.",
     "D202": "The data is empty, or nothing is left after cleaning.",

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from fedtune.config import Recipe
 from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
+from fedtune.methods import Method
 from fedtune.methods.seeds import Seeds
-from fedtune.types import Method, State
+from fedtune.types import State
 
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "seeds": "fedtune"}
 NO_PRIVACY = "- differential privacy: none (epsilon is unbounded)"
@@ -22,9 +23,9 @@ NO_PRIVACY = "- differential privacy: none (epsilon is unbounded)"
 
 def export_final(method: Method, state: State, bench: Any, target: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
     """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
-    form = method.forms[0]
+    form = method.facts.forms[0]
     with whole_folder(target) as temporary:
-        text = card(recipe, method.title, str(result["base_sha256"]), int(result["rounds"]), result, form)
+        text = card(recipe, method.facts.title, str(result["base_sha256"]), int(result["rounds"]), result, form)
         method.export(form, state, bench, temporary, text, recipe.seed)
 
 

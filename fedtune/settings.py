@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
-DISCRIMINATORS = ("type", "step", "rule", "optimizer")  # keys that choose the class of a table
+DISCRIMINATORS = ("type", "step", "rule", "optimizer", "kind", "by", "source")  # keys that choose the class of a table
 
 
 class Settings(BaseModel):
@@ -16,9 +16,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    selector: ClassVar[str] = ""  # the key whose value leaves others without effect
+
     @classmethod
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
-        """Keys that other values of the same table leave without effect."""
+        """Keys that the value of `selector` leaves without effect: they go where an override sets it, and are refused where a recipe says them."""
         return set()
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:

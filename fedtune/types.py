@@ -1,4 +1,4 @@
-"""The words that every room speaks: updates, rounds, clients, cohorts, methods.
+"""The words that every room speaks: updates, rounds, clients, states, cohorts.
 
 An `Update` is what a client answers. It can be added, so that a server may see sums only:
 
@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from fedtune.errors import FedtuneError
-from fedtune.schema import Schema
 
 Tensors = Mapping[str, np.ndarray]
 Group = TypeVar("Group", bound=Hashable)
@@ -148,7 +146,7 @@ class Cohort(Protocol):
         """Ask every member; the caller sees the sum only."""
 
     def each(self, verb: str, given: Tensors | Callable[[int], Tensors]) -> Iterator[tuple[int, Update]]:
-        """Ask every member and read single answers, in ascending id; the method must list `verb` in `reads_each`.
+        """Ask every member and read single answers, in ascending id; the verb must say so (`reads_each`).
 
         Members may be given different tensors: then `given` says what, by client id.
         """
@@ -168,62 +166,3 @@ class Cohort(Protocol):
 
     def skip(self, error: FedtuneError) -> None:
         """This round changes nothing, and `error` says why: no answer counts, as if all had been lost on the way."""
-
-
-class Verb(Protocol):
-    """A client's half: what it does when asked."""
-
-    def __call__(self, client: Client, given: Tensors, now: Round) -> Update: ...
-
-
-class Method(Protocol):
-    """Both halves of a federated algorithm; one file each under fedtune/methods/.
-
-    title       type and what is trained, for reports
-    forms       in which a state can be exported; a run leaves the first
-    reads_each  verbs whose single answers the server reads
-    metrics     names of the figures that an answer carries
-    moves       verbs that answer with the given tensors, moved: under a chain, the difference travels
-    """
-
-    type: str
-    forms: tuple[str, ...]
-    metrics: tuple[str, ...]
-    reads_each: frozenset[str]
-    moves: frozenset[str]
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def verbs(self) -> Mapping[str, Verb]: ...
-
-    def prepare(self, base: Any, seed: int) -> Any:
-        """Base model -> the bench that clients and server share in this process."""
-
-    def start(self, bench: Any) -> State:
-        """The state before the first round."""
-
-    def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        """The server's half of one round."""
-
-    def given(self, verb: str, bench: Any, client: int, now: Round) -> Schema:
-        """The schema of what this client is given with `verb` in this round, so that it can refuse anything else before it allocates."""
-
-    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
-        """The schema of the answer, for the same reason on the server."""
-
-    def install(self, state: State, bench: Any) -> None:
-        """Put a state into the bench, to evaluate or to export it."""
-
-    def plan(self, model: Any, task: str, labels: int) -> Any:
-        """What would be trained (fedtune.model.shapes.Plan), from [model] alone: no weights are read."""
-
-    def memory(self, plan: Any, length: int) -> Mapping[str, int]:
-        """What a client at work needs, in bytes, by what for; `length` is that of the longest input."""
-
-    def alone(self, bench: Any, data: Any, state: State, seed: int) -> None:
-        """Train from a state on one client's data, for the steps of a client that takes part in every round; the result stays in the bench."""
-
-    def export(self, form: str, state: State, bench: Any, folder: Path, card: str, seed: int) -> None:
-        """Write an installed state in one of `forms`, with its card; `seed` is the run's."""

@@ -44,7 +44,7 @@ class Lying:
 
     def __init__(self, method: Any) -> None:
         self._method = method
-        self.verbs = {verb: lying(half) for verb, half in method.verbs.items()}
+        self.verbs = {name: replace(verb, work=lying(verb.work)) for name, verb in method.verbs.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)

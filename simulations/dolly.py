@@ -121,7 +121,7 @@ def plain(train: Callable[..., None]) -> Callable[[Any, Path], dict[str, Any]]:
     def play(recipe: Any, folder: Path) -> dict[str, Any]:
         import torch
 
-        from fedtune import methods
+        from fedtune.aggregate import Mean
         from fedtune.model.fit import step_batches
         from fedtune.model.settings import TrainSettings
         from fedtune.rng import seed_of
@@ -129,7 +129,7 @@ def plain(train: Callable[..., None]) -> Callable[[Any, Path], dict[str, Any]]:
         from fedtune.runtime.states import Memories
         from fedtune.runtime.world import build_world
 
-        world = build_world(recipe, methods.build(recipe.method, recipe.rounds), Memories(None), lambda event: None)
+        world = build_world(recipe, recipe.method.build(recipe.rounds, Mean()), Memories(None), lambda event: None)
         values = world.bench.parameters()
         began = time.process_time()
         for number in range(1, recipe.rounds + 1):

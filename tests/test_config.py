@@ -51,7 +51,7 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("rounds = 'three'", 'C102: found rounds = "three", expected a valid integer'),
         ("rounds = 0", "C102: found rounds = 0, expected greater than or equal to 1"),
         ("[method.adapter]\nrank = 0", "C102: found method.adapter.rank = 0"),
-        ("[method.adapter]\nkind = 'lore'", "C102: found method.adapter.kind = \"lore\", expected 'lora'"),
+        ("[method.adapter]\nkind = 'lore'", "C102: found method.adapter.kind = \"lore\", expected one of 'lora', 'bias'"),
         ("[method]\ntype = 'fedsgd'", 'C102: found method.type = "fedsgd"'),
         ("method = 3", "C102: found method = 3"),
         ("rounds = ", "C103"),

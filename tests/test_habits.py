@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -37,3 +38,20 @@ def test_no_library_code_changes_the_working_directory() -> None:
     """It belongs to the whole process, and several runs may be in it."""
     files = sorted((ROOT / "fedtune").rglob("*.py"))
     assert len(files) > 200 and not [file for file in files if "chdir(" in file.read_text(encoding="utf-8")]
+
+
+def test_nobody_reaches_into_a_method_by_name() -> None:
+    """What the runtime may ask of a method stands in its interface: no attribute by its name, no class and no type string elsewhere."""
+    types = {"fedpeft", "fedkseed", "sfprompt"}
+    found = []
+    for path in sorted((ROOT / "fedtune").rglob("*.py")):
+        if path.parent.name == "methods":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = ast.unparse(node) if isinstance(node, (ast.Call, ast.Compare)) else ""
+            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "isinstance") and "method" in ast.unparse(node.args[0])
+            named = isinstance(node, ast.Compare) and any(isinstance(n, ast.Constant) and n.value in types for n in ast.walk(node))
+            imported = isinstance(node, ast.ImportFrom) and re.fullmatch(r"fedtune\.methods\.(fedpeft|fedkseed|sfprompt)\w*", node.module or "")
+            if asks or named or imported:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {text or ast.unparse(node)}")
+    assert found == []

@@ -8,7 +8,7 @@ A rule is registered by its place in `AggregateSettings`; RULES[name] is its cla
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -33,12 +33,15 @@ from fedtune.aggregate.resize import for_rank, left_out
 from fedtune.aggregate.rolora import RoLoRA
 from fedtune.aggregate.rule import Answer, Combined, Rule, TooFew
 from fedtune.aggregate.trimmed import Trimmed
+from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 AggregateSettings = Annotated[
     Mean | FFA | RoLoRA | FedSA | FedSB | FLoRA | FlexLoRA | HetLoRA | FedEx | Fair | FedRot | Median | Trimmed | Krum | Clipped,
     Field(discriminator="rule"),
 ]
+if not TYPE_CHECKING:
+    AggregateSettings = extended(AggregateSettings, "rule", "rules", Rule)
 RULES: dict[str, type[Rule]] = classes_by_tag(AggregateSettings, "rule")
 
 __all__ = [

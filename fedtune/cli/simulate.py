@@ -23,16 +23,15 @@ def add_commands(commands: Any) -> None:
 
 def simulate(options: argparse.Namespace) -> int:
     """Read the recipe, make the run folder, run."""
-    from fedtune.config import read
+    from fedtune.config import decided, read
 
     recipe = read(options.recipe, options.set)
     quiet()
     from fedtune.errors import FedtuneError
     from fedtune.runtime.folder import create, discard_if_empty
-    from fedtune.runtime.ranks import settled
     from fedtune.runtime.run import run
 
-    recipe = settled(recipe)
+    recipe = decided(recipe)
     folder = create(Path(options.runs).expanduser(), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
     try:
         folder.begin(recipe)

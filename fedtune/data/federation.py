@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fedtune.data.partition import kept_values, partition_rows, too_few
+from fedtune.data.partition import Partition
 from fedtune.data.rows import BLANK, Clean, Rows, Table, clean
-from fedtune.data.settings import DataSettings, PartitionSettings
-from fedtune.data.sources import SOURCES
+from fedtune.data.settings import Source
 from fedtune.errors import FedtuneError
 from fedtune.rng import stream
 
@@ -65,35 +64,31 @@ def summary(value: Any) -> str:
     return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else str(value)
 
 
-def load(data: DataSettings, partition: PartitionSettings, seed: int) -> Federation:
+def load(data: Source, partition: Partition, seed: int) -> Federation:
     """Same settings and seed, same rows in every process. Raises D201 to D206 and D208."""
-    column = partition.column if partition.by in ("column", "dirichlet", "shards") else ""
-    table = SOURCES[data.source](data)
+    column = partition.key_column
+    table = data.table()
     rows, dropped = usable(data, table, seed, column)
     if data.duplicates == "drop":
         rows = without_repeats(rows, dropped)
-    test = None if table.test is None else clean(data, table.test, f"the test set of {table.where}", table.folder, column if partition.by == "column" else "")
+    test = None if table.test is None else clean(data, table.test, f"the test set of {table.where}", table.folder, column if partition.by_value else "")
     if test is not None:
         count(dropped, BLANK, test.blank)
         if data.duplicates == "drop":
             rows = without_repeats(rows, dropped, {key_of(row) for row in test.rows}, "training rows that stand in the test set")
-    values: list[str] = []
-    if partition.by == "column":
-        values = kept_values(partition, sizes(data, rows))
-        rows, test = only(rows, values, partition, dropped), None if test is None else only(test, values, partition, dropped)
+    values = partition.values(sizes(data, rows)) if partition.by_value else []
+    if values:
+        rows, test = only(rows, values, column, dropped), None if test is None else only(test, values, column, dropped)
     held: Rows | None = None if test is None else test.rows
     if held is None and data.test_share:
         kept, out = cut(len(rows.rows), data.test_share, "random", seed, -1)
         held = [rows.rows[i] for i in out]
         rows = Clean([rows.rows[i] for i in kept], [rows.keys[i] for i in kept], 0)
-    if partition.by == "column":
-        groups = [(value, [i for i, key in enumerate(rows.keys) if key == value]) for value in values]
-    else:
-        groups = partition_rows(partition, rows.keys, seed)
+    groups = partition.groups(rows.keys, seed, values)
     clients = tuple(sliced(data, seed, number, name, [rows.rows[i] for i in group]) for number, (name, group) in enumerate(groups))
     for client in clients:
         if len(client.train) < partition.min_rows:
-            raise too_few(partition, client.name, len(client.train))
+            raise partition.too_few(client.name, len(client.train))
     if held is None:
         held = [row for client in clients for row in client.test]
     if not held and (table.test is not None or data.client_test_share):
@@ -102,7 +97,7 @@ def load(data: DataSettings, partition: PartitionSettings, seed: int) -> Federat
     return Federation(clients, held, label_set(data, [*rows.rows, *held]), dropped, tuple(notes))
 
 
-def load_slice(data: DataSettings, seed: int, id: int = 0, name: str = "site") -> tuple[Slice, dict[str, int]]:
+def load_slice(data: Source, seed: int, id: int = 0, name: str = "site") -> tuple[Slice, dict[str, int]]:
     """A real site's own rows, all of one client, and the rows left out. A source's own test set is what the site holds out; test_share does not apply.
 
     Raises what `load` raises, and D206 if the task has labels and the recipe does not list them: sites that each sorted their
@@ -110,7 +105,7 @@ def load_slice(data: DataSettings, seed: int, id: int = 0, name: str = "site") -
     """
     if data.task in ("classify", "image-classify") and not data.labels:
         raise FedtuneError("D206", "no data.labels at a site", "the same label set at every site", "list all labels in data.labels")
-    table = SOURCES[data.source](data)
+    table = data.table()
     rows, dropped = usable(data, table, seed, "")
     if table.test is None:
         mine = sliced(data, seed, id, name, rows.rows)
@@ -163,7 +158,7 @@ def histogram(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     return dict(sorted(Counter(row["label"] for row in rows if "label" in row).items()))
 
 
-def usable(data: DataSettings, table: Table, seed: int, column: str) -> tuple[Clean, dict[str, int]]:
+def usable(data: Source, table: Table, seed: int, column: str) -> tuple[Clean, dict[str, int]]:
     """The rows that may train, at most data.limit of them, and what was left out. Raises D202."""
     rows, dropped = clean(data, table.rows, table.where, table.folder, column), dict(table.dropped)
     count(dropped, BLANK, rows.blank)
@@ -176,7 +171,7 @@ def usable(data: DataSettings, table: Table, seed: int, column: str) -> tuple[Cl
     return rows, dropped
 
 
-def sizes(data: DataSettings, rows: Clean) -> Counter[str]:
+def sizes(data: Source, rows: Clean) -> Counter[str]:
     """How much each value of the column has: characters, where a task learns from text as such, otherwise rows."""
     total: Counter[str] = Counter()
     for row, key in zip(rows.rows, rows.keys, strict=True):
@@ -189,14 +184,14 @@ def sizes(data: DataSettings, rows: Clean) -> Counter[str]:
     return total
 
 
-def only(rows: Clean, values: Sequence[str], partition: PartitionSettings, dropped: dict[str, int]) -> Clean:
+def only(rows: Clean, values: Sequence[str], column: str, dropped: dict[str, int]) -> Clean:
     """Rows of the clients that are kept."""
     kept = [i for i, key in enumerate(rows.keys) if key in set(values)]
-    count(dropped, f"other values of '{partition.column}' than the {len(values)} clients", len(rows.rows) - len(kept))
+    count(dropped, f"other values of '{column}' than the {len(values)} clients", len(rows.rows) - len(kept))
     return Clean([rows.rows[i] for i in kept], [rows.keys[i] for i in kept], 0)
 
 
-def sliced(data: DataSettings, seed: int, number: int, name: str, rows: Rows) -> Slice:
+def sliced(data: Source, seed: int, number: int, name: str, rows: Rows) -> Slice:
     kept, out = cut(len(rows), data.client_test_share, data.order, seed, number)
     return Slice(number, name, [rows[i] for i in kept], [rows[i] for i in out])
 
@@ -210,7 +205,7 @@ def cut(rows: int, share: float, order: str, seed: int, number: int) -> tuple[li
     return sorted(shuffled[:keep]), sorted(shuffled[keep:])
 
 
-def label_set(data: DataSettings, rows: Rows) -> tuple[str, ...]:
+def label_set(data: Source, rows: Rows) -> tuple[str, ...]:
     if data.task not in ("classify", "image-classify"):
         return ()
     labels = data.labels or tuple(histogram(rows))

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fedtune.data import chats
-from fedtune.data.settings import DataSettings
+from fedtune.data.settings import Source
 from fedtune.errors import FedtuneError
 from fedtune.images import to_eight_bits
 
@@ -58,7 +58,7 @@ class Clean:
     blank: int
 
 
-def clean(data: DataSettings, rows: Rows, where: str, folder: Path | None = None, column: str = "") -> Clean:
+def clean(data: Source, rows: Rows, where: str, folder: Path | None = None, column: str = "") -> Clean:
     """Raises D203 (a cell that cannot be used), D204 (no such column), D206 (a label outside data.labels)."""
     made: Rows = []
     keys: list[str] = []
@@ -72,7 +72,7 @@ def clean(data: DataSettings, rows: Rows, where: str, folder: Path | None = None
     return Clean(made, keys, len(rows) - len(made))
 
 
-def shape(data: DataSettings, row: Mapping[str, Any], at: str, folder: Path | None) -> dict[str, Any] | None:
+def shape(data: Source, row: Mapping[str, Any], at: str, folder: Path | None) -> dict[str, Any] | None:
     """One row in the task's shape; None if it has no text, or nothing where its label should be."""
     if data.task in ("classify", "image-classify") and data.label in row and row[data.label] is None:
         return None
@@ -122,7 +122,7 @@ def name_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
     return str(value)
 
 
-def label_of(data: DataSettings, row: Mapping[str, Any], at: str) -> str:
+def label_of(data: Source, row: Mapping[str, Any], at: str) -> str:
     label = name_of(row, data.label, at, "data.label")
     if data.labels and label not in data.labels:
         known = ", ".join(data.labels[:8]) + (" ..." if len(data.labels) > 8 else "")
@@ -137,7 +137,7 @@ def chat(row: Mapping[str, Any], column: str, at: str) -> dict[str, Any] | None:
     return None if messages is None else {"messages": messages} | ({"tools": tools} if tools else {})
 
 
-def prompt_of(data: DataSettings, row: Mapping[str, Any], at: str) -> str:
+def prompt_of(data: Source, row: Mapping[str, Any], at: str) -> str:
     """The prompt's column; where data.template is a text, that text with the row's columns in it (nothing where one has no value)."""
     if "{" not in data.template:
         return text_of(row, data.prompt, at, "data.prompt")

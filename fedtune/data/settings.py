@@ -1,41 +1,36 @@
-"""The tables [data] and [partition] of a recipe."""
+"""What every source of data is: a table of settings, [data] of a recipe, that reads rows."""
 
 from __future__ import annotations
 
 import datetime
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from fedtune.settings import Settings
 
+if TYPE_CHECKING:
+    from fedtune.data.rows import Table
+
 Task = Literal["causal-lm", "instruct", "classify", "image-classify"]
-Source = Literal["docstrings", "jsonl", "csv", "parquet", "text", "plays", "clinc150", "images", "digits", "hub"]
-SUFFIXES: dict[str, Source] = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"
-}  # fmt: skip
 
 
-class DataSettings(Settings):
-    """Where the rows come from, what they mean, and what is held out."""
+class Source(Settings):
+    """[data]: where the rows come from, what they mean, and what is held out. A source is one file in fedtune/data/sources/.
 
-    source: Source = "docstrings"
-    """Kind of source; `docstrings` is built in and needs no file, `hub` takes a data set's name as path.
+    tasks     that its rows can serve
+    has_test  whether it brings a test set of its own, always
+    suffixes  of the files that it reads
+    """
 
-    Columns of the sources that bring their own: docstrings text, label; text (one row a paragraph) text, file; plays (one row
-    a speaker's turn) text, speaker; clinc150 text, label, domain; images (one subfolder per class) and digits image, label."""
-    path: str | tuple[str, ...] = ""
-    """File, list of files, pattern (data/*.jsonl) or folder, relative to the working directory, or a hub data set's name. Of a folder, jsonl
-    (.jsonl, .ndjson, .json), csv (.csv, .tsv), parquet and text (.txt) read all files with their suffix, also as .gz. Names such as train,
-    validation and test are respected: the test split is the global test set, a validation split stands in where there is none and is left
-    out otherwise. Subfolders become the column `folder`: by = "column", column = "folder" makes each a client."""
-    encoding: str = "utf-8"
-    """Of text files without a byte order mark."""
+    source: str
+    tasks: ClassVar[frozenset[str]] = frozenset(get_args(Task))
+    has_test: ClassVar[bool] = False
+    suffixes: ClassVar[tuple[str, ...]] = ()
     duplicates: Literal["keep", "drop"] = "keep"
     """Rows that stand twice: keep (and say how many of the test set are trained on), or drop all but the first, of the test set's the
     training rows."""
-    split: str = "train"
-    """Hub only: which split to load."""
     task: Task = "classify"
     """What is learned: next tokens, responses to prompts, a class of a text, a class of an image."""
     text: str = "text"
@@ -81,22 +76,58 @@ class DataSettings(Settings):
     order: Literal["random", "time"] = "random"
     """How a client's held-out rows are chosen: at random with the run's seed, or the last ones in file order."""
 
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.task not in self.tasks:
+            known = ", ".join(sorted(self.tasks))
+            yield f"data.task = '{self.task}' with data.source = '{self.source}'", f"one of {known}", "change data.task or data.source"
+        if not self.is_placed:
+            yield f"no data.path for data.source = '{self.source}'", "a file, a folder or a hub name", "set data.path in the recipe or with --set data.path=..."
+        if self.test_share == 0 and self.client_test_share == 0 and not self.has_test:
+            yield "data.test_share = 0 and data.client_test_share = 0", "some rows to test on", "raise one of them"
+        if self.stride > self.max_length:
+            found = f"data.stride = {self.stride} above data.max_length = {self.max_length}"
+            yield found, "at most max_length, so that no token is passed over", "lower it"
+        yield from self.template_conflicts()
 
-class PartitionSettings(Settings):
-    """How the rows of one source become clients (simulation only: a real site has its own rows)."""
+    def template_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Keys that say how prompts and conversations become texts, where nothing would use them."""
+        for key, said in (("messages", self.messages), ("template", self.template != "auto"), ("system", self.system)):
+            if said and self.task != "instruct":
+                yield f"data.{key} with data.task = '{self.task}'", "data.task = 'instruct'", "remove one of them"
+        own = self.template not in ("auto", "chat")  # the text is the user's own, and no chat template writes it
+        if own and self.messages:
+            yield f"data.template = '{self.template}' with data.messages", "the model's chat template", "remove one of them"
+        if own and self.system:
+            yield f"data.system with data.template = '{self.template}'", "a chat template, which knows where it goes", "write it into data.template"
+        if "{response}" in self.template.removesuffix("{response}"):
+            yield "data.template with {response} before its end", "a text that goes before the response", "end data.template where the response begins"
 
-    by: Literal["iid", "dirichlet", "column", "shards", "size"] = "dirichlet"
-    """iid; dirichlet over labels; one client per value of a column; label shards (pathological); sizes of 1 : 2 : ... : clients."""
-    clients: int = Field(8, ge=1)
-    """Number of clients; with by = "column", the values with most characters (classes: most rows) are kept, and the rows of the
-    others left out and counted (0 is not allowed, see `all_values`)."""
-    all_values: bool = False
-    """by = "column": every value becomes a client, whatever `clients` says."""
-    alpha: float = Field(0.5, gt=0)
-    """Concentration of the Dirichlet distribution: small is skewed."""
-    column: str = ""
-    """by = "column": the column that names the client; by = "dirichlet" or "shards": the column to skew, if not the label."""
-    shards_per_client: int = Field(2, ge=1)
-    """by = "shards": label-sorted shards of equal size (to one row) that each client receives."""
-    min_rows: int = Field(1, ge=1)
-    """A client with fewer training rows is an error."""
+    def table(self) -> Table:
+        """All rows, and the test set where the source has one. Raises D201, D202, D203, D208."""
+        raise NotImplementedError(f"'{self.source}' reads no rows")
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether the recipe says where the rows are, where that has to be said."""
+        return True
+
+
+class PathSource(Source):
+    """A source that is read from a path."""
+
+    path: str | tuple[str, ...] = ""
+    """File, list of files, pattern (data/*.jsonl) or folder, relative to the working directory, or a hub data set's name. Of a folder, jsonl
+    (.jsonl, .ndjson, .json), csv (.csv, .tsv), parquet and text (.txt) read all files with their suffix, also as .gz. Names such as train,
+    validation and test are respected: the test split is the global test set, a validation split stands in where there is none and is left
+    out otherwise. Subfolders become the column `folder`: by = "column", column = "folder" makes each a client."""
+
+    @property
+    def is_placed(self) -> bool:
+        return bool(self.path)
+
+
+class TextFileSource(PathSource):
+    """A source of text files."""
+
+    encoding: str = "utf-8"
+    """Of text files without a byte order mark."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe
+from fedtune.config import Recipe, decided, method_of
 from fedtune.deploy.carrier import PAUSE, Exchanged
 from fedtune.deploy.declared import heaviest
 from fedtune.deploy.members import bound
@@ -22,7 +22,6 @@ from fedtune.flower.nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
-from fedtune.runtime.ranks import is_auto, settled, with_ranks
 from fedtune.runtime.run import run
 from fedtune.runtime.sampling import wanted
 from fedtune.runtime.world import World
@@ -89,10 +88,11 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         return None if known is None else [known[name] for name in recipe.deploy.sites if name in known]
 
     nodes = Nodes(grid, judge_of(coordinator, recipe.deploy.sites), lambda text: tell(Noted(text)), recipe.deploy.sites, theirs)
-    if is_auto(recipe):
+    if recipe.method.undecided:
         recipe = with_reported_ranks(recipe, nodes)
         folder.write_json("config.json", recipe.model_dump(mode="json"))  # from here on it is a recipe that somebody could have written by hand
-        tell(Noted(f"ranks by the sites' memory: {', '.join(map(str, ranks_of(recipe)))} ({', '.join(recipe.deploy.sites)})"))
+        ranks = method_of(recipe).capabilities.ranks
+        tell(Noted(f"by the sites' memory: {', '.join(f'{name} rank {ranks.of(n)}' for n, name in enumerate(recipe.deploy.sites) if ranks)}"))
 
     def carry(link: Link, world: World) -> Exchanged:
         most, tells = enough(recipe), teller(link, world, where)
@@ -119,35 +119,32 @@ def with_reported_ranks(recipe: Recipe, nodes: Nodes) -> Recipe:
         nodes.look()
         time.sleep(PAUSE)
     known, labels = {name: memory_of(nodes.reports[name]) for name in sites}, len(recipe.data.labels) or None
-    ranks = {memory: rank_at(recipe, memory, labels) for memory in set(known.values())}
-    for name in (name for name, memory in known.items() if not ranks[memory]):
-        nodes.tell(f"'{name}' says that it has {size(known[name])} of memory, in which nothing can be trained: it is given rank 1")
-    return with_ranks(recipe, [ranks[known[name]] or 1 for name in sites])
+    made = decided(recipe, [known[name] for name in sites], labels, least=True)
+    for name in (name for name, memory in known.items() if not fits(recipe, memory, labels)):
+        nodes.tell(f"'{name}' says that it has {size(known[name])} of memory, in which nothing can be trained: it is given the least")
+    return made
 
 
-def rank_at(recipe: Recipe, memory: int, labels: int | None) -> int:
-    """The rank that fits into so much memory; 0: none does, and what one site says of itself ends nobody's run."""
+def fits(recipe: Recipe, memory: int, labels: int | None) -> bool:
+    """Whether anything can be trained in so much memory; what one site says of itself ends nobody's run."""
     try:
-        return ranks_of(settled(recipe, [memory], labels))[0]
+        decided(recipe, [memory], labels)
     except FedtuneError as error:
         if error.code != "M308":
             raise
-        return 0
-
-
-def ranks_of(recipe: Recipe) -> tuple[int, ...]:
-    return tuple(getattr(recipe.method, "lora_rank_by_client", ()))
+        return False
+    return True
 
 
 def teller(link: Link, world: World, where: Deployed) -> Callable[[Ask, str], dict[str, str]]:
     """What tickets say for a method whose model is split: the parts that are meant, and a token for the body of this round."""
-    tell: Callable[[Any], Mapping[str, str]] | None = getattr(link.method, "tell", None)
-    if tell is None:
+    split = link.method.capabilities.split
+    if split is None:
         return lambda ask, name: {}
     from fedtune.split.session import Tokens
 
-    tokens, told = Tokens(shared_key(Path(where.home) / SPLIT_KEY)), dict(tell(world.bench))
-    return lambda ask, name: told | {"token": tokens.issue(where.run, ask.now.number, ask.client, name)}
+    tokens, facts = Tokens(shared_key(Path(where.home) / SPLIT_KEY)), split.describe(world.bench)
+    return lambda ask, name: replace(facts, token=tokens.issue(where.run, ask.now.number, ask.client, name)).to_words()
 
 
 def enough(recipe: Recipe) -> Callable[[int], int]:

@@ -15,7 +15,6 @@ from fedtune.deploy.sites import at_coordinator, require_for_sites
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 from fedtune.runtime.check import check_context
-from fedtune.runtime.ranks import is_auto, with_ranks
 
 
 def require_ready(recipe: Recipe) -> None:
@@ -30,10 +29,11 @@ def require_ready(recipe: Recipe) -> None:
 def check_at_coordinator(recipe: Recipe) -> None:
     """The same, here."""
     labels = len(at_coordinator(recipe).labels)
-    method = method_of(with_ranks(recipe, ()) if is_auto(recipe) else recipe)
+    method = method_of(recipe.model_copy(update={"method": recipe.method.provisional}))
     transforms.build(recipe.chain)
     check_context(recipe, labels)
-    method.plan(recipe.model, recipe.data.task, labels)
+    if costs := method.capabilities.costs:
+        costs.plan(recipe.model, recipe.data.task, labels)
 
 
 def remarks(recipe: Recipe) -> list[str]:

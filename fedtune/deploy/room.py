@@ -31,8 +31,8 @@ def require_memory(recipe: Recipe, labels: int, device: str) -> None:
     """What stays in memory for certain: weights, trained tensors, gradients, the optimiser. Raises ClientFailed M310."""
     from fedtune.model.means import means
 
-    method = method_of(recipe)
-    parts = method.memory(method.plan(recipe.model, recipe.data.task, labels), recipe.data.max_length)
+    costs = method_of(recipe).capabilities.costs
+    parts = costs.memory(costs.plan(recipe.model, recipe.data.task, labels), recipe.data.max_length) if costs else {}
     needed, free = sum(count for what, count in parts.items() if "estimate" not in what), int(means(device)["memory"])
     if free < needed:
         do = "end other programs, use a larger device, or let the recipe hold less (method.adapter, sfprompt, fedkseed)"

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.deploy.app import write_app
 from fedtune.deploy.conduct import CRASH, Deployed, failed
 from fedtune.deploy.gate import GateConfig
@@ -34,7 +34,6 @@ from fedtune.deploy.room import require_room
 from fedtune.deploy.sites import resolved
 from fedtune.disk import disk_errors, took
 from fedtune.errors import FedtuneError
-from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.trust import AllowList, load
 from fedtune.trust.identity import ALLOWED
@@ -236,8 +235,8 @@ def split_run(folders: Sequence[RunFolder]) -> str:
     bodies: dict[str, str] = {}
     for folder in folders:
         recipe = recipe_of(folder)
-        if isinstance(recipe.method, SFPromptSettings):
-            bodies.setdefault(json.dumps([recipe.model.model_dump(mode="json"), recipe.method.head, recipe.method.tail]), str(folder.path))
+        if split := method_of(recipe).capabilities.split:
+            bodies.setdefault(json.dumps([recipe.model.model_dump(mode="json"), dict(split.place)]), str(folder.path))
     if len(bodies) > 1:
         found = f"{len(bodies)} split runs with different bodies at one coordinator"
         raise FedtuneError("C104", found, "one model and one cut", "give each its own coordinator: another --runs and --listen")

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.data import Federation, Slice, load, load_slice
-from fedtune.data.settings import SUFFIXES
+from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError, Refused
 from fedtune.rules import FILELESS
 from fedtune.trust import COORDINATOR
@@ -41,7 +41,7 @@ def require_for_sites(recipe: Recipe, sites: Sequence[str]) -> None:
         raise FedtuneError("D206", "no data.labels in a recipe for real sites", "the label set", "list all labels in data.labels")
     if len(set(sites)) < len(sites):
         raise FedtuneError("C104", "deploy.sites with a name twice", "each site once", "remove one")
-    if sites and recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.all_values:
+    if sites and recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.open_ended:
         found = f"partition.clients = {recipe.partition.clients} beside {len(sites)} sites ({', '.join(sites)[:120]})"
         raise FedtuneError("C104", found, "as many of one as of the other", f"--set partition.clients={len(sites)}")
 
@@ -53,7 +53,7 @@ def at_coordinator(recipe: Recipe) -> Federation:
         return load(recipe.data, recipe.partition, recipe.seed)
     test: list[dict[str, Any]] = []
     if deploy.test:
-        data = recipe.data.model_copy(update={"path": deploy.test, "client_test_share": 0.0, "limit": 0, "source": source_of(recipe, deploy.test)})
+        data = data_at(recipe.data, deploy.test, client_test_share=0.0, limit=0)
         with called("data.path", "deploy.test"):
             mine, _ = load_slice(data, recipe.seed, 0, "the coordinator")
         test = [*mine.train, *mine.test]
@@ -75,7 +75,7 @@ def at_site(recipe: Recipe, number: int, data: str, partition: bool = False) -> 
         raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
     name = recipe.deploy.sites[number]
     with called("data.path", "--data"):
-        mine, dropped = load_slice(recipe.data.model_copy(update={"path": data, "source": source_of(recipe, data)}), recipe.seed, number, name)
+        mine, dropped = load_slice(data_at(recipe.data, data), recipe.seed, number, name)
     slices = tuple(mine if other == number else Slice(other, whose, [], []) for other, whose in enumerate(recipe.deploy.sites))
     return Federation(slices, [], recipe.data.labels, dropped)
 
@@ -87,11 +87,6 @@ def called(setting: str, here: str) -> Iterator[None]:
         yield
     except FedtuneError as error:
         raise type(error)(error.code, error.found, error.expected, error.do.replace(setting, here)) from error
-
-
-def source_of(recipe: Recipe, path: str) -> str:
-    """A site's file may be of another kind than the recipe's; its suffix says so."""
-    return SUFFIXES.get(Path(path).suffix, recipe.data.source) if recipe.data.source in SUFFIXES.values() else recipe.data.source
 
 
 @dataclass(frozen=True)

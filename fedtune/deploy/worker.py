@@ -17,9 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -40,12 +40,16 @@ from fedtune.runtime.shelf import load_versions, save_versions
 from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.sinks.jsonl import jsonl_sink
+from fedtune.split.facts import SplitFacts
 from fedtune.trust import Signed, Ticket, load, ticket
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.envelope import PROTOCOL
 from fedtune.trust.signed import seal, signer
 from fedtune.types import Round
 from fedtune.versions import versions
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
 
 LONGEST = 4 << 20  # bytes of a request: a ticket with its recipe
 UPDATE = "install the same version of fedtune on both sides"
@@ -163,13 +167,14 @@ class Worker:
     def computed(self, about: Ticket, details: Details, world: World, link: Link) -> str:
         ask = Ask(details.number, about.verb, Round(about.round, details.seed, details.members), self.exchange.fetch(about), details.last, details.first)
         place = self.home / "memory" / about.run
-        if token := details.told.get("token"):
+        body = None
+        if link.method.capabilities.split:
             from fedtune.exchange.split_service import body_at
 
-            world.body = body_at(self.identity, self.config.coordinator, about.run, token, details.told)
+            body = body_at(self.identity, self.config.coordinator, about.run, SplitFacts.from_words(details.told))
         self.tell(Noted(f"asked: '{about.verb}' in round {about.round} of run {about.run}"))
         held = load_versions(place, ask.client)
-        client = world.client_with(ask.client, memory_before(held, ask))
+        client = replace(world.client_with(ask.client, memory_before(held, ask)), body=body)
         reply = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         note_sent(self.home, at=time.time(), run=about.run, round=about.round, verb=about.verb, bytes=len(reply.payload), recipe=link.run)
@@ -188,22 +193,24 @@ class Worker:
 
     def world(self, recipe: Recipe, mine: Recipe, details: Details) -> tuple[World, Link]:
         """Model and data of a recipe, loaded at its first ticket."""
-        model = json.dumps([details.recipe, *(details.told.get(part) for part in ("base", "card", "tokenizer"))])
+        method = method_of(recipe)
+        split = method.capabilities.split
+        facts = SplitFacts.from_words(details.told) if split else None
+        model = json.dumps([details.recipe, facts.model if facts else None])
         if self.built and self.built[0] == model:
             return self.built[1:]
         self.built = None  # two models may not fit
         began = time.monotonic()
         if recipe.deploy.sites[details.number : details.number + 1] != (self.identity.name.name,):
             raise Refused("W604", f"number {details.number} of {len(recipe.deploy.sites)} sites", f"that of '{self.identity.name.name}'", "report this")
-        method = method_of(recipe)
         federation = at_site(mine, details.number, self.config.data, self.config.partition)
         require_memory(mine, len(federation.labels), mine.model.device)
-        load_part = getattr(method, "load_site", None)  # of a model that is split, a site holds the ends only
 
-        def part_of(known: Federation) -> Any:
-            return load_part(mine.model, mine.data.task, known.labels, mine.seed, details.told)  # type: ignore[misc]
+        def load_ends(known: Federation) -> Base:  # of a model that is split, a site holds the ends only
+            assert split is not None and facts is not None
+            return split.load_site(mine.model, mine.data.task, known.labels, mine.seed, facts)
 
-        world = build_world(mine, method, Memories(None), self.tell, federation, part_of if load_part else None)
+        world = build_world(mine, method, Memories(None), self.tell, federation, load_ends if split else None)
         self.built = model, world, link_of(world, method, recipe)
         self.tell(WorldBuilt(recipe.fingerprint[:16], time.monotonic() - began, world.bench.trainable, world.bench.total))
         return self.built[1:]

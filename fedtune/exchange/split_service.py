@@ -4,12 +4,12 @@ tokens = Tokens(private.shared_key(folder / "split.key"))  # the run and the ser
 service = body_service(recipe, tokens, over(desk.book))    # started; holds the body's blocks and nothing else
 serve(desk, coordinator, address, **alongside(service))
 ...
-client.body = body_at(identity, address, run, token, told)  # at a site; run, token and told come in its signed ticket
+client.body = body_at(identity, address, run, told)  # at a site; run and told come in its signed ticket
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -18,10 +18,10 @@ from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.exchange.book import Book
 from fedtune.exchange.tls import Door, client_credentials
-from fedtune.methods.sfprompt_net import BodyAt
-from fedtune.methods.sfprompt_site import offer_of
 from fedtune.split.body import Frozen
+from fedtune.split.body_at import BodyAt
 from fedtune.split.channel import Dial, Socket
+from fedtune.split.facts import SplitFacts
 from fedtune.split.frames import CHUNK, LONGEST
 from fedtune.split.merge import MERGING
 from fedtune.split.selftest import digest
@@ -39,11 +39,12 @@ def body_service(recipe: Recipe, tokens: Tokens, over: Callable[[str, int], bool
     Raises C104 for a method that splits nothing, S701, S702, S704, M301.
     """
     method = method_of(recipe)
-    if not hasattr(method, "load_body"):
-        raise FedtuneError("C104", f"method.type = '{method.type}' with a body service", "'sfprompt'", "start the exchange alone")
-    part = method.load_body(recipe.model, recipe.data.task)
+    split = method.capabilities.split
+    if split is None:
+        raise FedtuneError("C104", f"method.type = '{method.facts.type}' with a body service", "a method that splits the model", "start the exchange alone")
+    part = split.load_body(recipe.model, recipe.data.task)
     offer = Offer("", digest(part, "body"), part.cut.k, part.cut.m, part.width)
-    merging = MERGING if getattr(recipe.method, "merge", False) else None
+    merging = MERGING if split.merges else None
     return Service(Frozen(part), offer, tokens.admit, terms, merging, over).start()
 
 
@@ -68,15 +69,13 @@ def behind(service: Service) -> Callable[[Door], grpc.GenericRpcHandler]:
 # --- a site -----------------------------------------------------------------------------------------------------------
 
 
-def body_at(identity: Identity, address: str, run: str, token: str, told: Mapping[str, str], beat: float = 5.0) -> BodyAt:
-    """The way to the body for one ticket, which is what `Client.body` is. Raises S702 for words that `tell` does not say.
+def body_at(identity: Identity, address: str, run: str, told: SplitFacts, beat: float = 5.0) -> BodyAt:
+    """The way to the body for one ticket, which is what `Client.body` is. Raises S702 for facts that no coordinator states.
 
-    run    as in the ticket
-    token  Tokens.issue(run, round, client's number, client's name), issued by the coordinator
-    told   as `SFPrompt.tell` made it
+    run   as in the ticket
+    told  as the coordinator's `Split.describe` made it, with Tokens.issue(run, round, client's number, client's name)
     """
-    offer, card = offer_of(told)
-    return BodyAt(dial(identity, address, beat), offer, run, lambda round, client: token, card)
+    return BodyAt(dial(identity, address, beat), told.offer, run, lambda round, client: told.token, told.read_card())
 
 
 def dial(identity: Identity, address: str, beat: float = 5.0) -> Dial:

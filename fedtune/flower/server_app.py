@@ -15,7 +15,6 @@ from fedtune.events import Event, Noted
 from fedtune.flower.messages import HELLO, Grid, Post, pause, read_answer, write_ask
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.protocol import Ask, Carrier, Reply
-from fedtune.runtime.ranks import settled
 from fedtune.runtime.run import run
 
 WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
@@ -95,7 +94,7 @@ def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callabl
     path = options["recipe"]
     if path and not Path(path).exists() and (app_folder / path).exists():
         path = str(app_folder / path)
-    recipe = settled(config.read(path or None, options["set"].split()))
+    recipe = config.decided(config.read(path or None, options["set"].split()))
     folder = create(Path(options["runs"] or "runs"), recipe.name, Path(path).stem if path else "demo")
     folder.begin(recipe)
     serve(grid, recipe, folder, sinks(folder))

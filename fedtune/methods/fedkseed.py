@@ -17,21 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError, Refused
 from fedtune.methods import whole
+from fedtune.methods.base import weight_of
+from fedtune.methods.fedkseed_costs import FedKSeedCosts
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.fedkseed_walk import FEW, Walk, diverged, walked
+from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.seeds import Seeds, save_seeds
-from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
+from fedtune.model.settings import TrainSettings, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update, Verb
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
-    from fedtune.model.shapes import Plan
     from fedtune.zeroth import Pool
 
 REACH = 1 << 26  # largest number of a gradient client; in practice they stay below 2**20
@@ -41,17 +44,10 @@ class FedKSeed:
     """State: the accumulators of every pool so far and their fingerprint (shared); the digest of the first values, the first loss
     and, for FedKSeed-Pro, sizes and visits of the seeds (kept)."""
 
-    type = "fedkseed"
-    metrics: tuple[str, ...] = ("clipped", "gradient", "loss", "start")
-    moves: frozenset[str] = frozenset()
-
     def __init__(self, settings: FedKSeedSettings, rounds: int) -> None:
         self.settings, self.rounds = settings, rounds
         self.scale = whole.Scale.of(settings.clip, settings.bits)
         self.most = settings.steps * self.scale.top if settings.walks_only else REACH
-        self.reads_each: frozenset[str] = frozenset({"train"}) if settings.sends_steps else frozenset()
-        self.holds: frozenset[str] = frozenset({"train"}) if settings.hold else frozenset()
-        self.forms: tuple[str, ...] = ("seeds", "merged", "adapter") if settings.space == "adapter" else ("seeds", "merged")
 
     def prepare(self, base: Base, seed: int) -> Bench:
         from fedtune.model.bench import attach
@@ -109,12 +105,12 @@ class FedKSeed:
 
     def state(self, pools: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> State:
         """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a number)."""
-        mark = whole.fingerprint(kept["start"].tobytes(), self.facts, pools)
+        mark = whole.fingerprint(kept["start"].tobytes(), self.origin, pools)
         levels = {"importance": whole.importance(kept["amplitudes"], kept["visits"]).view(np.uint32)} if self.settings.importance else {}
         return State({**pools, **levels, "fingerprint": mark.view(np.uint32)}, dict(kept))
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """What a model follows from, beside its first values and the accumulators."""
         s = self.settings
         always = {"pool": s.pool, "directions": s.directions, "size": s.size, "refresh": s.refresh, "unit": self.scale.unit, "lr": s.lr}
@@ -124,13 +120,13 @@ class FedKSeed:
         """Which pool a round uses; the first is 0."""
         return (number - 1) // self.settings.refresh if self.settings.refresh else 0
 
-    def given(self, verb: str, bench: Bench, client: int, now: Round) -> Schema:
+    def given(self, bench: Bench, client: int, now: Round) -> Schema:
         finished = -(-(now.number - 1) // self.settings.refresh) if self.settings.refresh else 1
         pools = [(pool_name(epoch), (self.settings.size,)) for epoch in range(finished)]
         levels = [("importance", (self.settings.size // 4,))] if self.settings.importance else []
         return Schema((("fingerprint", (8,)), *levels, *pools))
 
-    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
+    def answer(self, given: Schema, now: Round) -> Schema:
         if not self.settings.sends_steps:
             return Schema((("pool", (self.settings.size,)),), (("pool", "int16" if self.most < 1 << 15 else "int32", self.most),))
         if self.settings.bits == 1:
@@ -144,7 +140,7 @@ class FedKSeed:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": self.train}
+        return {"train": Verb(self.train, self.given, self.answer, reads_each=self.settings.sends_steps, holds=self.settings.hold)}
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         bench: Bench = client.model
@@ -160,7 +156,7 @@ class FedKSeed:
         else:
             seeds = self.draw(given, now, client.id)
             found_out = self.walk(bench, client.data, self.epoch(now.number), seeds, seed, self.curvature(bench, given, now))
-        weight = {"examples": len(client.data), "tokens": client.data.tokens, "equal": 1}[self.settings.weight]
+        weight = int(weight_of(self.settings.weight, client.data))
         if self.settings.sends_steps:
             tensors = {"steps": self.packed(found_out.scalars)}
         else:
@@ -206,7 +202,7 @@ class FedKSeed:
     def belongs(self, given: Tensors, bench: Bench) -> bool:
         """Whether accumulators were made for the values that this bench starts from, and for these settings."""
         pools = {name: value for name, value in given.items() if name.startswith("pool-")}
-        return np.array_equal(given["fingerprint"], whole.fingerprint(start_of(bench), self.facts, pools).view(np.uint32))
+        return np.array_equal(given["fingerprint"], whole.fingerprint(start_of(bench), self.origin, pools).view(np.uint32))
 
     def rebuild(self, bench: Bench, given: Tensors) -> None:
         """The model that the accumulators mean, from the first values: one pass over the weights, whatever it held before."""
@@ -263,30 +259,21 @@ class FedKSeed:
     # --- around a run -------------------------------------------------------------------------------------------
 
     @property
-    def title(self) -> str:
+    def facts(self) -> Facts:
         s = self.settings
-        return f"fedkseed / {s.adapter.kind if s.space == 'adapter' else 'full' if not s.only else 'part'}, {s.pool} pool of {s.size}"
+        title = f"fedkseed / {s.adapter.kind if s.space == 'adapter' else 'full' if not s.only else 'part'}, {s.pool} pool of {s.size}"
+        forms = ("seeds", "merged", "adapter") if s.space == "adapter" else ("seeds", "merged")
+        return Facts("fedkseed", title, forms, ("clipped", "gradient", "loss", "start"))
 
-    def check(self, state: State, bench: Bench) -> None:
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(costs=FedKSeedCosts(self.settings), verify=self.verify)
+
+    def verify(self, state: State, bench: Bench) -> None:
         """Refuse to install a state on another start. Raises M304."""
         if not self.belongs(state.shared, bench):
             found, expected = "seeds of another start", "the values that this base model and adapter begin with"
             raise FedtuneError("M304", found, expected, "use the base model and the releases of torch and peft that the seeds were made with")
-
-    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
-        from fedtune.model.shapes import plan
-
-        return plan(model, self.settings.trained, task, labels)
-
-    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
-        from fedtune.model.shapes import inference_bytes, training_bytes
-
-        walker = "fzoo" if self.settings.estimator == "fzoo" else "spsa"
-        walking = {f"{walker}: {what}": count for what, count in inference_bytes(plan, self.settings.batch, length).items()}
-        walking |= {f"{walker}: curvature": 4 * plan.trainable} if self.settings.curvature else {}
-        if self.settings.walks_only:
-            return walking
-        return walking | {f"gradient: {what}": count for what, count in training_bytes(plan, self.settings.train, length).items()}
 
     def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
         self.install(state, bench)
@@ -308,6 +295,13 @@ class FedKSeed:
         stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
         method = self.settings.model_dump(mode="json")
         save_seeds(folder, Seeds(base.name, base.fingerprint, stored, base.task, base.labels, seed, self.rounds, method, state.shared), card)
+
+
+class FedKSeedTable(FedKSeedSettings):
+    """[method] type = "fedkseed"."""
+
+    def build(self, rounds: int, rule: Rule) -> FedKSeed:
+        return FedKSeed(self, rounds)  # the mean is the only rule that `conflicts` lets through
 
 
 def pool_name(epoch: int) -> str:

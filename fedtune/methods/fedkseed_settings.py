@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fedtune.model.settings import AdapterSettings, TrainSettings
-from fedtune.settings import Settings
+from fedtune.methods.base import Weight
+from fedtune.methods.interface import MethodTable
+from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
+from fedtune.model.settings import TrainSettings
 
 
 class ProjectSettings(TrainSettings):
@@ -22,9 +24,10 @@ class ProjectSettings(TrainSettings):
     """Optimiser steps per round; 0 means `epochs` passes instead."""
 
 
-class FedKSeedSettings(Settings):
+class FedKSeedSettings(MethodTable):
     """[method] type = "fedkseed"."""
 
+    selector: ClassVar[str] = "space"
     type: Literal["fedkseed"] = "fedkseed"
     space: Literal["full", "adapter"] = "full"
     """full: every parameter of the model, or those of `only`; adapter: those of [method.adapter]."""
@@ -69,22 +72,25 @@ class FedKSeedSettings(Settings):
     """gradient: what an update's coordinates are multiplied by; 1 is unbiased, less is calmer where K is far below the number of parameters."""
     uplink: Literal["auto", "steps", "pool"] = "auto"
     """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all clients use spsa."""
-    weight: Literal["examples", "tokens", "equal"] = "examples"
+    weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     guard: float = Field(2.0, ge=0)
     """Stop the run where a round's training loss is more than this times the first one; 0 never does."""
     hold: bool = True
     """Clients keep the accumulators, so that only those that changed travel to them again; where they cannot, whole ones do."""
-    adapter: AdapterSettings = AdapterSettings()
+    adapter: AdapterSettings = Lora()
     train: ProjectSettings = ProjectSettings()
 
     @classmethod
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
         return set() if table.get("space") == "adapter" else {"adapter"}
 
+    def depends_on_rounds(self) -> list[str]:
+        return self.train.depends_on_rounds()
+
     @property
-    def trained(self) -> AdapterSettings:
-        return self.adapter if self.space == "adapter" else AdapterSettings(kind="full", only=self.only)
+    def trained(self) -> Adapter:
+        return self.adapter if self.space == "adapter" else Full(only=self.only)
 
     @property
     def walks_only(self) -> bool:
@@ -130,8 +136,7 @@ class FedKSeedSettings(Settings):
             yield "method.memory without method.estimator = 'auto'", "auto, which decides by it", "remove it"
         if recipe.chain:
             yield f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'", "no chain: whole numbers travel as they are", "remove it"
-        aggregate = getattr(recipe, "aggregate", None)
-        if aggregate is not None and aggregate.rule != "mean":
-            yield f"aggregate.rule = '{aggregate.rule}' with method.type = 'fedkseed'", "mean: the server adds whole numbers", "remove [aggregate]"
-        if recipe.downlink.step != "none":
+        if recipe.aggregate.rule != "mean":
+            yield f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'fedkseed'", "mean: the server adds whole numbers", "remove [aggregate]"
+        if recipe.downlink.lossy:
             yield f"downlink.step = '{recipe.downlink.step}' with method.type = 'fedkseed'", "none: accumulators must arrive exactly", "remove it"

@@ -8,25 +8,25 @@ says how answers become one adapter, and may leave parts of it at home.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
-from fedtune.aggregate import RULES, Answer, Combined, Mean, Pair, Rule, TooFew, as_adapter, flat_residual, join, left_out, residual_of, split
+from fedtune.aggregate import Answer, Combined, Mean, Pair, Rule, TooFew, as_adapter, flat_residual, join, left_out, residual_of, split
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import FedtuneError
-from fedtune.methods.ranks import SIZE
-from fedtune.model.server_optimizers import ServerSettings, TakeMean
-from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings, whole_run
+from fedtune.methods.base import weight_of
+from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
+from fedtune.methods.fedpeft_settings import FedPEFTSettings
+from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.model.adapters import Lora
+from fedtune.model.settings import whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.settings import Settings
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update, Verb
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -38,67 +38,8 @@ CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
 OWN = "own/"  # in a client's memory: what the rule leaves at home; in the server's: the mean of those after the last round
 
 
-class FedPEFTSettings(Settings):
-    """[method] type = "fedpeft"."""
-
-    type: Literal["fedpeft"] = "fedpeft"
-    start_from: str = ""
-    """An adapter to begin with instead of a fresh one: the folder of a run, of an exported adapter, or of one that stock peft saved for
-    the same base. Only the coordinator needs it."""
-    weight: Literal["examples", "tokens", "equal"] = "examples"
-    """What a client's answer counts for in the mean."""
-    lora_rank_by_client: Annotated[tuple[int, ...], Field(max_length=4096)] | Literal["auto"] = ()
-    """Ranks of the clients, by number, in turns; adapter.rank is the server's. Empty: all have that one. auto: the greatest power of
-    two up to adapter.rank whose training fits into the client's memory, chosen before the run begins; `fedtune check` says which and why."""
-    memory_by_client: tuple[Annotated[str, Field(pattern=SIZE)], ...] = Field((), max_length=4096)
-    """lora_rank_by_client = "auto": what clients have for model and training, by number, in turns, such as ["2 GiB", "900 MB"]; in a
-    deployment, clients may report it instead. The process itself (Python, torch: about 0.5 GiB) comes on top."""
-    lora_alpha_by_client: tuple[float, ...] = Field((), max_length=4096)
-    """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one scale."""
-    adapter: AdapterSettings = AdapterSettings()
-    train: TrainSettings = TrainSettings()
-    server: ServerSettings = TakeMean()
-
-    @property
-    def mixed(self) -> bool:
-        return bool(self.lora_rank_by_client or self.lora_alpha_by_client)
-
-    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        rule: Rule = recipe.aggregate
-        name = f"aggregate.rule = '{rule.rule}'"
-        listed = () if self.lora_rank_by_client == "auto" else self.lora_rank_by_client
-        if self.memory_by_client and self.lora_rank_by_client != "auto":
-            yield "method.memory_by_client without lora_rank_by_client = 'auto'", "both", "remove it, or let it choose the ranks"
-        if any(rank < 1 for rank in listed) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
-            yield "a rank or alpha that is not positive", "1 and more, above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
-        if (rule.pairs or self.mixed) and self.adapter.kind != "lora":
-            what = name if rule.pairs else "clients of different ranks"
-            yield f"{what} with method.adapter.kind = '{self.adapter.kind}'", "kind = 'lora'", "change one of them"
-        if self.mixed and not rule.mixed:
-            known = ", ".join(sorted(tag for tag, other in RULES.items() if other.mixed))
-            yield f"clients of different ranks or alphas with {name}", f"one of {known}", "change aggregate.rule"
-        if (self.mixed or rule.carries) and recipe.downlink.step == "delta":
-            yield f"downlink.step = 'delta' with what {name} gives", "none", "remove [downlink]"
-        if self.mixed and recipe.downlink.step != "none":
-            yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "none", "remove [downlink]"
-        if self.server.optimizer != "none" and not rule.steps:
-            known = " or ".join(tag for tag, other in RULES.items() if other.steps)
-            yield f"method.server.optimizer = '{self.server.optimizer}' with {name}", known, "remove one of them"
-        if not recipe.partition.all_values:
-            yield from rule.limits(recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients))
-        if self.start_from and (rule.core or rule.carries):
-            yield f"method.start_from with {name}", "a rule whose state is the adapter alone", "change aggregate.rule"
-        if self.train.weight_decay and rule.carries:
-            yield f"method.train.weight_decay with {name}", "none: it would wear down what is carried", "remove it"
-
-
 class FedPEFT:
     """State: the adapter's tensors and, for rules that carry one, a residual of extra rank (shared with clients); the server optimiser's moments (kept)."""
-
-    type = "fedpeft"
-    forms: tuple[str, ...] = ("adapter", "merged")
-    metrics: tuple[str, ...] = ("loss",)
-    moves = frozenset({"train"})
 
     def __init__(self, settings: FedPEFTSettings, rounds: int, rule: Rule | None = None) -> None:
         if settings.lora_rank_by_client == "auto":
@@ -107,7 +48,6 @@ class FedPEFT:
         self.settings, self.rounds, self.rule = settings, rounds, rule or Mean()
         self.client_ranks = settings.lora_rank_by_client
         self.extra = self.rule.residual_rank
-        self.reads_each: frozenset[str] = frozenset() if self.rule.linear else frozenset({"train"})
 
     def prepare(self, base: Base, seed: int) -> Bench:
         from fedtune.model.bench import attach
@@ -131,8 +71,10 @@ class FedPEFT:
         return frozenset() if number == self.rounds else self.rule.stays(names)
 
     def seat(self, client: int | None = None) -> tuple[int, float]:
-        """Rank and scale of a client's pairs; None: the server's."""
+        """Rank and scale of a client's pairs; None: the server's. Kinds without pairs have rank 0."""
         s, a = self.settings, self.settings.adapter
+        if not isinstance(a, Lora):
+            return 0, 1.0
         ranks, alphas = self.client_ranks, s.lora_alpha_by_client
         rank = ranks[client % len(ranks)] if ranks and client is not None else a.rank
         root = math.sqrt if a.rslora else float
@@ -212,7 +154,7 @@ class FedPEFT:
 
     # --- schemas ------------------------------------------------------------------------------------------------
 
-    def given(self, verb: str, bench: Bench, client: int, now: Round) -> Schema:
+    def given(self, bench: Bench, client: int, now: Round) -> Schema:
         """What travels down: at the client's rank, whatever rank the bench has now."""
         names = self.ever(bench.named) - self.at_home(bench.named, now.number)
         rank, _ = self.seat(client)
@@ -231,7 +173,7 @@ class FedPEFT:
             *((f"{module}.residual_B", (schema.shapes[f"{module}.lora_B.weight"][0], self.extra)) for module, _ in a_names),
         ]
 
-    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
+    def answer(self, given: Schema, now: Round) -> Schema:
         names = {name: None for name, _ in given.entries if ".residual_" not in name}
         sent = self.sent(names, now.number)
         return Schema(tuple(entry for entry in given.entries if entry[0] in sent))
@@ -246,7 +188,7 @@ class FedPEFT:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": self.train}
+        return {"train": Verb(self.train, self.given, self.answer, reads_each=not self.rule.linear, moves=True)}
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit
@@ -261,26 +203,20 @@ class FedPEFT:
             values = bench.read()
         values = unstack(values, self.extra) if self.extra else values
         client.memory.update({OWN + name: values[name] for name in own})
-        weight = {"examples": float(len(client.data)), "tokens": float(client.data.tokens), "equal": 1.0}[self.settings.weight]
-        return Update.of({name: values[name] for name in sorted(self.sent(values, now.number))}, weight, {"loss": report.loss})
+        sent = {name: values[name] for name in sorted(self.sent(values, now.number))}
+        return Update.of(sent, weight_of(self.settings.weight, client.data), {"loss": report.loss})
 
     # --- around a run -------------------------------------------------------------------------------------------
 
     @property
-    def title(self) -> str:
-        return f"fedpeft / {self.settings.adapter.kind}" + (f" / {self.rule.rule}" if self.rule.rule != "mean" else "")
+    def facts(self) -> Facts:
+        return Facts("fedpeft", f"fedpeft / {self.settings.adapter.kind}" + (f" / {self.rule.rule}" if self.rule.rule != "mean" else ""))
 
-    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
-        from fedtune.model.shapes import plan
-
-        return plan(model, self.settings.adapter, task, labels)
-
-    def memory(self, plan: Plan, length: int, rank: int = 0) -> Mapping[str, int]:
-        """Of a client of this rank (0: the server's), with what the rule carries beside its adapter."""
-        from fedtune.model.shapes import training_bytes
-
-        wide = self.extra + (rank or self.settings.adapter.rank)
-        return training_bytes(plan_at(plan, wide) if self.settings.adapter.kind == "lora" else plan, self.settings.train, length)
+    @property
+    def capabilities(self) -> Capabilities:
+        lora = isinstance(self.settings.adapter, Lora)
+        ranks = RanksByClient(self.seat) if self.settings.mixed else None
+        return Capabilities(FedPEFTCosts(self.settings, self.extra), ranks, self.shrink if lora else None)
 
     def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit
@@ -309,17 +245,17 @@ class FedPEFT:
         save(form, bench, folder, card)
 
 
-def at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """The shape of a tensor of the same adapter at another rank."""
-    if name.endswith(".lora_A.weight"):
-        return (rank, *shape[1:])
-    return (shape[0], rank) if name.endswith(".lora_B.weight") else shape
+class FedPEFTTable(FedPEFTSettings):
+    """[method] type = "fedpeft"."""
 
+    def build(self, rounds: int, rule: Rule) -> FedPEFT:
+        return FedPEFT(self, rounds, rule)
 
-def plan_at(plan: Plan, rank: int) -> Plan:
-    """The plan of the same adapter at another rank."""
-    shapes = {name: at_rank(name, shape, rank) for name, shape in plan.shapes.items()}
-    return replace(plan, shapes=shapes, trainable=sum(math.prod(shape) for shape in shapes.values()))
+    def decided(self, recipe: Any, memory: Sequence[int] = (), labels: int | None = None, least: bool = False) -> FedPEFTSettings:
+        return decided(self, recipe, memory, labels, least) if self.undecided else self
+
+    def explain(self, recipe: Any, names: Sequence[str], plan: Plan) -> tuple[FedPEFTSettings, list[str]]:
+        return explained(self, recipe, names, plan) if self.lora_rank_by_client else (self, [])
 
 
 def own_of(state: State) -> dict[str, np.ndarray]:

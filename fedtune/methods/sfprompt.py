@@ -9,24 +9,25 @@ reconstruct the data from what the head says (`fedtune leak-test`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
+from fedtune.methods.base import weight_of
+from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
-from fedtune.model.settings import ModelSettings
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update, Verb
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
-    from fedtune.model.shapes import Plan
-    from fedtune.split.parts import Part
 
 TENSORS, SIDECAR = "fedtune_adapter.safetensors", "fedtune.json"
 
@@ -34,14 +35,8 @@ TENSORS, SIDECAR = "fedtune_adapter.safetensors", "fedtune.json"
 class SFPrompt:
     """State: prompts and tail (shared). Clients remember which of their examples the body service may hold, where it may."""
 
-    type = "sfprompt"
-    forms: tuple[str, ...] = ("adapter",)
-    reads_each: frozenset[str] = frozenset()
-    moves = frozenset({"train"})
-
     def __init__(self, settings: SFPromptSettings, rounds: int) -> None:
         self.settings, self.rounds = settings, rounds
-        self.metrics = figures_of(settings)
 
     def prepare(self, base: Base, seed: int) -> Bench:
         from fedtune.methods.sfprompt_net import cut_bench
@@ -56,40 +51,14 @@ class SFPrompt:
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         return State(cohort.sum("train", state.shared).values())
 
-    def given(self, verb: str, bench: Bench, client: int, now: Round) -> Schema:
-        return Schema.of(bench.named)
-
-    def answer(self, verb: str, given: Schema, now: Round) -> Schema:
-        return given
-
     def install(self, state: State, bench: Bench) -> None:
         bench.write(state.shared)
-
-    # --- a site and a body service that hold their parts alone ----------------------------------------------------
-
-    def tell(self, bench: Bench) -> Mapping[str, str]:
-        """What the coordinator's tickets tell sites of its model; see `load_site`."""
-        from fedtune.methods.sfprompt_site import tell
-
-        return tell(bench)
-
-    def load_site(self, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: Mapping[str, str]) -> Base:
-        """Head and tail, without ever holding the body; `prepare` makes the same bench of it as of the whole model. Raises S702 before training."""
-        from fedtune.methods.sfprompt_site import load_site
-
-        return load_site(self.settings, model, task, labels, seed, told)
-
-    def load_body(self, model: ModelSettings, task: str) -> Part:
-        """The body, without ever holding the rest."""
-        from fedtune.methods.sfprompt_site import load_body
-
-        return load_body(self.settings, model, task)
 
     # --- on each client -----------------------------------------------------------------------------------------
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": self.train}
+        return {"train": Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)}
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         """The body is where `client.body` leads, and in this process where it leads nowhere; what is computed and sent is the same."""
@@ -100,46 +69,24 @@ class SFPrompt:
         seed, progress = seed_of("train", now.seed, now.number, client.id), (now.number - 1, self.rounds)
         body = client.body or bench.net.own_body
         figures = one_turn(bench, client.data, self.settings, body, (now.number, client.id), seed, progress, client.memory)
-        weight = {"examples": float(len(client.data)), "tokens": float(client.data.tokens), "equal": 1.0}[self.settings.weight]
-        return Update.of(bench.read(), weight, figures)
+        return Update.of(bench.read(), weight_of(self.settings.weight, client.data), figures)
 
     # --- around a run -------------------------------------------------------------------------------------------
 
     @property
-    def title(self) -> str:
+    def facts(self) -> Facts:
         s = self.settings
         lora = f", LoRA {s.lora_rank}" if s.lora_rank else ""
-        return f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts{lora} / {', '.join(s.phases)}"
+        title = f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts{lora} / {', '.join(s.phases)}"
+        return Facts("sfprompt", title, ("adapter",), figures_of(s))
 
     @property
-    def beside(self) -> Mapping[str, str]:
-        """Who sees more than the server sees of a verb."""
-        return {
-            "body": "whoever runs it sees hidden states of every example and can reconstruct the inputs from them (fedtune leak-test): "
+    def capabilities(self) -> Capabilities:
+        body = (
+            "whoever runs it sees hidden states of every example and can reconstruct the inputs from them (fedtune leak-test): "
             "split training keeps data from other clients and from disks, not from the body's operator"
-        }
-
-    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
-        """What a client holds and trains: the base's bytes are those of head and tail, its layers those that keep activations."""
-        from fedtune.methods.sfprompt_costs import client_bytes
-        from fedtune.methods.sfprompt_net import cut_bench
-        from fedtune.model.shapes import plan_of, weightless
-
-        bench = cut_bench(weightless(model, task, labels), self.settings, 0)
-        through_head = self.settings.position == "input" or self.settings.head_learns
-        kept = self.settings.tail + (self.settings.head if through_head else 0)
-        return replace(plan_of(bench), weights_bytes=client_bytes(bench), layers=kept)
-
-    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
-        from fedtune.model.shapes import training_bytes
-
-        return training_bytes(plan, self.settings.train, length + self.settings.prompts)
-
-    def remarks(self, recipe: Any, labels: int, rows: float) -> list[str]:
-        """Lines for `fedtune check`: what the cut costs a client with so many examples, by formula."""
-        from fedtune.methods.sfprompt_costs import remarks
-
-        return remarks(self.settings, recipe, labels, rows)
+        )
+        return Capabilities(costs=SFPromptCosts(self.settings), split=SplitModel(self.settings), also_see={"body": body})
 
     def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
         from fedtune.methods.sfprompt_work import one_turn
@@ -163,6 +110,13 @@ class SFPrompt:
         (folder / "README.md").write_text(card)
 
 
+class SFPromptTable(SFPromptSettings):
+    """[method] type = "sfprompt"."""
+
+    def build(self, rounds: int, rule: Rule) -> SFPrompt:
+        return SFPrompt(self, rounds)  # the mean is the only rule that `conflicts` lets through
+
+
 def load(base: Base, folder: Path) -> Bench:
     """A bench with the prompts and tail that `export` wrote. Raises M304 for another base, or no such folder."""
     from pydantic import ValidationError
@@ -170,7 +124,7 @@ def load(base: Base, folder: Path) -> Bench:
 
     try:
         about = json.loads((folder / SIDECAR).read_text())
-        settings = SFPromptSettings.model_validate_json(json.dumps(about["method"]))
+        settings = SFPromptTable.model_validate_json(json.dumps(about["method"]))
         tensors = load_file(str(folder / TENSORS))
     except (OSError, ValueError, KeyError, ValidationError) as error:
         raise FedtuneError("M304", f"no prompts and tail in {folder} ({str(error)[:120]})", f"{SIDECAR} and {TENSORS}", "name the exported folder") from error

@@ -7,9 +7,9 @@ from typing import Any
 
 from fedtune.methods.sfprompt_net import SplitNet, cut_bench
 from fedtune.methods.sfprompt_settings import SFPromptSettings
+from fedtune.model.adapters import Lora
 from fedtune.model.bench import Bench
 from fedtune.model.prompted import blank_image, check_context
-from fedtune.model.settings import AdapterSettings
 from fedtune.model.shapes import plan, weightless
 from fedtune.split.costs import Costs, Mode, costs
 
@@ -35,7 +35,7 @@ def remarks(s: SFPromptSettings, recipe: Any, labels: int, rows: float) -> list[
     way, cost = at_cut(s, bench.net, tokens)
     kept = max(1, round(rows * s.keep))
     micro = s.train.steps * s.train.accumulate if s.train.steps else s.train.epochs * -(-kept // batch)
-    lora = plan(recipe.model, AdapterSettings(), recipe.data.task, labels).trainable
+    lora = plan(recipe.model, Lora(), recipe.data.task, labels).trainable
     own, other = 8 * bench.trainable, 8 * lora
     scales = ", and 6 % for int8's scales" if s.codec == "int8" else ""
     once = f", once {cost.once:,} an example" if cost.once else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +16,18 @@ from fedtune.model.prompted import PROMPTS, add_lora, attach_split, check_contex
 from fedtune.rng import seed_of
 from fedtune.split.anatomy import block_count
 from fedtune.split.body import Frozen
-from fedtune.split.channel import Dial, Local
+from fedtune.split.body_at import BodyAt
+from fedtune.split.channel import Local
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Cut, Side
 from fedtune.split.parts import Part
 from fedtune.split.prompts import insert, insert_labels, longer
 from fedtune.split.scores import check_sees
-from fedtune.split.selftest import Card, canary, digest, verify
+from fedtune.split.selftest import digest
 from fedtune.split.service import Service
 from fedtune.split.session import Offer
 from fedtune.split.slim import Kind, pick, pooling, rows_needed, tail_rows, targets
-from fedtune.split.stream import Micro, Stream, Turn, Wishes
-
-TRIAL = Wishes(Coding("fp32"), 1)  # a session for a self-test
+from fedtune.split.stream import Micro, Wishes
 
 
 @dataclass(frozen=True)
@@ -129,33 +128,6 @@ class SplitNet:
     def wishes(self) -> Wishes:
         s = self.s
         return Wishes(Coding(s.codec), s.window, lean=True, cache=s.cache_smashed, prompts=self.count if self.lean else 0, masked=not self.part.anatomy.image)
-
-
-@dataclass(frozen=True)
-class BodyAt:
-    """The way to a body service, which is what `Client.body` is.
-
-    dial   makes a channel to it: fedtune.split.channel.Socket, or Local
-    offer  the body that the client expects there; another one is refused before training
-    run    its name for the tokens, `token` what a client shows in a round
-    card   of a body whose weights nobody here can read (fedtune.split.selftest): its answer to the self-test is looked at before a session
-    """
-
-    dial: Dial
-    offer: Offer
-    run: str
-    token: Callable[[int, int], str]
-    card: Card | None = None
-
-    def open(self, number: int, client: int, wishes: Wishes) -> Stream:
-        """A session for one client in one round. Raises S702 where the body is not the card's."""
-        turn = Turn(self.run, number, client, self.token(number, client))
-        if self.card is not None:
-            with Stream(self.dial, self.offer, turn, replace(TRIAL, patience=wishes.patience)) as trial:
-                trial.forward(Micro(*canary(self.card)))
-                answer = trial.answer().value
-            verify(self.card, "body", answer, answer.dtype)
-        return Stream(self.dial, self.offer, turn, wishes)
 
 
 def cut_bench(base: Base, s: SFPromptSettings, seed: int) -> Bench:

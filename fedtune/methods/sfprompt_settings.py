@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedtune.methods.base import Weight
+from fedtune.methods.interface import MethodTable
 from fedtune.model.settings import TrainSettings
-from fedtune.settings import Settings
 
 # Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public re-implementation, or mild.
 PAPER: dict[str, Any] = {"head": 1, "local_update": 2, "pruning": "el2n", "keep": 0.5}
 
 
-class SFPromptSettings(Settings):
+class SFPromptSettings(MethodTable):
     """[method] type = "sfprompt"."""
 
     type: Literal["sfprompt"] = "sfprompt"
@@ -51,7 +52,7 @@ class SFPromptSettings(Settings):
     merge: bool = False
     """On real sites: let the body service take micro-batches of several clients in one pass. Faster, but the last bits of a result then depend on
     who was served together."""
-    weight: Literal["examples", "tokens", "equal"] = "examples"
+    weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     train: TrainSettings = TrainSettings()
 
@@ -61,6 +62,9 @@ class SFPromptSettings(Settings):
         if isinstance(given, dict) and given.get("preset") == "sfprompt-paper":
             return PAPER | given
         return given
+
+    def depends_on_rounds(self) -> list[str]:
+        return self.train.depends_on_rounds()
 
     @property
     def head_learns(self) -> bool:

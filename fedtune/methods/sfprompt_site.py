@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO, load_config, locate
 from fedtune.hf.labels import LabelSet
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
@@ -22,34 +21,32 @@ from fedtune.model.settings import ModelSettings
 from fedtune.split import selftest
 from fedtune.split.anatomy import block_count
 from fedtune.split.cut import Cut, Role
+from fedtune.split.facts import SplitFacts
 from fedtune.split.load import load_part
 from fedtune.split.parts import Part
-from fedtune.split.session import Offer
-
-NEEDED = {"model": str, "k": int, "m": int, "blocks": int, "width": int, "seed": int, "dtype": str, "head": dict, "body": dict, "tail": dict}
 
 
-def tell(bench: Bench) -> Mapping[str, str]:
+def describe(bench: Bench) -> SplitFacts:
     """What a site must know of the coordinator's base: its fingerprint, the tokenizer's, and the card of its parts (JSON, about 6 KB)."""
     base = bench.base
     with without(bench):
         card = selftest.make(bench.net.part)
-    return {"base": base.fingerprint, "tokenizer": tokenizer_digest(base.tokenizer), "card": json.dumps(card, sort_keys=True, separators=(",", ":"))}
+    return SplitFacts(base.fingerprint, tokenizer_digest(base.tokenizer), json.dumps(card, sort_keys=True, separators=(",", ":")))
 
 
-def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: Mapping[str, str]) -> Base:
+def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts) -> Base:
     """Head and tail alone, checked against what the coordinator told, whose fingerprint the base takes over: nobody can compute it of a part.
 
     Raises S702 for parts or a tokenizer that are not the coordinator's, and what `fedtune.model.base.load` raises.
     """
-    card = card_of(told)
+    card = told.read_card()
     part, tokenizer, chosen = load(s, model, task, labels, seed, ("head", "tail"))
     selftest.check(part, card)
-    if tokenizer_digest(tokenizer) != told["tokenizer"]:
-        raise selftest.wrong(f"a tokenizer of digest {tokenizer_digest(tokenizer)[:12]}", f"{told['tokenizer'][:12]}")
+    if tokenizer_digest(tokenizer) != told.tokenizer:
+        raise selftest.wrong(f"a tokenizer of digest {tokenizer_digest(tokenizer)[:12]}", told.tokenizer[:12])
     context = None if task == "image-classify" else context_of(part.net, tokenizer)
     base = Base(part.net, tokenizer, task, chosen.labels, part.device, model.name, context, part.fresh, part=part, notes=said_of(chosen))
-    base.fingerprint = told["base"]
+    base.fingerprint = told.base
     return base
 
 
@@ -74,26 +71,6 @@ def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[
     if not chosen.kept and "tail" in holds:
         part.fresh = redraw_head(part.net, part.fresh, seed)
     return part, tokenizer, chosen
-
-
-def offer_of(told: Mapping[str, str]) -> tuple[Offer, selftest.Card]:
-    """The body that a site expects at the other end, and the card of it. Raises S702."""
-    card = card_of(told)
-    return Offer(told["base"], card["body"]["sha256"], card["k"], card["m"], card["width"]), card
-
-
-def card_of(told: Mapping[str, str]) -> selftest.Card:
-    """Raises S702 for words that `tell` does not say."""
-    try:
-        card: selftest.Card = json.loads(told["card"])
-        if any(not isinstance(card[name], kind) for name, kind in NEEDED.items()) or not (told["base"] and told["tokenizer"]):
-            raise ValueError("an entry of another kind")
-    except (ValueError, KeyError, TypeError) as error:
-        found = f"a ticket that does not describe the model's parts ({type(error).__name__}: {str(error)[:80]})"
-        raise FedtuneError(
-            "S702", found, "fingerprint, tokenizer and card as the coordinator's run makes them", "use the same version on both sides"
-        ) from error
-    return card
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import ClientFailed, FedtuneError
-from fedtune.methods.sfprompt_net import BodyAt, Piece, SplitNet
+from fedtune.methods.sfprompt_net import Piece, SplitNet
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
@@ -19,6 +19,7 @@ from fedtune.model.loss import autocast, carries
 from fedtune.model.prompted import PROMPTS, longest, padded, subset, sum_of_losses
 from fedtune.rng import seed_of, stream
 from fedtune.split import pipeline, scores
+from fedtune.split.body_at import BodyAt
 from fedtune.split.slim import Kind
 from fedtune.split.stream import Micro, Stream
 

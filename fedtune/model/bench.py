@@ -13,9 +13,10 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import try_once
-from fedtune.model import kinds
+from fedtune.model.adapters import Adapter
+from fedtune.model.adapters.layers import in_head
+from fedtune.model.adapters.wrap import plain
 from fedtune.model.base import Base
-from fedtune.model.settings import AdapterSettings
 
 CONTAINERS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -32,7 +33,7 @@ class Bench:
     """
 
     base: Base
-    settings: AdapterSettings | None
+    settings: Adapter | None
     net: Any
     named: dict[str, torch.nn.Parameter]
     before: list[tuple[Any, dict[str, Any]]] = field(repr=False)
@@ -43,6 +44,11 @@ class Bench:
     @property
     def kind(self) -> str:
         return self.settings.kind if self.settings else "none"
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether the adapter lives in the model's cache of keys and values, which must then be kept."""
+        return self.settings is not None and self.settings.caches
 
     @property
     def trainable(self) -> int:
@@ -88,7 +94,7 @@ class Bench:
                 value.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
 
 
-def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
+def attach(base: Base, settings: Adapter, seed: int) -> Bench:
     """Put an adapter on the base, initialised from `seed` alone; one that sits there already is taken off first.
 
     Trained tensors are float32. Raises M302 (unknown target) and M306 (kind unfit for the model).
@@ -98,7 +104,7 @@ def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
     before = snapshot(base.net)
     try:
         with own_draws(seed):  # every kind draws on the CPU, so that the device does not matter
-            net, named = kinds.BUILD[settings.kind](base, settings)
+            net, named = settings.attach(base)
     except BaseException as error:
         restore(before)
         raise unfit(base, settings.kind, error) from error
@@ -108,7 +114,7 @@ def attach(base: Base, settings: AdapterSettings, seed: int) -> Bench:
         value.requires_grad_(id(value) in trained)
     for value in named.values():
         value.data = value.data.float()
-    bench = Bench(base, settings, net.eval(), named, before, base.size + sum(v.numel() for n, v in named.items() if kinds.plain(n) not in base.weights))
+    bench = Bench(base, settings, net.eval(), named, before, base.size + sum(v.numel() for n, v in named.items() if plain(n) not in base.weights))
     try_bench(bench)
     base.attached = bench
     return bench
@@ -119,7 +125,7 @@ def try_bench(bench: Bench) -> None:
 
     So does one that the model never looks at, such as a prefix in a cache that it does not read.
     """
-    head = [value for name, value in bench.named.items() if kinds.in_head(bench.base, kinds.plain(name))]
+    head = [value for name, value in bench.named.items() if in_head(bench.base, plain(name))]
     try:
         for value in head:  # which the answer depends on in any case
             value.requires_grad_(False)

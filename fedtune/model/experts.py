@@ -23,11 +23,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import Lora
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench, attach
 from fedtune.model.export import SIDECAR
 from fedtune.model.plain_lora import check_plain
-from fedtune.model.settings import AdapterSettings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -164,7 +164,7 @@ def seated(base: Base, expert: Expert, tensors: Mapping[str, np.ndarray], rank: 
     if any(module.endswith((BIAS, EMBEDDING)) for module in expert.shapes):
         found = f"a score of '{expert.path}', which has lora_bias or an adapted embedding"
         raise FedtuneError("M306", found, "pairs of linear layers alone, which fedtune can seat on a base", "merge without --eval")
-    bench = attach(base, AdapterSettings(rank=rank, alpha=float(rank), targets=tuple(expert.modules)), 0)
+    bench = attach(base, Lora(rank=rank, alpha=float(rank), targets=tuple(expert.modules)), 0)
     bench.write(tensors)
     return bench
 

@@ -18,16 +18,15 @@ from safetensors.numpy import load_file, save_file
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model import standalone
+from fedtune.model.adapters import ADAPTERS, read_adapter
+from fedtune.model.adapters.wrap import file_name
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench, attach, detach
 from fedtune.model.blocks import is_encoder
-from fedtune.model.kinds import file_name
-from fedtune.model.settings import AdapterSettings
 from fedtune.model.usage import usage
 
 SIDECAR = "fedtune.json"
 OWN_FILE = "fedtune_adapter.safetensors"  # tensors under fedtune's names, where peft's file does not hold them
-MERGES = ("lora", "ia3", "layernorm", "bias", "head", "full")
 
 
 def is_stock(bench: Bench) -> bool:
@@ -58,7 +57,7 @@ def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) ->
             warnings.simplefilter("ignore")
             bench.net.save_pretrained(str(place), safe_serialization=True, save_embedding_layers=False)
         sort_lists(place / "adapter_config.json")
-    if not is_stock(bench) or bench.kind == "p-tuning":  # peft keeps what p-tuning's network says, not the network
+    if not is_stock(bench) or (bench.settings and bench.settings.has_encoder):
         save_file(bench.read(), str(place / OWN_FILE))
     base = bench.base
     about = {"format": 1, "base": base_name, "base_fingerprint": base.fingerprint, "task": base.task, "labels": list(base.labels)}
@@ -84,7 +83,7 @@ def load_adapter(base: Base, folder: str | Path) -> Bench:
     place = Path(folder)
     about = sidecar(place)
     try:
-        settings = AdapterSettings.model_validate_json(json.dumps(about["adapter"]))
+        settings = read_adapter(about["adapter"])
         file = place / OWN_FILE if (place / OWN_FILE).exists() else place / "adapter_model.safetensors"
         tensors = load_file(str(file))
     except (OSError, ValueError, KeyError) as error:
@@ -134,8 +133,9 @@ def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
 
     Costs one copy of the model. Raises M306 for kinds that add layers or tokens.
     """
-    if bench.kind not in MERGES:
-        raise FedtuneError("M306", f"kind '{bench.kind}' for a merged model", f"one of {', '.join(MERGES)}", "export it with --as adapter")
+    if bench.settings and not bench.settings.merges:
+        known = ", ".join(kind for kind, adapter in ADAPTERS.items() if adapter.merges)
+        raise FedtuneError("M306", f"kind '{bench.kind}' for a merged model", f"one of {known}", "export it with --as adapter")
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     merged: Any = copy.deepcopy(bench.net).to("cpu")

@@ -16,9 +16,10 @@ import torch
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
+from fedtune.model.adapters.layers import in_head
+from fedtune.model.adapters.wrap import plain
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
-from fedtune.model.kinds import in_head, plain
 from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
 from fedtune.model.settings import TrainSettings
 from fedtune.rng import seed_of, stream
@@ -175,7 +176,7 @@ def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, step
 def training(bench: Bench, settings: TrainSettings, seed: int) -> Iterator[None]:
     """Train mode with seeded dropout and, if asked, recomputation (which transformers does in train mode only); eval mode afterwards."""
     device, net = bench.base.device, bench.base.net
-    if settings.checkpointing and (bench.kind == "prefix" or not net.supports_gradient_checkpointing):
+    if settings.checkpointing and (bench.in_cache or not net.supports_gradient_checkpointing):
         found = f"method.train.checkpointing with kind '{bench.kind}' on a {type(net).__name__}"
         raise FedtuneError("M306", found, "a model that can recompute, and no prefixes (they are a cache)", "turn method.train.checkpointing off")
     with own_draws(seed_of("dropout", seed), [device] if device.type == "cuda" else []):

@@ -18,7 +18,7 @@ def inputs_of(bench: Bench, batch: dict[str, torch.Tensor]) -> tuple[dict[str, A
     """The network's arguments on its device, and the labels, which stay out of it: each model would normalise its loss its own way."""
     moved = {name: value.to(bench.base.device, non_blocking=True) for name, value in batch.items()}
     labels = moved.pop("labels")
-    if bench.base.task != "image-classify" and not is_encoder(bench.base) and bench.kind != "prefix":
+    if bench.base.task != "image-classify" and not is_encoder(bench.base) and not bench.in_cache:
         return moved | {"use_cache": False}, labels  # a cache is of no use here and costs memory; prefixes are one
     return moved, labels
 
@@ -45,12 +45,14 @@ def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
 def check_room(bench: Bench, encoded: Encoded) -> None:
     """Virtual tokens take places of the context, except behind an encoder's embeddings, which have no positions. Raises D207."""
     base, s = bench.base, bench.settings
-    if s is None or base.context is None or s.kind not in ("prompt", "prefix", "p-tuning") or ("prompts" in bench.named and is_encoder(base)):
+    if s is None or base.context is None or not s.virtual_tokens or ("prompts" in bench.named and is_encoder(base)):
         return
     longest = max(encoded.length(i) for i in range(len(encoded)))
-    if longest + s.tokens > base.context:
-        found = f"{longest} tokens and {s.tokens} virtual ones (method.adapter.tokens)"
-        raise FedtuneError("D207", found, f"at most the model's context of {base.context} tokens", f"set data.max_length to {base.context - s.tokens} or less")
+    if longest + s.virtual_tokens > base.context:
+        found = f"{longest} tokens and {s.virtual_tokens} virtual ones (method.adapter.tokens)"
+        raise FedtuneError(
+            "D207", found, f"at most the model's context of {base.context} tokens", f"set data.max_length to {base.context - s.virtual_tokens} or less"
+        )
 
 
 def tokens_in(batch: dict[str, torch.Tensor]) -> int:

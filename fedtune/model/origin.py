@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedtune.model.adapters.wrap import plain
 from fedtune.model.bench import Bench
-from fedtune.model.kinds import plain
 from fedtune.rng import stream
 
 STEPS = 2**15  # levels of a fresh value on either side of zero

@@ -12,16 +12,17 @@ from torch.nn.functional import cross_entropy, pad
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.draws import own_draws
+from fedtune.model.adapters import Adapter, Full, Lora
+from fedtune.model.adapters.layers import linear_layers, open_for_training
+from fedtune.model.adapters.wrap import peft_arguments, plain, with_peft
 from fedtune.model.base import Base
 from fedtune.model.bench import Bench
 from fedtune.model.encode import IGNORED, Encoded
-from fedtune.model.kinds import common, linears, opened, plain, with_peft
-from fedtune.model.settings import AdapterSettings
 
 PROMPTS = "prompts"  # their name among the trained tensors
 
 
-def attach_split(base: Base, named: dict[str, torch.nn.Parameter], settings: AdapterSettings, prompts: int, width: int, seed: int, before: Any) -> Bench:
+def attach_split(base: Base, named: dict[str, torch.nn.Parameter], settings: Adapter, prompts: int, width: int, seed: int, before: Any) -> Bench:
     """A bench of what was opened on a base (see `open_tail`, `add_lora`), with prompts (P, d) made from `seed` alone; its `net` is the caller's to set.
 
     Drawn as other prompts are: uniformly from +-sqrt(6 / (2 d)) (Jia et al. 2022 for ViT-B/16). `before` is the base's `snapshot`.
@@ -37,21 +38,21 @@ def attach_split(base: Base, named: dict[str, torch.nn.Parameter], settings: Ada
     return bench
 
 
-def open_tail(base: Base, names: Collection[str]) -> tuple[dict[str, torch.nn.Parameter], AdapterSettings]:
+def open_tail(base: Base, names: Collection[str]) -> tuple[dict[str, torch.nn.Parameter], Adapter]:
     """These parameters themselves, as float32 copies."""
-    return dict(opened(base, set(names))), AdapterSettings(kind="full", only=tuple(sorted(names)))
+    return dict(open_for_training(base, set(names))), Full(only=tuple(sorted(names)))
 
 
-def add_lora(base: Base, rank: int, within: Collection[str], seed: int) -> tuple[dict[str, torch.nn.Parameter], AdapterSettings]:
+def add_lora(base: Base, rank: int, within: Collection[str], seed: int) -> tuple[dict[str, torch.nn.Parameter], Adapter]:
     """LoRA on the linear layers below these modules, with alpha = 2 rank, and the task head. Raises M306 where there is no such layer."""
-    targets = [name for name in linears(base) if any(name.startswith(f"{path}.") for path in within)]
+    targets = [name for name in linear_layers(base) if any(name.startswith(f"{path}.") for path in within)]
     if not targets:
         raise FedtuneError("M306", f"method.lora_rank = {rank} with no block on the client's side", "a block in head or tail", "set method.head or method.tail")
     with own_draws(seed):
-        _, named = with_peft(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **common(base)))
+        _, named = with_peft(base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **peft_arguments(base)))
     for value in named.values():
         value.data = value.data.float()
-    return dict(named), AdapterSettings(kind="lora", rank=rank, alpha=2.0 * rank, targets=tuple(targets))
+    return dict(named), Lora(rank=rank, alpha=2.0 * rank, targets=tuple(targets))
 
 
 def blank_image(base: Base) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import Lora
 from fedtune.model.bench import Bench
 
 A_END, B_END, CORE_END = ".lora_A.weight", ".lora_B.weight", ".lora_R.weight"
@@ -27,7 +28,7 @@ def resize(bench: Bench, rank: int, scale: float) -> None:
     Raises M306 where the adapter is not made of linear pairs.
     """
     settings = bench.settings
-    if settings is None or settings.kind != "lora" or not any(name.endswith(B_END) for name in bench.named):
+    if not isinstance(settings, Lora) or not any(name.endswith(B_END) for name in bench.named):
         raise FedtuneError("M306", f"kind '{bench.kind}' with a rank of its own", "pairs of linear layers", "set method.adapter.kind = 'lora'")
     alpha = scale * (math.sqrt(rank) if settings.rslora else rank)
     if (settings.rank, settings.alpha) == (rank, alpha):

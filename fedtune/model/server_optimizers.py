@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedtune.plugins import extended
 from fedtune.settings import Settings, classes_by_tag
 
 if TYPE_CHECKING:
@@ -129,4 +130,6 @@ class ServerRMSprop(ServerOptimizer):
 
 
 ServerSettings = Annotated[TakeMean | ServerSGD | ServerAdam | ServerAdamW | ServerAdagrad | ServerRMSprop, Field(discriminator="optimizer")]
+if not TYPE_CHECKING:
+    ServerSettings = extended(ServerSettings, "optimizer", "server_optimizers", ServerOptimizer)
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = classes_by_tag(ServerSettings, "optimizer")

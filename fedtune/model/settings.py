@@ -1,14 +1,13 @@
-"""The tables that say which model, which adapter, how a client trains and how the server steps. No torch here."""
+"""The tables that say which model, how a client trains and how the server steps. No torch here."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fedtune.settings import Settings
-
-AdapterKind = Literal["lora", "bias", "adapter", "prompt", "prefix", "p-tuning", "ia3", "layernorm", "head", "full"]
 
 
 class ModelSettings(Settings):
@@ -27,41 +26,10 @@ class ModelSettings(Settings):
     differ between thread counts."""
 
 
-class AdapterSettings(Settings):
-    """[method.adapter]: what is trained. The task head always travels with it."""
-
-    kind: AdapterKind = "lora"
-    """lora, bias (BitFit), adapter (bottleneck), prompt, prefix, p-tuning, ia3, layernorm, head, full."""
-    rank: int = Field(8, ge=1)
-    """lora: rank r."""
-    alpha: float = Field(16.0, gt=0)
-    """lora: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """lora: dropout before A."""
-    modules_to_save: tuple[str, ...] = ()
-    """lora, ia3: modules beside the task head that are trained whole and travel, by the ends of their names, such as "embed_tokens"."""
-    targets: tuple[str, ...] = ("all-linear",)
-    """lora, ia3: names of modules, or all-linear."""
-    last: int = Field(0, ge=0)
-    """lora, ia3: adapt the last so many blocks only, which also ends the backward pass there; 0 means all."""
-    rslora: bool = False
-    """lora: rank-stabilised scale."""
-    dora: bool = False
-    """lora: weight-decomposed (DoRA)."""
-    tokens: int = Field(10, ge=1)
-    """prompt, prefix, p-tuning: virtual tokens."""
-    deep: bool = False
-    """prompt: fresh prompts before every block (VPT-deep, P-tuning v2) instead of the first only."""
-    reduction: int = Field(8, ge=1)
-    """adapter: hidden size divided by this is the width of the bottleneck."""
-    only: tuple[str, ...] = ()
-    """full: names of parameters, shell patterns such as "*.layers.4.*"; the task head is always trained; empty means all."""
-    shared: bool = True
-    """adapter: one bottleneck for all blocks (FedPEFT's code), or one for each."""
-
-
 class TrainSettings(Settings):
     """[method.train]: a client's local loop."""
+
+    selector: ClassVar[str] = "optimizer"
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """torch.optim.AdamW or SGD; made anew every round, so a client keeps no optimiser state."""
@@ -95,6 +63,26 @@ class TrainSettings(Settings):
     """Mixed precision: auto uses bfloat16 on CUDA devices that have it, and is off on the CPU."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+
+    @classmethod
+    def unused(cls, table: Mapping[str, Any]) -> set[str]:
+        return set() if table.get("optimizer", cls.model_fields["optimizer"].default) == "sgd" else {"momentum", "nesterov"}
+
+    def depends_on_rounds(self) -> list[str]:
+        """Settings that look at the number of rounds while they train."""
+        schedule = [f"method.train.schedule = '{self.schedule}'"] if self.schedule != "constant" else []
+        return schedule + (["method.train.warmup"] if self.warmup else [])
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        for key in sorted(self.unused({"optimizer": self.optimizer}) & self.model_fields_set):
+            found = f"method.train.{key} with method.train.optimizer = '{self.optimizer}'"
+            yield found, "optimizer = 'sgd'", "remove it or change method.train.optimizer"
+        if self.head_lr and recipe.data.task in ("causal-lm", "instruct"):
+            yield f"method.train.head_lr with data.task = '{recipe.data.task}'", "a task with a head of its own", "remove it"
+        if self.steps and "epochs" in self.model_fields_set:
+            yield "method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs"
+        if self.nesterov and not self.momentum:
+            yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
 
 
 def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:

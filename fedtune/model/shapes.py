@@ -11,10 +11,11 @@ import torch
 
 from fedtune.hf.config import AUTO, load_config, locate
 from fedtune.hf.tokenizer import load_tokenizer
+from fedtune.model.adapters import Adapter
 from fedtune.model.base import Base, context_of, pick_device, reading
 from fedtune.model.bench import Bench, attach
 from fedtune.model.encode import Encoded, encode
-from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
+from fedtune.model.settings import ModelSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def encoded_without_weights(model: ModelSettings, task: str, rows: Sequence[Mapp
     return encode(rows, base, **how)
 
 
-def plan(model: ModelSettings, adapter: AdapterSettings, task: str, n_labels: int) -> Plan:
+def plan(model: ModelSettings, adapter: Adapter, task: str, n_labels: int) -> Plan:
     """Attach the adapter to a weightless model. No weights are read, so a pretrained file that lacks a pooler is not noticed.
 
     Raises what `load` and `attach` raise: M301, M302, M306.

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
+from fedtune.model.adapters import Lora
 from fedtune.model.bench import Bench
 from fedtune.model.export import OWN_FILE, SIDECAR
 
@@ -50,7 +51,7 @@ def require_same_base(bench: Bench, about: dict[str, Any], folder: str) -> None:
 def require_same_scale(bench: Bench, config: dict[str, Any], folder: str) -> None:
     """A stock adapter says how its product is scaled; under another scale it would be another adapter."""
     settings = bench.settings
-    if config.get("peft_type") != "LORA" or settings is None or settings.kind != "lora":
+    if config.get("peft_type") != "LORA" or not isinstance(settings, Lora):
         raise FedtuneError("M304", f"'{folder}', an adapter of type {config.get('peft_type')}", "a LoRA adapter and kind = 'lora'", "correct method.start_from")
     mine = {"r": settings.rank, "lora_alpha": settings.alpha, "use_rslora": settings.rslora, "use_dora": settings.dora}
     for key, want in mine.items():

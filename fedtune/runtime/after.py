@@ -9,15 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedtune.config import method_of
+from fedtune.aggregate import Mean
+from fedtune.config import method_of, read_method
 from fedtune.data import Federation, load_slice
-from fedtune.data.settings import SUFFIXES, Source
+from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.export import card, check_target, seeds_card, whole_folder
-from fedtune.methods.fedkseed import FedKSeed
-from fedtune.methods.fedkseed_settings import FedKSeedSettings
-from fedtune.methods.fedpeft import FedPEFT
+from fedtune.methods import MethodTable
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings
 from fedtune.runtime.compare import own_scores, score_test
@@ -45,17 +44,11 @@ def evaluate_file(folder: RunFolder, path: str) -> dict[str, Any]:
     """Scores of the last committed state on all rows of a file or folder, in the form of the recipe's [data]; the run's own data is not read."""
     world, _, number = installed(folder)
     data = world.recipe.data
-    whole = {"path": path, "source": source_of(data.source, path), "labels": world.federation.labels, "client_test_share": 0.0, "limit": 0, "split": "train"}
-    mine, dropped = load_slice(data.model_copy(update=whole), world.recipe.seed, 0, path)
+    asked_data = data_at(data, path, labels=world.federation.labels, client_test_share=0.0, limit=0)
+    mine, dropped = load_slice(asked_data, world.recipe.seed, 0, path)
     rows = [*mine.train, *mine.test]
     asked = replace(world, federation=replace(world.federation, test=rows), _encoded={})
     return {"round": number, "rows": len(rows), "left_out": dropped, **score_test(asked, "federated", number, nobody)}
-
-
-def source_of(source: Source, path: str) -> Source:
-    """The source that reads a file, by its suffix; the recipe's own for folders and other files."""
-    plain = path.removesuffix(".gz")
-    return next((known for suffix, known in SUFFIXES.items() if plain.endswith(suffix)), source)
 
 
 def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
@@ -66,14 +59,15 @@ def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
     target = check_target(to)
     recipe = recipe_of(folder)
     method = method_of(recipe)
-    form = form or method.forms[0]
-    if form not in method.forms:
-        raise FedtuneError("M306", f"--as {form} for a run of {method.title}", f"one of {', '.join(method.forms)}", "choose another --as")
-    if rank and not (isinstance(method, FedPEFT) and method.settings.adapter.kind == "lora"):
-        raise FedtuneError("M306", f"--rank for a run of {method.title}", "a LoRA adapter", "leave --rank out")
+    facts, shrink = method.facts, method.capabilities.shrink
+    form = form or facts.forms[0]
+    if form not in facts.forms:
+        raise FedtuneError("M306", f"--as {form} for a run of {facts.title}", f"one of {', '.join(facts.forms)}", "choose another --as")
+    if rank and shrink is None:
+        raise FedtuneError("M306", f"--rank for a run of {facts.title}", "a LoRA adapter", "leave --rank out")
     world, state, number = installed(folder)
-    lost = method.shrink(state, world.bench, rank) if rank and isinstance(method, FedPEFT) else 0.0
-    text = card(recipe, method.title, world.base.fingerprint, number, form=form)
+    lost = shrink(state, world.bench, rank) if rank and shrink else 0.0
+    text = card(recipe, facts.title, world.base.fingerprint, number, form=form)
     with whole_folder(target) as temporary:
         method.export(form, state, world.bench, temporary, text, recipe.seed)
     return lost
@@ -85,30 +79,31 @@ def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
 
     target = check_target(to)
     seeds = read_seeds(file)
-    settings = settings_of(seeds)
-    method = FedKSeed(settings, seeds.rounds)
-    if form not in method.forms or form == "seeds":
-        raise FedtuneError("M306", f"--as {form} from a seed file", f"one of {', '.join(f for f in method.forms if f != 'seeds')}", "choose another --as")
+    method = table_of(seeds).build(seeds.rounds, Mean())
+    forms = [known for known in method.facts.forms if known != "seeds"]
+    if form not in forms:
+        raise FedtuneError("M306", f"--as {form} from a seed file", f"one of {', '.join(forms)}", "choose another --as")
     loaded = load_base(ModelSettings(name=base, dtype=seeds.dtype), seeds.task, seeds.labels, seeds.seed)  # type: ignore[arg-type]
     if loaded.fingerprint != seeds.base_fingerprint:
         found, expected = f"base model {loaded.fingerprint[:12]} at '{base}'", f"{seeds.base_fingerprint[:12]}, which the seeds were made for"
         raise FedtuneError("M304", found, expected, f"name the model that was called '{seeds.base}'")
     bench = method.prepare(loaded, seeds.seed)
     state = State(seeds.tensors)
-    method.check(state, bench)
+    if method.capabilities.verify:
+        method.capabilities.verify(state, bench)
     method.install(state, bench)
-    text = seeds_card(seeds, method.title)
+    text = seeds_card(seeds, method.facts.title)
     with whole_folder(target) as temporary:
         method.export(form, state, bench, temporary, text, seeds.seed)
 
 
-def settings_of(seeds: Seeds) -> FedKSeedSettings:
+def table_of(seeds: Seeds) -> MethodTable:
     """The [method] table in a seed file. Raises R403."""
     try:
-        return FedKSeedSettings.model_validate_json(json.dumps(seeds.method))
-    except ValidationError as error:
-        found = f"settings in a seed file that cannot be read ({error.error_count()} mistakes)"
-        raise FedtuneError("R403", found, "those of this version of fedkseed", "export it again") from error
+        return read_method(seeds.method)
+    except (KeyError, ValidationError) as error:
+        found = f"settings in a seed file that cannot be read ({type(error).__name__})"
+        raise FedtuneError("R403", found, "those of a method of this version", "export it again") from error
 
 
 def installed(folder: RunFolder, data: bool = False) -> tuple[World, State, int]:

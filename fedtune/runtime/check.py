@@ -10,15 +10,14 @@ import numpy as np
 from fedtune import transforms
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, histogram, load
-from fedtune.methods.fedpeft import FedPEFT, plan_at
+from fedtune.errors import FedtuneError
+from fedtune.methods import Method, Verb
 from fedtune.runtime.exposure import Exposure, exposure
-from fedtune.runtime.ranks import explained, is_auto, with_ranks
 from fedtune.runtime.sampling import sample
 from fedtune.runtime.world import how_to_encode
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
-from fedtune.transforms.broadcast import down_bits as broadcast_bits
-from fedtune.types import Method, Round, Update
+from fedtune.types import Round, Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
 if TYPE_CHECKING:
@@ -49,24 +48,22 @@ class Checked:
 def check(recipe: Recipe) -> Checked:
     """Raises the first mistake that can be found without the weights."""
     federation = load(recipe.data, recipe.partition, recipe.seed)
-    known = with_ranks(recipe, ()) if is_auto(recipe) else recipe
-    method, chain = method_of(known), transforms.build(recipe.chain)
+    costs = method_of(recipe.model_copy(update={"method": recipe.method.provisional})).capabilities.costs
+    if costs is None:
+        raise FedtuneError("C104", f"method.type = '{recipe.method.type}' with fedtune check", "a method that says what it costs", "simulate it")
     check_context(recipe, len(federation.labels))
-    plan = method.plan(recipe.model, recipe.data.task, len(federation.labels))
-    recipe, ranks = explained(recipe, [client.name for client in federation.clients], plan)
-    method = method_of(recipe)
+    plan = costs.plan(recipe.model, recipe.data.task, len(federation.labels))
+    table, ranks = recipe.method.explain(recipe, [client.name for client in federation.clients], plan)
+    recipe = recipe.model_copy(update={"method": table})
+    method, chain = method_of(recipe), transforms.build(recipe.chain)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    everyone, alike = asked == len(federation.clients), seats(method, len(federation.clients))
-    ways = [(both_ways(recipe, method, chain, plan, verb, everyone, client), share) for verb in method.verbs for client, share in alike.items()]
-    (up, down), (up_bits, down_bits) = (tuple(sum(share * way[part][side] for way, share in ways) for side in (0, 1)) for part in (0, 1))
-    trained = sum(share * trained_by(method, plan, client) for client, share in alike.items())
-    bits = (up_bits / trained, down_bits / trained)
-    needs = dict(method.memory(plan, recipe.data.max_length))
+    total, trained = traffic(recipe, method, chain, plan, asked, len(federation.clients))
+    needs = dict((method.capabilities.costs or costs).memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
-    texts = remarks_on_labels(recipe, federation) + texts
-    more = method.remarks(recipe, len(federation.labels), mean) if hasattr(method, "remarks") else []
-    return Checked(recipe, method, federation, plan, asked, round(up), round(down), bits, needs, exposure(method, chain), [*texts, *more], ranks)
+    said = [*remarks_on_labels(recipe, federation), *texts, *costs.remarks(recipe, len(federation.labels), mean)]
+    bits = (total.up_bits / trained, total.down_bits / trained)
+    return Checked(recipe, method, federation, plan, asked, round(total.up), round(total.down), bits, needs, exposure(method, chain), said, ranks)
 
 
 def conversations(recipe: Recipe, federation: Federation) -> list[str]:
@@ -104,40 +101,59 @@ def remarks_on_labels(recipe: Recipe, federation: Federation) -> list[str]:
     return [f"labels    {chosen.note}"] if chosen.note else []
 
 
-Both = tuple[tuple[int, int], tuple[float, float]]  # bytes of the messages up and down, bits of their numbers up and down
+@dataclass(frozen=True)
+class Traffic:
+    """What a client's questions and answers of a round take: bytes of the messages, and bits of the numbers in them."""
+
+    up: float = 0.0
+    down: float = 0.0
+    up_bits: float = 0.0
+    down_bits: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.up + other.up, self.down + other.down, self.up_bits + other.up_bits, self.down_bits + other.down_bits)
+
+    def __mul__(self, share: float) -> Traffic:
+        return Traffic(self.up * share, self.down * share, self.up_bits * share, self.down_bits * share)
 
 
-def seats(method: Method, clients: int) -> dict[int, float]:
-    """A client of each LoRA rank, and the share of clients that have it; all clients are alike for other methods."""
-    if not isinstance(method, FedPEFT) or not method.settings.mixed:
+def traffic(recipe: Recipe, method: Method, chain: Chain, plan: Plan, asked: int, clients: int) -> tuple[Traffic, float]:
+    """A mean client's traffic in a round, and how many values it trains."""
+    total, trained, ranks = Traffic(), 0.0, method.capabilities.ranks
+    for client, share in alike(method, clients).items():
+        for name, verb in method.verbs.items():
+            total += verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client) * share
+        trained += share * (ranks.trained(plan, client) if ranks else plan.trainable)
+    return total, trained
+
+
+def alike(method: Method, clients: int) -> dict[int, float]:
+    """A client of each rank, and the share of clients that have it; all clients are alike for most methods."""
+    ranks = method.capabilities.ranks
+    if ranks is None:
         return {1: 1.0}
     of_rank: dict[int, list[int]] = {}
     for client in range(clients):
-        of_rank.setdefault(method.seat(client)[0], []).append(client)
+        of_rank.setdefault(ranks.of(client), []).append(client)
     return {same[0]: len(same) / clients for same in of_rank.values()}
 
 
-def trained_by(method: Method, plan: Plan, client: int) -> int:
-    """How many values a client trains, at its own rank."""
-    return plan_at(plan, method.seat(client)[0]).trainable if isinstance(method, FedPEFT) and method.settings.mixed else plan.trainable
-
-
-def both_ways(recipe: Recipe, method: Method, chain: Chain, plan: Plan, verb: str, everyone: bool, client: int) -> Both:
+def verb_traffic(recipe: Recipe, method: Method, chain: Chain, plan: Plan, name: str, verb: Verb, everyone: bool, client: int) -> Traffic:
     """One verb in the last round, measured on real messages of zeros; codes by their own estimate of bits a value.
 
     Where everyone is asked, all members hold the broadcast before, on which a downlink may build.
     """
     now = Round(recipe.rounds, recipe.seed, (1,))
-    given = method.given(verb, plan, client, now)
-    answer = method.answer(verb, given, now)
-    header = Header(run="0" * 16, base="0" * 64, round=now.number, client=1, verb=verb, schema=answer.fingerprint, whole=answer.whole)
+    given = verb.given(plan, client, now)
+    answer = verb.answer(given, now)
+    header = Header(run="0" * 16, base="0" * 64, round=now.number, client=1, verb=name, schema=answer.fingerprint, whole=answer.whole)
     down = len(encode_state(zeros(given), replace(header, client=EVERYONE, schema=given.fingerprint)))
     numbers = {name: np.zeros(shape, "int64" if answer.whole else "float64") for name, shape in answer.entries}
-    up = len(encode(Update(numbers, 1.0, dict.fromkeys(method.metrics, 1.0)), header))
-    plain = {way: 8.0 * sum(value.nbytes for value in zeros(schema).values()) for way, schema in (("up", answer), ("down", given))}
-    up_bits = plain["up"] if answer.whole else transforms.bits_per_parameter(chain, answer) * answer.count
-    down_bits = broadcast_bits(recipe.downlink, given)[everyone] * given.count if verb in method.moves else plain["down"]
-    return (round(up - (plain["up"] - up_bits) / 8), round(down - (plain["down"] - down_bits) / 8)), (up_bits, down_bits)
+    up = len(encode(Update(numbers, 1.0, dict.fromkeys(method.facts.metrics, 1.0)), header))
+    plain_up, plain_down = (8.0 * sum(value.nbytes for value in zeros(schema).values()) for schema in (answer, given))
+    up_bits = plain_up if answer.whole else transforms.bits_per_parameter(chain, answer) * answer.count
+    down_bits = recipe.downlink.bits(given)[everyone] * given.count if verb.moves else plain_down
+    return Traffic(round(up - (plain_up - up_bits) / 8), round(down - (plain_down - down_bits) / 8), up_bits, down_bits)
 
 
 def zeros(schema: Schema) -> dict[str, np.ndarray]:
@@ -150,7 +166,7 @@ def rows(checked: Checked) -> list[str]:
     """The report as lines of text."""
     recipe, federation, plan = checked.recipe, checked.federation, checked.plan
     whole = checked.asked * recipe.rounds * (checked.up_bytes + checked.down_bytes)
-    lines = [f"recipe    {checked.method.title} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"]
+    lines = [f"recipe    {checked.method.facts.title} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"]
     lines.append(f"trained   {plan.trainable:,} of {plan.total:,} parameters ({100 * plan.trainable / plan.total:.3f} %)")
     lines.append(f"clients   {len(federation.clients)}, {checked.asked} asked per round; test set {len(federation.test)} rows")
     for client in federation.clients:

@@ -7,7 +7,7 @@ import numpy as np
 from fedtune.errors import ClientFailed, Refused
 from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
 from fedtune.schema import Schema
-from fedtune.transforms.broadcast import Held, hold, holding, unpack
+from fedtune.transforms.downlink import Held, hold, holding
 from fedtune.types import Client, Tensors
 from fedtune.wire import EVERYONE, decode, decode_state, encode
 
@@ -57,7 +57,7 @@ def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
     before = holding(client.memory) if header.since else None
     if header.since != (before.round if before else 0):
         raise Refused("W604", f"a change to the broadcast of round {header.since}", "one that this client holds", "the server sends the whole state next time")
-    given = unpack(link.downlink, message, before.tensors if before else None)
-    if link.downlink.step == "delta":
+    given = link.downlink.unpack(message, before.tensors if before else None)
+    if link.downlink.remembers:
         hold(client.memory, Held(ask.now.number, given))
     return given

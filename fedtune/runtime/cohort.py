@@ -48,8 +48,8 @@ class RoundCohort:
 
     def each(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
         """Single answers, ascending; a method that reads them must say so, because the exposure table does. Raises R405 as `sum` does."""
-        if verb not in self.link.method.reads_each:
-            raise RuntimeError(f"{self.link.method.type} reads single answers to '{verb}' without declaring it in reads_each")
+        if not self.link.tasks[verb].reads_each:
+            raise RuntimeError(f"{self.link.method.facts.type} reads single answers to '{verb}' without declaring it in reads_each")
         task, some = self.link.tasks[verb], False
         for client, update in self._replies(verb, given):
             some = True
@@ -60,8 +60,8 @@ class RoundCohort:
 
     def sum_groups(self, verb: str, given: Tensors | Callable[[Group], Tensors], group_of: Callable[[int], Group], min_group: int = 2) -> dict[Group, Update]:
         """Groups in the order of their first members. Raises R412 where one has fewer than `min_group`, R405 where no group is left."""
-        if min_group < 2 and verb not in self.link.method.reads_each:
-            raise RuntimeError(f"{self.link.method.type} reads sums of single answers to '{verb}' without declaring it in reads_each")
+        if min_group < 2 and not self.link.tasks[verb].reads_each:
+            raise RuntimeError(f"{self.link.method.facts.type} reads sums of single answers to '{verb}' without declaring it in reads_each")
         group = {client: group_of(client) for client in self.now.members}
         sizes = Counter(group.values())
         if small := [name for name, size in sizes.items() if size < min_group]:

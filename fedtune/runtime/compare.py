@@ -8,10 +8,11 @@ from typing import Any
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored
+from fedtune.methods import Method
 from fedtune.rng import seed_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.world import World
-from fedtune.types import Method, State
+from fedtune.types import State
 
 NOT_SCORED: dict[str, Any] = {"metric": "", "value": None, "loss": None}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedtune.runtime.protocol import Given, Link
 from fedtune.schema import Schema
-from fedtune.transforms.broadcast import Held, pack
+from fedtune.transforms.downlink import Held
 from fedtune.transforms.exact import changed_since, not_zero, recorded
 from fedtune.types import Round, Tensors
 from fedtune.wire import EVERYONE, encode, encode_changes, encode_state, is_whole
@@ -40,9 +40,9 @@ class Downlink:
         schema = Schema.of(given)
         if not link.coded(verb):
             return self._exact(link, verb, given, now)
-        sent = pack(link.downlink, given, self.held, now.number)
+        sent = link.downlink.pack(given, self.held, now.number)
         full = encode(sent.full, link.header(verb, EVERYONE, now, schema))
-        if link.downlink.step == "delta":
+        if link.downlink.remembers:
             self.held = sent.held
         if sent.delta is None:
             return Payloads(full)
@@ -67,7 +67,7 @@ class Downlink:
     def _one_each(self, link: Link, verb: str, given: Callable[[int], Tensors], now: Round) -> dict[int, bytes]:
         """A payload by client; members that are given the same tensors share its bytes. Such states travel whole."""
         if link.coded(verb):
-            raise RuntimeError(f"{link.method.type} gives members different tensors, which [downlink] cannot code")
+            raise RuntimeError(f"{link.method.facts.type} gives members different tensors, which [downlink] cannot code")
         made: list[tuple[Tensors, bytes]] = []
         own: dict[int, bytes] = {}
         for client in now.members:

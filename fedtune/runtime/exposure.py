@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedtune.methods import Method
 from fedtune.transforms.base import Chain
-from fedtune.types import Method
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Exposure:
 def exposure(method: Method, chain: Chain) -> list[Exposure]:
     """A row for each verb of the method."""
     rows = []
-    for verb in method.verbs:
-        alone = verb in method.reads_each
+    for verb, about in method.verbs.items():
+        alone = about.reads_each
         steps = [s for s in chain.steps if not alone or s.undone == "reply"]
         if alone:
             sees = "each client's answer, and uses it singly"
@@ -30,5 +30,5 @@ def exposure(method: Method, chain: Chain) -> list[Exposure]:
         else:
             sees = "each client's answer as it passes, uses the sum only"
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
-    rows += [Exposure(what, sees, ()) for what, sees in getattr(method, "beside", {}).items()]
+    rows += [Exposure(what, sees, ()) for what, sees in method.capabilities.also_see.items()]
     return rows

@@ -35,14 +35,10 @@ def extend(folder: RunFolder, rounds: int) -> Recipe:
 
 def depends_on_rounds(recipe: Recipe, folder: RunFolder) -> list[str]:
     """What of a recipe looks at the number of rounds while it trains."""
-    train = getattr(recipe.method, "train", None)
     found = []
     if (folder.path / "deploy.json").exists():
         found.append("real sites, whose memories belong to one recipe")
-    if train is not None and train.schedule != "constant":
-        found.append(f"method.train.schedule = '{train.schedule}'")
-    if train is not None and train.warmup:
-        found.append("method.train.warmup")
+    found += recipe.method.depends_on_rounds()
     if recipe.aggregate.stays(["module.lora_A.weight", "module.lora_B.weight"]):
         found.append(f"aggregate.rule = '{recipe.aggregate.rule}', whose clients show in the last round what they keep")
     return found

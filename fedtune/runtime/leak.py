@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.runtime.world import world_of
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, Leak]:
     """What each attack found in a client's first training examples. Raises C104 for a method without a cut, C103 for a client that is not there."""
-    cut = recipe.method
-    if cut.type != "sfprompt":
-        raise FedtuneError("C104", f"leak-test with method.type = '{cut.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
+    split = method_of(recipe).capabilities.split
+    if split is None:
+        raise FedtuneError("C104", f"leak-test with method.type = '{recipe.method.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
     world = world_of(recipe)
     if client not in world.names or examples < 1 or steps < 1:
         found = f"--client {client} --examples {examples} --steps {steps}"
@@ -25,14 +25,14 @@ def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, L
     from fedtune.split.leak import attack, plain
     from fedtune.wire.v1 import split_pb2 as pb
 
-    coding = Coding(cut.codec)
+    coding = Coding(split.codec)
 
     def sent(hidden: Any) -> Any:
         return decode(encode(pb.ROLE_HIDDEN, hidden, coding)[0]).to(hidden)
 
     data, net = world.train(client), world.bench.net
     batch = {name: value.to(world.base.device) for name, value in data.collate(range(min(examples, len(data)))).items()}
-    ways = {"the head's answer": plain, f"sent as {cut.codec}": sent}
+    ways = {"the head's answer": plain, f"sent as {split.codec}": sent}
     return {name: attack(net.part, batch, wire=wire, steps=steps) for name, wire in ways.items()}
 
 

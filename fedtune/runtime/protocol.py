@@ -13,11 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.methods import Method, Verb, Work
 from fedtune.runtime.bounds import LARGEST, Bounds, too_large
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
-from fedtune.transforms.broadcast import DownlinkSettings
-from fedtune.types import Method, Round, Tensors, Update, Verb
+from fedtune.transforms.downlink import DownlinkCode, Plain
+from fedtune.types import Round, Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header
 from fedtune.wire.settings import LimitSettings
 
@@ -63,15 +64,17 @@ class Task:
     moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may be lossy
     holds   clients keep the whole numbers that they are given, so that later only changes need travel
     trains  the client's half needs training rows
+    reads_each  the server reads single answers
     """
 
-    work: Verb
+    work: Work
     given: Callable[[Any, int, Round], Schema]
     answer: Callable[[Schema, Round], Schema]
     chain: Chain = field(default_factory=Chain)
     moves: bool = False
     holds: bool = False
     trains: bool = True
+    reads_each: bool = False
 
     def kinds(self, answer: Schema) -> frozenset[str]:
         """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them otherwise."""
@@ -85,19 +88,11 @@ class Task:
 def tasks_of(method: Method, chain: Chain) -> dict[str, Task]:
     """A task for each verb of a method; where single answers are read, steps that only a sum can undo are left out."""
     alone = Chain([step for step in chain.steps if step.undone == "reply"])
-    holds = getattr(method, "holds", ())
 
-    def task(verb: str, work: Verb) -> Task:
-        return Task(
-            work,
-            lambda bench, client, now: method.given(verb, bench, client, now),
-            lambda given, now: method.answer(verb, given, now),
-            alone if verb in method.reads_each else chain,
-            verb in method.moves,
-            verb in holds,
-        )
+    def task(verb: Verb) -> Task:
+        return Task(verb.work, verb.given, verb.answer, alone if verb.reads_each else chain, verb.moves, verb.holds, reads_each=verb.reads_each)
 
-    return {verb: task(verb, work) for verb, work in method.verbs.items()}
+    return {name: task(verb) for name, verb in method.verbs.items()}
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ class Link:
     base: str  # fingerprint of the base model
     method: Method
     chain: Chain
-    downlink: DownlinkSettings = field(default_factory=DownlinkSettings)
+    downlink: DownlinkCode = field(default_factory=Plain)
     limits: LimitSettings = field(default_factory=LimitSettings)
     more: Mapping[str, Task] = field(default_factory=dict)  # the run's own tasks, beside the method's verbs
     bounds: Bounds = field(default_factory=Bounds)  # what the server takes for an answer, beside the limits of the recipe
@@ -118,12 +113,12 @@ class Link:
         """Everything that can be asked, by verb."""
         own = tasks_of(self.method, self.chain)
         if twice := sorted(own.keys() & self.more.keys()):
-            raise RuntimeError(f"{self.method.type} has a verb '{twice[0]}', which is the run's own")
+            raise RuntimeError(f"{self.method.facts.type} has a verb '{twice[0]}', which is the run's own")
         return {**own, **self.more}
 
     def coded(self, verb: str) -> bool:
         """Whether what is given with a verb travels through the downlink's code: only what the verb moves can be lossy."""
-        return self.downlink.step != "none" and self.tasks[verb].moves
+        return self.downlink.lossy and self.tasks[verb].moves
 
     def header(self, verb: str, client: int, now: Round, schema: Schema, since: int = 0) -> Header:
         return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since, whole=schema.whole)

@@ -7,11 +7,12 @@ from typing import Any
 
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import Noted, Scored
+from fedtune.methods import Method, Work
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.protocol import Task
 from fedtune.schema import Schema
-from fedtune.types import Client, Method, Round, State, Tensors, Update, Verb
+from fedtune.types import Client, Round, State, Tensors, Update
 
 SCORE = "score"  # the runtime's own verb, beside those of the methods
 NOTHING = Schema(())  # an answer of figures alone
@@ -19,21 +20,18 @@ NOTHING = Schema(())  # an answer of figures alone
 
 def score_task(method: Method, batch: int) -> Task:
     """The score as a task of the run's. A client is given what it is given with the first of the method's verbs."""
-    first = next(iter(method.verbs))
-
-    def given(bench: Any, client: int, now: Round) -> Schema:
-        return method.given(first, bench, client, now)
-
-    return Task(scored(method, batch), given, lambda given, now: NOTHING, trains=False)
+    first = next(iter(method.verbs.values()))
+    return Task(scored(method, batch), first.given, lambda given, now: NOTHING, trains=False)
 
 
-def scored(method: Method, batch: int) -> Verb:
+def scored(method: Method, batch: int) -> Work:
     """A site's half: install what is given, score the rows that it holds out. Its weight is their number (of tokens, for language)."""
 
     def work(client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.score import score
 
-        if getattr(client.model.base, "part", None) is not None:
+        split = method.capabilities.split
+        if split is not None and split.holds_parts(client.model):
             raise ClientFailed("S711", f"client '{client.name}', which holds two ends of a model", "the whole of it", "score at the coordinator: deploy.test")
         rows: Any = client.held_out() if client.held_out else ()
         if not len(rows):
@@ -62,7 +60,7 @@ def asked(cohort: RoundCohort, shared: Tensors, bench: Any) -> dict[str, Any]:
     """Raises R405 where nobody could score, C104 where the state is not what sites are given in a round."""
     link, now = cohort.link, cohort.now
     if any(link.tasks[SCORE].given(bench, client, now).entries != Schema.of(shared).entries for client in now.members):
-        found = f"a state of '{link.method.title}' that a site cannot score by itself"
+        found = f"a state of '{link.method.facts.title}' that a site cannot score by itself"
         raise FedtuneError("C104", found, "one that it can", "give the coordinator rows to score on: deploy.test")
     mean = cohort.sum(SCORE, shared).mean()
     name = "perplexity" if "perplexity" in mean.metrics else "accuracy"

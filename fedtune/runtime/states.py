@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from fedtune.disk import write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.runtime.folder import RunFolder
-from fedtune.transforms.broadcast import Held
+from fedtune.transforms.downlink import Held
 from fedtune.types import State, Tensors
 
 

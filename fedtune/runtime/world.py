@@ -12,14 +12,15 @@ import numpy as np
 from fedtune import transforms
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, load
-from fedtune.data.settings import DataSettings
+from fedtune.data.settings import Source
 from fedtune.events import Event, Noted, Truncated
+from fedtune.methods import Method
 from fedtune.runtime.client_half import memory_after, memory_before
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.scoring import SCORE, score_task
 from fedtune.runtime.states import Memories
-from fedtune.types import Client, Method
+from fedtune.types import Client
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -94,7 +95,7 @@ class World:
         return result
 
 
-def how_to_encode(data: DataSettings, scored: bool = False) -> dict[str, Any]:
+def how_to_encode(data: Source, scored: bool = False) -> dict[str, Any]:
     """What [data] says to `encode`; rows that are scored do not overlap."""
     same = {name: getattr(data, name) for name in ("max_length", "separator", "overlong", "template", "system")}
     return same | {"stride": 0 if scored else data.stride, "day": data.date}

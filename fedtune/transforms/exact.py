@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedtune.transforms.broadcast import Held
+from fedtune.transforms.downlink import Held
 from fedtune.types import Tensors
 
 ROUNDS = "rounds/"  # + name: the round in which each number of a tensor last changed

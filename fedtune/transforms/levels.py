@@ -110,7 +110,7 @@ def scaled(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
 
 def owner(tensors: Tensors, client: Client) -> NDArray[np.uint8]:
     """What a residual belongs to: the schema and the frozen base."""
-    base = getattr(getattr(client.model, "base", None), "fingerprint", "")
+    base = client.model.base.fingerprint if client.model is not None else ""
     return np.frombuffer(hashlib.sha256(f"{Schema.of(tensors).fingerprint}:{base}".encode()).digest(), np.uint8)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from fedtune.plugins import extended
 from fedtune.schema import Schema
 from fedtune.settings import classes_by_tag
 from fedtune.transforms.auto import AutoSettings
@@ -19,6 +20,8 @@ ChainStep = Annotated[
     QuantizeSettings | DitherSettings | SignSettings | DeadzoneSettings | TernarySettings | TopkSettings | AutoSettings,
     Field(discriminator="step"),
 ]
+if not TYPE_CHECKING:
+    ChainStep = extended(ChainStep, "step", "steps", StepSettings)
 
 STEPS: dict[str, type[StepSettings]] = classes_by_tag(ChainStep, "step")
 

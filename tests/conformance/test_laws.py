@@ -32,6 +32,7 @@ from fedtune.types import Client, Round, State, Tensors, Update
 from fedtune.wire import EVERYONE, encode_state
 from tests import small
 from tests.carriers import Disturbed, disturbed
+from tests.proxy import with_work
 
 WALK = {"type": "fedkseed", "size": 256, "steps": 6, "batch": 4, "lr": 1e-3}
 PROJECT = {"train": {"optimizer": "sgd", "lr": 0.05, "steps": 2, "batch": 4}}
@@ -154,8 +155,7 @@ def clones(recipe: Recipe, count: int) -> Tensors:
     """One round in which every member has client 0's data and draws client 0's randomness."""
     world, link = small.world_of(recipe)
     real = link.method
-    verbs = {verb: lambda client, given, now, half=half: half(replace(client, id=0), given, now) for verb, half in real.verbs.items()}
-    twin = replace(link, method=Proxy(real, verbs))
+    twin = replace(link, method=with_work(real, lambda work: lambda client, given, now: work(replace(client, id=0), given, now)))
 
     def client(ask: Ask) -> Client:
         return world.client_with(0, {}) if ask.client == 0 else replace(world.client_with(0, {}), id=ask.client)
@@ -164,16 +164,6 @@ def clones(recipe: Recipe, count: int) -> Tensors:
     cohort = RoundCohort(twin, now, local_carrier(twin, client, lambda ask, done: None), lambda event: None, {n: str(n) for n in range(count)})
     state = real.start(world.bench)
     return real.round(state, cohort, now).shared
-
-
-class Proxy:
-    """A method with other verbs, for the law above."""
-
-    def __init__(self, method: Any, verbs: Any) -> None:
-        self._method, self.verbs = method, verbs
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._method, name)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -222,7 +212,7 @@ def test_the_mean_is_weighted_by_examples(tiny_bert: Path, data: Path) -> None:
     world, link = small.world_of(recipe)
     now = Round(1, recipe.seed, (0, 1, 2))
     start = link.method.start(world.bench)
-    updates = [link.method.verbs["train"](world.client_with(n, {}), start.shared, now) for n in now.members]
+    updates = [link.method.verbs["train"].work(world.client_with(n, {}), start.shared, now) for n in now.members]
     weights = [len(world.train(n)) for n in now.members]
     assert [u.weight for u in updates] == weights
     got = link.method.round(start, RoundCohort(link, now, local_carrier(link, world.client, world.done), lambda e: None, world.names), now)
@@ -257,8 +247,8 @@ def test_an_answer_beyond_the_limits_is_left_out_and_the_others_count(tiny_bert:
         def far(update: Update) -> Update:
             return replace(update, tensors={name: value * 1000 for name, value in update.tensors.items()})
 
-        verbs = {verb: lambda c, g, n, half=half: {2: heavy, 3: far}.get(c.id, lambda u: u)(half(c, g, n)) for verb, half in link.method.verbs.items()}
-        return local_carrier(replace(link, method=Proxy(link.method, verbs)), world.client, world.done)
+        liars = with_work(link.method, lambda work: lambda c, g, n: {2: heavy, 3: far}.get(c.id, lambda u: u)(work(c, g, n)))
+        return local_carrier(replace(link, method=liars), world.client, world.done)
 
     _, result, events = small.play(recipe, tmp_path, carry=greedy)
     out = {e.client: e.code for e in events if type(e).__name__ == "ClientLeftOut"}  # type: ignore[attr-defined]
@@ -268,8 +258,8 @@ def test_an_answer_beyond_the_limits_is_left_out_and_the_others_count(tiny_bert:
 
 def with_client(link: Link, world: World, bad: int, spoil: Any) -> Carrier:
     """The local carrier, with one client's answers spoiled before they are sent."""
-    verbs = {v: lambda c, g, n, half=half: spoil(half(c, g, n)) if c.id == bad else half(c, g, n) for v, half in link.method.verbs.items()}
-    return local_carrier(replace(link, method=Proxy(link.method, verbs)), world.client, world.done)
+    spoiled = with_work(link.method, lambda work: lambda c, g, n: spoil(work(c, g, n)) if c.id == bad else work(c, g, n))
+    return local_carrier(replace(link, method=spoiled), world.client, world.done)
 
 
 def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(tiny_bert: Path, data: Path, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 from fedtune import config
 from fedtune.data.chats import messages, tools
 from fedtune.data.rows import clean
-from fedtune.data.settings import DataSettings
-from fedtune.data.sources import SOURCES
+from fedtune.data.sources import data_of
 from fedtune.errors import FedtuneError
 
 WANT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -112,14 +111,14 @@ def test_csv_parquet_and_json_lines_give_the_same_rows(tmp_path: Path) -> None:
             table.writeheader()
             table.writerows({key: write(value) for key, value in row.items()} for row in rows)
     for name in ("a.jsonl", "a.parquet", "a.csv", "b.csv"):
-        data = DataSettings(source=name.partition(".")[2], path=str(tmp_path / name), task="instruct", messages="messages")  # type: ignore[arg-type]
-        found = clean(data, SOURCES[data.source](data).rows, name)
+        data = data_of(source=name.partition(".")[2], path=str(tmp_path / name), task="instruct", messages="messages")  # type: ignore[arg-type]
+        found = clean(data, data.table().rows, name)
         assert (found.rows, found.blank) == (want, 1), name
 
 
 def test_a_text_with_columns_in_braces_is_the_prompt() -> None:
     row = {"instruction": "add", "input": "2+2", "output": "four"}
-    data = DataSettings(task="instruct", prompt="instruction", response="output", template="Task: {prompt}\n{input}\nAnswer: {response}")
+    data = data_of(task="instruct", prompt="instruction", response="output", template="Task: {prompt}\n{input}\nAnswer: {response}")
     assert clean(data, [row], "here").rows == [{"prompt": "Task: add\n2+2\nAnswer: ", "response": "four"}]
     assert clean(data, [row | {"input": None}], "here").rows[0]["prompt"] == "Task: add\n\nAnswer: "
     with pytest.raises(FedtuneError, match=r"D204.*'inputs'.*data.template"):

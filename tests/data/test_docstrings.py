@@ -10,13 +10,13 @@ from collections import Counter
 
 import pytest
 
-from fedtune.data.docstrings import MASK, PACKAGES, cleaned, collect, paragraphs
+from fedtune.data.sources.docstrings import MASK, PACKAGES, cleaned, collect, paragraphs
 from fedtune.errors import FedtuneError
 from tests.waiting import PATIENCE
 
 PROBE = """
 import hashlib, sys
-from fedtune.data.docstrings import PACKAGES, collect
+from fedtune.data.sources.docstrings import PACKAGES, collect
 rows = collect()
 print(hashlib.sha256(repr(rows).encode()).hexdigest(), [p for p in PACKAGES if p in sys.modules and p != "numpy"])
 """

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from fedtune.data import Federation, Slice, histogram, load, load_slice
-from fedtune.data.settings import DataSettings, PartitionSettings
+from fedtune.data.partition import PARTITIONS, Partition, partition_of
+from fedtune.data.settings import Source
+from fedtune.data.sources import data_of
 from fedtune.errors import FedtuneError
 from tests.waiting import PATIENCE
 
-IID = PartitionSettings(by="iid", clients=4)
+IID = partition_of(by="iid", clients=4)
 
 
 def numbered(path: Path, rows: int = 200) -> Path:
@@ -26,8 +28,8 @@ def numbered(path: Path, rows: int = 200) -> Path:
     return path
 
 
-def settings(path: Path, **more: Any) -> DataSettings:
-    return DataSettings(source="jsonl", path=str(path), **more)
+def settings(path: Path, **more: Any) -> Source:
+    return data_of(source="jsonl", path=str(path), **more)
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[int]:
@@ -38,17 +40,17 @@ def everywhere(federation: Federation) -> list[int]:
     return sorted(n for part in [federation.test, *(p for c in federation.clients for p in (c.train, c.test))] for n in numbers(part))
 
 
-def refused(code: str, *named: str, data: DataSettings, partition: PartitionSettings = IID) -> None:
+def refused(code: str, *named: str, data: Source, partition: Partition = IID) -> None:
     with pytest.raises(FedtuneError) as caught:
         load(data, partition, 1)
     assert caught.value.code == code
     assert [name for name in named if name not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("by", ["iid", "dirichlet", "shards", "size", "column"])
+@pytest.mark.parametrize("by", PARTITIONS)
 def test_every_row_lands_in_exactly_one_place(by: str, tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl"), client_test_share=0.25)
-    partition = PartitionSettings(by=by, clients=4, alpha=2.0, column="owner" if by == "column" else "")  # type: ignore[arg-type]
+    partition = partition_of(by, clients=4, **{"dirichlet": {"alpha": 2.0}, "column": {"column": "owner"}}.get(by, {}))
     made = load(data, partition, 1)
     assert everywhere(made) == list(range(200))
     assert made == load(data, partition, 1)
@@ -61,11 +63,11 @@ def test_every_row_lands_in_exactly_one_place(by: str, tmp_path: Path) -> None:
 
 def test_natural_clients_are_named_and_ordered_by_size(tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl", 70), test_share=0.0)
-    made = load(data, PartitionSettings(by="column", column="owner", clients=2), 1)
+    made = load(data, partition_of(by="column", column="owner", clients=2), 1)
     assert [(c.name, len(c.train) + len(c.test)) for c in made.clients] == [("dora", 30), ("ann", 20)]
     assert made.dropped == {"other values of 'owner' than the 2 clients": 20}
     assert made.clients[1].train[0].keys() == {"text", "label"}
-    everyone = load(data, PartitionSettings(by="column", column="owner", clients=2, all_values=True), 1)
+    everyone = load(data, partition_of(by="column", column="owner", clients=2, all_values=True), 1)
     assert [c.name for c in everyone.clients] == ["dora", "ann", "bob", "cid"]
 
 
@@ -73,8 +75,8 @@ def test_text_counts_by_characters(tmp_path: Path) -> None:
     path = tmp_path / "play.txt"
     path.write_text("BRIEF:\nNo.\n\nLONG:\nA very long speech indeed.\n\nBRIEF:\nYes.\n\nMUTE:\n.\n")
     made = load(
-        DataSettings(source="plays", path=str(path), task="causal-lm", test_share=0, client_test_share=0),
-        PartitionSettings(by="column", column="speaker", clients=2),
+        data_of(source="plays", path=str(path), task="causal-lm", test_share=0, client_test_share=0),
+        partition_of(by="column", column="speaker", clients=2),
         1,
     )
     assert [(c.name, len(c.train)) for c in made.clients] == [("LONG", 1), ("BRIEF", 2)]
@@ -83,7 +85,7 @@ def test_text_counts_by_characters(tmp_path: Path) -> None:
 
 def test_by_time_the_last_rows_are_held_out_and_pooled(tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl", 70), test_share=0.0, client_test_share=0.2, order="time")
-    made = load(data, PartitionSettings(by="column", column="owner", clients=4), 1)
+    made = load(data, partition_of(by="column", column="owner", clients=4), 1)
     for client in made.clients:
         assert numbers(client.train + client.test) == sorted(numbers(client.train + client.test))
         assert len(client.train) == int(0.8 * (len(client.train) + len(client.test)))
@@ -105,13 +107,13 @@ def test_a_test_set_of_its_own_is_used_whole(tmp_path: Path) -> None:
     assert numbers(made.test) == [100, 101]
     assert everywhere(made) == list(range(102))
     assert made.labels == ("0", "1", "2", "3", "4", "5")
-    few = load(settings(tmp_path), PartitionSettings(by="column", column="owner", clients=2), 1)  # dora and ann
+    few = load(settings(tmp_path), partition_of(by="column", column="owner", clients=2), 1)  # dora and ann
     assert numbers(few.test) == [100]
 
 
 def test_dirichlet_can_skew_another_column(tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl", 700), task="causal-lm", test_share=0.0, client_test_share=0.0)
-    made = load(data, PartitionSettings(by="shards", column="owner", clients=7, shards_per_client=1), 1)
+    made = load(data, partition_of(by="shards", column="owner", clients=7, shards_per_client=1), 1)
     owners = ["ann", "ann", "bob", "cid", "dora", "dora", "dora"]
     assert Counter(owner for c in made.clients for owner in {owners[n % 7] for n in numbers(c.train)}) == {"ann": 2, "bob": 1, "cid": 1, "dora": 3}
 
@@ -133,14 +135,14 @@ def test_the_label_set_is_the_recipes_where_it_has_one(tmp_path: Path) -> None:
 
 def test_a_client_with_too_few_rows_is_named(tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl", 60))
-    refused("D205", "client 'client-", "min_rows = 1", "raise partition.alpha", data=data, partition=PartitionSettings(clients=20, alpha=0.01))
-    refused("D205", "12 training rows", "min_rows = 14", data=data, partition=PartitionSettings(by="iid", clients=4, min_rows=14))
+    refused("D205", "client 'client-", "min_rows = 1", "raise partition.alpha", data=data, partition=partition_of(clients=20, alpha=0.01))
+    refused("D205", "12 training rows", "min_rows = 14", data=data, partition=partition_of(by="iid", clients=4, min_rows=14))
     refused(
         "D205",
         "client 'bob'",
         "partition.clients",
         data=settings(tmp_path / "a.jsonl", test_share=0.0),
-        partition=PartitionSettings(by="column", column="owner", clients=4, min_rows=9),
+        partition=partition_of(by="column", column="owner", clients=4, min_rows=9),
     )
 
 
@@ -151,7 +153,7 @@ def test_a_missing_partition_column_is_named(tmp_path: Path) -> None:
         "label, owner, text",
         "partition.column",
         data=settings(numbered(tmp_path / "a.jsonl")),
-        partition=PartitionSettings(by="column", column="place"),
+        partition=partition_of(by="column", column="place"),
     )
 
 
@@ -172,7 +174,7 @@ def test_a_site_has_its_own_rows_only(tmp_path: Path) -> None:
 
 
 def test_the_built_in_federation() -> None:
-    made = load(DataSettings(), PartitionSettings(), 1)
+    made = load(data_of(), partition_of(), 1)
     assert len(made.clients) == 8 and len(made.labels) >= 8
     assert len(made.test) + sum(len(c.train) + len(c.test) for c in made.clients) >= 4000
     assert len({row["text"] for row in made.test} & {row["text"] for c in made.clients for row in c.train}) == 0

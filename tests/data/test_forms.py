@@ -16,11 +16,12 @@ from PIL import Image
 
 from fedtune import config
 from fedtune.data import Federation, load
-from fedtune.data.settings import DataSettings, PartitionSettings
+from fedtune.data.partition import Partition, partition_of
+from fedtune.data.sources import data_of
 from fedtune.errors import FedtuneError
 from fedtune.images import to_eight_bits
 
-IID = PartitionSettings(by="iid", clients=1)
+IID = partition_of(by="iid", clients=1)
 WHOLE = {"test_share": 0.0, "client_test_share": 0.0}
 
 
@@ -34,9 +35,9 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def opened(path: Path | str | tuple[str, ...], source: str = "jsonl", partition: PartitionSettings = IID, **settings: Any) -> Federation:
+def opened(path: Path | str | tuple[str, ...], source: str = "jsonl", partition: Partition = IID, **settings: Any) -> Federation:
     place = path if isinstance(path, tuple) else str(path)
-    return load(DataSettings(source=source, path=place, **({"test_share": 0.2} | settings)), partition, 1)  # type: ignore[arg-type]
+    return load(data_of(source=source, path=place, **({"test_share": 0.2} | settings)), partition, 1)  # type: ignore[arg-type]
 
 
 def texts(federation: Federation) -> list[str]:
@@ -217,17 +218,17 @@ def test_picture_folders_with_splits_and_with_sites(tmp_path: Path) -> None:
     for site in ("north", "south"):
         for name in ("dune", "lake"):
             pictures(tmp_path / "sites" / site / name, 4)
-    by_site = PartitionSettings(by="column", column="folder", clients=2)
+    by_site = partition_of(by="column", column="folder", clients=2)
     assert [c.name for c in opened(tmp_path / "sites", "images", by_site, task="image-classify").clients] == ["north", "south"]
 
 
 def test_clients_by_a_column_are_as_many_as_its_values_unless_told_otherwise() -> None:
-    def read(**partition: Any) -> PartitionSettings:
+    def read(**partition: Any) -> Partition:
         return config.parse({"data": {"source": "jsonl", "path": "x"}, "partition": {"by": "column", "column": "site", **partition}}).partition
 
     assert read().all_values and not read(clients=3).all_values and read(clients=3).clients == 3
 
 
 def test_a_split_of_a_source_that_has_none_is_refused() -> None:
-    with pytest.raises(FedtuneError, match=r"C104.*data.split = 'test' with data.source = 'jsonl'"):
+    with pytest.raises(FedtuneError, match=r"C104.*data.split with data.source = 'jsonl'.*set data.source to hub"):
         config.parse({"data": {"source": "jsonl", "path": "x", "split": "test"}})

@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedtune.data.partition import kept_values, partition_rows
-from fedtune.data.settings import PartitionSettings
+from fedtune.data.partition import PARTITIONS, partition_of
 from fedtune.errors import FedtuneError
 from fedtune.rng import seed_of
 
@@ -16,7 +15,7 @@ KEYS = [str(number % 10) for number in range(1003)]  # ten labels, in turn; 1003
 
 
 def groups(by: str, seed: int = 1, keys: list[str] = KEYS, **settings: float) -> list[list[int]]:
-    return [group for _, group in partition_rows(PartitionSettings(by=by, **settings), keys, seed)]  # type: ignore[arg-type]
+    return [group for _, group in partition_of(by, **settings).groups(keys, seed)]
 
 
 def skew(by: str, seed: int, **settings: float) -> float:
@@ -24,7 +23,7 @@ def skew(by: str, seed: int, **settings: float) -> float:
     return float(np.mean([max(Counter(KEYS[row] for row in group).values()) / len(group) for group in groups(by, seed, **settings) if group]))
 
 
-@pytest.mark.parametrize("by", ["iid", "dirichlet", "shards", "size"])
+@pytest.mark.parametrize("by", [by for by, partition in PARTITIONS.items() if not partition.by_value])
 def test_every_row_has_one_client_and_the_seed_decides(by: str) -> None:
     made = groups(by)
     assert len(made) == 8
@@ -70,10 +69,10 @@ def test_size_skews_sizes_and_not_labels() -> None:
 
 def test_column_keeps_the_largest_values_then_by_name() -> None:
     sizes = {"b": 5, "a": 5, "c": 9, "d": 1}
-    assert kept_values(PartitionSettings(by="column", column="who", clients=3), sizes) == ["c", "a", "b"]
-    assert kept_values(PartitionSettings(by="column", column="who", clients=1, all_values=True), sizes) == ["c", "a", "b", "d"]
+    assert partition_of(by="column", column="who", clients=3).values(sizes) == ["c", "a", "b"]
+    assert partition_of(by="column", column="who", clients=1, all_values=True).values(sizes) == ["c", "a", "b", "d"]
     with pytest.raises(FedtuneError, match=r"4 values in column 'who' for 5 clients.*partition.clients = 4") as caught:
-        kept_values(PartitionSettings(by="column", column="who", clients=5), sizes)
+        partition_of(by="column", column="who", clients=5).values(sizes)
     assert caught.value.code == "D205"
 
 

@@ -6,33 +6,32 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fedtune.data.rows import Rows, Table, clean
-from fedtune.data.settings import DataSettings, Source
-from fedtune.data.sources import SOURCES
+from fedtune.data.sources import SOURCES, data_at, data_of
 from fedtune.errors import FedtuneError
 
 LETTERS = [{"text": "alpha beta", "label": "a"}, {"text": "gamma delta", "label": "b"}]
 
 
 def table(source: str, path: Path, **settings: Any) -> Table:
-    data = DataSettings(source=source, path=str(path), **settings)
-    return SOURCES[data.source](data)
+    data = data_of(source=source, path=str(path), **settings)
+    return data.table()
 
 
-def rows(source: str, path: Path, **settings: Any) -> Rows:
+def rows(source: str, path: Path | None = None, **settings: Any) -> Rows:
     """A source's rows in the task's shape."""
-    data = DataSettings(source=source, path=str(path), **settings)
-    read = SOURCES[data.source](data)
+    data = data_of(source, **({"path": str(path)} if path else {}), **settings)
+    read = data.table()
     return clean(data, read.rows, read.where, read.folder).rows
 
 
-def refused(code: str, *named: str, source: str, path: Path, **settings: Any) -> None:
+def refused(code: str, *named: str, source: str, path: Path | None = None, **settings: Any) -> None:
     with pytest.raises(FedtuneError) as caught:
         rows(source, path, **settings)
     assert caught.value.code == code
@@ -44,8 +43,13 @@ def lines(path: Path, *content: Any) -> Path:
     return path
 
 
-def test_every_source_of_the_settings_is_there() -> None:
-    assert set(SOURCES) == set(get_args(Source))
+def test_a_site_reads_its_own_kind_of_file(tmp_path: Path) -> None:
+    recipe = data_of("plays", task="causal-lm", path="all.txt", encoding="latin-1")
+    assert data_at(recipe, "mine.txt").source == "plays"
+    mine = data_at(recipe, str(tmp_path / "mine.jsonl.gz"), limit=3)
+    assert (mine.source, mine.task, mine.limit, mine.encoding) == ("jsonl", "causal-lm", 3, "latin-1")  # type: ignore[attr-defined]
+    assert data_at(data_of("docstrings"), "mine.CSV").source == "csv"
+    assert data_at(data_of("clinc150", path="x"), "folder").source == "clinc150"
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -135,15 +139,15 @@ def test_images(tmp_path: Path) -> None:
     refused("D202", "eel", source="images", path=tmp_path, task="image-classify")
 
 
-def test_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     sklearn = pytest.importorskip("sklearn.datasets")
-    found = rows("digits", tmp_path, task="image-classify")
+    found = rows("digits", task="image-classify")
     bunch = sklearn.load_digits()
     assert [row["label"] for row in found] == [str(label) for label in bunch.target]
     assert found[0]["image"].dtype == np.uint8 and found[0]["image"].shape == (8, 8, 1)
     np.testing.assert_allclose(np.stack([row["image"][:, :, 0] for row in found]) / 255, bunch.images / 16, atol=0.5 / 255 + 1e-9)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    refused("D208", "scikit-learn", source="digits", path=tmp_path, task="image-classify")
+    refused("D208", "scikit-learn", source="digits", task="image-classify")
 
 
 def test_hub_reads_local_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,3 +223,56 @@ def test_shapes_of_instructions_and_numbers_as_labels(tmp_path: Path) -> None:
     assert rows("jsonl", path, task="instruct", messages="chat") == [{"messages": [{**turns[0], "id": 7}, turns[1]]}]
     assert rows("jsonl", path, text="q", label="kind") == [{"text": "hi", "label": "3"}]
     assert rows("jsonl", path, task="image-classify", image="q", label="kind") == [{"image": str(tmp_path / "hi"), "label": "3"}]  # beside the file
+
+
+# --- laws of every source ---------------------------------------------------------------------------------------------
+
+
+def made_for(source: str, folder: Path) -> dict[str, Any]:
+    """Options of a source that reads a few rows from this folder. A newcomer is enrolled by its line here, and missing without one."""
+    pairs = [[row["text"], row["label"]] for row in LETTERS]
+    if source in ("docstrings", "digits"):
+        return {}
+    if source == "clinc150":
+        (folder / "data_full.json").write_text(json.dumps({"train": pairs, "test": pairs}))
+        (folder / "domains.json").write_text(json.dumps({"letters": ["a", "b"]}))
+        return {"path": str(folder)}
+    if source == "images":
+        for label in ("a", "b"):
+            (folder / label).mkdir()
+            Image.new("RGB", (4, 4)).save(folder / label / "1.png")
+        return {"path": str(folder)}
+    if source == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(LETTERS), folder / "rows.parquet")
+    elif source == "hub":
+        import datasets
+
+        datasets.Dataset.from_list(LETTERS).save_to_disk(str(folder / "rows.hub"))
+    else:
+        lines_ = {"jsonl": [json.dumps(row) for row in LETTERS], "csv": ["text,label", "alpha beta,a", "gamma delta,b"]}
+        texts = {"text": "alpha beta\n\ngamma delta\n", "plays": "First:\nalpha beta\n\nSecond:\ngamma delta\n"}
+        (folder / f"rows.{source}").write_text(texts.get(source) or "\n".join(lines_[source]) + "\n")
+    return {"path": str(next(folder.iterdir()))}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_reads_the_same_rows_twice_in_the_shape_of_each_of_its_tasks(source: str, tmp_path: Path) -> None:
+    cls = SOURCES[source]
+    if source == "digits":
+        pytest.importorskip("sklearn")
+    options = made_for(source, tmp_path)
+    for task in sorted(cls.tasks - {"instruct"} - ({"image-classify"} if source not in ("images", "digits") else set())):
+        label = "speaker" if source == "plays" else "label"
+        data = data_of(source, task=task, label=label, **options)
+        first, second = (clean(data, read.rows, read.where, read.folder).rows for read in (data.table(), data.table()))
+        assert len(first) >= 2 and all(
+            np.array_equal(one["image"], two["image"]) if "image" in one else one == two for one, two in zip(first, second, strict=True)
+        )
+        assert all(set(row) == ({"text"} if task == "causal-lm" else {"image", "label"} if task == "image-classify" else {"text", "label"}) for row in first)
+    if "path" in cls.model_fields:
+        gone = data_of(source, **{**options, "path": str(tmp_path / "nowhere")}, task=sorted(cls.tasks)[0])
+        with pytest.raises(FedtuneError, match="D201"):
+            gone.table()

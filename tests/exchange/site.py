@@ -19,22 +19,24 @@ from fedtune.exchange.split_service import body_at
 from fedtune.model.encode import encode
 from fedtune.runtime.client_half import respond
 from fedtune.runtime.protocol import Ask, Link
+from fedtune.split.facts import SplitFacts
 from fedtune.trust import load
 from fedtune.types import Client, Round
 
 
 def main(job: Path) -> None:
     told = json.loads(job.read_text())
-    recipe, details = config.parse(told["recipe"]), told["details"]
+    recipe, details = config.parse(told["recipe"]), SplitFacts.from_words(told["details"])
     method = config.method_of(recipe)
+    assert method.capabilities.costs and method.capabilities.split
     federation = load_data(recipe.data, recipe.partition, recipe.seed)
-    method.plan(recipe.model, recipe.data.task, len(federation.labels))  # imports what the model's kind needs, reads no weights
+    method.capabilities.costs.plan(recipe.model, recipe.data.task, len(federation.labels))  # imports what the model's kind needs, reads no weights
     before = psutil.Process().memory_info().rss
-    base = method.load_site(recipe.model, recipe.data.task, federation.labels, recipe.seed, details)  # type: ignore[attr-defined]
+    base = method.capabilities.split.load_site(recipe.model, recipe.data.task, federation.labels, recipe.seed, details)
     bench = method.prepare(base, recipe.seed)
     number, name = told["client"], told["name"]
     data = encode(federation.clients[number].train, base, max_length=recipe.data.max_length)
-    body = body_at(load(Path(told["keys"])), told["address"], told["run"], details["token"], details)
+    body = body_at(load(Path(told["keys"])), told["address"], told["run"], details)
     client = Client(number, name, bench, data, {}, body)
     link = Link(told["run"], base.fingerprint, method, transforms.build(recipe.chain))
     ask = Ask(number, "train", Round(told["round"], recipe.seed, tuple(told["members"])), job.with_name(told["given"]).read_bytes())

@@ -14,18 +14,19 @@ import pytest
 import torch
 import transformers
 
-from fedtune import methods, transforms
+from fedtune import transforms
 from fedtune.config import Recipe, parse
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Server
 from fedtune.exchange.split_service import alongside, body_at, body_service, dial, over
-from fedtune.methods.sfprompt_net import BodyAt
 from fedtune.runtime.client_half import respond
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.world import World, world_of
 from fedtune.schema import Schema
+from fedtune.split.body_at import BodyAt
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
+from fedtune.split.facts import SplitFacts
 from fedtune.split.service import Service
 from fedtune.split.session import Tokens
 from fedtune.split.stream import Micro, Stream, Wishes
@@ -82,15 +83,15 @@ class Deployed:
 
     @property
     def method(self) -> Any:
-        return methods.build(self.recipe.method, self.recipe.rounds, self.recipe.aggregate)
+        return self.recipe.method.build(self.recipe.rounds, self.recipe.aggregate)
 
     @property
     def link(self) -> Link:
         return Link(RUN, self.world.base.fingerprint, self.method, transforms.build(self.recipe.chain))
 
-    def details(self, client: int = 0, round: int = 1) -> dict[str, str]:
+    def details(self, client: int = 0, round: int = 1) -> SplitFacts:
         """What the coordinator's ticket says to this client."""
-        return {**self.method.tell(self.world.bench), "token": self.tokens.issue(RUN, round, client, NAMES[client])}
+        return replace(self.method.capabilities.split.describe(self.world.bench), token=self.tokens.issue(RUN, round, client, NAMES[client]))
 
     def ask(self, client: int = 0) -> Ask:
         given = self.method.start(self.world.bench).shared
@@ -102,7 +103,7 @@ class Deployed:
 
     def body(self, client: int = 0, round: int = 1, site: str = "") -> BodyAt:
         details = self.details(client, round)
-        return body_at(self.federation.sites[site or NAMES[client]], self.server.address, RUN, details["token"], details)
+        return body_at(self.federation.sites[site or NAMES[client]], self.server.address, RUN, details)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def deployed(federation: Federation, tmp_path: Path) -> Iterator[Deployed]:
 def test_a_site_with_one_of_eight_blocks_answers_to_the_bit_what_the_whole_model_answers(deployed: Deployed, tmp_path: Path) -> None:
     """Over TLS, from a process of its own that never holds the seven blocks behind it: every byte of its update, loss and counted bytes included."""
     world, ask, details = deployed.world, deployed.ask(), deployed.details()
-    job = {"recipe": deployed.tree, "client": 0, "name": "site-a", "run": RUN, "round": 1, "members": [0, 1], "given": "given", "details": details}
+    job = {"recipe": deployed.tree, "client": 0, "name": "site-a", "run": RUN, "round": 1, "members": [0, 1], "given": "given", "details": details.to_words()}
     job |= {"keys": str(deployed.federation.sites["site-a"].folder), "address": deployed.server.address}
     (tmp_path / "given").write_bytes(ask.payload)
     (tmp_path / "job.json").write_text(json.dumps(job))
@@ -135,7 +136,7 @@ def test_a_site_with_one_of_eight_blocks_answers_to_the_bit_what_the_whole_model
     told = json.loads(done.stdout)
 
     own = world.bench.net.own_body
-    here = BodyAt(own.dial, own.offer, RUN, lambda number, client: details["token"])
+    here = BodyAt(own.dial, own.offer, RUN, lambda number, client: details.token)
     payload = respond(deployed.link, Client(0, "site-a", world.bench, world.train(0), {}, here), ask).payload
     assert (tmp_path / "answer").read_bytes() == payload and len(payload) > 10_000
 

@@ -11,11 +11,12 @@ import transformers as T
 from torch import nn
 
 from fedtune.hf.statistics import freeze_statistics, saved_buffers, unchanged
+from fedtune.model.adapters import adapter_of
 from fedtune.model.base import Base, load
 from fedtune.model.bench import attach, detach
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit
-from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
+from fedtune.model.settings import ModelSettings, TrainSettings
 from tests import tiny
 
 SMALL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
@@ -40,7 +41,7 @@ def test_training_leaves_running_statistics_as_they_were(name: str, kind: str, b
     assert before
     if kind == "lora" and not any(isinstance(module, nn.Linear) for module in base.net.base_model.modules()):
         return  # convolutions alone: M306
-    bench = attach(base, AdapterSettings(kind=kind), 0)  # type: ignore[arg-type]
+    bench = attach(base, adapter_of(kind=kind), 0)  # type: ignore[arg-type]
     start = bench.read()
     fit(bench, encode(tiny.images(6), base), TrainSettings(steps=3, batch=batch, lr=0.05), 1)
     assert any((bench.read()[key] != start[key]).any() for key in start)

@@ -29,6 +29,7 @@ from fedtune.types import Round, State, Tensors
 from fedtune.wire import EVERYONE, encode_state
 from tests import small, tiny
 from tests.methods.kseed import SGD, recipe_of
+from tests.proxy import WithVerbs
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +75,20 @@ def test_a_scalar_that_no_honest_client_sends_is_refused_and_the_run_unharmed(ti
     recipe = recipe_of(tiny_bert, data)
 
     def lying(link: Link, world: World) -> Carrier:
-        class Liar:
-            def __init__(self, method: Any) -> None:
-                self.method = method
+        honest_verb = link.method.verbs["train"]
 
-            def __getattr__(self, name: str) -> Any:
-                return getattr(self.method, name)
+        def answer(given: Schema, now: Round) -> Schema:
+            stated = honest_verb.answer(given, now)
+            return replace(stated, whole=tuple((name, kind, 32767) for name, kind, _ in stated.whole))
 
-            def answer(self, verb: str, given: Schema, now: Round) -> Schema:
-                honest = self.method.answer(verb, given, now)
-                return replace(honest, whole=tuple((name, kind, 32767) for name, kind, _ in honest.whole))
+        def train(client: Any, given: Tensors, now: Round) -> Any:
+            update = honest_verb.work(client, given, now)
+            return replace(update, tensors={"steps": update.tensors["steps"] * 0 + 32000 * int(update.weight)}) if client.id == 2 else update
 
-            @property
-            def verbs(self) -> Any:
-                def train(client: Any, given: Tensors, now: Round) -> Any:
-                    update = self.method.train(client, given, now)
-                    return replace(update, tensors={"steps": update.tensors["steps"] * 0 + 32000 * int(update.weight)}) if client.id == 2 else update
-
-                return {"train": train}
+        liar_method: Any = WithVerbs(link.method, {"train": replace(honest_verb, work=train, answer=answer)})
 
         honest = local_carrier(link, world.client, world.done)
-        liar = local_carrier(replace(link, method=Liar(link.method)), world.client, world.done)
+        liar = local_carrier(replace(link, method=liar_method), world.client, world.done)
         return lambda asks: [reply for ask in asks for reply in (liar if ask.client == 2 else honest)([ask])]
 
     _, result, events = small.play(recipe, tmp_path / "a", carry=lying)

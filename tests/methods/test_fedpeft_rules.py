@@ -15,8 +15,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from fedtune import methods
-from fedtune.aggregate import RULES
+from fedtune.aggregate import RULES, Mean
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientDone, Event, RoundDone
 from fedtune.methods.fedpeft import FedPEFT
@@ -30,6 +29,7 @@ from fedtune.schema import digest
 from fedtune.transforms import Chain, Transform
 from fedtune.types import Round, State, Tensors
 from tests import small
+from tests.proxy import with_work
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -64,8 +64,8 @@ def test_ffa_never_sends_or_moves_a(tiny_bert: Path, data: Path, tmp_path: Path)
 
 def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": "rolora"}, rounds=2)
-    world = build_world(recipe, methods.build(recipe.method, 2, recipe.aggregate), Memories(None), lambda event: None)
-    first = methods.build(recipe.method, 2, recipe.aggregate).start(world.bench).shared
+    world = build_world(recipe, recipe.method.build(2, recipe.aggregate), Memories(None), lambda event: None)
+    first = recipe.method.build(2, recipe.aggregate).start(world.bench).shared
     seen: list[Tensors] = []
 
     def look(event: Event) -> None:
@@ -111,7 +111,7 @@ def test_what_would_change_the_base_is_carried_as_rank_of_a_stock_adapter(rule: 
     assert any(np.any(value != 0) for name, value in state.shared.items() if ".residual_A" in name)
     assert next(e.metrics["error"] for e in events if isinstance(e, RoundDone)) < 1e-6  # four clients of rank 2 fit into 8
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": rule, "extra": 8})
-    method = methods.build(recipe.method, 3, recipe.aggregate)
+    method = recipe.method.build(3, recipe.aggregate)
     world = build_world(recipe, method, Memories(None), lambda event: None)
     method.install(state, world.bench)
     batch = {name: value for name, value in world.test().collate([0, 1, 2]).items() if name != "labels"}
@@ -130,7 +130,7 @@ def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
     from fedtune.model.fit import fit
 
     recipe = small.recipe(tiny_bert, data)
-    world = build_world(recipe, methods.build(recipe.method, 3), Memories(None), lambda event: None)
+    world = build_world(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
     bench = attach(world.base, recipe.method.adapter, 1)  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
     own = bench.read()
@@ -153,7 +153,7 @@ def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
 
 def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
-    world = build_world(recipe, methods.build(recipe.method, 3), Memories(None), lambda event: None)
+    world = build_world(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
     rng = np.random.default_rng(0)
     resize(world.bench, 3, 0.5)
     values = {name: np.float32(rng.normal(size=value.shape)) for name, value in world.bench.read().items()}
@@ -211,18 +211,12 @@ def test_a_robust_rule_shrugs_off_one_liar_of_five(rule: str, tiny_bert: Path, d
         real = link.method
 
         def train(client: Any, given: Tensors, now: Any) -> Any:
-            update = real.verbs["train"](client, given, now)
+            update = real.verbs["train"].work(client, given, now)
             if client.id != 1:
                 return update
             return replace(update, tensors={n: (given[n] - 10 * (v / update.weight - given[n])) * update.weight for n, v in update.tensors.items()})
 
-        class Liar:
-            verbs = {"train": train}  # noqa: RUF012
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(real, name)
-
-        return local_carrier(replace(link, method=Liar()), world.client, world.done)
+        return local_carrier(replace(link, method=with_work(real, lambda work: train)), world.client, world.done)
 
     def final(name: str, liar: bool) -> Tensors:
         recipe = small.recipe(tiny_bert, data, partition__clients=5, rounds=1, aggregate={"rule": name}, method__weight="equal")
@@ -255,7 +249,7 @@ def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(rule: st
             small.recipe(tiny_bert, data, aggregate={"rule": rule}, method__adapter=adapter, **own)
         return
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": rule}, method__adapter=adapter, **own)
-    method = methods.build(recipe.method, 3, recipe.aggregate)
+    method = recipe.method.build(3, recipe.aggregate)
     assert isinstance(method, FedPEFT)
     scales = [method.seat(client)[1] for client in range(4)]
     assert scales == pytest.approx([3 / 1, 5 / 2**0.5, 3 / 2, 5 / 1] if ranks else [3.0] * 4)  # 6 / sqrt(4) is the server's
@@ -265,16 +259,12 @@ def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(rule: st
     answers: dict[int, Any] = {}
 
     def train(client: Any, given: Tensors, now: Any) -> Any:
-        answers[client.id] = method.verbs["train"](client, given, now)
+        answers[client.id] = method.verbs["train"].work(client, given, now)
         return answers[client.id]
 
-    class Watched:
-        verbs = {"train": train}  # noqa: RUF012
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(method, name)
-
-    cohort = RoundCohort(link, now, local_carrier(replace(link, method=Watched()), world.client, world.done), lambda event: None, world.names)
+    cohort = RoundCohort(
+        link, now, local_carrier(replace(link, method=with_work(method, lambda work: train)), world.client, world.done), lambda event: None, world.names
+    )
     made = method.round(learned, cohort, now).shared
     total = sum(update.weight for update in answers.values())
     plain = [name for name in made if not name.endswith((A, B))]
@@ -307,21 +297,15 @@ def test_a_client_with_nan_counts_like_one_that_did_not_answer(rule: str, tiny_b
     from fedtune.runtime.world import link_of
 
     recipe = small.recipe(tiny_bert, data, partition__clients=6, rounds=2, aggregate={"rule": rule})
-    method = methods.build(recipe.method, 2, recipe.aggregate)
+    method = recipe.method.build(2, recipe.aggregate)
     world = build_world(recipe, method, Memories(None), lambda event: None)
     link, now, start = link_of(world, method), Round(1, recipe.seed, tuple(range(6))), method.start(world.bench)
 
     def train(client: Any, given: Tensors, now: Any) -> Any:
-        update = method.verbs["train"](client, given, now)
+        update = method.verbs["train"].work(client, given, now)
         return replace(update, tensors={n: v * np.nan for n, v in update.tensors.items()}) if client.id == 2 else update
 
-    class Poisoned:
-        verbs = {"train": train}  # noqa: RUF012
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(method, name)
-
-    honest, poisoned = (local_carrier(own, world.client, world.done) for own in (link, replace(link, method=Poisoned())))
+    honest, poisoned = (local_carrier(own, world.client, world.done) for own in (link, replace(link, method=with_work(method, lambda work: train))))
     gone = ClientFailed("F503", "no answer", "one", "wait")
     told: list[Event] = []
     spoiled = method.round(start, RoundCohort(link, now, poisoned, told.append, world.names), now)

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from fedtune import methods
+from fedtune.aggregate import Mean
 from fedtune.cli import main
-from fedtune.config import Recipe
+from fedtune.config import Recipe, decided
 from fedtune.errors import FedtuneError
 from fedtune.methods.fedpeft import FedPEFT
-from fedtune.methods.ranks import MIB, bytes_of, powers, rank_for, reason
+from fedtune.methods.fedpeft_ranks import label_count
+from fedtune.methods.fedpeft_ranks import needs_of as needs_by_settings
+from fedtune.methods.ranks import MIB, Needs, bytes_of, powers, rank_for, reason
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.folder import RunFolder, create
-from fedtune.runtime.ranks import label_count, needs_of, settled
 from fedtune.runtime.run import run
 from tests import small
 
@@ -23,6 +24,10 @@ from tests import small
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def needs_of(recipe: Recipe, labels: int) -> Needs:
+    return needs_by_settings(recipe.method, recipe, labels)  # type: ignore[arg-type]
 
 
 def auto(model: Path, data: Path, **more: Any) -> Recipe:
@@ -65,7 +70,7 @@ def test_needs_follow_the_shapes(tiny_bert: Path, data: Path) -> None:
     """One more rank is one row of A and one column of B a module: 16 bytes each under AdamW (value, gradient, two moments)."""
     recipe = auto(tiny_bert, data)
     of = needs_of(recipe, label_count(recipe))
-    plan = methods.build(small.recipe(tiny_bert, data).method, 3).plan(recipe.model, "classify", 3)
+    plan = small.recipe(tiny_bert, data).method.build(3, Mean()).capabilities.costs.plan(recipe.model, "classify", 3)
     row = sum(shape[1] if name.endswith("lora_A.weight") else shape[0] for name, shape in plan.shapes.items() if "lora_" in name)
     assert sum(of(3).values()) - sum(of(2).values()) == 16 * row
     sgd = needs_of(auto(tiny_bert, data, method__train={"optimizer": "sgd", "batch": 4, "steps": 2}), 3)
@@ -80,15 +85,15 @@ def test_ranks_are_a_function_of_recipe_and_memory(tiny_bert: Path, data: Path) 
     recipe = auto(tiny_bert, data)
     of = needs_of(recipe, 3)
     memory = [sum(of(rank).values()) for rank in (8, 4, 2, 1)]
-    once = settled(recipe, memory)
+    once = decided(recipe, memory)
     assert once.method.lora_rank_by_client == (8, 4, 2, 1)  # type: ignore[union-attr]
-    assert settled(recipe, memory) == once == settled(recipe, memory, labels=3) == settled(once, [1, 1])
+    assert decided(recipe, memory) == once == decided(recipe, memory, labels=3) == decided(once, [1, 1])
     assert once.fingerprint == small.recipe(tiny_bert, data, aggregate={"rule": "flexlora"}, method__adapter={"kind": "lora", "rank": 12},
                                             method__lora_rank_by_client=[8, 4, 2, 1]).fingerprint  # fmt: skip
-    method = methods.build(once.method, 3, once.aggregate)
+    method = once.method.build(3, once.aggregate)
     assert isinstance(method, FedPEFT) and [method.seat(client)[0] for client in range(5)] == [8, 4, 2, 1, 8]
     with pytest.raises(FedtuneError, match=r"M308: .* at client 1, expected"):
-        settled(recipe, [memory[0], memory[3] - 1])
+        decided(recipe, [memory[0], memory[3] - 1])
 
 
 def test_a_run_with_chosen_ranks_is_the_run_with_the_same_ranks_by_hand(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -99,7 +104,7 @@ def test_a_run_with_chosen_ranks_is_the_run_with_the_same_ranks_by_hand(tiny_ber
     of_ranks = [line for line in said if line.startswith("ranks ")]
     assert [line.split(";")[0] for line in of_ranks] == [f"ranks     client-{n}: rank {r} of 12, by its memory" for n, r in enumerate((4, 1, 4, 1))]
     assert "rank 8 would need" in of_ranks[0]
-    _, by_memory, _ = small.play(settled(recipe), tmp_path / "auto")
+    _, by_memory, _ = small.play(decided(recipe), tmp_path / "auto")
     hand = auto(tiny_bert, data, method__lora_rank_by_client=[4, 1])
     _, by_hand, events = small.play(hand, tmp_path / "hand")
     assert by_memory["state_sha256"] == by_hand["state_sha256"]
@@ -139,7 +144,7 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str, tin
 def test_without_a_known_memory_a_run_does_not_begin_and_check_says_what_ranks_need(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = auto(tiny_bert, data)
     with pytest.raises(FedtuneError, match=r"C104: .*no client's memory is known"):
-        settled(recipe)
+        decided(recipe)
     with pytest.raises(FedtuneError, match=r"C104: .*ranks should be known"):
         run(recipe, create(tmp_path, "", "run"), lambda event: None)
     lines = [line for line in rows(check(recipe)) if line.startswith("ranks")]

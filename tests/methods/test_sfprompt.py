@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune import methods
 from fedtune.cli import main
 from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import ClientDone, ClientLeftOut
 from fedtune.methods.sfprompt import load
-from fedtune.methods.sfprompt_net import BodyAt, SplitNet
+from fedtune.methods.sfprompt_net import SplitNet
+from fedtune.model.adapters.wrap import file_name
 from fedtune.model.fit import step_batches
-from fedtune.model.kinds import file_name
 from fedtune.model.loss import summed_loss
 from fedtune.rng import seed_of, stream
 from fedtune.runtime.check import check, rows
@@ -30,6 +29,7 @@ from fedtune.runtime.protocol import Carrier, Link
 from fedtune.runtime.world import World
 from fedtune.schema import digest
 from fedtune.split.body import Frozen
+from fedtune.split.body_at import BodyAt
 from fedtune.split.channel import Socket
 from fedtune.split.service import Service, serve
 from fedtune.split.session import Tokens
@@ -235,7 +235,7 @@ def test_another_body_is_refused_before_training(elsewhere: Any, tmp_path: Path)
     body = BodyAt(lambda: Socket(address), replace(net.own_body.offer, part="0" * 64), "run", lambda number, client: tokens.issue("run", number, client))
     now = methods_round(recipe)
     with pytest.raises(ClientFailed, match="S702"):
-        link.method.verbs["train"](replace(world.client_with(0, {}), body=body), link.method.start(world.bench).shared, now)
+        link.method.verbs["train"].work(replace(world.client_with(0, {}), body=body), link.method.start(world.bench).shared, now)
 
 
 def methods_round(recipe: Recipe) -> Any:
@@ -317,11 +317,11 @@ def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, t
     s: Any = recipe.method
     assert (s.head, s.local_update, s.pruning, s.keep) == (1, 2, "el2n", 0.5)
     assert type(s).model_validate_json(s.model_dump_json()) == s  # resolved, it means the same
-    method = methods.build(s, 3, recipe.aggregate)
-    assert method.title == "sfprompt / k = 1, 0 in the tail, 3 prompts / local update x2, el2n 0.5, split training"
+    method = s.build(3, recipe.aggregate)
+    assert method.facts.title == "sfprompt / k = 1, 0 in the tail, 3 prompts / local update x2, el2n 0.5, split training"
     _, _, events = small.play(recipe, tmp_path)
     told = [e.metrics for e in events if isinstance(e, ClientDone)]
-    assert all(set(one) == set(method.metrics) and -1 <= one["el2n_rank"] <= 1 for one in told)
+    assert all(set(one) == set(method.facts.metrics) and -1 <= one["el2n_rank"] <= 1 for one in told)
     assert all(one["body_loss_before"] != one["body_loss_after"] for one in told)
 
 
@@ -332,7 +332,7 @@ def test_losses_through_the_body_are_those_of_the_uncut_model(tiny_bert: Path, d
     drawn = stream("split probe", seed_of("train", recipe.seed, 1, 1)).permutation(len(world.train(1)))[:8].tolist()
     with torch.no_grad():
         want = float(summed_loss(world.bench, world.train(1).collate(drawn))[0]) / 8
-    update = link.method.verbs["train"](world.client_with(1, {}), link.method.start(world.bench).shared, methods_round(recipe))
+    update = link.method.verbs["train"].work(world.client_with(1, {}), link.method.start(world.bench).shared, methods_round(recipe))
     assert update.metrics["body_loss_before"] / update.weight == pytest.approx(want, rel=1e-5)
 
 

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune import methods
+from fedtune.aggregate import Mean
 from fedtune.errors import FedtuneError
-from fedtune.methods.sfprompt_net import BodyAt
-from fedtune.methods.sfprompt_settings import SFPromptSettings
-from fedtune.methods.sfprompt_site import offer_of
+from fedtune.methods.sfprompt import SFPromptTable
 from fedtune.methods.sfprompt_work import Share
 from fedtune.model.base import Base, load
 from fedtune.model.bench import Bench
@@ -24,7 +22,9 @@ from fedtune.model.fit import step_batches
 from fedtune.model.settings import ModelSettings
 from fedtune.schema import Schema, digest
 from fedtune.split.body import Frozen
+from fedtune.split.body_at import BodyAt
 from fedtune.split.channel import Local
+from fedtune.split.facts import SplitFacts
 from fedtune.split.service import Service
 from fedtune.split.session import Offer
 from tests import tiny
@@ -38,7 +38,7 @@ CASES = [
 
 def method_of(**changes: Any) -> Any:
     settings = {"type": "sfprompt", "prompts": 3, "codec": "fp32", "train": {"batch": 2, "accumulate": 2, "steps": 1}, **changes}
-    return methods.build(SFPromptSettings(**settings), 3)
+    return SFPromptTable(**settings).build(3, Mean())
 
 
 def parted(method: Any, model: ModelSettings, task: str) -> tuple[Base, Base, Any, Any]:
@@ -46,7 +46,8 @@ def parted(method: Any, model: ModelSettings, task: str) -> tuple[Base, Base, An
     labels = () if task == "causal-lm" else LABELS
     whole = load(model, task, labels, 1)
     bench = method.prepare(whole, 1)
-    site = method.load_site(model, task, labels, 1, json.loads(json.dumps(method.tell(bench))))
+    split = method.capabilities.split
+    site = split.load_site(model, task, labels, 1, SplitFacts.from_words(json.loads(json.dumps(split.describe(bench).to_words()))))
     return whole, site, bench, method.prepare(site, 1)
 
 
@@ -79,8 +80,9 @@ def test_loss_and_gradients_are_those_of_the_whole_model(name: str, changes: dic
     """The site's steps go through a body that was loaded alone, the whole model's through its own."""
     method, model, task = method_of(**changes), world.settings(name), world.tasks[name]
     _, site, bench, own = parted(method, model, task)
-    offer, card = offer_of(method.tell(bench))
-    part = method.load_body(model, task)
+    facts = method.capabilities.split.describe(bench)
+    offer, card = facts.offer, facts.read_card()
+    part = method.capabilities.split.load_body(model, task)
     assert part.net is not site.net and not {"head", "tail"} & part.holds
     service = Service(Frozen(part), replace(offer, model=""), lambda hello, peer: True, merging=None)
     far = BodyAt(lambda: Local(service), offer, "here", lambda number, client: "", card)
@@ -106,11 +108,11 @@ def test_a_telling_bench_stays_as_it_is(world: Any) -> None:
     for changes in ({"tail": 1, "head": 0}, {"lora_rank": 2}):
         method = method_of(**changes)
         bench = method.prepare(world.load("encoder"), 1)
-        first = method.tell(bench)
+        first = method.capabilities.split.describe(bench)
         bench.write({name: value + 1 for name, value in bench.read().items()})
         before, batch = digest(bench.read()), world.encoded("encoder").collate(range(3))
         logits = bench.net(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        assert method.tell(bench) == first and digest(bench.read()) == before
+        assert method.capabilities.split.describe(bench) == first and digest(bench.read()) == before
         assert torch.equal(bench.net(**{name: value for name, value in batch.items() if name != "labels"}).logits, logits)
         assert all(value.requires_grad for value in bench.parameters()) and sum(v.requires_grad for v in bench.base.net.parameters()) >= len(bench.named) - 1
 
@@ -122,7 +124,7 @@ def test_a_part_that_is_not_the_coordinators_is_refused_before_training(world: A
     import transformers
 
     method = method_of()
-    told = method.tell(method.prepare(world.load("encoder"), 1))
+    told = method.capabilities.split.describe(method.prepare(world.load("encoder"), 1))
     other = tiny.bert(tmp_path / "other")
     net = transformers.BertModel.from_pretrained(other)
     with torch.no_grad():
@@ -130,27 +132,29 @@ def test_a_part_that_is_not_the_coordinators_is_refused_before_training(world: A
     net.save_pretrained(other)
     here = ModelSettings(name=str(other), threads=1, device="cpu")
     with pytest.raises(FedtuneError, match="S702: found a head with tensors of digest"):
-        method.load_site(here, "classify", LABELS, 1, told)
+        method.capabilities.split.load_site(here, "classify", LABELS, 1, told)
     with pytest.raises(FedtuneError, match="S702: found a part with k = 0, expected k = 1"):
-        method_of(head=0).load_site(world.settings("encoder"), "classify", LABELS, 1, told)
+        method_of(head=0).capabilities.split.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
     with pytest.raises(FedtuneError, match="S702: found a tokenizer of digest"):
-        method.load_site(world.settings("encoder"), "classify", LABELS, 1, {**told, "tokenizer": "0" * 64})
+        method.capabilities.split.load_site(world.settings("encoder"), "classify", LABELS, 1, replace(told, tokenizer="0" * 64))
 
 
 @pytest.mark.parametrize("spoiled", [{}, {"card": "["}, {"card": "{}"}, {"card": '{"k": "1"}'}, {"base": ""}], ids=str)
 def test_a_ticket_that_describes_no_parts_is_refused(spoiled: dict[str, str], world: Any) -> None:
     method = method_of()
-    told = {**method.tell(method.prepare(world.load("encoder"), 1)), **spoiled} if spoiled else {}
+    told = method.capabilities.split.describe(method.prepare(world.load("encoder"), 1)).to_words()
     with pytest.raises(FedtuneError, match="S702: found a ticket that does not describe the model's parts"):
-        method.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
+        told = SplitFacts.from_words({**told, **spoiled} if spoiled else {})
+        method.capabilities.split.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
 
 
 def test_a_body_that_answers_otherwise_is_refused_before_a_session(world: Any) -> None:
     """It claims the digest, and computes with one of its matrices changed."""
     method = method_of()
     bench = method.prepare(world.load("encoder"), 1)
-    offer, card = offer_of(method.tell(bench))
-    part = method.load_body(world.settings("encoder"), "classify")
+    facts = method.capabilities.split.describe(bench)
+    offer, card = facts.offer, facts.read_card()
+    part = method.capabilities.split.load_body(world.settings("encoder"), "classify")
     with torch.no_grad():
         part.net.bert.encoder.layer[1].output.dense.weight.mul_(1.05)
     service = Service(Frozen(part), Offer("", offer.part, offer.first, offer.last, offer.width), lambda hello, peer: True, merging=None)
@@ -162,11 +166,11 @@ def test_nothing_of_the_body_stays_behind_in_a_sites_process(world: Any) -> None
     """Every tensor that a load leaves alive is looked at."""
     method = method_of()
     whole = method.prepare(world.load("encoder"), 1)
-    told, shapes = method.tell(whole), {tuple(v.shape) for v in whole.net.part.parameters("body").values()}
+    told, shapes = method.capabilities.split.describe(whole), {tuple(v.shape) for v in whole.net.part.parameters("body").values()}
     body = {tuple(v.flatten()[:8].tolist()) for v in whole.net.part.parameters("body").values() if v.std() > 0}
     gc.collect()
     known = {id(one) for one in gc.get_objects() if isinstance(one, torch.Tensor)}
-    site = method.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
+    site = method.capabilities.split.load_site(world.settings("encoder"), "classify", LABELS, 1, told)
     gc.collect()
     new = [one for one in gc.get_objects() if isinstance(one, torch.Tensor) and id(one) not in known and not one.is_meta and tuple(one.shape) in shapes]
     assert site and new and not body & {tuple(one.detach().flatten()[:8].tolist()) for one in new}

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import ADAPTERS, adapter_of
 from fedtune.model.bench import attach, detach
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
 from fedtune.model.score import score
-from fedtune.model.settings import AdapterSettings, TrainSettings
+from fedtune.model.settings import TrainSettings
 from fedtune.schema import digest
 from tests.benches import bare
 from tests.model.cases import ALL, REFUSED, VARIANTS
@@ -31,7 +32,7 @@ def test_every_kind_learns_and_leaves_no_trace(world: Any, model: str, variant: 
     pristine = {name: value.clone() for name, value in base.weights.items()}
     before = logits(bare(base), encoded)
 
-    bench = attach(base, AdapterSettings(**VARIANTS[variant]), 3)
+    bench = attach(base, adapter_of(**VARIANTS[variant]), 3)
     start, first = bench.read(), score(bench, encoded).loss
     fit(bench, encoded, TrainSettings(steps=20, lr=1e-2, batch=6), 5)
     assert score(bench, encoded).loss < first - 0.01
@@ -45,7 +46,7 @@ def test_every_kind_learns_and_leaves_no_trace(world: Any, model: str, variant: 
     assert {name: id(value) for name, value in base.net.named_parameters()} == {name: id(value) for name, value in base.weights.items()}
     assert torch.equal(logits(bare(base), encoded), before)
 
-    again = attach(base, AdapterSettings(**VARIANTS[variant]), 3)  # a second life from the same seed
+    again = attach(base, adapter_of(**VARIANTS[variant]), 3)  # a second life from the same seed
     assert digest(again.read()) == digest(start)
     again.write(after)
     assert digest(again.read()) == digest(after)
@@ -55,18 +56,18 @@ def test_every_kind_learns_and_leaves_no_trace(world: Any, model: str, variant: 
 @pytest.mark.parametrize(("model", "variant"), sorted(REFUSED))
 def test_kinds_that_a_model_cannot_have_are_refused_and_leave_it_alone(world: Any, model: str, variant: str) -> None:
     base = world.base(model)
-    detach(attach(base, AdapterSettings(kind="full"), 0))
+    detach(attach(base, adapter_of(kind="full"), 0))
     with pytest.raises(FedtuneError, match="M306"):
-        attach(base, AdapterSettings(**VARIANTS[variant]), 3)
+        attach(base, adapter_of(**VARIANTS[variant]), 3)
     assert base.attached is None
     assert dict(base.net.named_parameters()).keys() == base.weights.keys()
 
 
 def test_the_seed_decides_the_start_and_another_seed_another(world: Any) -> None:
     base = world.base("encoder")
-    one = attach(base, AdapterSettings(), 1).read()
+    one = attach(base, adapter_of(), 1).read()
     torch.rand(7)
-    same, other = attach(base, AdapterSettings(), 1).read(), attach(base, AdapterSettings(), 2).read()
+    same, other = attach(base, adapter_of(), 1).read(), attach(base, adapter_of(), 2).read()
     assert digest(one) == digest(same) != digest(other)
 
 
@@ -74,14 +75,14 @@ def test_the_seed_decides_the_start_and_another_seed_another(world: Any) -> None
 def test_the_first_state_is_the_base_itself(world: Any, variant: str) -> None:
     base, encoded = world.base("encoder"), world.encoded("encoder")
     plain = logits(bare(base), encoded)
-    assert torch.allclose(logits(attach(base, AdapterSettings(**VARIANTS[variant]), 3), encoded), plain, atol=1e-6)
+    assert torch.allclose(logits(attach(base, adapter_of(**VARIANTS[variant]), 3), encoded), plain, atol=1e-6)
 
 
 def test_a_bench_that_was_taken_off_is_not_used_by_mistake(world: Any) -> None:
     base, encoded = world.base("encoder"), world.encoded("encoder")
     untouched = bare(base)
-    old = attach(base, AdapterSettings(kind="head"), 1)
-    new = attach(base, AdapterSettings(kind="bias"), 1)
+    old = attach(base, adapter_of(kind="head"), 1)
+    new = attach(base, adapter_of(kind="bias"), 1)
     detach(old)  # is off already: the new one stays
     assert base.attached is new
     for stale in (old, untouched):
@@ -91,7 +92,7 @@ def test_a_bench_that_was_taken_off_is_not_used_by_mistake(world: Any) -> None:
 
 
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(world: Any) -> None:
-    bench = attach(world.base("encoder"), AdapterSettings(kind="head"), 1)
+    bench = attach(world.base("encoder"), adapter_of(kind="head"), 1)
     good = bench.read()
     assert good.keys() == {"classifier.weight", "classifier.bias"}
     for wrong in (
@@ -109,23 +110,23 @@ def test_counts_on_paper(world: Any) -> None:
     """BERT of width 32, 2 blocks, feed-forward 64: per block LoRA meets q, k, v, o (32 -> 32) and two feed-forward layers; and the pooler."""
     base = world.base("encoder")
     head = 2 * 32 + 2
-    lora = attach(base, AdapterSettings(rank=2), 1)
+    lora = attach(base, adapter_of(rank=2), 1)
     assert lora.trainable == head + 2 * (2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32))
     assert lora.total == base.size + lora.trainable - head  # the head is trained in place
-    bias = attach(base, AdapterSettings(kind="bias"), 1)
+    bias = attach(base, adapter_of(kind="bias"), 1)
     assert bias.trainable == head + 2 * (4 * 32 + 64 + 32 + 2 * 32) + 32 + 32  # blocks, embedding norm, pooler
     assert bias.total == base.size
-    adapter = attach(base, AdapterSettings(kind="adapter", reduction=8), 1)
+    adapter = attach(base, adapter_of(kind="adapter", reduction=8), 1)
     assert adapter.trainable == head + (32 * 4 + 4) + (4 * 32 + 32)
-    assert attach(base, AdapterSettings(kind="prompt", deep=True, tokens=5), 1).trainable == head + 2 * 5 * 32
-    assert attach(base, AdapterSettings(kind="head"), 1).trainable == head
-    assert attach(base, AdapterSettings(kind="full"), 1).trainable == base.size
+    assert attach(base, adapter_of(kind="prompt", deep=True, tokens=5), 1).trainable == head + 2 * 5 * 32
+    assert attach(base, adapter_of(kind="head"), 1).trainable == head
+    assert attach(base, adapter_of(kind="full"), 1).trainable == base.size
 
 
 def test_an_unknown_target_lists_what_is_there(world: Any) -> None:
     with pytest.raises(FedtuneError, match=r"M302.*'q_proj'.*dense.*query"):
-        attach(world.base("encoder"), AdapterSettings(targets=("q_proj",)), 1)
-    some = attach(world.base("encoder"), AdapterSettings(targets=("query", "layer.1.output.dense")), 1)
+        attach(world.base("encoder"), adapter_of(targets=("q_proj",)), 1)
+    some = attach(world.base("encoder"), adapter_of(targets=("query", "layer.1.output.dense")), 1)
     assert sum("lora_A" in name for name in some.named) == 3
 
 
@@ -136,8 +137,8 @@ def test_a_head_tied_to_the_embeddings_is_refused(tmp_path: Any) -> None:
 
     base = load(ModelSettings(name=str(tiny.llama(tmp_path, tie=True)), threads=1), "causal-lm", (), 1)
     with pytest.raises(FedtuneError, match=r"M306.*tied"):
-        attach(base, AdapterSettings(kind="head"), 1)
-    full = attach(base, AdapterSettings(kind="full"), 1)
+        attach(base, adapter_of(kind="head"), 1)
+    full = attach(base, adapter_of(kind="full"), 1)
     assert full.trainable == base.size  # tied ones once
     assert full.base.net.lm_head.weight is full.base.net.model.embed_tokens.weight
 
@@ -145,7 +146,7 @@ def test_a_head_tied_to_the_embeddings_is_refused(tmp_path: Any) -> None:
 def test_both_layers_of_a_bottleneck_at_zero_would_never_learn(world: Any) -> None:
     """FedPEFT's code starts both at zero; this is why we do not."""
     base, encoded = world.base("encoder"), world.encoded("encoder")
-    bench = attach(base, AdapterSettings(kind="adapter"), 3)
+    bench = attach(base, adapter_of(kind="adapter"), 3)
     zeros = {name: np.zeros_like(value) if name.startswith("bottlenecks") else value for name, value in bench.read().items()}
     bench.write(zeros)
     fit(bench, encoded, TrainSettings(steps=3, lr=1e-2, batch=6), 5)
@@ -157,7 +158,7 @@ def test_shallow_prompts_of_ours_equal_embeddings_put_in_by_hand(world: Any) -> 
     """A generative classifier: the same logits as its backbone on [prompts; words] read at the last word."""
     base, encoded = world.base("decoder"), world.encoded("decoder")
     batch = encoded.collate([0])
-    bench = attach(base, AdapterSettings(kind="prompt", tokens=4), 3)
+    bench = attach(base, adapter_of(kind="prompt", tokens=4), 3)
     ours = logits(bench, encoded)[0]
     prompts = bench.named["prompts"].detach()
     detach(bench)
@@ -167,10 +168,14 @@ def test_shallow_prompts_of_ours_equal_embeddings_put_in_by_hand(world: Any) -> 
         assert torch.allclose(base.net.score(hidden[0, -1]), ours, atol=1e-5)
 
 
+def test_every_kind_is_enrolled() -> None:
+    assert {variant["kind"] for variant in VARIANTS.values()} == set(ADAPTERS)
+
+
 @pytest.mark.parametrize(("model", "variant"), ALL)
 def test_a_bfloat16_base_trains_float32_tensors(world: Any, model: str, variant: str) -> None:
     base, encoded = world.load(model, dtype="bfloat16"), world.encoded(model)
-    bench = attach(base, AdapterSettings(**VARIANTS[variant]), 3)
+    bench = attach(base, adapter_of(**VARIANTS[variant]), 3)
     assert {value.dtype for value in bench.parameters()} == {torch.float32}
     first = score(bench, encoded).loss
     fit(bench, encoded, TrainSettings(steps=10, lr=1e-2, batch=6), 5)
@@ -183,5 +188,5 @@ def test_virtual_tokens_need_room(world: Any) -> None:
     base = world.base("encoder")
     encoded = encode([{"text": "the " * 40, "label": "a"}], base, max_length=30)
     with pytest.raises(FedtuneError, match=r"D207.*30 tokens and 4 virtual.*32.*28"):
-        score(attach(base, AdapterSettings(kind="prompt", tokens=4), 1), encoded)
-    assert score(attach(base, AdapterSettings(kind="prompt", tokens=4, deep=True), 1), encoded).count == 1
+        score(attach(base, adapter_of(kind="prompt", tokens=4), 1), encoded)
+    assert score(attach(base, adapter_of(kind="prompt", tokens=4, deep=True), 1), encoded).count == 1

@@ -14,13 +14,14 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import adapter_of
 from fedtune.model.base import load
 from fedtune.model.bench import attach
 from fedtune.model.encode import encode
-from fedtune.model.export import MERGES, is_stock, load_adapter, save_adapter, save_merged
+from fedtune.model.export import is_stock, load_adapter, save_adapter, save_merged
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
-from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
+from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.schema import digest
 from tests import tiny
 from tests.model.cases import ALL, VARIANTS
@@ -41,7 +42,7 @@ def logits_of(net: Any, batch: dict[str, torch.Tensor], causal: bool) -> torch.T
 
 
 def trained(world: Any, model: str, variant: str) -> tuple[Any, Any, torch.Tensor]:
-    bench, encoded = attach(world.base(model), AdapterSettings(**VARIANTS[variant]), 3), world.encoded(model)
+    bench, encoded = attach(world.base(model), adapter_of(**VARIANTS[variant]), 3), world.encoded(model)
     fit(bench, encoded, TrainSettings(steps=4, lr=1e-2, batch=6), 5)
     batch = encoded.collate(range(3))
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_round_trips(world: Any, model: str, variant: str, tmp_path: Path) -> No
     else:
         assert not (folder / "adapter_config.json").exists()
 
-    if bench.kind in MERGES:
+    if bench.settings.merges:
         save_merged(bench, tmp_path / "merged", "# a card\n")
         merged = AUTO[model].from_pretrained(tmp_path / "merged")
         assert torch.allclose(logits_of(merged, batch, causal), want, atol=2e-5)
@@ -95,7 +96,7 @@ def test_a_fresh_pooler_travels_with_the_head(tmp_path: Path) -> None:
     bert.save_pretrained(folder)
     base = load(ModelSettings(name=str(folder), threads=1), "classify", ("a", "b"), 1)
     assert "bert.pooler.dense.weight" in base.fresh
-    bench, encoded = attach(base, AdapterSettings(), 1), encode(tiny.texts(), base, max_length=16)
+    bench, encoded = attach(base, adapter_of(), 1), encode(tiny.texts(), base, max_length=16)
     assert "base_model.model.bert.pooler.dense.weight" in bench.named
     assert not any("pooler" in name and "lora" in name for name in bench.named)
     fit(bench, encoded, TrainSettings(steps=2), 1)

@@ -13,10 +13,11 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.model.adapters import adapter_of
 from fedtune.model.bench import attach
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit, schedule_factor, step_batches
-from fedtune.model.settings import AdapterSettings, TrainSettings
+from fedtune.model.settings import TrainSettings
 from fedtune.schema import digest
 from tests import tiny
 
@@ -42,7 +43,7 @@ SETTINGS = TrainSettings(steps=7, lr=1e-2, batch=4, weight_decay=0.01)
 @pytest.mark.parametrize("model", ["causal", "encoder"])
 def test_full_equals_a_plain_torch_loop_bit_for_bit(world: Any, model: str) -> None:
     base, encoded = world.base(model), world.encoded(model)
-    bench = attach(base, AdapterSettings(kind="full"), 1)
+    bench = attach(base, adapter_of(kind="full"), 1)
     start = bench.read()
     fit(bench, encoded, SETTINGS, 9)
     auto = transformers.AutoModelForCausalLM if model == "causal" else transformers.AutoModelForSequenceClassification
@@ -55,7 +56,7 @@ def test_full_equals_a_plain_torch_loop_bit_for_bit(world: Any, model: str) -> N
 
 def test_lora_equals_a_plain_peft_loop_bit_for_bit(world: Any) -> None:
     base, encoded = world.base("causal"), world.encoded("causal")
-    bench = attach(base, AdapterSettings(rank=4, alpha=8.0, targets=("q_proj", "v_proj")), 11)
+    bench = attach(base, adapter_of(rank=4, alpha=8.0, targets=("q_proj", "v_proj")), 11)
     start = bench.read()
     fit(bench, encoded, SETTINGS, 9)
     net = transformers.AutoModelForCausalLM.from_pretrained(world.folders["causal"])
@@ -78,7 +79,7 @@ def test_same_seed_same_bytes_and_dropout_is_seeded(world: Any, tmp_path: Any) -
     encoded = encode(tiny.texts(), base, max_length=16)
 
     def once(seed: int) -> str:
-        bench = attach(base, AdapterSettings(dropout=0.1), 1)
+        bench = attach(base, adapter_of(dropout=0.1), 1)
         torch.rand(3)
         fit(bench, encoded, TrainSettings(steps=3, batch=6), seed)
         return digest(bench.read())
@@ -98,7 +99,7 @@ def test_accumulation_equals_one_big_batch(world: Any, model: str) -> None:
     base, encoded = world.base(model), world.encoded(model)
     results = []
     for batch, accumulate in ((len(encoded), 1), (2, len(encoded) // 2)):
-        bench = attach(base, AdapterSettings(), 1)
+        bench = attach(base, adapter_of(), 1)
         report = fit(bench, encoded, TrainSettings(optimizer="sgd", lr=0.1, steps=1, batch=batch, accumulate=accumulate), 3)
         results.append((bench.read(), report.loss, report.examples, report.tokens))
     assert results[0][2:] == results[1][2:] == (len(encoded), encoded.tokens)
@@ -116,7 +117,7 @@ def test_a_micro_batch_that_does_not_fit_the_device_is_halved_and_the_step_done_
     settings, seen = TrainSettings(steps=2, lr=1e-2, batch=8), list[int]()
 
     def trained(limit: int) -> dict[str, np.ndarray]:
-        bench = attach(base, AdapterSettings(kind="head"), 1)
+        bench = attach(base, adapter_of(kind="head"), 1)
         real = base.net.forward
 
         def forward(*given: Any, **named: Any) -> Any:
@@ -151,11 +152,11 @@ def test_fedprox_by_hand(world: Any) -> None:
     settings = {"optimizer": "sgd", "lr": 0.1, "batch": 6}
 
     def after(steps: int, prox: float) -> dict[str, np.ndarray]:
-        bench = attach(base, AdapterSettings(kind="bias"), 1)
+        bench = attach(base, adapter_of(kind="bias"), 1)
         fit(bench, encoded, TrainSettings(steps=steps, prox=prox, **settings), 3)
         return bench.read()
 
-    start = attach(base, AdapterSettings(kind="bias"), 1).read()
+    start = attach(base, adapter_of(kind="bias"), 1).read()
     one, two, pulled = after(1, 0.0), after(2, 0.0), after(2, 0.5)
     assert digest(one) == digest(after(1, 0.5))
     for name in start:
@@ -163,7 +164,7 @@ def test_fedprox_by_hand(world: Any) -> None:
 
 
 def test_clipping_limits_the_step(world: Any) -> None:
-    bench = attach(world.base("encoder"), AdapterSettings(), 1)
+    bench = attach(world.base("encoder"), adapter_of(), 1)
     start = bench.read()
     fit(bench, world.encoded("encoder"), TrainSettings(optimizer="sgd", lr=1.0, steps=1, clip=0.01), 3)
     moved = math.sqrt(sum(float(((value - start[name]) ** 2).sum()) for name, value in bench.read().items()))
@@ -174,7 +175,7 @@ def test_clipping_limits_the_step(world: Any) -> None:
 def test_recomputation_gives_the_same_bytes(world: Any, variant: str) -> None:
     states = []
     for checkpointing in (False, True):
-        bench = attach(world.base("causal" if variant != "bias" else "encoder"), AdapterSettings(kind=variant), 1)
+        bench = attach(world.base("causal" if variant != "bias" else "encoder"), adapter_of(kind=variant), 1)
         calls = count_calls(bench)
         fit(bench, world.encoded("causal" if variant != "bias" else "encoder"), TrainSettings(steps=2, checkpointing=checkpointing), 3)
         states.append((digest(bench.read()), len(calls)))
@@ -193,13 +194,13 @@ def count_calls(bench: Any) -> list[int]:
 
 
 def test_prefixes_cannot_be_recomputed(world: Any) -> None:
-    bench = attach(world.base("causal"), AdapterSettings(kind="prefix"), 1)
+    bench = attach(world.base("causal"), adapter_of(kind="prefix"), 1)
     with pytest.raises(FedtuneError, match="M306"):
         fit(bench, world.encoded("causal"), TrainSettings(steps=1, checkpointing=True), 3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_client(world: Any) -> None:
-    bench = attach(world.base("encoder"), AdapterSettings(kind="head"), 1)
+    bench = attach(world.base("encoder"), adapter_of(kind="head"), 1)
     bench.write({name: np.full_like(value, np.nan) for name, value in bench.read().items()})
     with pytest.raises(ClientFailed, match=r"W607.*nan at local step 1"):
         fit(bench, world.encoded("encoder"), TrainSettings(steps=5), 3)
@@ -234,7 +235,7 @@ def test_schedules_run_over_all_rounds() -> None:
 def test_bfloat16_autocast_trains_close_to_float32(world: Any) -> None:
     losses = []
     for autocast in ("off", "bfloat16"):
-        bench = attach(world.base("causal"), AdapterSettings(), 1)
+        bench = attach(world.base("causal"), adapter_of(), 1)
         losses.append(fit(bench, world.encoded("causal"), TrainSettings(steps=5, lr=1e-2, autocast=autocast), 3).loss)
     assert losses[0] != losses[1]
     assert math.isclose(*losses, rel_tol=0.02)

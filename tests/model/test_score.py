@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import adapter_of
 from fedtune.model.bench import attach
 from fedtune.model.encode import encode
 from fedtune.model.score import score
-from fedtune.model.settings import AdapterSettings
 from tests import tiny
 from tests.benches import bare
 
@@ -21,7 +21,7 @@ from tests.benches import bare
 def test_perplexity_by_hand(world: Any, kind: str) -> None:
     """One row at a time, one token at a time: exp of the mean of -log p."""
     base, encoded = world.base("causal"), world.encoded("causal")
-    bench = bare(base) if kind == "none" else attach(base, AdapterSettings(kind=kind, tokens=3), 1)
+    bench = bare(base) if kind == "none" else attach(base, adapter_of(kind=kind, tokens=3), 1)
     surprise = []
     with torch.no_grad():
         for example in encoded.examples:

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import adapter_of
 from fedtune.model.bench import attach
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.settings import ModelSettings
 from fedtune.model.shapes import plan
 from tests.model.cases import ALL, REFUSED, VARIANTS
 
 
 @pytest.mark.parametrize(("model", "variant"), ALL)
 def test_the_plan_is_the_bench(world: Any, model: str, variant: str) -> None:
-    settings = AdapterSettings(**VARIANTS[variant])
+    settings = adapter_of(**VARIANTS[variant])
     planned = plan(world.settings(model), settings, world.tasks[model], 2)
     bench = attach(world.base(model), settings, 1)
     assert planned.shapes == {name: value.shape for name, value in bench.read().items()}
@@ -27,12 +28,12 @@ def test_the_plan_is_the_bench(world: Any, model: str, variant: str) -> None:
 @pytest.mark.parametrize(("model", "variant"), sorted(REFUSED))
 def test_the_plan_refuses_what_the_bench_refuses(world: Any, model: str, variant: str) -> None:
     with pytest.raises(FedtuneError, match="M306"):
-        plan(world.settings(model), AdapterSettings(**VARIANTS[variant]), world.tasks[model], 2)
+        plan(world.settings(model), adapter_of(**VARIANTS[variant]), world.tasks[model], 2)
 
 
 def test_no_weights_are_needed(world: Any, tmp_path: Path) -> None:
     shutil.copy(world.folders["encoder"] / "config.json", tmp_path)
-    half = plan(ModelSettings(name=str(tmp_path), dtype="bfloat16"), AdapterSettings(kind="head"), "classify", 150)
+    half = plan(ModelSettings(name=str(tmp_path), dtype="bfloat16"), adapter_of(kind="head"), "classify", 150)
     assert half.shapes == {"classifier.weight": (150, 32), "classifier.bias": (150,)}
     assert half.weights_bytes == 2 * half.total
 
@@ -44,5 +45,5 @@ def test_the_papers_sizes(tmp_path: Path) -> None:
     ViTConfig(image_size=224, patch_size=16).save_pretrained(tmp_path)
     sizes = {"head": 76_900, "bias": 179_812, "adapter": 225_220, "prompt": 169_060, "full": 85_875_556}
     for kind, size in sizes.items():
-        planned = plan(ModelSettings(name=str(tmp_path)), AdapterSettings(kind=kind, deep=True), "image-classify", 100)  # type: ignore[arg-type]
+        planned = plan(ModelSettings(name=str(tmp_path)), adapter_of(kind, **({"deep": True} if kind == "prompt" else {})), "image-classify", 100)  # type: ignore[arg-type]
         assert planned.trainable == size

@@ -11,11 +11,12 @@ import transformers as T
 from torch import nn
 
 from fedtune.errors import FedtuneError
+from fedtune.model.adapters import adapter_of
+from fedtune.model.adapters.layers import linear_layers
 from fedtune.model.base import Base, load
 from fedtune.model.bench import attach
 from fedtune.model.blocks import is_encoder
-from fedtune.model.kinds import linears
-from fedtune.model.settings import AdapterSettings, ModelSettings
+from fedtune.model.settings import ModelSettings
 from tests import tiny
 
 BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -33,16 +34,16 @@ def opened(folder: Path, net: type, task: str = "causal-lm", **settings: Any) ->
 
 def test_subclasses_of_linear_are_linear_layers(tmp_path: Path) -> None:
     base = opened(tmp_path, T.FalconForCausalLM, **BLOCK, bos_token_id=0, eos_token_id=1)
-    assert {name.rpartition(".")[2] for name in linears(base)} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-    assert {type(base.net.get_submodule(name)).__name__ for name in linears(base)} == {"FalconLinear"}
-    assert attach(base, AdapterSettings(rank=2), 0).trainable
+    assert {name.rpartition(".")[2] for name in linear_layers(base)} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert {type(base.net.get_submodule(name)).__name__ for name in linear_layers(base)} == {"FalconLinear"}
+    assert attach(base, adapter_of(rank=2), 0).trainable
 
 
 def test_an_output_layer_that_is_never_called_is_no_target(world: Any) -> None:
     """torch's own attention reads the weights of its output layer; peft's wrapper there would never run."""
     base = world.load("encoder")
     base.net.bert.encoder.layer[0].extra = nn.MultiheadAttention(32, 4)
-    assert not any("extra" in name for name in linears(base))
+    assert not any("extra" in name for name in linear_layers(base))
 
 
 UNFIT = {
@@ -61,7 +62,7 @@ def test_a_kind_that_does_not_fit_is_refused_at_once_and_the_base_is_as_before(n
     with torch.no_grad():
         before = base.net(input_ids=ids).logits
         with pytest.raises(FedtuneError, match=rf"M306: found kind '{adapter['kind']}' with a {net.__name__}"):
-            attach(base, AdapterSettings(**adapter), 0)
+            attach(base, adapter_of(**adapter), 0)
         assert base.attached is None and torch.equal(base.net(input_ids=ids).logits, before)
 
 

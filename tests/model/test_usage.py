@@ -13,15 +13,16 @@ import peft
 import pytest
 import torch
 
+from fedtune.model.adapters import adapter_of
 from fedtune.model.bench import Bench, attach
 from fedtune.model.export import is_stock, load_adapter, save
 from fedtune.model.fit import fit
-from fedtune.model.settings import AdapterSettings, TrainSettings
+from fedtune.model.settings import TrainSettings
 from tests.model.cases import ALL, VARIANTS
 
 
 def tuned(world: Any, model: str, **settings: Any) -> Bench:
-    bench = attach(world.base(model), AdapterSettings(**settings), 0)
+    bench = attach(world.base(model), adapter_of(**settings), 0)
     fit(bench, world.encoded(model), TrainSettings(steps=3, lr=0.05, batch=6), 5)
     return bench
 
@@ -107,7 +108,7 @@ def test_modules_that_are_not_there_or_tied_are_refused(world: Any, tmp_path: Pa
     from tests import tiny
 
     with pytest.raises(FedtuneError, match=r"M302.*'nowhere'"):
-        attach(world.base("causal"), AdapterSettings(modules_to_save=("nowhere",)), 0)
+        attach(world.base("causal"), adapter_of(modules_to_save=("nowhere",)), 0)
     base = load(ModelSettings(name=str(tiny.llama(tmp_path, tie=True)), threads=1), "causal-lm", (), 1)
     with pytest.raises(FedtuneError, match=r"M306.*tied to its embeddings"):
-        attach(base, AdapterSettings(modules_to_save=("lm_head",)), 0)
+        attach(base, adapter_of(modules_to_save=("lm_head",)), 0)

@@ -20,13 +20,14 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO
+from fedtune.model.adapters import adapter_of
 from fedtune.model.base import Base, load
 from fedtune.model.bench import Bench, attach, detach
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.export import is_stock, load_adapter, save_adapter
 from fedtune.model.fit import fit
 from fedtune.model.score import score
-from fedtune.model.settings import AdapterSettings, ModelSettings, TrainSettings
+from fedtune.model.settings import ModelSettings, TrainSettings
 from tests import small, tiny
 from tests.benches import bare
 from tests.models.families import FAMILIES, make
@@ -100,7 +101,7 @@ def tried(base: Base, column: str, root: Path) -> None:
     """One kind of adapter, through all that a client and a user do with it."""
     before = {name: value.detach().clone() for name, value in base.net.state_dict().items()}
     examples = rows_for(base.task, base)
-    bench = attach(base, AdapterSettings(**KINDS[column]), 1)
+    bench = attach(base, adapter_of(**KINDS[column]), 1)
     try:
         refused_too_late(lambda: used(bench, examples, root / f"{base.task} {column}"))
     finally:

@@ -79,10 +79,10 @@ def test_comparisons_that_fail_are_null_and_the_run_ends(tiny_bert: Path, data: 
 
 def test_scores_of_nan_are_no_scores(world: Any, tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores, "summed_loss", lambda bench, batch, honest=scores.summed_loss: (honest(bench, batch)[0] * math.nan, *honest(bench, batch)[1:]))
+    from fedtune.model.adapters import adapter_of
     from fedtune.model.bench import attach
-    from fedtune.model.settings import AdapterSettings
 
-    bench = attach(world.base("encoder"), AdapterSettings(kind="head"), 0)
+    bench = attach(world.base("encoder"), adapter_of(kind="head"), 0)
     with pytest.raises(FedtuneError, match=r"W607.*a loss of nan on the 6 examples to score"):
         score(bench, world.encoded("encoder"))
     folder, result, _ = small.play(small.recipe(tiny_bert, data, evaluate__every=1, evaluate__base=True, evaluate__clients=True), tmp_path)

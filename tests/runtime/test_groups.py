@@ -144,7 +144,7 @@ def test_a_group_that_is_too_small_is_refused_before_anybody_is_asked(made: tupl
 
 def test_groups_of_one_are_single_answers_for_a_method_that_says_that_it_reads_them(tiny_bert: Path, data: Path) -> None:
     made = small.world_of(small.recipe(tiny_bert, data, aggregate={"rule": "median"}))
-    assert "train" in made[1].method.reads_each
+    assert made[1].tasks["train"].reads_each
     given = made[1].method.start(made[0].bench).shared
     sums = cohort_of(made, (0, 1, 2)).sum_groups("train", given, lambda client: client, min_group=1)
     for client, update in cohort_of(made, (0, 1, 2)).each("train", given):

@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.errors import Refused
 from fedtune.schema import Schema, digest
-from fedtune.transforms.broadcast import DownlinkSettings, Held, down_bits, hold, holding, pack, unpack
+from fedtune.transforms.downlink import DOWNLINKS, Held, downlink_of, hold, holding
 from fedtune.types import Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, encode
 
@@ -27,17 +27,17 @@ def wired(message: Update) -> Update:
     return decode(data, Expect("run", 1, EVERYONE, "train", "", Schema.of(message.tensors), kinds))[1]
 
 
-@pytest.mark.parametrize("step", ["none", "int8", "delta"])
+@pytest.mark.parametrize("step", DOWNLINKS)
 def test_both_sides_hold_the_same_bits(step: str) -> None:
-    settings = DownlinkSettings(step=step)  # type: ignore[arg-type]
+    settings = downlink_of(step)
     server: Held | None = None
     memory: dict[str, np.ndarray] = {}  # a client that is there in every round
     for round in range(1, 6):
-        made = pack(settings, state(round), server, round)
+        made = settings.pack(state(round), server, round)
         mine = holding(memory)
         message = made.delta if made.delta and mine and mine.round == made.since else made.full
-        tensors = unpack(settings, wired(message), mine.tensors if mine else None)
-        newcomer = unpack(settings, wired(made.full), None)
+        tensors = settings.unpack(wired(message), mine.tensors if mine else None)
+        newcomer = settings.unpack(wired(made.full), None)
         assert digest(tensors) == digest(newcomer) == digest(made.held.tensors)
         hold(memory, Held(round, tensors))
         server = made.held
@@ -45,52 +45,52 @@ def test_both_sides_hold_the_same_bits(step: str) -> None:
 
 
 def test_the_first_delta_broadcast_is_the_state_itself() -> None:
-    made = pack(DownlinkSettings(step="delta"), state(0), None, 1)
+    made = downlink_of(step="delta").pack(state(0), None, 1)
     assert made.delta is None and digest(made.held.tensors) == digest(state(0))
 
 
 def test_int8_is_within_half_a_step() -> None:
-    made = pack(DownlinkSettings(step="int8"), state(0), None, 1)
+    made = downlink_of(step="int8").pack(state(0), None, 1)
     for name, value in state(0).items():
         assert np.abs(made.held.tensors[name] - value).max() <= np.abs(value).max() / 254 * 1.01
 
 
 def test_what_a_delta_leaves_out_is_sent_later() -> None:
     """A state that stands still is reached: the server's copy is its residual."""
-    settings, goal = DownlinkSettings(step="delta", keep=0.2), state(3)
+    settings, goal = downlink_of(step="delta", keep=0.2), state(3)
 
     def away(held: Held) -> float:
         return float(np.sqrt(sum(np.sum((held.tensors[name] - value) ** 2) for name, value in goal.items())))
 
-    held = pack(settings, state(0), None, 1).held
+    held = settings.pack(state(0), None, 1).held
     first = away(held)
     for round in range(2, 40):
-        held = pack(settings, goal, held, round).held
+        held = settings.pack(goal, held, round).held
     assert away(held) < 0.02 * first
 
 
 def test_another_schema_makes_no_delta() -> None:
-    settings = DownlinkSettings(step="delta")
-    held = pack(settings, state(0), None, 1).held
-    assert pack(settings, {"a": state(0)["a"]}, held, 2).delta is None
+    settings = downlink_of(step="delta")
+    held = settings.pack(state(0), None, 1).held
+    assert settings.pack({"a": state(0)["a"]}, held, 2).delta is None
 
 
 @pytest.mark.parametrize("before", [None, {"a": np.zeros(3, np.float32)}])
 def test_a_delta_to_something_else_is_refused(before: Tensors | None) -> None:
-    settings = DownlinkSettings(step="delta")
-    held = pack(settings, state(0), None, 1).held
-    delta = pack(settings, state(1), held, 2).delta
+    settings = downlink_of(step="delta")
+    held = settings.pack(state(0), None, 1).held
+    delta = settings.pack(state(1), held, 2).delta
     assert delta is not None
     with pytest.raises(Refused, match="W604"):
-        unpack(settings, delta, before)
+        settings.unpack(delta, before)
 
 
 def test_the_estimates_are_near_what_travels() -> None:
     big = {"w": np.random.default_rng(0).uniform(-1, 1, (300, 300)).astype(np.float32)}
-    for step in ("none", "int8", "delta"):
-        settings = DownlinkSettings(step=step)  # type: ignore[arg-type]
-        first = pack(settings, big, None, 1)
-        second = pack(settings, {"w": big["w"] * np.float32(1.01)}, first.held, 2)
-        for told, message in zip(down_bits(settings, Schema.of(big)), (second.full, second.delta or second.full), strict=True):
+    for step in DOWNLINKS:
+        settings = downlink_of(step)
+        first = settings.pack(big, None, 1)
+        second = settings.pack({"w": big["w"] * np.float32(1.01)}, first.held, 2)
+        for told, message in zip(settings.bits(Schema.of(big)), (second.full, second.delta or second.full), strict=True):
             sent = 8 * len(encode(message, Header("run", 2, EVERYONE, "train"))) / big["w"].size
             assert sent == pytest.approx(told, rel=0.05)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedtune.transforms.broadcast import Held
+from fedtune.transforms.downlink import Held
 from fedtune.transforms.exact import changed_since, not_zero, recorded
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from fedtune.data.rows import Table
-from fedtune.data.settings import DataSettings
+from fedtune.data.settings import Source
 from fedtune.errors import FedtuneError
 from fedtune.rng import stream
 
@@ -59,9 +60,15 @@ MARKUP: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
-def docstrings(data: DataSettings) -> Table:
-    """Columns text and label; the same rows in every process. Raises D208 (a package is not installed)."""
-    return Table([{data.text: text, data.label: label} for text, label in collect()], "the built-in docstrings")
+class Docstrings(Source):
+    """source = "docstrings": built in, needs no file; columns text and label."""
+
+    source: Literal["docstrings"] = "docstrings"
+    tasks: ClassVar[frozenset[str]] = frozenset({"classify", "causal-lm"})
+
+    def table(self) -> Table:
+        """The same rows in every process. Raises D208 (a package is not installed)."""
+        return Table([{self.text: text, self.label: label} for text, label in collect()], "the built-in docstrings")
 
 
 @cache

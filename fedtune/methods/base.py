@@ -1,0 +1,112 @@
+"""What most methods do alike: a state that is the bench's tensors, one verb `train`, ordinary local training. Override what yours does otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
+from fedtune.model.adapters import AdapterSettings, Lora
+from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
+from fedtune.rng import seed_of
+from fedtune.schema import Schema
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
+    from fedtune.model.bench import Bench
+    from fedtune.model.encode import Encoded
+    from fedtune.model.shapes import Plan
+
+Weight = Literal["examples", "tokens", "equal"]
+
+
+def weight_of(kind: Weight, data: Encoded) -> float:
+    """What a client's answer counts for in the mean."""
+    return {"examples": float(len(data)), "tokens": float(data.tokens), "equal": 1.0}[kind]
+
+
+class AdapterTable(MethodTable):
+    """[method] of a method that trains an adapter."""
+
+    weight: Weight = "examples"
+    """What a client's answer counts for in the mean."""
+    adapter: AdapterSettings = Lora()
+    train: TrainSettings = TrainSettings()
+
+    def depends_on_rounds(self) -> list[str]:
+        return self.train.depends_on_rounds()
+
+
+class AdapterMethod:
+    """FedAvg of an adapter."""
+
+    def __init__(self, settings: AdapterTable, rounds: int) -> None:
+        self.settings, self.rounds = settings, rounds
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(self.settings.type, f"{self.settings.type} / {self.settings.adapter.kind}")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(costs=AdapterCosts(self.settings))
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        return {"train": Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)}
+
+    def prepare(self, base: Base, seed: int) -> Bench:
+        from fedtune.model.bench import attach
+
+        return attach(base, self.settings.adapter, seed_of("adapter", seed))
+
+    def start(self, bench: Bench) -> State:
+        return State(bench.read())
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        return State(cohort.sum("train", state.shared).values())
+
+    def train(self, client: Client, given: Tensors, now: Round) -> Update:
+        from fedtune.model.fit import fit
+
+        bench: Bench = client.model
+        bench.write(given)
+        seed = seed_of("train", now.seed, now.number, client.id)
+        report = fit(bench, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
+        return Update.of(bench.read(), weight_of(self.settings.weight, client.data), {"loss": report.loss})
+
+    def install(self, state: State, bench: Bench) -> None:
+        bench.write(state.shared)
+
+    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+        from fedtune.model.fit import fit
+
+        self.install(state, bench)
+        fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+
+    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+        from fedtune.model.export import save
+
+        save(form, bench, folder, card)
+
+
+class AdapterCosts:
+    """Ordinary training of an adapter: plan and memory from config.json."""
+
+    def __init__(self, settings: AdapterTable) -> None:
+        self.settings = settings
+
+    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
+        from fedtune.model.shapes import plan
+
+        return plan(model, self.settings.adapter, task, labels)
+
+    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
+        from fedtune.model.shapes import training_bytes
+
+        return training_bytes(plan, self.settings.train, length)
+
+    def remarks(self, recipe: object, labels: int, rows: float) -> list[str]:
+        return []

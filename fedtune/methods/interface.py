@@ -1,0 +1,203 @@
+"""What a federated method is: a table of settings that builds it, both halves of the algorithm, and what else it can do.
+
+Both halves stand in one class: `round` runs on the server, the work of a verb on each client. A method that averages one number:
+
+    >>> import numpy as np
+    >>> from fedtune.methods.interface import Capabilities, Facts, Verb
+    >>> from fedtune.schema import Schema
+    >>> from fedtune.types import Client, Round, State, Update
+    >>> class Average:
+    ...     facts = Facts("average", "average / one number", forms=(), metrics=())
+    ...     capabilities = Capabilities()
+    ...     @property
+    ...     def verbs(self):  # what clients can be asked
+    ...         return {"tell": Verb(self.tell, lambda bench, client, now: Schema.of(bench), lambda given, now: given)}
+    ...     def tell(self, client, given, now):  # the client's half
+    ...         return Update.of({"x": np.float32([client.data])}, weight=1.0)
+    ...     def start(self, bench):
+    ...         return State(bench)
+    ...     def round(self, state, cohort, now):  # the server's half: it sees the sum only
+    ...         return State(cohort.sum("tell", state.shared).values())
+
+Asked by a cohort that adds up what its clients say, it finds their mean:
+
+    >>> class Cohort:
+    ...     def sum(self, verb, given):
+    ...         clients = [Client(number, f"client-{number}", None, number) for number in range(4)]
+    ...         return sum((method.verbs[verb].work(c, given, now) for c in clients[1:]), method.verbs[verb].work(clients[0], given, now))
+    >>> method, now = Average(), Round(1, seed=1, members=(0, 1, 2, 3))
+    >>> method.round(method.start({"x": np.float32([0])}), Cohort(), now).shared["x"].tolist()
+    [1.5]
+
+The runtime asks a method for nothing beside what stands here: no attribute is looked up by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedtune.schema import Schema
+from fedtune.settings import Settings
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedtune.aggregate import Rule
+    from fedtune.methods.split import Split
+    from fedtune.model.settings import ModelSettings
+    from fedtune.model.shapes import Plan
+
+
+class Work(Protocol):
+    """A client's half of a verb: what it does when asked."""
+
+    def __call__(self, client: Client, given: Tensors, now: Round) -> Update: ...
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One question that clients can be asked.
+
+    work        the client's half
+    given       bench, client's number, round -> the schema of what this client is given, so that it can refuse anything else before it allocates
+    answer      schema given, round -> the schema of the answer, for the same reason on the server
+    reads_each  the server reads single answers, not only their sum
+    moves       the answer is the given tensors, moved: under a chain, the difference travels, and the downlink may be lossy
+    holds       clients keep the whole numbers that they are given, so that later only changes need travel
+    """
+
+    work: Work
+    given: Callable[[Any, int, Round], Schema]
+    answer: Callable[[Schema, Round], Schema]
+    reads_each: bool = False
+    moves: bool = False
+    holds: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reports say of a method.
+
+    type     as in the recipe
+    title    type and what is trained
+    forms    in which a state can be exported; a run leaves the first
+    metrics  names of the figures that an answer carries
+    """
+
+    type: str
+    title: str
+    forms: tuple[str, ...] = ("adapter", "merged")
+    metrics: tuple[str, ...] = ("loss",)
+
+
+class Costs(Protocol):
+    """What `fedtune check` and the fit of a device need to know, from config.json alone: no weights are read."""
+
+    def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
+        """What would be trained."""
+
+    def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
+        """What a client at work needs, in bytes, by what for; `length` is that of the longest input."""
+
+    def remarks(self, recipe: Any, labels: int, rows: float) -> list[str]:
+        """Further lines for `fedtune check`; `rows` is the mean number of training rows of a client."""
+
+
+class Ranks(Protocol):
+    """Clients whose adapters differ in rank."""
+
+    def of(self, client: int) -> int:
+        """The rank of a client, by its number."""
+
+    def trained(self, plan: Plan, client: int) -> int:
+        """How many values a client trains."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What only some methods can do; None where a method cannot.
+
+    costs     memory and bytes before a run
+    ranks     clients of different ranks
+    shrink    state, bench, rank -> the best adapter of that rank in the bench; returns the share of the norm that is lost
+    split     the model is held in parts by different parties
+    verify    refuse to install a state that was made from another start (M304)
+    also_see  who sees more of clients' data than the server sees of an answer -> what
+    """
+
+    costs: Costs | None = None
+    ranks: Ranks | None = None
+    shrink: Callable[[State, Any, int], float] | None = None
+    split: Split | None = None
+    verify: Callable[[State, Any], None] | None = None
+    also_see: Mapping[str, str] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """Both halves of a federated algorithm. methods/base.py has the ordinary answers for whoever wants them."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]: ...
+
+    def prepare(self, base: Any, seed: int) -> Any:
+        """Base model -> the bench that clients and server share in this process."""
+
+    def start(self, bench: Any) -> State:
+        """The state before the first round."""
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        """The server's half of one round."""
+
+    def install(self, state: State, bench: Any) -> None:
+        """Put a state into the bench, to evaluate or to export it."""
+
+    def alone(self, bench: Any, data: Any, state: State, seed: int) -> None:
+        """Train from a state on one client's data, for the steps of a client that takes part in every round; the result stays in the bench."""
+
+    def export(self, form: str, state: State, bench: Any, folder: Path, card: str, seed: int) -> None:
+        """Write an installed state in one of the forms, with its card; `seed` is the run's."""
+
+
+class MethodTable(Settings):
+    """[method]: which method, and its settings. A method is registered by its table's place in `MethodSettings`."""
+
+    type: str
+
+    def build(self, rounds: int, rule: Rule) -> Method:
+        """The method for a run of so many rounds, under an aggregation rule."""
+        raise NotImplementedError(f"'{self.type}' builds no method")
+
+    @property
+    def undecided(self) -> str:
+        """What has to be known of the clients before the run begins, as a key; "" where the table says everything."""
+        return ""
+
+    def decided(self, recipe: Any, memory: Sequence[int] = (), labels: int | None = None, least: bool = False) -> MethodTable:
+        """The table with everything said, as somebody could have written it by hand.
+
+        memory  bytes that each client has for training, by client number, as they reported it; () where they did not
+        labels  size of the label set; None reads the data for it
+        least   a client in whose memory nothing fits is given the least that there is; otherwise that is refused (M308)
+        """
+        return self
+
+    @property
+    def provisional(self) -> MethodTable:
+        """The table as the server itself is, where clients are undecided: enough to plan with."""
+        return self
+
+    def explain(self, recipe: Any, names: Sequence[str], plan: Plan) -> tuple[MethodTable, list[str]]:
+        """For `fedtune check`: the decided table, and why, in lines."""
+        return self, []
+
+    def depends_on_rounds(self) -> list[str]:
+        """Settings that look at the number of rounds while they train, so that a longer run is another run from its first round on."""
+        return []

@@ -1,0 +1,65 @@
+"""What every kind of adapter is: a table of settings that puts itself on a model. No torch at import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from fedtune.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedtune.model.base import Base
+
+    Named = dict[str, nn.Parameter]
+
+
+class Adapter(Settings):
+    """[method.adapter]: what is trained. The task head always travels with it.
+
+    merges   whether a merged model can be exported: the kind adds no layers and no tokens
+    caches   whether the adapter lives in the model's cache of keys and values
+    has_encoder  whether its tokens come from a network of its own, of which peft's file keeps what it says and not the network
+    """
+
+    kind: str
+    merges: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
+    has_encoder: ClassVar[bool] = False
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that the kind puts before every text."""
+        return 0
+
+    def attach(self, base: Base) -> tuple[Any, Named]:
+        """Put the adapter on the base's network: the network to call, and the tensors to train by name.
+
+        Names are those of peft's own adapter file where peft has the kind, the network's own names otherwise. Draws come from
+        torch's generator, which the caller has seeded. Raises M302, M306.
+        """
+        raise NotImplementedError(f"kind '{self.kind}' cannot be attached")
+
+
+class LayerAdapter(Adapter):
+    """A kind that stands beside chosen linear layers."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of modules, or all-linear."""
+    last: int = Field(0, ge=0)
+    """Adapt the last so many blocks only, which also ends the backward pass there; 0 means all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules beside the task head that are trained whole and travel, by the ends of their names, such as "embed_tokens"."""
+
+
+class PromptAdapter(Adapter):
+    """A kind that learns tokens before the text."""
+
+    tokens: int = Field(10, ge=1)
+    """Virtual tokens."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.tokens

@@ -1,0 +1,35 @@
+"""The network's own parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fedtune.errors import FedtuneError
+from fedtune.model.adapters.base import Adapter
+
+if TYPE_CHECKING:
+    from fedtune.model.adapters.base import Named
+    from fedtune.model.base import Base
+
+
+class Full(Adapter):
+    """kind = "full": every parameter, or those that a pattern names; costs a float32 copy of them while attached."""
+
+    kind: Literal["full"] = "full"
+    merges: ClassVar[bool] = True
+    only: tuple[str, ...] = ()
+    """Names of parameters, shell patterns such as "*.layers.4.*"; the task head is always trained; empty means all."""
+
+    def attach(self, base: Base) -> tuple[Any, Named]:
+        """Tied parameters once. Raises M302."""
+        from fnmatch import filter as matching
+        from fnmatch import fnmatchcase
+
+        from fedtune.model.adapters.layers import in_head, open_for_training
+
+        for pattern in self.only:
+            if not matching(base.weights, pattern):
+                some = ", ".join(sorted(base.weights)[:3])
+                raise FedtuneError("M302", f"the pattern '{pattern}', which no parameter of {base.name} fits", f"names such as {some}", "correct the pattern")
+        chosen = {name for name in base.weights if not self.only or in_head(base, name) or any(fnmatchcase(name, pattern) for pattern in self.only)}
+        return base.net, open_for_training(base, chosen)

@@ -1,0 +1,30 @@
+"""The task head alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fedtune.model.adapters.base import Adapter
+
+if TYPE_CHECKING:
+    from fedtune.model.adapters.base import Named
+    from fedtune.model.base import Base
+
+
+class Head(Adapter):
+    """kind = "head": the task head alone; for language models the output layer, if it is not tied to the embeddings."""
+
+    kind: Literal["head"] = "head"
+    merges: ClassVar[bool] = True
+
+    def attach(self, base: Base) -> tuple[Any, Named]:
+        from fedtune.hf.config import LM_TASKS
+        from fedtune.model.adapters.layers import head_parameters, open_for_training, unfit
+
+        if base.task not in LM_TASKS:
+            return base.net, head_parameters(base)
+        output = base.net.get_output_embeddings()
+        if output.weight is base.net.get_input_embeddings().weight:
+            raise unfit(base, self.kind, "an output layer of its own (here it is tied to the embeddings)", "choose another method.adapter.kind")
+        own = {id(value) for value in output.parameters()}
+        return base.net, open_for_training(base, {name for name, value in base.weights.items() if id(value) in own})

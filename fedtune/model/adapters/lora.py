@@ -1,0 +1,50 @@
+"""Low-rank adaptation, by peft."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fedtune.model.adapters.base import LayerAdapter
+
+if TYPE_CHECKING:
+    from fedtune.model.adapters.base import Named
+    from fedtune.model.base import Base
+
+
+class Lora(LayerAdapter):
+    """kind = "lora": a low-rank update beside chosen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+    kind: Literal["lora"] = "lora"
+    merges: ClassVar[bool] = True
+    rank: int = Field(8, ge=1)
+    """Rank r."""
+    alpha: float = Field(16.0, gt=0)
+    """The update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before A."""
+    rslora: bool = False
+    """Rank-stabilised scale."""
+    dora: bool = False
+    """Weight-decomposed (DoRA)."""
+
+    def attach(self, base: Base) -> tuple[Any, Named]:
+        """A is Kaiming-uniform from the seed, B is zero: the first state is the base itself."""
+        import peft
+
+        from fedtune.model.adapters.layers import target_layers
+        from fedtune.model.adapters.wrap import peft_arguments, with_peft
+
+        return with_peft(
+            base,
+            peft.LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                target_modules=target_layers(base, self),
+                use_rslora=self.rslora,
+                use_dora=self.dora,
+                **peft_arguments(base, self.modules_to_save),
+            ),
+        )

@@ -1,0 +1,84 @@
+"""The way down: what the server sends to its clients, and what they then hold, which both sides compute to the same bits.
+
+Clients of a lossy way down do not hold the server's state, so their answers must be differences (a chain with a step): the
+server adds them to its own state, and nothing that the way down left out is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fedtune.schema import Schema
+from fedtune.settings import Settings
+from fedtune.types import Tensors, Update
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a client that took the broadcast of `round` holds: float32, or whole numbers (exact.py). The server keeps it from round to round."""
+
+    round: int
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """One round's messages.
+
+    full   for everybody: float32 values or integer levels
+    delta  for clients that hold the broadcast of round `since`; None where there is none
+    held   what every client holds after either of them
+    """
+
+    full: Update
+    delta: Update | None
+    since: int
+    held: Held
+
+
+class DownlinkCode(Settings):
+    """[downlink]: how the state travels to the clients.
+
+    lossy      whether clients hold something else than the server's state
+    remembers  whether clients keep what they were sent, so that a later message can build on it
+    """
+
+    step: str
+    lossy: ClassVar[bool] = True
+    remembers: ClassVar[bool] = False
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.lossy and not recipe.chain:
+            expected = "a chain with a step, so that clients answer with differences"
+            yield f"downlink.step = '{self.step}' without a [[chain]]", expected, "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]"
+
+    def pack(self, state: Tensors, before: Held | None, round: int) -> Broadcast:
+        """This round's messages for a state (float32). `before` is the `held` of an earlier round, None before the first."""
+        raise NotImplementedError(f"'{self.step}' packs nothing")
+
+    def unpack(self, message: Update, before: Tensors | None) -> dict[str, np.ndarray]:
+        """What the receiver of a message holds now, float32. Raises Refused W604 for a change to something that it does not hold."""
+        return message.values()
+
+    def bits(self, schema: Schema) -> tuple[float, float]:
+        """Estimated bits a parameter of the full message and of the one to up-to-date clients."""
+        return 32.0, 32.0
+
+
+def hold(memory: dict[str, np.ndarray], held: Held) -> None:
+    """Keep a broadcast in a client's memory, in place of the one before."""
+    for key in [key for key in memory if key.startswith("held/")]:
+        del memory[key]
+    memory.update({f"held/{name}": np.asarray(value) for name, value in held.tensors.items()})
+    memory["held.round"] = np.asarray(held.round, np.int64)
+
+
+def holding(memory: dict[str, np.ndarray]) -> Held | None:
+    """The broadcast that a client's memory holds."""
+    if "held.round" not in memory:
+        return None
+    return Held(int(memory["held.round"]), {key.removeprefix("held/"): value for key, value in memory.items() if key.startswith("held/")})

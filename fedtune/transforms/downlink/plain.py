@@ -1,0 +1,19 @@
+"""The state as it is."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fedtune.transforms.downlink.base import Broadcast, DownlinkCode, Held
+from fedtune.types import Tensors, Update
+
+
+class Plain(DownlinkCode):
+    """step = "none": the state, float32."""
+
+    step: Literal["none"] = "none"
+    lossy: ClassVar[bool] = False
+
+    def pack(self, state: Tensors, before: Held | None, round: int) -> Broadcast:
+        full = Update.of(state)
+        return Broadcast(full, None, 0, Held(round, full.values()))
