@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
@@ -23,7 +23,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods import METHODS, FedPEFTTable, Method, MethodSettings, MethodTable
 from fedtune.model.settings import ModelSettings
 from fedtune.rules import check_rules
-from fedtune.settings import Settings, tag_of, union_of
+from fedtune.settings import Settings, path_below, tag_of, union_of
 from fedtune.transforms import ChainStep
 from fedtune.transforms.downlink import DownlinkSettings, Plain
 from fedtune.wire.settings import LimitSettings
@@ -76,6 +76,9 @@ class DeploySettings(Settings):
     """Share of the round's members whose answers must count; with fewer, the run pauses (exit code 75) until `fedtune resume`."""
     over: float = Field(0.0, ge=0, le=1)
     """Ask so many more members (a share) than [sampling] says, and end the round when as many as it says have answered."""
+
+    def located(self, place: Path) -> Self:
+        return self.model_copy(update={"test": path_below(place, self.test)})
 
 
 class Recipe(Settings):

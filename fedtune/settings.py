@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +24,10 @@ class Settings(BaseModel):
         """Keys that the value of `selector` leaves without effect: they go where an override sets it, and are refused where a recipe says them."""
         return set()
 
+    def located(self, place: Path) -> Self:
+        """The table with its relative paths counted from a folder."""
+        return self
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         """Settings that cannot go together, each as found, expected, what to do: the recipe is refused (C104) with the first."""
         yield from ()
@@ -35,6 +40,11 @@ class Union:
     discriminator: str
     classes: dict[str, type[Settings]]
     default: str  # "" where the table has to say it
+
+
+def path_below(place: Path, path: str) -> str:
+    """A path from `place`; an absolute one, one from the home folder and none at all stay."""
+    return str(place / path) if path and not path.startswith("~") else path
 
 
 def union_of(cls: type[BaseModel], key: str) -> Union | None:

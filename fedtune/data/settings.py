@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
-from fedtune.settings import Settings
+from fedtune.settings import Settings, path_below
 
 if TYPE_CHECKING:
     from fedtune.data.rows import Table
@@ -124,6 +125,10 @@ class PathSource(Source):
     @property
     def is_placed(self) -> bool:
         return bool(self.path)
+
+    def located(self, place: Path) -> Self:
+        path = path_below(place, self.path) if isinstance(self.path, str) else tuple(path_below(place, one) for one in self.path)
+        return self.model_copy(update={"path": path})
 
 
 class TextFileSource(PathSource):

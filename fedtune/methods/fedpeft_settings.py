@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
@@ -12,6 +13,7 @@ from fedtune.methods.base import AdapterTable
 from fedtune.methods.ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
+from fedtune.settings import path_below
 
 
 class FedPEFTSettings(AdapterTable):
@@ -30,6 +32,9 @@ class FedPEFTSettings(AdapterTable):
     lora_alpha_by_client: tuple[float, ...] = Field((), max_length=4096)
     """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one scale."""
     server: ServerSettings = TakeMean()
+
+    def located(self, place: Path) -> Self:
+        return self.model_copy(update={"start_from": path_below(place, self.start_from)})
 
     @property
     def undecided(self) -> str:

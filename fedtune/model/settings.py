@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from fedtune.settings import Settings
+from fedtune.settings import Settings, path_below
 
 
 class ModelSettings(Settings):
@@ -24,6 +25,9 @@ class ModelSettings(Settings):
     threads: int = Field(0, ge=0)
     """CPU threads of torch; 0 means OMP_NUM_THREADS where it is set, else the cores that affinity and control groups allow. Bits may
     differ between thread counts."""
+
+    def located(self, place: Path) -> Self:
+        return self.model_copy(update={"name": path_below(place, self.name)}) if (place / self.name).exists() else self  # else it is a hub's name
 
 
 class TrainSettings(Settings):

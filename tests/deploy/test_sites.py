@@ -14,7 +14,7 @@ import pytest
 from fedtune.config import Recipe
 from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.policy import Asked, Policy, read_policy
-from fedtune.deploy.sites import Details, at_coordinator, at_site, resolved, source_of
+from fedtune.deploy.sites import Details, at_coordinator, at_site, resolved
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.exchange.events import CallRefused
@@ -76,7 +76,6 @@ def test_each_side_holds_its_own_rows_only(tmp_path: Path) -> None:
     site, coordinator = at_site(told, 1, str(mine)), at_coordinator(told)
     assert [len(c.train) for c in site.clients] == [0, 10] and not site.test and site.clients[1].name == "site-b"
     assert [len(c.train) for c in coordinator.clients] == [0, 0] and len(coordinator.test) == 7 and coordinator.labels == site.labels
-    assert source_of(told, "x.parquet") == "parquet" and source_of(told, "folder") == "jsonl"
     with pytest.raises(FedtuneError, match=r"D201: found no data of this site.*fedtune client --data FILE"):
         at_site(told, 0, "")
     with pytest.raises(FedtuneError, match=r"D206: found no data.labels"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from fedtune.data.rows import Rows, Table
 from fedtune.data.settings import PathSource
@@ -16,6 +16,9 @@ class Hub(PathSource):
     source: Literal["hub"] = "hub"
     split: str = "train"
     """Which split to load."""
+
+    def located(self, place: Path) -> Self:
+        return self  # a data set's name, or a folder that is meant as it stands
 
     def table(self) -> Table:
         """The split `data.split`; classes kept as numbers with names become their names. Raises D201 and D202."""
