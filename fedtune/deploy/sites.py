@@ -11,9 +11,9 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.data import Federation, Slice, load, load_slice
+from fedtune.data.settings import PathSource
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError, Refused
-from fedtune.rules import FILELESS
 from fedtune.trust import COORDINATOR
 from fedtune.trust.allowed import read_entries
 from fedtune.trust.certificates import utc_now
@@ -68,7 +68,7 @@ def at_site(recipe: Recipe, number: int, data: str, partition: bool = False) -> 
         if not partition:
             raise FedtuneError("F507", "a recipe that says which rows are read here (deploy.data = 'partition')", "rows of --data", "for a demo: --partition")
         return load(recipe.data, recipe.partition, recipe.seed)
-    if recipe.data.source in FILELESS:
+    if not isinstance(recipe.data, PathSource):
         found = f"data.source = '{recipe.data.source}', which reads what is installed here"
         raise FedtuneError("F507", found, "a source that reads --data", "name the form of the sites' rows in the recipe: jsonl, csv, parquet")
     if not data:
