@@ -124,7 +124,8 @@ def test_a_recipe_cannot_name_a_models_folder_at_a_site(hostile: Taken) -> None:
 @pytest.mark.parametrize("source", ["docstrings", "digits"])
 def test_a_recipe_cannot_have_rows_made_of_what_is_installed(source: str, hostile: Taken) -> None:
     task = {"docstrings": "classify", "digits": "image-classify"}[source]
-    assert hostile.asks(hostile.worker(), hostile.recipe(data__source=source, data__task=task))["code"] == "F507"
+    recipe = hostile.recipe(data={"source": source, "task": task, "labels": sorted(small.WORDS)})
+    assert hostile.asks(hostile.worker(), recipe)["code"] == "F507"
 
 
 # --- versions -----------------------------------------------------------------------------------------------------------
