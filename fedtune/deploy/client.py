@@ -22,6 +22,7 @@ from pathlib import Path
 from fedtune.deploy.passage import Passage
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.processes import Program, alone, bare, environment, free_port, stop_all
+from fedtune.deploy.walls import walls
 from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.exchange.probe import reason, unreachable
@@ -187,5 +188,7 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
                       "--node-config", node),
         "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
     }  # fmt: skip
-    own = {"worker"}
-    return [Program(name, command, home / "logs" / f"{name}.log", env if name in own else theirs, own=name in own) for name, command in commands.items()]
+    kept = json.dumps(walls(flower, [config.keys, config.data, config.home, config.policy]))
+    logs = {name: home / "logs" / f"{name}.log" for name in commands}
+    flowers = [Program(name, commands[name], logs[name], theirs, walls=kept) for name in ("supernode", "superexec")]
+    return [Program("worker", commands["worker"], logs["worker"], env, own=True), *flowers]

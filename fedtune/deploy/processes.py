@@ -30,6 +30,7 @@ PARENT = "FEDTUNE_PARENT"
 LEASH = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execvp(sys.argv[2], sys.argv[2:])"
 
 
+JAIL = Path(__file__).with_name("jail.py")
 APPS = ("flwr-clientapp", "flwr-serverapp")
 
 
@@ -79,7 +80,8 @@ def bare(env: Mapping[str, str], home: Path) -> dict[str, str]:
 class Program:
     """One program; its output goes to a log that is begun anew with its first life.
 
-    own  whether it is one of ours: a mistake that ends its first life would end every other
+    own    whether it is one of ours: a mistake that ends its first life would end every other
+    walls  rules that keep it from the rest of the disk (jail.py, JSON), "" for none
     """
 
     name: str
@@ -87,6 +89,7 @@ class Program:
     log: Path
     env: Mapping[str, str]
     own: bool = False
+    walls: str = ""
     process: subprocess.Popen[bytes] | None = None
     deaths: int = 0
     lives: int = 0
@@ -116,7 +119,8 @@ class Program:
     def _start(self, now: float) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab" if self.lives else "wb") as out:
-            command = [sys.executable, "-SEc", LEASH, str(os.getpid()), *self.command] if sys.platform == "linux" else list(self.command)
+            first = ["-SE", str(JAIL), self.walls] if self.walls else ["-SEc", LEASH]
+            command = [sys.executable, *first, str(os.getpid()), *self.command] if sys.platform == "linux" else list(self.command)
             self.process = subprocess.Popen(command, env=dict(self.env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         self._since, self.lives = now, self.lives + 1
 

@@ -11,6 +11,7 @@ import transformers
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.code import refuse_code
 from fedtune.hf.labels import LabelSet, choose_labels
 
 AUTO = {
@@ -47,8 +48,9 @@ def locate(name: str) -> str:
 def load_config(place: str, task: str, labels: Sequence[str] | None, known: dict[str, Any]) -> tuple[Any, LabelSet]:
     """The configuration, with the label set where the task has one, and what was decided about its labels. No weights are read.
 
-    Raises M301 (an adapter lies beside the model) and M306 (an architecture that cannot do the task).
+    Raises M301 (an adapter lies beside the model, or its settings name code) and M306 (an architecture that cannot do the task).
     """
+    refuse_code(place, known)
     refuse_adapter(place, known)
     config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
     refuse_architecture(config, place, task)
@@ -89,6 +91,7 @@ def refuse_missing_weights(place: str) -> None:
 def require_model(name: str) -> None:
     """Raises M301, or what transformers raises, where a name leads to no model: one without config.json, or without weights. Reads none of them."""
     place = locate(name)
+    refuse_code(place, {})
     transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
     refuse_missing_weights(place)
 
