@@ -14,7 +14,7 @@ from fedtune.plain import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a mistake that the user can mend, 70 a defect of fedtune."""
+    """Run one command; returns the exit code: 0 done, 2 a mistake that the user can fix, 70 a defect of fedtune."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "command"):
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             return defect(error)
-        print("fedtune: R404: found no space left where the output goes, expected room to write; free space and run the command again.", file=sys.stderr)
+        print("fedtune: R404: no space is left where the output goes; free space and run the command again.", file=sys.stderr)
         return 2
     except Exception as error:
         return defect(error)
@@ -55,10 +55,10 @@ def defect(error: Exception) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
-    from fedtune.cli import check, deploy, keys, leak_test, merge, runs, simulate
+    from fedtune.cli import check, deploy, explain, keys, leak_test, merge, runs, simulate
 
     parser = argparse.ArgumentParser(prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (simulate, check, leak_test, runs, merge, deploy, keys):
+    for module in (simulate, check, leak_test, runs, merge, deploy, keys, explain):
         module.add_commands(commands)
     return parser

@@ -151,8 +151,10 @@ class Program:
 
 def read_sentence(line: str) -> FedtuneError | None:
     """A mistake from the sentence that it was printed as; None for any other line."""
-    parts = re.fullmatch(r"([A-Z]\d{3}): found (.*), expected (.*?); (.*)\.", line)
-    return FedtuneError(*parts.groups()) if parts and parts[1] in CATALOGUE else None
+    parts = re.fullmatch(r"([A-Z]\d{3}): (?:found (.*), expected (.*?)|(.*?)); (.*)\.", line)
+    if not parts or parts[1] not in CATALOGUE:
+        return None
+    return FedtuneError(parts[1], parts[2] or parts[4], parts[3] or "", parts[5])
 
 
 def stop_all(programs: Sequence[Program], seconds: float = 5.0) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from fedtune.errors import CATALOGUE, FedtuneError, Refused
+from fedtune.errors import CATALOGUE, FedtuneError, Refused, framed
 from fedtune.proxies import proxy_hint
 from fedtune.wire.v1 import exchange_pb2 as pb
 
@@ -38,7 +38,7 @@ def abort(context: Any, error: FedtuneError) -> NoReturn:
         parts.code, parts.found, parts.expected, parts.do = "E804", "no room on the coordinator's disk", "room for an update", "it is tried again later"
     context.set_trailing_metadata(((TRAILER, parts.SerializeToString()),))
     status = STATUS.get(error.code) or BY_LETTER.get(error.code[0], S.INTERNAL)
-    context.abort(status, f"{parts.code}: found {parts.found}, expected {parts.expected}; {parts.do}."[:1000])
+    context.abort(status, framed(parts.code, parts.found, parts.expected, parts.do)[:1000])
     raise AssertionError("abort does not return")
 
 

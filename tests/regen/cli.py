@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from tests.regen.docs import NOTE, cell
 
-CODES = """Exit codes: 0 done, 2 a mistake that you can mend (one sentence with a [code](errors.md) on stderr), 70 a defect of fedtune, 75 a run that
-paused below its quorum, 130 interrupted. `FEDTUNE_DEBUG=1` shows the traceback of a defect.
+CODES = """Exit codes: 0 done, 2 a mistake that you can fix (one sentence with a [code](errors.md) on stderr, see `fedtune explain`), 70 a defect of
+fedtune, 75 a run that paused below its quorum, 130 interrupted. `FEDTUNE_DEBUG=1` shows the traceback of a defect.
 """
 
 
