@@ -32,6 +32,24 @@ def add_commands(commands: Any) -> None:
     add_made(action)
     action.set_defaults(command=issue)
 
+    action = actions.add_parser("request", help="at a site: make its keys, which never leave it, and a request to be carried to the operator")
+    action.add_argument("name", help="the site's name, as the operator knows it")
+    action.add_argument("--federation", default="federation", metavar="NAME", help="the federation's name (default: federation)")
+    action.add_argument("--to", default="", metavar="DIR", help="the folder of the keys (default: the name)")
+    action.add_argument("--passphrase", action="store_true", help="encrypt the keys; asked for, or FEDTUNE_PASSPHRASE")
+    action.set_defaults(command=request)
+
+    action = actions.add_parser("sign", help="at the operator: sign a site's request; whoever has the answer can do nothing without the site's keys")
+    action.add_argument("request", help="the file that fedtune keys request made")
+    action.add_argument("--days", type=days, default=DAYS, help=f"how long the keys are valid (default: {DAYS})")
+    add_folder(action)
+    action.set_defaults(command=sign)
+
+    action = actions.add_parser("accept", help="at a site: take the operator's answer to its request")
+    action.add_argument("answer", help="the file that fedtune keys sign made")
+    action.add_argument("--to", required=True, metavar="DIR", help="the folder of the keys that were requested")
+    action.set_defaults(command=accept)
+
     action = actions.add_parser("renew", help="make new keys for a member; the old ones stay valid until they end or are revoked")
     action.add_argument("name", help="a client's name, or coordinator")
     action.add_argument("--host", action="append", default=[], help="of the coordinator: its names and addresses from now on (default: as before)")
@@ -84,6 +102,40 @@ def issue(options: argparse.Namespace) -> int:
     made = open_authority(Path(options.keys).expanduser(), asked)
     place = made.issue(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase))
     print(f"{place}  carry it to the site over a safe way, then delete it here")
+    return 0
+
+
+def request(options: argparse.Namespace) -> int:
+    from fedtune.trust import requests
+
+    folder = Path(options.to or options.name).expanduser()
+    path, mark = requests.make(folder, options.federation, options.name, chosen(folder / "key.pem", options.passphrase))
+    print(f"{path}  carry it to the operator (fedtune keys sign); the keys stay in {folder}")
+    print(f"fingerprint  {mark}  read it to the operator over another way: whoever changes the request on its way changes it")
+    return 0
+
+
+def sign(options: argparse.Namespace) -> int:
+    from fedtune.trust import requests
+    from fedtune.trust.authority import open_authority
+
+    path = Path(options.request).expanduser()
+    content = requests.content_of(path)
+    made = open_authority(Path(options.keys).expanduser(), asked)
+    print(f"fingerprint  {requests.mark(content)}  compare it with what the site says before its answer is used")
+    name, answer = made.sign(content, options.days)
+    target = path.with_name(f"{name}.answer")
+    target.write_bytes(answer)
+    print(f"{target}  carry it back to '{name}' (fedtune keys accept); it is no secret")
+    return 0
+
+
+def accept(options: argparse.Namespace) -> int:
+    from fedtune.trust import requests
+
+    folder = Path(options.to).expanduser()
+    identity = requests.accept(folder, requests.content_of(Path(options.answer).expanduser()), asked)
+    print(f"{folder}  keys of '{identity.name.name}' of '{identity.name.federation}', valid until {identity.peer.ends:%Y-%m-%d}")
     return 0
 
 

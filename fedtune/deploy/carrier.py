@@ -22,6 +22,7 @@ from fedtune.trust.envelope import PROTOCOL
 
 PAUSE = 0.2  # seconds between two looks
 AGAIN = 10.0  # seconds before a member that could not work now is asked again
+SKEW = 300.0  # seconds that a ticket is good beyond its question's end: clocks differ
 SILENT = 60.0  # seconds without a word from a member that was sent a ticket, after which it is sent another; twice as long each time
 ABSENT, GRACE = 2, 2.0  # questions in a row without an answer, after which a member is asked and not waited for; seconds that it gets in any case
 GONE = ("E803", "E807")  # what the exchange should have is not there, or is damaged
@@ -142,13 +143,15 @@ class Question:
             node = self.carrier.members.at.get(name, 0)
             holds = self.sent.get(name) == node and now < self.silent.get(name, now)
             if node and not holds and now >= self.pause.get(name, 0.0):
-                self.sent[name] = self.carrier.members.ask(name, self._ticket(name, ask), max(seconds, 1.0))
+                self.sent[name] = self.carrier.members.ask(name, self._ticket(name, ask, seconds), max(seconds, 1.0))
                 self.turns[name] = self.turns.get(name, 0) + 1
                 self.silent[name] = now + SILENT * 2.0 ** (self.turns[name] - 1)
 
-    def _ticket(self, name: str, ask: Ask) -> bytes:
-        c, now = self.carrier, ask.now
-        details = Details(c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, c.tells(ask, name))
+    def _ticket(self, name: str, ask: Ask, seconds: float) -> bytes:
+        c, now, issued = self.carrier, ask.now, time.time_ns() // 1000
+        details = Details(
+            c.recipe, ask.client, now.seed, now.members, ask.last, ask.first, c.tells(ask, name), issued, issued + int(1e6 * (max(seconds, 1.0) + SKEW))
+        )
         attempt = c.attempts.get((now.number, ask.verb, ask.client), 1)
         about = Ticket(
             RunName(c.run), now.number, MemberName(name), VerbName(ask.verb), "", c.link.base, self.hashes[ask.client], len(ask.payload), self.budget,

@@ -96,6 +96,8 @@ class Details:
     recipe   the coordinator's, as canonical JSON
     number   of the client; `seed`, `members` of the round; `last`, `first` as in runtime.protocol.Ask
     told     what the method wants its clients to know
+    issued   when it was signed, in microseconds since 1970, which is its number, too: the coordinator's next has a higher one
+    ends     until when it may be done; 0, from a coordinator of the version before: as long as its round is open
     """
 
     recipe: str
@@ -105,6 +107,13 @@ class Details:
     last: int
     first: bool
     told: dict[str, str]
+    issued: int = 0
+    ends: int = 0
+
+    def require_open(self, now: float) -> None:
+        """Raises Refused (W604) for a ticket that has ended: found by somebody, or kept, and sent again."""
+        if self.ends and now > self.ends / 1e6:
+            raise Refused("W604", f"a ticket that ended {now - self.ends / 1e6:.0f} s ago", "one that may still be done", "check this machine's clock (NTP)")
 
     def encode(self) -> str:
         return json.dumps({**self.__dict__, "members": list(self.members)}, sort_keys=True, separators=(",", ":"))
@@ -116,7 +125,8 @@ class Details:
             tree = json.loads(text)
             told = {str(name): str(value) for name, value in tree["told"].items()}
             members = tuple(int(m) for m in tree["members"])
-            said = cls(str(tree["recipe"]), int(tree["number"]), int(tree["seed"]), members, int(tree["last"]), bool(tree["first"]), told)
+            said = cls(str(tree["recipe"]), int(tree["number"]), int(tree["seed"]), members, int(tree["last"]), bool(tree["first"]), told,
+                       int(tree.get("issued", 0)), int(tree.get("ends", 0)))  # fmt: skip
             if any(not 0 <= number < 1 << 31 for number in (said.number, said.last, *members)):
                 raise ValueError
             return said

@@ -144,6 +144,7 @@ class Worker:
         """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""
         about = ticket.read(content, self.identity)
         details = Details.decode(about.details)
+        details.require_open(time.time())
         recipe = understood(details, about.verb)
         mine = self.own(recipe)
         if self.exchange.held(about):

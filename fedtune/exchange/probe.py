@@ -52,6 +52,7 @@ def unreachable(address: str) -> str:
 def context(identity: Identity) -> ssl.SSLContext:
     """Our end, as gRPC would present it."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_3
     made.load_verify_locations(cadata=identity.authority_pem.decode())
     made.set_alpn_protocols(["h2"])
     with unlisted(identity.key + identity.certificate) as path:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
-from fedtune.trust import private
+from fedtune.trust import private, requests
 from fedtune.trust.allowed import Entry, entry_of, read_entries, write_entries
 from fedtune.trust.certificates import federation_of, make_authority, make_member, peer_of, read_certificate, utc_now
 from fedtune.trust.identity import ALLOWED, AUTHORITY, CERTIFICATE, KEY, SIGNING_KEY, Passphrase, from_environment, read_key, to_pem
@@ -66,6 +66,23 @@ class Authority:
             if name == COORDINATOR and not hosts:
                 hosts = hosts_of(read_certificate(private.read_public(self.place(name) / CERTIFICATE), f"'{self.place(name) / CERTIFICATE}'"))
             return self._make(name, hosts, days, passphrase, now or utc_now())
+
+    def sign(self, request: bytes, days: int, now: datetime | None = None) -> tuple[str, bytes]:
+        """A certificate for keys that were made elsewhere and stay there: the name, and what goes back to it. Raises T702, T707, T708."""
+        asked = requests.read(request)
+        if asked.federation != self.federation:
+            raise FedtuneError("T708", f"a request for federation {asked.federation[:80]!r}", f"one for '{self.federation}'", "send it to the right operator")
+        checked(asked.name, "name")
+        if asked.name == COORDINATOR:
+            raise FedtuneError("T708", f"a request for the name '{COORDINATOR}'", "the name of a client", "make the coordinator's keys with: fedtune keys init")
+        with locked(self.folder):
+            member = Name(self.federation, asked.name)
+            certificate = make_member(member, asked.key, asked.signing_key, self.certificate, self.key, now or utc_now(), days)
+            entries = read_entries(self.allowed)
+            if any(entry.key == peer_of(certificate).key for entry in entries):
+                raise FedtuneError("T708", f"a key of '{asked.name}' that was signed before", "a new key", "run fedtune keys request again, at the site")
+            write_entries(self.allowed, [*entries, entry_of(peer_of(certificate))])
+        return asked.name, requests.answer(pem(certificate), pem(self.certificate))
 
     def place(self, name: str) -> Path:
         return self.folder / COORDINATOR if name == COORDINATOR else self.folder / "clients" / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import FedtuneError
+from fedtune.events import Noted
 from fedtune.forms import MemberName, RunName, Sha256, VerbName
 from tests import small
 from tests.hostile.coordinator import Taken, taken
@@ -86,6 +88,17 @@ def test_numbers_of_a_ticket_are_bounded(about: dict[str, int], hostile: Taken) 
 def test_details_of_a_ticket_are_judged(details: dict[str, Any], hostile: Taken) -> None:
     said = hostile.asks(hostile.worker(), None, details)
     assert said["code"] in ("W601", "W602", "W604", "W606", "S702", "R411")
+
+
+def test_a_ticket_that_has_ended_is_not_done_again(hostile: Taken) -> None:
+    """An old one, found by somebody or kept for a day when the site has lost its spool."""
+    worker = hostile.worker()
+    ended = hostile.asks(worker, None, {"issued": 1, "ends": int((time.time() - 1) * 1e6)})
+    assert ended["code"] == "W604"
+    told = [event.text for event in hostile.made.told["site-a"] if isinstance(event, Noted)]
+    assert "a ticket that ended" in told[-1]
+    open_ = hostile.asks(worker, None, {"ends": int((time.time() + 60) * 1e6)})
+    assert open_["code"] == "W604" and "base model" in hostile.made.told["site-a"][-1].text  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("make", [Sha256, RunName, VerbName, MemberName])
