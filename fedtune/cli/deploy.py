@@ -38,6 +38,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's")
     parser.add_argument("--device", default="", help="in place of the recipe's: cpu, cuda, cuda:1")
     parser.add_argument("--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)")
+    parser.add_argument(
+        "--check", nargs="?", const="", default=None, metavar="RECIPE", help="take no part: say what would keep this site out, with a recipe also of it"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="with --check RECIPE: change one value of it")
     parser.set_defaults(command=client)
 
     parser = commands.add_parser("approve", help="at a site: allow a recipe, where its policy wants approved recipes only")
@@ -118,6 +122,13 @@ def client(options: argparse.Namespace) -> int:
         if path and not Path(path).exists():
             raise FedtuneError("D201" if option == "--data" else "C105", f"no '{path}' for {option}", "a file or folder", f"correct {option}")
     config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition)
+    if options.check is not None:
+        from fedtune.config import read
+        from fedtune.deploy.rehearsal import rehearsed
+
+        for line in rehearsed(config, read(options.check, options.set) if options.check else None):
+            print(plain(line), flush=True)
+        return 0
     stop_on_signals()
     try:
         attend(config, lambda text: print(plain(text), flush=True))

@@ -160,6 +160,8 @@ class Told:
         texts: list[str] = []
         if not self.path.exists():
             return texts
+        if self.path.stat().st_size < self.read:  # begun anew
+            self.read = 0
         with self.path.open("rb") as file:
             file.seek(self.read)
             for line in file:

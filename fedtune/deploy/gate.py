@@ -19,7 +19,7 @@ from fedtune.deploy.conduct import SPLIT_KEY
 from fedtune.deploy.members import Members
 from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.passage import behind
-from fedtune.deploy.processes import end_with_parent
+from fedtune.deploy.processes import LOG, end_with_parent
 from fedtune.deploy.status import Ends, statuses
 from fedtune.errors import FedtuneError
 from fedtune.exchange import Desk, serve
@@ -86,7 +86,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     try:
         desk = Desk(home / "exchange")
-        tell = Refusals(jsonl_sink(home / "gate.jsonl"))
+        tell = Refusals(jsonl_sink(home / "gate.jsonl", LOG))
         more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
         more |= {
             "also": [*more["also"], behind(config.superlink, Members(home), Ends(home.parent, desk.book.is_member))],

@@ -15,17 +15,24 @@ from fedtune.events import Event, Sink
 from fedtune.exchange import Server
 from fedtune.exchange.events import CallRefused
 
+AGAIN = 60.0  # seconds in which the same refusal of the same member is told once
+
 
 class Refusals:
-    """A sink that counts refused calls by code, and passes everything on."""
+    """A sink that counts refused calls by code, and passes the first of each kind on: refusals cost whoever asks for them nothing."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink, self.by_code, self._lock = sink, Counter[str](), threading.Lock()
+        self._told: dict[tuple[str, str, str], float] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, CallRefused):
             with self._lock:  # calls come from many threads
                 self.by_code[event.code] += 1
+                about = (event.peer, event.code, event.call)
+                if event.at < self._told.get(about, 0.0) + AGAIN:
+                    return
+                self._told = {other: at for other, at in self._told.items() if at > event.at - AGAIN} | {about: event.at}
         self.sink(event)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.proxies import spared
 
 FIRST, LONGEST, STEADY = 0.5, 30.0, 60.0  # seconds: first pause, longest pause, after which a program counts as healthy again
+LOG = 16 << 20  # bytes of a log, after which it is begun anew
 TRIES = 8  # deaths in a row, none of them after a healthy while
 MISTAKE = 2  # exit code of our own programs for what a user has to mend; the sentence is their last line
 PARENT = "FEDTUNE_PARENT"
@@ -109,6 +111,7 @@ class Program:
             return
         code = self.process.poll()
         if code is None:
+            shorten(self.log)
             return
         self.process = None
         self.deaths = 1 if now - self._since > STEADY else self.deaths + 1
@@ -122,7 +125,9 @@ class Program:
 
     def _start(self, now: float) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab" if self.lives else "wb") as out:
+        if not self.lives:
+            self.log.write_bytes(b"")
+        with self.log.open("ab") as out:  # whoever shortens it finds the end again
             first = ["-SE", str(JAIL), self.walls] if self.walls else ["-SEc", LEASH]
             command = [sys.executable, *first, str(os.getpid()), *self.command] if sys.platform == "linux" else list(self.command)
             self.process = subprocess.Popen(command, env=dict(self.env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
@@ -151,6 +156,16 @@ class Program:
             self.process.kill()
             self.process.wait()
         self.process = None
+
+
+def shorten(log: Path) -> None:
+    """Begin a log anew where it has grown long, and keep what it was as NAME.1: the program writes on at its end, wherever that is."""
+    try:
+        if log.stat().st_size > LOG:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
+    except OSError:  # a full disk: it grows on
+        pass
 
 
 def read_sentence(line: str) -> FedtuneError | None:

@@ -292,13 +292,13 @@ def attend(worker: Worker, caller: socket.socket) -> None:
 
 
 def main() -> None:
-    from fedtune.deploy.processes import end_with_parent
+    from fedtune.deploy.processes import LOG, end_with_parent
     from fedtune.quiet import quiet
 
     quiet()
     end_with_parent()
     config = SiteConfig.read(Path(sys.argv[1]))
-    tell = jsonl_sink(Path(config.home) / "worker.jsonl")
+    tell = jsonl_sink(Path(config.home) / "worker.jsonl", LOG)
     try:
         require_own(config)
         serve(Worker(config, tell), Path(config.socket))

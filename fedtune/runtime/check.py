@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtune import transforms
 from fedtune.config import Recipe, method_of
-from fedtune.data import Federation, histogram, load
+from fedtune.data import Federation, Slice, histogram, load
 from fedtune.errors import FedtuneError
 from fedtune.methods import Method, Verb
 from fedtune.runtime.exposure import Exposure, exposure
@@ -47,7 +47,7 @@ class Checked:
 
 def check(recipe: Recipe) -> Checked:
     """Raises the first mistake that can be found without the weights."""
-    federation = load(recipe.data, recipe.partition, recipe.seed)
+    federation = federation_of(recipe)
     costs = method_of(recipe.model_copy(update={"method": recipe.method.provisional})).capabilities.costs
     if costs is None:
         raise FedtuneError("C104", f"method.type = '{recipe.method.type}' with fedtune check", "a method that says what it costs", "simulate it")
@@ -64,6 +64,15 @@ def check(recipe: Recipe) -> Checked:
     said = [*remarks_on_labels(recipe, federation), *texts, *costs.remarks(recipe, len(federation.labels), mean)]
     bits = (total.up_bits / trained, total.down_bits / trained)
     return Checked(recipe, method, federation, plan, asked, round(total.up), round(total.down), bits, needs, exposure(method, chain), said, ranks)
+
+
+def federation_of(recipe: Recipe) -> Federation:
+    """The recipe's clients and rows; of real sites, whose rows are theirs, names and labels."""
+    if recipe.data.is_placed:
+        return load(recipe.data, recipe.partition, recipe.seed)
+    names = recipe.deploy.sites or [f"site {number}" for number in range(recipe.partition.clients)]
+    notes = ("this recipe names no rows: it is for real sites (fedtune client --data), and what depends on rows is not known here",)
+    return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(names)), [], recipe.data.labels, {}, notes)
 
 
 def conversations(recipe: Recipe, federation: Federation) -> list[str]:

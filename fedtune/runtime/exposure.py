@@ -30,5 +30,17 @@ def exposure(method: Method, chain: Chain) -> list[Exposure]:
         else:
             sees = "each client's answer as it passes, uses the sum only"
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
+    figures = ", ".join(method.facts.metrics)
+    rows += [Exposure(what, sees, ()) for what, sees in beside(figures).items()]
     rows += [Exposure(what, sees, ()) for what, sees in method.capabilities.also_see.items()]
     return rows
+
+
+def beside(figures: str) -> dict[str, str]:
+    """What else leaves a client, whatever the method and the chain: the whole of it, as tests/hostile/test_exposure.py compares with what passes."""
+    return {
+        "figures": f"with each answer, in the clear: its weight (rows or tokens, or 1){', ' + figures if figures else ''}, its bytes, what its chain chose",
+        "scores": "where the server has no rows to score on: each client's sums over its held-out rows, of accuracy or loss, and how many those are",
+        "mistakes": "of a client that cannot answer: a code and a number; on real sites the sentence stays there",
+        "greeting": "of a real site, signed: its device and how many it has, cores, free memory and disk, speed, rows and bytes of its data, versions",
+    }
