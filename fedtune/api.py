@@ -112,6 +112,7 @@ def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, 
 
     Raises M304 (no adapter there, or another base), M301.
     """
+    from fedtune.hf.pooling import stated
     from fedtune.model.base import load as load_base
     from fedtune.model.export import load_adapter, sidecar
     from fedtune.model.settings import ModelSettings
@@ -120,7 +121,9 @@ def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, 
     place = place / "adapter" if (place / "adapter").is_dir() else place
     about = sidecar(place)
     name = base or from_origin(str(about["base"]), Path(folder).expanduser())
-    loaded = load_base(ModelSettings(name=name, device=device), about["task"], tuple(about["labels"]), 0)
+    loaded = load_base(
+        ModelSettings.model_validate({"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}), about["task"], tuple(about["labels"]), 0
+    )
     bench = load_adapter(loaded, place)
     return bench.net, loaded.tokenizer
 

@@ -291,10 +291,14 @@ class FedKSeed:
         if form != "seeds":
             save(form, bench, folder, card)
             return
+        from fedtune.hf.pooling import stated
+
         base = bench.base
         stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
         method = self.settings.model_dump(mode="json")
-        save_seeds(folder, Seeds(base.name, base.fingerprint, stored, base.task, base.labels, seed, self.rounds, method, state.shared), card)
+        save_seeds(
+            folder, Seeds(base.name, base.fingerprint, stored, base.task, base.labels, seed, self.rounds, method, state.shared, stated(base.pooling)), card
+        )
 
 
 class FedKSeedTable(FedKSeedSettings):

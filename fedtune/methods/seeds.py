@@ -31,6 +31,7 @@ class Seeds:
     base      name of the base model where the file was made, and its fingerprint, type of weights, task and labels
     seed      of the run, and its number of rounds
     method    the [method] table
+    pooling   of the base, as model.pooling says it; a file of 0.1.0 does not say it, and means the class's own
     tensors   accumulators and fingerprint, as in the run's state
     """
 
@@ -43,6 +44,7 @@ class Seeds:
     rounds: int
     method: Mapping[str, Any]
     tensors: Tensors
+    pooling: str = "pooler"
 
 
 def save_seeds(folder: Path, seeds: Seeds, card: str) -> None:

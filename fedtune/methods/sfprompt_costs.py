@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fedtune.methods.sfprompt_net import SplitNet, cut_bench
+from fedtune.methods.sfprompt_net import SplitNet, cut_bench, stated_rows
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.adapters import Lora
 from fedtune.model.bench import Bench
@@ -55,6 +55,7 @@ def at_cut(s: SFPromptSettings, net: SplitNet, tokens: int) -> tuple[str, Costs]
     cost = costs(
         type(net.base.net), net.base.net.config, net.part.cut,
         tokens=tokens, batch=batch, prompts=s.prompts, position="input" if s.head_learns else s.position, mode=mode, number=number,
+        kind=stated_rows(net.base) if net.base.pooling != "own" else None,
     )  # fmt: skip
     way: str = mode
     if not net.lean and net.kind != "all":  # whole hidden states in front of the body, the tail's rows alone behind it

@@ -156,7 +156,14 @@ def cut_of(base: Base, s: SFPromptSettings) -> tuple[Part, Kind]:
     if base.part is not None and base.part.cut != cut:
         raise RuntimeError(f"this base was loaded to be cut at {base.part.cut}, not at {cut}")
     part = base.part or Part(base.net, cut, fresh=base.fresh)
-    kind: Kind = "all" if s.tail else pooling(type(base.net), config) if base.device.type == "meta" else rows_needed(part)
+    part.pooling = base.pooling
+    kind: Kind = "all" if s.tail else stated_rows(base) if base.device.type == "meta" else rows_needed(part)
     if s.shortcut:
         check_sees(kind, cut, blocks)
     return part, kind
+
+
+def stated_rows(base: Base) -> Kind:
+    """Which rows the task head reads, before there are weights to try."""
+    pooled: dict[str, Kind] = {"mean": "all", "cls": "first", "last": "last"}
+    return pooled.get(base.pooling) or pooling(type(base.net), base.net.config)

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedtune.hf.config import AUTO, load_config, locate
 from fedtune.hf.labels import LabelSet
+from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.base import Base, context_of, dtype_of, pick_device, prepare_torch, reading, redraw_head, said_of, tokenizer_text
@@ -45,7 +46,7 @@ def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequ
     if tokenizer_digest(tokenizer) != told.tokenizer:
         raise selftest.wrong(f"a tokenizer of digest {tokenizer_digest(tokenizer)[:12]}", told.tokenizer[:12])
     context = None if task == "image-classify" else context_of(part.net, tokenizer)
-    base = Base(part.net, tokenizer, task, chosen.labels, part.device, model.name, context, part.fresh, part=part, notes=said_of(chosen))
+    base = Base(part.net, tokenizer, task, chosen.labels, part.device, model.name, context, part.fresh, said_of(chosen), pooling=part.pooling, part=part)
     base.fingerprint = told.base
     return base
 
@@ -66,6 +67,8 @@ def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[
         cut = Cut(s.head, block_count(config) - s.tail)
         where = {"dtype": dtype_of(model), "device": pick_device(model.device), "revision": model.revision or None}
         part = load_part(place, AUTO[task], cut, holds, config=config, seed=seed, **where)
+        part.pooling, _ = choose_pooling(model.pooling, place, task, chosen.kept, **known)
+    set_pooling(part.net, part.pooling)
     if tokenizer is not None and task != "image-classify":
         fit_tokenizer(part.net, tokenizer, model.name)
     if not chosen.kept and "tail" in holds:

@@ -18,6 +18,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit
 from fedtune.hf.draws import own_draws
 from fedtune.hf.labels import LabelSet, redraw
+from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
 from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
@@ -40,6 +41,7 @@ class Base:
     fresh: frozenset[str]  # names of parameters that were not in the pretrained file: the task head
     notes: tuple[str, ...] = ()  # what was decided while loading and should be said
     pad_side: str = "right"  # where batches are padded
+    pooling: Pooling = "own"  # how the task head's vector is made
     causal: bool | None = None  # whether a text's first tokens are computed without its last ones; None: not tried (images, no weights)
     attached: Any = None  # the Bench that now sits on this base, if any
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
@@ -62,6 +64,8 @@ class Base:
             total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
             total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         total.update(tokenizer_text(self.tokenizer).encode())
+        if self.pooling != "own":
+            total.update(f"pooling: {self.pooling}".encode())
         return total.hexdigest()
 
     @cached_property
@@ -96,11 +100,15 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     if not chosen.kept:
         fresh = redraw_head(net, fresh, seed)
     net.requires_grad_(False).eval().to(device)
+    with reading(settings.name):
+        pooling, note = choose_pooling(settings.pooling, place, task, chosen.kept, **known)
+    said = (*said_of(chosen), *((note,) if note else ()))
     if task == "image-classify":
         if net.main_input_name != "pixel_values":
             found, expected = f"a {type(net).__name__}, which reads images as {net.main_input_name}", "a model of pixels, such as ViT or ResNet"
             raise FedtuneError("M306", found, expected, "choose another model")
-        return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said_of(chosen))
+        set_pooling(net, pooling)
+        return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said, pooling=pooling)
     stated = net.config.get_text_config().pad_token_id
     fit_tokenizer(net, tokenizer, settings.name)
     context = context_of(net, tokenizer)
@@ -108,7 +116,8 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         refuse_conflict(net, tokenizer, stated, task, context, settings.name)
         side = padding_side(net, tokenizer, task, context, settings.name)
         causal = task in LM_TASKS or is_causal(net, tokenizer, context)
-    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, notes=said_of(chosen), pad_side=side, causal=causal)
+    set_pooling(net, pooling)
+    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, said, side, pooling, causal)
 
 
 def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:

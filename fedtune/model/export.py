@@ -62,13 +62,15 @@ def save_adapter(bench: Bench, folder: str | Path, base_name: str, card: str) ->
     base = bench.base
     about = {"format": 1, "base": base_name, "base_fingerprint": base.fingerprint, "task": base.task, "labels": list(base.labels)}
     about["adapter"] = bench.settings.model_dump(mode="json") if bench.settings else None
+    about["pooling"] = base.pooling
     about["pad_token_id"] = None if base.task == "image-classify" else base.tokenizer.pad_token_id
     about["behind_class_token"] = is_encoder(base)  # where prompts of our own enter
     (place / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
     base.tokenizer.save_pretrained(str(place))
-    if not is_stock(bench):
+    stock = is_stock(bench) and base.pooling == "own"
+    if not stock:
         (place / "load.py").write_bytes(Path(standalone.__file__).read_bytes())
-    (place / "README.md").write_text(card + "\n" + usage("stock" if is_stock(bench) else "script", about))
+    (place / "README.md").write_text(card + "\n" + usage("stock" if stock else "script", about))
 
 
 def sort_lists(path: Path) -> None:
@@ -150,5 +152,9 @@ def save_merged(bench: Bench, folder: str | Path, card: str) -> None:
     with torch.no_grad():
         merged.save_pretrained(str(place))
     bench.base.tokenizer.save_pretrained(str(place))
-    about = {"task": bench.base.task, "labels": list(bench.base.labels), "base": bench.base.name}
-    (place / "README.md").write_text(card + "\n" + usage("merged", about))
+    base = bench.base
+    about = {"format": 1, "task": base.task, "labels": list(base.labels), "base": base.name, "pooling": base.pooling}
+    if base.pooling != "own":  # which no configuration of the class can say
+        (place / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        (place / "load.py").write_bytes(Path(standalone.__file__).read_bytes())
+    (place / "README.md").write_text(card + "\n" + usage("merged" if base.pooling == "own" else "script", about))

@@ -18,6 +18,9 @@ class ModelSettings(Settings):
     """A local folder, a hub name, or package:NAME/FOLDER for weights that an installed package carries."""
     revision: str = ""
     """Hub only: branch, tag or commit."""
+    pooling: Literal["auto", "mean", "cls", "last", "pooler"] = "auto"
+    """classify, image-classify: which vector of a text or image the task head reads. auto: as a sentence encoder's own 1_Pooling/config.json says, else
+    as the model's class does; pooler: as the class does, always; mean, cls, last: of the last states, padding left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base; trainable tensors are float32 always."""
     device: str = "auto"

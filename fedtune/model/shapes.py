@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedtune.hf.config import AUTO, load_config, locate
+from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import load_tokenizer
 from fedtune.model.adapters import Adapter
 from fedtune.model.base import Base, context_of, pick_device, reading
@@ -51,12 +52,14 @@ def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
     known = {"revision": model.revision} if model.revision else {}
     with reading(model.name):
         place = locate(model.name)
-        config, _ = load_config(place, task, labels, known)
+        config, chosen = load_config(place, task, labels, known)
+        pooling, _ = choose_pooling(model.pooling, place, task, chosen.kept, **known)
         with torch.device("meta"):
             net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
+    set_pooling(net, pooling)
     if task != "image-classify" and net.config.pad_token_id is None:
         net.config.pad_token_id = 0  # loading takes one from the tokenizer; a generative classifier will not run without any
-    return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset())
+    return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset(), pooling=pooling)
 
 
 def encoded_without_weights(model: ModelSettings, task: str, rows: Sequence[Mapping[str, Any]], **how: Any) -> Encoded:

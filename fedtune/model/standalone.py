@@ -1,4 +1,4 @@
-"""Loads the adapter that lies beside this file into its base model. Needs torch, transformers and safetensors, nothing else.
+"""Loads the model or adapter that lies beside this file. Needs torch, transformers and safetensors; peft where adapter_config.json lies beside it.
 
 from load import load
 
@@ -32,9 +32,18 @@ def load(base: str = "", folder: str | Path = HERE) -> tuple[Any, Any]:
     classes = (
         {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}, "ignore_mismatched_sizes": True} if names else {}
     )
-    net = getattr(transformers, AUTO[about["task"]]).from_pretrained(base or located(about["base"]), **classes)
+    whole = (Path(folder) / "config.json").exists()  # a merged model
+    net = getattr(transformers, AUTO[about["task"]]).from_pretrained(folder if whole else base or located(about["base"]), **classes)
+    set_pooling(net, about.get("pooling", "own"))
+    auto = transformers.AutoImageProcessor if about["task"] == "image-classify" else transformers.AutoTokenizer
+    if whole:
+        return net.eval(), auto.from_pretrained(folder)
     if about.get("pad_token_id") is not None:
         net.config.pad_token_id = net.config.get_text_config().pad_token_id = about["pad_token_id"]
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(net, str(folder)).eval(), auto.from_pretrained(folder)
     tensors = load_file(str(Path(folder) / "fedtune_adapter.safetensors"))
     if about["adapter"]["kind"] == "adapter":
         add_bottlenecks(net, tensors)
@@ -43,8 +52,32 @@ def load(base: str = "", folder: str | Path = HERE) -> tuple[Any, Any]:
     unknown = net.load_state_dict(tensors, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"tensors of another model: {', '.join(unknown[:3])}")
-    auto = transformers.AutoImageProcessor if about["task"] == "image-classify" else transformers.AutoTokenizer
     return net.eval(), auto.from_pretrained(folder)
+
+
+def set_pooling(net: Any, mode: str) -> None:
+    """The head reads one vector wherever it looks: the mean of all tokens, the first, or the last; "own" leaves it to the class."""
+    if mode == "own":
+        return
+
+    def pool(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = output.last_hidden_state
+        mask = kwargs.get("attention_mask")
+        mask = hidden.new_ones(hidden.shape[:2]) if mask is None else mask
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if mode == "mean":
+            weights = mask[:, :, None].float()
+            vector = ((hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(hidden.dtype)
+        elif mode == "cls":
+            vector = hidden[rows, mask.int().argmax(1)]
+        else:
+            vector = hidden[rows, (torch.arange(mask.shape[1], device=hidden.device) * (mask > 0)).argmax(1)]
+        output.last_hidden_state = vector[:, None].expand_as(hidden)
+        if output.get("pooler_output") is not None:
+            output.pooler_output = vector
+        return output
+
+    net.base_model.register_forward_hook(pool, with_kwargs=True)
 
 
 def located(name: str) -> str:

@@ -15,12 +15,17 @@ AUTO = {
 }
 
 
+POOLED = {"mean": "mean of all tokens", "cls": "first token itself", "last": "last token"}
+
+
 def usage(form: str, about: Mapping[str, Any]) -> str:
     """The section "Use" of a card. `form`: stock (peft loads it), script (load.py beside it does) or merged; `about` as in fedtune.json."""
     task, auto = str(about["task"]), AUTO[str(about["task"])]
     reader = "AutoImageProcessor" if task == "image-classify" else "AutoTokenizer"
     if form == "script":
-        lines = ["from load import load  # load.py in this folder: torch, transformers and safetensors are enough", "", "model, tokenizer = load()"]
+        pooled = about.get("pooling", "own")
+        why = [f"# the task head reads the {POOLED[pooled]}, which the stock class does not"] if pooled != "own" else []
+        lines = [*why, "from load import load  # load.py in this folder: needs nothing of fedtune", "", "model, tokenizer = load()"]
     elif form == "merged":
         lines = [f"from transformers import {auto}, {reader}", "", f'model = {auto}.from_pretrained(".")', f'tokenizer = {reader}.from_pretrained(".")']
     else:

@@ -61,7 +61,7 @@ def check(recipe: Recipe) -> Checked:
     needs = dict((method.capabilities.costs or costs).memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
-    said = [*remarks_on_labels(recipe, federation), *texts, *costs.remarks(recipe, len(federation.labels), mean)]
+    said = [*remarks_on_head(recipe, federation), *texts, *costs.remarks(recipe, len(federation.labels), mean)]
     bits = (total.up_bits / trained, total.down_bits / trained)
     return Checked(recipe, method, federation, plan, asked, round(total.up), round(total.down), bits, needs, exposure(method, chain), said, ranks)
 
@@ -99,15 +99,19 @@ def check_context(recipe: Recipe, labels: int) -> None:
         check_length(replace(base, context=context_of(base.net)), recipe.data.max_length)
 
 
-def remarks_on_labels(recipe: Recipe, federation: Federation) -> list[str]:
-    """Whether the model file's own task head is used, and in which order its classes count."""
+def remarks_on_head(recipe: Recipe, federation: Federation) -> list[str]:
+    """Whether the model file's own task head is used, in which order its classes count, and what it reads."""
     from fedtune.hf.config import load_config, locate
+    from fedtune.hf.pooling import choose_pooling
     from fedtune.model.base import reading
 
     known = {"revision": recipe.model.revision} if recipe.model.revision else {}
     with reading(recipe.model.name):
-        chosen = load_config(locate(recipe.model.name), recipe.data.task, federation.labels, known)[1]
-    return [f"labels    {chosen.note}"] if chosen.note else []
+        place = locate(recipe.model.name)
+        chosen = load_config(place, recipe.data.task, federation.labels, known)[1]
+        _, pooling = choose_pooling(recipe.model.pooling, place, recipe.data.task, chosen.kept, **known)
+    labels = [f"labels    {chosen.note}"] if chosen.note else []
+    return labels + ([f"model     {pooling}"] if pooling else [])
 
 
 @dataclass(frozen=True)

@@ -86,16 +86,18 @@ def costs(
     number: int = 2,
     labelled: int | None = None,
     into_head: bool = False,
+    kind: Kind | None = None,
 ) -> Costs:
     """`labelled` rows of a sample carry loss in a language model, all where None; `number` is the bytes of one value on the wire.
 
     `into_head` says that the head is trained too, by an adapter, so that gradients go on into it; then slim mode does not apply.
+    `kind` says which rows the tail reads, where that is not what the class does.
 
     Raises S701 (cut does not fit).
     """
     anatomy = look(net_class, config)
     cut.check(anatomy.blocks)
-    kind = pooling(net_class, config) if cut.m == anatomy.blocks else "all"
+    kind = (kind or pooling(net_class, config)) if cut.m == anatomy.blocks else "all"
     net = skeleton(net_class, config)
     longer = tokens + prompts
     plain = {role: size_of(net, anatomy, cut, role, tokens, tokens) for role in ROLES}

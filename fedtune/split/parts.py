@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.hf.pooling import Pooling
 from fedtune.hf.statistics import freeze_statistics
 from fedtune.split.anatomy import Anatomy, blank, look
 from fedtune.split.cut import ROLES, Cut, Role, Side
@@ -34,6 +35,7 @@ class Part:
     def __init__(self, net: Any, cut: Cut, holds: Collection[Role] = ROLES, anatomy: Anatomy | None = None, fresh: frozenset[str] = frozenset()) -> None:
         """`fresh` names parameters that no file holds: a new task head."""
         self.net, self.fresh = unwrap(net), fresh
+        self.pooling: Pooling = "own"  # as its base's; hooks on the network do it
         self.anatomy = anatomy or look(type(self.net), self.net.config)
         cut.check(self.anatomy.blocks)
         self.cut, self.holds = cut, frozenset(holds)
