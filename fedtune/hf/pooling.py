@@ -72,8 +72,8 @@ def stated(pooling: str) -> str:
 def set_pooling(net: Any, mode: Pooling) -> None:
     """Let every head of the network read one vector of a text or image, whichever of its places it looks at. Raises M306 for states that are no sequence.
 
-    The backbone's last states (B, T, d) become that vector at all T places, and so does what its pooler said. Prompts and virtual tokens
-    are tokens like others.
+    The backbone's last states (B, T, d) become that vector at all T places, and so does what its pooler said. Prompts between
+    the blocks are left out; virtual tokens that peft puts before a text are tokens like others.
     """
     if mode == "own":
         return

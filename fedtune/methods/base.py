@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.model.adapters import AdapterSettings, Lora
 from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
@@ -32,8 +33,14 @@ class AdapterTable(MethodTable):
 
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
+    head_start: HeadStart = "auto"
+    """How a fresh task head starts: random; means: from the mean features of each class, which clients sum up in one question before the first
+    round; ridge: from a least-squares map, for (width x width) more numbers. auto: means, for classes; what a file has trained stays."""
     adapter: AdapterSettings = Lora()
     train: TrainSettings = TrainSettings()
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from start_conflicts(self.head_start, recipe)
 
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
@@ -55,7 +62,8 @@ class AdapterMethod:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)}
+        train = Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)
+        return {"train": train} | features_verbs(self.settings.head_start)
 
     def prepare(self, base: Base, seed: int) -> Bench:
         from fedtune.model.bench import attach
@@ -63,10 +71,11 @@ class AdapterMethod:
         return attach(base, self.settings.adapter, seed_of("adapter", seed))
 
     def start(self, bench: Bench) -> State:
-        return State(bench.read())
+        return State(bench.read(), kept_until_started(self.settings.head_start, bench.head))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        return State(cohort.sum("train", state.shared).values())
+        state = started(self.settings.head_start, state, cohort)
+        return State(cohort.sum("train", state.shared).values(), state.kept)
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from fedtune.methods.base import Weight
+from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
 from fedtune.model.settings import TrainSettings
@@ -74,6 +75,8 @@ class FedKSeedSettings(MethodTable):
     """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all clients use spsa."""
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
+    head_start: HeadStart = "auto"
+    """As for fedpeft: random, means or ridge; auto: means, for classes. The head's first values then travel too, once to each client that holds them."""
     guard: float = Field(2.0, ge=0)
     """Stop the run where a round's training loss is more than this times the first one; 0 never does."""
     hold: bool = True
@@ -134,6 +137,7 @@ class FedKSeedSettings(MethodTable):
             yield "both method.estimator and method.estimators", "one of them", "remove one"
         if self.memory and (self.estimators or self.estimator != "auto"):
             yield "method.memory without method.estimator = 'auto'", "auto, which decides by it", "remove it"
+        yield from start_conflicts(self.head_start, recipe)
         if recipe.chain:
             yield f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'", "no chain: whole numbers travel as they are", "remove it"
         if recipe.aggregate.rule != "mean":

@@ -21,6 +21,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods.base import weight_of
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
+from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.model.adapters import Lora
 from fedtune.model.settings import whole_run
@@ -93,9 +94,12 @@ class FedPEFT:
         own = self.rule.stays(tensors)
         shared = {name: value for name, value in tensors.items() if name not in own}
         shared |= {name: np.zeros(shape, np.float32) for name, shape in self.carried(Schema.of(tensors))}
-        return State(shared, {OWN + name: tensors[name] for name in sorted(own)})
+        return State(shared, {OWN + name: tensors[name] for name in sorted(own)} | kept_until_started(self.settings.starts_head, bench.head))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        return self.trained(started(self.settings.starts_head, state, cohort), cohort, now)
+
+    def trained(self, state: State, cohort: Cohort, now: Round) -> State:
         if self.rule.core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
             return State(with_core(cohort.sum("train", state.shared).values(), self.seat()), state.kept)
         if not self.rule.linear:
@@ -188,7 +192,8 @@ class FedPEFT:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": Verb(self.train, self.given, self.answer, reads_each=not self.rule.linear, moves=True)}
+        train = Verb(self.train, self.given, self.answer, reads_each=not self.rule.linear, moves=True)
+        return {"train": train} | features_verbs(self.settings.starts_head)
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fedtune.aggregate import RULES, Rule
 from fedtune.methods.base import AdapterTable
+from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
@@ -56,6 +57,11 @@ class FedPEFTSettings(AdapterTable):
         return self.adapter
 
     @property
+    def starts_head(self) -> HeadStart:
+        """How the head starts; an adapter to start from brings its own."""
+        return "random" if self.start_from else self.head_start
+
+    @property
     def mixed(self) -> bool:
         return bool(self.lora_rank_by_client or self.lora_alpha_by_client)
 
@@ -84,5 +90,8 @@ class FedPEFTSettings(AdapterTable):
             yield from rule.limits(recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients))
         if self.start_from and (rule.core or rule.carries):
             yield f"method.start_from with {name}", "a rule whose state is the adapter alone", "change aggregate.rule"
+        if self.start_from and self.head_start in ("means", "ridge"):
+            yield f"method.head_start = '{self.head_start}' with method.start_from", "auto: an adapter brings its head", "remove one of them"
+        yield from start_conflicts(self.head_start, recipe)
         if self.train.weight_decay and rule.carries:
             yield f"method.train.weight_decay with {name}", "none: it would wear down what is carried", "remove it"

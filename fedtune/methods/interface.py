@@ -66,6 +66,9 @@ class Verb:
     reads_each  the server reads single answers, not only their sum
     moves       the answer is the given tensors, moved: under a chain, the difference travels, and the downlink may be lossy
     holds       clients keep the whole numbers that they are given, so that later only changes need travel
+    shows       what an answer shows of a client's data, where that is more than a trained model does
+    once        it is asked before the first round's own question, and never again
+    applies     bench or plan -> whether it is asked of such a model
     """
 
     work: Work
@@ -74,6 +77,9 @@ class Verb:
     reads_each: bool = False
     moves: bool = False
     holds: bool = False
+    shows: str = ""
+    once: bool = False
+    applies: Callable[[Any], bool] = lambda bench: True
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
 from fedtune.methods.base import weight_of
+from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
@@ -46,10 +47,11 @@ class SFPrompt:
     # --- on the server ------------------------------------------------------------------------------------------
 
     def start(self, bench: Bench) -> State:
-        return State(bench.read())
+        return State(bench.read(), kept_until_started(self.settings.head_start, bench.head))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        return State(cohort.sum("train", state.shared).values())
+        state = started(self.settings.head_start, state, cohort)
+        return State(cohort.sum("train", state.shared).values(), state.kept)
 
     def install(self, state: State, bench: Bench) -> None:
         bench.write(state.shared)
@@ -58,7 +60,16 @@ class SFPrompt:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)}
+        train = Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)
+        return {"train": train} | features_verbs(self.settings.head_start, self.tell_features)
+
+    def tell_features(self, client: Client, given: Tensors, now: Round) -> Update:
+        from fedtune.methods.sfprompt_work import features
+
+        bench: Bench = client.model
+        body, turn = client.body or bench.net.own_body, (now.number, client.id)
+        sums = features(bench, client.data, self.settings, body, turn, self.settings.head_start == "ridge")
+        return Update.of(sums, float(len(client.data)))
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         """The body is where `client.body` leads, and in this process where it leads nowhere; what is computed and sent is the same."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fedtune.methods.base import Weight
+from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.settings import TrainSettings
 
@@ -54,6 +55,8 @@ class SFPromptSettings(MethodTable):
     who was served together."""
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
+    head_start: HeadStart = "auto"
+    """As for fedpeft: random, means or ridge; auto: means, for classes. The features come through the body, once more than training needs."""
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="before")
@@ -102,6 +105,7 @@ class SFPromptSettings(MethodTable):
             yield "method.prompt_lr with method.prompts = 0", "prompts", "remove it"
         if self.train.checkpointing:
             yield "method.train.checkpointing with method.type = 'sfprompt'", "none: the body recomputes anyway, and the tail is small", "remove it"
+        yield from start_conflicts(self.head_start, recipe)
         if recipe.aggregate.rule != "mean":
             yield f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'sfprompt'", "mean", "remove [aggregate]"
 

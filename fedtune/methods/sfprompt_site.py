@@ -46,7 +46,20 @@ def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequ
     if tokenizer_digest(tokenizer) != told.tokenizer:
         raise selftest.wrong(f"a tokenizer of digest {tokenizer_digest(tokenizer)[:12]}", told.tokenizer[:12])
     context = None if task == "image-classify" else context_of(part.net, tokenizer)
-    base = Base(part.net, tokenizer, task, chosen.labels, part.device, model.name, context, part.fresh, said_of(chosen), pooling=part.pooling, part=part)
+    base = Base(
+        part.net,
+        tokenizer,
+        task,
+        chosen.labels,
+        part.device,
+        model.name,
+        context,
+        part.fresh,
+        said_of(chosen),
+        kept_head=chosen.kept,
+        pooling=part.pooling,
+        part=part,
+    )
     base.fingerprint = told.base
     return base
 

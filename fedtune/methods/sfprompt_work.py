@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedtune.methods.sfprompt_net import Piece, SplitNet
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
+from fedtune.model.features import class_sums
 from fedtune.model.fit import Backward, fit
 from fedtune.model.forward import forward_only
 from fedtune.model.loss import autocast, carries
@@ -137,6 +139,20 @@ class Share:
         pipeline.infer(self.stream, map(net.piece, batches), up, down)
         return total / sum(carries(self.bench.base.task, batch) for batch in batches), np.concatenate(found)
 
+    def features(self, moments: bool) -> dict[str, np.ndarray]:
+        """What the task head reads of all examples, summed by class (model/features.py)."""
+        net = self.net
+
+        def run(batches: Iterable[dict[str, Any]], each: Callable[[Any], None]) -> None:
+            def down(piece: Piece, answer: Any) -> None:
+                net.ended(piece, answer, net.kind)
+                each(piece.labels)
+
+            net.eval()
+            pipeline.infer(self.stream, map(net.piece, batches), lambda piece: net.micro(piece, net.kind), down)
+
+        return class_sums(self.bench, self.data, moments, run)
+
     def batches(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         size = self.s.train.batch
         return [self.data.collate(numbers[start : start + size]) for start in range(0, len(numbers), size)]
@@ -154,17 +170,30 @@ def one_turn(
 
     `memory` keeps which examples the service may still hold. Raises ClientFailed for whatever goes wrong at the cut.
     """
+    with opened(bench, body, turn) as session:
+        session.held.update(memory.get(HELD, NOTHING).tolist())
+        figures = Share(bench, data, s, session, seed, progress).work()
+        if s.cache_smashed:
+            memory[HELD] = np.asarray(sorted(session.held), np.int64)
+    return {**figures, "cut_up_bytes": float(session.sent), "cut_down_bytes": float(session.received)}
+
+
+def features(bench: Bench, data: Encoded, s: SFPromptSettings, body: BodyAt, turn: tuple[int, int], moments: bool) -> dict[str, np.ndarray]:
+    """The client's half of a head start, through the body. Raises ClientFailed as `one_turn` does."""
+    with opened(bench, body, turn) as session:
+        return Share(bench, data, s, session, 0, (0, 1)).features(moments)
+
+
+@contextmanager
+def opened(bench: Bench, body: BodyAt, turn: tuple[int, int]) -> Iterator[Stream]:
+    """A session with the body; what goes wrong at the cut is this client's failure."""
     try:
         session = body.open(*turn, bench.net.wishes())
         try:
-            session.held.update(memory.get(HELD, NOTHING).tolist())
-            figures = Share(bench, data, s, session, seed, progress).work()
-            if s.cache_smashed:
-                memory[HELD] = np.asarray(sorted(session.held), np.int64)
+            yield session
         finally:
             session.close()
     except ClientFailed:
         raise
     except FedtuneError as error:
         raise ClientFailed(error.code, error.found, error.expected, error.do) from error
-    return {**figures, "cut_up_bytes": float(session.sent), "cut_down_bytes": float(session.received)}

@@ -41,6 +41,7 @@ class Base:
     fresh: frozenset[str]  # names of parameters that were not in the pretrained file: the task head
     notes: tuple[str, ...] = ()  # what was decided while loading and should be said
     pad_side: str = "right"  # where batches are padded
+    kept_head: bool = False  # the task head came trained from the file
     pooling: Pooling = "own"  # how the task head's vector is made
     causal: bool | None = None  # whether a text's first tokens are computed without its last ones; None: not tried (images, no weights)
     attached: Any = None  # the Bench that now sits on this base, if any
@@ -108,7 +109,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
             found, expected = f"a {type(net).__name__}, which reads images as {net.main_input_name}", "a model of pixels, such as ViT or ResNet"
             raise FedtuneError("M306", found, expected, "choose another model")
         set_pooling(net, pooling)
-        return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said, pooling=pooling)
+        return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said, kept_head=chosen.kept, pooling=pooling)
     stated = net.config.get_text_config().pad_token_id
     fit_tokenizer(net, tokenizer, settings.name)
     context = context_of(net, tokenizer)
@@ -117,7 +118,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         side = padding_side(net, tokenizer, task, context, settings.name)
         causal = task in LM_TASKS or is_causal(net, tokenizer, context)
     set_pooling(net, pooling)
-    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, said, side, pooling, causal)
+    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, said, side, chosen.kept, pooling, causal)
 
 
 def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:

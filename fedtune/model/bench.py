@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import try_once
 from fedtune.model.adapters import Adapter
@@ -49,6 +50,15 @@ class Bench:
     def in_cache(self) -> bool:
         """Whether the adapter lives in the model's cache of keys and values, which must then be kept."""
         return self.settings is not None and self.settings.caches
+
+    @property
+    def head(self) -> str:
+        """Name of the task head's last matrix (classes, width) among the trained tensors; "" where no head of classes that started fresh is trained."""
+        if self.base.task in LM_TASKS or self.base.kept_head:
+            return ""
+        names, classes = {id(value): name for name, value in self.named.items()}, len(self.base.labels)
+        linear = (module for module in self.base.net.modules() if isinstance(module, torch.nn.Linear) and module.out_features == classes)
+        return next((names[id(module.weight)] for module in reversed(list(linear)) if id(module.weight) in names), "")
 
     @property
     def trainable(self) -> int:

@@ -108,15 +108,17 @@ def add_prompts(base: Base, tokens: int, deep: bool) -> dict[str, nn.Parameter]:
     def insert(module: Any, args: Any, hidden: torch.Tensor) -> torch.Tensor:  # (examples, tokens, width)
         return torch.cat([hidden[:, :place], net.prompts[0].to(hidden.dtype).expand(len(hidden), -1, -1), hidden[:, place:]], 1)
 
-    def cut(module: Any, args: Any, output: Any) -> Any:
-        hidden = output.last_hidden_state
+    def cut(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden, mask = output.last_hidden_state, kwargs.get("attention_mask")
         output.last_hidden_state = torch.cat([hidden[:, :place], hidden[:, place + tokens :]], 1)
+        if mask is not None:  # so that whatever pools the states pools those of the text
+            kwargs["attention_mask"] = torch.cat([mask[:, :place], mask[:, place + tokens :]], 1)
         return output
 
     backbone.register_forward_pre_hook(longer, with_kwargs=True)
     if place:
         backbone.embeddings.register_forward_hook(insert)
-    backbone.register_forward_hook(cut)
+    backbone.register_forward_hook(cut, with_kwargs=True, prepend=True)
     for number, block in enumerate(blocks):
         if deep and number:
 

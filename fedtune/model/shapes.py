@@ -38,6 +38,7 @@ class Plan:
     hidden: int
     heads: int
     wide: int  # bytes of a value of the base, over 2
+    head: str = ""  # as Bench.head
 
     @property
     def named(self) -> dict[str, np.ndarray]:
@@ -59,7 +60,9 @@ def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
     set_pooling(net, pooling)
     if task != "image-classify" and net.config.pad_token_id is None:
         net.config.pad_token_id = 0  # loading takes one from the tokenizer; a generative classifier will not run without any
-    return Base(net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset(), pooling=pooling)
+    return Base(
+        net.requires_grad_(False).eval(), None, task, tuple(labels), torch.device("meta"), model.name, None, frozenset(), kept_head=chosen.kept, pooling=pooling
+    )
 
 
 def encoded_without_weights(model: ModelSettings, task: str, rows: Sequence[Mapping[str, Any]], **how: Any) -> Encoded:
@@ -85,7 +88,7 @@ def plan_of(bench: Bench) -> Plan:
     shapes = {name: tuple(value.shape) for name, value in bench.named.items()}
     context = None if bench.base.task == "image-classify" else context_of(bench.base.net)
     wide = 2 if next(iter(bench.base.weights.values())).dtype == torch.float32 else 1
-    return Plan(bench.trainable, bench.total, shapes, weights, context, text.num_hidden_layers, text.hidden_size, text.num_attention_heads, wide)
+    return Plan(bench.trainable, bench.total, shapes, weights, context, text.num_hidden_layers, text.hidden_size, text.num_attention_heads, wide, bench.head)
 
 
 def training_bytes(plan: Plan, train: TrainSettings, length: int) -> dict[str, int]:

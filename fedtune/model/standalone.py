@@ -141,14 +141,17 @@ def add_prompts(net: Any, prompts: torch.Tensor, place: int) -> None:
             args, kwargs = (), kwargs | {"input_ids": None, "inputs_embeds": insert(module, (), backbone.get_input_embeddings()(ids))}
         return args, kwargs
 
-    def cut(module: Any, args: Any, output: Any) -> Any:
+    def cut(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         output.last_hidden_state = torch.cat([output.last_hidden_state[:, :place], output.last_hidden_state[:, place + count :]], 1)
+        if kwargs.get("attention_mask") is not None:
+            mask = kwargs["attention_mask"]
+            kwargs["attention_mask"] = torch.cat([mask[:, :place], mask[:, place + count :]], 1)
         return output
 
     backbone.register_forward_pre_hook(longer, with_kwargs=True)
     if place:
         backbone.embeddings.register_forward_hook(insert)
-    backbone.register_forward_hook(cut)
+    backbone.register_forward_hook(cut, with_kwargs=True, prepend=True)
     for number, block in enumerate(blocks_of(net)):
         if len(prompts) > 1 and number:
 

@@ -28,6 +28,22 @@ TRIED = 1000  # rows that go through the tokenizer: a second or two
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What a client's questions and answers of a round take: bytes of the messages, and bits of the numbers in them."""
+
+    up: float = 0.0
+    down: float = 0.0
+    up_bits: float = 0.0
+    down_bits: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.up + other.up, self.down + other.down, self.up_bits + other.up_bits, self.down_bits + other.down_bits)
+
+    def __mul__(self, share: float) -> Traffic:
+        return Traffic(self.up * share, self.down * share, self.up_bits * share, self.down_bits * share)
+
+
+@dataclass(frozen=True)
 class Checked:
     """The answers of `fedtune check`, for people and programs."""
 
@@ -43,6 +59,7 @@ class Checked:
     exposed: list[Exposure]
     remarks: list[str]  # what else the method has to say of its costs
     ranks: list[str]  # each client's LoRA rank and why, where they differ from the server's
+    once: Traffic  # of a client, before the first round
 
 
 def check(recipe: Recipe) -> Checked:
@@ -57,13 +74,13 @@ def check(recipe: Recipe) -> Checked:
     recipe = recipe.model_copy(update={"method": table})
     method, chain = method_of(recipe), transforms.build(recipe.chain)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
-    total, trained = traffic(recipe, method, chain, plan, asked, len(federation.clients))
+    total, once, trained = traffic(recipe, method, chain, plan, asked, len(federation.clients))
     needs = dict((method.capabilities.costs or costs).memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
     said = [*remarks_on_head(recipe, federation), *texts, *costs.remarks(recipe, len(federation.labels), mean)]
     bits = (total.up_bits / trained, total.down_bits / trained)
-    return Checked(recipe, method, federation, plan, asked, round(total.up), round(total.down), bits, needs, exposure(method, chain), said, ranks)
+    return Checked(recipe, method, federation, plan, asked, round(total.up), round(total.down), bits, needs, exposure(method, chain, plan), said, ranks, once)
 
 
 def federation_of(recipe: Recipe) -> Federation:
@@ -114,30 +131,16 @@ def remarks_on_head(recipe: Recipe, federation: Federation) -> list[str]:
     return labels + ([f"model     {pooling}"] if pooling else [])
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What a client's questions and answers of a round take: bytes of the messages, and bits of the numbers in them."""
-
-    up: float = 0.0
-    down: float = 0.0
-    up_bits: float = 0.0
-    down_bits: float = 0.0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.up + other.up, self.down + other.down, self.up_bits + other.up_bits, self.down_bits + other.down_bits)
-
-    def __mul__(self, share: float) -> Traffic:
-        return Traffic(self.up * share, self.down * share, self.up_bits * share, self.down_bits * share)
-
-
-def traffic(recipe: Recipe, method: Method, chain: Chain, plan: Plan, asked: int, clients: int) -> tuple[Traffic, float]:
-    """A mean client's traffic in a round, and how many values it trains."""
-    total, trained, ranks = Traffic(), 0.0, method.capabilities.ranks
+def traffic(recipe: Recipe, method: Method, chain: Chain, plan: Plan, asked: int, clients: int) -> tuple[Traffic, Traffic, float]:
+    """A mean client's traffic in a round, what comes before the first one, and how many values it trains."""
+    total, once, trained, ranks = Traffic(), Traffic(), 0.0, method.capabilities.ranks
     for client, share in alike(method, clients).items():
         for name, verb in method.verbs.items():
-            total += verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client) * share
+            if verb.applies(plan):
+                takes = verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client) * share
+                total, once = (total, once + takes) if verb.once else (total + takes, once)
         trained += share * (ranks.trained(plan, client) if ranks else plan.trainable)
-    return total, trained
+    return total, once, trained
 
 
 def alike(method: Method, clients: int) -> dict[int, float]:
@@ -190,6 +193,8 @@ def rows(checked: Checked) -> list[str]:
     lines += [f"note      {note}" for note in (*recipe.notes, *federation.notes)]
     lines += [f"ranks     {line}" for line in checked.ranks]
     lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
+    if checked.once.up:
+        lines.append(f"bytes     per client, once before the first round: up {checked.once.up:,.0f}, down {checked.once.down:,.0f}")
     lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))
     lines += checked.remarks
     if recipe.deploy.data == "sites" and recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:

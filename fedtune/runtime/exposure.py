@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fedtune.methods import Method
 from fedtune.transforms.base import Chain
@@ -17,10 +18,12 @@ class Exposure:
     through: tuple[str, ...]
 
 
-def exposure(method: Method, chain: Chain) -> list[Exposure]:
-    """A row for each verb of the method."""
+def exposure(method: Method, chain: Chain, bench: Any) -> list[Exposure]:
+    """A row for each verb of the method that is asked of such a bench (or plan)."""
     rows = []
     for verb, about in method.verbs.items():
+        if not about.applies(bench):
+            continue
         alone = about.reads_each
         steps = [s for s in chain.steps if not alone or s.undone == "reply"]
         if alone:
@@ -29,6 +32,7 @@ def exposure(method: Method, chain: Chain) -> list[Exposure]:
             sees = "the sum only"
         else:
             sees = "each client's answer as it passes, uses the sum only"
+        sees += f" ({about.shows})" if about.shows else ""
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
     figures = ", ".join(method.facts.metrics)
     rows += [Exposure(what, sees, ()) for what, sees in beside(figures).items()]
