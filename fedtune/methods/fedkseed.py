@@ -24,6 +24,7 @@ from fedtune.methods.base import weight_of
 from fedtune.methods.fedkseed_costs import FedKSeedCosts
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.fedkseed_walk import FEW, Walk, diverged, walked
+from fedtune.methods.head_start import MARK, features_verbs, head_of, kept_until_started, starts
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.seeds import Seeds, save_seeds
 from fedtune.model.settings import TrainSettings, whole_run
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from fedtune.model.encode import Encoded
     from fedtune.zeroth import Pool
 
+HEAD = "head"  # its first values, float32 in the bits of whole numbers, which are sent once and then held
 REACH = 1 << 26  # largest number of a gradient client; in practice they stay below 2**20
 
 
@@ -60,7 +62,7 @@ class FedKSeed:
     # --- on the server ------------------------------------------------------------------------------------------
 
     def start(self, bench: Bench) -> State:
-        kept: dict[str, np.ndarray] = {"start": np.frombuffer(start_of(bench), np.uint8)}
+        kept: dict[str, np.ndarray] = {"start": np.frombuffer(start_of(bench), np.uint8)} | kept_until_started(self.settings.head_start, bench)
         if self.settings.importance:
             kept |= {"amplitudes": np.zeros(self.settings.size, np.int64), "visits": np.zeros(self.settings.size, np.int64)}
         return self.state({} if self.settings.refresh else {pool_name(0): np.zeros(self.settings.size, np.int32)}, kept)
@@ -69,6 +71,9 @@ class FedKSeed:
         name = pool_name(self.epoch(now.number))
         pools = {key: value for key, value in state.shared.items() if key.startswith("pool-")}
         kept = {key: value.copy() for key, value in state.kept.items()}  # `gather` counts in place
+        if head := head_of(self.settings.head_start, state.kept, cohort):
+            kept = {key: value for key, value in kept.items() if not key.startswith(MARK)} | {HEAD: next(iter(head.values()))}
+            state = self.state(pools, kept)
         if self.settings.sends_steps:
             total, answer = self.gather(cohort, state, kept, now)
         else:
@@ -105,16 +110,17 @@ class FedKSeed:
 
     def state(self, pools: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> State:
         """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a number)."""
-        mark = whole.fingerprint(kept["start"].tobytes(), self.origin, pools)
+        head = {HEAD: kept[HEAD].view(np.uint32)} if HEAD in kept else {}
+        mark = whole.fingerprint(kept["start"].tobytes(), self.origin(head), pools)
         levels = {"importance": whole.importance(kept["amplitudes"], kept["visits"]).view(np.uint32)} if self.settings.importance else {}
-        return State({**pools, **levels, "fingerprint": mark.view(np.uint32)}, dict(kept))
+        return State({**pools, **levels, **head, "fingerprint": mark.view(np.uint32)}, dict(kept))
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a model follows from, beside its first values and the accumulators."""
+    def origin(self, given: Tensors) -> dict[str, Any]:
+        """What a model follows from, beside its first values and the accumulators; `given` may hold the head that started from the data."""
         s = self.settings
         always = {"pool": s.pool, "directions": s.directions, "size": s.size, "refresh": s.refresh, "unit": self.scale.unit, "lr": s.lr}
-        return always | ({"curvature": True} if s.curvature else {})
+        head = {"head": hashlib.sha256(given[HEAD].tobytes()).hexdigest()} if HEAD in given else {}
+        return always | ({"curvature": True} if s.curvature else {}) | head
 
     def epoch(self, number: int) -> int:
         """Which pool a round uses; the first is 0."""
@@ -124,7 +130,8 @@ class FedKSeed:
         finished = -(-(now.number - 1) // self.settings.refresh) if self.settings.refresh else 1
         pools = [(pool_name(epoch), (self.settings.size,)) for epoch in range(finished)]
         levels = [("importance", (self.settings.size // 4,))] if self.settings.importance else []
-        return Schema((("fingerprint", (8,)), *levels, *pools))
+        head = [(HEAD, tuple(bench.named[bench.head].shape))] if starts(self.settings.head_start, bench.head) else []
+        return Schema((("fingerprint", (8,)), *head, *levels, *pools))
 
     def answer(self, given: Schema, now: Round) -> Schema:
         if not self.settings.sends_steps:
@@ -140,7 +147,8 @@ class FedKSeed:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        return {"train": Verb(self.train, self.given, self.answer, reads_each=self.settings.sends_steps, holds=self.settings.hold)}
+        train = Verb(self.train, self.given, self.answer, reads_each=self.settings.sends_steps, holds=self.settings.hold)
+        return {"train": train} | features_verbs(self.settings.head_start)
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         bench: Bench = client.model
@@ -202,12 +210,14 @@ class FedKSeed:
     def belongs(self, given: Tensors, bench: Bench) -> bool:
         """Whether accumulators were made for the values that this bench starts from, and for these settings."""
         pools = {name: value for name, value in given.items() if name.startswith("pool-")}
-        return np.array_equal(given["fingerprint"], whole.fingerprint(start_of(bench), self.origin, pools).view(np.uint32))
+        return np.array_equal(given["fingerprint"], whole.fingerprint(start_of(bench), self.origin(given), pools).view(np.uint32))
 
     def rebuild(self, bench: Bench, given: Tensors) -> None:
         """The model that the accumulators mean, from the first values: one pass over the weights, whatever it held before."""
         from fedtune.zeroth import replay
 
+        if HEAD in given:
+            start_head(bench, given[HEAD].view(np.float32))
         replay(bench.named, self.sums(bench, given), self.replay_scale, base=bench.origin.tensors, bent=self.settings.curvature)
 
     def sums(self, bench: Bench, given: Tensors) -> list[tuple[Pool, np.ndarray]]:
@@ -306,6 +316,13 @@ class FedKSeedTable(FedKSeedSettings):
 
     def build(self, rounds: int, rule: Rule) -> FedKSeed:
         return FedKSeed(self, rounds)  # the mean is the only rule that `conflicts` lets through
+
+
+def start_head(bench: Bench, head: np.ndarray) -> None:
+    """The task head's first values, as the server made them of the clients' features."""
+    import torch
+
+    bench.origin.tensors[bench.head] = torch.from_numpy(head.copy()).to(bench.base.device)
 
 
 def pool_name(epoch: int) -> str:

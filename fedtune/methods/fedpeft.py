@@ -94,7 +94,7 @@ class FedPEFT:
         own = self.rule.stays(tensors)
         shared = {name: value for name, value in tensors.items() if name not in own}
         shared |= {name: np.zeros(shape, np.float32) for name, shape in self.carried(Schema.of(tensors))}
-        return State(shared, {OWN + name: tensors[name] for name in sorted(own)} | kept_until_started(self.settings.starts_head, bench.head))
+        return State(shared, {OWN + name: tensors[name] for name in sorted(own)} | kept_until_started(self.settings.starts_head, bench))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         return self.trained(started(self.settings.starts_head, state, cohort), cohort, now)

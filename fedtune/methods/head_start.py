@@ -8,7 +8,7 @@ Legate et al. 2023, arXiv:2306.03937). Ridge: the least-squares map from unit fe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,11 +17,14 @@ from fedtune.methods.interface import Verb, Work
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
+if TYPE_CHECKING:
+    from fedtune.model.bench import Bench
+
 HeadStart = Literal["auto", "random", "means", "ridge"]
 FEATURES = "features"  # the verb
 TEMPERATURE = 16.0  # of the logits; found on CLINC150, where 8 loses half a point and 32 wins nothing
 RIDGE = 1e-2  # the penalty, in units of a mean squared feature
-MARK = "head/"  # in what the server keeps: the name of the matrix that has yet to start
+MARK = "head/"  # in what the server keeps: the matrix that has yet to start, under its name
 
 
 def starts(kind: HeadStart, head: str) -> bool:
@@ -29,12 +32,12 @@ def starts(kind: HeadStart, head: str) -> bool:
     return kind != "random" and bool(head)
 
 
-def kept_until_started(kind: HeadStart, head: str) -> dict[str, np.ndarray]:
+def kept_until_started(kind: HeadStart, bench: Bench) -> dict[str, np.ndarray]:
     """What a method's `start` adds to the state's kept tensors. Raises M306 for a start without such a head."""
-    if kind in ("means", "ridge") and not head:
+    if kind in ("means", "ridge") and not bench.head:
         found, expected = f"method.head_start = '{kind}' where no fresh head of classes is trained", "a classifier whose file has no trained head"
         raise FedtuneError("M306", found, expected, "leave method.head_start out")
-    return {MARK + head: np.zeros(0, np.float32)} if starts(kind, head) else {}
+    return {MARK + bench.head: bench.read_one(bench.head)} if starts(kind, bench.head) else {}
 
 
 def features_verb(kind: HeadStart, work: Work) -> Verb:
@@ -76,13 +79,18 @@ def start_conflicts(kind: HeadStart, recipe: Any) -> Iterator[tuple[str, str, st
 
 def started(kind: HeadStart, state: State, cohort: Cohort) -> State:
     """The state with its head started, where it has yet to be: the server's half, before the first round's own question."""
-    name = next((key.removeprefix(MARK) for key in state.kept if key.startswith(MARK)), "")
+    made = head_of(kind, state.kept, cohort)
+    return State({**state.shared, **made}, {key: value for key, value in state.kept.items() if not key.startswith(MARK)})
+
+
+def head_of(kind: HeadStart, kept: Tensors, cohort: Cohort) -> dict[str, np.ndarray]:
+    """The started head by its name, float32, where it has yet to start; nothing otherwise."""
+    name = next((key for key in kept if key.startswith(MARK)), "")
     if not name:
-        return state
-    said = cohort.sum(FEATURES, {name: state.shared[name]}).values()
+        return {}
+    said = cohort.sum(FEATURES, {name.removeprefix(MARK): kept[name]}).values()
     head = ridge_head(said) if kind == "ridge" else means_head(said)
-    shared = {**state.shared, name: np.asarray(head, np.float32)}
-    return State(shared, {key: value for key, value in state.kept.items() if not key.startswith(MARK)})
+    return {name.removeprefix(MARK): np.asarray(head, np.float32)}
 
 
 def means_head(said: Tensors) -> np.ndarray:

@@ -47,7 +47,7 @@ class SFPrompt:
     # --- on the server ------------------------------------------------------------------------------------------
 
     def start(self, bench: Bench) -> State:
-        return State(bench.read(), kept_until_started(self.settings.head_start, bench.head))
+        return State(bench.read(), kept_until_started(self.settings.head_start, bench))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         state = started(self.settings.head_start, state, cohort)

@@ -78,6 +78,11 @@ class Bench:
         """Float32 copies of the trained tensors."""
         return {name: value.detach().to("cpu", torch.float32, copy=True).numpy() for name, value in self.named.items()}
 
+    def read_one(self, name: str) -> np.ndarray:
+        """A float32 copy of one of them."""
+        value: np.ndarray = self.named[name].detach().to("cpu", torch.float32, copy=True).numpy()
+        return value
+
     def write(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Copy values into the trained tensors, in place. Raises M305 and changes nothing if names, shapes or types differ."""
         odd = sorted(self.named.keys() ^ tensors.keys())

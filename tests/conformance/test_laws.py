@@ -64,10 +64,20 @@ METHODS: dict[str, dict[str, Any]] = {  # name of the method, a dash, the varian
     "sfprompt-slim": {"method": {**SPLIT, "head": 0, "slim": "auto"}},
     "sfprompt-paper": {"method": {**SPLIT, "preset": "sfprompt-paper", "cache_smashed": True, "codec": "int8"}, "chain": [{"step": "quantize", "bits": 8}]},
     "sfprompt-lora": {"method": {**SPLIT, "lora_rank": 2}},
+    "fedpeft-means": {"method__head_start": "means", "chain": [{"step": "quantize", "bits": 8}]},
+    "fedpeft-ridge": {"method__head_start": "ridge", "aggregate": {"rule": "fedsa"}, "method__server": {"optimizer": "none"}},
+    "fedkseed-means": {"method": {**WALK, **PROJECT, "estimators": ["spsa", "gradient"], "guard": 0.0, "head_start": "means"}},
+    "fedkseed-ridge": {"method": {**WALK, "estimator": "spsa", "guard": 0.0, "head_start": "ridge"}},
+    "sfprompt-means": {"method": {**SPLIT, "head_start": "means"}, "model__pooling": "mean"},
     "sfprompt-tail": {"method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}},
 }
 REFACTORED = ["fedpeft-flexlora", "fedpeft-flora", "fedpeft-fedex", "fedpeft-fair", "fedpeft-fedrot", "fedpeft-fedsb"]
-OWN_SEEDS = ["fedkseed-steps", "fedkseed-pro", "fedkseed-fzoo"]  # every client walks along seeds of its own, so that clones differ by their number
+OWN_SEEDS = [
+    "fedkseed-steps",
+    "fedkseed-pro",
+    "fedkseed-fzoo",
+    "fedkseed-ridge",
+]  # every client walks along seeds of its own, so that clones differ by their number
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
 UNCODED = [*EXACT, "fedpeft-outer", "fedpeft-adam", "fedkseed-steps", "fedkseed-pro", "fedkseed-mixed", "sfprompt-slim", "sfprompt-tail"]
 

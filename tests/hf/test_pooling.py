@@ -82,7 +82,7 @@ def test_auto_is_what_the_folder_says(stated: dict[str, Any], mode: str, tiny_be
     assert choose_pooling("auto", place, "classify", True)[0] == "own"  # the file's own trained head was trained on its class's vector
     assert choose_pooling("pooler", place, "classify", False)[0] == "own"
     assert load(ModelSettings(name=str(place), device="cpu"), "classify", ("a", "b"), 1).pooling == mode
-    with pytest.raises(FedtuneError, match="M306.*a language model pools nothing"):
+    with pytest.raises(FedtuneError, match=r"M306.*a language model pools nothing"):
         choose_pooling("mean", place, "causal-lm", False)
 
 
