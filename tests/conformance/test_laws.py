@@ -66,8 +66,8 @@ METHODS: dict[str, dict[str, Any]] = {  # name of the method, a dash, the varian
     "sfprompt-lora": {"method": {**SPLIT, "lora_rank": 2}},
     "fedpeft-means": {"method__head_start": "means", "chain": [{"step": "quantize", "bits": 8}]},
     "fedpeft-ridge": {"method__head_start": "ridge", "aggregate": {"rule": "fedsa"}, "method__server": {"optimizer": "none"}},
-    "fedkseed-means": {"method": {**WALK, **PROJECT, "estimators": ["spsa", "gradient"], "guard": 0.0, "head_start": "means"}},
-    "fedkseed-ridge": {"method": {**WALK, "estimator": "spsa", "guard": 0.0, "head_start": "ridge"}},
+    "fedkseed-means": {"method": {**WALK, **PROJECT, "lr": 1e-6, "gain": 0.1, "estimators": ["spsa", "gradient"], "guard": 0.0, "head_start": "means"}},
+    "fedkseed-ridge": {"method": {**WALK, "lr": 1e-6, "estimator": "spsa", "head_start": "ridge"}},
     "sfprompt-means": {"method": {**SPLIT, "head_start": "means"}, "model__pooling": "mean"},
     "sfprompt-tail": {"method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}},
 }

@@ -68,12 +68,14 @@ def test_pefts_own_shorthand_loads_it_as_well(model: str, world: Any, tmp_path: 
     torch.testing.assert_close(logits(net.eval(), batch), want, rtol=1e-4, atol=1e-5)
 
 
-def test_load_py_needs_neither_fedtune_nor_peft() -> None:
+def test_load_py_needs_no_fedtune_and_peft_only_for_an_adapter_of_its_own() -> None:
     spec = importlib.util.find_spec("fedtune.model.standalone")
     assert spec and spec.origin
     tree = ast.parse(Path(spec.origin).read_text())
     roots = {name.split(".")[0] for node in ast.walk(tree) for name in names_of(node)}
-    assert roots <= {"__future__", "importlib", "json", "pathlib", "typing", "torch", "transformers", "safetensors"}
+    assert roots <= {"__future__", "importlib", "json", "pathlib", "typing", "torch", "transformers", "safetensors", "peft"}
+    top = {name.split(".")[0] for node in tree.body for name in names_of(node)}
+    assert "peft" not in top and "fedtune" not in roots
 
 
 def names_of(node: ast.AST) -> list[str]:
