@@ -1,6 +1,6 @@
 """fedtune: federated fine-tuning of one pretrained model, on Flower.
 
-Importing this package loads neither torch nor Flower; see DESIGN in docs/architecture.md for the floors.
+Importing this package loads neither torch nor Flower; docs/architecture.md shows what imports what.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,13 @@ from fedtune.threads import shorten_spinning
 if TYPE_CHECKING:
     from fedtune.api import Result as Result
     from fedtune.api import check as check
+    from fedtune.api import evaluate as evaluate
+    from fedtune.api import export as export
     from fedtune.api import load as load
+    from fedtune.api import merge as merge
     from fedtune.api import recipe as recipe
     from fedtune.api import simulate as simulate
+    from fedtune.api import stream as stream
     from fedtune.config import Recipe
     from fedtune.errors import FedtuneError
 
@@ -21,7 +25,7 @@ __version__ = "0.1.0"
 
 shorten_spinning()  # here, since torch reads the setting when it is imported, and everything of fedtune comes before that
 
-API = ("Result", "check", "load", "recipe", "simulate")
+API = ("Result", "check", "evaluate", "export", "load", "merge", "recipe", "simulate", "stream")
 __all__ = [*API, "FedtuneError", "Recipe", "__version__"]
 
 

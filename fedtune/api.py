@@ -6,6 +6,9 @@
 (3, 4)
 
     result = fedtune.simulate("my.toml", rounds=3)     # a path, a dict or a Recipe
+    for event in fedtune.stream("my.toml"): ...        # the same, event by event
+    scores = fedtune.evaluate(result.folder)
+    fedtune.export(result.folder, "adapter/")
     model, tokenizer = fedtune.load(result.folder)     # a run, or an exported folder
 
 torch is imported by the functions that need it, not by `import fedtune`.
@@ -13,17 +16,23 @@ torch is imported by the functions that need it, not by `import fedtune`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Callable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune import config
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
+
+if TYPE_CHECKING:
+    from fedtune.runtime.merge import Merged
 
 Source = str | Path | Mapping[str, Any] | Recipe | None
 
@@ -47,6 +56,8 @@ def recipe(source: Source = None, /, **changes: Any) -> Recipe:
 
     changes  keys of the recipe with __ for the dot: rounds=3, method__adapter__rank=4
     """
+    if isinstance(source, Recipe) and not changes:
+        return source
     overrides = [f"{name.replace('__', '.')}={toml(value)}" for name, value in changes.items()]
     if source is None or isinstance(source, (str, Path)):
         return config.read(None if source is None else str(source), overrides)
@@ -67,20 +78,32 @@ def toml(value: Any) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
-def simulate(source: Source = None, /, *, runs: str | Path = "runs", on_event: Callable[[Event], None] | None = None, **changes: Any) -> Result:
-    """A whole federation in this process, in a new folder under `runs`. Several may run in one process, also in threads; those take turns while they train.
+def simulate(
+    source: Source = None,
+    /,
+    *,
+    runs: str | Path = "runs",
+    engine: Literal["local", "flower"] = "local",
+    on_event: Callable[[Event], None] | None = None,
+    stem: str = "",
+    began: float | None = None,
+    **changes: Any,
+) -> Result:
+    """A whole federation on this machine, in a new folder under `runs`. Several may run in one process, also in threads; those take turns while they train.
 
+    engine    local: in this process; flower: Flower's simulation engine (Ray), with the same result
     on_event  is told everything as it happens (fedtune.events); nothing is printed
+    stem      begins the folder's name, where the recipe names none: the recipe's file name
+    began     time.time() at which the clock of the run starts; None: now
 
     Raises FedtuneError with the code and sentence that the command line would print.
     """
     from fedtune.disk import json_text
     from fedtune.runtime.folder import create, discard_if_empty
-    from fedtune.runtime.run import run
     from fedtune.sinks.jsonl import jsonl_sink
 
     known = config.decided(recipe(source, **changes))
-    stem = Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
+    stem = stem or (Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run")
     folder = create(Path(runs).expanduser(), known.name, stem)
     write = jsonl_sink(folder.path / "events.jsonl")
 
@@ -91,10 +114,53 @@ def simulate(source: Source = None, /, *, runs: str | Path = "runs", on_event: C
 
     try:
         folder.begin(known)
-        return Result(folder.path, json.loads(json_text(run(known, folder, tell))))
+        if engine == "flower":
+            from fedtune.flower.simulation import simulation
+
+            values = simulation(known, folder, tell)
+        else:
+            from fedtune.runtime.run import run
+
+            values = run(known, folder, tell, began=began)
+        return Result(folder.path, json.loads(json_text(values)))
     except FedtuneError:
         discard_if_empty(folder)
         raise
+
+
+def stream(source: Source = None, /, **options: Any) -> Iterator[Event]:
+    """`simulate`, as an iterator over its events; the last one is RunDone. Leaving the loop early ends the run, which can be resumed.
+
+    Raises what `simulate` raises, where the run did.
+    """
+    events: queue.Queue[Event | BaseException | None] = queue.Queue(1)
+    left = threading.Event()
+
+    def tell(event: Event) -> None:
+        if left.is_set():
+            raise KeyboardInterrupt
+        events.put(event)
+
+    def work() -> None:
+        try:
+            simulate(source, on_event=tell, **options)
+        except BaseException as error:
+            events.put(error)
+        else:
+            events.put(None)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (event := events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+    finally:
+        left.set()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                events.get(timeout=0.1)
 
 
 def check(source: Source = None, /, **changes: Any) -> list[str]:
@@ -103,6 +169,56 @@ def check(source: Source = None, /, **changes: Any) -> list[str]:
     from fedtune.runtime.check import rows
 
     return rows(checked(recipe(source, **changes)))
+
+
+def evaluate(run: str | Path, data: str | Path = "") -> dict[str, Any]:
+    """Scores of a run's last state: on its test set and every client's held-out rows or, with `data`, on the rows of a file. Raises R402, R406."""
+    from fedtune.runtime.after import evaluate_file, evaluate_run
+    from fedtune.runtime.folder import existing
+
+    folder = existing(Path(run).expanduser().resolve())
+    return evaluate_file(folder, str(Path(data).expanduser().resolve())) if data else evaluate_run(folder)
+
+
+def export(run: str | Path, to: str | Path, form: str = "", rank: int = 0) -> float:
+    """Write a run's model to a new folder: adapter, merged or seeds; "" is what the run left itself.
+
+    rank  cuts a LoRA adapter to this rank; returns the share of its norm that this loses, 0 otherwise
+
+    Raises M306, R401, R402.
+    """
+    from fedtune.runtime.after import export_run
+    from fedtune.runtime.folder import existing
+
+    return export_run(existing(Path(run).expanduser().resolve()), form, Path(to).expanduser().resolve(), rank)
+
+
+def merge(
+    adapters: Sequence[str | Path],
+    to: str | Path,
+    by: str = "mean",
+    *,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] = (),
+    rank: int = 0,
+    base: str = "",
+    run: str | Path = "",
+) -> Merged:
+    """One LoRA adapter of several, written to a new folder.
+
+    by, options  the rule and its options, as in `fedtune merge --by ties --set density=0.2`
+    rank         of the result; 0 is the sum of ranks
+    base         the base of all, whatever the adapters call it
+    run          score base, adapters and result on this run's test set
+
+    Raises C102, C103, M304, M305, M306, R401.
+    """
+    from fedtune.runtime.folder import existing
+    from fedtune.runtime.merge import Asked, merge_adapters
+
+    asked = Asked(by, {key: str(value) for key, value in (options or {}).items()}, weights, rank, base, Path.cwd())
+    scored = existing(Path(run).expanduser().resolve()) if run else None
+    return merge_adapters([Path(one).expanduser().resolve() for one in adapters], asked, Path(to).expanduser().resolve(), scored)
 
 
 def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ import torch
 
 import fedtune
 from fedtune.events import Event, RoundDone, RunStarted
+from fedtune.runtime.folder import existing, recipe_of
+from fedtune.runtime.run import run
 from tests import small
 
 
@@ -51,6 +54,32 @@ def test_runs_in_threads_of_one_process_end_as_each_does_alone(tiny_bert: Path, 
     alone = [ends(recipe, "alone", False) for recipe in recipes]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(ends, recipes, ("one", "two"), (True, True))) == alone and alone[0] != alone[1]
+
+
+def test_what_one_does_with_a_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    runs = [fedtune.simulate(small.tree(tiny_bert, data, rounds=1, seed=seed), runs=tmp_path / "runs") for seed in (1, 2)]
+    scores = fedtune.evaluate(runs[0].folder)
+    assert scores["round"] == 1 and len(scores["clients"]) == 4 and fedtune.evaluate(runs[0].folder, data)["rows"] == 120
+    assert fedtune.export(runs[0].folder, tmp_path / "one", rank=1) > 0 and fedtune.export(runs[1].folder, tmp_path / "two") == 0
+    merged = fedtune.merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both", "ties", options={"density": 0.5}, base=str(tiny_bert), run=runs[0].folder)
+    assert merged.rank == 3 and len(merged.scores) == 4 and (tmp_path / "both" / "adapter_model.safetensors").exists()
+    with pytest.raises(fedtune.FedtuneError, match="R401"):
+        fedtune.export(runs[0].folder, tmp_path / "one")
+
+
+def test_a_run_event_by_event_and_left_early(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    tree = small.tree(tiny_bert, data)
+    events = list(fedtune.stream(tree, runs=tmp_path / "runs"))
+    assert sum(isinstance(event, RoundDone) for event in events) == 3
+    for event in fedtune.stream(tree, runs=tmp_path / "runs", name="cut"):
+        if isinstance(event, RoundDone):
+            break
+    folder = existing(tmp_path / "runs" / "cut")
+    assert not (folder.path / "result.json").exists()
+    whole = json.loads((tmp_path / "runs" / "run" / "result.json").read_text())
+    assert run(recipe_of(folder), folder, lambda event: None)["state_sha256"] == whole["state_sha256"]
+    with pytest.raises(fedtune.FedtuneError, match="C101"):
+        list(fedtune.stream({"nonsense": 1}))
 
 
 @pytest.mark.parametrize("kind", ["bias", "adapter", "full"])

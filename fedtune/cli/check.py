@@ -26,9 +26,8 @@ def check(options: argparse.Namespace) -> int:
 
         print(tomli_w.dumps(recipe.model_dump(mode="json")))
     quiet()
+    from fedtune import api
     from fedtune.deploy.ready import remarks
-    from fedtune.runtime.check import check as work
-    from fedtune.runtime.check import rows
 
-    print("\n".join([*rows(work(recipe)), *remarks(recipe)]))
+    print("\n".join([*api.check(recipe), *remarks(recipe)]))
     return 0

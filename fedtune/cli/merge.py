@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError
@@ -29,9 +28,6 @@ def add_commands(commands: Any) -> None:
 
 
 def merge(options: argparse.Namespace) -> int:
-    folders = [Path(folder).expanduser().resolve() for folder in options.adapters]
-    target = Path(options.to).expanduser().resolve()
-    home = Path.cwd()
     if options.rank is not None and options.rank < 1:
         raise FedtuneError("C102", f"--rank {options.rank}", "1 or more", "correct it, or leave it out for the sum of ranks")
     settings = {}
@@ -40,17 +36,16 @@ def merge(options: argparse.Namespace) -> int:
         if not equals or not key or not value:
             raise FedtuneError("C103", f"--set '{text}'", "OPTION=VALUE such as lam=0.3", "write the option, an equals sign and the value")
         settings[key.strip()] = value.strip()
-    from fedtune.cli.runs import opened
-
-    run = opened(options.eval) if options.eval else None
     quiet()
-    from fedtune.runtime.merge import Asked, cost, merge_adapters
+    from fedtune import api
+    from fedtune.runtime.merge import cost
 
-    merged = merge_adapters(folders, Asked(options.by, settings, options.weights, options.rank or 0, options.base, home), target, run)
+    rule = {"by": options.by, "options": settings, "weights": options.weights, "rank": options.rank or 0, "base": options.base}
+    merged = api.merge(options.adapters, options.to, run=options.eval or "", **rule)
     for name, score in merged.scores.items():
         print(f"{name}: {score.name} {score.metric:.4f}, loss {score.loss:.4f}")
     if options.by == "greedy":
-        print(f"kept {len(merged.used)} of {len(folders)}, chosen by that test set: {', '.join(str(path) for path in merged.used)}")
+        print(f"kept {len(merged.used)} of {len(options.adapters)}, chosen by that test set: {', '.join(str(path) for path in merged.used)}")
     for sentence in cost(merged):
         print(sentence)
     print(options.to)

@@ -70,12 +70,10 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    data = str(Path(options.data).expanduser().resolve()) if options.data else ""
-    folder = opened(options.run)
     quiet()
-    from fedtune.runtime.after import evaluate_file, evaluate_run
+    from fedtune import api
 
-    print(json_text(evaluate_file(folder, data) if data else evaluate_run(folder), indent=2))
+    print(json_text(api.evaluate(options.run, options.data or ""), indent=2))
     return 0
 
 
@@ -92,11 +90,10 @@ def export(options: argparse.Namespace) -> int:
 
         export_seeds(Path(options.from_seeds).expanduser(), options.base, options.form or "merged", target)
     else:
-        folder = opened(options.run)
         quiet()
-        from fedtune.runtime.after import export_run
+        from fedtune import api
 
-        lost = export_run(folder, options.form, target, options.rank or 0)
+        lost = api.export(options.run, target, options.form, options.rank or 0)
         if options.rank:
             print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")
     print(options.to)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtune.cli.common import add_recipe, sinks
+from fedtune.cli.common import add_recipe
 from fedtune.quiet import quiet
 
 STARTED = time.time()  # the nearest thing to the start of the command
@@ -22,26 +22,14 @@ def add_commands(commands: Any) -> None:
 
 
 def simulate(options: argparse.Namespace) -> int:
-    """Read the recipe, make the run folder, run."""
-    from fedtune.config import decided, read
+    """Read the recipe, run it, show what happens."""
+    from fedtune.config import read
 
     recipe = read(options.recipe, options.set)
     quiet()
-    from fedtune.errors import FedtuneError
-    from fedtune.runtime.folder import create, discard_if_empty
-    from fedtune.runtime.run import run
+    from fedtune import api
+    from fedtune.sinks.console import console_sink
 
-    recipe = decided(recipe)
-    folder = create(Path(options.runs).expanduser(), recipe.name, Path(options.recipe).stem if options.recipe else "demo")
-    try:
-        folder.begin(recipe)
-        if options.engine == "flower":
-            from fedtune.flower.simulation import simulation
-
-            simulation(recipe, folder, sinks(folder))
-        else:
-            run(recipe, folder, sinks(folder), began=STARTED)
-    except FedtuneError:
-        discard_if_empty(folder)
-        raise
+    stem = Path(options.recipe).stem if options.recipe else "demo"
+    api.simulate(recipe, runs=options.runs, engine=options.engine, on_event=console_sink, stem=stem, began=STARTED)
     return 0

@@ -214,10 +214,11 @@ class FedKSeed:
 
     def rebuild(self, bench: Bench, given: Tensors) -> None:
         """The model that the accumulators mean, from the first values: one pass over the weights, whatever it held before."""
+        from fedtune.model.origin import set_first
         from fedtune.zeroth import replay
 
         if HEAD in given:
-            start_head(bench, given[HEAD].view(np.float32))
+            set_first(bench, bench.head, given[HEAD].view(np.float32))
         replay(bench.named, self.sums(bench, given), self.replay_scale, base=bench.origin.tensors, bent=self.settings.curvature)
 
     def sums(self, bench: Bench, given: Tensors) -> list[tuple[Pool, np.ndarray]]:
@@ -316,13 +317,6 @@ class FedKSeedTable(FedKSeedSettings):
 
     def build(self, rounds: int, rule: Rule) -> FedKSeed:
         return FedKSeed(self, rounds)  # the mean is the only rule that `conflicts` lets through
-
-
-def start_head(bench: Bench, head: np.ndarray) -> None:
-    """The task head's first values, as the server made them of the clients' features."""
-    import torch
-
-    bench.origin.tensors[bench.head] = torch.from_numpy(head.copy()).to(bench.base.device)
 
 
 def pool_name(epoch: int) -> str:

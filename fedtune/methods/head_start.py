@@ -90,7 +90,7 @@ def head_of(kind: HeadStart, kept: Tensors, cohort: Cohort) -> dict[str, np.ndar
         return {}
     said = cohort.sum(FEATURES, {name.removeprefix(MARK): kept[name]}).values()
     head = ridge_head(said) if kind == "ridge" else means_head(said)
-    return {name.removeprefix(MARK): np.asarray(head, np.float32)}
+    return {name.removeprefix(MARK): np.ascontiguousarray(head, np.float32)}
 
 
 def means_head(said: Tensors) -> np.ndarray:

@@ -51,6 +51,11 @@ def keep_origin(bench: Bench, seed: int) -> None:
     reset(bench)
 
 
+def set_first(bench: Bench, name: str, values: np.ndarray) -> None:
+    """Other first values for one tensor; the digest stays that of what was drawn."""
+    bench.origin.tensors[name] = torch.from_numpy(np.array(values, np.float32, order="C")).to(bench.base.device)
+
+
 def reset(bench: Bench) -> None:
     """Put the first values back."""
     with torch.no_grad():

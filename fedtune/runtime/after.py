@@ -15,7 +15,7 @@ from fedtune.data import Federation, load_slice
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
-from fedtune.export import card, check_target, seeds_card, whole_folder
+from fedtune.exports import card, check_target, seeds_card, whole_folder
 from fedtune.methods import MethodTable
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings

@@ -13,7 +13,7 @@ import numpy as np
 from fedtune.aggregate import MERGES, Answer, Combined, Merge, split
 from fedtune.aggregate import ranks as ranks_of
 from fedtune.errors import FedtuneError
-from fedtune.export import check_target, whole_folder
+from fedtune.exports import check_target, whole_folder
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.world import world_of
 

@@ -198,7 +198,7 @@ def finish(work: Run) -> dict[str, Any]:
         now = Round(work.recipe.rounds, work.recipe.seed, tuple(work.world.names))
         everyone = RoundCohort(work.link, now, work.carrier, work.tell, work.world.names, replace(work.downlink))
         scores = at_sites(everyone, work.state.shared, work.world.bench, work.journal)
-    from fedtune.export import export_final
+    from fedtune.exports import export_final
 
     work.link.method.install(work.state, work.world.bench)
     work.tick()

@@ -55,7 +55,7 @@ def fresh(config: Path, root: Path) -> RunFolder:
         ("fedtune.runtime.run:prune_states", "arguments[1] == 3"),  # after the commit of round 3
         ("fedtune.runtime.run:compare", "True"),  # after the last round, before any score
         ("fedtune.runtime.run:summary", "True"),  # after the scores, before adapter and result
-        ("fedtune.export:swap", "True"),  # the adapter is written, but not in its place
+        ("fedtune.exports:swap", "True"),  # the adapter is written, but not in its place
     ],
 )
 def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(place: str, when: str, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
