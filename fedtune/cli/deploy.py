@@ -32,6 +32,9 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("client", help="take part in a federation with this site's data")
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator")
     parser.add_argument("--data", default="", metavar="FILE", help="this site's rows")
+    parser.add_argument(
+        "--map", default="", metavar="NAME=COLUMN,...", help="this site's columns, by the recipe's names of them; a recipe then reaches no other column"
+    )
     parser.add_argument("--partition", action="store_true", help="demos only: recipes may say which rows and which model are read on this machine")
     parser.add_argument("--keys", required=True, metavar="DIR", help="this site's keys, as the coordinator's operator issued them")
     parser.add_argument("--home", default="site", metavar="DIR", help="where this site keeps what it has finished (default: site)")
@@ -78,7 +81,7 @@ def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, list
     require_free({"--listen": listen} | ({"--metrics": metrics} if metrics else {}))
     for recipe, stem in recipes:
         require_new_ready(recipe, stem, place, folder)
-    begun = [begin(recipe, stem, place, folder, listen) for recipe, stem in recipes]
+    begun = [begin(recipe, stem, place, folder, listen, metrics) for recipe, stem in recipes]
     stop_on_signals()
     try:
         return conduct_all(begun, Coordinator(folder, place, listen, metrics, show))
@@ -93,7 +96,7 @@ def go_on(folder: RunFolder) -> int:
     from fedtune.runtime.folder import recipe_of
 
     where = Deployed.read(folder)
-    return coordinate([(recipe_of(folder), folder.path.name)], str(folder.path.parent), where.keys, where.address, "")
+    return coordinate([(recipe_of(folder), folder.path.name)], str(folder.path.parent), where.keys, where.address, where.metrics)
 
 
 def show(record: dict[str, Any]) -> None:
@@ -113,15 +116,17 @@ def client(options: argparse.Namespace) -> int:
     from fedtune.deploy.client import attend
     from fedtune.deploy.ports import split_address
     from fedtune.deploy.processes import Stopped, stop_on_signals
+    from fedtune.deploy.sites import columns_of
     from fedtune.deploy.worker import SiteConfig
 
     quiet()
     split_address(options.server, "--server")
+    columns_of(options.map)
     keys, home, data, policy = (absolute(text) for text in (options.keys, options.home, options.data, options.policy))
     for option, path in (("--data", data), ("--policy", policy), ("--keys", keys)):
         if path and not Path(path).exists():
             raise FedtuneError("D201" if option == "--data" else "C105", f"no '{path}' for {option}", "a file or folder", f"correct {option}")
-    config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition)
+    config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition, options.map)
     if options.check is not None:
         from fedtune.config import read
         from fedtune.deploy.rehearsal import rehearsed

@@ -62,6 +62,11 @@ def add_commands(commands: Any) -> None:
     add_folder(action)
     action.set_defaults(command=revoke)
 
+    action = actions.add_parser("publish", help="sign the list of members anew: after a revocation, or before the one that sites have ends")
+    action.add_argument("--days", type=days, default=DAYS, help=f"how long it is valid (default: {DAYS})")
+    add_folder(action)
+    action.set_defaults(command=publish)
+
     action = actions.add_parser("list", help="all keys that were issued, and until when they may speak")
     add_folder(action)
     action.set_defaults(command=listed)
@@ -151,8 +156,20 @@ def renew(options: argparse.Namespace) -> int:
 def revoke(options: argparse.Namespace) -> int:
     from fedtune.trust import authority
 
-    for entry in authority.revoke(coordinator(Path(options.keys).expanduser()), options.name, options.key):
+    folder = Path(options.keys).expanduser()
+    for entry in authority.revoke(coordinator(folder), options.name, options.key):
         print(f"revoked {entry.name} {entry.key[:12]}")
+    if (folder / "authority").exists():
+        return publish(options)
+    print("sites learn of it from the authority: fedtune keys publish, and copy coordinator/members.signed here")
+    return 0
+
+
+def publish(options: argparse.Namespace) -> int:
+    from fedtune.trust.authority import open_authority
+
+    made = open_authority(Path(options.keys).expanduser(), asked)
+    print(f"version {made.publish(vars(options).get('days', DAYS))} of the list of members is signed; the coordinator gives it to the sites")
     return 0
 
 

@@ -49,7 +49,7 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
         if why := reason(identity, config.coordinator):
             raise why
         private = short_folder()
-        passage = Passage(identity, config.coordinator)
+        passage = Passage(identity, config.coordinator, home=home)
         programs: list[Program] = []
         try:
             own = replace(config, socket=str(private / "worker"))

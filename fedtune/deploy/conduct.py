@@ -45,6 +45,7 @@ class Deployed:
     run         the run's name on the exchange, drawn once: no other run's updates can be taken for its own
     address     where the coordinator listens
     recipe      fingerprint of the recipe as it was given; config.json holds what became of it
+    metrics     address of the Prometheus endpoint, "" for none
     """
 
     keys: str
@@ -52,6 +53,7 @@ class Deployed:
     run: str
     address: str
     recipe: str
+    metrics: str = ""
 
     def write(self, folder: RunFolder) -> None:
         folder.write_json(DEPLOY, asdict(self))

@@ -29,6 +29,7 @@ from fedtune.runtime.paths import located
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import load
 from fedtune.trust.private import shared_key
+from fedtune.trust.roster import FILE
 
 SMALL_CALLS = 32  # threads for calls of SuperNodes, each a fraction of a second
 
@@ -89,7 +90,7 @@ def main() -> None:
         tell = Refusals(jsonl_sink(home / "gate.jsonl", LOG))
         more: dict[str, Any] = body(config, desk) if config.body else {"also": [], "threads": 0}
         more |= {
-            "also": [*more["also"], behind(config.superlink, Members(home), Ends(home.parent, desk.book.is_member))],
+            "also": [*more["also"], behind(config.superlink, Members(home), Ends(home.parent, desk.book.is_member), Path(config.keys) / FILE)],
             "threads": more["threads"] + SMALL_CALLS,
         }
         server = serve(desk, load(Path(config.keys)), config.listen, tell=tell, runs=lambda: statuses(home.parent), **more)

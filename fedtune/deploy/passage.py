@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,19 +24,23 @@ from fedtune.deploy.members import Members
 from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.tls import Door, secure_channel
 from fedtune.trust import Identity
+from fedtune.trust.roster import pin, pinned, version_of
 from fedtune.wire.v1 import fleet_pb2 as pb
 
 NAME = "fedtune.wire.v1.Fleet"
 LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
 SECONDS = 30.0
 AHEAD, BEHIND = 5.0, 300.0  # seconds: what Flower takes of a node's clock
+MEMBERS = "fedtune-members"  # a header of ours: the version that a site has of the list of members; in an answer, a newer one
 NEWS = 256  # ends of runs that a site remembers having been told of
 ENDED = "fedtune-ended"  # a header of ours in every answer: a run of the member's that has ended, how, and nothing for Flower
 
 # --- the coordinator's end ---------------------------------------------------------------------------------------------
 
 
-def behind(superlink: str, members: Members, ended: Callable[[str], Iterable[str]] = lambda member: ()) -> Callable[[Door], grpc.GenericRpcHandler]:
+def behind(
+    superlink: str, members: Members, ended: Callable[[str], Iterable[str]] = lambda member: (), roster: Path | None = None
+) -> Callable[[Door], grpc.GenericRpcHandler]:
     """For `exchange.serve(..., also=[behind("127.0.0.1:8000", members)])`; `ended`: what there is to say to a member of the ends of its runs."""
 
     def made(door: Door) -> grpc.GenericRpcHandler:
@@ -48,6 +53,11 @@ def behind(superlink: str, members: Members, ended: Callable[[str], Iterable[str
             if reply.status == 200:
                 members.answered(name, asked, reply.body)
             reply.headers.extend(pb.FleetHeader(name=ENDED, value=text) for text in ended(name))
+            known = next((header.value for header in request.headers if header.name == MEMBERS and header.value.isascii() and header.value.isdecimal()), "")[
+                :19
+            ]
+            if roster is not None and known and version_of(roster) > int(known):
+                reply.headers.append(pb.FleetHeader(name=MEMBERS, value=roster.read_text()))
             return reply
 
         handler = grpc.unary_unary_rpc_method_handler(call, pb.FleetRequest.FromString, pb.FleetReply.SerializeToString)
@@ -89,7 +99,11 @@ def forwarded(superlink: str, call: Call) -> pb.FleetReply:
 class Passage:
     """An HTTP server on loopback. Whatever breaks on the way is a 503, and the SuperNode tries again."""
 
-    def __init__(self, identity: Identity, coordinator: str, port: int = 0) -> None:
+    def __init__(self, identity: Identity, coordinator: str, port: int = 0, home: Path | None = None) -> None:
+        self.identity, self.home = identity, home
+        places = [identity.folder, home] if home else [identity.folder]
+        known = pinned(places, identity.authority, identity.name.federation)
+        self.members = known.version if known else 0  # of the list of members that this site has
         self.channel = secure_channel(identity, coordinator, longest=LONGEST + (64 << 10))
         self._call = self.channel.unary_unary(f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString)
         self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -115,6 +129,8 @@ class Passage:
             return pb.FleetReply(status=200, headers=[pb.FleetHeader(name="content-type", value=PROTOBUF)], body=own_app())
         call = admitted(method, path, headers, body)
         request = pb.FleetRequest(method="POST", path=call.path, headers=[pb.FleetHeader(name=n, value=v) for n, v in call.headers.items()], body=call.body)
+        if self.home:
+            request.headers.append(pb.FleetHeader(name=MEMBERS, value=str(self.members)))
         try:
             reply = self._call(request, timeout=2 * SECONDS)
         except grpc.RpcError as error:
@@ -123,6 +139,10 @@ class Passage:
         news = [header.value[:200] for header in reply.headers if header.name == ENDED and header.value[:200] not in self.ended]
         self.ended += news[: max(0, NEWS - len(self.ended))]
         self.last, self.called, self.answered = "", True, True
+        for header in reply.headers:
+            if self.home and header.name == MEMBERS:
+                with contextlib.suppress(FedtuneError):  # one that the authority did not sign, or an older one: nothing changes
+                    self.members = pin(self.home, header.value.encode(), self.identity.authority, self.identity.name.federation, self.members)
         kept = picked(((header.name, header.value) for header in reply.headers), BACK)
         answer = own_run(reply.body) if call.name == GET_RUN and reply.status == 200 else reply.body
         return pb.FleetReply(status=reply.status, headers=[pb.FleetHeader(name=n, value=v) for n, v in kept.items()], body=answer)

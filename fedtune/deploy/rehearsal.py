@@ -10,7 +10,7 @@ from pathlib import Path
 from fedtune.config import Recipe
 from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import Asked, approved, read_policy
-from fedtune.deploy.sites import at_site
+from fedtune.deploy.sites import at_site, columns_of
 from fedtune.deploy.worker import SiteConfig, require_own
 from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
@@ -38,7 +38,7 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
         yield f"data      {config.data}: at most {known.get('rows', 0):,} rows, {known.get('bytes', 0):,} bytes; so much is declared with the greeting"
     if recipe is not None:
         here = recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": (identity.name.name,)})})
-        mine = at_site(here, 0, config.data, config.partition).clients[0]
+        mine = at_site(here, 0, config.data, config.partition, columns_of(config.columns)).clients[0]
         yield f"rows      {len(mine.train):,} that train, {len(mine.test):,} held out, as the recipe reads them"
         policy.check(recipe, Asked(recipe=recipe.fingerprint, key=policy.coordinators[0] if policy.coordinators else "", approved=approved(Path(config.home))))
         policy.check_rows(recipe, len(mine.train))

@@ -211,7 +211,7 @@ def require_new_ready(recipe: Recipe, stem: str, runs: Path, keys: Path) -> None
         require_ready(resolved(recipe, keys))
 
 
-def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> RunFolder:
+def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str, metrics: str = "") -> RunFolder:
     """The run's folder: a new one, or the one that this recipe began. Raises R401, R406, and what `resolved` raises."""
     name = recipe.name or stem
     folder = RunFolder(runs / name)
@@ -224,7 +224,7 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str) -> Run
         named = resolved(recipe, keys)
         with disk_errors(folder.path):
             (folder.path / "state").mkdir(parents=True, exist_ok=True)
-        Deployed(str(keys), str(runs / HOME), f"{name.lstrip('.')[:40] or 'run'}-{secrets.token_hex(8)}", listen, recipe.fingerprint).write(folder)
+        Deployed(str(keys), str(runs / HOME), f"{name.lstrip('.')[:40] or 'run'}-{secrets.token_hex(8)}", listen, recipe.fingerprint, metrics).write(folder)
         folder.begin(named)  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)
     return folder

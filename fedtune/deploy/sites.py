@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.data import Federation, Slice, load, load_slice
-from fedtune.data.settings import PathSource
+from fedtune.data.settings import PathSource, Source
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError, Refused
 from fedtune.trust import COORDINATOR
@@ -61,7 +62,43 @@ def at_coordinator(recipe: Recipe) -> Federation:
     return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(deploy.sites)), test, recipe.data.labels)
 
 
-def at_site(recipe: Recipe, number: int, data: str, partition: bool = False) -> Federation:
+ROLES = {  # task -> settings that name a column
+    "causal-lm": ("text",), "classify": ("text", "label"), "image-classify": ("image", "label"), "instruct": ("messages", "prompt", "response"),
+}  # fmt: skip
+COLUMN = re.compile(r"\{([^{}]+)\}")
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """--map text=note,label=icd: the recipe's name of a column -> its name here. Raises C103."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if any(not equals or not name.strip() or not own.strip() for name, equals, own in pairs):
+        raise FedtuneError("C103", f"--map '{text}'", "NAME=COLUMN,NAME=COLUMN, such as text=note,label=icd", "correct --map")
+    return {name.strip(): own.strip() for name, _, own in pairs}
+
+
+def mapped(data: Source, columns: Mapping[str, str]) -> dict[str, str]:
+    """Settings of [data] with this site's columns. Where a site maps columns, a recipe reaches those and no others. Raises F507."""
+    if not columns:
+        return {}
+
+    def own(name: str) -> str:
+        if name not in columns:
+            raise FedtuneError("F507", f"a recipe that reads column {name[:80]!r}", f"one of {', '.join(columns)}", "agree on it, and name it in --map")
+        return columns[name]
+
+    named: dict[str, Any] = data.model_dump()
+    roles = [role for role in ROLES[data.task] if named[role]]
+    if data.task == "instruct":
+        roles = ["messages"] if data.messages else [role for role in roles if role != "prompt" or "{" not in data.template]
+    made = {role: own(named[role]) for role in roles}
+    if "{" in data.template:
+        inner = [name for name in COLUMN.findall(data.template) if name not in ("prompt", "response")]
+        template = COLUMN.sub(lambda found: f"{{{own(found[1])}}}" if found[1] in inner else found[0], data.template)
+        made |= {"template": template} | ({"prompt": own(data.prompt)} if "{prompt}" in data.template else {})
+    return made
+
+
+def at_site(recipe: Recipe, number: int, data: str, partition: bool = False, columns: Mapping[str, str] | None = None) -> Federation:
     """One site's own rows, under its number; of the others nothing. They come from `data` and from nowhere else: what a recipe names is read only where the
     site's operator has said so (`partition`, for demos). Raises F507, and what the data raise."""
     if recipe.deploy.data == "partition":
@@ -75,7 +112,7 @@ def at_site(recipe: Recipe, number: int, data: str, partition: bool = False) -> 
         raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
     name = recipe.deploy.sites[number]
     with called("data.path", "--data"):
-        mine, dropped = load_slice(data_at(recipe.data, data), recipe.seed, number, name)
+        mine, dropped = load_slice(data_at(recipe.data, data, **mapped(recipe.data, columns or {})), recipe.seed, number, name)
     slices = tuple(mine if other == number else Slice(other, whose, [], []) for other, whose in enumerate(recipe.deploy.sites))
     return Federation(slices, [], recipe.data.labels, dropped)
 

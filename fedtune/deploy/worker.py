@@ -28,7 +28,7 @@ from fedtune.data import Federation
 from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import DAY, Asked, approved, note_sent, read_policy, sent_since
 from fedtune.deploy.room import require_disk, require_memory
-from fedtune.deploy.sites import Details, at_site, called
+from fedtune.deploy.sites import Details, at_site, called, columns_of
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
@@ -41,9 +41,10 @@ from fedtune.runtime.states import Memories
 from fedtune.runtime.world import World, build_world, link_of
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.split.facts import SplitFacts
-from fedtune.trust import Signed, Ticket, load, ticket
+from fedtune.trust import Peer, Signed, Ticket, load, ticket
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.envelope import PROTOCOL
+from fedtune.trust.roster import pinned
 from fedtune.trust.signed import seal, signer
 from fedtune.types import Round
 from fedtune.versions import versions
@@ -63,6 +64,7 @@ class SiteConfig:
     """What the site's operator says; not a word of it comes from the coordinator.
 
     model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own device
+    columns        --map as it was given: the recipe's names of columns and this site's
     partition      for demos: the recipe may say which rows and which model's folder are read here
     """
 
@@ -75,6 +77,7 @@ class SiteConfig:
     device: str = ""
     policy: str = ""
     partition: bool = False
+    columns: str = ""
 
     @classmethod
     def read(cls, path: Path) -> SiteConfig:
@@ -145,6 +148,7 @@ class Worker:
         about = ticket.read(content, self.identity)
         details = Details.decode(about.details)
         details.require_open(time.time())
+        self.speaker(content)
         recipe = understood(details, about.verb)
         mine = self.own(recipe)
         if self.exchange.held(about):
@@ -161,9 +165,16 @@ class Worker:
 
     def asked(self, content: bytes, about: Ticket, details: Details, recipe: Recipe) -> Asked:
         """For the policy: who asks for what, and what has left this house lately."""
-        key = signer(Signed.from_json(content), self.identity.authority, utc_now(), "ticket").key
+        key = self.speaker(content).key
         sent = sent_since(self.home, time.time() - DAY)
         return Asked(recipe.fingerprint, about.verb, about.budget, len(details.members), key, approved(self.home), sent)
+
+    def speaker(self, content: bytes) -> Peer:
+        """Who signed a ticket, where the newest list of members that this site has names it. Raises T702 to T707."""
+        peer, now = signer(Signed.from_json(content), self.identity.authority, utc_now(), "ticket"), utc_now()
+        if known := pinned([self.identity.folder, self.home], self.identity.authority, self.identity.name.federation):
+            known.check(peer, now)
+        return peer
 
     def computed(self, about: Ticket, details: Details, world: World, link: Link) -> str:
         ask = Ask(details.number, about.verb, Round(about.round, details.seed, details.members), self.exchange.fetch(about), details.last, details.first)
@@ -204,7 +215,7 @@ class Worker:
         began = time.monotonic()
         if recipe.deploy.sites[details.number : details.number + 1] != (self.identity.name.name,):
             raise Refused("W604", f"number {details.number} of {len(recipe.deploy.sites)} sites", f"that of '{self.identity.name.name}'", "report this")
-        federation = at_site(mine, details.number, self.config.data, self.config.partition)
+        federation = at_site(mine, details.number, self.config.data, self.config.partition, columns_of(self.config.columns))
         require_memory(mine, len(federation.labels), mine.model.device)
 
         def load_ends(known: Federation) -> Base:  # of a model that is split, a site holds the ends only

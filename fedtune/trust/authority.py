@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedtune.disk import disk_errors, sync_folder
 from fedtune.errors import FedtuneError
-from fedtune.trust import private, requests
+from fedtune.trust import private, requests, roster
 from fedtune.trust.allowed import Entry, entry_of, read_entries, write_entries
 from fedtune.trust.certificates import federation_of, make_authority, make_member, peer_of, read_certificate, utc_now
 from fedtune.trust.identity import ALLOWED, AUTHORITY, CERTIFICATE, KEY, SIGNING_KEY, Passphrase, from_environment, read_key, to_pem
@@ -82,7 +82,16 @@ class Authority:
             if any(entry.key == peer_of(certificate).key for entry in entries):
                 raise FedtuneError("T708", f"a key of '{asked.name}' that was signed before", "a new key", "run fedtune keys request again, at the site")
             write_entries(self.allowed, [*entries, entry_of(peer_of(certificate))])
-        return asked.name, requests.answer(pem(certificate), pem(self.certificate))
+            self.publish(days, now)
+        members = (self.folder / COORDINATOR / roster.FILE).read_bytes()
+        return asked.name, requests.answer(pem(certificate), pem(self.certificate), members)
+
+    def publish(self, days: int, now: datetime | None = None) -> int:
+        """Sign the list of members as it is now; its version. Sites take it from the coordinator, and keep the newest. Raises R404, T702."""
+        path = self.folder / COORDINATOR / roster.FILE
+        version = roster.version_of(path) + 1
+        private.write(path, roster.write(self.federation, version, read_entries(self.allowed), self.key, now or utc_now(), days), 0o644)
+        return version
 
     def place(self, name: str) -> Path:
         return self.folder / COORDINATOR if name == COORDINATOR else self.folder / "clients" / name
@@ -109,11 +118,16 @@ class Authority:
             if name == COORDINATOR:  # the list moves with the folder
                 entries = read_entries(self.allowed) if self.allowed.exists() else [entry_of(peer_of(certificate))]
                 write_entries(fresh / ALLOWED, entries)
+                if (place / roster.FILE).exists():
+                    private.write(fresh / roster.FILE, (place / roster.FILE).read_bytes(), 0o644)
             if place.exists():
                 place.rename(old)
             fresh.rename(place)
             sync_folder(place.parent)
             shutil.rmtree(old, ignore_errors=True)
+        self.publish(days, now)
+        if name != COORDINATOR:
+            private.write(place / roster.FILE, (self.folder / COORDINATOR / roster.FILE).read_bytes(), 0o644)
         return place
 
 

@@ -27,7 +27,8 @@ from fedtune.trust.names import checked
 
 TAG = b"fedtune key request v1"
 FORMS: dict[str, canonical.Form] = {"federation": "text", "name": "text", "key": "bytes", "signing_key": "bytes"}
-LONGEST = 64 << 10  # bytes of a request or an answer
+LONGEST = 4 << 20  # bytes of a request or an answer
+MEMBERS = "members.signed"
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,20 @@ def mark(content: bytes) -> str:
     return "-".join(digits[at : at + 4] for at in range(0, 16, 4))
 
 
-def answer(certificate: bytes, authority: bytes) -> bytes:
-    """What goes back to the site: nothing in it is secret."""
-    return packed({"certificate": certificate, "authority": authority})
+def answer(certificate: bytes, authority: bytes, members: bytes) -> bytes:
+    """What goes back to the site, the signed list of members (roster.py) with it: nothing in it is secret."""
+    return packed({"certificate": certificate, "authority": authority, "members": members})
 
 
 def accept(folder: Path, content: bytes, passphrase: Passphrase = from_environment) -> Identity:
     """Put the certificates beside the keys that they are for. Raises T701 to T705; nothing is written then."""
-    parts = unpacked(content, "answer", ("certificate", "authority"))
+    parts = unpacked(content, "answer", ("certificate", "authority", "members"))
     key = read_key(folder / KEY, passphrase)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key_hash(key.public_key()) != peer_of(read_certificate(parts["certificate"], "the answer")).key:
         raise FedtuneError("T702", f"an answer for other keys than those in '{folder}'", "the answer to their request", "carry the right file")
     private.write(folder / AUTHORITY, parts["authority"], 0o644)
     private.write(folder / CERTIFICATE, parts["certificate"], 0o644)
+    private.write(folder / MEMBERS, parts["members"], 0o644)
     return load(folder, passphrase)
 
 

@@ -191,7 +191,11 @@ def joins(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("joinpath", "with_name"):
             found = [*node.args] if node.func.attr == "joinpath" else []
         for part in found:
-            plain = isinstance(part, ast.Constant) or (isinstance(part, ast.Name) and part.id.isupper())
+            plain = (
+                isinstance(part, ast.Constant)
+                or (isinstance(part, ast.Name) and part.id.isupper())
+                or (isinstance(part, ast.Attribute) and part.attr.isupper())
+            )
             if not plain:
                 yield ast.unparse(part)
 

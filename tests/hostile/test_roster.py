@@ -1,0 +1,109 @@
+"""A stolen key of the coordinator is no longer good at a site that has the authority's newer list, and no older list brings it back."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli import main
+from fedtune.deploy.members import Members
+from fedtune.deploy.passage import Passage, behind
+from fedtune.errors import FedtuneError
+from fedtune.trust import load
+from fedtune.trust.authority import create, open_authority, revoke
+from fedtune.trust.certificates import utc_now
+from fedtune.trust.roster import FILE, pin, pinned, read, version_of
+from tests.deploy.flowers import body, headers
+from tests.exchange.federation import Federation
+from tests.hostile.coordinator import Taken, taken
+from tests.hostile.wires import Recorder
+
+
+@pytest.fixture
+def hostile(tiny_bert: Path, tmp_path: Path) -> Any:
+    with taken(tmp_path / "taken", tiny_bert) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def room(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+
+
+def test_a_revoked_key_of_the_coordinator_is_no_longer_good_at_a_site(hostile: Taken) -> None:
+    authority, home = hostile.made.authority, hostile.made.root / "home-site-a"
+    worker = hostile.worker()
+    assert hostile.asks(worker)["code"] == "W604"  # it listens: this ticket's base model is made up
+    stolen = hostile.identity  # and in use by somebody else from here on
+    authority.renew("coordinator", 30)
+    revoke(authority.place("coordinator"), "coordinator", stolen.peer.key[:16])
+    authority.publish(30)
+    newer = (authority.place("coordinator") / FILE).read_bytes()
+    pin(home, newer, stolen.authority, "hospitals", 0)
+    assert hostile.asks(worker)["code"] == "T706"
+    hostile.identity = load(authority.place("coordinator"))
+    assert hostile.asks(worker)["code"] == "W604"  # the new one is heard
+
+
+def test_an_older_or_a_forged_list_is_not_taken(tmp_path: Path) -> None:
+    made = create(tmp_path / "keys", "hospitals", ["localhost"], 30)
+    site = load(made.issue("site-a", 30))
+    path, home = made.place("coordinator") / FILE, tmp_path / "home"
+    home.mkdir()
+    older = path.read_bytes()
+    made.issue("site-b", 30)
+    newer = path.read_bytes()
+    version = version_of(path)
+    assert pin(home, newer, site.authority, "hospitals", 0) == version == read(older, site.authority, "hospitals").version + 1
+    assert pin(home, older, site.authority, "hospitals", version) == version and (home / FILE).read_bytes() == newer
+    known = pinned([site.folder, home], site.authority, "hospitals")
+    assert known and known.version == version and set(known.members.values()) == {"coordinator", "site-a", "site-b"}
+    other = create(tmp_path / "other", "hospitals", ["localhost"], 30)
+    for forged in ((other.place("coordinator") / FILE).read_bytes(), newer.replace(b"A", b"B", 3), b"", b"{}"):
+        with pytest.raises(FedtuneError, match=r"T70[27]"):
+            pin(home, forged, site.authority, "hospitals", version)
+    with pytest.raises(FedtuneError, match="T705"):
+        read(newer, site.authority, "banks")
+    with pytest.raises(FedtuneError, match="T704"):
+        known.check(site.peer, utc_now() + timedelta(days=31))
+    with pytest.raises(FedtuneError, match="T706"):
+        known.check(load(other.place("coordinator")).peer, utc_now())
+
+
+def test_the_list_reaches_a_site_with_its_ordinary_calls(tmp_path: Path) -> None:
+    link, federation = Recorder(), Federation(tmp_path)
+    federation.server.stop(0)
+    listed = federation.coordinator.folder / FILE
+    gate = federation.start(also=[behind(link.address, Members(tmp_path), roster=listed)], threads=4)
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(listed, federation.sites["site-a"].folder / FILE)
+    passage = Passage(federation.sites["site-a"], gate.address, home=home)
+    try:
+        before = passage.members
+        for _ in range(2):
+            passage.pass_on("POST", "/v1/fleet/pull-messages", list(headers().items()), body("pull-messages"))
+        assert not (home / FILE).exists()
+        assert open_authority(federation.authority.folder).publish(30) == before + 1
+        passage.pass_on("POST", "/v1/fleet/pull-messages", list(headers().items()), body("pull-messages"))
+        assert passage.members == before + 1 and (home / FILE).read_bytes() == listed.read_bytes()
+        assert b"fedtune-members" not in bytes(link.streams[-1])  # Flower never sees it
+    finally:
+        passage.close()
+        gate.stop(0)
+        federation.desk.close()
+        link.close()
+
+
+def test_a_revocation_is_published_where_the_authority_is_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys"
+    create(keys, "hospitals", ["localhost"], 30).issue("site-a", 30)
+    before = version_of(keys / "coordinator" / FILE)
+    assert main(["keys", "revoke", "site-a", "--keys", str(keys)]) == 0 and f"version {before + 1} " in capsys.readouterr().out
+    shutil.move(keys / "authority", tmp_path / "offline")
+    create(tmp_path / "k2", "hospitals", ["localhost"], 30)
+    assert "site-a" not in read((keys / "coordinator" / FILE).read_bytes(), load(keys / "coordinator").authority, "hospitals").members.values()
