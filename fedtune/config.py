@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -41,7 +42,7 @@ class SamplingSettings(Settings):
         if self.count and "fraction" in self.model_fields_set:
             yield "both sampling.count and sampling.fraction", "one of them", "remove one"
         if self.count > recipe.partition.clients and not recipe.partition.open_ended:
-            yield f"sampling.count = {self.count} of {recipe.partition.clients} clients", "at most all of them", "lower it"
+            yield f"sampling.count = {self.count} of {recipe.partition.clients} clients", "at most that many clients", "lower sampling.count"
 
 
 class EvaluateSettings(Settings):
@@ -154,7 +155,7 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines and [tables]", "mend that line") from None
+        raise FedtuneError("C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line") from None
     return parse_with(tree, overrides, stem)
 
 
@@ -289,9 +290,26 @@ def sentence(error: ValidationError) -> FedtuneError:
     if first["type"] == "union_tag_invalid":
         place, known = f"{place}.{first['ctx']['discriminator'].strip(chr(39))}", first["ctx"]["expected_tags"]
         return FedtuneError("C102", f'{place} = "{first["ctx"]["tag"]}"', f"one of {known}", f"change {place} in the recipe or with --set")
+    if first["type"] in ("missing", "union_tag_not_found"):
+        key = place if first["type"] == "missing" else f"{place}.{first['ctx']['discriminator'].strip(chr(39))}"
+        return FedtuneError("C102", sentence=f"{key} is missing", do="add it to the recipe or with --set")
     value = json.dumps(first.get("input"), default=str)
     words = first["msg"][0].lower() + first["msg"][1:]
-    return FedtuneError("C102", f"{place} = {value[:80]}", words.removeprefix("input should be "), f"change {place} in the recipe or with --set")
+    for begins, better in PYDANTIC.items():
+        words = re.sub(f"^{begins}", better, words)
+    return FedtuneError("C102", f"{place} = {value[:80]}", words, f"change {place} in the recipe or with --set")
+
+
+PYDANTIC = {  # how its messages begin, and what reads well behind "expected"
+    "input should be ": "",
+    "(?=greater|less)": "a number ",
+    "string should match pattern ": "text of the form ",
+    "string should have ": "text with ",
+    "(list|tuple) should have ": "a list with ",
+    "a valid (list|tuple|array)": "a list",
+    "an object|a valid dictionary.*": "a table",
+    "a valid string": "text",
+}
 
 
 def unknown_key(place: str, key: str, owner: type[BaseModel] | None, siblings: Sequence[type[BaseModel]]) -> FedtuneError:
@@ -301,7 +319,7 @@ def unknown_key(place: str, key: str, owner: type[BaseModel] | None, siblings: S
     if owner and others:
         selector, (own, *_) = tag_of(owner)
         chooser = f"{place.rpartition('.')[0]}.{selector}"
-        return FedtuneError("C104", f"{place} with {chooser} = '{own}'", f"only {', '.join(known)}", f"remove it, or set {chooser} to {' or '.join(others)}")
+        return FedtuneError("C104", f"{place} with {chooser} = '{own}'", f"one of {', '.join(known)}", f"remove it, or set {chooser} to {' or '.join(others)}")
     near = difflib.get_close_matches(key, known, 1)
     homes = sorted(home for home in places_of(key, Recipe) if home != place)
     hint = f"write {homes[0]}, where that key stands" if homes else f"write '{near[0]}'" if near else "remove it"

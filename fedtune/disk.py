@@ -69,7 +69,5 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"a path that cannot be written ({error.strerror})"
-        raise FedtuneError(
-            "R404", f"{what} at '{path}'", "room and rights to write", "free space or choose another --runs folder, then: fedtune resume"
-        ) from error
+        why = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise FedtuneError("R404", sentence=f"cannot write '{path}' ({why})", do="free space, or correct the rights or --runs, then: fedtune resume") from error

@@ -41,9 +41,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             yield temporary
             swap(temporary, target, old)
         except SafetensorError as error:  # how safetensors tells of a full disk
-            raise FedtuneError(
-                "R404", f"files that cannot be written to '{target}' ({error})", "room and rights to write", "free space and try again"
-            ) from error
+            raise FedtuneError("R404", sentence=f"cannot write to '{target}' ({error})", do="free space and try again") from error
         finally:
             for left in (temporary, old):
                 shutil.rmtree(left, ignore_errors=True)
@@ -59,7 +57,7 @@ def swap(new: Path, target: Path, old: Path) -> None:
 def check_target(target: Path) -> Path:
     """Refuse to write over anything. Raises R401."""
     if target.exists():
-        raise FedtuneError("R401", f"something at '{target}' already", "a folder that does not exist", "choose another --to")
+        raise FedtuneError("R401", f"'{target}', which already exists", "a folder that does not exist", "choose another --to")
     return target
 
 

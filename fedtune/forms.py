@@ -18,7 +18,9 @@ class Word(str):
 
     def __new__(cls, text: str) -> Self:
         if not cls.form.fullmatch(text):
-            raise Refused("W601", f"{text[:80]!r} as {cls.said}", cls.form.pattern, "the message is dropped; install the same version of fedtune on both sides")
+            raise Refused(
+                "W601", f"{text[:80]!r} as {cls.said}", cls.form.pattern, "the message was dropped; install the same version of fedtune on both sides"
+            )
         return super().__new__(cls, text)
 
 

@@ -64,4 +64,4 @@ def loaded(entry: EntryPoint, group: str, discriminator: str, base: type[Setting
 
 def refuse(entry: EntryPoint, group: str, found: str, expected: str) -> NoReturn:
     package = entry.dist.name if entry.dist else "an installed package"
-    raise FedtuneError("C106", f"in plug-in '{entry.name}' (fedtune.{group}) of {package}: {found}", expected, f"mend or uninstall {package}")
+    raise FedtuneError("C106", f"{found}, in plug-in '{entry.name}' (fedtune.{group}) of {package}", expected, f"fix or uninstall {package}")

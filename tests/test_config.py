@@ -49,7 +49,7 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("[method.train]\nsteeps = 3", "unknown key 'method.train.steeps', expected one of optimizer"),
         ("[method.train]\nsteeps = 3", "write 'steps'"),
         ("rounds = 'three'", 'C102: found rounds = "three", expected a valid integer'),
-        ("rounds = 0", "C102: found rounds = 0, expected greater than or equal to 1"),
+        ("rounds = 0", "C102: found rounds = 0, expected a number greater than or equal to 1"),
         ("[method.adapter]\nrank = 0", "C102: found method.adapter.rank = 0"),
         ("[method.adapter]\nkind = 'lore'", "C102: found method.adapter.kind = \"lore\", expected one of 'lora', 'bias'"),
         ("[method]\ntype = 'fedsgd'", 'C102: found method.type = "fedsgd"'),
@@ -62,7 +62,7 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("[sampling]\ncount = 9", "C104: found sampling.count = 9 of 8 clients"),
         ("[method.adapter]\nkind = 'bias'\nrank = 4", "C104: found method.adapter.rank with method.adapter.kind = 'bias'"),
         ("[method.server]\noptimizer = 'adam'\nmomentum = 0.9", "C104: found method.server.momentum with method.server.optimizer = 'adam'"),
-        ("[method.train]\nepochs = 2", "C104: found method.train.epochs beside method.train.steps"),
+        ("[method.train]\nepochs = 2", "C104: found method.train.epochs together with method.train.steps"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:

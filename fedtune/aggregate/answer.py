@@ -60,4 +60,4 @@ def checked(answers: Iterable[Answer]) -> Iterator[Answer]:
 
 
 def misfit(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> FedtuneError:
-    return FedtuneError("M305", f"shape {found} of '{name}'", f"{expected}", "give every client one rank, or use a rule for mixed ranks, such as flexlora")
+    return FedtuneError("M305", f"shape {found} of '{name}'", f"{expected}", "give all clients the same rank, or use a rule for mixed ranks, such as flexlora")

@@ -36,7 +36,7 @@ class Krum(Rule):
     def limits(self, asked: int) -> Iterator[tuple[str, str, str]]:
         needed = 2 * self.faulty + 3
         if asked < needed:
-            yield f"{asked} answers a round for aggregate.faulty = {self.faulty}", f"at least {needed} (2 faulty + 3)", "ask more clients, or lower it"
+            yield f"{asked} answers per round for aggregate.faulty = {self.faulty}", f"at least {needed} (2 faulty + 3)", "select more clients, or lower it"
 
     def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
         """Raises TooFew (R410) for fewer than 2 faulty + 3 answers."""
@@ -44,7 +44,7 @@ class Krum(Rule):
         n = len(held)
         if n < 2 * self.faulty + 3:
             found, expected = f"{n} answers where {self.faulty} may be faulty", f"at least {2 * self.faulty + 3}"
-            raise TooFew("R410", found, expected, "look at the clients' errors; if it happens often, sample more clients or lower aggregate.faulty")
+            raise TooFew("R410", found, expected, "look at the clients' errors; if it happens often, select more clients or lower aggregate.faulty")
         near = np.sort(squares(held, before.tensors), axis=1)[:, 1 : n - self.faulty - 1]  # without oneself
         best = np.argsort(near.sum(axis=1), kind="stable")[: self.chosen or n - self.faulty]
         made = mean_of_products((replace(held[i].answer, weight=1.0) for i in sorted(best)), before, scale)

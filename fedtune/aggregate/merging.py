@@ -83,7 +83,7 @@ def soup(score: Callable[[Combined], float], of: Merge | None = None) -> Merge:
         if math.isnan(value):
             clients = ", ".join(str(expert.client) for expert in held)
             raise FedtuneError(
-                "W607", f"a score of NaN for a soup of experts {clients}", "a number, higher for better", "mend the score, or leave the expert out"
+                "W607", f"a score of NaN for a soup of experts {clients}", "a number, higher for better", "fix the score, or leave the expert out"
             )
         return value
 

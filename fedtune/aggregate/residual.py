@@ -32,7 +32,7 @@ def as_adapter(combined: Combined, scale: float, rank: int = 0, out_scale: float
     Otherwise the best adapter of that rank. `scale` is that of `combined`, `out_scale` that of the result. Raises C102 for a rank below 0.
     """
     if rank < 0:
-        raise FedtuneError("C102", f"rank {rank}", "0 for concatenation, or 1 and more", "choose another rank")
+        raise FedtuneError("C102", f"rank {rank}", "0 for concatenation, or 1 or more", "choose another rank")
     pairs, rest = split(combined.tensors)
     whole = {name: beside(pair, scale / out_scale, combined.residual.get(name), out_scale) for name, pair in pairs.items()}
     if not rank:

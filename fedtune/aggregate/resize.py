@@ -61,4 +61,4 @@ def scaled(pair: Pair, scale: float, client_scale: float) -> Pair:
 
 def at_least_one(rank: int) -> None:
     if rank < 1:
-        raise FedtuneError("C102", f"rank {rank}", "1 or more", "give the client a greater rank")
+        raise FedtuneError("C102", f"rank {rank}", "1 or more", "give the client a higher rank")

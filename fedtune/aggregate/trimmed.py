@@ -31,7 +31,11 @@ class Trimmed(Rule):
 
     def limits(self, asked: int) -> Iterator[tuple[str, str, str]]:
         if not cut_of(asked, self.trim):
-            yield f"{asked} answers a round for aggregate.trim = {self.trim:g}", "1/trim and more: fewer would be a plain mean", "ask more clients, or raise it"
+            yield (
+                f"{asked} answers per round for aggregate.trim = {self.trim:g}",
+                "at least 1/trim, because fewer would be a plain mean",
+                "select more clients, or raise it",
+            )
 
     def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
         return entry_by_entry(answers, before, scale, partial(inside, trim=self.trim))

@@ -125,7 +125,7 @@ def client(options: argparse.Namespace) -> int:
     keys, home, data, policy = (absolute(text) for text in (options.keys, options.home, options.data, options.policy))
     for option, path in (("--data", data), ("--policy", policy), ("--keys", keys)):
         if path and not Path(path).exists():
-            raise FedtuneError("D201" if option == "--data" else "C105", f"no '{path}' for {option}", "a file or folder", f"correct {option}")
+            raise FedtuneError("D201" if option == "--data" else "C105", f"nothing at '{path}' for {option}", "a file or folder", f"correct {option}")
     config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition, options.map)
     if options.check is not None:
         from fedtune.config import read
@@ -164,7 +164,7 @@ def status(options: argparse.Namespace) -> int:
 
     if options.server:
         if not options.keys:
-            raise FedtuneError("C103", "--server without --keys", "a member's keys", "name their folder")
+            raise FedtuneError("C103", "--server without --keys", "the keys of a member", "add --keys DIR")
         lines = at_server(options.server, Path(options.keys).expanduser(), options.run)
     else:
         lines = of_folder(str(Path(options.run or ".").expanduser()))

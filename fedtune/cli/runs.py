@@ -81,9 +81,9 @@ def export(options: argparse.Namespace) -> int:
     target = Path(options.to).expanduser().resolve()
     given = [word for word, value in (("RUN", options.run), ("--from-seeds", options.from_seeds), ("--base", options.base)) if value]
     if given not in (["RUN"], ["--from-seeds", "--base"]):
-        raise FedtuneError("C103", f"export with {' and '.join(given) or 'nothing'}", "RUN, or --from-seeds FILE with --base MODEL", "name one of them")
+        raise FedtuneError("C103", f"export with {' and '.join(given) or 'nothing'}", "RUN, or --from-seeds FILE with --base MODEL", "give one of them")
     if options.rank is not None and (options.rank < 1 or options.from_seeds):
-        raise FedtuneError("C103", f"--rank {options.rank}", "1 or more, with RUN", "correct it or leave it out")
+        raise FedtuneError("C103", f"--rank {options.rank}", "1 or more, together with RUN", "correct it or leave it out")
     if options.from_seeds:
         quiet()
         from fedtune.runtime.after import export_seeds

@@ -210,7 +210,7 @@ def label_set(data: Source, rows: Rows) -> tuple[str, ...]:
         return ()
     labels = data.labels or tuple(histogram(rows))
     if len(set(labels)) < 2 or len(set(labels)) < len(labels):
-        raise FedtuneError("D206", f"the label set {list(labels)[:8]}", "two labels or more, each once", "correct the data or data.labels")
+        raise FedtuneError("D206", f"the label set {list(labels)[:8]}", "two or more different labels", "correct the data or data.labels")
     return labels
 
 

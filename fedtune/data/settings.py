@@ -82,7 +82,7 @@ class Source(Settings):
             known = ", ".join(sorted(self.tasks))
             yield f"data.task = '{self.task}' with data.source = '{self.source}'", f"one of {known}", "change data.task or data.source"
         if not self.is_placed and not ("deploy" in recipe.model_fields_set and recipe.deploy.data == "sites"):
-            do = "set data.path in the recipe or with --set data.path=...; a recipe for real sites has a table [deploy] instead"
+            do = "set it in the recipe or with --set data.path=PATH; a recipe for real sites has a [deploy] table instead"
             yield f"no data.path for data.source = '{self.source}'", "a file, a folder or a hub name", do
         if self.test_share == 0 and self.client_test_share == 0 and not self.has_test:
             yield "data.test_share = 0 and data.client_test_share = 0", "some rows to test on", "raise one of them"

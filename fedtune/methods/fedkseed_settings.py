@@ -106,9 +106,9 @@ class FedKSeedSettings(MethodTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.size & (self.size - 1):
-            yield f"method.size = {self.size}", "a power of two", "take 1024, 4096 or 65536"
+            yield f"method.size = {self.size}", "a power of two", "set it to 1024, 4096 or 65536"
         if self.directions == "gaussian" and self.pool == "hadamard":
-            yield "method.directions = 'gaussian' with method.pool = 'hadamard'", "rademacher", "set method.pool = 'independent'"
+            yield "method.directions = 'gaussian' with method.pool = 'hadamard'", "directions = 'rademacher'", "set method.pool = 'independent'"
         if self.space == "full" and "adapter" in self.model_fields_set:
             yield "[method.adapter] with method.space = 'full'", "method.space = 'adapter'", "remove one of them"
         if self.space == "adapter" and self.only:
@@ -118,29 +118,41 @@ class FedKSeedSettings(MethodTable):
         if self.importance and not self.sends_steps:
             yield "method.importance where the server does not read scalars", "uplink = 'steps'", "set method.estimator = 'spsa'"
         if self.importance and self.refresh:
-            yield f"method.importance with method.refresh = {self.refresh}", "one pool, whose seeds gather a history", "remove one of them"
+            yield f"method.importance with method.refresh = {self.refresh}", "a pool that lasts for the whole run", "remove one of them"
         if self.bits == 1 and not self.walks_only:
-            yield "method.bits = 1 with clients that use gradients", "16", "set method.estimator = 'spsa'"
+            yield "method.bits = 1 with clients that use gradients", "bits = 16", "set method.estimator = 'spsa'"
         if self.bits == 1 and {"clip", "outside"} & self.model_fields_set:
-            yield "method.clip or method.outside with method.bits = 1", "neither: a sign has no size", "remove them"
+            yield "method.clip or method.outside with method.bits = 1", "neither, because a sign has no size", "remove them"
         if self.bits == 1 and self.estimator == "fzoo":
-            yield "method.bits = 1 with method.estimator = 'fzoo'", "16: a sign loses what the spread is for", "remove one of them"
+            yield "method.bits = 1 with method.estimator = 'fzoo'", "bits = 16, because fzoo needs sizes, not signs", "remove one of them"
         if self.estimator == "fzoo" and self.steps % self.group:
-            yield f"method.steps = {self.steps} in groups of {self.group}", "whole groups", f"take steps = {-(-self.steps // self.group) * self.group}"
+            yield f"method.steps = {self.steps} in groups of {self.group}", "whole groups", f"set steps = {-(-self.steps // self.group) * self.group}"
         if self.estimator != "fzoo" and "group" in self.model_fields_set:
             yield "method.group without method.estimator = 'fzoo'", "estimator = 'fzoo'", "remove it"
         if self.curvature and not self.refresh:
-            yield "method.curvature with one pool for the whole run", "pools that end, from which it is rebuilt", "set method.refresh = 1"
+            yield "method.curvature with one pool for the whole run", "pools that end after some rounds", "set method.refresh = 1"
         if self.curvature and not self.walks_only:
-            yield "method.curvature with clients that use gradients", "spsa or fzoo", "set method.estimator = 'spsa'"
+            yield "method.curvature with clients that use gradients", "estimator = 'spsa' or 'fzoo'", "set method.estimator = 'spsa'"
         if self.estimators and self.estimator != "auto":
             yield "both method.estimator and method.estimators", "one of them", "remove one"
         if self.memory and (self.estimators or self.estimator != "auto"):
-            yield "method.memory without method.estimator = 'auto'", "auto, which decides by it", "remove it"
+            yield "method.memory without method.estimator = 'auto'", "estimator = 'auto'", "remove it"
         yield from start_conflicts(self.head_start, recipe)
         if recipe.chain:
-            yield f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'", "no chain: whole numbers travel as they are", "remove it"
+            yield (
+                f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'",
+                "no [[chain]], because whole numbers are sent as they are",
+                "remove it",
+            )
         if recipe.aggregate.rule != "mean":
-            yield f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'fedkseed'", "mean: the server adds whole numbers", "remove [aggregate]"
+            yield (
+                f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'fedkseed'",
+                "rule = 'mean', because the server adds whole numbers",
+                "remove [aggregate]",
+            )
         if recipe.downlink.lossy:
-            yield f"downlink.step = '{recipe.downlink.step}' with method.type = 'fedkseed'", "none: accumulators must arrive exactly", "remove it"
+            yield (
+                f"downlink.step = '{recipe.downlink.step}' with method.type = 'fedkseed'",
+                "no [downlink], because accumulators must arrive exactly",
+                "remove it",
+            )

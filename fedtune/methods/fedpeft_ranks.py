@@ -75,7 +75,9 @@ def decided(settings: FedPEFTSettings, recipe: Any, memory: Sequence[int], label
     known = list(memory) or [bytes_of(size) for size in settings.memory_by_client]
     if not known:
         found = "method.lora_rank_by_client = 'auto' where no client's memory is known"
-        raise FedtuneError("C104", found, "method.memory_by_client, or clients that report it", "say, for example, memory_by_client = ['2 GiB', '4 GiB']")
+        raise FedtuneError(
+            "C104", found, "method.memory_by_client, or clients that report it", "set it, for example: method.memory_by_client = ['2 GiB', '4 GiB']"
+        )
     needs = needs_of(settings, recipe, label_count(recipe) if labels is None else labels)
     smallest = sum(needs(1).values()) if least else 0
     return settings.with_ranks([rank_for(max(held, smallest), settings.lora.rank, needs, f"client {number}") for number, held in enumerate(known)])

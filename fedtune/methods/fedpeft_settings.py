@@ -70,9 +70,9 @@ class FedPEFTSettings(AdapterTable):
         name = f"aggregate.rule = '{rule.rule}'"
         listed = () if self.lora_rank_by_client == "auto" else self.lora_rank_by_client
         if self.memory_by_client and self.lora_rank_by_client != "auto":
-            yield "method.memory_by_client without lora_rank_by_client = 'auto'", "both", "remove it, or let it choose the ranks"
+            yield "method.memory_by_client without lora_rank_by_client = 'auto'", "both together", "remove it, or set lora_rank_by_client = 'auto'"
         if any(rank < 1 for rank in listed) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
-            yield "a rank or alpha that is not positive", "1 and more, above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
+            yield "a rank or alpha that is not positive", "ranks of 1 or more and alphas above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
         if (rule.pairs or self.mixed) and self.adapter.kind != "lora":
             what = name if rule.pairs else "clients of different ranks"
             yield f"{what} with method.adapter.kind = '{self.adapter.kind}'", "kind = 'lora'", "change one of them"
@@ -80,9 +80,9 @@ class FedPEFTSettings(AdapterTable):
             known = ", ".join(sorted(tag for tag, other in RULES.items() if other.mixed))
             yield f"clients of different ranks or alphas with {name}", f"one of {known}", "change aggregate.rule"
         if (self.mixed or rule.carries) and recipe.downlink.remembers:
-            yield f"downlink.step = '{recipe.downlink.step}' with what {name} gives", "none", "remove [downlink]"
+            yield f"downlink.step = '{recipe.downlink.step}' with what {name} sends", "no [downlink]", "remove [downlink]"
         if self.mixed and recipe.downlink.lossy:
-            yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "none", "remove [downlink]"
+            yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "no [downlink]", "remove [downlink]"
         if self.server.optimizer != "none" and not rule.steps:
             known = " or ".join(tag for tag, other in RULES.items() if other.steps)
             yield f"method.server.optimizer = '{self.server.optimizer}' with {name}", known, "remove one of them"
@@ -94,4 +94,4 @@ class FedPEFTSettings(AdapterTable):
             yield f"method.head_start = '{self.head_start}' with method.start_from", "auto: an adapter brings its head", "remove one of them"
         yield from start_conflicts(self.head_start, recipe)
         if self.train.weight_decay and rule.carries:
-            yield f"method.train.weight_decay with {name}", "none: it would wear down what is carried", "remove it"
+            yield f"method.train.weight_decay with {name}", "no weight decay, because it would wear down what is carried over", "remove it"

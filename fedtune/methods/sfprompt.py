@@ -138,10 +138,10 @@ def load(base: Base, folder: Path) -> Bench:
         settings = SFPromptTable.model_validate_json(json.dumps(about["method"]))
         tensors = load_file(str(folder / TENSORS))
     except (OSError, ValueError, KeyError, ValidationError) as error:
-        raise FedtuneError("M304", f"no prompts and tail in {folder} ({str(error)[:120]})", f"{SIDECAR} and {TENSORS}", "name the exported folder") from error
+        raise FedtuneError("M304", f"no prompts and tail in {folder} ({str(error)[:120]})", f"{SIDECAR} and {TENSORS}", "give the exported folder") from error
     if (about["base_fingerprint"], about["task"], about["labels"]) != (base.fingerprint, base.task, list(base.labels)):
-        found, expected = f"prompts and a tail for base {about['base_fingerprint'][:12]}, {about['task']}", f"{base.fingerprint[:12]}, {base.task}"
-        raise FedtuneError("M304", found, expected, f"load it on the base and labels it was made for ({about['base']})")
+        found, expected = f"prompts and a tail for base {about['base_fingerprint'][:12]}, {about['task']}", f"base {base.fingerprint[:12]}, {base.task}"
+        raise FedtuneError("M304", found, expected, f"load them on the base and labels that they were made for ({about['base']})")
     bench = SFPrompt(settings, 1).prepare(base, 0)
     bench.write(tensors)
     return bench

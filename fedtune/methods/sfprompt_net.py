@@ -118,8 +118,11 @@ class SplitNet:
     def own_body(self) -> BodyAt:
         """The body of this very network, in this process, for all clients that work on it. Raises S711 where there is none."""
         if "body" not in self.part.holds:
-            found = "no way to a body service, at a site that holds head and tail"
-            raise FedtuneError("S711", found, "the address that came with the round's ticket", "join through fedtune client, or load the whole model")
+            raise FedtuneError(
+                "S711",
+                sentence="this site has only head and tail of the model, and no address of the body service",
+                do="start it with fedtune client, or load the whole model",
+            )
         cut = self.part.cut
         offer = Offer(self.base.fingerprint, digest(self.part, "body"), cut.k, cut.m, self.part.width)
         service = Service(Frozen(self.part), offer, lambda hello, peer: True, merging=None)

@@ -92,7 +92,7 @@ class SFPromptSettings(MethodTable):
         if self.lora_rank and not self.head and not self.tail:
             yield f"method.lora_rank = {self.lora_rank} with head = 0 and tail = 0", "a block on the client's side", "set method.head or method.tail"
         if self.head_learns and self.cache_smashed:
-            yield "method.cache_smashed with LoRA in the head", "a head whose answers never change", "set method.head = 0 or cache_smashed = false"
+            yield "method.cache_smashed with LoRA in the head", "a head that does not change", "set method.head = 0 or cache_smashed = false"
         if self.position == "input" and self.cache_smashed:
             yield (
                 "method.cache_smashed with method.position = 'input'",
@@ -102,9 +102,13 @@ class SFPromptSettings(MethodTable):
         if self.slim == "off" and self.cache_smashed:
             yield "method.cache_smashed with method.slim = 'off'", "slim = 'auto'", "remove one of them"
         if "prompt_lr" in self.model_fields_set and not self.prompts:
-            yield "method.prompt_lr with method.prompts = 0", "prompts", "remove it"
+            yield "method.prompt_lr with method.prompts = 0", "at least one prompt", "remove it, or set method.prompts"
         if self.train.checkpointing:
-            yield "method.train.checkpointing with method.type = 'sfprompt'", "none: the body recomputes anyway, and the tail is small", "remove it"
+            yield (
+                "method.train.checkpointing with method.type = 'sfprompt'",
+                "no checkpointing, because the body recomputes anyway and the tail is small",
+                "remove it",
+            )
         yield from start_conflicts(self.head_start, recipe)
         if recipe.aggregate.rule != "mean":
             yield f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'sfprompt'", "mean", "remove [aggregate]"

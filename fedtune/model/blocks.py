@@ -35,7 +35,7 @@ def block_list(net: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return module
     raise FedtuneError(
-        "M306", f"no list of {layers} blocks in a {type(net).__name__}", "a transformer whose blocks stand in one list", 'choose kind = "lora" or "bias"'
+        "M306", f"no list of {layers} blocks in a {type(net).__name__}", "a transformer whose blocks are in one list", 'choose kind = "lora" or "bias"'
     )
 
 
@@ -88,7 +88,7 @@ def add_prompts(base: Base, tokens: int, deep: bool) -> dict[str, nn.Parameter]:
         raise FedtuneError(
             "M306",
             f"prompts between the blocks of a {type(net).__name__}",
-            "a model whose blocks accept more tokens than its embeddings saw",
+            "a model whose blocks accept additional tokens",
             "choose another kind, or deep = false",
         )
     backbone, blocks = net.base_model, block_list(net)

@@ -63,8 +63,8 @@ def marked(
     if not getattr(tokenizer, "is_fast", False):
         raise FedtuneError(
             "M307",
-            f"chat messages with {name}, whose tokenizer does not say where in a text its tokens stand",
-            "a fast one (tokenizer.json)",
+            f"chat messages with {name}, whose tokenizer does not report the offsets of its tokens",
+            "a fast tokenizer (tokenizer.json)",
             "use another model",
         )
     if not messages:

@@ -99,7 +99,7 @@ def read_expert(folder: Path) -> Expert:
             raise ValueError(f"{CONFIG} is no table")
     except (OSError, ValueError, SafetensorError) as error:
         found = f"no adapter in '{folder}' ({type(error).__name__}: {str(error)[:120]})"
-        raise FedtuneError("M304", found, f"{CONFIG} and {TENSORS}", "name an adapter's folder, or that of a finished run") from error
+        raise FedtuneError("M304", found, f"{CONFIG} and {TENSORS}", "give the folder of an adapter or of a finished run") from error
     check_plain(config, sorted(raw), place)
     tensors = {key: part for name in raw for key, part in scaled(config, name, raw[name], place).items()}
     expert = Expert(place, config, about, {name: tensors[name] for name in sorted(tensors)}, sha256)
@@ -160,10 +160,10 @@ def seated(base: Base, expert: Expert, tensors: Mapping[str, np.ndarray], rank: 
     """The base with tensors like this expert's, of one rank and scale 1. Raises M304 for another base than the expert's, M302, M305, M306."""
     made_for = expert.about.get("base_fingerprint")
     if made_for and made_for != base.fingerprint:
-        raise FedtuneError("M304", f"base model {base.fingerprint[:12]}", f"{made_for[:12]}, which the adapters were made for", "name a run on that base")
+        raise FedtuneError("M304", f"base model {base.fingerprint[:12]}", f"{made_for[:12]}, which the adapters were made for", "give a run on that base")
     if any(module.endswith((BIAS, EMBEDDING)) for module in expert.shapes):
-        found = f"a score of '{expert.path}', which has lora_bias or an adapted embedding"
-        raise FedtuneError("M306", found, "pairs of linear layers alone, which fedtune can seat on a base", "merge without --eval")
+        found = f"--eval with '{expert.path}', which has lora_bias or an adapted embedding"
+        raise FedtuneError("M306", found, "LoRA pairs of linear layers only, which fedtune can load into a base", "merge without --eval")
     bench = attach(base, Lora(rank=rank, alpha=float(rank), targets=tuple(expert.modules)), 0)
     bench.write(tensors)
     return bench

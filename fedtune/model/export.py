@@ -97,7 +97,7 @@ def load_adapter(base: Base, folder: str | Path) -> Bench:
     ):
         alike = what == "task" and {want, have} <= set(LM_TASKS)
         if want != have and not alike:
-            raise FedtuneError("M304", f"an adapter whose {what} is {str(have)[:80]}", str(want)[:80], f"load it on the base it was made for ({about['base']})")
+            raise FedtuneError("M304", f"an adapter for {what} {str(have)[:80]}", str(want)[:80], f"load it on the base that it was made for ({about['base']})")
     bench = attach(base, settings, 0)
     try:
         bench.write(without_statistics(bench, tensors))
@@ -127,7 +127,7 @@ def sidecar(place: Path) -> dict[str, Any]:
 
 def no_adapter(place: Path, error: Exception) -> FedtuneError:
     found = f"no adapter of fedtune in {place} ({str(error)[:120]})"
-    return FedtuneError("M304", found, f"{SIDECAR} beside the tensors", "name the folder that 'fedtune export' wrote")
+    return FedtuneError("M304", found, f"{SIDECAR} beside the tensors", "give the folder that 'fedtune export' wrote")
 
 
 def save_merged(bench: Bench, folder: str | Path, card: str) -> None:

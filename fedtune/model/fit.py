@@ -106,8 +106,11 @@ def in_memory(
         except torch.OutOfMemoryError as error:
             largest = max(map(len, pieces))
             if largest == 1:
-                found = f"one example that does not fit the memory of {bench.base.device}"
-                raise ClientFailed("M309", found, "room for it", "lower data.max_length, set method.train.checkpointing, or use a larger device") from error
+                raise ClientFailed(
+                    "M309",
+                    sentence=f"a single example does not fit in the memory of {bench.base.device}",
+                    do="lower data.max_length, set method.train.checkpointing, or use a larger device",
+                ) from error
             most = (largest + 1) // 2
         for value in bench.parameters():  # what the failed try has added
             value.grad = None

@@ -29,7 +29,7 @@ def resize(bench: Bench, rank: int, scale: float) -> None:
     """
     settings = bench.settings
     if not isinstance(settings, Lora) or not any(name.endswith(B_END) for name in bench.named):
-        raise FedtuneError("M306", f"kind '{bench.kind}' with a rank of its own", "pairs of linear layers", "set method.adapter.kind = 'lora'")
+        raise FedtuneError("M306", f"kind '{bench.kind}' with a rank for each client", "LoRA pairs of linear layers", "set method.adapter.kind = 'lora'")
     alpha = scale * (math.sqrt(rank) if settings.rslora else rank)
     if (settings.rank, settings.alpha) == (rank, alpha):
         return

@@ -139,7 +139,7 @@ def check_fits(experts: Sequence[Expert], base: BaseName) -> None:
     if not (place := base.folder()):
         raise FedtuneError("M301", f"--base {base}, which is not on this machine", "a model's folder, or a hub name in the cache", "correct it")
     check_layers(experts, base, place)
-    do = "name the base that the adapters were made for"
+    do = "give the base that the adapters were made for"
     for expert in experts:
         made_for = expert.about.get("base_fingerprint")
         if made_for and not fits_print(expert, place, made_for):
@@ -164,11 +164,13 @@ def check_layers(experts: Sequence[Expert], base: BaseName, place: Path) -> None
         nets = list(networks(expert, place))
         wrong = [odd_layer(expert, dict(net.named_modules())) for net in nets] or [f"task {expert.config.get('task_type')}"]
         if all(wrong):
-            raise FedtuneError("M305", f"the {wrong[0]} in '{expert.path}'", f"what {base} has", "name the base that the adapters were made for")
+            raise FedtuneError(
+                "M305", f"the {wrong[0]} in '{expert.path}'", f"layers and a task that {base} has", "give the base that the adapters were made for"
+            )
         net = nets[wrong.index("")]
         if added := added_rows(expert, net):
             found = f"{added} embeddings in '{expert.path}' beyond those of {base}, for tokens that no tokenizer there names"
-            raise FedtuneError("M303", found, "the tokenizer beside every adapter that has tokens of its own", "save it into the adapter's folder")
+            raise FedtuneError("M303", found, "a tokenizer in the folder of every adapter that adds tokens", "save it there")
 
 
 def networks(expert: Expert, place: Path) -> Iterator[Any]:

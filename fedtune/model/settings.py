@@ -87,7 +87,7 @@ class TrainSettings(Settings):
         if self.head_lr and recipe.data.task in ("causal-lm", "instruct"):
             yield f"method.train.head_lr with data.task = '{recipe.data.task}'", "a task with a head of its own", "remove it"
         if self.steps and "epochs" in self.model_fields_set:
-            yield "method.train.epochs beside method.train.steps", "one of them", "set steps = 0 to train whole epochs"
+            yield "method.train.epochs together with method.train.steps", "one of them", "set steps = 0 to train whole epochs"
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
 

@@ -43,9 +43,9 @@ def require_same_base(bench: Bench, about: dict[str, Any], folder: str) -> None:
     base = bench.base
     for what, want, have in (("base model", base.fingerprint, about.get("base_fingerprint")), ("labels", list(base.labels), about.get("labels"))):
         if want != have:
-            raise FedtuneError("M304", f"'{folder}', whose {what} is {str(have)[:80]}", str(want)[:80], "start from an adapter of the same base and labels")
+            raise FedtuneError("M304", f"'{folder}', made for {what} {str(have)[:80]}", str(want)[:80], "start from an adapter of the same base and labels")
     if about.get("task") != base.task and not {about.get("task"), base.task} <= set(LM_TASKS):
-        raise FedtuneError("M304", f"'{folder}', made for {about.get('task')}", base.task, "start from an adapter of the same task")
+        raise FedtuneError("M304", f"'{folder}', made for {about.get('task')}", f"an adapter for {base.task}", "start from an adapter of the same task")
 
 
 def require_same_scale(bench: Bench, config: dict[str, Any], folder: str) -> None:
@@ -60,5 +60,5 @@ def require_same_scale(bench: Bench, config: dict[str, Any], folder: str) -> Non
                 "M304",
                 f"'{folder}' with {key} = {config.get(key)}",
                 f"{key} = {want}, and no patterns of ranks or alphas, as [method.adapter] says",
-                "set method.adapter to what the adapter was made with",
+                "set [method.adapter] to what the adapter was made with",
             )

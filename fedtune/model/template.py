@@ -46,7 +46,7 @@ class Talk:
         except Exception as error:  # templates are programs of the model's author, and raise what they like
             raise FedtuneError(
                 "D203",
-                f"{self.row}, which the chat template refuses ({str(error)[:120]})",
+                f"{self.row}, which the chat template rejects ({str(error)[:120]})",
                 "messages in the template's order of roles",
                 "correct the row",
             ) from error
@@ -142,8 +142,8 @@ def unshown(talk: Talk, whole: str, mark: str) -> set[str]:
         raise FedtuneError(
             "D203",
             f"{talk.row} with '{lost}', which the chat template of {talk.name} does not show",
-            "a template that shows all that is said",
-            f"use a model whose template knows '{lost}', or take them, or the row, out of the data",
+            "a template that renders everything",
+            f"use a model whose template knows '{lost}', or remove it, or the row, from the data",
         )
     others = sorted({key for message in talk.messages for key in message} - PLAIN_KEYS)
     return {key for key in others if talk.attempt([{k: v for k, v in m.items() if k != key} for m in talk.messages]) == whole}

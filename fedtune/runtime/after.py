@@ -86,7 +86,7 @@ def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
     loaded = load_base(ModelSettings(name=base, dtype=seeds.dtype, pooling=seeds.pooling), seeds.task, seeds.labels, seeds.seed)  # type: ignore[arg-type]
     if loaded.fingerprint != seeds.base_fingerprint:
         found, expected = f"base model {loaded.fingerprint[:12]} at '{base}'", f"{seeds.base_fingerprint[:12]}, which the seeds were made for"
-        raise FedtuneError("M304", found, expected, f"name the model that was called '{seeds.base}'")
+        raise FedtuneError("M304", found, expected, f"give the model that was called '{seeds.base}'")
     bench = method.prepare(loaded, seeds.seed)
     state = State(seeds.tensors)
     if method.capabilities.verify:
@@ -103,7 +103,7 @@ def table_of(seeds: Seeds) -> MethodTable:
         return read_method(seeds.method)
     except (KeyError, ValidationError) as error:
         found = f"settings in a seed file that cannot be read ({type(error).__name__})"
-        raise FedtuneError("R403", found, "those of a method of this version", "export it again") from error
+        raise FedtuneError("R403", found, "settings of a method of this version", "export it again") from error
 
 
 def installed(folder: RunFolder, data: bool = False) -> tuple[World, State, int]:

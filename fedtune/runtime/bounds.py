@@ -45,7 +45,7 @@ class Bounds:
         """Raises Refused W606, W607. An answer that passes is remembered for the rounds after."""
         self._begin(number)
         if update.weight > (most := self.most(client, verb)):
-            raise Refused("W606", f"weight {update.weight:g} of '{name}'", f"at most the {most:g} of its declared rows", "ask the site's operator")
+            raise Refused("W606", f"weight {update.weight:g} of '{name}'", f"at most {most:g}, the number of its rows", "ask the site's operator")
         key = (verb, tuple(sorted(update.tensors)))
         norm = norm_of(update)
         if spread and norm is not None and norm > (limit := spread * self._before(key, given)):
@@ -54,7 +54,7 @@ class Bounds:
         for figure, value in figures.items():
             before = self._figures.get((verb, figure))
             if not value <= LARGEST or (before is not None and value > max(LEAST, FIGURE * before)):
-                raise Refused("W607", f"'{figure}' = {value:.4g} from '{name}'", f"about {before or 1:.4g}, as others say", "look at that site")
+                raise Refused("W607", f"'{figure}' = {value:.4g} from '{name}'", f"about {before or 1:.4g}, as from the others", "look at that site")
         if norm is not None:
             self._now.setdefault(key, []).append(norm)
         for figure, value in figures.items():

@@ -67,7 +67,9 @@ def check(recipe: Recipe) -> Checked:
     federation = federation_of(recipe)
     costs = method_of(recipe.model_copy(update={"method": recipe.method.provisional})).capabilities.costs
     if costs is None:
-        raise FedtuneError("C104", f"method.type = '{recipe.method.type}' with fedtune check", "a method that says what it costs", "simulate it")
+        raise FedtuneError(
+            "C104", f"method.type = '{recipe.method.type}' with fedtune check", "a method that declares its costs", "run it with fedtune simulate"
+        )
     check_context(recipe, len(federation.labels))
     plan = costs.plan(recipe.model, recipe.data.task, len(federation.labels))
     table, ranks = recipe.method.explain(recipe, [client.name for client in federation.clients], plan)

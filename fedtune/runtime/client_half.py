@@ -30,7 +30,7 @@ def respond(link: Link, client: Client, ask: Ask) -> Reply:
     """One question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
     task = link.tasks.get(ask.verb)
     if task is None:
-        raise Refused("W604", f"the verb '{ask.verb[:40]}'", f"one of {', '.join(sorted(link.tasks))}", "run the same fedtune on both sides")
+        raise Refused("W604", f"the verb '{ask.verb[:40]}'", f"one of {', '.join(sorted(link.tasks))}", "install the same version of fedtune on both sides")
     schema = task.given(client.model, client.id, ask.now)
     given = received(link, client, ask, schema)
     if task.trains and not len(client.data):
@@ -56,7 +56,12 @@ def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
     header, message = decode(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"})))
     before = holding(client.memory) if header.since else None
     if header.since != (before.round if before else 0):
-        raise Refused("W604", f"a change to the broadcast of round {header.since}", "one that this client holds", "the server sends the whole state next time")
+        raise Refused(
+            "W604",
+            f"changes relative to the broadcast of round {header.since}",
+            "a broadcast that this client has",
+            "the server sends the whole state next time",
+        )
     given = link.downlink.unpack(message, before.tensors if before else None)
     if link.downlink.remembers:
         hold(client.memory, Held(ask.now.number, given))

@@ -66,7 +66,7 @@ class RoundCohort:
         sizes = Counter(group.values())
         if small := [name for name, size in sizes.items() if size < min_group]:
             found = f"{sizes[small[0]]} members of group '{small[0]}' in round {self.now.number}"
-            raise FedtuneError("R412", found, f"at least {min_group} members in a group", "make larger groups, or ask more clients a round")
+            raise FedtuneError("R412", found, f"at least {min_group} members in a group", "make larger groups, or select more clients per round")
         tensors = {name: given(name) if callable(given) else given for name in sizes}
         sums = {name: RunningSum() for name in sizes}
         for client, update in self._replies(verb, (lambda client: tensors[group[client]]) if callable(given) else given):
@@ -94,7 +94,7 @@ class RoundCohort:
         counted = sum(answer.outcome == "ok" for answer in self.answers.values())
         if counted < self.quorum:
             missing = ", ".join(self.names[c] for c in self.now.members if c not in self.answers or self.answers[c].outcome != "ok")
-            found = f"{counted} usable answers in round {self.now.number}; missing: {missing[:200]}"
+            found = f"{counted} usable answers in round {self.now.number} (missing: {missing[:200]})"
             raise Paused("R409", found, f"{self.quorum} (deploy.quorum)", "what was accepted is kept; bring the others back, then: fedtune resume")
 
     def _nobody(self) -> FedtuneError:
@@ -184,7 +184,7 @@ class RoundCohort:
                 text = "W605: found a second answer to one question, expected one; the first counts, this one is dropped."
                 self.tell(ClientLeftOut(self.now.number, reply.client, name, "W605", text))
         for client in sorted(open_asks):
-            yield Reply(client, failure=ClientFailed("F503", "no reply from the carrier", "one for each question", "look at the node's log"))
+            yield Reply(client, failure=ClientFailed("F503", sentence="the transport returned no reply for this client", do="look at the node's log"))
 
     def _note(self, client: int, answer: Answer) -> None:
         """One row a member and round: bytes of all its verbs add up."""

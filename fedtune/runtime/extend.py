@@ -16,9 +16,13 @@ def extend(folder: RunFolder, rounds: int) -> Recipe:
     """
     recipe = recipe_of(folder)
     if rounds < recipe.rounds:
-        raise FedtuneError("C104", f"--rounds {rounds} for a run of {recipe.rounds}", "more rounds", "leave --rounds out to go on with it as it is")
+        raise FedtuneError(
+            "C104", f"--rounds {rounds} for a run of {recipe.rounds} rounds", "a higher number", "leave --rounds out to continue the run as it is"
+        )
     for found in depends_on_rounds(recipe, folder):
-        raise FedtuneError("C104", f"--rounds for a run with {found}", "rounds that do not depend on their number", "start a new run with method.start_from")
+        raise FedtuneError(
+            "C104", f"--rounds for a run with {found}", "settings that do not depend on the number of rounds", "start a new run with method.start_from"
+        )
     longer = recipe.model_copy(update={"rounds": rounds})
     with folder.locked():
         journal = Journal(folder.journal)

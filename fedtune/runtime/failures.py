@@ -26,9 +26,9 @@ def failure_of(error: Exception, client: str, logs: Path | None = None) -> Fedtu
     if isinstance(error, FedtuneError):
         return ClientFailed(error.code, error.found, error.expected, error.do)
     first = next(iter(str(error).strip().splitlines()), "")[:160]
-    found = f"{type(error).__name__} in the work of client '{client}'" + (f" ({first})" if first else "")
+    sentence = f"the work of client '{client}' stopped with {type(error).__name__}" + (f" ({first})" if first else "")
     place = write_traceback(error, client, logs)
-    return ClientFailed("R411", found, "an answer", f"see {place} on the client's machine" if place else "see the client's log")
+    return ClientFailed("R411", sentence=sentence, do=f"see {place} on the client's machine" if place else "see the client's log")
 
 
 def write_traceback(error: Exception, client: str, logs: Path | None) -> Path | None:
@@ -56,7 +56,7 @@ def heard(outcome: Mapping[str, str], name: str) -> FedtuneError:
     code, number = outcome.get("code", ""), outcome.get("number", "")
     about = f", number {number}" if NUMBER.fullmatch(number) else ""
     if code not in CATALOGUE:
-        return ClientFailed("F503", f"a mistake at '{name}' whose code this version does not know{about}", "an answer", f"ask the operator of '{name}'")
+        return ClientFailed("F503", sentence=f"'{name}' reports an error whose code this version does not know{about}", do=f"ask the operator of '{name}'")
     return ClientFailed(
-        code, f"at '{name}'{about}: {CATALOGUE[code].rstrip('.')}", "an answer", f"ask the operator of '{name}', whose worker.jsonl has the sentence"
+        code, sentence=f"at '{name}'{about}: {CATALOGUE[code].rstrip('.')}", do=f"ask the operator of '{name}', whose worker.jsonl has the details"
     )

@@ -64,7 +64,7 @@ class RunFolder:
                 "R402", f"no readable {name} in '{self.path}' ({type(error).__name__})", "the folder of a run", "check the path, or list runs/"
             ) from None
         if not isinstance(content, dict):
-            raise FedtuneError("R402", f"a {name} in '{self.path}' that is no table", "the folder of a run", "check the path, or list runs/")
+            raise FedtuneError("R402", f"a {name} in '{self.path}' that is not a table", "the folder of a run", "check the path, or list runs/")
         return content
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ class RunFolder:
                 time.sleep(0.1)
             else:
                 if not took(handle):
-                    raise FedtuneError("R407", f"another process working in '{self.path}'", "one process per run", "wait for it to end, or stop it")
+                    raise FedtuneError("R407", sentence=f"another process is working in '{self.path}'", do="wait for it to end, or stop it")
             yield
 
 
@@ -121,7 +121,7 @@ class Taken(FedtuneError):
 
 
 def taken(path: Path) -> Taken:
-    return Taken("R401", f"a run folder that exists, '{path}'", "a new name", f"choose another name, or continue it with: fedtune resume {path}")
+    return Taken("R401", sentence=f"the run folder '{path}' already exists", do=f"choose another name, or continue that run with: fedtune resume {path}")
 
 
 def existing(path: str | Path) -> RunFolder:
@@ -142,4 +142,4 @@ def recipe_of(folder: RunFolder) -> Recipe:
         return Recipe.model_validate_json(json.dumps(without_idle(folder.read_json("config.json"), Recipe)))
     except ValidationError as error:
         found = f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)"
-        raise FedtuneError("R402", found, "the config.json of a run", "use the version that began the run") from None
+        raise FedtuneError("R402", found, "the config.json of a run", "use the version of fedtune that started the run") from None

@@ -143,8 +143,10 @@ def sentences(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        what = "no space left on the disk" if "full" in str(error) else f"a journal that cannot be written ({error})"
-        raise FedtuneError("R404", f"{what} at '{path}'", "room and rights to write", "mend that, then: fedtune resume") from error
+        why = "no space left on the disk" if "full" in str(error) else str(error)
+        raise FedtuneError(
+            "R404", sentence=f"cannot write the journal '{path}' ({why})", do="free space or correct the rights, then: fedtune resume"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise FedtuneError("R403", f"a damaged journal at '{path}' ({error})", "an SQLite database", "restore it from a backup, or start a new run") from error
 

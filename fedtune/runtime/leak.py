@@ -16,11 +16,13 @@ def leaks(recipe: Recipe, client: int, examples: int, steps: int) -> dict[str, L
     """What each attack found in a client's first training examples. Raises C104 for a method without a cut, C103 for a client that is not there."""
     split = method_of(recipe).capabilities.split
     if split is None:
-        raise FedtuneError("C104", f"leak-test with method.type = '{recipe.method.type}'", "a method with a cut: sfprompt", "set method.type = 'sfprompt'")
+        raise FedtuneError(
+            "C104", f"leak-test with method.type = '{recipe.method.type}'", "a method that splits the model: sfprompt", "set method.type = 'sfprompt'"
+        )
     world = world_of(recipe)
     if client not in world.names or examples < 1 or steps < 1:
         found = f"--client {client} --examples {examples} --steps {steps}"
-        raise FedtuneError("C103", found, f"a client below {len(world.names)}, one example and one step or more", "change it")
+        raise FedtuneError("C103", found, f"a client below {len(world.names)}, and at least one example and one step", "correct these options")
     from fedtune.split.codec import Coding, decode, encode
     from fedtune.split.leak import attack, plain
     from fedtune.wire.v1 import split_pb2 as pb

@@ -97,14 +97,14 @@ def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFold
 def check_asked(asked: Asked, count: int, run: RunFolder | None) -> None:
     """Raises C103 for arguments that do not go together, C102 for a rank below 1."""
     if count < 2:
-        raise FedtuneError("C103", "one adapter to merge", "two or more", "name their folders")
+        raise FedtuneError("C103", "one adapter to merge", "two or more", "give the folders of all")
     if asked.rank < 0:
         raise FedtuneError("C102", f"--rank {asked.rank}", "1 or more", "correct it, or leave it out for the sum of ranks")
     if asked.weights and (len(asked.weights) != count or asked.by in EQUAL or not all(0 < weight < float("inf") for weight in asked.weights)):
-        expected = "none: all count alike" if asked.by in EQUAL else f"{count} positive numbers, one for each adapter"
+        expected = "no weights, because all adapters count equally" if asked.by in EQUAL else f"{count} positive numbers, one for each adapter"
         raise FedtuneError("C103", f"--weights {' '.join(f'{weight:g}' for weight in asked.weights)} with --by {asked.by}", expected, "correct --weights")
     if asked.by == "greedy" and run is None:
-        raise FedtuneError("C103", "--by greedy without --eval", "a run whose test set says what is better", "add --eval RUN")
+        raise FedtuneError("C103", "--by greedy without --eval", "a run whose test set can rank the adapters", "add --eval RUN")
 
 
 def inner_of(asked: Asked) -> str:

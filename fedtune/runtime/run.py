@@ -153,7 +153,9 @@ def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
     known = journal.facts()
     for key, value in facts.items():
         if known.get(key, value) != value:
-            raise FedtuneError("R406", f"a run begun with {key} {known[key][:12]}", f"the same {key} (now {value[:12]})", "start a new run for the new one")
+            raise FedtuneError(
+                "R406", f"a run that was started with {key} {known[key][:12]}", f"the same {key} (now {value[:12]})", "start a new run for the new one"
+            )
     journal.remember(dict(facts) | {"versions": json.dumps(versions())})
 
 

@@ -18,7 +18,7 @@ def sample(settings: SamplingSettings, clients: int, seed: int, number: int, ove
     """Ids of round `number`'s members, ascending, and a share `over` more. Raises C104 where more are wanted than there are."""
     if settings.count > clients:
         found = f"sampling.count = {settings.count} of {clients} clients"
-        raise FedtuneError("C104", found, "at most all of them", "lower it")
+        raise FedtuneError("C104", found, "at most that many clients", "lower sampling.count")
     count = math.ceil(wanted(settings, clients) * (1 + over))
     if count >= clients:
         return tuple(range(clients))

@@ -32,7 +32,11 @@ def scored(method: Method, batch: int) -> Work:
 
         split = method.capabilities.split
         if split is not None and split.holds_parts(client.model):
-            raise ClientFailed("S711", f"client '{client.name}', which holds two ends of a model", "the whole of it", "score at the coordinator: deploy.test")
+            raise ClientFailed(
+                "S711",
+                sentence=f"client '{client.name}' has only head and tail of the model, and cannot score it",
+                do="let the coordinator score: set deploy.test",
+            )
         rows: Any = client.held_out() if client.held_out else ()
         if not len(rows):
             raise ClientFailed("D202", f"no rows held out at client '{client.name}'", "at least one", "raise data.client_test_share")
@@ -60,8 +64,9 @@ def asked(cohort: RoundCohort, shared: Tensors, bench: Any) -> dict[str, Any]:
     """Raises R405 where nobody could score, C104 where the state is not what sites are given in a round."""
     link, now = cohort.link, cohort.now
     if any(link.tasks[SCORE].given(bench, client, now).entries != Schema.of(shared).entries for client in now.members):
-        found = f"a state of '{link.method.facts.title}' that a site cannot score by itself"
-        raise FedtuneError("C104", found, "one that it can", "give the coordinator rows to score on: deploy.test")
+        raise FedtuneError(
+            "C104", sentence=f"a site alone cannot score the state of '{link.method.facts.title}'", do="give the coordinator rows to score on: set deploy.test"
+        )
     mean = cohort.sum(SCORE, shared).mean()
     name = "perplexity" if "perplexity" in mean.metrics else "accuracy"
     value = math.exp(mean.metrics["loss"]) if name == "perplexity" else mean.metrics[name]

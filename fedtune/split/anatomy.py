@@ -127,8 +127,8 @@ def refuse(config: Any) -> None:
 
 def entangled(kind: str) -> FedtuneError:
     found, expected = (
-        f"a {kind}, whose blocks or loss need tensors that do not pass the cut",
-        "a model whose blocks need hidden states, a mask and positions alone",
+        f"a {kind}, whose blocks or loss need tensors that do not cross the cut",
+        "a model whose blocks need only hidden states, a mask and positions",
     )
     return FedtuneError("S701", found, expected, "choose another model, or [method] type = 'fedpeft'")
 
@@ -145,7 +145,7 @@ def block_count(config: Any) -> int:
     count: int = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if not count:
         raise FedtuneError(
-            "S701", f"a {config.model_type}, which is no stack of alike blocks", "a transformer such as ViT, BERT or Llama", "choose another model"
+            "S701", f"a {config.model_type}, which is not a stack of identical blocks", "a transformer such as ViT, BERT or Llama", "choose another model"
         )
     return count
 

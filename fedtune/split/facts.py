@@ -42,7 +42,7 @@ class SplitFacts:
         except (ValueError, KeyError, TypeError) as error:
             found = f"a ticket that does not describe the model's parts ({type(error).__name__}: {str(error)[:80]})"
             expected = "fingerprint, tokenizer and card as the coordinator's run makes them"
-            raise FedtuneError("S702", found, expected, "use the same version on both sides") from error
+            raise FedtuneError("S702", found, expected, "install the same version of fedtune on both sides") from error
         return card
 
     @property
@@ -61,4 +61,4 @@ class SplitFacts:
             return cls(words["base"], words["tokenizer"], words["card"], words.get("token", ""))
         except KeyError as error:
             found, expected = f"a ticket that does not describe the model's parts (no {error})", "fingerprint, tokenizer and card"
-            raise FedtuneError("S702", found, expected, "use the same version on both sides") from error
+            raise FedtuneError("S702", found, expected, "install the same version of fedtune on both sides") from error

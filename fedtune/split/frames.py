@@ -110,7 +110,7 @@ def parsed(data: bytes) -> pb.Frame:
     try:
         return pb.Frame.FromString(data)
     except DecodeError:
-        raise Refused("W601", f"{len(data)} bytes that are no frame", "a frame of the split stream", "send it again") from None
+        raise Refused("W601", f"{len(data)} bytes that are not a frame", "a frame of the split stream", "send it again") from None
 
 
 class Joiner:

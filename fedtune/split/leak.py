@@ -69,7 +69,7 @@ def patches(part: Part, seen: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Pixels (B, C, H, W) from hidden states in front of the first block: what they are above those of a black image is a linear map of each patch."""
     projection = next((m for path in part.anatomy.front for m in part.net.get_submodule(path).modules() if isinstance(m, torch.nn.Conv2d)), None)
     if projection is None:
-        raise FedtuneError("S701", f"no projection of patches in a {type(part.net).__name__}", "a vision transformer", "choose k of 1 or more for this test")
+        raise FedtuneError("S701", f"no patch projection in a {type(part.net).__name__}", "a vision transformer", "choose k of 1 or more for this test")
     batch, channels, height, width = shape
     tall, wide = projection.kernel_size
     with torch.no_grad():

@@ -53,7 +53,9 @@ def check(part: Part, card: Mapping[str, Any]) -> None:
             continue
         verify(card, role, ANSWER[role](part, card), part.dtype)
         if same_type and known["sha256"] != digest(part, role):
-            raise wrong(f"a {role} with tensors of digest {digest(part, role)[:12]}", f"{known['sha256'][:12]}: another revision, or weights that were trained")
+            raise wrong(
+                f"a {role} whose tensors have digest {digest(part, role)[:12]}", f"{known['sha256'][:12]} (these are another revision, or trained weights)"
+            )
 
 
 def verify(card: Mapping[str, Any], role: Role, output: torch.Tensor, dtype: torch.dtype) -> None:
@@ -65,7 +67,7 @@ def verify(card: Mapping[str, Any], role: Role, output: torch.Tensor, dtype: tor
     away = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
     reach = max(REACH.get(dtype, 1e-1), REACH.get(getattr(torch, str(card["dtype"]), torch.float32), 1e-1))
     if not away <= reach:  # a NaN is no answer either
-        raise wrong(f"a {role} whose answer to the self-test is {away:.1%} away", f"the card's answer within {reach:.1%}: other layers or another revision")
+        raise wrong(f"a {role} whose answer to the self-test is {away:.1%} off", f"at most {reach:.1%} (these are other layers, or another revision)")
 
 
 def canary(card: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[torch.Tensor, Side]:

@@ -150,7 +150,7 @@ class Service:
         with self.lock:
             session = self.sessions.get(hello.session)
             if session and (session.hello.run, session.hello.round, session.hello.client) != (hello.run, hello.round, hello.client):
-                raise Refused("S712", "the session of another client", "one's own", "use fedtune's client")
+                raise Refused("S712", "the session of another client", "its own session", "use fedtune's client")
             live = [each for each in self.sessions.values() if each.connection is not None]
             mine = [each for each in live if each.owner == (hello.run, hello.client)]  # a client that lost its connection, or was started again
             if not mine and len(live) >= self.terms.sessions:
@@ -344,7 +344,7 @@ class Connection:
 
 def failure(error: Exception) -> FedtuneError:
     """What a model raised, as an answer; its text may help, and is cut short."""
-    return FedtuneError("S714", f"{type(error).__name__} in the body: {str(error)[:200]}", "a pass through the body", "see the log of the body service")
+    return FedtuneError("S714", sentence=f"the body failed with {type(error).__name__}: {str(error)[:200]}", do="see the log of the body service")
 
 
 # --- gRPC -------------------------------------------------------------------------------------------------------------

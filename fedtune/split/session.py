@@ -77,7 +77,7 @@ class Session:
         """Note that this number means these bytes. Raises Refused S717 where it meant others, or is older than what is remembered."""
         before = self.known.setdefault((kind, sequence), digest)
         if before != digest:
-            raise Refused("S717", f"other bytes than before under number {sequence}", "the same micro-batch", "count on after every micro-batch")
+            raise Refused("S717", f"other bytes than before under number {sequence}", "the same micro-batch", "use a new number for every micro-batch")
         if len(self.known) > REMEMBERED:
             self.known.popitem(last=False)
 

@@ -293,7 +293,7 @@ class Stream:
             pause = min(5.0, 0.1 * 2**attempt) * random.SystemRandom().uniform(0.5, 1.5)
             if time.monotonic() + pause - began > self.wishes.patience:
                 raise FedtuneError(
-                    "S711", f"no body service after {attempt + 1} tries ({why[:200]})", "a stream", "check its address and that it runs"
+                    "S711", sentence=f"the body service did not answer after {attempt + 1} tries ({why[:200]})", do="check its address, and that it runs"
                 ) from None
             time.sleep(pause)
         if frame.kind == pb.FRAME_ERROR:
@@ -308,8 +308,8 @@ class Stream:
         self.fruitless += 1
         if self.fruitless > FRUITLESS:
             if time.monotonic() - self.heard > self.wishes.patience:
-                found = f"{self.fruitless} streams in a row that ended before an answer ({why[:200]})"
-                raise FedtuneError("S711", found, "answers", "see the log of the body service, and what stands between")
+                sentence = f"{self.fruitless} streams in a row broke before an answer came ({why[:200]})"
+                raise FedtuneError("S711", sentence=sentence, do="see the log of the body service, and check proxies and firewalls on the way")
             time.sleep(min(1.0, self.wishes.patience))
         self.joiner = Joiner(self.limits)
         self.connect()

@@ -20,7 +20,7 @@ class Missing(Refused):
     """S713: what the parcel refers to is not held; it has to be said again, whole."""
 
     def __init__(self, found: str, samples: Sequence[int] = ()) -> None:
-        super().__init__("S713", found, "what this service holds", "send the micro-batch again, with its hidden states")
+        super().__init__("S713", found, "hidden states that this service still has", "send the micro-batch again, with its hidden states")
         self.samples = tuple(samples)
 
 
@@ -69,7 +69,7 @@ def prepared(parcel: Parcel, session: Session, held: Held, limits: Limits) -> Wo
         if first is None:
             raise Missing(f"a BACKWARD of micro-batch {frame.sequence}, whose FORWARD is not held")
         if frame.digest != first.forward:
-            raise Refused("S717", f"the gradient of another micro-batch than {frame.sequence}", "its own", "count on after every micro-batch")
+            raise Refused("S717", f"the gradient of another micro-batch than {frame.sequence}", "its own", "use a new number for every micro-batch")
         forward, frame = first.forward, first.frame
         tensors = {**first.tensors, pb.ROLE_GRADIENT: tensors[pb.ROLE_GRADIENT]}
     hidden = assembled(tensors, frame, session, held, limits)
@@ -215,4 +215,4 @@ def finite(coded: Coded) -> torch.Tensor:
 
 
 def unfit(found: str, expected: str) -> Refused:
-    return Refused("W603", found, expected, "use the same recipe on both sides")
+    return Refused("W603", found, expected, "use the same recipe and version of fedtune on both sides")

@@ -137,4 +137,4 @@ def inflate(data: memoryview, most: int) -> bytes:
 
 
 def broken(found: str) -> Refused:
-    return refuse("W601", found, "levels as fedtune packs them", "the message is dropped; the sender should send it again")
+    return refuse("W601", found, "levels in fedtune's encoding", "the message was dropped; the sender should send it again")

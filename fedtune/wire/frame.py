@@ -28,7 +28,7 @@ def refuse(code: str, found: str, expected: str, do: str) -> Refused:
 
 
 def damaged(found: str) -> Refused:
-    return refuse("W601", found, "a whole message in fedtune's wire format", "the message is dropped; the sender should send it again")
+    return refuse("W601", found, "a whole message in fedtune's wire format", "the message was dropped; the sender should send it again")
 
 
 def sealed(message: pb.Message, payload: Sequence[bytes]) -> bytes:

@@ -102,7 +102,9 @@ def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes
     if strange := set(types) - DTYPES.keys():
         raise TypeError(f"no message type for {sorted(strange)}")
     if name := not_finite(tensors):
-        raise FedtuneError("W607", f"a value of '{name}' in the state that is not finite", "finite numbers", "lower the learning rate or the server's")
+        raise FedtuneError(
+            "W607", f"a value of '{name}' in the state that is not finite", "finite numbers", "lower method.train.lr or the server's learning rate"
+        )
     message = headed(header, "state", Schema.of(tensors), 1.0, named)
     message.dtypes = bytes(DTYPES[name] for name in types)
     return sealed(message, raw(tensors))
@@ -147,8 +149,8 @@ def decode_state(data: bytes, expect: Expect, held: tuple[int, Tensors] = (0, {}
     message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
     if kind == "changes":
         if message.since not in (0, held[0]):
-            found = f"changes to the broadcast of round {message.since}"
-            raise refuse("W604", found, "those to one that this client holds", "the server sends the whole state next time")
+            found = f"changes relative to the broadcast of round {message.since}"
+            raise refuse("W604", found, "a broadcast that this client has", "the server sends the whole state next time")
         kinds = {code: np.dtype(name) for name, code in DTYPES.items()}
         types = [kinds[code] for code in message.dtypes]
         return header_of(message), unpack_changes(payload, schema, types, held[1] if message.since else {})

@@ -163,7 +163,7 @@ def flat(name: str, value: Flat) -> Flat:
     elif value.is_contiguous():
         seen = value.detach().view(-1)
         return seen.numpy() if seen.is_cpu and seen.dtype == torch.float32 else seen
-    raise FedtuneError("M305", f"tensor '{name}' that is not contiguous", "values in C order", "call .contiguous() on it before")
+    raise FedtuneError("M305", f"tensor '{name}' that is not contiguous", "values in C order", "call .contiguous() on it first")
 
 
 def tensor_of(value: Flat) -> torch.Tensor:

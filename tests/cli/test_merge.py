@@ -156,7 +156,7 @@ def test_every_rule_leaves_an_adapter_of_the_sum_of_ranks_and_the_same_bytes(by:
         (["--by", "lines", "--set", "of=greedy"], "C103: found --set of=greedy"),
         (["--weights", "1", "2"], "C103: found --weights 1 2 with --by mean, expected 3 positive numbers"),
         (["--weights", "1", "2", "-1"], "C103: found --weights 1 2 -1"),
-        (["--by", "selma", "--weights", "1", "2", "3"], "with --by selma, expected none: all count alike"),
+        (["--by", "selma", "--weights", "1", "2", "3"], "with --by selma, expected no weights, because all adapters count equally"),
         (["--rank", "0"], "C102: found --rank 0"),
         (["--by", "greedy"], "C103: found --by greedy without --eval"),
     ],

@@ -103,7 +103,7 @@ def test_below_the_quorum_the_run_pauses_and_resume_takes_what_was_accepted(tiny
     changes = {"deploy__quorum": 1.0, "deploy__deadline": 4.0, **MEMORY}
     with inside(tmp_path, tiny_bert, data, **changes) as made:
         two = {node: worker for node, worker in made.workers().items() if node != 103}
-        with pytest.raises(Paused, match=r"R409: found 2 usable answers in round 1; missing: client-2.*expected 3 \(deploy.quorum\).*fedtune resume"):
+        with pytest.raises(Paused, match=r"R409: found 2 usable answers in round 1 \(missing: client-2\), expected 3 \(deploy.quorum\).*fedtune resume"):
             made.conduct(FakeGrid(two))
         failed = made.folder.read_json("failed.json")
         assert (failed["code"], failed["exit_code"]) == ("R409", 75) and not outcomes(made.folder)
@@ -120,7 +120,7 @@ def test_a_site_whose_policy_forbids_the_method_is_left_out_with_its_own_words(t
         workers = made.workers() | {103: made.worker("site-c", policy=str(tmp_path / "policy.toml"))}
         made.conduct(FakeGrid(workers))
         assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "ok", (1, 2): "F507"}
-        assert "found at 'site-c', number " in notes(made.folder)[0] and "ask the operator of 'site-c'" in notes(made.folder)[0]
+        assert ": at 'site-c', number " in notes(made.folder)[0] and "ask the operator of 'site-c'" in notes(made.folder)[0]
         assert any("found method 'fedpeft', expected one of fedkseed" in e.text for e in made.told["site-c"] if isinstance(e, Noted))  # its own terminal
 
 

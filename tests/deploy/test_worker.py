@@ -52,7 +52,7 @@ def test_a_ticket_that_is_none_is_a_code_and_a_number(worker: Worker, tmp_path: 
 
 
 def test_no_worker_is_a_sentence_after_a_while(tmp_path: Path) -> None:
-    with pytest.raises(FedtuneError, match="F505: found no worker at this site"):
+    with pytest.raises(FedtuneError, match="F505: this site's worker process is not running"):
         through(str(tmp_path / "none"), {"what": "site"}, seconds=0.3)
 
 

@@ -112,5 +112,5 @@ def test_a_policy_keeps_its_site_out_and_a_revoked_key_is_told_so(federation: De
     assert refused.returncode == 2 and "T706: " in refused.stderr and not refused.stdout
     assert federation.ended() == 0
     answers = [row for row in journal(federation.folder("few")) if len(row) == 7]
-    assert [row[2] for row in answers] == ["ok", "F507"] and "F507: found at 'site-b'" in answers[1][6]
+    assert [row[2] for row in answers] == ["ok", "F507"] and "F507: at 'site-b'" in answers[1][6]
     assert "F507: found method 'fedpeft', expected one of fedkseed" in federation.said("site-b") and "fedkseed" not in answers[1][6]

@@ -140,7 +140,7 @@ def command_of(pid: int) -> bytes:
 
 def test_an_engine_that_cannot_start_says_so_at_once() -> None:
     with (
-        pytest.raises(FedtuneError, match=r"F504: found Flower's simulation engine stopped \(ActorPool is empty"),
+        pytest.raises(FedtuneError, match=r"F504: Flower's simulation engine stopped \(ActorPool is empty"),
         simulation.engine(1, {"num_cpus": 1, "num_gpus": 99}) as grid,
     ):
         server_app.find_nodes(grid, 1, 60)
@@ -310,7 +310,12 @@ class FakeGrid:
 
 @pytest.mark.parametrize(
     ("how", "code", "words"),
-    [("error", "F503", "Node Unavailable"), ("silent", "F503", "no answer within 1 s"), ("refused", "F503", "did not take"), ("data", "D201", "gone.jsonl")],
+    [
+        ("error", "F503", "Node Unavailable"),
+        ("silent", "F503", "did not answer within 1 s"),
+        ("refused", "F503", "could not deliver"),
+        ("data", "D201", "gone.jsonl"),
+    ],
 )
 def test_a_node_that_fails_in_a_round_is_left_out_of_it_and_the_run_goes_on(
     how: str, code: str, words: str, tiny_bert: Path, data: Path, tmp_path: Path
@@ -359,10 +364,10 @@ def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> No
     [
         ({5: 0}, {}, r"F502: found no node for client 1 after 1 s \(1 nodes answered\)"),
         ({5: 0, 6: 1}, {(1, 0): "error"}, "F502: found no node for client 1"),
-        ({5: 0, 6: 1, 7: 2}, {(2, 0): "silent"}, "F502: found a node silent for 1 s"),
-        ({5: 0, 6: 0}, {}, "F503: found two nodes that both say they are client 0"),
-        ({5: 0, 6: 1, 7: 1}, {}, "F503: found two nodes that both say they are client 1"),
-        ({5: 0, 6: None}, {}, "F503: found a node that does not say which client it is"),
+        ({5: 0, 6: 1, 7: 2}, {(2, 0): "silent"}, "F502: found a node that gave no answer within 1 s"),
+        ({5: 0, 6: 0}, {}, "F503: two nodes both report that they are client 0"),
+        ({5: 0, 6: 1, 7: 1}, {}, "F503: two nodes both report that they are client 1"),
+        ({5: 0, 6: None}, {}, "F503: a node does not report which client it is"),
     ],
 )
 def test_nodes_that_are_missing_or_doubled_are_named_before_the_first_round(partitions: Any, broken: Any, words: str) -> None:

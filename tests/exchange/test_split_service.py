@@ -162,7 +162,7 @@ def test_a_stream_that_always_breaks_is_given_up(deployed: Deployed) -> None:
     try:
         with body.open(1, 0, Wishes(Coding("fp32"), 4, patience=0.5)) as stream:
             stream.forward(Micro(torch.randn(64, 16, 384)))
-            with pytest.raises(FedtuneError, match=r"S711: found 6 streams in a row that ended before an answer \(RESOURCE_EXHAUSTED"):
+            with pytest.raises(FedtuneError, match=r"S711: 6 streams in a row broke before an answer came \(RESOURCE_EXHAUSTED"):
                 stream.answer()
     finally:
         server.stop(0)

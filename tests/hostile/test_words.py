@@ -60,8 +60,7 @@ def test_no_cell_column_or_path_leaves_a_site_in_a_mistake(changes: dict[str, An
 def test_the_operator_reads_what_happened_and_whom_to_ask() -> None:
     error = heard({"code": "D206", "number": "0123abcd"}, "site-a")
     assert str(error) == (
-        "D206: found at 'site-a', number 0123abcd: A label is not in the label set, expected an answer; "
-        "ask the operator of 'site-a', whose worker.jsonl has the sentence."
+        "D206: at 'site-a', number 0123abcd: A label is not in the label set; ask the operator of 'site-a', whose worker.jsonl has the details."
     )
     for outcome in ({"code": "Z1", "number": "x"}, {"code": "", "number": "\x1b[2J"}, {"code": "\x1b]0;x\x07", "number": "é" * 8, "found": "words"}):
         assert heard(outcome, "site-a").code == "F503" and "\x1b" not in str(heard(outcome, "site-a")) and "words" not in str(heard(outcome, "site-a"))

@@ -182,8 +182,8 @@ def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path)
         ({"aggregate": {"rule": "fedex"}, "method__train": {"weight_decay": 0.1}}, "wear down"),
         ({"aggregate": {"rule": "mean", "extra": 8}}, "aggregate.extra"),
         ({"aggregate": {"rule": "nonsense"}}, "flexlora"),
-        ({"aggregate": {"rule": "krum"}}, "4 answers a round.*at least 5"),
-        ({"aggregate": {"rule": "trimmed"}}, "4 answers a round for aggregate.trim = 0.2.*would be a plain mean"),
+        ({"aggregate": {"rule": "krum"}}, "4 answers per round.*at least 5"),
+        ({"aggregate": {"rule": "trimmed"}}, "4 answers per round for aggregate.trim = 0.2.*would be a plain mean"),
     ],
 )
 def test_rules_that_do_not_fit_are_refused_with_a_way_out(changes: dict[str, Any], words: str, tiny_bert: Path, data: Path) -> None:

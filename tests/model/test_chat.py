@@ -108,7 +108,7 @@ def test_todays_date_is_the_recipes(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(("template", "turns"), [(t.MISTRAL, "u:a u:b a:c"), (t.MISTRAL, "a:c u:b"), (t.GEMMA, "s:a u:b a:c")])
 def test_what_a_template_refuses_is_a_sentence(template: str, turns: str, tokenizer: Any) -> None:
-    with pytest.raises(FedtuneError, match=r"D203: found row 1 \('[abc]'\), which the chat template refuses \((roles|System)"):
+    with pytest.raises(FedtuneError, match=r"D203: found row 1 \('[abc]'\), which the chat template rejects \((roles|System)"):
         learned(tokenizer, template, talk(turns))
 
 

@@ -135,7 +135,7 @@ def test_a_micro_batch_that_does_not_fit_the_device_is_halved_and_the_step_done_
             monkeypatch.undo()
 
     if room == 0:
-        with pytest.raises(ClientFailed, match="M309: found one example"):
+        with pytest.raises(ClientFailed, match="M309: a single example"):
             trained(0)
         return
     whole = trained(8)

@@ -53,7 +53,7 @@ def test_another_revision_is_refused_even_where_its_answer_is_close() -> None:
     net = make("llama")
     with torch.no_grad():
         net.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
-    with pytest.raises(FedtuneError, match="S702: found a body with tensors of digest"):
+    with pytest.raises(FedtuneError, match="S702: found a body whose tensors have digest"):
         selftest.check(Part(net, Cut(1, 3)), card)
 
 
@@ -84,5 +84,5 @@ def test_a_fresh_task_head_is_left_out_of_the_digest() -> None:
     with torch.no_grad():
         net.classifier.weight.add_(1.0)
     selftest.check(Part(net, Cut(1, 3), fresh=fresh), card)
-    with pytest.raises(FedtuneError, match="S702: found a tail with tensors"):
+    with pytest.raises(FedtuneError, match="S702: found a tail whose tensors"):
         selftest.check(Part(net, Cut(1, 3)), card)

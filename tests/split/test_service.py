@@ -190,7 +190,7 @@ def test_a_body_that_fails_on_one_micro_batch_serves_the_next() -> None:
         stream = opened(dial)
         failing.set()
         number = stream.forward(Micro(torch.ones(1, 4, WIDTH)))
-        with pytest.raises(FedtuneError, match="S714: found RuntimeError in the body: CUDA out of memory"):
+        with pytest.raises(FedtuneError, match="S714: the body failed with RuntimeError: CUDA out of memory"):
             stream.answer()
         failing.clear()
         stream.done(number)
@@ -245,7 +245,7 @@ def test_a_defect_of_the_service_is_an_error_frame(monkeypatch: pytest.MonkeyPat
             with monkeypatch.context() as patched:
                 patched.setattr(module, name, lambda *_: 1 / 0)
                 number = stream.forward(Micro(torch.ones(1, 4, WIDTH)))
-                with pytest.raises(FedtuneError, match="S714: found ZeroDivisionError"):
+                with pytest.raises(FedtuneError, match="S714: the body failed with ZeroDivisionError"):
                     stream.answer()
                 stream.done(number)
         assert run(stream)[0] == run(None)[0]

@@ -418,5 +418,5 @@ def test_without_certificates_only_this_machine(address: str) -> None:
 
 
 def test_a_service_that_is_not_there_is_said_after_the_patience() -> None:
-    with pytest.raises(FedtuneError, match="S711: found no body service after"):
+    with pytest.raises(FedtuneError, match="S711: the body service did not answer after"):
         opened(lambda: Socket("127.0.0.1:9"), patience=0.3)

@@ -53,7 +53,7 @@ def test_changes_arrive_exactly_and_the_rest_is_what_was_held() -> None:
     _, got = decode_state(data, EXPECT, (2, held))
     assert all(got[n].tolist() == v.tolist() and got[n].dtype == v.dtype for n, v in STATE.items())
     for other in ((0, {}), (1, held)):
-        with pytest.raises(Refused, match=r"W604.*changes to the broadcast of round 2"):
+        with pytest.raises(Refused, match=r"W604.*changes relative to the broadcast of round 2"):
             decode_state(data, EXPECT, other)
 
 

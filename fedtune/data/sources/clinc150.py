@@ -33,7 +33,7 @@ class Clinc150(PathSource):
             outside = sum(len(pairs) for name, pairs in splits.items() if name.startswith("oos"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FedtuneError(
-                "D203", f"{type(error).__name__} {error} in '{folder}'", "CLINC150's data_full.json and domains.json that fit together", "get both files again"
+                "D203", f"{type(error).__name__} {error} in '{folder}'", "matching data_full.json and domains.json of CLINC150", "download both files again"
             ) from error
         counts = {"out of scope (all splits)": outside, "validation split": len(splits.get("val", ()))}
         return Table(train, str(folder), test, {reason: count for reason, count in counts.items() if count})
@@ -47,11 +47,11 @@ def loaded(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise FedtuneError("D201", f"no '{path}'", "a folder with data_full.json and domains.json", "correct data.path") from None
+        raise FedtuneError("D201", f"nothing at '{path}'", "a folder with data_full.json and domains.json", "correct data.path") from None
     except NotADirectoryError:
-        raise FedtuneError("D201", f"'{path.parent}', which is no folder", "a folder with data_full.json and domains.json", "correct data.path") from None
+        raise FedtuneError("D201", f"'{path.parent}', which is not a folder", "a folder with data_full.json and domains.json", "correct data.path") from None
     except ValueError as error:
-        raise FedtuneError("D203", f"'{path}' ({error})", "a JSON file", "get the file again") from error
+        raise FedtuneError("D203", f"'{path}' ({error})", "a JSON file", "download the file again") from error
     if not isinstance(content, dict):
-        raise FedtuneError("D203", f"{type(content).__name__} in '{path}'", "a JSON object", "get the file again")
+        raise FedtuneError("D203", f"{type(content).__name__} in '{path}'", "a JSON object", "download the file again")
     return content

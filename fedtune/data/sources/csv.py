@@ -35,10 +35,12 @@ class Csv(TextFileSource):
             for row in reader:
                 if None in row or None in row.values():
                     found = f"line {reader.line_num} of '{path}' with too many or too few fields"
-                    raise FedtuneError("D203", found, f"{len(reader.fieldnames or ())} fields as in the heading", "correct the line")
+                    raise FedtuneError("D203", found, f"{len(reader.fieldnames or ())} fields as in the header", "correct the line")
                 rows.append(dict(row))
         except csv.Error as error:
-            raise FedtuneError("D203", f"'{path}' after row {len(rows)} ({error})", "values separated by one sign", "correct the file") from error
+            raise FedtuneError(
+                "D203", f"'{path}' after row {len(rows)} ({error})", "values separated by commas, semicolons or tabs", "correct the file"
+            ) from error
         finally:
             csv.field_size_limit(usual)
         return rows

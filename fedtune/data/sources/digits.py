@@ -22,7 +22,9 @@ class Digits(Source):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise FedtuneError("D208", "no scikit-learn for data.source = 'digits'", "the package", "install it with: pip install scikit-learn") from None
+            raise FedtuneError(
+                "D208", sentence="data.source = 'digits' needs scikit-learn, which is not installed", do="run: pip install scikit-learn"
+            ) from None
         bunch = load_digits()
         shades = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
         return Table(

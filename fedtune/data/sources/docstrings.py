@@ -93,7 +93,7 @@ def paragraphs(package: str, number: int) -> Iterator[str]:
     """First paragraphs of a package's docstrings, its files in a fixed random order: a sample of the whole package, read only as far as needed."""
     spec = find_spec(package)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise FedtuneError("D208", f"no package '{package}', which the built-in data is made from", "it installed", f"install it with: pip install {package}")
+        raise FedtuneError("D208", sentence=f"the built-in data is made from the package '{package}', which is not installed", do=f"run: pip install {package}")
     root = Path(next(iter(spec.submodule_search_locations)))
     files = []
     for folder, folders, names in os.walk(root):

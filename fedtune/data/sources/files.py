@@ -28,8 +28,8 @@ def existing(data: PathSource) -> Path:
 
 
 def missing(data: PathSource, path: str) -> FedtuneError:
-    found = f"no '{path}' for data.source = '{data.source}'"
-    return FedtuneError("D201", found, "a file or folder", "correct data.path (it starts in the working directory)")
+    found = f"nothing at '{path}' for data.source = '{data.source}'"
+    return FedtuneError("D201", found, "a file or folder", "correct data.path (relative paths start in the working directory)")
 
 
 def read(data: PathSource, rows_of: RowsOf) -> Table:

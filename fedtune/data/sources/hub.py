@@ -39,7 +39,7 @@ class Hub(PathSource):
                 "D201",
                 f"no split '{self.split}' of '{self.path}' ({type(error).__name__}: {said})",
                 "a data set that can be loaded",
-                "correct data.path and data.split, or go online once",
+                "correct data.path and data.split, or run once with a network",
             ) from error
         names = {column: feature.names for column, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
         rows: Rows = [dict(row) for row in found]

@@ -30,6 +30,8 @@ class Full(Adapter):
         for pattern in self.only:
             if not matching(base.weights, pattern):
                 some = ", ".join(sorted(base.weights)[:3])
-                raise FedtuneError("M302", f"the pattern '{pattern}', which no parameter of {base.name} fits", f"names such as {some}", "correct the pattern")
+                raise FedtuneError(
+                    "M302", f"the pattern '{pattern}', which matches no parameter of {base.name}", f"names such as {some}", "correct the pattern"
+                )
         chosen = {name for name in base.weights if not self.only or in_head(base, name) or any(fnmatchcase(name, pattern) for pattern in self.only)}
         return base.net, open_for_training(base, chosen)

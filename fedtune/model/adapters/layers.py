@@ -72,7 +72,7 @@ def target_layers(base: Base, s: LayerAdapter) -> list[str]:
             have = sorted({name.rpartition(".")[2] for name in known})
             raise FedtuneError(
                 "M302",
-                f"the target '{target}', which no linear layer of {base.name} is called",
+                f"the target '{target}', which matches no linear layer of {base.name}",
                 f"names such as {', '.join(have[:8])}",
                 'correct method.adapter.targets or use ["all-linear"]',
             )
@@ -80,7 +80,7 @@ def target_layers(base: Base, s: LayerAdapter) -> list[str]:
     blocks_of = {name: int(number.group(1)) for name in known if (number := re.search(r"\.(\d+)\.", name))}
     count = max(blocks_of.values(), default=-1) + 1
     if s.last > count:
-        raise FedtuneError("M302", f"method.adapter.last = {s.last}", f"at most the {count} blocks of {base.name}", "lower it, or 0 for all")
+        raise FedtuneError("M302", f"method.adapter.last = {s.last}", f"at most the {count} blocks of {base.name}", "lower it, or set it to 0 for all")
     first = count - s.last if s.last else 0
     return [name for name in known if name in found and blocks_of.get(name, 0 if not s.last else -1) >= first]
 

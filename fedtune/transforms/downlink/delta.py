@@ -42,7 +42,7 @@ class Delta(DownlinkCode):
         if not message.scales:
             return message.values()
         if before is None or Schema.of(before) != Schema.of(message.tensors):
-            raise Refused("W604", "a change to a broadcast that is not held here", "the whole state", "ask for everything")
+            raise Refused("W604", "changes relative to a broadcast that is not stored here", "the whole state", "ask for the whole state")
         moves = {name: expand(level, message.scales[name]) + before[name] for name, level in message.tensors.items()}
         return {name: np.asarray(move, np.float32) for name, move in moves.items()}
 

@@ -76,7 +76,7 @@ def test_below_the_quorum_the_run_pauses_with_exit_code_75_until_it_is_resumed(f
     federation.join("site-b")
     assert federation.ended() == 75
     said = federation.said("server")
-    assert "R409: found 2 usable answers in round 1; missing: client-2, expected 3 (deploy.quorum)" in said and "fedtune resume" in said
+    assert "R409: found 2 usable answers in round 1 (missing: client-2), expected 3 (deploy.quorum)" in said and "fedtune resume" in said
     assert counts(federation) == 2 and not federation.pids("gate")
     federation.join("site-c")
     federation.resume("run")
