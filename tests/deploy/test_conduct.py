@@ -166,7 +166,7 @@ def test_what_does_not_mend_itself_leaves_the_member_out_at_once(code: str, kept
 
         grid = FakeGrid(made.workers(), instead)
         made.conduct(grid)
-        assert outcomes(made.folder)[1, 1] == kept and grid.pushed.count((102, "train.ticket")) == 1 and "found" in notes(made.folder)[0]
+        assert outcomes(made.folder)[1, 1] == kept and grid.pushed.count((102, "train.ticket")) == 1 and "ask the operator of" in notes(made.folder)[0]
 
 
 def test_an_answer_that_rots_on_disk_is_asked_for_again(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
