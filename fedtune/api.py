@@ -1,7 +1,7 @@
 """fedtune from Python: what the command line does, as functions.
 
 >>> import fedtune
->>> recipe = fedtune.recipe(None, rounds=3, method__adapter__rank=4)  # the built-in federation, with two changes
+>>> recipe = fedtune.recipe(None, rounds=3, method__adapter__rank=4)  # the built-in one, two changes
 >>> recipe.rounds, recipe.method.adapter.rank
 (3, 4)
 

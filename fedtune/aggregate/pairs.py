@@ -35,7 +35,8 @@ class Pair(NamedTuple):
 def split(tensors: Tensors) -> tuple[dict[str, Pair], dict[str, np.ndarray]]:
     """The pairs by module, in name order, and the rest. Raises M305 for half a pair or factors that do not fit.
 
-    >>> pairs, rest = split({"q.lora_A.weight": np.ones((2, 5)), "q.lora_B.weight": np.ones((3, 2)), "head.bias": np.ones(4)})
+    >>> factors = {"q.lora_A.weight": np.ones((2, 5)), "q.lora_B.weight": np.ones((3, 2))}
+    >>> pairs, rest = split({**factors, "head.bias": np.ones(4)})
     >>> pairs["q"].rank, list(rest)
     (2, ['head.bias'])
     """

@@ -94,7 +94,8 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         recipe = with_reported_ranks(recipe, nodes)
         folder.write_json("config.json", recipe.model_dump(mode="json"))  # from here on it is a recipe that somebody could have written by hand
         ranks = method_of(recipe).capabilities.ranks
-        tell(Noted(f"by the sites' memory: {', '.join(f'{name} rank {ranks.of(n)}' for n, name in enumerate(recipe.deploy.sites) if ranks)}"))
+        said = [f"{name} rank {ranks.of(number)}" for number, name in enumerate(recipe.deploy.sites) if ranks]
+        tell(Noted(f"by the sites' memory: {', '.join(said)}"))
 
     def carry(link: Link, world: World) -> Exchanged:
         most, tells = enough(recipe), teller(link, world, where)

@@ -11,7 +11,8 @@ Both halves stand in one class: `round` runs on the server, the work of a verb o
     ...     capabilities = Capabilities()
     ...     @property
     ...     def verbs(self):  # what clients can be asked
-    ...         return {"tell": Verb(self.tell, lambda bench, client, now: Schema.of(bench), lambda given, now: given)}
+    ...         given = lambda bench, client, now: Schema.of(bench)
+    ...         return {"tell": Verb(self.tell, given, lambda given, now: given)}
     ...     def tell(self, client, given, now):  # the client's half
     ...         return Update.of({"x": np.float32([client.data])}, weight=1.0)
     ...     def start(self, bench):
@@ -24,7 +25,8 @@ Asked by a cohort that adds up what its clients say, it finds their mean:
     >>> class Cohort:
     ...     def sum(self, verb, given):
     ...         clients = [Client(number, f"client-{number}", None, number) for number in range(4)]
-    ...         return sum((method.verbs[verb].work(c, given, now) for c in clients[1:]), method.verbs[verb].work(clients[0], given, now))
+    ...         first, *others = (method.verbs[verb].work(client, given, now) for client in clients)
+    ...         return sum(others, first)
     >>> method, now = Average(), Round(1, seed=1, members=(0, 1, 2, 3))
     >>> method.round(method.start({"x": np.float32([0])}), Cohort(), now).shared["x"].tolist()
     [1.5]

@@ -83,7 +83,8 @@ def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
     forms = [known for known in method.facts.forms if known != "seeds"]
     if form not in forms:
         raise FedtuneError("M306", f"--as {form} from a seed file", f"one of {', '.join(forms)}", "choose another --as")
-    loaded = load_base(ModelSettings(name=base, dtype=seeds.dtype, pooling=seeds.pooling), seeds.task, seeds.labels, seeds.seed)  # type: ignore[arg-type]
+    model = ModelSettings.model_validate({"name": base, "dtype": seeds.dtype, "pooling": seeds.pooling})
+    loaded = load_base(model, seeds.task, seeds.labels, seeds.seed)
     if loaded.fingerprint != seeds.base_fingerprint:
         found, expected = f"base model {loaded.fingerprint[:12]} at '{base}'", f"{seeds.base_fingerprint[:12]}, which the seeds were made for"
         raise FedtuneError("M304", found, expected, f"give the model that was called '{seeds.base}'")

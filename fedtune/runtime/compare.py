@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from fedtune.config import Recipe
@@ -41,7 +42,7 @@ def compare(recipe: Recipe, world: World, method: Method, start: State, state: S
         scores["centralised"] = pooled["value"]
         scores["loss"]["centralised"] = pooled["loss"]
     if recipe.evaluate.local:
-        each = [phase(f"local:{n}", lambda n=n: alone(recipe, world, method, start, n, f"local:{n}", tell)) for n in world.names]  # type: ignore[misc]
+        each = [phase(f"local:{n}", partial(alone, recipe, world, method, start, n, f"local:{n}", tell)) for n in world.names]
         scores["local"] = mean_of(one["value"] for one in each)
         scores["loss"]["local"] = mean_of(one["loss"] for one in each)
     return scores

@@ -45,6 +45,6 @@ def beside(figures: str) -> dict[str, str]:
     return {
         "figures": f"with each answer, in the clear: its weight (rows or tokens, or 1){', ' + figures if figures else ''}, its bytes, what its chain chose",
         "scores": "where the server has no rows to score on: each client's sums over its held-out rows, of accuracy or loss, and how many those are",
-        "mistakes": "of a client that cannot answer: a code and a number; on real sites the sentence stays there",
-        "greeting": "of a real site, signed: its device and how many it has, cores, free memory and disk, speed, rows and bytes of its data, versions",
+        "mistakes": "of a client that cannot answer: a code and a number; a real site keeps the sentence",
+        "greeting": "of a real site, signed: its devices, cores, free memory and disk, speed, rows and bytes of its data, versions",
     }

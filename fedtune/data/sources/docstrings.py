@@ -39,9 +39,10 @@ MIN_WORDS = 5
 SKIPPED = {"tests", "test", "testing", "_vendor", "__pycache__"}
 MASK = "library"
 
+ALIASES = [alias for aliases in PACKAGES.values() for alias in aliases]
 # a package's name inside any longer name or dotted path ("torch.nn.Module", "PyTorch", "numpydoc"), or another name as a word
 NAMES = re.compile(
-    rf"[\w.\-]*(?:{'|'.join(PACKAGES)})(?:[\w.\-]*\w)?|\b(?:{'|'.join(alias for aliases in PACKAGES.values() for alias in aliases)})\b(?:\.\w+)*",
+    rf"[\w.\-]*(?:{'|'.join(PACKAGES)})(?:[\w.\-]*\w)?|\b(?:{'|'.join(ALIASES)})\b(?:\.\w+)*",
     re.IGNORECASE,
 )
 SECTION = re.compile(r"\n\s*(?:Args?|Arguments|Parameters|Returns?|Raises|Yields|Notes?|Examples?)\s*:?\s*(?:\n.*)?\Z", re.DOTALL)  # not parted by a blank line
