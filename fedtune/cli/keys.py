@@ -67,7 +67,7 @@ def add_commands(commands: Any) -> None:
     add_folder(action)
     action.set_defaults(command=publish)
 
-    action = actions.add_parser("list", help="all keys that were issued, and until when they may speak")
+    action = actions.add_parser("list", help="all keys that were issued, and until when they are valid")
     add_folder(action)
     action.set_defaults(command=listed)
 

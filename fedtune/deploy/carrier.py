@@ -133,7 +133,9 @@ class Question:
     def shut_out(self) -> Iterator[Reply]:
         """Members whose keys were all revoked, or have ended, while the question is open: they can answer nothing any more."""
         for name in [name for name in self.open if not self.carrier.speaks(name)]:
-            yield self._failed(name, ClientFailed("T706", f"no key of '{name}' that may speak", "one", f"fedtune keys renew {name}, or a new run without it"))
+            yield self._failed(
+                name, ClientFailed("T706", sentence=f"'{name}' has no valid key", do=f"run: fedtune keys renew {name}, or start a new run without it")
+            )
 
     def ask(self, seconds: float) -> None:
         """Tickets to members that are here and do not hold one, and after a long silence once more: Flower hands a message out once, and if the
@@ -224,7 +226,7 @@ class Question:
                 found, expected, do = (
                     f"no answer to the last {self.carrier.absent[name]} questions ({why})",
                     "an answer",
-                    "nothing: it is asked again in each round",
+                    "nothing to do: it is asked again in each round",
                 )
             else:
                 found, expected, do = f"no answer within {self.carrier.deadline:.0f} s ({why})", "an answer", "look at the site's log"

@@ -44,7 +44,7 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
     with alone(home):
         identity = load(Path(config.keys))
         if identity.name.name == COORDINATOR:
-            raise FedtuneError("T705", f"the coordinator's own keys in '{config.keys}'", "the keys of a site", "name the folder that 'fedtune keys issue' made")
+            raise FedtuneError("T705", f"the coordinator's own keys in '{config.keys}'", "the keys of a site", "give the folder that 'fedtune keys issue' made")
         read_policy(config.policy)  # the worker would say so too, after a while
         if why := reason(identity, config.coordinator):
             raise why

@@ -117,8 +117,11 @@ def with_reported_ranks(recipe: Recipe, nodes: Nodes) -> Recipe:
     sites, end = recipe.deploy.sites, time.monotonic() + recipe.deploy.deadline
     while lacking := [name for name in sites if name not in nodes.reports]:
         if time.monotonic() > end:
-            found = f"no word of '{lacking[0]}' after {recipe.deploy.deadline:.0f} s, whose memory decides its rank"
-            raise FedtuneError("F502", found, "all sites", "start it, or say method.lora_rank_by_client in the recipe")
+            raise FedtuneError(
+                "F502",
+                sentence=f"'{lacking[0]}' has not connected within {recipe.deploy.deadline:.0f} s, and its LoRA rank depends on its memory",
+                do="start it, or set method.lora_rank_by_client in the recipe",
+            )
         nodes.look()
         time.sleep(PAUSE)
     known, labels = {name: memory_of(nodes.reports[name]) for name in sites}, len(recipe.data.labels) or None
@@ -173,9 +176,9 @@ def judge_of(coordinator: Identity, sites: Sequence[str]) -> Judge:
         allowed.check(peer)
         said = read_report(signed.record)
         if said.get("nonce") != nonce.hex() or said.get("name") != peer.name.name:
-            raise Refused("W604", f"an answer to another greeting from '{peer.name.name}'", "one to this greeting", "nothing: it is greeted again")
+            raise Refused("W604", f"an answer to another greeting from '{peer.name.name}'", "one to this greeting", "nothing to do: it is greeted again")
         if peer.name.name not in sites:
-            raise FedtuneError("F502", f"site '{peer.name.name}'", f"one of the run's: {', '.join(sites)[:200]}", "name it in deploy.sites of a new run")
+            raise FedtuneError("F502", f"site '{peer.name.name}'", f"one of the run's: {', '.join(sites)[:200]}", "list it in deploy.sites of a new run")
         report = said.get("report")
         return Site(peer.name.name, report if isinstance(report, dict) else {})
 

@@ -86,7 +86,7 @@ def longest(path: str) -> int:
     """Bytes of a request's body. Raises FedtuneError E806 for a path that is none of the calls."""
     name = path.removeprefix(PREFIX)
     if path != PREFIX + name or name not in CALLS:
-        raise FedtuneError("E806", f"a call of {path[:80]!r}", f"one of Flower's fleet API under {PREFIX}", "use fedtune client")
+        raise FedtuneError("E806", f"a call to {path[:80]!r}", f"one of Flower's fleet API under {PREFIX}", "use fedtune client")
     return LARGEST.get(name, SMALL)
 
 
@@ -114,7 +114,7 @@ def picked(headers: Iterable[tuple[str, str]], allowed: Mapping[str, int]) -> di
         if name not in allowed:
             continue
         if name in kept or len(value) > allowed[name] or not (value.isascii() and value.isprintable()):
-            raise Refused("W601", f"a header '{name}' that stands twice, is too long or not printable", "each once, in ASCII", "use fedtune client")
+            raise Refused("W601", f"a header '{name}' that comes twice, is too long or not printable", "each once, in ASCII", "use fedtune client")
         kept[name] = value
     return kept
 
@@ -134,4 +134,4 @@ def check_object(says: Table) -> None:
     if parts[1].count(b",") >= CHILDREN:
         raise Refused("W606", f"an object of {parts[1].count(b',') + 1} others", f"at most {CHILDREN}", "use fedtune client")
     if not isinstance(content, bytes) or hashlib.sha256(content).hexdigest() != name:
-        raise Refused("W601", "an object with other bytes than its hash", "the bytes that its name says", "send it again")
+        raise Refused("W601", "an object that does not match its hash", "the bytes that its name says", "send it again")

@@ -70,7 +70,7 @@ class Members:
                 return
             other = next((whose for whose, one in self._members.items() if one.key == call.key and whose != name), "")
             if other or (member.key and (member.key, member.node) != (call.key, node_of(call))):
-                raise FedtuneError("E806", f"another node than that of '{name}'", "one node a member, the last that it started", "end the other fedtune client")
+                raise FedtuneError("E806", sentence=f"another fedtune client is connected as '{name}'", do="end one of the two")
 
     def answered(self, name: str, call: Call, reply: bytes) -> None:
         """Learn from what Flower, which has checked the key's signature, has taken."""

@@ -83,7 +83,7 @@ def serve_metrics(address: str, server: Server, home: Path, refusals: Refusals) 
     try:
         http = ThreadingHTTPServer((host, int(port)), Handler)
     except (OSError, ValueError) as error:
-        raise FedtuneError("E801", f"metrics address '{address}' ({error})", "host:port that is free", "choose another") from None
+        raise FedtuneError("E801", f"metrics address '{address}' ({error})", "a free HOST:PORT", "choose another --metrics") from None
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, daemon=True).start()
     return http

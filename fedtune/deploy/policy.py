@@ -158,7 +158,7 @@ def read_policy(path: str) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         raise FedtuneError("C105", f"no readable policy at '{path}' ({type(error).__name__})", "a TOML file", "check the path") from None
     except tomllib.TOMLDecodeError as error:
-        raise FedtuneError("C103", f"'{path}' that is not TOML ({error})", "key = value lines", "mend that line") from None
+        raise FedtuneError("C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line") from None
     except ValidationError as error:
         raise sentence(error) from None
 

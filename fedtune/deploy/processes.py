@@ -119,8 +119,8 @@ class Program:
         if self.own and self.lives == 1 and code == MISTAKE and (mistake := read_sentence(words)):
             raise mistake
         if self.deaths > TRIES:
-            found = f"'{self.name}' ended {self.deaths} times in a row (code {code}; it last said: {words[:200]})"
-            raise FedtuneError("F505", found, "a program that stays alive", f"look at {self.log}")
+            sentence = f"'{self.name}' stopped {self.deaths} times in a row (code {code}; its last line: {words[:200]})"
+            raise FedtuneError("F505", sentence=sentence, do=f"look at {self.log}")
         self._again = now + min(LONGEST, FIRST * 2 ** (self.deaths - 1))
 
     def _start(self, now: float) -> None:
@@ -193,10 +193,10 @@ def alone(home: Path) -> Iterator[None]:
         home.mkdir(parents=True, exist_ok=True)
         handle = (home / "lock").open("a")
     except OSError as error:
-        raise FedtuneError("R404", f"a folder '{home}' that cannot be written ({error.strerror})", "one with room", "choose another folder") from None
+        raise FedtuneError("R404", sentence=f"cannot write to the folder '{home}' ({error.strerror})", do="free space, or choose another folder") from None
     with handle:
         if not took(handle):
-            raise FedtuneError("F506", f"another fedtune at work in '{home}'", "one for each folder", "end it, or choose another folder")
+            raise FedtuneError("F506", sentence=f"another fedtune is working in '{home}'", do="end it, or choose another folder")
         yield
 
 

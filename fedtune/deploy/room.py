@@ -18,13 +18,17 @@ def require_disk(home: Path, about: Ticket) -> None:
     """The state that is fetched and the update that is spooled. Raises R404, which is tried again later."""
     needed, free = about.given_size + about.budget + SPARE, shutil.disk_usage(home).free
     if free < needed:
-        raise FedtuneError("R404", f"{size(free)} free on the disk of '{home}'", f"{size(needed)} for a state and an update", "free space; it is tried again")
+        raise FedtuneError(
+            "R404", sentence=f"the disk of '{home}' has {size(free)} free, and a state and an update take {size(needed)}", do="free space; it is tried again"
+        )
 
 
 def require_room(run: Path) -> None:
     """A run whose process has ended without a word may have had no room for one. Raises R404."""
     if (free := shutil.disk_usage(run).free) < LEAST:
-        raise FedtuneError("R404", f"no space left for run '{run}' ({size(free)} free)", f"{size(LEAST)} at least", f"free space, then: fedtune resume {run}")
+        raise FedtuneError(
+            "R404", sentence=f"no space is left for run '{run}' ({size(free)} free, {size(LEAST)} needed)", do=f"free space, then: fedtune resume {run}"
+        )
 
 
 def require_memory(recipe: Recipe, labels: int, device: str) -> None:
@@ -36,4 +40,6 @@ def require_memory(recipe: Recipe, labels: int, device: str) -> None:
     needed, free = sum(count for what, count in parts.items() if "estimate" not in what), int(means(device)["memory"])
     if free < needed:
         do = "end other programs, use a larger device, or let the recipe hold less (method.adapter, sfprompt, fedkseed)"
-        raise ClientFailed("M310", f"{size(free)} of memory free on {device or 'this device'}", f"{size(needed)} at least for '{recipe.method.type}'", do)
+        raise ClientFailed(
+            "M310", sentence=f"{device or 'this device'} has {size(free)} of free memory, and '{recipe.method.type}' needs at least {size(needed)}", do=do
+        )

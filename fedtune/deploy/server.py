@@ -142,15 +142,15 @@ class Coordinator:
         while not done():
             self.look()
             if time.monotonic() > end:
-                raise FedtuneError("F505", f"{what} not ready after {START_SECONDS:.0f} s", "an answer", f"look at {self.home / 'logs'}")
+                raise FedtuneError("F505", sentence=f"{what} was not ready after {START_SECONDS:.0f} s", do=f"look at {self.home / 'logs'}")
             time.sleep(0.2)
 
     def submit(self, run: Running) -> None:
         """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one at work. Raises F505, R404."""
         require_room(run.folder.path)
         if run.submissions >= TRIES:
-            found = f"a run whose process ended {run.submissions} times without one more answer"
-            raise FedtuneError("F505", found, "a run that goes on", f"look at {run.folder.path / CRASH}, then: fedtune resume {run.folder.path}")
+            sentence = f"the process of the run ended {run.submissions} times without one more answer"
+            raise FedtuneError("F505", sentence=sentence, do=f"look at {run.folder.path / CRASH}, then: fedtune resume {run.folder.path}")
         run.submitted, run.submissions = time.monotonic(), run.submissions + 1
         command = ["flwr", "run", str(self.home / "app"), "here", "--format", "json", "--run-config", f'folder="{run.folder.path}"']
         try:
@@ -162,7 +162,7 @@ class Coordinator:
             words = " ".join(said.split())[-300:]
             run.refused, run.submissions = run.refused + 1, run.submissions - 1
             if run.refused > TRIES:
-                raise FedtuneError("F505", f"a run that Flower does not take ({words})", "an accepted run", f"look at {self.home / 'logs'}")
+                raise FedtuneError("F505", sentence=f"Flower did not accept the run ({words})", do=f"look at {self.home / 'logs'}")
             run.submitted = time.monotonic() - SUBMITTED + 5
 
     def look_at(self, run: Running) -> bool:
@@ -201,7 +201,7 @@ def require_coordinator(keys: Path) -> None:
     """Raises T701 to T706 for keys with which no coordinator can be started."""
     identity = load(keys)
     if not identity.is_coordinator:
-        raise FedtuneError("T705", f"the keys of '{identity.name.name}' in '{keys}'", "the coordinator's", "name the folder that 'fedtune keys init' made")
+        raise FedtuneError("T705", f"the keys of '{identity.name.name}' in '{keys}'", "the coordinator's", "give the folder that 'fedtune keys init' made")
     AllowList(identity.folder / ALLOWED).check(identity.peer)
 
 
@@ -218,8 +218,8 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str, metric
     if (folder.path / "config.json").exists():
         known = {recipe_of(folder).fingerprint, Deployed.read(folder).recipe}
         if recipe.fingerprint not in known:
-            found = f"a run '{folder.path}' begun with another recipe ({max(known)[:12]}, now {recipe.fingerprint[:12]})"
-            raise FedtuneError("R406", found, "the same recipe, to go on, or a new name", "choose one with --set name=...")
+            found = f"a run '{folder.path}' that was started with another recipe ({max(known)[:12]}, now {recipe.fingerprint[:12]})"
+            raise FedtuneError("R406", found, "the same recipe", "restore the recipe to continue this run, or start another: --set name=NAME")
     else:
         named = resolved(recipe, keys)
         with disk_errors(folder.path):

@@ -27,11 +27,9 @@ def resolved(recipe: Recipe, keys: Path) -> Recipe:
     allowed = sorted({entry.name for entry in read_entries(keys / ALLOWED) if entry.state(now) == "valid"} - {COORDINATOR})
     sites = recipe.deploy.sites or tuple(allowed)
     if not sites:
-        raise FedtuneError("F502", "no client with a valid key", "one or more", "fedtune keys issue NAME")
+        raise FedtuneError("F502", "no client with a valid key", "one or more", "run: fedtune keys issue NAME")
     if unknown := sorted(set(sites) - set(allowed)):
-        raise FedtuneError(
-            "F502", f"deploy.sites with '{unknown[0]}', who has no valid key", f"names among {', '.join(allowed)[:200]}", "fedtune keys issue it"
-        )
+        raise FedtuneError("F502", f"deploy.sites with '{unknown[0]}', which has no valid key", f"some of {', '.join(allowed)[:200]}", "fedtune keys issue it")
     require_for_sites(recipe, sites)
     return recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": tuple(sites)})})
 
@@ -44,7 +42,7 @@ def require_for_sites(recipe: Recipe, sites: Sequence[str]) -> None:
         raise FedtuneError("C104", "deploy.sites with a name twice", "each site once", "remove one")
     if sites and recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.open_ended:
         found = f"partition.clients = {recipe.partition.clients} beside {len(sites)} sites ({', '.join(sites)[:120]})"
-        raise FedtuneError("C104", found, "as many of one as of the other", f"--set partition.clients={len(sites)}")
+        raise FedtuneError("C104", found, "as many of one as of the other", f"use --set partition.clients={len(sites)}")
 
 
 def at_coordinator(recipe: Recipe) -> Federation:
@@ -107,7 +105,7 @@ def at_site(recipe: Recipe, number: int, data: str, partition: bool = False, col
         return load(recipe.data, recipe.partition, recipe.seed)
     if not isinstance(recipe.data, PathSource):
         found = f"data.source = '{recipe.data.source}', which reads what is installed here"
-        raise FedtuneError("F507", found, "a source that reads --data", "name the form of the sites' rows in the recipe: jsonl, csv, parquet")
+        raise FedtuneError("F507", found, "a source that reads --data", "set data.source to the format of the sites' rows: jsonl, csv, parquet")
     if not data:
         raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
     name = recipe.deploy.sites[number]
@@ -169,5 +167,8 @@ class Details:
             return said
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(
-                "W601", f"a ticket whose details cannot be read ({type(error).__name__})", "those of this version", "install the same fedtune"
+                "W601",
+                f"a ticket whose details cannot be read ({type(error).__name__})",
+                "details of this version",
+                "install the same version of fedtune on both sides",
             ) from None

@@ -94,7 +94,7 @@ def at_server(address: str, keys: Path, run: str) -> Iterator[str]:
             client.close()
     known = {short(status.run): status for status in reply.runs}
     if run and run not in known:
-        raise FedtuneError("E806", f"run '{run}'", f"one of {', '.join(known) or 'none yet'}", "see: fedtune status --server ... without a run")
+        raise FedtuneError("E806", f"run '{run}'", f"one of {', '.join(known) or 'none yet'}", "list all runs with: fedtune status --server HOST:PORT")
     who = f" ({', '.join(reply.names)})" if reply.names else ""
     clock = reply.now - time.time()
     yield f"{address}: {reply.present} members present{who}, {reply.uploads} uploads under way, {size(reply.free_bytes)} free, clock {clock:+.1f} s"

@@ -198,7 +198,9 @@ class Worker:
         """The coordinator's recipe with this site's paths and device."""
         if not self.config.model and not self.config.partition and (not HUB_NAME.fullmatch(recipe.model.name) or Path(recipe.model.name).exists()):
             raise FedtuneError(
-                "F507", "a recipe whose base model is no name on the hub", "one, or this site's own folder", "start it with: fedtune client --model"
+                "F507",
+                sentence="the recipe's base model is not a name on the hub, and this site was given no folder of its own",
+                do="start it with: fedtune client --model",
             )
         model = {key: value for key, value in (("name", self.config.model), ("device", self.config.device)) if value}
         return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})

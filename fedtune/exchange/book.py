@@ -106,8 +106,8 @@ class Book:
             yield
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and not str(error).startswith(("file is not", "database disk image")):
-                raise FedtuneError("E804", f"a book that cannot be written now ({error})", "room and rights to write", "free space on its disk") from error
-            raise FedtuneError("E807", f"a damaged book '{self.path.name}' ({error})", "the book as it was written", "restore it from a backup") from error
+                raise FedtuneError("E804", sentence=f"the coordinator's database cannot be written now ({error})", do="free space on its disk") from error
+            raise FedtuneError("E807", sentence=f"the coordinator's database '{self.path.name}' is damaged ({error})", do="restore it from a backup") from error
 
     def query(self, text: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock, self.sentences():
@@ -189,7 +189,7 @@ class Book:
         with self.transaction():
             asked = self.asked(*key)
             if not asked or not asked.open:
-                raise Refused("W604", f"round {envelope.round}, which was closed meanwhile", "an open round", "drop this update")
+                raise Refused("W604", f"round {envelope.round}, which has been closed", "an open round", "drop this update")
             if held := self.receipt(*key):  # two connections of one client at the same time
                 if held[0] == envelope.payload:
                     return held[1]
@@ -232,4 +232,4 @@ class Book:
 
 def second(envelope: Envelope) -> FedtuneError:
     found = f"another update of '{envelope.client}' for '{envelope.verb}' of round {envelope.round}"
-    return FedtuneError("E805", found, "the one that was accepted", "nothing: the first counts")
+    return FedtuneError("E805", found, "the one that was accepted", "nothing to do: the first one counts")

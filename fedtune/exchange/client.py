@@ -68,9 +68,7 @@ class ExchangeClient:
             self._trying(lambda: self._gather(ticket))
             if self.cache.keep(ticket.given) and (data := self.cache.get(ticket.given)) is not None:
                 return data
-        raise FedtuneError(
-            "E807", f"state {ticket.given[:12]} with other bytes than its hash", "the bytes that the ticket names", "ask the coordinator's operator"
-        )
+        raise FedtuneError("E807", sentence=f"state {ticket.given[:12]} does not match its hash", do="ask the coordinator's operator")
 
     def held(self, ticket: Ticket) -> Receipt | None:
         """The receipt of an answer that was given, or finished, before: nothing need be computed then. None: it must be.

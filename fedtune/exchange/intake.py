@@ -162,7 +162,7 @@ class Intake:
                 upload.moved = time.monotonic()
             if digest.hexdigest() != said.payload:
                 upload.path.unlink()
-                raise Refused("W601", f"an update of {said.size} bytes with other bytes than its hash", "the bytes that were signed", "send it again")
+                raise Refused("W601", f"an update of {said.size} bytes that does not match its hash", "the bytes that were signed", "send it again")
             os.fsync(file.fileno())
         self.allowed.check(upload.peer)  # it may have been revoked meanwhile
         store.adopt(upload.path, said.payload)

@@ -77,11 +77,11 @@ def unlisted(content: bytes) -> Iterator[str]:
 def theirs(error: ssl.SSLCertVerificationError, host: str) -> FedtuneError:
     """What we have against the coordinator's certificate."""
     if error.verify_code in NAMES:
-        return FedtuneError("E802", f"a coordinator whose certificate does not hold the name {host!r}", "the name by which it is called",
-                            f"call it by a name of its certificate, or: fedtune keys renew coordinator --host {host}")  # fmt: skip
+        do = f"use a name that is in its certificate, or run: fedtune keys renew coordinator --host {host}"
+        return FedtuneError("E802", sentence=f"the coordinator's certificate is not for the name {host!r}", do=do)
     if error.verify_code in DATES:
-        return FedtuneError("T704", f"a coordinator's certificate that is not valid now ({error.verify_message})", "one that is valid now",
-                            "check this machine's clock, or: fedtune keys renew coordinator")  # fmt: skip
+        do = "check this machine's clock, or run: fedtune keys renew coordinator"
+        return FedtuneError("T704", sentence=f"the coordinator's certificate is not valid now ({error.verify_message})", do=do)
     return FedtuneError(
         "T705", f"a coordinator of another authority ({error.verify_message})", "one of this federation", "check the address, or take the right keys"
     )
@@ -93,17 +93,18 @@ def ours(identity: Identity) -> FedtuneError:
         member_of(read_certificate(identity.certificate, "these keys"), identity.authority, utc_now())
     except FedtuneError as error:
         return error
-    found = f"a coordinator that hangs up when it sees the certificate of '{identity.name.name}', which looks right here"
-    return FedtuneError("E802", found, "one that it takes", f"compare the clocks of both machines, or: fedtune keys renew {identity.name.name}")
+    return FedtuneError(
+        "E802",
+        sentence=f"the coordinator closes the connection when it sees the certificate of '{identity.name.name}', which looks valid here",
+        do=f"compare the clocks of both machines, or run: fedtune keys renew {identity.name.name}",
+    )
 
 
 def spoken(error: ssl.SSLError) -> FedtuneError | None:
     """What else was said instead of a handshake."""
     text = (error.reason or str(error)).lower().replace("_", " ")
     if "wrong version" in text or "record layer" in text:
-        return FedtuneError("E802", "something at this address that does not speak TLS", "the coordinator's exchange", "check the port")
+        return FedtuneError("E802", sentence="the program at this address does not use TLS", do="check host and port")
     if "alert" in text:
-        return FedtuneError(
-            "E802", f"a handshake that the other end refuses ({text})", "a secure connection", "check that an exchange of fedtune is at this address"
-        )
+        return FedtuneError("E802", sentence=f"the other end refused the TLS handshake ({text})", do="check that fedtune's coordinator is at this address")
     return None

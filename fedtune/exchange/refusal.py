@@ -35,7 +35,7 @@ def abort(context: Any, error: FedtuneError) -> NoReturn:
     retry_after = getattr(error, "retry_after", 30.0 if error.code in ("E804", "R404", "T702") else 0.0)
     parts = pb.Refusal(code=error.code, found=error.found[:500], expected=error.expected[:500], do=error.do[:500], retry_after=retry_after)
     if error.code == "R404":  # what the coordinator's disk is called is nobody else's business
-        parts.code, parts.found, parts.expected, parts.do = "E804", "no room on the coordinator's disk", "room for an update", "it is tried again later"
+        parts.code, parts.found, parts.expected, parts.do = "E804", "the coordinator's disk has no room for an update", "", "it is tried again later"
     context.set_trailing_metadata(((TRAILER, parts.SerializeToString()),))
     status = STATUS.get(error.code) or BY_LETTER.get(error.code[0], S.INTERNAL)
     context.abort(status, framed(parts.code, parts.found, parts.expected, parts.do)[:1000])
@@ -55,10 +55,11 @@ def understood(error: grpc.RpcError, address: str) -> tuple[FedtuneError, float 
                 return kind(parts.code, parts.found, parts.expected, parts.do.rstrip(".")), parts.retry_after or None
     status, details = error.code(), (error.details() or "")[:200]
     if status is S.RESOURCE_EXHAUSTED:
-        return FedtuneError("E804", f"an exchange at {address} that takes no more calls", "room for one", "it is tried again later"), 0.0
+        return FedtuneError("E804", sentence=f"the coordinator at {address} takes no more calls at the moment", do="it is tried again later"), 0.0
     if status in AGAIN:
-        found = f"no answer from {address} ({status.name}: {details})"
-        return FedtuneError("E801", found, "the coordinator's exchange", f"check address, network and that the coordinator runs{proxy_hint(address)}"), 0.0
-    return FedtuneError(
-        "E808", f"a call that {address} ended with {status.name} ({details})", "an answer", "install the same version of fedtune on both sides"
-    ), None
+        return FedtuneError(
+            "E801",
+            sentence=f"no answer from {address} ({status.name}: {details})",
+            do=f"check address and network, and that the coordinator runs{proxy_hint(address)}",
+        ), 0.0
+    return FedtuneError("E808", sentence=f"{address} ended a call with {status.name} ({details})", do="install the same version of fedtune on both sides"), None

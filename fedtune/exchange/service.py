@@ -174,7 +174,7 @@ def serve(
     runs      what Status says of the runs themselves
     """
     if not identity.is_coordinator:
-        raise FedtuneError("T705", f"the keys of '{identity.name.name}'", "the coordinator's", "give the folder keys/coordinator")
+        raise FedtuneError("T705", f"the keys of '{identity.name.name}'", "the coordinator's", "use the folder keys/coordinator")
     limits = limits or Limits()
     allowed = AllowList(identity.folder / ALLOWED)
     allowed.check(identity.peer)
@@ -189,6 +189,8 @@ def serve(
     except RuntimeError:
         port = 0
     if not port:
-        raise FedtuneError("E801", f"address '{address}', which cannot be listened on", "a free port of this machine", "choose another, or end who has it")
+        raise FedtuneError(
+            "E801", f"address '{address}', which cannot be listened on", "a free port of this machine", "choose another, or end the program that uses it"
+        )
     server.start()
     return Server(server, service, f"{address.rpartition(':')[0]}:{port}", door)

@@ -89,7 +89,7 @@ class Store:
                 held = piece
         if not offset and digest.hexdigest() != sha256:
             self.quarantine(sha256)
-            raise FedtuneError("E807", f"object {sha256[:12]} with other bytes than its hash", "the bytes that were stored", "it was put aside; store it again")
+            raise FedtuneError("E807", sentence=f"object {sha256[:12]} does not match its hash", do="it was put aside; store it again")
         if held:
             yield held
 

@@ -45,7 +45,7 @@ def read_entries(path: Path) -> list[Entry]:
         for entry in entries:
             datetime.fromisoformat(entry.ends)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise FedtuneError("T702", f"'{path}', which is no allow list", "the file that fedtune keys writes", "restore it from a backup") from None
+        raise FedtuneError("T702", f"'{path}', which is not an allow list", "the file that fedtune keys writes", "restore it from a backup") from None
     return entries
 
 
@@ -70,10 +70,10 @@ class AllowList:
         entry = self._fresh().get(peer.key)
         if entry is None or entry.name != peer.name.name:
             raise FedtuneError("T706", f"a key of '{peer.name.name}' ({peer.key[:12]}) that is not on the allow list", "a key that was issued here",
-                               f"ask the coordinator's operator: fedtune keys issue {peer.name.name}")  # fmt: skip
+                               f"ask the coordinator's operator to run: fedtune keys issue {peer.name.name}")  # fmt: skip
         if entry.revoked:
-            raise FedtuneError("T706", f"a key of '{entry.name}' ({entry.key[:12]}) that was revoked {entry.revoked[:16]} UTC", "a key that may speak",
-                               f"ask the coordinator's operator: fedtune keys renew {entry.name}")  # fmt: skip
+            raise FedtuneError("T706", f"a key of '{entry.name}' ({entry.key[:12]}) that was revoked on {entry.revoked[:16]} UTC", "a valid key",
+                               f"ask the coordinator's operator to run: fedtune keys renew {entry.name}")  # fmt: skip
         now = now or datetime.now(UTC)
         if not peer.starts <= now <= peer.ends:
             raise outdated(peer, now)

@@ -56,7 +56,7 @@ class Authority:
         now = now or utc_now()
         with locked(self.folder):
             if name == COORDINATOR or any(e.name == name and e.state(now) == "valid" for e in read_entries(self.allowed)):
-                raise FedtuneError("T708", f"name '{name}', which has a key", "a name without one", f"run: fedtune keys renew {name}, or choose another name")
+                raise FedtuneError("T708", f"name '{name}', which already has keys", "a new name", f"run: fedtune keys renew {name}, or choose another name")
             return self._make(name, (), days, passphrase, now)
 
     def renew(self, name: str, days: int, passphrase: str | None = None, hosts: Sequence[str] = (), now: datetime | None = None) -> Path:
@@ -171,7 +171,9 @@ def open_authority(folder: Path, passphrase: Passphrase = from_environment) -> A
     key = read_key(place / KEY, passphrase)
     certificate = read_certificate(private.read_public(place / CERTIFICATE), f"'{place / CERTIFICATE}'")
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise FedtuneError("T702", f"a key '{place / KEY}' that is not the certificate's", "the authority as it was made", "restore it from a backup")
+        raise FedtuneError(
+            "T702", f"a key '{place / KEY}' that does not belong to its certificate", "the two files that fedtune keys init made", "restore it from a backup"
+        )
     return Authority(folder, certificate, key)
 
 

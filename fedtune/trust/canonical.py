@@ -70,4 +70,4 @@ def from_bytes(form: Form, content: bytes, name: str) -> Value:
 
 
 def damaged(found: str) -> Refused:
-    return Refused("W601", found, "a whole signed record", "the message is dropped; the sender should send it again")
+    return Refused("W601", found, "a whole signed record", "the message was dropped; the sender should send it again")

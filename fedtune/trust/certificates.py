@@ -111,7 +111,7 @@ def read_certificate(pem: bytes, where: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError:
-        raise FedtuneError("T702", f"{where} that holds no certificate", "a certificate in PEM", "copy it again, or: fedtune keys renew NAME") from None
+        raise FedtuneError("T702", f"{where} without a certificate", "a certificate in PEM", "copy it again, or run: fedtune keys renew NAME") from None
 
 
 def key_hash(key: ec.EllipticCurvePublicKey) -> str:
@@ -157,14 +157,14 @@ def who(certificate: x509.Certificate) -> str:
 
 
 def stranger(found: str) -> FedtuneError:
-    return FedtuneError("T705", found, "a certificate that this federation's authority signed", "take the folder that fedtune keys made for this federation")
+    return FedtuneError("T705", found, "a certificate that this federation's authority signed", "use the folder that fedtune keys made for this federation")
 
 
 def outdated(peer: Peer, now: datetime) -> FedtuneError:
     if now < peer.starts:
         found = f"a certificate of '{peer.name.name}' that is valid from {peer.starts:%Y-%m-%d %H:%M} UTC, and a clock that says {now:%Y-%m-%d %H:%M} UTC"
         return FedtuneError("T704", found, "a certificate that is valid now", "set this machine's clock")
-    found = f"a certificate of '{peer.name.name}' that ended {peer.ends:%Y-%m-%d %H:%M} UTC (this clock says {now:%Y-%m-%d %H:%M} UTC)"
+    found = f"a certificate of '{peer.name.name}' that expired {peer.ends:%Y-%m-%d %H:%M} UTC (this clock says {now:%Y-%m-%d %H:%M} UTC)"
     return FedtuneError("T704", found, "a certificate that is valid now", f"run: fedtune keys renew {peer.name.name}, and copy the new folder")
 
 

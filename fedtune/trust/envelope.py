@@ -110,7 +110,7 @@ def verified(data: bytes, signature: bytes, peer: Peer) -> Envelope:
     envelope = decode(data)
     if (envelope.federation, envelope.client) != (peer.name.federation, peer.name.name):
         found = f"an envelope of client {envelope.client[:63]!r} of {envelope.federation[:63]!r} from '{peer.name.name}' of '{peer.name.federation}'"
-        raise FedtuneError("T705", found, "an envelope of the peer itself", "send your own updates only")
+        raise FedtuneError("T705", found, "one of its own", "send your own updates only")
     return envelope
 
 
@@ -119,4 +119,6 @@ def check_signature(signing_key: bytes, signature: bytes, data: bytes, what: str
     try:
         ed25519.Ed25519PublicKey.from_public_bytes(signing_key).verify(signature, data)
     except (InvalidSignature, ValueError):
-        raise FedtuneError("T707", f"an {what} whose signature does not fit", "bytes as they were signed", "the message is dropped; send it again") from None
+        raise FedtuneError(
+            "T707", f"an {what} whose signature does not match", "the bytes that were signed", "the message was dropped; send it again"
+        ) from None

@@ -96,8 +96,8 @@ def read_key(path: Path, passphrase: Passphrase) -> PrivateKey:
         key = serialization.load_pem_private_key(content, secret.encode() if secret else None)
     except (ValueError, TypeError):
         if secret:
-            raise FedtuneError("T703", f"a passphrase that does not open '{path}'", "the one that it was made with", "try again") from None
-        raise FedtuneError("T702", f"'{path}', which is no private key", "a key in PEM (PKCS 8)", "copy it again, or: fedtune keys renew NAME") from None
+            raise FedtuneError("T703", sentence=f"the passphrase does not open '{path}'", do="try again") from None
+        raise FedtuneError("T702", f"'{path}', which is not a private key", "a key in PEM (PKCS 8)", "copy it again, or: fedtune keys renew NAME") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey):
         raise FedtuneError("T702", f"a key of another kind in '{path}'", "the key that fedtune keys made", "copy the folder of this name again")
     return key
@@ -112,7 +112,9 @@ def to_pem(key: PrivateKey, passphrase: str | None) -> bytes:
 
 
 def mixed(path: Path) -> FedtuneError:
-    return FedtuneError("T702", f"a key '{path}' that is not the certificate's", "files of one folder made by fedtune keys", "copy the whole folder again")
+    return FedtuneError(
+        "T702", f"a key '{path}' that does not belong to its certificate", "files of one folder made by fedtune keys", "copy the whole folder again"
+    )
 
 
 def peer_from_tls(pem: bytes, federation: str) -> Peer:

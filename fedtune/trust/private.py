@@ -60,7 +60,7 @@ def shared_key(path: Path) -> bytes:
             sync_folder(path.parent)
     key = read(path)
     if len(key) != SHARED:
-        raise FedtuneError("T702", f"a key of {len(key)} bytes at '{path}'", f"{SHARED} random bytes", "remove it and start again all that share it")
+        raise FedtuneError("T702", f"a key of {len(key)} bytes at '{path}'", f"{SHARED} random bytes", "remove it, and restart all programs that share it")
     return key
 
 
@@ -84,4 +84,4 @@ def require_private(path: Path) -> None:
 
 
 def missing(path: Path, error: OSError) -> FedtuneError:
-    return FedtuneError("T702", f"no readable '{path}' ({error.strerror})", "a folder made by fedtune keys", "copy the whole folder again, or make it anew")
+    return FedtuneError("T702", sentence=f"cannot read '{path}' ({error.strerror})", do="copy the whole folder that fedtune keys made again, or make a new one")

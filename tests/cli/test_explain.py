@@ -14,6 +14,7 @@ import pytest
 from fedtune.cli import build_parser, main
 from fedtune.cli.explain import pages
 from fedtune.config import Recipe, places_of
+from fedtune.deploy.processes import read_sentence
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.plain import plain
 
@@ -91,3 +92,4 @@ def test_an_error_with_a_sentence_of_its_own_is_not_framed() -> None:
     error = FedtuneError("F501", sentence="Ray is not installed", do="install it")
     assert str(error) == "F501: Ray is not installed; install it."
     assert str(FedtuneError(error.code, error.found, error.expected, error.do)) == str(error)  # as it comes over the network
+    assert str(read_sentence(str(error))) == str(error)  # and from the log of another program

@@ -244,7 +244,7 @@ def test_the_run_is_known_again_by_its_folder_only_with_its_own_recipe(tiny_bert
         same = {"partition__clients": 3, "deploy__data": "partition", **MEMORY}
         again = begin(small.recipe(tiny_bert, data, **same), "run", tmp_path / "runs", made.keys, "x:1")
         assert again.read_json("deploy.json")["run"] == made.run
-        with pytest.raises(FedtuneError, match=r"R406: found a run .* begun with another recipe"):
+        with pytest.raises(FedtuneError, match=r"R406: found a run .* that was started with another recipe"):
             begin(small.recipe(tiny_bert, data, **same, rounds=9), "run", tmp_path / "runs", made.keys, "x:1")
 
 

@@ -54,7 +54,7 @@ def test_a_program_that_dies_again_and_again_is_given_up_with_its_last_words(tmp
         it.look()
         return False
 
-    with pytest.raises(FedtuneError, match=rf"F505: found 'it' ended {TRIES + 1} times in a row \(code 3; it last said: port taken\).*look at {it.log}"):
+    with pytest.raises(FedtuneError, match=rf"F505: 'it' stopped {TRIES + 1} times in a row \(code 3; its last line: port taken\).*look at {it.log}"):
         wait_for(look, "the end of patience", every=0.01)
     assert it.lives == TRIES + 1
 

@@ -76,7 +76,7 @@ def test_a_run_that_dies_again_and_again_without_a_step_is_given_up(flower: Flow
         if number % (TRIES - 1) == 0:
             tell(run, event="ClientDone")
         coordinator.look_at(run)
-    with pytest.raises(FedtuneError, match=rf"F505: found a run whose process ended {TRIES} times without one more answer.*crash.log, then: fedtune resume"):
+    with pytest.raises(FedtuneError, match=rf"F505: the process of the run ended {TRIES} times without one more answer.*crash.log, then: fedtune resume"):
         for _ in range(TRIES + 1):
             tell(run, event="RunStarted")
             coordinator.look_at(run)
@@ -85,7 +85,7 @@ def test_a_run_that_dies_again_and_again_without_a_step_is_given_up(flower: Flow
 @pytest.mark.parametrize(("says", "words"), [('{"success": false, "error-message": "no room"}', "no room"), ("nothing", "no answer within 300 s")])
 def test_a_flower_that_takes_no_runs_is_asked_a_few_times(says: str, words: str, flower: Flower, run: Running, coordinator: Coordinator) -> None:
     flower.says = says
-    with pytest.raises(FedtuneError, match=rf"F505: found a run that Flower does not take \(.*{words}"):
+    with pytest.raises(FedtuneError, match=rf"F505: Flower did not accept the run \(.*{words}"):
         for _ in range(2 * TRIES):
             coordinator.submit(run)
     assert flower.submissions == TRIES + 1
@@ -102,5 +102,5 @@ def test_events_are_told_once_and_a_line_that_is_half_there_later(run: Running) 
 
 
 def test_one_coordinator_a_folder(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(FedtuneError, match="F506: found another fedtune at work"), alone(tmp_path):
+    with alone(tmp_path), pytest.raises(FedtuneError, match="F506: another fedtune is working"), alone(tmp_path):
         pass

@@ -50,10 +50,10 @@ def test_the_sites_are_those_that_may_speak_now_in_the_order_of_their_names(auth
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"deploy__sites": ["site-a", "site-c"]}, r"F502: found deploy.sites with 'site-c', who has no valid key, expected names among site-a, site-b"),
+        ({"deploy__sites": ["site-a", "site-c"]}, r"F502: found deploy.sites with 'site-c', which has no valid key, expected some of site-a, site-b"),
         ({"deploy__sites": ["site-d"]}, "F502: found deploy.sites with 'site-d'"),
         ({"deploy__sites": ["site-a", "site-a"]}, "C104: found deploy.sites with a name twice"),
-        ({"deploy__data": "partition"}, r"C104: found partition.clients = 4 beside 2 sites \(site-a, site-b\).*--set partition.clients=2"),
+        ({"deploy__data": "partition"}, r"C104: found partition.clients = 4 beside 2 sites \(site-a, site-b\).*use --set partition.clients=2"),
     ],
 )
 def test_a_recipe_that_asks_for_others_is_refused_before_it_begins(changes: dict[str, Any], sentence: str, authority: Authority) -> None:
@@ -63,7 +63,7 @@ def test_a_recipe_that_asks_for_others_is_refused_before_it_begins(changes: dict
 
 def test_without_a_client_there_is_no_run(tmp_path: Path) -> None:
     made = create(tmp_path / "keys", "hospitals", ["localhost"], 30)
-    with pytest.raises(FedtuneError, match="F502: found no client with a valid key, expected one or more; fedtune keys issue NAME"):
+    with pytest.raises(FedtuneError, match="F502: found no client with a valid key, expected one or more; run: fedtune keys issue NAME"):
         resolved(recipe(), made.place("coordinator"))
 
 

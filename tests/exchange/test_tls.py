@@ -103,7 +103,7 @@ def test_only_a_valid_member_reaches_a_handler(federation: Federation, address: 
     # the coordinator is called by a name that its certificate does not hold; or is another one
     by_address = address.replace("localhost", "127.0.0.1")
     assert call(secure_channel(site, by_address))[0] == "UNAVAILABLE"
-    refused(ExchangeClient(by_address, site, tmp_path / "x"), "E802", "does not hold the name '127.0.0.1'")
+    refused(ExchangeClient(by_address, site, tmp_path / "x"), "E802", "is not for the name '127.0.0.1'")
     foreign = load(other.place("site-a"))
     assert call(secure_channel(foreign, address))[0] == "UNAVAILABLE"
     refused(ExchangeClient(address, foreign, tmp_path / "x"), "T705", "another authority")
@@ -128,7 +128,7 @@ def refused(client: ExchangeClient, code: str, words: str) -> None:
 def test_what_is_no_exchange_is_said(federation: Federation, tmp_path: Path) -> None:
     web = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=web.serve_forever, daemon=True).start()
-    refused(federation.client(address=f"localhost:{web.server_port}"), "E802", "does not speak TLS")
+    refused(federation.client(address=f"localhost:{web.server_port}"), "E802", "does not use TLS")
     web.shutdown()
     web.server_close()
     refused(federation.client(address="localhost:1", patience=0.3), "E801", "localhost:1")

@@ -360,7 +360,7 @@ def test_a_member_has_one_node_and_no_other_members_node(tmp_path: Path) -> None
     members.answered("site-a", activated, b"\x08\x05")
     members.admit("site-a", call_of("pull-messages", b"one", 5))
     for key, node in ((b"one", 6), (b"two", 5), (b"two", 6)):
-        with pytest.raises(FedtuneError, match="E806: found another node"):
+        with pytest.raises(FedtuneError, match="E806: another fedtune client"):
             members.admit("site-a", call_of("pull-messages", key, node))
     with pytest.raises(FedtuneError, match="E806"):
         members.admit("site-b", call_of("pull-messages", b"one", 5))

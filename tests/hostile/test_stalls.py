@@ -60,7 +60,7 @@ def test_a_revoked_member_is_out_now(tiny_bert: Path, data: Path, tmp_path: Path
         made.conduct(FakeGrid(made.workers(), instead))
         assert time.monotonic() < began + 120
         assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "T706", (1, 2): "ok", (2, 0): "ok", (2, 1): "T706", (2, 2): "ok"}
-        assert "no key of 'site-b' that may speak" in notes(made.folder)[0]
+        assert "'site-b' has no valid key" in notes(made.folder)[0]
 
 
 def test_a_member_that_stays_away_is_asked_and_not_waited_for_and_comes_back_by_itself(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
