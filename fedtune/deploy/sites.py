@@ -29,7 +29,9 @@ def resolved(recipe: Recipe, keys: Path) -> Recipe:
     if not sites:
         raise FedtuneError("F502", "no client with a valid key", "one or more", "run: fedtune keys issue NAME")
     if unknown := sorted(set(sites) - set(allowed)):
-        raise FedtuneError("F502", f"deploy.sites with '{unknown[0]}', which has no valid key", f"some of {', '.join(allowed)[:200]}", "fedtune keys issue it")
+        raise FedtuneError(
+            "F502", f"deploy.sites with '{unknown[0]}', which has no valid key", f"some of {', '.join(allowed)[:200]}", f"run: fedtune keys issue {unknown[0]}"
+        )
     require_for_sites(recipe, sites)
     return recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": tuple(sites)})})
 

@@ -200,7 +200,7 @@ class Worker:
             raise FedtuneError(
                 "F507",
                 sentence="the recipe's base model is not a name on the hub, and this site was given no folder of its own",
-                do="start it with: fedtune client --model",
+                do="start it with: fedtune client --model DIR",
             )
         model = {key: value for key, value in (("name", self.config.model), ("device", self.config.device)) if value}
         return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})

@@ -87,7 +87,7 @@ def test_only_a_valid_member_reaches_a_handler(federation: Federation, address: 
     past = utc_now() - timedelta(days=40)
     ended = load(federation.authority.renew("site-a", 30, now=past), now=past)
     assert call(secure_channel(ended, address))[0] == "UNAVAILABLE"
-    refused(ExchangeClient(address, ended, tmp_path / "x"), "T704", "that ended")
+    refused(ExchangeClient(address, ended, tmp_path / "x"), "T704", "that expired")
 
     # the coordinator's clock is another: to the client its certificate looks right
     soon = load(federation.authority.renew("site-a", 30, now=utc_now() + timedelta(minutes=90)), now=utc_now() + timedelta(minutes=90))
