@@ -106,8 +106,8 @@ def refuse_conflict(net: Any, tokenizer: Any, stated: int | None, task: str, con
     if right and not same:
         raise FedtuneError(
             "M303",
-            f"the padding id {stated} in config.json and {own} in the tokenizer of {name}, which reads a text's last token that is no padding",
-            "one padding id for both",
+            f"the padding id {stated} in config.json and {own} in the tokenizer of {name}, which classifies by the last token that is not padding",
+            "the same padding id in both",
             "correct pad_token_id in config.json, or pad_token in tokenizer_config.json, to the id that the model was trained with",
         )
 

@@ -72,9 +72,9 @@ def read(content: bytes) -> Request:
         signing.verify(parts["signature"], parts["record"])
         key.verify(parts["proof"], parts["record"], ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
-        raise FedtuneError("T707", "a request whose signatures do not fit", "one that its own keys signed", "run fedtune keys request again") from None
+        raise FedtuneError("T707", "a request whose signatures do not match", "one that its own keys signed", "run fedtune keys request again") from None
     except (ValueError, Refused):
-        raise FedtuneError("T702", "a request that cannot be read", "the file that fedtune keys request made", "carry it again") from None
+        raise FedtuneError("T702", "a request that cannot be read", "the file that fedtune keys request made", "copy it again") from None
     return Request(str(said["federation"]), str(said["name"]), key, signing)
 
 
@@ -94,7 +94,7 @@ def accept(folder: Path, content: bytes, passphrase: Passphrase = from_environme
     parts = unpacked(content, "answer", ("certificate", "authority", "members"))
     key = read_key(folder / KEY, passphrase)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key_hash(key.public_key()) != peer_of(read_certificate(parts["certificate"], "the answer")).key:
-        raise FedtuneError("T702", f"an answer for other keys than those in '{folder}'", "the answer to their request", "carry the right file")
+        raise FedtuneError("T702", f"an answer for other keys than those in '{folder}'", "the answer to their request", "copy the right file")
     private.write(folder / AUTHORITY, parts["authority"], 0o644)
     private.write(folder / CERTIFICATE, parts["certificate"], 0o644)
     private.write(folder / MEMBERS, parts["members"], 0o644)
@@ -111,12 +111,12 @@ def unpacked(content: bytes, what: str, names: tuple[str, ...]) -> dict[str, byt
         tree = json.loads(content)
         return {name: base64.b64decode(tree[name], validate=True) for name in names}
     except (ValueError, KeyError, TypeError):
-        raise FedtuneError("T702", f"a file that is no {what}", f"the {what} as it was made", "carry it again") from None
+        raise FedtuneError("T702", f"a file that is not a valid {what}", f"the {what} as fedtune keys wrote it", "copy it again") from None
 
 
 def content_of(path: Path) -> bytes:
     """Raises T702."""
     content = private.read_public(path)
     if len(content) > LONGEST:
-        raise FedtuneError("T702", f"a file of {len(content)} bytes at '{path}'", f"at most {LONGEST}", "carry the right file")
+        raise FedtuneError("T702", f"a file of {len(content)} bytes at '{path}'", f"at most {LONGEST}", "copy the right file")
     return content

@@ -42,10 +42,10 @@ class Roster:
     def check(self, peer: Peer, now: datetime) -> None:
         """Raises T704 for a list that has ended, T706 for a key that is not on it."""
         if now.timestamp() > self.ends:
-            raise FedtuneError("T704", "a list of members that has ended", "one that is valid now", "ask the operator: fedtune keys publish")
+            raise FedtuneError("T704", "a list of members that has ended", "one that is valid now", "ask the operator to run: fedtune keys publish")
         if self.members.get(peer.key) != peer.name.name:
             found = f"a key of '{peer.name.name}' ({peer.key[:12]}) that version {self.version} of the list of members does not name"
-            raise FedtuneError("T706", found, "a key that may speak", "ask the authority's operator whether it was revoked")
+            raise FedtuneError("T706", found, "a valid key", "ask the authority's operator whether it was revoked")
 
 
 def write(federation: str, version: int, entries: Sequence[Entry], key: ec.EllipticCurvePrivateKey, now: datetime, days: int) -> bytes:
@@ -68,11 +68,17 @@ def read(content: bytes, authority: x509.Certificate, federation: str) -> Roster
         members = {str(hash_): str(name) for hash_, name in json.loads(str(said["members"])).items()}
         version, ends = int(said["version"]), int(said["ends"])
     except InvalidSignature:
-        raise FedtuneError("T707", "a list of members that the authority did not sign", "one that it did", "nothing: it is not taken") from None
+        raise FedtuneError(
+            "T707",
+            sentence="the list of members is not signed by this federation's authority",
+            do="it was ignored; ask the operator to run: fedtune keys publish",
+        ) from None
     except (ValueError, AttributeError, Refused):
-        raise FedtuneError("T702", "a list of members that cannot be read", "the list as it was signed", "ask the operator: fedtune keys publish") from None
+        raise FedtuneError(
+            "T702", "a list of members that cannot be read", "the list as it was signed", "ask the operator to run: fedtune keys publish"
+        ) from None
     if said["federation"] != federation:
-        raise FedtuneError("T705", f"a list of members of {said['federation']!r}", f"one of '{federation}'", "nothing: it is not taken")
+        raise FedtuneError("T705", f"a list of members of {said['federation']!r}", f"one of '{federation}'", "it was ignored; ask the coordinator's operator")
     return Roster(federation, version, ends, members, content)
 
 
