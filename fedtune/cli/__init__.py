@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             return defect(error)
-        print("fedtune: R404: no space is left where the output goes; free space and run the command again.", file=sys.stderr)
+        print("fedtune: R404: there is no space left where the output goes; free space and run the command again.", file=sys.stderr)
         return 2
     except Exception as error:
         return defect(error)

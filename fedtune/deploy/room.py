@@ -27,7 +27,7 @@ def require_room(run: Path) -> None:
     """A run whose process has ended without a word may have had no room for one. Raises R404."""
     if (free := shutil.disk_usage(run).free) < LEAST:
         raise FedtuneError(
-            "R404", sentence=f"no space is left for run '{run}' ({size(free)} free, {size(LEAST)} needed)", do=f"free space, then: fedtune resume {run}"
+            "R404", sentence=f"there is no space left for run '{run}' ({size(free)} free, {size(LEAST)} needed)", do=f"free space, then: fedtune resume {run}"
         )
 
 

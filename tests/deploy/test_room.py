@@ -29,7 +29,7 @@ def test_a_state_an_update_and_64_mib_must_fit_the_disk(free: int, fits: bool, t
 def test_a_run_that_has_no_room_to_say_why_it_ended_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_room(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 8192))  # type: ignore[attr-defined]
-    with pytest.raises(FedtuneError, match=r"R404: no space is left for run '.*' \(8.0 KiB free, 1.0 MiB needed\); free space, then: fedtune resume"):
+    with pytest.raises(FedtuneError, match=r"R404: there is no space left for run '.*' \(8.0 KiB free, 1.0 MiB needed\); free space, then: fedtune resume"):
         require_room(tmp_path)
 
 
