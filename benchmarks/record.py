@@ -1,6 +1,8 @@
-"""Run benchmarks one after the other on a quiet machine and keep their claims: simulations/results/benchmarks.json, with hardware and month.
+"""Run benchmarks one after the other on a quiet machine and keep their claims:
+simulations/results/benchmarks.json, with hardware and month.
 
-python benchmarks/record.py [NAME ...] [--tiny] [--out FILE]      # codec aggregate exchange split threads zeroth_replay zeroth_step; default: all of these
+python benchmarks/record.py [NAME ...] [--tiny] [--out FILE]      # codec aggregate exchange split threads
+zeroth_replay zeroth_step; default: all of these
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ KEPT = HERE.parent / "simulations" / "results" / "benchmarks.json"
 def claims(name: str, *more: str) -> list[dict[str, object]]:
     """What a benchmark's last line says."""
     done = subprocess.run(
-        [sys.executable, str(HERE / f"{name}.py"), *more], capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, str(HERE / f"{name}.py"), *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
@@ -30,17 +36,35 @@ def claims(name: str, *more: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME")
-    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the scripts run; give --out, too")
+    parser.add_argument(
+        "--tiny", action="store_true", help="the smallest sizes: shows that the scripts run; give --out, too"
+    )
     parser.add_argument("--out", type=Path, default=KEPT)
     options = parser.parse_args()
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "unknown processor")
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "unknown processor",
+    )
     for name in options.names or NAMES:
         load = os.getloadavg()[0]
-        hardware = f"{model}, {len(os.sched_getaffinity(0))} cores, CPU only, {time.strftime('%B %Y')}, load {load:.1f} before"
-        known[name] = {"command": f"python benchmarks/{name}.py", "hardware": hardware, "claims": claims(name, *(["--tiny"] if options.tiny else []))}
+        hardware = (
+            f"{model}, {len(os.sched_getaffinity(0))} cores, CPU only, {time.strftime('%B %Y')}, load "
+            f"{load:.1f} before"
+        )
+        known[name] = {
+            "command": f"python benchmarks/{name}.py",
+            "hardware": hardware,
+            "claims": claims(name, *(["--tiny"] if options.tiny else [])),
+        }
         options.out.write_text(json.dumps(known, indent=1) + "\n")
         print(name, json.dumps(known[name]["claims"]))
 

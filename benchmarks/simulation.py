@@ -1,4 +1,5 @@
-"""What a federation in one process costs over the training itself: wall clock and peak memory, each in its own process.
+"""What a federation in one process costs over the training itself: wall clock and peak memory, each in its
+own process.
 
 plain   a torch loop over the very same batches, peft and AdamW by hand: no federation, no fedtune
 local   fedtune's local cohort
@@ -28,7 +29,13 @@ BATCH, RATE, LENGTH = 8, 3e-3, 32
 
 def overrides(clients: int, rounds: int, steps: int) -> list[str]:
     """The built-in federation without scores and comparisons."""
-    changes = {"partition.clients": clients, "partition.by": "iid", "rounds": rounds, "method.train.steps": steps, "method.train.batch": BATCH}
+    changes = {
+        "partition.clients": clients,
+        "partition.by": "iid",
+        "rounds": rounds,
+        "method.train.steps": steps,
+        "method.train.batch": BATCH,
+    }
     changes |= {
         "method.train.lr": RATE,
         "data.max_length": LENGTH,
@@ -43,7 +50,8 @@ def overrides(clients: int, rounds: int, steps: int) -> list[str]:
 
 
 def plain(clients: int, rounds: int, steps: int) -> float:
-    """Seconds of the training loop alone: the same model, rows, adapter and number of steps, written by hand."""
+    """Seconds of the training loop alone: the same model, rows, adapter and number of steps, written by
+    hand."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -59,10 +67,18 @@ def plain(clients: int, rounds: int, steps: int) -> float:
     place = locate(recipe.model.name)
     tokenizer = AutoTokenizer.from_pretrained(place)
     model = AutoModelForSequenceClassification.from_pretrained(place, num_labels=len(federation.labels))
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")).train()
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
+    ).train()
     trained = [value for value in model.parameters() if value.requires_grad]
-    texts = [tokenizer([row["text"] for row in client.train], truncation=True, max_length=LENGTH)["input_ids"] for client in federation.clients]
-    labels = [torch.tensor([federation.labels.index(row["label"]) for row in client.train]) for client in federation.clients]
+    texts = [
+        tokenizer([row["text"] for row in client.train], truncation=True, max_length=LENGTH)["input_ids"]
+        for client in federation.clients
+    ]
+    labels = [
+        torch.tensor([federation.labels.index(row["label"]) for row in client.train])
+        for client in federation.clients
+    ]
     torch.set_num_threads(1)  # as the recipe does: two threads on shared cores measure the neighbours
     began = time.perf_counter()
     for number in range(1, rounds + 1):
@@ -72,7 +88,9 @@ def plain(clients: int, rounds: int, steps: int) -> float:
             for (chosen,) in step_batches(len(labels[client]), recipe.method.train, seed):
                 batch = tokenizer.pad({"input_ids": [texts[client][i] for i in chosen]}, return_tensors="pt")
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(model(**batch).logits, labels[client][list(chosen)]).backward()
+                torch.nn.functional.cross_entropy(
+                    model(**batch).logits, labels[client][list(chosen)]
+                ).backward()
                 optimizer.step()
     return time.perf_counter() - began
 
@@ -85,12 +103,15 @@ def ours(engine: str, clients: int, rounds: int, steps: int) -> float:
         sets = [f"--set={change}" for change in overrides(clients, rounds, steps)]
         if main(["simulate", "--engine", engine, "--runs", runs, *sets]):
             raise SystemExit("the run failed")
-        events = [json.loads(line) for line in (Path(runs) / "demo" / "events.jsonl").read_text().splitlines()]
+        events = [
+            json.loads(line) for line in (Path(runs) / "demo" / "events.jsonl").read_text().splitlines()
+        ]
         return sum(event["seconds"] for event in events if event["event"] == "RoundDone")
 
 
 def measure(kind: str, clients: int, rounds: int, steps: int) -> dict[str, float]:
-    """Run one kind in a fresh process; seconds of the whole process, of its rounds, and peak memory of it and its children."""
+    """Run one kind in a fresh process; seconds of the whole process, of its rounds, and peak memory of it and
+    its children."""
     began, peak = time.perf_counter(), 0
     command = [sys.executable, __file__, "--worker", kind, str(clients), str(rounds), str(steps)]
     with tempfile.TemporaryFile("w+") as out:
@@ -105,13 +126,18 @@ def measure(kind: str, clients: int, rounds: int, steps: int) -> dict[str, float
     if process.returncode:
         raise SystemExit(f"{kind} failed:\n{said[-2000:]}")
     own = json.loads(said.splitlines()[-1])
-    return {"round_seconds": own["round_seconds"], "process_seconds": seconds, "peak_bytes": float(peak or own["peak_bytes"])}
+    return {
+        "round_seconds": own["round_seconds"],
+        "process_seconds": seconds,
+        "peak_bytes": float(peak or own["peak_bytes"]),
+    }
 
 
 def memory(process: psutil.Process) -> int:
     """Proportional set size of a process and all its children, so that what they share counts once.
 
-    Asking costs the asked process time, so only the engine of many processes is measured this way; others know their own peak.
+    Asking costs the asked process time, so only the engine of many processes is measured this way; others
+    know their own peak.
     """
     total = 0
     with contextlib.suppress(psutil.Error):
@@ -126,13 +152,24 @@ def worker(kind: str, clients: int, rounds: int, steps: int) -> None:
 
     quiet()
     seconds = plain(clients, rounds, steps) if kind == "plain" else ours(kind, clients, rounds, steps)
-    print(json.dumps({"round_seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(
+        json.dumps(
+            {
+                "round_seconds": seconds,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="more steps, and 100 clients too")
-    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the smallest sizes: shows that the script runs, its figures mean nothing",
+    )
     parser.add_argument("--flower", action="store_true", help="Flower's engine too (minutes)")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

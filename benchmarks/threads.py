@@ -1,9 +1,12 @@
-"""What waiting threads cost: one run alone and two at once, with fedtune's short wait and with OpenMP's own long one.
+"""What waiting threads cost: one run alone and two at once, with fedtune's short wait and with OpenMP's own
+long one.
 
-alone   the built-in federation without scores and comparisons, two local processes never at once: ours against OpenMP's default wait
+alone   the built-in federation without scores and comparisons, two local processes never at once: ours
+        against OpenMP's default wait
 pair    two such runs at once, against one of them alone
 
-python benchmarks/threads.py [--full | --tiny]       # --full: three rounds as simulated by a user, and OpenMP's default in pairs too (minutes)
+python benchmarks/threads.py [--full | --tiny]       # --full: three rounds as simulated by a user, and
+OpenMP's default in pairs too (minutes)
 """
 
 from __future__ import annotations
@@ -25,8 +28,20 @@ TINY = (*QUICK, "partition.clients=2", "method.train.steps=1", "data.limit=200")
 
 
 def start(wait: dict[str, str], changes: tuple[str, ...], folder: str) -> subprocess.Popen[bytes]:
-    clean = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    command = [sys.executable, "-m", "fedtune", "simulate", "--runs", folder, *(word for change in changes for word in ("--set", change))]
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "fedtune",
+        "simulate",
+        "--runs",
+        folder,
+        *(word for change in changes for word in ("--set", change)),
+    ]
     return subprocess.Popen(command, env=clean | wait, stdout=subprocess.DEVNULL)
 
 
@@ -34,7 +49,9 @@ def seconds(wait: dict[str, str], changes: tuple[str, ...], at_once: int) -> flo
     """Wall clock of runs that begin together, until the last one has ended."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        codes = [run.wait() for run in [start(wait, changes, f"{folder}/{number}") for number in range(at_once)]]
+        codes = [
+            run.wait() for run in [start(wait, changes, f"{folder}/{number}") for number in range(at_once)]
+        ]
         if any(codes):
             raise SystemExit(f"a run ended with {codes}")
         return time.perf_counter() - began
@@ -43,7 +60,11 @@ def seconds(wait: dict[str, str], changes: tuple[str, ...], at_once: int) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the smallest sizes: shows that the script runs, its figures mean nothing",
+    )
     options = parser.parse_args()
     changes, repeats = (FULL, 3) if options.full else (TINY if options.tiny else QUICK, 1)
     taken: dict[str, list[float]] = {"short, alone": [], "long, alone": [], "short, pair": []}
@@ -56,13 +77,28 @@ def main() -> None:
     if options.full:
         taken["long, pair"] = [seconds(LONG, changes, 2)]
     for name, values in taken.items():
-        print(f"{name:<14}{statistics.median(values):8.1f} s   ({', '.join(f'{value:.1f}' for value in values)})")
-    short, long, pair = (statistics.median(taken[name]) for name in ("short, alone", "long, alone", "short, pair"))
-    claims = [("a run alone, against OpenMP's default wait", short, long, 1.05), ("two runs at once, against one alone", pair, short, 2.2)]
+        print(
+            f"{name:<14}{statistics.median(values):8.1f} s   "
+            f"({', '.join(f'{value:.1f}' for value in values)})"
+        )
+    short, long, pair = (
+        statistics.median(taken[name]) for name in ("short, alone", "long, alone", "short, pair")
+    )
+    claims = [
+        ("a run alone, against OpenMP's default wait", short, long, 1.05),
+        ("two runs at once, against one alone", pair, short, 2.2),
+    ]
     print(
         json.dumps(
             [
-                {"claim": claim, "ours": ours, "other": other, "ratio": ours / other, "goal": goal, "met": ours / other <= goal}
+                {
+                    "claim": claim,
+                    "ours": ours,
+                    "other": other,
+                    "ratio": ours / other,
+                    "goal": goal,
+                    "met": ours / other <= goal,
+                }
                 for claim, ours, other, goal in claims
             ]
         )

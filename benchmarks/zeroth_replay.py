@@ -1,10 +1,14 @@
-"""Rebuilding a model from its accumulators, next to the loop that FedKSeed's authors published and to one pass over the memory.
+"""Rebuilding a model from its accumulators, next to the loop that FedKSeed's authors published and to one
+pass over the memory.
 
-Claims: a Hadamard pool's replay takes at most 1.5 times as long as np.add(w, 1.0) over the same array, for K = 1,024 and K = 65,536 alike;
-independent signs take at most 0.1 ns per parameter and seed; both at least 5,000 and 10 times less than the published loop. CPU time of one thread,
+Claims: a Hadamard pool's replay takes at most 1.5 times as long as np.add(w, 1.0) over the same array, for K
+= 1,024 and K = 65,536 alike;
+independent signs take at most 0.1 ns per parameter and seed; both at least 5,000 and 10 times less than the
+published loop. CPU time of one thread,
 the best of several turns, over the tensors of a Llama of 97.5 M parameters.
 
-The published loop is written anew here in plain torch: for each seed, for each tensor, w = w - lr * (g * normal(seed) + decay * w). It is run for
+The published loop is written anew here in plain torch: for each seed, for each tensor, w = w - lr * (g *
+normal(seed) + decay * w). It is run for
 two seeds; K seeds are that many times as long, because the loop has no other work.
 
     python benchmarks/zeroth_replay.py [--full | --tiny]
@@ -28,8 +32,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedtune.zeroth import Layout, Pool, project, replay
 
 SEEDS = 2  # that the published loop is run for
-SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 16384}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 512}
+SHAPE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 16384,
+}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 
 
 def aligned(count: int) -> np.ndarray:
@@ -40,11 +58,17 @@ def aligned(count: int) -> np.ndarray:
 
 def views(flat: np.ndarray, layout: Layout, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The tensors of a model as parts of one array, so that np.add and replay move the same memory."""
-    return {name: torch.from_numpy(flat[at : at + layout.sizes[name]]).view(shapes[name]) for name, at in layout.offsets.items()}
+    return {
+        name: torch.from_numpy(flat[at : at + layout.sizes[name]]).view(shapes[name])
+        for name, at in layout.offsets.items()
+    }
 
 
-def reference(named: dict[str, torch.Tensor], seeds: int, lr: float = 3e-7, g: float = 20.0, decay: float = 0.0) -> None:
-    """The published replay, as it is: fresh normal numbers a tensor and seed, and new tensors for every weight."""
+def reference(
+    named: dict[str, torch.Tensor], seeds: int, lr: float = 3e-7, g: float = 20.0, decay: float = 0.0
+) -> None:
+    """The published replay, as it is: fresh normal numbers a tensor and seed, and new tensors for every
+    weight."""
     for seed in range(seeds):
         torch.manual_seed(seed)
         for name in named:
@@ -53,7 +77,8 @@ def reference(named: dict[str, torch.Tensor], seeds: int, lr: float = 3e-7, g: f
 
 
 def turns(works: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
-    """Seconds of CPU of each, the best of `count` turns; the works take turns, so that a busy machine hits all alike."""
+    """Seconds of CPU of each, the best of `count` turns; the works take turns, so that a busy machine hits
+    all alike."""
     best = dict.fromkeys(works, float("inf"))
     for _ in range(count):
         for name, work in works.items():
@@ -82,16 +107,28 @@ def claim(text: str, ours: float, other: float, goal: float, most: bool) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="more turns, independent pools over all parameters and not a sixteenth, 40 pools at once")
-    parser.add_argument("--tiny", action="store_true", help="the smallest sizes: shows that the script runs, its figures mean nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="more turns, independent pools over all parameters and not a sixteenth, 40 pools at once",
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the smallest sizes: shows that the script runs, its figures mean nothing",
+    )
     options = parser.parse_args()
     full = options.full
     torch.set_num_threads(1)
     with torch.device("meta"):
         shapes = {
             name: tuple(value.shape)
-            for name, value in LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **(TINY if options.tiny else SHAPE))).named_parameters()
+            for name, value in LlamaForCausalLM(
+                LlamaConfig(tie_word_embeddings=True, **(TINY if options.tiny else SHAPE))
+            ).named_parameters()
         }
     layout = Layout.of(shapes)
     base, out = aligned(layout.count), aligned(layout.count)
@@ -103,14 +140,26 @@ def main() -> None:
     part = {"x": torch.from_numpy(base[:count])}
     moved = {"x": torch.empty(count)}
     signs, normal = Pool(1, 1024, "independent"), Pool(1, 64, "independent", "gaussian")
-    print(f"{platform.processor() or platform.machine()}, numba {numba.__version__}, torch {torch.__version__}, one thread; {layout.count:,} parameters\n")
+    print(
+        f"{platform.processor() or platform.machine()}, numba {numba.__version__}, torch "
+        f"{torch.__version__}, one thread; {layout.count:,} parameters\n"
+    )
 
-    works: dict[str, Callable[[], object]] = {"np.add": lambda: np.add(base, 1.0, out=out), "np.add, new array": lambda: np.add(base, 1.0)}
+    works: dict[str, Callable[[], object]] = {
+        "np.add": lambda: np.add(base, 1.0, out=out),
+        "np.add, new array": lambda: np.add(base, 1.0),
+    }
     for size, pool in pools.items():
         works[f"K {size}"] = partial(replay, last, [(pool, accumulators(size))], 1e-9, base=first)
     turns(works, 1)  # the first touch of the pages
     found = turns(works, 40 if full else 2 if options.tiny else 15)
-    found |= turns({"many": lambda: replay(last, many, 1e-9, base=first), "project": lambda: project(first, pools[4096])}, 2)
+    found |= turns(
+        {
+            "many": lambda: replay(last, many, 1e-9, base=first),
+            "project": lambda: project(first, pools[4096]),
+        },
+        2,
+    )
     found |= turns({"signs": lambda: replay(moved, [(signs, accumulators(1024))], 1e-9, base=part)}, 2)
     found |= turns({"normal": lambda: replay(moved, [(normal, accumulators(64))], 1e-9, base=part)}, 2)
     found |= turns({"reference": lambda: reference(dict(first), SEEDS)}, 2)
@@ -118,29 +167,72 @@ def main() -> None:
     each_reference = found["reference"] / SEEDS / layout.count
 
     print(f"{'CPU time':<58}{'ms':>12}{'of np.add':>12}{'ns/(param seed)':>17}")
-    for name, text in (("np.add", "np.add(w, 1.0, out=o): the floor"), ("np.add, new array", "np.add(w, 1.0), which also allocates")):
+    for name, text in (
+        ("np.add", "np.add(w, 1.0, out=o): the floor"),
+        ("np.add, new array", "np.add(w, 1.0), which also allocates"),
+    ):
         print(f"{text:<58}{1e3 * found[name]:>12,.1f}{found[name] / floor:>12.2f}")
     for size in pools:
         taken = found[f"K {size}"]
-        print(f"{f'Hadamard pool, K = {size:,}':<58}{1e3 * taken:>12,.1f}{taken / floor:>12.2f}{1e9 * taken / size / layout.count:>17.6f}")
-    print(f"{f'{len(many)} Hadamard pools of 4,096 in one pass':<58}{1e3 * found['many']:>12,.1f}{found['many'] / floor:>12.2f}")
-    print(f"{'projection onto a Hadamard pool of 4,096':<58}{1e3 * found['project']:>12,.1f}{found['project'] / floor:>12.2f}")
+        print(
+            f"{f'Hadamard pool, K = {size:,}':<58}{1e3 * taken:>12,.1f}{taken / floor:>12.2f}{1e9 * taken / size / layout.count:>17.6f}"
+        )
+    print(
+        f"{f'{len(many)} Hadamard pools of 4,096 in one pass':<58}{1e3 * found['many']:>12,.1f}{found['many'] / floor:>12.2f}"
+    )
+    print(
+        f"{'projection onto a Hadamard pool of 4,096':<58}{1e3 * found['project']:>12,.1f}{found['project'] / floor:>12.2f}"
+    )
     share = "" if full else ", a sixteenth of the parameters"
-    for text, key, rate in ((f"independent signs, 1,024 seeds{share}", "signs", each), (f"independent normal table, 64 seeds{share}", "normal", each_normal)):
+    for text, key, rate in (
+        (f"independent signs, 1,024 seeds{share}", "signs", each),
+        (f"independent normal table, 64 seeds{share}", "normal", each_normal),
+    ):
         print(f"{text:<58}{1e3 * found[key]:>12,.1f}{'':>12}{1e9 * rate:>17.4f}")
-    print(f"{f'the published loop, {SEEDS} seeds':<58}{1e3 * found['reference']:>12,.1f}{found['reference'] / floor:>12.2f}{1e9 * each_reference:>17.4f}")
+    print(
+        f"{f'the published loop, {SEEDS} seeds':<58}{1e3 * found['reference']:>12,.1f}{found['reference'] / floor:>12.2f}{1e9 * each_reference:>17.4f}"
+    )
     for size in pools:
-        print(f"{f'  the same for K = {size:,}, extrapolated':<58}{1e3 * each_reference * size * layout.count:>12,.0f}")
+        print(
+            f"{f'  the same for K = {size:,}, extrapolated':<58}{1e3 * each_reference * size * layout.count:>12,.0f}"
+        )
     whole = each_reference * 1024 * layout.count
     print()
     print(
         json.dumps(
             [
-                claim("seconds of a Hadamard replay, K = 1,024, other: np.add into an array", found["K 1024"], floor, 1.5, True),
-                claim("seconds of a Hadamard replay, K = 65,536, other: np.add into an array", found["K 65536"], floor, 1.5, True),
-                claim("ns per parameter and seed of independent signs, other: goal", 1e9 * each, 0.1, 1.0, True),
-                claim("seconds of a Hadamard replay, K = 1,024, other: published loop, extrapolated from 2 seeds", found["K 1024"], whole, 5000, False),
-                claim("ns per parameter and seed of independent signs, other: published loop", 1e9 * each, 1e9 * each_reference, 10, False),
+                claim(
+                    "seconds of a Hadamard replay, K = 1,024, other: np.add into an array",
+                    found["K 1024"],
+                    floor,
+                    1.5,
+                    True,
+                ),
+                claim(
+                    "seconds of a Hadamard replay, K = 65,536, other: np.add into an array",
+                    found["K 65536"],
+                    floor,
+                    1.5,
+                    True,
+                ),
+                claim(
+                    "ns per parameter and seed of independent signs, other: goal", 1e9 * each, 0.1, 1.0, True
+                ),
+                claim(
+                    "seconds of a Hadamard replay, K = 1,024, other: published loop, extrapolated from 2 "
+                    "seeds",
+                    found["K 1024"],
+                    whole,
+                    5000,
+                    False,
+                ),
+                claim(
+                    "ns per parameter and seed of independent signs, other: published loop",
+                    1e9 * each,
+                    1e9 * each_reference,
+                    10,
+                    False,
+                ),
             ]
         )
     )

@@ -1,4 +1,5 @@
-"""Is it well? server: the gate takes connections. client: the worker answers, also while it trains. Standard library only: it runs all the time."""
+"""Is it well? server: the gate takes connections. client: the worker answers, also while it trains. Standard
+library only: it runs all the time."""
 
 import glob
 import json

@@ -1,4 +1,5 @@
-"""A model too large for the thin sites: MiniLM whose feed-forward layers are widened with zeros, so that it computes what MiniLM does: model.py FOLDER."""
+"""A model too large for the thin sites: MiniLM whose feed-forward layers are widened with zeros, so that it
+computes what MiniLM does: model.py FOLDER."""
 
 import os
 import shutil
@@ -18,7 +19,10 @@ if not (folder / "config.json").exists():
     for layer in model.encoder.layer:
         inner, outer = layer.intermediate.dense, layer.output.dense
         more = WIDTH - inner.out_features
-        inner.weight, inner.bias = torch.nn.Parameter(pad(inner.weight.data, (0, 0, 0, more))), torch.nn.Parameter(pad(inner.bias.data, (0, more)))
+        inner.weight, inner.bias = (
+            torch.nn.Parameter(pad(inner.weight.data, (0, 0, 0, more))),
+            torch.nn.Parameter(pad(inner.bias.data, (0, more))),
+        )
         outer.weight = torch.nn.Parameter(pad(outer.weight.data, (0, more)))
         inner.out_features = outer.in_features = WIDTH
     model.config.intermediate_size = WIDTH
@@ -26,7 +30,9 @@ if not (folder / "config.json").exists():
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
     AutoTokenizer.from_pretrained(source).save_pretrained(fresh)
-    for file in sorted(fresh.iterdir(), key=lambda path: path.name == "config.json"):  # last: it says that all is there
+    for file in sorted(
+        fresh.iterdir(), key=lambda path: path.name == "config.json"
+    ):  # last: it says that all is there
         os.replace(file, folder / file.name)
     fresh.rmdir()
 weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -1,4 +1,5 @@
-"""The packages that fedtune and its demo need, a line each, from pyproject.toml in this folder: for an image's layer that does not change with the code."""
+"""The packages that fedtune and its demo need, a line each, from pyproject.toml in this folder: for an
+image's layer that does not change with the code."""
 
 import sys
 import tomllib

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-shorten_spinning()  # here, since torch reads the setting when it is imported, and everything of fedtune comes before that
+# here, since torch reads the setting when it is imported, and everything of fedtune comes before that
+shorten_spinning()
 
 API = ("Result", "check", "evaluate", "export", "load", "merge", "recipe", "simulate", "stream")
 __all__ = [*API, "FedtuneError", "Recipe", "__version__"]

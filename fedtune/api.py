@@ -45,14 +45,16 @@ class Result:
     values: Mapping[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        """Entries of result.json as attributes: metric, base, local, federated, centralised, rounds, state_sha256, ..."""
+        """Entries of result.json as attributes: metric, base, local, federated, centralised, rounds,
+        state_sha256, ..."""
         if name.startswith("_") or name not in self.values:
             raise AttributeError(f"a result has no '{name}'; it has {', '.join(sorted(self.values))}")
         return self.values[name]
 
 
 def recipe(source: Source = None, /, **changes: Any) -> Recipe:
-    """A recipe from a TOML file, a dict, another recipe, or (None) the built-in federation. Raises C101 to C105.
+    """A recipe from a TOML file, a dict, another recipe, or (None) the built-in federation. Raises C101 to
+    C105.
 
     changes  keys of the recipe with __ for the dot: rounds=3, method__adapter__rank=4
     """
@@ -61,7 +63,11 @@ def recipe(source: Source = None, /, **changes: Any) -> Recipe:
     overrides = [f"{name.replace('__', '.')}={toml(value)}" for name, value in changes.items()]
     if source is None or isinstance(source, (str, Path)):
         return config.read(None if source is None else str(source), overrides)
-    tree = source.model_dump(mode="json", exclude_unset=True) if isinstance(source, Recipe) else copy.deepcopy(dict(source))
+    tree = (
+        source.model_dump(mode="json", exclude_unset=True)
+        if isinstance(source, Recipe)
+        else copy.deepcopy(dict(source))
+    )
     return config.parse_with(tree, overrides, "recipe")
 
 
@@ -89,7 +95,8 @@ def simulate(
     began: float | None = None,
     **changes: Any,
 ) -> Result:
-    """A whole federation on this machine, in a new folder under `runs`. Several may run in one process, also in threads; those take turns while they train.
+    """A whole federation on this machine, in a new folder under `runs`. Several may run in one process, also
+    in threads; those take turns while they train.
 
     engine    local: in this process; flower: Flower's simulation engine (Ray), with the same result
     on_event  is told everything as it happens (fedtune.events); nothing is printed
@@ -103,7 +110,9 @@ def simulate(
     from fedtune.sinks.jsonl import jsonl_sink
 
     known = config.decided(recipe(source, **changes))
-    stem = stem or (Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run")
+    stem = stem or (
+        Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
+    )
     folder = create(Path(runs).expanduser(), known.name, stem)
     write = jsonl_sink(folder.path / "events.jsonl")
 
@@ -129,7 +138,8 @@ def simulate(
 
 
 def stream(source: Source = None, /, **options: Any) -> Iterator[Event]:
-    """`simulate`, as an iterator over its events; the last one is RunDone. Leaving the loop early ends the run, which can be resumed.
+    """`simulate`, as an iterator over its events; the last one is RunDone. Leaving the loop early ends the
+    run, which can be resumed.
 
     Raises what `simulate` raises, where the run did.
     """
@@ -164,7 +174,8 @@ def stream(source: Source = None, /, **options: Any) -> Iterator[Event]:
 
 
 def check(source: Source = None, /, **changes: Any) -> list[str]:
-    """What `fedtune check` prints: clients, bytes, memory, who sees what. Raises the first mistake; reads no weights."""
+    """What `fedtune check` prints: clients, bytes, memory, who sees what. Raises the first mistake; reads no
+    weights."""
     from fedtune.runtime.check import check as checked
     from fedtune.runtime.check import rows
 
@@ -172,8 +183,9 @@ def check(source: Source = None, /, **changes: Any) -> list[str]:
 
 
 def evaluate(run: str | Path, data: str | Path = "") -> dict[str, Any]:
-    """Scores of a run's last state: on its test set and every client's held-out rows or, with `data`, on the rows of a file. Raises R402, R406."""
-    from fedtune.runtime.after import evaluate_file, evaluate_run
+    """Scores of a run's last state: on its test set and every client's held-out rows or, with `data`, on the
+    rows of a file. Raises R402, R406."""
+    from fedtune.runtime.finished import evaluate_file, evaluate_run
     from fedtune.runtime.folder import existing
 
     folder = existing(Path(run).expanduser().resolve())
@@ -187,7 +199,7 @@ def export(run: str | Path, to: str | Path, form: str = "", rank: int = 0) -> fl
 
     Raises M306, R401, R402.
     """
-    from fedtune.runtime.after import export_run
+    from fedtune.runtime.finished import export_run
     from fedtune.runtime.folder import existing
 
     return export_run(existing(Path(run).expanduser().resolve()), form, Path(to).expanduser().resolve(), rank)
@@ -216,13 +228,18 @@ def merge(
     from fedtune.runtime.folder import existing
     from fedtune.runtime.merge import Asked, merge_adapters
 
-    asked = Asked(by, {key: str(value) for key, value in (options or {}).items()}, weights, rank, base, Path.cwd())
+    asked = Asked(
+        by, {key: str(value) for key, value in (options or {}).items()}, weights, rank, base, Path.cwd()
+    )
     scored = existing(Path(run).expanduser().resolve()) if run else None
-    return merge_adapters([Path(one).expanduser().resolve() for one in adapters], asked, Path(to).expanduser().resolve(), scored)
+    return merge_adapters(
+        [Path(one).expanduser().resolve() for one in adapters], asked, Path(to).expanduser().resolve(), scored
+    )
 
 
 def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, Any]:
-    """The tuned model, in eval mode, and its tokenizer or image processor, from a run's folder or an exported adapter.
+    """The tuned model, in eval mode, and its tokenizer or image processor, from a run's folder or an exported
+    adapter.
 
     base  the base model, where it is not where it was when the adapter was made
 
@@ -238,10 +255,15 @@ def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, 
     about = sidecar(place)
     name = base or from_origin(str(about["base"]), Path(folder).expanduser())
     loaded = load_base(
-        ModelSettings.model_validate({"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}), about["task"], tuple(about["labels"]), 0
+        ModelSettings.model_validate(
+            {"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}
+        ),
+        about["task"],
+        tuple(about["labels"]),
+        0,
     )
-    bench = load_adapter(loaded, place)
-    return bench.net, loaded.tokenizer
+    tunable = load_adapter(loaded, place)
+    return tunable.net, loaded.tokenizer
 
 
 def from_origin(base: str, run: Path) -> str:

@@ -1,4 +1,5 @@
-"""A recipe: one TOML file describes a federation. What can be decided now is decided now, before any download.
+"""A recipe: one TOML file describes a federation. What can be decided now is decided now, before any
+download.
 
 recipe = read("my.toml", ["rounds=3", "method.adapter.rank=4"])
 """
@@ -42,7 +43,11 @@ class SamplingSettings(Settings):
         if self.count and "fraction" in self.model_fields_set:
             yield "both sampling.count and sampling.fraction", "one of them", "remove one"
         if self.count > recipe.partition.clients and not recipe.partition.open_ended:
-            yield f"sampling.count = {self.count} of {recipe.partition.clients} clients", "at most that many clients", "lower sampling.count"
+            yield (
+                f"sampling.count = {self.count} of {recipe.partition.clients} clients",
+                "at most that many clients",
+                "lower sampling.count",
+            )
 
 
 class EvaluateSettings(Settings):
@@ -57,26 +62,34 @@ class EvaluateSettings(Settings):
     base: bool = True
     """Score the model before any training."""
     local: bool = True
-    """Compare with clients that train alone, each for the steps of a client that takes part in every round."""
+    """Compare with clients that train alone, each for the steps of a client that takes part in every
+    round."""
     centralised: bool = True
-    """Compare with one training on the pooled data, for the same number of steps (or epochs, where steps = 0)."""
+    """Compare with one training on the pooled data, for the same number of steps (or epochs, where steps =
+    0)."""
 
 
 class DeploySettings(Settings):
-    """[deploy]: real sites (fedtune server, fedtune client). A simulation does not look at it, and a run's identity does not depend on it."""
+    """[deploy]: real sites (fedtune server, fedtune client). A simulation does not look at it, and a run's
+    identity does not depend on it."""
 
     sites: tuple[str, ...] = ()
-    """Names of the clients, as in their keys, in the order of their numbers; empty takes all clients of the allow list, sorted."""
+    """Names of the clients, as in their keys, in the order of their numbers; empty takes all clients of the
+    allow list, sorted."""
     data: Literal["sites", "partition"] = "sites"
-    """sites: every site has its own rows (fedtune client --data); partition: every site takes its part of [data], for demos."""
+    """sites: every site has its own rows (fedtune client --data); partition: every site takes its part of
+    [data], for demos."""
     test: str = ""
-    """sites: a file or folder at the coordinator, in the form of [data], to score on; empty: sites score what they hold out themselves."""
+    """sites: a file or folder at the coordinator, in the form of [data], to score on; empty: sites score what
+    they hold out themselves."""
     deadline: float = Field(3600.0, gt=0)
     """Seconds that sites have for one question; who is later is left out of the round."""
     quorum: float = Field(0.0, ge=0, le=1)
-    """Share of the round's members whose answers must count; with fewer, the run pauses (exit code 75) until `fedtune resume`."""
+    """Share of the round's members whose answers must count; with fewer, the run pauses (exit code 75) until
+    `fedtune resume`."""
     over: float = Field(0.0, ge=0, le=1)
-    """Ask so many more members (a share) than [sampling] says, and end the round when as many as it says have answered."""
+    """Ask so many more members (a share) than [sampling] says, and end the round when as many as it says have
+    answered."""
 
     def located(self, place: Path) -> Self:
         return self.model_copy(update={"test": path_below(place, self.test)})
@@ -116,7 +129,8 @@ class Recipe(Settings):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, without the name and [deploy], as hex: the same recipe, the same bytes, wherever it runs."""
+        """SHA-256 of the canonical JSON, without the name and [deploy], as hex: the same recipe, the same
+        bytes, wherever it runs."""
         known = self.model_dump(mode="json", exclude={"deploy"}) | {"name": ""}
         return hashlib.sha256(json.dumps(known, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -126,19 +140,28 @@ def method_of(recipe: Recipe) -> Method:
     return recipe.method.build(recipe.rounds, recipe.aggregate)
 
 
-def decided(recipe: Recipe, memory: Sequence[int] = (), labels: int | None = None, least: bool = False) -> Recipe:
-    """The recipe with nothing left open that depends on the clients: the same that somebody could have written by hand. As `MethodTable.decided`."""
-    return recipe.model_copy(update={"method": recipe.method.decided(recipe, memory, labels, least)}) if recipe.method.undecided else recipe
+def decided(
+    recipe: Recipe, memory: Sequence[int] = (), labels: int | None = None, least: bool = False
+) -> Recipe:
+    """The recipe with nothing left open that depends on the clients: the same that somebody could have
+    written by hand. As `MethodTable.decided`."""
+    return (
+        recipe.model_copy(update={"method": recipe.method.decided(recipe, memory, labels, least)})
+        if recipe.method.undecided
+        else recipe
+    )
 
 
 def read_method(table: Mapping[str, Any]) -> MethodTable:
-    """A [method] table that this or an earlier version has written. Raises KeyError, pydantic's ValidationError."""
+    """A [method] table that this or an earlier version has written. Raises KeyError, pydantic's
+    ValidationError."""
     cls = METHODS[table["type"]]
     return cls.model_validate_json(json.dumps(without_idle(with_defaults(dict(table), cls), cls)))
 
 
 def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file (None: the built-in federation) and apply `path=value` overrides. Raises C101 to C105."""
+    """Read a recipe file (None: the built-in federation) and apply `path=value` overrides. Raises C101 to
+    C105."""
     if path is None:
         text, stem = files("fedtune").joinpath("demo.toml").read_text(encoding="utf-8"), "demo"
     else:
@@ -155,7 +178,9 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FedtuneError("C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line") from None
+        raise FedtuneError(
+            "C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line"
+        ) from None
     return parse_with(tree, overrides, stem)
 
 
@@ -164,14 +189,19 @@ def parse_with(tree: dict[str, Any], overrides: Sequence[str], stem: str) -> Rec
     paths = [apply_override(tree, override) for override in overrides]
     dropped = [key for path in sorted(paths, key=len) for key in drop_unused(tree, path, set(paths))]
     recipe = parse(tree, stem)
-    recipe._notes = tuple(f"--set left out {key} of the recipe, which the chosen {key.rpartition('.')[0]} does not have" for key in dropped)
+    recipe._notes = tuple(
+        f"--set left out {key} of the recipe, which the chosen {key.rpartition('.')[0]} does not have"
+        for key in dropped
+    )
     return recipe
 
 
 def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
     """A recipe from a parsed tree. Raises C101, C102, C104."""
     try:
-        recipe = Recipe.model_validate_json(json.dumps(with_all_values(with_defaults(tree, Recipe)), default=str))
+        recipe = Recipe.model_validate_json(
+            json.dumps(with_all_values(with_defaults(tree, Recipe)), default=str)
+        )
     except ValidationError as error:
         raise sentence(error) from None
     check_rules(recipe)
@@ -181,7 +211,11 @@ def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
 def with_all_values(tree: dict[str, Any]) -> dict[str, Any]:
     """Clients by a column are as many as it has values, unless the recipe says how many."""
     partition = tree.get("partition")
-    if isinstance(partition, dict) and partition.get("by") == "column" and not partition.keys() & {"clients", "all_values"}:
+    if (
+        isinstance(partition, dict)
+        and partition.get("by") == "column"
+        and not partition.keys() & {"clients", "all_values"}
+    ):
         return {**tree, "partition": {**partition, "all_values": True}}
     return tree
 
@@ -201,11 +235,17 @@ def with_defaults(tree: Any, cls: type[BaseModel]) -> Any:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set one dotted path, which is returned; the value is read as TOML, and as a bare string where it is none."""
+    """Set one dotted path, which is returned; the value is read as TOML, and as a bare string where it is
+    none."""
     path, equals, raw = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise FedtuneError("C103", f"--set '{override}'", "path=value such as rounds=3", "write the path, an equals sign and the value")
+        raise FedtuneError(
+            "C103",
+            f"--set '{override}'",
+            "path=value such as rounds=3",
+            "write the path, an equals sign and the value",
+        )
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
@@ -215,19 +255,27 @@ def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise FedtuneError("C103", f"--set '{override}'", f"a number below {len(node)} after '{'.'.join(keys[:depth])}'", "count the tables from 0")
+                raise FedtuneError(
+                    "C103",
+                    f"--set '{override}'",
+                    f"a number below {len(node)} after '{'.'.join(keys[:depth])}'",
+                    "count the tables from 0",
+                )
             node[int(key)] = value if last else node[int(key)]
             node = node[int(key)]
         elif isinstance(node, dict):
             node[key] = value if last else node.get(key, {})
             node = node[key]
         else:
-            raise FedtuneError("C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path")
+            raise FedtuneError(
+                "C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path"
+            )
     return tuple(keys)
 
 
 def drop_unused(tree: dict[str, Any], keys: Sequence[str], overridden: set[tuple[str, ...]]) -> list[str]:
-    """Where an override chose another class for a table, the file's keys that the class does not use go; returns their paths.
+    """Where an override chose another class for a table, the file's keys that the class does not use go;
+    returns their paths.
 
     What another override has set stays: if the class does not know it, that is an error.
     """
@@ -237,18 +285,31 @@ def drop_unused(tree: dict[str, Any], keys: Sequence[str], overridden: set[tuple
         table = table.get(key, {}) if isinstance(table, dict) else {}
         cls = class_at(cls, key, table) if cls else None
     chooses = cls is not None and issubclass(cls, Settings) and keys[-1] in (tag_of(cls)[0], cls.selector)
-    return prune(table, cls, tuple(keys[:-1]), overridden) if cls and chooses and isinstance(table, dict) else []
+    return (
+        prune(table, cls, tuple(keys[:-1]), overridden) if cls and chooses and isinstance(table, dict) else []
+    )
 
 
 def class_at(cls: type[BaseModel], key: str, table: Any) -> type[BaseModel] | None:
-    """The class that reads the table under a key; None where there is none, or its discriminator says nothing known."""
+    """The class that reads the table under a key; None where there is none, or its discriminator says nothing
+    known."""
     if union := union_of(cls, key):
-        return union.classes.get(str(table.get(union.discriminator, union.default))) if isinstance(table, dict) else None
+        return (
+            union.classes.get(str(table.get(union.discriminator, union.default)))
+            if isinstance(table, dict)
+            else None
+        )
     inner = leaves(cls.model_fields[key].annotation) if key in cls.model_fields else []
-    return inner[0] if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel) else None
+    return (
+        inner[0]
+        if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel)
+        else None
+    )
 
 
-def prune(table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], overridden: set[tuple[str, ...]]) -> list[str]:
+def prune(
+    table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], overridden: set[tuple[str, ...]]
+) -> list[str]:
     """Take out what a class does not use, in its tables as well; returns the paths of what went."""
     idle = cls.unused(table) if issubclass(cls, Settings) else set()
     gone = [
@@ -267,15 +328,22 @@ def prune(table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], ov
 
 
 def without_idle(tree: Any, cls: type[BaseModel]) -> Any:
-    """A recipe that version 0.1 wrote into a run's folder, without the keys that it kept for the classes that a table did not choose."""
+    """A recipe that version 0.1 wrote into a run's folder, without the keys that it kept for the classes that
+    a table did not choose."""
     if not isinstance(tree, dict):
         return tree
     made = {}
     for key, below in tree.items():
         union = union_of(cls, key)
-        chosen = union.classes.get(str(below.get(union.discriminator, union.default))) if union and isinstance(below, dict) else None
+        chosen = (
+            union.classes.get(str(below.get(union.discriminator, union.default)))
+            if union and isinstance(below, dict)
+            else None
+        )
         if union and chosen:
-            others = {name for other in union.classes.values() for name in other.model_fields} - chosen.model_fields.keys()
+            others = {
+                name for other in union.classes.values() for name in other.model_fields
+            } - chosen.model_fields.keys()
             below = without_idle({name: value for name, value in below.items() if name not in others}, chosen)
         made[key] = below
     return made
@@ -288,16 +356,28 @@ def sentence(error: ValidationError) -> FedtuneError:
     if first["type"] == "extra_forbidden":
         return unknown_key(place, str(first["loc"][-1]), owner, siblings)
     if first["type"] == "union_tag_invalid":
-        place, known = f"{place}.{first['ctx']['discriminator'].strip(chr(39))}", first["ctx"]["expected_tags"]
-        return FedtuneError("C102", f'{place} = "{first["ctx"]["tag"]}"', f"one of {known}", f"change {place} in the recipe or with --set")
+        place, known = (
+            f"{place}.{first['ctx']['discriminator'].strip(chr(39))}",
+            first["ctx"]["expected_tags"],
+        )
+        return FedtuneError(
+            "C102",
+            f'{place} = "{first["ctx"]["tag"]}"',
+            f"one of {known}",
+            f"change {place} in the recipe or with --set",
+        )
     if first["type"] in ("missing", "union_tag_not_found"):
-        key = place if first["type"] == "missing" else f"{place}.{first['ctx']['discriminator'].strip(chr(39))}"
+        key = (
+            place if first["type"] == "missing" else f"{place}.{first['ctx']['discriminator'].strip(chr(39))}"
+        )
         return FedtuneError("C102", sentence=f"{key} is missing", do="add it to the recipe or with --set")
     value = json.dumps(first.get("input"), default=str)
     words = first["msg"][0].lower() + first["msg"][1:]
     for begins, better in PYDANTIC.items():
         words = re.sub(f"^{begins}", better, words)
-    return FedtuneError("C102", f"{place} = {value[:80]}", words, f"change {place} in the recipe or with --set")
+    return FedtuneError(
+        "C102", f"{place} = {value[:80]}", words, f"change {place} in the recipe or with --set"
+    )
 
 
 PYDANTIC = {  # how its messages begin, and what reads well behind "expected"
@@ -312,17 +392,27 @@ PYDANTIC = {  # how its messages begin, and what reads well behind "expected"
 }
 
 
-def unknown_key(place: str, key: str, owner: type[BaseModel] | None, siblings: Sequence[type[BaseModel]]) -> FedtuneError:
-    """A key that a table does not have: a near miss (C101), or a key of another class of the same union (C104)."""
+def unknown_key(
+    place: str, key: str, owner: type[BaseModel] | None, siblings: Sequence[type[BaseModel]]
+) -> FedtuneError:
+    """A key that a table does not have: a near miss (C101), or a key of another class of the same union
+    (C104)."""
     known = list(owner.model_fields) if owner else []
     others = [value for cls in siblings if key in cls.model_fields for value in tag_of(cls)[1]]
     if owner and others:
         selector, (own, *_) = tag_of(owner)
         chooser = f"{place.rpartition('.')[0]}.{selector}"
-        return FedtuneError("C104", f"{place} with {chooser} = '{own}'", f"one of {', '.join(known)}", f"remove it, or set {chooser} to {' or '.join(others)}")
+        return FedtuneError(
+            "C104",
+            f"{place} with {chooser} = '{own}'",
+            f"one of {', '.join(known)}",
+            f"remove it, or set {chooser} to {' or '.join(others)}",
+        )
     near = difflib.get_close_matches(key, known, 1)
     homes = sorted(home for home in places_of(key, Recipe) if home != place)
-    hint = f"write {homes[0]}, where that key stands" if homes else f"write '{near[0]}'" if near else "remove it"
+    hint = (
+        f"write {homes[0]}, where that key stands" if homes else f"write '{near[0]}'" if near else "remove it"
+    )
     return FedtuneError("C101", f"unknown key '{place}'", f"one of {', '.join(known)}", hint)
 
 
@@ -337,14 +427,17 @@ def places_of(key: str, cls: type[BaseModel], path: str = "") -> set[str]:
 
 
 def resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Sequence[type[BaseModel]]]:
-    """A pydantic location as a dotted recipe path, the settings class that holds its last key, and the classes of the union that this one is of."""
+    """A pydantic location as a dotted recipe path, the settings class that holds its last key, and the
+    classes of the union that this one is of."""
     words: list[str] = []
     options: list[type[BaseModel]] = [Recipe]
     siblings: list[type[BaseModel]] = []
     holder: type[BaseModel] | None = None
     for part in loc:
         tagged = [c for c in options if part in tags(c)]
-        if len(options) > 1 and tagged:  # the tag of a union ("fedpeft", "quantize"), which is no key of the recipe
+        if (
+            len(options) > 1 and tagged
+        ):  # the tag of a union ("fedpeft", "quantize"), which is no key of the recipe
             siblings, options = options, tagged
             continue
         words.append(str(part))
@@ -352,7 +445,11 @@ def resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Se
             holder = options[0]
             siblings = siblings if holder in siblings else []
             field = holder.model_fields.get(part)
-            options = [c for c in leaves(field.annotation) if isinstance(c, type) and issubclass(c, BaseModel)] if field else []
+            options = (
+                [c for c in leaves(field.annotation) if isinstance(c, type) and issubclass(c, BaseModel)]
+                if field
+                else []
+            )
     return ".".join(words), holder, siblings
 
 
@@ -363,5 +460,6 @@ def leaves(annotation: Any) -> list[Any]:
 
 
 def tags(cls: type[BaseModel]) -> tuple[str, ...]:
-    """The values of a class's discriminator (`type` of methods, `step` of transforms, `rule` of aggregation)."""
+    """The values of a class's discriminator (`type` of methods, `step` of transforms, `rule` of
+    aggregation)."""
     return tag_of(cls)[1]

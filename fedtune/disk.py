@@ -55,7 +55,8 @@ def sync_folder(path: Path) -> None:
 
 
 def took(handle: IO[str]) -> bool:
-    """Lock an open file for this process, if no other has it; the lock falls with the handle, or with the process, however it dies."""
+    """Lock an open file for this process, if no other has it; the lock falls with the handle, or with the
+    process, however it dies."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -70,4 +71,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         why = "no space left on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise FedtuneError("R404", sentence=f"cannot write '{path}' ({why})", do="free space, or correct the rights or --runs, then: fedtune resume") from error
+        raise FedtuneError(
+            "R404",
+            sentence=f"cannot write '{path}' ({why})",
+            do="free space, or correct the rights or --runs, then: fedtune resume",
+        ) from error

@@ -1,11 +1,13 @@
-"""Every mistake that a user can meet: a code, and one sentence with what was found, what was expected, what to do.
+"""Every mistake that a user can meet: a code, and one sentence with what was found, what was expected, what
+to do.
 
     FedtuneError          a mistake that somebody can fix; the program ends with exit code 2
       Paused              the run waits for more clients; exit code 75
       ClientFailed        one client's answer is unusable; the round goes on without it
       Refused             a message from the network that is not what it should be; it is dropped and counted
 
-The catalogue below and error_pages.toml are the sources of `fedtune explain` and docs/errors.md; a code is never reused.
+The catalogue below and error_pages.toml are the sources of `fedtune explain` and docs/errors.md; a code is
+never reused.
 """
 
 from __future__ import annotations
@@ -112,13 +114,17 @@ class FedtuneError(Exception):
 
         C102: found rounds = 0, expected a number of 1 or more; change rounds in the recipe.
 
-    Where nothing was expected in place of something else, `sentence` says what happened: FedtuneError("F501", sentence="Ray is not installed",
-    do="run: pip install ray"). It travels as `found` with an empty `expected`, so the four parts are all there is to carry.
+    Where nothing was expected in place of something else, `sentence` says what happened: FedtuneError("F501",
+    sentence="Ray is not installed",
+    do="run: pip install ray"). It travels as `found` with an empty `expected`, so the four parts are all
+    there is to carry.
     """
 
     exit_code = 2
 
-    def __init__(self, code: str, found: str = "", expected: str = "", do: str = "", *, sentence: str = "") -> None:
+    def __init__(
+        self, code: str, found: str = "", expected: str = "", do: str = "", *, sentence: str = ""
+    ) -> None:
         if code not in CATALOGUE:
             raise KeyError(code)
         self.code, self.found, self.expected, self.do = code, sentence or found, expected, do

@@ -33,14 +33,16 @@ class RunStarted(Event):
 
 @dataclass(frozen=True)
 class Noted(Event):
-    """Something a user should know that is no mistake: truncated texts, rows left out, a choice made by `auto`."""
+    """Something a user should know that is no mistake: truncated texts, rows left out, a choice made by
+    `auto`."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Truncated(Event):
-    """Texts longer than the recipe's max_length: `cut` were shortened, `left_out` kept nothing that could be learned from."""
+    """Texts longer than the recipe's max_length: `cut` were shortened, `left_out` kept nothing that could be
+    learned from."""
 
     whose: str
     rows: int

@@ -21,17 +21,22 @@ LIBRARIES = {"adapter": "peft", "merged": "transformers", "seeds": "fedtune"}
 NO_PRIVACY = "- differential privacy: none (epsilon is unbounded)"
 
 
-def export_final(method: Method, state: State, bench: Any, target: Path, recipe: Recipe, result: Mapping[str, Any]) -> None:
+def export_final(
+    method: Method, state: State, tunable: Any, target: Path, recipe: Recipe, result: Mapping[str, Any]
+) -> None:
     """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
     form = method.facts.forms[0]
     with whole_folder(target) as temporary:
-        text = card(recipe, method.facts.title, str(result["base_sha256"]), int(result["rounds"]), result, form)
-        method.export(form, state, bench, temporary, text, recipe.seed)
+        text = card(
+            recipe, method.facts.title, str(result["base_sha256"]), int(result["rounds"]), result, form
+        )
+        method.export(form, state, tunable, temporary, text, recipe.seed)
 
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes the target's place; a crash leaves the old one, the new one, or for an
+    """A folder to fill, which then takes the target's place; a crash leaves the old one, the new one, or for
+    an
     instant neither; never a part of one. Raises R404."""
     temporary, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old.part")
     with disk_errors(target):
@@ -41,7 +46,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             yield temporary
             swap(temporary, target, old)
         except SafetensorError as error:  # how safetensors tells of a full disk
-            raise FedtuneError("R404", sentence=f"cannot write to '{target}' ({error})", do="free space and try again") from error
+            raise FedtuneError(
+                "R404", sentence=f"cannot write to '{target}' ({error})", do="free space and try again"
+            ) from error
         finally:
             for left in (temporary, old):
                 shutil.rmtree(left, ignore_errors=True)
@@ -57,13 +64,26 @@ def swap(new: Path, target: Path, old: Path) -> None:
 def check_target(target: Path) -> Path:
     """Refuse to write over anything. Raises R401."""
     if target.exists():
-        raise FedtuneError("R401", f"'{target}', which already exists", "a folder that does not exist", "choose another --to")
+        raise FedtuneError(
+            "R401", f"'{target}', which already exists", "a folder that does not exist", "choose another --to"
+        )
     return target
 
 
-def card(recipe: Recipe, title: str, base: str, rounds: int, result: Mapping[str, Any] | None = None, form: str = "adapter") -> str:
+def card(
+    recipe: Recipe,
+    title: str,
+    base: str,
+    rounds: int,
+    result: Mapping[str, Any] | None = None,
+    form: str = "adapter",
+) -> str:
     """README.md of an export: recipe, rounds, data, privacy, fingerprints."""
-    scores = [f"| {key} | {result[key]:.4f} |" for key in ("base", "local", "federated", "centralised") if result and result.get(key) is not None]
+    scores = [
+        f"| {key} | {result[key]:.4f} |"
+        for key in ("base", "local", "federated", "centralised")
+        if result and result.get(key) is not None
+    ]
     table = [f"| | {result['metric']} |", "|---|---|", *scores, ""] if result else []
     return "\n".join(
         [
@@ -92,9 +112,23 @@ def card(recipe: Recipe, title: str, base: str, rounds: int, result: Mapping[str
 
 def seeds_card(seeds: Seeds, title: str) -> str:
     """README.md of a model that was rebuilt from a seed file."""
-    head = ["---", "library_name: transformers", f"base_model: {seeds.base}", "tags: [federated, fedtune]", "---", ""]
-    facts = [f"- task: {seeds.task}", f"- seed: {seeds.seed}", f"- base model SHA-256: {seeds.base_fingerprint}", NO_PRIVACY]
-    return "\n".join([*head, f"# {title} after {seeds.rounds} rounds, rebuilt from a seed file", "", *facts, ""])
+    head = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {seeds.base}",
+        "tags: [federated, fedtune]",
+        "---",
+        "",
+    ]
+    facts = [
+        f"- task: {seeds.task}",
+        f"- seed: {seeds.seed}",
+        f"- base model SHA-256: {seeds.base_fingerprint}",
+        NO_PRIVACY,
+    ]
+    return "\n".join(
+        [*head, f"# {title} after {seeds.rounds} rounds, rebuilt from a seed file", "", *facts, ""]
+    )
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:

@@ -1,4 +1,5 @@
-"""Words that come from elsewhere and become names here: of a file, of a folder, of a call. A word of one of these types has passed its form; there is no other
+"""Words that come from elsewhere and become names here: of a file, of a folder, of a call. A word of one of
+these types has passed its form; there is no other
 way to make one, so that what holds one need not ask again."""
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ class Word(str):
     def __new__(cls, text: str) -> Self:
         if not cls.form.fullmatch(text):
             raise Refused(
-                "W601", f"{text[:80]!r} as {cls.said}", cls.form.pattern, "the message was dropped; install the same version of fedtune on both sides"
+                "W601",
+                f"{text[:80]!r} as {cls.said}",
+                cls.form.pattern,
+                "the message was dropped; install the same version of fedtune on both sides",
             )
         return super().__new__(cls, text)
 

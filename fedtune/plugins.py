@@ -1,11 +1,13 @@
-"""Classes that other installed packages add: their own methods, rules, steps, adapters, sources, partitions, by the name that a recipe says.
+"""Classes that other installed packages add: their own methods, rules, steps, adapters, sources, partitions,
+by the name that a recipe says.
 
 A package registers the settings class of its newcomer as an entry point, under the newcomer's name:
 
     [project.entry-points."fedtune.rules"]
     geometric-median = "my_package:GeometricMedian"
 
-From then on it stands in the union like fedtune's own. Only what is installed where a recipe is read counts: nothing of it ever travels.
+From then on it stands in the union like fedtune's own. Only what is installed where a recipe is read counts:
+nothing of it ever travels.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ GROUPS = ("methods", "rules", "steps", "adapters", "sources", "partitions", "dow
 def installed() -> dict[str, list[EntryPoint]]:
     """Entry points of all installed packages, by group."""
     found = entry_points()
-    return {group: sorted(found.select(group=f"fedtune.{group}"), key=lambda entry: entry.name) for group in GROUPS}
+    return {
+        group: sorted(found.select(group=f"fedtune.{group}"), key=lambda entry: entry.name)
+        for group in GROUPS
+    }
 
 
 def extended(union: Any, discriminator: str, group: str, base: type[Settings]) -> Any:
@@ -58,10 +63,20 @@ def loaded(entry: EntryPoint, group: str, discriminator: str, base: type[Setting
         refuse(entry, group, f"{entry.value}", f"a subclass of {base.__module__}.{base.__qualname__}")
     field = cls.model_fields.get(discriminator)
     if field is None or get_args(field.annotation) != (entry.name,):
-        refuse(entry, group, f"{entry.value}, whose {discriminator} is not Literal['{entry.name}']", "the entry point's own name")
+        refuse(
+            entry,
+            group,
+            f"{entry.value}, whose {discriminator} is not Literal['{entry.name}']",
+            "the entry point's own name",
+        )
     return cls
 
 
 def refuse(entry: EntryPoint, group: str, found: str, expected: str) -> NoReturn:
     package = entry.dist.name if entry.dist else "an installed package"
-    raise FedtuneError("C106", f"{found}, in plug-in '{entry.name}' (fedtune.{group}) of {package}", expected, f"fix or uninstall {package}")
+    raise FedtuneError(
+        "C106",
+        f"{found}, in plug-in '{entry.name}' (fedtune.{group}) of {package}",
+        expected,
+        f"fix or uninstall {package}",
+    )

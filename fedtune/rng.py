@@ -13,7 +13,8 @@ import numpy as np
 def seed_of(purpose: str, *numbers: int) -> int:
     """A 63-bit seed for one named draw, e.g. seed_of("batches", run_seed, round, client).
 
-    SHA-256 keeps draws of different purposes independent, where adding or xor-ing seeds would make them collide.
+    SHA-256 keeps draws of different purposes independent, where adding or xor-ing seeds would make them
+    collide.
     """
     text = purpose + ":" + ",".join(str(int(n)) for n in numbers)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,4 +1,5 @@
-"""Rules between settings that no single table can check: refused while reading, with the reason. All raise C104."""
+"""Rules between settings that no single table can check: refused while reading, with the reason. All raise
+C104."""
 
 from __future__ import annotations
 
@@ -23,12 +24,20 @@ def check_rules(recipe: Recipe) -> None:
 
 
 def check_single_answers(rule: Rule, chain: Chain) -> None:
-    """A rule that reads single answers cannot stand beside a step that only the sum undoes, such as a mask."""
+    """A rule that reads single answers cannot stand beside a step that only the sum undoes, such as a
+    mask."""
     late = next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
     if late and not rule.linear:
         known = ", ".join(sorted(tag for tag, other in RULES.items() if other.linear))
-        found = f"aggregate.rule = '{rule.rule}', which reads single answers, beside '{late}', which hides them"
-        raise FedtuneError("C104", found, f"a rule that needs the sum only: {known}", f"change aggregate.rule, or remove '{late}' from [[chain]]")
+        found = (
+            f"aggregate.rule = '{rule.rule}', which reads single answers, beside '{late}', which hides them"
+        )
+        raise FedtuneError(
+            "C104",
+            found,
+            f"a rule that needs the sum only: {known}",
+            f"change aggregate.rule, or remove '{late}' from [[chain]]",
+        )
 
 
 def tables_of(settings: Settings) -> Iterator[Settings]:

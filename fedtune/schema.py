@@ -39,13 +39,15 @@ class Schema:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON of names and shapes (and of the whole numbers' types and bounds), as hex."""
+        """SHA-256 of the canonical JSON of names and shapes (and of the whole numbers' types and bounds), as
+        hex."""
         known = [self.entries, self.whole] if self.whole else self.entries
         return hashlib.sha256(json.dumps(known, separators=(",", ":")).encode()).hexdigest()
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and little-endian bytes in name order, as hex: equal states, equal digests."""
+    """SHA-256 over names, dtypes, shapes and little-endian bytes in name order, as hex: equal states, equal
+    digests."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         value = np.asarray(tensors[name], order="C")  # ascontiguousarray would make a scalar a vector

@@ -1,4 +1,5 @@
-"""The base of every settings class: frozen, strict, no unknown keys. Settings stand next to what they configure."""
+"""The base of every settings class: frozen, strict, no unknown keys. Settings stand next to what they
+configure."""
 
 from __future__ import annotations
 
@@ -9,19 +10,30 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
-DISCRIMINATORS = ("type", "step", "rule", "optimizer", "kind", "by", "source")  # keys that choose the class of a table
+DISCRIMINATORS = (
+    "type",
+    "step",
+    "rule",
+    "optimizer",
+    "kind",
+    "by",
+    "source",
+)  # keys that choose the class of a table
 
 
 class Settings(BaseModel):
     """One table of a recipe. Field descriptions become docs/recipe.md."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     selector: ClassVar[str] = ""  # the key whose value leaves others without effect
 
     @classmethod
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
-        """Keys that the value of `selector` leaves without effect: they go where an override sets it, and are refused where a recipe says them."""
+        """Keys that the value of `selector` leaves without effect: they go where an override sets it, and are
+        refused where a recipe says them."""
         return set()
 
     def located(self, place: Path) -> Self:
@@ -29,7 +41,8 @@ class Settings(BaseModel):
         return self
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        """Settings that cannot go together, each as found, expected, what to do: the recipe is refused (C104) with the first."""
+        """Settings that cannot go together, each as found, expected, what to do: the recipe is refused (C104)
+        with the first."""
         yield from ()
 
 
@@ -58,9 +71,14 @@ def union_of(cls: type[BaseModel], key: str) -> Union | None:
 
 
 def classes_by_tag(union: Any, discriminator: str) -> dict[str, Any]:
-    """The classes of a discriminated union, by the value of their discriminator, in the order of the union."""
+    """The classes of a discriminated union, by the value of their discriminator, in the order of the
+    union."""
     members = get_args(get_args(union)[0]) if get_origin(union) is Annotated else get_args(union)
-    return {tag: cls for cls in members or (union,) for tag in get_args(cls.model_fields[discriminator].annotation)}
+    return {
+        tag: cls
+        for cls in members or (union,)
+        for tag in get_args(cls.model_fields[discriminator].annotation)
+    }
 
 
 def tag_of(cls: type[BaseModel]) -> tuple[str, tuple[str, ...]]:

@@ -31,7 +31,8 @@ class Update:
     weight   how much this answer counts (examples, tokens, or 1)
     metrics  name -> number, already times `weight`
     scales   name -> array, filled only by transforms that turn tensors into integer levels
-    notes    what the client's transforms chose, and why, for the run's events; no part of the message, and of no sum
+    notes    what the client's transforms chose, and why, for the run's events; no part of the message, and of
+             no sum
     """
 
     tensors: Tensors
@@ -56,11 +57,17 @@ class Update:
     def joined(self, other: Update, add: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Update:
         """The sum of two answers, tensor by tensor as `add` does it."""
         if self.tensors.keys() != other.tensors.keys():
-            raise ValueError(f"updates of different names cannot be added: {sorted(self.tensors.keys() ^ other.tensors.keys())[:3]}")
+            raise ValueError(
+                "updates of different names cannot be added: "
+                f"{sorted(self.tensors.keys() ^ other.tensors.keys())[:3]}"
+            )
         return Update(
             {name: add(value, other.tensors[name]) for name, value in self.tensors.items()},
             self.weight + other.weight,
-            {name: self.metrics.get(name, 0.0) + other.metrics.get(name, 0.0) for name in self.metrics.keys() | other.metrics.keys()},
+            {
+                name: self.metrics.get(name, 0.0) + other.metrics.get(name, 0.0)
+                for name in self.metrics.keys() | other.metrics.keys()
+            },
         )
 
     def mean(self) -> Update:
@@ -70,16 +77,25 @@ class Update:
 
     def values(self) -> dict[str, np.ndarray]:
         """The mean as float32, which is how values are stored and sent."""
-        return {name: np.asarray(value / self.weight, dtype=np.float32) for name, value in self.tensors.items()}
+        return {
+            name: np.asarray(value / self.weight, dtype=np.float32) for name, value in self.tensors.items()
+        }
 
     def shifted(self, origin: Tensors, sign: int) -> Update:
         """Values moved by `sign` times `origin`: -1 turns states into differences, +1 turns them back."""
         step = sign * self.weight
-        return replace(self, tensors={name: value + np.multiply(origin[name], step, dtype=np.float64) for name, value in self.tensors.items()})
+        return replace(
+            self,
+            tensors={
+                name: value + np.multiply(origin[name], step, dtype=np.float64)
+                for name, value in self.tensors.items()
+            },
+        )
 
 
 class RunningSum:
-    """a + b + c in the order in which they come and to the bit, in one set of arrays however many come; the updates stay as they are."""
+    """a + b + c in the order in which they come and to the bit, in one set of arrays however many come; the
+    updates stay as they are."""
 
     def __init__(self) -> None:
         self.total: Update | None = None  # None: nothing has come
@@ -103,7 +119,10 @@ def summed(updates: Iterable[Update]) -> Update | None:
 
 def onto(total: np.ndarray, value: np.ndarray) -> np.ndarray:
     """total + value, in total's memory where type and shape of the sum are its own."""
-    if np.result_type(total, value) == total.dtype and np.broadcast_shapes(total.shape, value.shape) == total.shape:
+    if (
+        np.result_type(total, value) == total.dtype
+        and np.broadcast_shapes(total.shape, value.shape) == total.shape
+    ):
         np.add(total, value, out=total)
         return total
     return np.asarray(total + value)
@@ -120,11 +139,12 @@ class Round:
 
 @dataclass
 class Client:
-    """A site's world. `memory` is the only thing that outlives a round; it holds numpy arrays and stays at the site."""
+    """A site's world. `memory` is the only thing that outlives a round; it holds numpy arrays and stays at
+    the site."""
 
     id: int
     name: str
-    model: Any  # fedtune.model.bench.Bench: the shared base with this method's trainable tensors
+    model: Any  # fedtune.model.tunable.TunableModel: the shared base with this method's trainable tensors
     data: Any  # fedtune.model.encode.Encoded: the site's training examples
     memory: dict[str, np.ndarray] = field(default_factory=dict)
     body: Any = None  # the split service, where the method needs one
@@ -151,18 +171,28 @@ class Cohort(Protocol):
         Members may be given different tensors: then `given` says what, by client id.
         """
 
-    def sum_groups(self, verb: str, given: Tensors | Callable[[Group], Tensors], group_of: Callable[[int], Group], min_group: int = 2) -> dict[Group, Update]:
-        """Ask every member once; the caller sees one sum for each group of members, and no sum of fewer than `min_group` answers.
+    def sum_groups(
+        self,
+        verb: str,
+        given: Tensors | Callable[[Group], Tensors],
+        group_of: Callable[[int], Group],
+        min_group: int = 2,
+    ) -> dict[Group, Update]:
+        """Ask every member once; the caller sees one sum for each group of members, and no sum of fewer than
+        `min_group` answers.
 
-        Groups may be given different tensors: then `given` says what, by group. A sum of one is a single answer: for `min_group` = 1 the
+        Groups may be given different tensors: then `given` says what, by group. A sum of one is a single
+        answer: for `min_group` = 1 the
         method must list `verb` in `reads_each`. Groups from which too few answers came are left out.
         """
 
     def typical(self, name: str) -> float:
-        """A figure as the median client of this round says it: no single one decides what a run does because of it."""
+        """A figure as the median client of this round says it: no single one decides what a run does because
+        of it."""
 
     def note(self, name: str, value: float) -> None:
         """A figure of the server's own for this round's journal and events."""
 
     def skip(self, error: FedtuneError) -> None:
-        """This round changes nothing, and `error` says why: no answer counts, as if all had been lost on the way."""
+        """This round changes nothing, and `error` says why: no answer counts, as if all had been lost on the
+        way."""

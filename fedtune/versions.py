@@ -11,7 +11,8 @@ PACKAGES = ("torch", "transformers", "peft", "flwr", "numpy")
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of fedtune, Python and the packages that decide about bytes; nothing is imported to find them."""
+    """Versions of fedtune, Python and the packages that decide about bytes; nothing is imported to find
+    them."""
     from fedtune import __version__
 
     found = {"fedtune": __version__, "python": platform.python_version(), "machine": platform.machine()}

@@ -1,8 +1,10 @@
 """Two of ten clients lie: what they send is ten times their move, backwards. Which rules still learn?
 
-    python simulations/byzantine.py --set model.name=FOLDER --set data.path=input.txt [--seeds 1 2 3] [--results FOLDER]
+    python simulations/byzantine.py --set model.name=FOLDER --set data.path=input.txt [--seeds 1 2 3]
+    [--results FOLDER]
 
-Runs simulations/shakespeare.toml with ten speakers and six rounds; writes simulations/results/byzantine.json. A rule's share is what it gains in test
+Runs simulations/shakespeare.toml with ten speakers and six rounds; writes simulations/results/byzantine.json.
+A rule's share is what it gains in test
 loss over the base model, of what the plain mean gains where nobody lies.
 """
 
@@ -21,10 +23,10 @@ from record import ALONE, HERE, RESULTS, hardware
 
 from fedtune.config import read
 from fedtune.runtime.folder import create
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Carrier, Link
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.run import run
-from fedtune.runtime.world import World
+from fedtune.runtime.workspace import Workspace
 from fedtune.types import Client, Round, Tensors, Update
 
 LIARS, TIMES = (2, 7), -10.0
@@ -55,14 +57,17 @@ def lying(half: Callable[[Client, Tensors, Round], Update]) -> Callable[[Client,
         update = half(client, given, now)
         if client.id not in LIARS:
             return update
-        moved = {name: given[name] + TIMES * (value / update.weight - given[name]) for name, value in update.tensors.items()}
+        moved = {
+            name: given[name] + TIMES * (value / update.weight - given[name])
+            for name, value in update.tensors.items()
+        }
         return replace(update, tensors={name: value * update.weight for name, value in moved.items()})
 
     return verb
 
 
-def with_liars(link: Link, world: World) -> Carrier:
-    return local_carrier(replace(link, method=Lying(link.method)), world.client, world.done)
+def with_liars(link: Link, workspace: Workspace) -> Transport:
+    return local_transport(replace(link, method=Lying(link.method)), workspace.client, workspace.done)
 
 
 def play(sets: list[str], seed: int, liars: bool) -> dict[str, float]:
@@ -70,24 +75,40 @@ def play(sets: list[str], seed: int, liars: bool) -> dict[str, float]:
     recipe = read(str(HERE / "shakespeare.toml"), [*SMALL, *sets, f"seed={seed}", "name=run"])
     with tempfile.TemporaryDirectory() as runs:
         result = run(recipe, create(Path(runs), "", "run"), lambda event: None, with_liars if liars else None)
-    return {"base": math.log(result["base"]), "federated": math.log(result["federated"]) if math.isfinite(result["federated"]) else math.inf}
+    return {
+        "base": math.log(result["base"]),
+        "federated": math.log(result["federated"]) if math.isfinite(result["federated"]) else math.inf,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)"
+    )
     options = parser.parse_args()
     path = options.results / "byzantine.json"
-    table: dict[str, Any] = {"recipe": "shakespeare.toml, ten speakers, two of them lie", "hardware": hardware(), "rows": {}}
+    table: dict[str, Any] = {
+        "recipe": "shakespeare.toml, ten speakers, two of them lie",
+        "hardware": hardware(),
+        "rows": {},
+    }
     for seed in options.seeds:
         clean = play([*options.set, "aggregate.rule=mean"], seed, liars=False)
         for name, own in RULES.items():
             rule = name.partition(",")[0]
             got = play([*options.set, f"aggregate.rule={rule}", *own], seed, liars=True)
             share = (got["base"] - got["federated"]) / (clean["base"] - clean["federated"])
-            table["rows"].setdefault(name, {})[str(seed)] = {"loss": got["federated"], "clean": clean["federated"], "base": got["base"], "share": share}
+            table["rows"].setdefault(name, {})[str(seed)] = {
+                "loss": got["federated"],
+                "clean": clean["federated"],
+                "base": got["base"],
+                "share": share,
+            }
             text = f"loss {got['federated']:8.3f}, clean {clean['federated']:.3f}, base {got['base']:.3f}"
             print(f"seed {seed}  {name:<18} {text}: {share:7.1%} of the clean gain", flush=True)
             path.write_text(json.dumps(table, indent=1) + "\n")

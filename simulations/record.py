@@ -1,8 +1,11 @@
-"""Run a table of variants over seeds and keep the results: simulations/results/<table>.json, with hardware and month.
+"""Run a table of variants over seeds and keep the results: simulations/results/<table>.json, with hardware
+and month.
 
-    python simulations/record.py shakespeare --set model.name=FOLDER --set data.path=input.txt [--only outer] [--seeds 1 2 3] [--results FOLDER]
+    python simulations/record.py shakespeare --set model.name=FOLDER --set data.path=input.txt [--only outer]
+    [--seeds 1 2 3] [--results FOLDER]
 
-Every row is a run of a shipped recipe with overrides; rows that are already recorded for a seed are kept unless --again.
+Every row is a run of a shipped recipe with overrides; rows that are already recorded for a seed are kept
+unless --again.
 """
 
 from __future__ import annotations
@@ -22,15 +25,39 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-KEEP = ("metric", "base", "local", "federated", "centralised", "up_bytes_per_client_round", "down_bytes_per_client_round")
-KEEP += ("first_round_seconds", "rounds", "clients", "trainable", "total", "seconds", "peak_rss_bytes", "state_sha256")
+KEEP = (
+    "metric",
+    "base",
+    "local",
+    "federated",
+    "centralised",
+    "up_bytes_per_client_round",
+    "down_bytes_per_client_round",
+)
+KEEP += (
+    "first_round_seconds",
+    "rounds",
+    "clients",
+    "trainable",
+    "total",
+    "seconds",
+    "peak_rss_bytes",
+    "state_sha256",
+)
 FIGURES = ("drift", "error", "residual_rank")  # of rules that read single answers
-OUTER = ["method.server.optimizer=sgd", "method.server.lr=0.7", "method.server.momentum=0.9", "method.server.nesterov=true"]
+OUTER = [
+    "method.server.optimizer=sgd",
+    "method.server.lr=0.7",
+    "method.server.momentum=0.9",
+    "method.server.nesterov=true",
+]
 ALONE = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
 
 
 def chain(step: str, **settings: Any) -> list[str]:
-    words = ", ".join([f'step = "{step}"', *(f"{key} = {json.dumps(value)}" for key, value in settings.items())])
+    words = ", ".join(
+        [f'step = "{step}"', *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
+    )
     return [f"chain=[{{{words}}}]", *ALONE]
 
 
@@ -62,24 +89,51 @@ KINDS: dict[str, list[str]] = {
     "prompt": ["method.adapter.kind=prompt", "method.adapter.deep=true", "method.train.lr=1e-2"],
     "lora": ["method.adapter.kind=lora", "method.train.lr=2e-3"],
 }
-DOMAINS = ["data.label=domain", "partition.by=iid", "partition.clients=4", "data.limit=2000", "method.train.steps=10"]
+DOMAINS = [
+    "data.label=domain",
+    "partition.by=iid",
+    "partition.clients=4",
+    "data.limit=2000",
+    "method.train.steps=10",
+]
 KSEED = [*DOMAINS, "method.type=fedkseed", "method.weight=equal"]
 WALK = [*KSEED, "method.estimator=spsa", "method.steps=50"]
 PROJECT = [*KSEED, "method.estimator=gradient"]
 ANEW = ["method.refresh=1", "method.train.head_lr=0.5"]  # plain SGD; the head starts from nothing
 LORA = ["method.space=adapter"]
 HEAD = ["method.space=adapter", "method.adapter.kind=head"]
-SEEDS: dict[str, list[str]] = {  # ten domains of CLINC150 as classes, 2,000 rows at four sites; rates by a few runs each with seed 11
+SEEDS: dict[
+    str, list[str]
+] = {  # ten domains of CLINC150 as classes, 2,000 rows at four sites; rates by a few runs each with seed 11
     "FedPEFT, LoRA": DOMAINS,
     "FedPEFT, head only": [*DOMAINS, "method.adapter.kind=head"],
     "FedKSeed, all weights, gradient": [*PROJECT, *ANEW, "method.train.lr=0.1", "method.gain=0.1"],
     "FedKSeed, LoRA, gradient": [*PROJECT, *ANEW, *LORA, "method.train.lr=0.05"],
-    "FedKSeed, head only, gradient": [*PROJECT, *HEAD, "method.train.optimizer=adamw", "method.train.lr=2e-2"],
+    "FedKSeed, head only, gradient": [
+        *PROJECT,
+        *HEAD,
+        "method.train.optimizer=adamw",
+        "method.train.lr=2e-2",
+    ],
     "FedKSeed, all weights, spsa": [*WALK, "method.lr=1e-5"],
     "FedKSeed, LoRA, spsa": [*WALK, *LORA, "method.lr=3e-3"],
     "FedKSeed, head only, spsa": [*WALK, *HEAD, "method.lr=3e-2"],
 }
-PLAIN = ("mean", "ffa", "rolora", "fedsa", "fedsb", "flexlora", "fedrot", "fair", "hetlora", "median", "trimmed", "krum", "clipped")
+PLAIN = (
+    "mean",
+    "ffa",
+    "rolora",
+    "fedsa",
+    "fedsb",
+    "flexlora",
+    "fedrot",
+    "fair",
+    "hetlora",
+    "median",
+    "trimmed",
+    "krum",
+    "clipped",
+)
 RULES: dict[str, list[str]] = {rule: [f"aggregate.rule={rule}", *ALONE] for rule in PLAIN}
 RULES |= {rule: [f"aggregate.rule={rule}", "aggregate.extra=64", *ALONE] for rule in ("fedex", "flora")}
 LONG = ["rounds=8", "method.train.steps=30", *ALONE]
@@ -98,7 +152,10 @@ TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "shakespeare-rules": ("shakespeare.toml", RULES),
     "clinc150-ranks": ("clinc150.toml", MIXED),
     "clinc150-kinds-domains": ("clinc150.toml", KINDS),
-    "clinc150-kinds-dirichlet": ("clinc150.toml", {name: [*sets, *DIRICHLET] for name, sets in KINDS.items()}),
+    "clinc150-kinds-dirichlet": (
+        "clinc150.toml",
+        {name: [*sets, *DIRICHLET] for name, sets in KINDS.items()},
+    ),
     "fedkseed-clinc150": ("clinc150.toml", SEEDS),
     "clinc150-codes": ("clinc150.toml", {name: [*sets, *DIRICHLET] for name, sets in CODES.items()}),
 }
@@ -106,23 +163,51 @@ TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
 
 def hardware() -> str:
     """Processor, cores used and month, as a line."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
     return f"{model}, {len(os.sched_getaffinity(0))} cores, CPU only, {time.strftime('%B %Y')}"
 
 
 def play(recipe: str, sets: list[str], seed: int) -> dict[str, Any]:
     """One run in a process of its own; what its result.json says."""
     with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "fedtune", "simulate", *([str(HERE / recipe)] if recipe else []), "--runs", runs]
+        command = [
+            sys.executable,
+            "-m",
+            "fedtune",
+            "simulate",
+            *([str(HERE / recipe)] if recipe else []),
+            "--runs",
+            runs,
+        ]
         before = cpu_seconds()
-        done = subprocess.run([*command, *(f"--set={one}" for one in [*sets, f"seed={seed}", "name=run"])], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *(f"--set={one}" for one in [*sets, f"seed={seed}", "name=run"])],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise SystemExit(done.stderr)
         spent = cpu_seconds() - before
         result = json.loads((Path(runs) / "run" / "result.json").read_text())
         events = [json.loads(line) for line in (Path(runs) / "run" / "events.jsonl").read_text().splitlines()]
-    figures = [{key: event["metrics"][key] for key in FIGURES if key in event["metrics"]} for event in events if event["event"] == "RoundDone"]
-    return {key: result[key] for key in KEEP} | {"cpu_seconds": round(spent, 1)} | ({"by_round": figures} if any(figures) else {})
+    figures = [
+        {key: event["metrics"][key] for key in FIGURES if key in event["metrics"]}
+        for event in events
+        if event["event"] == "RoundDone"
+    ]
+    return (
+        {key: result[key] for key in KEEP}
+        | {"cpu_seconds": round(spent, 1)}
+        | ({"by_round": figures} if any(figures) else {})
+    )
 
 
 def cpu_seconds() -> float:
@@ -138,17 +223,24 @@ def show(table: dict[str, Any]) -> None:
         up = statistics.mean(run["up_bytes_per_client_round"] for run in seeds.values())
         bits = 8 * up / next(iter(seeds.values()))["trainable"]
         spread = f"{min(finals):.4f} to {max(finals):.4f}"
-        print(f"{name:<26} {statistics.mean(finals):9.4f}  ({spread}, {len(finals)} seeds)  up {up / 1024:9.1f} KiB  {bits:6.3f} bits/parameter")
+        print(
+            f"{name:<26} {statistics.mean(finals):9.4f}  ({spread}, {len(finals)} seeds)  up "
+            f"{up / 1024:9.1f} KiB  {bits:6.3f} bits/parameter"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="where the table is kept (default: simulations/results)"
+    )
     options = parser.parse_args()
     recipe, rows = TABLES[options.table]
     path = options.results / f"{options.table}.json"

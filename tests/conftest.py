@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
 from collections import Counter
 from pathlib import Path
@@ -13,11 +19,14 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-WORKERS = 4  # at most: each holds torch, and the tests of real deployments start a dozen processes beside them
+WORKERS = (
+    4  # at most: each holds torch, and the tests of real deployments start a dozen processes beside them
+)
 
 
 class OneDeploymentAtATime(LoadScopeScheduling):  # type: ignore[misc]
-    """A file's tests share their models, so they stay on one worker; so do all of tests/e2e, whose federations would only slow one another."""
+    """A file's tests share their models, so they stay on one worker; so do all of tests/e2e, whose
+    federations would only slow one another."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "e2e" if in_e2e(nodeid) else nodeid.partition("::")[0]
@@ -32,7 +41,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core that this process may use; none of its own for a single file, which would not be divided."""
+    """A worker for each core that this process may use; none of its own for a single file, which would not be
+    divided."""
     files = {argument.partition("::")[0] for argument in config.args}
     return 0 if len(files) == 1 and Path(*files).is_file() else min(WORKERS, len(os.sched_getaffinity(0)))
 
@@ -64,14 +74,21 @@ def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
-class World:
-    """Bases by name, each loaded once: "causal", "decoder" (a generative classifier), "encoder", "images"; and rows for each."""
+class Workspace:
+    """Bases by name, each loaded once: "causal", "decoder" (a generative classifier), "encoder", "images";
+    and rows for each."""
 
     KINDS = ("lora", "bias", "adapter", "prompt", "prefix", "p-tuning", "ia3", "layernorm", "head", "full")
 
     def __init__(self, llama: Path, bert: Path, vit: Path) -> None:
         self.folders = {"causal": llama, "instruct": llama, "decoder": llama, "encoder": bert, "images": vit}
-        self.tasks = {"causal": "causal-lm", "instruct": "instruct", "decoder": "classify", "encoder": "classify", "images": "image-classify"}
+        self.tasks = {
+            "causal": "causal-lm",
+            "instruct": "instruct",
+            "decoder": "classify",
+            "encoder": "classify",
+            "images": "image-classify",
+        }
         self.loaded: dict[str, Any] = {}
 
     def settings(self, name: str, **more: Any) -> Any:
@@ -82,7 +99,12 @@ class World:
     def load(self, name: str, seed: int = 1, **more: Any) -> Any:
         from fedtune.model.base import load
 
-        return load(self.settings(name, **more), self.tasks[name], () if name in ("causal", "instruct") else ("a", "b"), seed)
+        return load(
+            self.settings(name, **more),
+            self.tasks[name],
+            () if name in ("causal", "instruct") else ("a", "b"),
+            seed,
+        )
 
     def base(self, name: str) -> Any:
         if name not in self.loaded:
@@ -100,5 +122,5 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(tiny_llama: Path, tiny_bert: Path, tiny_vit: Path) -> World:
-    return World(tiny_llama, tiny_bert, tiny_vit)
+def workspace(tiny_llama: Path, tiny_bert: Path, tiny_vit: Path) -> Workspace:
+    return Workspace(tiny_llama, tiny_bert, tiny_vit)

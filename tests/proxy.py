@@ -21,4 +21,6 @@ class WithVerbs:
 
 def with_work(method: Any, changed: Callable[[Work], Work]) -> Any:
     """The method with every client's half changed."""
-    return WithVerbs(method, {name: replace(verb, work=changed(verb.work)) for name, verb in method.verbs.items()})
+    return WithVerbs(
+        method, {name: replace(verb, work=changed(verb.work)) for name, verb in method.verbs.items()}
+    )

@@ -10,15 +10,19 @@ from fedtune import config, transforms
 from fedtune.config import Recipe, method_of
 from fedtune.events import Event
 from fedtune.rng import stream
+from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.folder import RunFolder, create
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Ask, Carrier, Link
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Ask, Link, Transport
 from fedtune.runtime.run import run
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world
+from fedtune.runtime.workspace import Workspace, build_workspace
 from fedtune.types import Client
 
-WORDS = {"animals": "fox cat dog runs sleeps barks", "music": "song piano plays slow he", "weather": "rain falls roof house on"}
+WORDS = {
+    "animals": "fox cat dog runs sleeps barks",
+    "music": "song piano plays slow he",
+    "weather": "rain falls roof house on",
+}
 
 
 def rows(count: int = 120) -> list[dict[str, Any]]:
@@ -27,8 +31,13 @@ def rows(count: int = 120) -> list[dict[str, Any]]:
     made = []
     for number in range(count):
         label = sorted(WORDS)[number % 3]
-        words = draw.choice(WORDS[label].split(), 4).tolist() + draw.choice(["the", "a", "of", "is", "and"], 3).tolist()
-        made.append({"text": " ".join(draw.permutation(words).tolist()), "label": label, "site": f"site-{number % 4}"})
+        words = (
+            draw.choice(WORDS[label].split(), 4).tolist()
+            + draw.choice(["the", "a", "of", "is", "and"], 3).tolist()
+        )
+        made.append(
+            {"text": " ".join(draw.permutation(words).tolist()), "label": label, "site": f"site-{number % 4}"}
+        )
     return made
 
 
@@ -44,9 +53,20 @@ def tree(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
         "seed": 3,
         "rounds": 3,
         "model": {"name": str(model), "threads": 1},
-        "data": {"source": "jsonl", "path": str(data), "task": "classify", "max_length": 12, "test_share": 0.2, "client_test_share": 0.1},
+        "data": {
+            "source": "jsonl",
+            "path": str(data),
+            "task": "classify",
+            "max_length": 12,
+            "test_share": 0.2,
+            "client_test_share": 0.1,
+        },
         "partition": {"by": "iid", "clients": 4},
-        "method": {"type": "fedpeft", "adapter": {"kind": "lora", "rank": 2}, "train": {"lr": 0.01, "steps": 2, "batch": 4}},
+        "method": {
+            "type": "fedpeft",
+            "adapter": {"kind": "lora", "rank": 2},
+            "train": {"lr": 0.01, "steps": 2, "batch": 4},
+        },
         "evaluate": {"local": False, "centralised": False, "base": False},
     }
     for path, value in changes.items():
@@ -64,7 +84,9 @@ def recipe(model: Path, data: Path, **changes: Any) -> Recipe:
     return config.parse(tree(model, data, **changes))
 
 
-def play(recipe: Recipe, root: Path, tell: Any = None, carry: Any = None) -> tuple[RunFolder, dict[str, Any], list[Event]]:
+def play(
+    recipe: Recipe, root: Path, tell: Any = None, carry: Any = None
+) -> tuple[RunFolder, dict[str, Any], list[Event]]:
     """Run a recipe in a new folder; its folder, result and events."""
     folder = create(root, "", "run")
     folder.write_json("config.json", recipe.model_dump(mode="json"))
@@ -78,20 +100,24 @@ def play(recipe: Recipe, root: Path, tell: Any = None, carry: Any = None) -> tup
     return folder, run(recipe, folder, both, carry), events
 
 
-def world_of(recipe: Recipe) -> tuple[World, Link]:
-    """A world outside of any run, and a link of a run called "run"."""
+def workspace_of(recipe: Recipe) -> tuple[Workspace, Link]:
+    """A workspace outside of any run, and a link of a run called "run"."""
     method = method_of(recipe)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    return world, Link("run", world.base.fingerprint, method, transforms.build(recipe.chain))
+    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    return workspace, Link("run", workspace.base.fingerprint, method, transforms.build(recipe.chain))
 
 
 def forgetful(client: int, number: int) -> Any:
-    """A local carrier in which one client has lost, before one round, what it held."""
+    """A local transport in which one client has lost, before one round, what it held."""
 
-    def carry(link: Link, world: World) -> Carrier:
+    def carry(link: Link, workspace: Workspace) -> Transport:
         def asked(ask: Ask) -> Client:
-            return world.client_with(client, {}) if (ask.client, ask.now.number) == (client, number) else world.client(ask)
+            return (
+                workspace.client_with(client, {})
+                if (ask.client, ask.now.number) == (client, number)
+                else workspace.client(ask)
+            )
 
-        return local_carrier(link, asked, world.done)
+        return local_transport(link, asked, workspace.done)
 
     return carry

@@ -31,13 +31,26 @@ def test_the_name_of_a_run_is_not_part_of_its_identity() -> None:
     assert config.read(None, ["name=a"]).fingerprint == config.read(None, ["name=b"]).fingerprint
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("docker/*.toml")]), ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "path",
+    sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("docker/*.toml")]),
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
 def test_every_shipped_recipe_parses(path: Path) -> None:
     assert config.read(str(path)).rounds >= 1
 
 
 def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
-    recipe = config.read(None, ["rounds=3", "model.name=../some/folder", "method.train.lr=1e-2", "method.adapter.targets=['query']", "partition.by=iid"])
+    recipe = config.read(
+        None,
+        [
+            "rounds=3",
+            "model.name=../some/folder",
+            "method.train.lr=1e-2",
+            "method.adapter.targets=['query']",
+            "partition.by=iid",
+        ],
+    )
     assert (recipe.rounds, recipe.model.name, recipe.method.train.lr) == (3, "../some/folder", 0.01)
     assert recipe.method.adapter.targets == ("query",) and recipe.partition.by == "iid"
 
@@ -51,17 +64,32 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("rounds = 'three'", 'C102: found rounds = "three", expected a valid integer'),
         ("rounds = 0", "C102: found rounds = 0, expected a number greater than or equal to 1"),
         ("[method.adapter]\nrank = 0", "C102: found method.adapter.rank = 0"),
-        ("[method.adapter]\nkind = 'lore'", "C102: found method.adapter.kind = \"lore\", expected one of 'lora', 'bias'"),
+        (
+            "[method.adapter]\nkind = 'lore'",
+            "C102: found method.adapter.kind = \"lore\", expected one of 'lora', 'bias'",
+        ),
         ("[method]\ntype = 'fedsgd'", 'C102: found method.type = "fedsgd"'),
         ("method = 3", "C102: found method = 3"),
         ("rounds = ", "C103"),
         ("[data]\nsource = 'jsonl'", "C104: found no data.path"),
-        ("[data]\ntask = 'image-classify'", "C104: found data.task = 'image-classify' with data.source = 'docstrings'"),
+        (
+            "[data]\ntask = 'image-classify'",
+            "C104: found data.task = 'image-classify' with data.source = 'docstrings'",
+        ),
         ("[partition]\nby = 'column'", "C104: found partition.by = 'column' without partition.column"),
-        ("[data]\ntask = 'causal-lm'\n[partition]\nby = 'dirichlet'", "C104: found partition.by = 'dirichlet' for a task without labels"),
+        (
+            "[data]\ntask = 'causal-lm'\n[partition]\nby = 'dirichlet'",
+            "C104: found partition.by = 'dirichlet' for a task without labels",
+        ),
         ("[sampling]\ncount = 9", "C104: found sampling.count = 9 of 8 clients"),
-        ("[method.adapter]\nkind = 'bias'\nrank = 4", "C104: found method.adapter.rank with method.adapter.kind = 'bias'"),
-        ("[method.server]\noptimizer = 'adam'\nmomentum = 0.9", "C104: found method.server.momentum with method.server.optimizer = 'adam'"),
+        (
+            "[method.adapter]\nkind = 'bias'\nrank = 4",
+            "C104: found method.adapter.rank with method.adapter.kind = 'bias'",
+        ),
+        (
+            "[method.server]\noptimizer = 'adam'\nmomentum = 0.9",
+            "C104: found method.server.momentum with method.server.optimizer = 'adam'",
+        ),
         ("[method.train]\nepochs = 2", "C104: found method.train.epochs together with method.train.steps"),
     ],
 )
@@ -73,25 +101,48 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
 def test_an_override_of_a_selector_takes_the_old_keys_with_it(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     path.write_text("[method.adapter]\nkind = 'lora'\nrank = 4\n[partition]\nby = 'dirichlet'\nalpha = 0.1")
-    recipe = config.read(str(path), ["method.adapter.kind=prompt", "method.adapter.tokens=5", "partition.by=iid"])
-    assert (recipe.method.adapter.kind, recipe.method.adapter.tokens, recipe.partition.by) == ("prompt", 5, "iid")
+    recipe = config.read(
+        str(path), ["method.adapter.kind=prompt", "method.adapter.tokens=5", "partition.by=iid"]
+    )
+    assert (recipe.method.adapter.kind, recipe.method.adapter.tokens, recipe.partition.by) == (
+        "prompt",
+        5,
+        "iid",
+    )
     with pytest.raises(FedtuneError, match="C104"):
         config.read(str(path), ["method.adapter.kind=prompt", "method.adapter.rank=5"])
 
 
 def test_the_order_of_overrides_loses_none() -> None:
-    sets = ["method.train.steps=7", "method.size=128", "method.adapter.kind=head", "method.space=adapter", "method.type=fedkseed"]
+    sets = [
+        "method.train.steps=7",
+        "method.size=128",
+        "method.adapter.kind=head",
+        "method.space=adapter",
+        "method.type=fedkseed",
+    ]
     recipe = config.read(None, sets)
-    assert (recipe.method.type, recipe.method.train.steps, recipe.method.size, recipe.method.adapter.kind) == ("fedkseed", 7, 128, "head")
+    assert (
+        recipe.method.type,
+        recipe.method.train.steps,
+        recipe.method.size,
+        recipe.method.adapter.kind,
+    ) == ("fedkseed", 7, 128, "head")
     assert recipe.fingerprint == config.read(None, sets[::-1]).fingerprint
 
 
 def test_what_an_override_drops_is_said_and_the_rest_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
-    path.write_text("[method]\nlora_alpha_by_client = [1.0]\n[method.train]\nlr = 0.5\n[method.adapter]\nrank = 64\n[aggregate]\nrule = 'trimmed'\ntrim = 0.3")
+    path.write_text(
+        "[method]\nlora_alpha_by_client = [1.0]\n[method.train]\nlr = 0.5\n[method.adapter]\nrank = "
+        "64\n[aggregate]\nrule = 'trimmed'\ntrim = 0.3"
+    )
     recipe = config.read(str(path), ["method.type=fedkseed", "method.space=adapter", "aggregate.rule=mean"])
     assert (recipe.method.train.lr, recipe.method.adapter.rank) == (0.5, 64)
-    assert sorted(note.split()[3] for note in recipe.notes) == ["aggregate.trim", "method.lora_alpha_by_client"]
+    assert sorted(note.split()[3] for note in recipe.notes) == [
+        "aggregate.trim",
+        "method.lora_alpha_by_client",
+    ]
     assert config.read(str(path), ["aggregate.rule=trimmed"]).notes == ()
     assert config.read(str(path), ["aggregate.trim=0.4"]).aggregate.trim == 0.4
 
@@ -100,9 +151,15 @@ def test_a_table_without_its_discriminator_has_the_default_one(tmp_path: Path) -
     path = tmp_path / "r.toml"
     path.write_text("[method]\n[method.server]\n[aggregate]\n")
     recipe = config.read(str(path))
-    assert (recipe.method.type, recipe.method.server.optimizer, recipe.aggregate.rule) == ("fedpeft", "none", "mean")
+    assert (recipe.method.type, recipe.method.server.optimizer, recipe.aggregate.rule) == (
+        "fedpeft",
+        "none",
+        "mean",
+    )
     path.write_text("[aggregate]\nrule = 'meen'")
-    assert "C102: found aggregate.rule = \"meen\", expected one of 'mean', 'ffa'" in bad(tmp_path, "[aggregate]\nrule = 'meen'")
+    assert "C102: found aggregate.rule = \"meen\", expected one of 'mean', 'ffa'" in bad(
+        tmp_path, "[aggregate]\nrule = 'meen'"
+    )
 
 
 @pytest.mark.parametrize("override", ["rounds", "=3", "rounds.x=3", "a..b=1"])
@@ -124,10 +181,15 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     [
         ("[model]\nmax_length = 5", "C101: found unknown key 'model.max_length'.*write data.max_length"),
         ("[method]\nrank = 5", "C101: found unknown key 'method.rank'.*write method.adapter.rank"),
-        ("[method.train]\nlr = 1000000.0", "C102: found method.train.lr = 1000000.0.*less than or equal to 100"),
+        (
+            "[method.train]\nlr = 1000000.0",
+            "C102: found method.train.lr = 1000000.0.*less than or equal to 100",
+        ),
     ],
 )
-def test_a_key_that_stands_elsewhere_and_a_slip_of_the_pen_are_named(text: str, words: str, tmp_path: Path) -> None:
+def test_a_key_that_stands_elsewhere_and_a_slip_of_the_pen_are_named(
+    text: str, words: str, tmp_path: Path
+) -> None:
     assert re.search(words, bad(tmp_path, text))
 
 

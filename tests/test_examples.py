@@ -1,4 +1,5 @@
-"""Every notebook under examples/ runs from its first cell to its last, and carries no outputs of somebody's machine."""
+"""Every notebook under examples/ runs from its first cell to its last, and carries no outputs of somebody's
+machine."""
 
 from __future__ import annotations
 
@@ -18,8 +19,14 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     notebook = nbformat.read(path, 4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
-    done = nbclient.NotebookClient(notebook, timeout=540, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = ["".join(output.get("text", "") for output in cell.get("outputs", ())) for cell in done.cells if cell.cell_type == "code"]
+    done = nbclient.NotebookClient(
+        notebook, timeout=540, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    printed = [
+        "".join(output.get("text", "") for output in cell.get("outputs", ()))
+        for cell in done.cells
+        if cell.cell_type == "code"
+    ]
     assert all(printed) and "round 2: loss" in printed[1]
 
 

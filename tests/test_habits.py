@@ -24,7 +24,9 @@ def test_the_hooks_before_a_commit_are_the_static_checks_of_ci() -> None:
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "README.md"])
 def test_paths_that_a_page_names_are_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    code = re.findall(r"`((?:fedtune|tests|docs|benchmarks|simulations|protos|server|client|docker)/[\w./-]*)`", text)
+    code = re.findall(
+        r"`((?:fedtune|tests|docs|benchmarks|simulations|protos|server|client|docker)/[\w./-]*)`", text
+    )
     named = code + re.findall(r"\]\(([\w./-]+)[)#]", text)
     gone = [name for name in named if not (ROOT / name).exists()]
     assert len(named) > 2 and not gone
@@ -41,7 +43,8 @@ def test_no_library_code_changes_the_working_directory() -> None:
 
 
 def test_nobody_reaches_into_a_method_by_name() -> None:
-    """What the runtime may ask of a method stands in its interface: no attribute by its name, no class and no type string elsewhere."""
+    """What the runtime may ask of a method stands in its interface: no attribute by its name, no class and no
+    type string elsewhere."""
     types = {"fedpeft", "fedkseed", "sfprompt"}
     found = []
     for path in sorted((ROOT / "fedtune").rglob("*.py")):
@@ -49,9 +52,17 @@ def test_nobody_reaches_into_a_method_by_name() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             text = ast.unparse(node) if isinstance(node, (ast.Call, ast.Compare)) else ""
-            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "isinstance") and "method" in ast.unparse(node.args[0])
-            named = isinstance(node, ast.Compare) and any(isinstance(n, ast.Constant) and n.value in types for n in ast.walk(node))
-            imported = isinstance(node, ast.ImportFrom) and re.fullmatch(r"fedtune\.methods\.(fedpeft|fedkseed|sfprompt)\w*", node.module or "")
+            asks = (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("getattr", "hasattr", "isinstance")
+                and "method" in ast.unparse(node.args[0])
+            )
+            named = isinstance(node, ast.Compare) and any(
+                isinstance(n, ast.Constant) and n.value in types for n in ast.walk(node)
+            )
+            imported = isinstance(node, ast.ImportFrom) and re.fullmatch(
+                r"fedtune\.methods\.(fedpeft|fedkseed|sfprompt)\w*", node.module or ""
+            )
             if asks or named or imported:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} {text or ast.unparse(node)}")
     assert found == []

@@ -1,6 +1,7 @@
 """Imports between the library's files have no cycles.
 
-Lazy imports inside functions count. Those under TYPE_CHECKING, which never run, do not, nor does fedtune/__init__.py, which imports its public names when
+Lazy imports inside functions count. Those under TYPE_CHECKING, which never run, do not, nor does
+fedtune/__init__.py, which imports its public names when
 somebody asks for them (PEP 562).
 """
 
@@ -19,7 +20,11 @@ Edge = tuple[str, str]
 def edges() -> set[Edge]:
     """Who imports whom, as it happens when the program runs."""
     graph = grimp.build_graph("fedtune", exclude_type_checking_imports=True, cache_dir=None)
-    return {(file, other) for file in graph.modules - {"fedtune"} for other in graph.find_modules_directly_imported_by(file)}
+    return {
+        (file, other)
+        for file in graph.modules - {"fedtune"}
+        for other in graph.find_modules_directly_imported_by(file)
+    }
 
 
 def cycle(edges: Iterable[Edge]) -> list[str]:

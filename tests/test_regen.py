@@ -25,7 +25,8 @@ def test_a_stale_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_figures_by_round_are_means_over_seeds_of_what_was_recorded() -> None:
-    """Drifts of 10 and 20 % are 15 %; a run that is one round longer stands alone there; rules without figures have no row."""
+    """Drifts of 10 and 20 % are 15 %; a run that is one round longer stands alone there; rules without
+    figures have no row."""
     table = {
         "rows": {
             "mean": {"1": {"rounds": 2}},

@@ -1,4 +1,5 @@
-"""Every benchmark and every recording script is started here on a tiny case: a name that moved is noticed the same day. Their figures mean nothing here."""
+"""Every benchmark and every recording script is started here on a tiny case: a name that moved is noticed the
+same day. Their figures mean nothing here."""
 
 from __future__ import annotations
 
@@ -14,8 +15,15 @@ import pytest
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("benchmarks", "simulations") for path in (ROOT / folder).glob("*.py"))
-LONG = {"benchmarks/simulation.py", "benchmarks/threads.py"}  # whole runs of the built-in federation in processes of their own
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("benchmarks", "simulations")
+    for path in (ROOT / folder).glob("*.py")
+)
+LONG = {
+    "benchmarks/simulation.py",
+    "benchmarks/threads.py",
+}  # whole runs of the built-in federation in processes of their own
 Start = Callable[..., Any]
 
 
@@ -34,7 +42,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 
     yield loaded
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith((str(ROOT / "benchmarks"), str(ROOT / "simulations"))):
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(
+            (str(ROOT / "benchmarks"), str(ROOT / "simulations"))
+        ):
             del sys.modules[name]  # there are two called `record`
 
 
@@ -48,27 +58,40 @@ def start(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Start:
 
 
 @pytest.mark.parametrize("path", SCRIPTS)
-def test_a_script_can_be_imported_and_explains_itself(path: str, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_can_be_imported_and_explains_itself(
+    path: str, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         start(path, "--help")
     assert ended.value.code == 0 and path.rpartition("/")[2] in capsys.readouterr().out
 
 
-# --- benchmarks: their last line is a list of claims --------------------------------------------------------------------
+# --- benchmarks: their last line is a list of claims
+# --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path in LONG else []) for path in SCRIPTS if path.startswith("benchmarks/") and "record" not in path],
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path in LONG else [])
+        for path in SCRIPTS
+        if path.startswith("benchmarks/") and "record" not in path
+    ],
 )
-def test_a_benchmark_ends_with_its_claims(path: str, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_ends_with_its_claims(
+    path: str, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     start(path, "--tiny")
     claims = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert claims and all(claim.keys() == {"claim", "ours", "other", "ratio", "goal", "met"} for claim in claims)
+    assert claims and all(
+        claim.keys() == {"claim", "ours", "other", "ratio", "goal", "met"} for claim in claims
+    )
 
 
 @pytest.mark.parametrize("kind", ["plain", "local"])
-def test_both_sides_of_the_simulation_benchmark(kind: str, load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_sides_of_the_simulation_benchmark(
+    kind: str, load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     load("benchmarks/simulation.py").worker(kind, 2, 1, 1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["round_seconds"] > 0
 
@@ -79,14 +102,18 @@ def test_benchmarks_are_recorded(start: Start, tmp_path: Path) -> None:
     assert kept["codec"]["command"] == "python benchmarks/codec.py" and kept["codec"]["claims"]
 
 
-# --- recordings ---------------------------------------------------------------------------------------------------------
+# --- recordings
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal model with room for the 128 tokens of the shipped recipes."""
     folder = tiny.llama(tmp_path_factory.mktemp("story"), chat=False)
-    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+    for name, key in (
+        ("config.json", "max_position_embeddings"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | {key: 128}))
     return folder
 
@@ -95,7 +122,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve speakers who say the same things."""
     path = tmp_path_factory.mktemp("play") / "input.txt"
-    path.write_text("\n\n".join(f"SPEAKER {number % 12}:\n{' '.join(tiny.SENTENCES)}." for number in range(60)))
+    path.write_text(
+        "\n\n".join(f"SPEAKER {number % 12}:\n{' '.join(tiny.SENTENCES)}." for number in range(60))
+    )
     return path
 
 
@@ -110,7 +139,16 @@ def rows_of(path: Path) -> dict[str, Any]:
 
 
 def test_record(shakespeare: list[str], start: Start, tmp_path: Path) -> None:
-    start("simulations/record.py", "shakespeare", "--only", "outer Nesterov", *shakespeare, "--set=rounds=1", "--results", tmp_path)
+    start(
+        "simulations/record.py",
+        "shakespeare",
+        "--only",
+        "outer Nesterov",
+        *shakespeare,
+        "--set=rounds=1",
+        "--results",
+        tmp_path,
+    )
     assert rows_of(tmp_path / "shakespeare.json")["outer Nesterov"]["1"]["rounds"] == 1
 
 
@@ -118,8 +156,17 @@ def test_every_row_of_every_table_is_a_recipe(load: Callable[[str], Any]) -> Non
     from fedtune.config import read
 
     record, sfprompt, dolly = (load(f"simulations/{name}.py") for name in ("record", "sfprompt", "dolly"))
-    tables = [*record.TABLES.values(), ("sfprompt.toml", sfprompt.DIGITS), ("clinc150.toml", sfprompt.TEXT), ("fedkseed.toml", dolly.ROWS)]
-    recipes = [read(str(record.HERE / recipe) if recipe else None, sets) for recipe, rows in tables for sets in rows.values()]
+    tables = [
+        *record.TABLES.values(),
+        ("sfprompt.toml", sfprompt.DIGITS),
+        ("clinc150.toml", sfprompt.TEXT),
+        ("fedkseed.toml", dolly.ROWS),
+    ]
+    recipes = [
+        read(str(record.HERE / recipe) if recipe else None, sets)
+        for recipe, rows in tables
+        for sets in rows.values()
+    ]
     assert len(recipes) > 60
 
 
@@ -128,7 +175,10 @@ def test_byzantine(shakespeare: list[str], start: Start, tmp_path: Path) -> None
     assert set(rows_of(tmp_path / "byzantine.json")) > {"mean", "krum"}
 
 
-@pytest.mark.parametrize(("case", "file"), [("one-start", "merging"), pytest.param("strangers", "merging-strangers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("case", "file"),
+    [("one-start", "merging"), pytest.param("strangers", "merging-strangers", marks=pytest.mark.slow)],
+)
 def test_merging(case: str, file: str, shakespeare: list[str], start: Start, tmp_path: Path) -> None:
     start("simulations/merging.py", "--case", case, *shakespeare, "--results", tmp_path)
     assert set(rows_of(tmp_path / f"{file}.json")) > {"base", "one expert", "mean of products"}
@@ -136,19 +186,60 @@ def test_merging(case: str, file: str, shakespeare: list[str], start: Start, tmp
 
 def test_dolly(story: Path, start: Start, tmp_path: Path) -> None:
     said, kinds = " ".join(tiny.SENTENCES), ("open", "closed", "summarization")
-    rows = [{"instruction": tiny.SENTENCES[n % 6], "response": f"{n} {said}", "category": kinds[n % 3]} for n in range(900)]
+    rows = [
+        {"instruction": tiny.SENTENCES[n % 6], "response": f"{n} {said}", "category": kinds[n % 3]}
+        for n in range(900)
+    ]
     (tmp_path / "dolly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    few = [f"--set={change}" for change in ("rounds=1", "partition.clients=3", "sampling.count=1", "method.steps=1", "partition.alpha=100.0")]
+    few = [
+        f"--set={change}"
+        for change in (
+            "rounds=1",
+            "partition.clients=3",
+            "sampling.count=1",
+            "method.steps=1",
+            "partition.alpha=100.0",
+        )
+    ]
     start(
-        "simulations/dolly.py", "--model", story, "--data", tmp_path / "dolly.jsonl", "--seeds", 1, "--out", tmp_path / "out.json",
-        "--only", "hadamard pool (default)", "plain torch: FedAvg, SGD", *few,
-    )  # fmt: skip
+        "simulations/dolly.py",
+        "--model",
+        story,
+        "--data",
+        tmp_path / "dolly.jsonl",
+        "--seeds",
+        1,
+        "--out",
+        tmp_path / "out.json",
+        "--only",
+        "hadamard pool (default)",
+        "plain torch: FedAvg, SGD",
+        *few,
+    )
     assert set(rows_of(tmp_path / "out.json")) == {"hadamard pool (default)", "plain torch: FedAvg, SGD"}
 
 
 def test_sfprompt_on_pictures(start: Start, tmp_path: Path) -> None:
-    few = ("--set=rounds=1", "--set=method.train.epochs=1", "--set=data.limit=80", "--set=partition.clients=2")
-    start("simulations/sfprompt.py", tmp_path, "--only", "head", "split k=1 m=5", "--seeds", 1, "--epochs", 1, *few, "--results", tmp_path)
+    few = (
+        "--set=rounds=1",
+        "--set=method.train.epochs=1",
+        "--set=data.limit=80",
+        "--set=partition.clients=2",
+    )
+    start(
+        "simulations/sfprompt.py",
+        tmp_path,
+        "--only",
+        "head",
+        "split k=1 m=5",
+        "--seeds",
+        1,
+        "--epochs",
+        1,
+        *few,
+        "--results",
+        tmp_path,
+    )
     assert set(rows_of(tmp_path / "sfprompt-digits.json")) == {"head", "split k=1 m=5"}
 
 

@@ -1,4 +1,5 @@
-"""Waiting for other processes: for a condition and never for a fixed time, with a deadline that only a hang can miss."""
+"""Waiting for other processes: for a condition and never for a fixed time, with a deadline that only a hang
+can miss."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 300.0  # seconds: beside twelve busy processes two minutes were not enough, and who is not kept waiting loses nothing
+# seconds: beside twelve busy processes two minutes were not enough, and who is not kept waiting loses nothing
+PATIENCE = 300.0
 
 LONG = 400.0  # seconds that a whole run of real processes may take, faults and a busy machine included
 
@@ -22,7 +24,8 @@ def wait_for(done: Callable[[], Any], what: str, seconds: float = PATIENCE, ever
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that stay free until a server takes them, and while it is started again: the system gives outgoing calls none below 32768.
+    """Ports of loopback that stay free until a server takes them, and while it is started again: the system
+    gives outgoing calls none below 32768.
 
     Drawn anew in every process, so that test workers and test runs at the same time do not meet.
     """

@@ -1,4 +1,5 @@
-"""Aggregation: how many adapters become one. One short file a rule, numpy only; it knows no runtime, no network and no model.
+"""Aggregation: how many adapters become one. One short file a rule, numpy only; it knows no runtime, no
+network and no model.
 
 A rule is registered by its place in `AggregateSettings`; RULES[name] is its class.
 
@@ -27,17 +28,31 @@ from fedtune.aggregate.mean import Mean
 from fedtune.aggregate.median import Median
 from fedtune.aggregate.merging import MERGES, Merge
 from fedtune.aggregate.pairs import Pair, flat_residual, join, ranks, residual_of, split
-from fedtune.aggregate.plain import WeightedMean
 from fedtune.aggregate.residual import as_adapter
 from fedtune.aggregate.resize import for_rank, left_out
 from fedtune.aggregate.rolora import RoLoRA
-from fedtune.aggregate.rule import Answer, Combined, Rule, TooFew
+from fedtune.aggregate.rule import ClientAdapter, Combined, Rule, TooFew
 from fedtune.aggregate.trimmed import Trimmed
+from fedtune.aggregate.weighted_mean import WeightedMean
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 AggregateSettings = Annotated[
-    Mean | FFA | RoLoRA | FedSA | FedSB | FLoRA | FlexLoRA | HetLoRA | FedEx | Fair | FedRot | Median | Trimmed | Krum | Clipped,
+    Mean
+    | FFA
+    | RoLoRA
+    | FedSA
+    | FedSB
+    | FLoRA
+    | FlexLoRA
+    | HetLoRA
+    | FedEx
+    | Fair
+    | FedRot
+    | Median
+    | Trimmed
+    | Krum
+    | Clipped,
     Field(discriminator="rule"),
 ]
 if not TYPE_CHECKING:
@@ -48,7 +63,7 @@ __all__ = [
     "MERGES",
     "RULES",
     "AggregateSettings",
-    "Answer",
+    "ClientAdapter",
     "Combined",
     "Mean",
     "Merge",

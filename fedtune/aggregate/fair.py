@@ -1,7 +1,10 @@
-"""LoRA-FAIR: mean factors, and a correction of B that brings the product near the mean of products (Bian et al. 2025, arXiv:2411.14961).
+"""LoRA-FAIR: mean factors, and a correction of B that brings the product near the mean of products (Bian et
+al. 2025, arXiv:2411.14961).
 
-Up: both factors. dB = argmin ||dW - s (mean B + dB)(mean A)||_F^2 + lam t ||dB||_F^2, with dW = mean of products: ridge regression, in
-closed form. The paper maximises a cosine similarity by gradient steps, which leaves the length of the product open; the norm fixes
+Up: both factors. dB = argmin ||dW - s (mean B + dB)(mean A)||_F^2 + lam t ||dB||_F^2, with dW = mean of
+products: ridge regression, in
+closed form. The paper maximises a cosine similarity by gradient steps, which leaves the length of the product
+open; the norm fixes
 it and has one solution. t, the mean eigenvalue of s^2 A A^T, makes `lam` free of the scale of A (our choice).
 """
 
@@ -15,7 +18,7 @@ from pydantic import Field
 
 from fedtune.aggregate.gather import Ledger, Module, finished, gather
 from fedtune.aggregate.pairs import Pair
-from fedtune.aggregate.rule import Answer, Combined, Rule
+from fedtune.aggregate.rule import ClientAdapter, Combined, Rule
 from fedtune.types import Round
 
 
@@ -28,7 +31,9 @@ class Fair(Rule):
     lam: float = Field(0.01, gt=0)
     """Lambda, the weight of a small correction; 0.01 is the paper's."""
 
-    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+    def combine(
+        self, answers: Iterable[ClientAdapter], before: Combined, scale: float, now: Round
+    ) -> Combined:
         made = gather(answers, before, scale)
         ledger, pairs = Ledger(scale), dict[str, Pair]()
         for module in made.modules():

@@ -1,7 +1,10 @@
-"""FedRot-LoRA: every client's factors are turned towards the server's, then averaged (arXiv:2602.23638). Up: both factors.
+"""FedRot-LoRA: every client's factors are turned towards the server's, then averaged (arXiv:2602.23638). Up:
+both factors.
 
-(B Q)(Q^T A) is the same product for any orthogonal Q, so clients that learned the same in turned bases cancel in a mean of factors.
-Q is the orthogonal Procrustes solution (Schoenemann 1966): the polar factor of B^T B_0 / ||B_0||^2 + A A_0^T / ||A_0||^2, both factors
+(B Q)(Q^T A) is the same product for any orthogonal Q, so clients that learned the same in turned bases cancel
+in a mean of factors.
+Q is the orthogonal Procrustes solution (Schoenemann 1966): the polar factor of B^T B_0 / ||B_0||^2 + A A_0^T
+/ ||A_0||^2, both factors
 counted alike (our choice). What does not come from turning stays wrong, and `error` says how much.
 """
 
@@ -15,7 +18,7 @@ import numpy as np
 from fedtune.aggregate.gather import Ledger, finished, gather
 from fedtune.aggregate.pairs import Pair, split
 from fedtune.aggregate.residual import widened
-from fedtune.aggregate.rule import Answer, Combined, Rule
+from fedtune.aggregate.rule import ClientAdapter, Combined, Rule
 from fedtune.types import Round
 
 
@@ -26,11 +29,13 @@ class FedRot(Rule):
     linear: ClassVar[bool] = False
     pairs: ClassVar[bool] = True
 
-    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+    def combine(
+        self, answers: Iterable[ClientAdapter], before: Combined, scale: float, now: Round
+    ) -> Combined:
         reference = split(before.tensors)[0]
         sums = {name: (np.zeros(pair.B.shape), np.zeros(pair.A.shape)) for name, pair in reference.items()}
 
-        def turn(name: str, pair: Pair, answer: Answer) -> None:
+        def turn(name: str, pair: Pair, answer: ClientAdapter) -> None:
             near = turned(pair, reference[name])
             sums[name][0][:] += near.B * (answer.weight * answer.scale / scale)
             sums[name][1][:] += near.A * answer.weight

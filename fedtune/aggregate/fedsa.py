@@ -1,6 +1,8 @@
-"""FedSA-LoRA: A is shared, every client keeps its own B (Guo et al. 2025, arXiv:2410.01463). Up: A and the rest.
+"""FedSA-LoRA: A is shared, every client keeps its own B (Guo et al. 2025, arXiv:2410.01463). Up: A and the
+rest.
 
-There is no one global adapter: the server's B stays as it started, and a client without memory starts from that.
+There is no one global adapter: the server's B stays as it started, and a client without memory starts from
+that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Fed-SB: W_0 + s B R A with B and A fixed and equal on all, only R (r x r) is trained and averaged (Singhal et al. 2025, arXiv:2502.15436).
+"""Fed-SB: W_0 + s B R A with B and A fixed and equal on all, only R (r x r) is trained and averaged (Singhal
+et al. 2025, arXiv:2502.15436).
 
-Up: `<module>.lora_R.weight` and the rest, r^2 values a module. The mean of R is the mean of products: exact, and linear. The
+Up: `<module>.lora_R.weight` and the rest, r^2 values a module. The mean of R is the mean of products: exact,
+and linear. The
 artefact is a stock pair, (B R, A).
 """
 
@@ -36,11 +38,17 @@ class FedSB(Rule):
 
 
 def start(update: np.ndarray | Pair, rank: int, scale: float) -> Core:
-    """B = U, R = S / s, A = Vt of the wanted first update (d x k), usually the mean first step: s B R A is its best approximation of this rank.
+    """B = U, R = S / s, A = Vt of the wanted first update (d x k), usually the mean first step: s B R A is
+    its best approximation of this rank.
 
-    LoRA-SB, Ponkshe et al. 2024 (arXiv:2411.19557), section 3. Where the update has fewer directions, R is zero there.
+    LoRA-SB, Ponkshe et al. 2024 (arXiv:2411.19557), section 3. Where the update has fewer directions, R is
+    zero there.
     """
-    of = spectrum(update) if isinstance(update, Pair) else signed(*np.linalg.svd(np.asarray(update, dtype=np.float64), full_matrices=False))
+    of = (
+        spectrum(update)
+        if isinstance(update, Pair)
+        else signed(*np.linalg.svd(np.asarray(update, dtype=np.float64), full_matrices=False))
+    )
     q = min(rank, of.S.size)
     b, a = completed(of.U[:, :q], rank), completed(of.Vt[:q].T, rank).T
     r = np.diag(np.pad(of.S[:q], (0, rank - q))) / scale

@@ -1,6 +1,8 @@
-"""FFA-LoRA: A is random, common and frozen, B is averaged (Sun et al. 2024, arXiv:2403.12313). Up: B and the rest, half of LoRA.
+"""FFA-LoRA: A is random, common and frozen, B is averaged (Sun et al. 2024, arXiv:2403.12313). Up: B and the
+rest, half of LoRA.
 
-With one A the mean of products is the product of means: exact, and noise on B is not multiplied by noise on A.
+With one A the mean of products is the product of means: exact, and noise on B is not multiplied by noise on
+A.
 """
 
 from __future__ import annotations

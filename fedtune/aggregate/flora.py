@@ -1,6 +1,8 @@
-"""FLoRA: all clients' adapters are stacked, which is exact, and training starts afresh (Wang et al. 2024, arXiv:2409.05976).
+"""FLoRA: all clients' adapters are stacked, which is exact, and training starts afresh (Wang et al. 2024,
+arXiv:2409.05976).
 
-Up: a client's pairs at its own rank. The paper adds the stack to the base; here it is the residual, compacted to its numerical
+Up: a client's pairs at its own rank. The paper adds the stack to the base; here it is the residual, compacted
+to its numerical
 rank, so that the base stays untouched. The fresh pair has a random A, equal on all clients, and B = 0.
 """
 
@@ -16,7 +18,7 @@ from pydantic import Field
 from fedtune.aggregate.gather import Ledger, Module, finished, gather
 from fedtune.aggregate.pairs import Pair
 from fedtune.aggregate.residual import compact, summary
-from fedtune.aggregate.rule import Answer, Combined, Rule
+from fedtune.aggregate.rule import ClientAdapter, Combined, Rule
 from fedtune.rng import stream
 from fedtune.types import Round
 
@@ -30,9 +32,12 @@ class FLoRA(Rule):
     mixed: ClassVar[bool] = True
     carries: ClassVar[bool] = True
     extra: int = Field(32, ge=1)
-    """Rank that carries what the base model would be changed by; what does not fit is cut, and the loss is logged."""
+    """Rank that carries what the base model would be changed by; what does not fit is cut, and the loss is
+    logged."""
 
-    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+    def combine(
+        self, answers: Iterable[ClientAdapter], before: Combined, scale: float, now: Round
+    ) -> Combined:
         made = gather(answers, before, scale, slices=False)
         ledger, pairs, residual = Ledger(scale), dict[str, Pair](), dict[str, Pair]()
         for module in made.modules():

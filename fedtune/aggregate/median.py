@@ -1,6 +1,8 @@
-"""Coordinate-wise median (Yin et al. 2018, arXiv:1803.01498): each entry is the median over clients, of the products for LoRA pairs.
+"""Coordinate-wise median (Yin et al. 2018, arXiv:1803.01498): each entry is the median over clients, of the
+products for LoRA pairs.
 
-Weights do not count: a client could claim any. Holds while fewer than half of the clients are wrong. For the cost see `elementwise`.
+Weights do not count: a client could claim any. Holds while fewer than half of the clients are wrong. For the
+cost see `elementwise`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from fedtune.aggregate.each import entry_by_entry
-from fedtune.aggregate.rule import Answer, Combined, Rule
+from fedtune.aggregate.rule import ClientAdapter, Combined, Rule
+from fedtune.aggregate.single_answers import entry_by_entry
 from fedtune.types import Round
 
 
@@ -23,7 +25,9 @@ class Median(Rule):
     mixed: ClassVar[bool] = True
     weighted: ClassVar[bool] = False
 
-    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+    def combine(
+        self, answers: Iterable[ClientAdapter], before: Combined, scale: float, now: Round
+    ) -> Combined:
         return entry_by_entry(answers, before, scale, middle)
 
 

@@ -1,8 +1,12 @@
-"""LoRA pairs in a dict of tensors: `<module>.lora_A.weight` (r x k) and `<module>.lora_B.weight` (d x r), peft's names.
+"""LoRA pairs in a dict of tensors: `<module>.lora_A.weight` (r x k) and `<module>.lora_B.weight` (d x r),
+peft's names.
 
-LoRA of an embedding table is a pair as well, `<module>.lora_embedding_A` (r x words) and `_B` (width x r): its product is what is added
-to the table, transposed, so that every rule of products holds for it. peft starts it the other way round, A at zero and B at random.
-What is not a pair (biases, task heads, trained embeddings, DoRA's magnitude vectors) is the rest, and every rule averages it plainly.
+LoRA of an embedding table is a pair as well, `<module>.lora_embedding_A` (r x words) and `_B` (width x r):
+its product is what is added
+to the table, transposed, so that every rule of products holds for it. peft starts it the other way round, A
+at zero and B at random.
+What is not a pair (biases, task heads, trained embeddings, DoRA's magnitude vectors) is the rest, and every
+rule averages it plainly.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ EMBEDDING = ".lora_embedding"  # how the module of an embedding's pair ends
 
 
 class Pair(NamedTuple):
-    """Two factors of one module: B (d x r) and A (r x k). Their product, times a scale, is added to the weight (d x k)."""
+    """Two factors of one module: B (d x r) and A (r x k). Their product, times a scale, is added to the
+    weight (d x k)."""
 
     B: np.ndarray
     A: np.ndarray
@@ -33,7 +38,8 @@ class Pair(NamedTuple):
 
 
 def split(tensors: Tensors) -> tuple[dict[str, Pair], dict[str, np.ndarray]]:
-    """The pairs by module, in name order, and the rest. Raises M305 for half a pair or factors that do not fit.
+    """The pairs by module, in name order, and the rest. Raises M305 for half a pair or factors that do not
+    fit.
 
     >>> factors = {"q.lora_A.weight": np.ones((2, 5)), "q.lora_B.weight": np.ones((3, 2))}
     >>> pairs, rest = split({**factors, "head.bias": np.ones(4)})
@@ -70,8 +76,13 @@ def factor_of(name: str, pattern: re.Pattern[str] = FACTOR) -> tuple[str, str] |
 
 
 def flat_residual(residual: Mapping[str, Pair]) -> dict[str, np.ndarray]:
-    """A residual as named tensors, for a state or a message: `<module>.residual_A` (R x k) and `<module>.residual_B` (d x R)."""
-    flat = {f"{module}.residual_{factor}": getattr(pair, factor) for module, pair in residual.items() for factor in ("A", "B")}
+    """A residual as named tensors, for a state or a message: `<module>.residual_A` (R x k) and
+    `<module>.residual_B` (d x R)."""
+    flat = {
+        f"{module}.residual_{factor}": getattr(pair, factor)
+        for module, pair in residual.items()
+        for factor in ("A", "B")
+    }
     return {name: flat[name] for name in sorted(flat)}
 
 
@@ -81,10 +92,15 @@ def residual_of(tensors: Tensors) -> dict[str, Pair]:
 
 
 def factors(names: Iterable[str], factor: str) -> frozenset[str]:
-    """Those names that are factor "A" or "B" of a pair, by the part that they play: "A" starts at random and "B" at zero, so that
+    """Those names that are factor "A" or "B" of a pair, by the part that they play: "A" starts at random and
+    "B" at zero, so that
     an embedding's `lora_embedding_B` counts as "A"."""
     other = {"A": "B", "B": "A"}[factor]
-    return frozenset(name for name in names if (found := factor_of(name)) and found[1] == (other if found[0].endswith(EMBEDDING) else factor))
+    return frozenset(
+        name
+        for name in names
+        if (found := factor_of(name)) and found[1] == (other if found[0].endswith(EMBEDDING) else factor)
+    )
 
 
 def ranks(tensors: Tensors) -> dict[str, int]:
@@ -92,7 +108,9 @@ def ranks(tensors: Tensors) -> dict[str, int]:
     return {module: pair.rank for module, pair in split(tensors)[0].items()}
 
 
-def gathered(tensors: Tensors, pattern: re.Pattern[str], both: str) -> tuple[dict[str, Pair], dict[str, np.ndarray]]:
+def gathered(
+    tensors: Tensors, pattern: re.Pattern[str], both: str
+) -> tuple[dict[str, Pair], dict[str, np.ndarray]]:
     """Pairs whose names fit a pattern (module, factor), and the rest."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     rest: dict[str, np.ndarray] = {}
@@ -105,10 +123,18 @@ def gathered(tensors: Tensors, pattern: re.Pattern[str], both: str) -> tuple[dic
     for module, half in halves.items():
         if len(half) != 2:
             missing = "B" if "A" in half else "A"
-            raise FedtuneError("M305", f"a pair without its factor {missing} in '{module}'", both, "send both factors of every module")
+            raise FedtuneError(
+                "M305",
+                f"a pair without its factor {missing} in '{module}'",
+                both,
+                "send both factors of every module",
+            )
         a, b = half["A"].shape, half["B"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
             raise FedtuneError(
-                "M305", f"factors A {a} and B {b} in '{module}'", "A (r x k) and B (d x r) with r >= 1", "offer LoRA of linear layers or embeddings"
+                "M305",
+                f"factors A {a} and B {b} in '{module}'",
+                "A (r x k) and B (d x r) with r >= 1",
+                "offer LoRA of linear layers or embeddings",
             )
     return {module: Pair(half["B"], half["A"]) for module, half in halves.items()}, rest

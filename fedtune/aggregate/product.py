@@ -1,6 +1,7 @@
 """Sums of products B @ A without ever forming one: thin QR of the stacked factors, SVD of the small core.
 
-sum_i c_i B_i A_i = [c_1 B_1 ...][A_1; ...] = Q_b (R_b R_a^T) Q_a^T, and the core in brackets is R x R with R the sum of ranks.
+sum_i c_i B_i A_i = [c_1 B_1 ...][A_1; ...] = Q_b (R_b R_a^T) Q_a^T, and the core in brackets is R x R with R
+the sum of ranks.
 Cost O((d + k) R^2) instead of O(min(d, k)^2 max(d, k)), and exact to float64 rounding.
 """
 
@@ -20,7 +21,8 @@ RESOLUTION = 2.0**-24  # of the greatest singular value: half a unit of the floa
 
 
 class Spectrum(NamedTuple):
-    """U (d x q), S (q,) descending, Vt (q x k) of a product; singular values that are rounding are left out."""
+    """U (d x q), S (q,) descending, Vt (q x k) of a product; singular values that are rounding are left
+    out."""
 
     U: np.ndarray
     S: np.ndarray
@@ -29,7 +31,8 @@ class Spectrum(NamedTuple):
 
 @dataclass
 class ProductSum:
-    """sum_i times_i B_i A_i, one client at a time; holds factors of at most 2 min(d, k) ranks, however many clients come."""
+    """sum_i times_i B_i A_i, one client at a time; holds factors of at most 2 min(d, k) ranks, however many
+    clients come."""
 
     parts: list[tuple[float, Pair]] = field(default_factory=list)
 
@@ -44,8 +47,12 @@ class ProductSum:
         """All parts side by side, float64: B (d x R), A (R x k)."""
         if not self.parts:
             raise ValueError("an empty sum has no shape")
-        b = np.concatenate([np.multiply(part.B, factor * times, dtype=np.float64) for factor, part in self.parts], axis=1)
-        return Pair(b, np.concatenate([np.asarray(part.A, dtype=np.float64) for _, part in self.parts], axis=0))
+        b = np.concatenate(
+            [np.multiply(part.B, factor * times, dtype=np.float64) for factor, part in self.parts], axis=1
+        )
+        return Pair(
+            b, np.concatenate([np.asarray(part.A, dtype=np.float64) for _, part in self.parts], axis=0)
+        )
 
 
 def spectrum(pair: Pair) -> Spectrum:
@@ -60,7 +67,8 @@ def spectrum(pair: Pair) -> Spectrum:
 
 
 def signed(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> Spectrum:
-    """The largest entry of every left vector made positive: a decomposition leaves the sign open, a run may not."""
+    """The largest entry of every left vector made positive: a decomposition leaves the sign open, a run may
+    not."""
     if not s.size:
         return Spectrum(u, s, vt)
     sign = np.where(u[np.abs(u).argmax(axis=0), np.arange(s.size)] < 0, -1.0, 1.0)
@@ -68,9 +76,11 @@ def signed(u: np.ndarray, s: np.ndarray, vt: np.ndarray) -> Spectrum:
 
 
 def balanced(of: Spectrum, rank: int, scale: float, module: str, spare: np.ndarray) -> Pair:
-    """The best pair of this rank: B = U S^.5, A = S^.5 Vt, so that scale B @ A is the product (Eckart and Young 1936).
+    """The best pair of this rank: B = U S^.5, A = S^.5 Vt, so that scale B @ A is the product (Eckart and
+    Young 1936).
 
-    Where the product has fewer directions, B is zero and A gets rows of `spare` (the A before), then rows as LoRA starts with:
+    Where the product has fewer directions, B is zero and A gets rows of `spare` (the A before), then rows as
+    LoRA starts with:
     were both zero, no gradient would ever reach them.
     """
     q = min(rank, of.S.size)
@@ -82,7 +92,8 @@ def balanced(of: Spectrum, rank: int, scale: float, module: str, spare: np.ndarr
 
 
 def rows(module: str, spare: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of A to train from: those of `spare`, or peft's Kaiming-uniform +-1/sqrt(k) where it has none or zeros."""
+    """Rows [start, stop) of A to train from: those of `spare`, or peft's Kaiming-uniform +-1/sqrt(k) where it
+    has none or zeros."""
     have = np.zeros((stop, spare.shape[1]))
     count = min(stop, spare.shape[0])
     have[:count] = spare[:count]

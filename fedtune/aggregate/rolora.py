@@ -1,4 +1,5 @@
-"""RoLoRA: odd rounds train and average B, even rounds A (Chen et al. 2025, arXiv:2502.01755). Up: one factor and the rest.
+"""RoLoRA: odd rounds train and average B, even rounds A (Chen et al. 2025, arXiv:2502.01755). Up: one factor
+and the rest.
 
 The factor at rest is the same at every client, so each round's mean is exact.
 """

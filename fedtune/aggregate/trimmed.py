@@ -1,6 +1,8 @@
-"""Coordinate-wise trimmed mean (Yin et al. 2018, arXiv:1803.01498): of each entry the least and greatest `trim` of clients are left out.
+"""Coordinate-wise trimmed mean (Yin et al. 2018, arXiv:1803.01498): of each entry the least and greatest
+`trim` of clients are left out.
 
-Weights do not count. floor(trim n) answers go at either end: with fewer than 1/trim clients it is the mean. For the cost see `elementwise`.
+Weights do not count. floor(trim n) answers go at either end: with fewer than 1/trim clients it is the mean.
+For the cost see `elementwise`.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from fedtune.aggregate.each import entry_by_entry
-from fedtune.aggregate.rule import Answer, Combined, Rule
+from fedtune.aggregate.rule import ClientAdapter, Combined, Rule
+from fedtune.aggregate.single_answers import entry_by_entry
 from fedtune.types import Round
 
 WHOLE = 1e-9  # 0.3 * 10 is 3 for us, though not for float64
@@ -27,7 +29,8 @@ class Trimmed(Rule):
     mixed: ClassVar[bool] = True
     weighted: ClassVar[bool] = False
     trim: float = Field(0.2, gt=0, lt=0.5)
-    """Share of the answers that is left out at either end; of fewer than 1/trim answers none is, and it is a mean."""
+    """Share of the answers that is left out at either end; of fewer than 1/trim answers none is, and it is a
+    mean."""
 
     def limits(self, asked: int) -> Iterator[tuple[str, str, str]]:
         if not cut_of(asked, self.trim):
@@ -37,7 +40,9 @@ class Trimmed(Rule):
                 "select more clients, or raise it",
             )
 
-    def combine(self, answers: Iterable[Answer], before: Combined, scale: float, now: Round) -> Combined:
+    def combine(
+        self, answers: Iterable[ClientAdapter], before: Combined, scale: float, now: Round
+    ) -> Combined:
         return entry_by_entry(answers, before, scale, partial(inside, trim=self.trim))
 
 

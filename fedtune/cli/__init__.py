@@ -1,4 +1,5 @@
-"""The command line: two arguments at most where one would do; torch is imported by the commands that need it, not here."""
+"""The command line: two arguments at most where one would do; torch is imported by the commands that need it,
+not here."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from fedtune.plain import plain
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a mistake that the user can fix, 70 a defect of fedtune."""
+    """Run one command; returns the exit code: 0 done, 2 a mistake that the user can fix, 70 a defect of
+    fedtune."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "command"):
@@ -26,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(plain(f"fedtune: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fedtune: stopped; of a run, what was committed is kept: fedtune resume goes on with it", file=sys.stderr)
+        print(
+            "fedtune: stopped; of a run, what was committed is kept: fedtune resume goes on with it",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             return defect(error)
-        print("fedtune: R404: there is no space left where the output goes; free space and run the command again.", file=sys.stderr)
+        print(
+            "fedtune: R404: there is no space left where the output goes; free space and run the command "
+            "again.",
+            file=sys.stderr,
+        )
         return 2
     except Exception as error:
         return defect(error)
@@ -47,7 +56,8 @@ def defect(error: Exception) -> int:
         raise error
     where = traceback.extract_tb(error.__traceback__)[-1]
     print(
-        f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); run again with FEDTUNE_DEBUG=1 and report what it prints.",
+        f"fedtune: X900: a defect ({type(error).__name__} at {where.name}:{where.lineno}: {error}); run "
+        "again with FEDTUNE_DEBUG=1 and report what it prints.",
         file=sys.stderr,
     )
     return 70
@@ -57,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
     from fedtune.cli import check, deploy, explain, keys, leak_test, merge, runs, simulate
 
-    parser = argparse.ArgumentParser(prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower.")
+    parser = argparse.ArgumentParser(
+        prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (simulate, check, leak_test, runs, merge, deploy, keys, explain):
         module.add_commands(commands)

@@ -10,9 +10,15 @@ from fedtune.quiet import quiet
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("check", help="resolved recipe, clients, bytes, memory, who sees what; reads no weights", description=__doc__)
+    parser = commands.add_parser(
+        "check",
+        help="resolved recipe, clients, bytes, memory, who sees what; reads no weights",
+        description=__doc__,
+    )
     add_recipe(parser)
-    parser.add_argument("--resolved", action="store_true", help="also print the whole resolved recipe as TOML")
+    parser.add_argument(
+        "--resolved", action="store_true", help="also print the whole resolved recipe as TOML"
+    )
     parser.set_defaults(command=check)
 
 
@@ -27,7 +33,7 @@ def check(options: argparse.Namespace) -> int:
         print(tomli_w.dumps(recipe.model_dump(mode="json")))
     quiet()
     from fedtune import api
-    from fedtune.deploy.ready import remarks
+    from fedtune.deploy.preflight import remarks
 
     print("\n".join([*api.check(recipe), *remarks(recipe)]))
     return 0

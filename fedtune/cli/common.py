@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The two arguments that describe a federation."""
     parser.add_argument("recipe", nargs="?", help="a recipe (TOML); without one, the built-in federation")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change one value of the recipe, e.g. --set rounds=3")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change one value of the recipe, e.g. --set rounds=3",
+    )
 
 
 def sinks(folder: RunFolder) -> Sink:

@@ -20,12 +20,36 @@ PORT = 9443
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("server", help="coordinate real clients: the same recipe, on other people's machines")
-    parser.add_argument("recipe", nargs="*", help="recipes (TOML), a run each, at the same time; without one, the built-in federation")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change one value of every recipe, e.g. --set rounds=3")
-    parser.add_argument("--keys", default="keys", metavar="DIR", help="the coordinator's keys (default: keys, see fedtune keys init)")
-    parser.add_argument("--listen", default=f"0.0.0.0:{PORT}", metavar="HOST:PORT", help=f"where clients connect to (default: 0.0.0.0:{PORT})")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser = commands.add_parser(
+        "server", help="coordinate real clients: the same recipe, on other people's machines"
+    )
+    parser.add_argument(
+        "recipe",
+        nargs="*",
+        help="recipes (TOML), a run each, at the same time; without one, the built-in federation",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change one value of every recipe, e.g. --set rounds=3",
+    )
+    parser.add_argument(
+        "--keys",
+        default="keys",
+        metavar="DIR",
+        help="the coordinator's keys (default: keys, see fedtune keys init)",
+    )
+    parser.add_argument(
+        "--listen",
+        default=f"0.0.0.0:{PORT}",
+        metavar="HOST:PORT",
+        help=f"where clients connect to (default: 0.0.0.0:{PORT})",
+    )
+    parser.add_argument(
+        "--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)"
+    )
     parser.add_argument("--metrics", default="", metavar="HOST:PORT", help="a Prometheus endpoint")
     parser.set_defaults(command=server)
 
@@ -33,29 +57,75 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator")
     parser.add_argument("--data", default="", metavar="FILE", help="this site's rows")
     parser.add_argument(
-        "--map", default="", metavar="NAME=COLUMN,...", help="this site's columns, by the recipe's names of them; a recipe then reaches no other column"
+        "--map",
+        default="",
+        metavar="NAME=COLUMN,...",
+        help="this site's columns, by the recipe's names of them; a recipe then reaches no other column",
     )
-    parser.add_argument("--partition", action="store_true", help="demos only: recipes may say which rows and which model are read on this machine")
-    parser.add_argument("--keys", required=True, metavar="DIR", help="this site's keys, as the coordinator's operator issued them")
-    parser.add_argument("--home", default="site", metavar="DIR", help="where this site keeps what it has finished (default: site)")
-    parser.add_argument("--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's")
-    parser.add_argument("--device", default="", help="in place of the recipe's: cpu, cuda, cuda:1")
-    parser.add_argument("--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)")
     parser.add_argument(
-        "--check", nargs="?", const="", default=None, metavar="RECIPE", help="take no part: say what would keep this site out, with a recipe also of it"
+        "--partition",
+        action="store_true",
+        help="demos only: recipes may say which rows and which model are read on this machine",
     )
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="with --check RECIPE: change one value of it")
+    parser.add_argument(
+        "--keys",
+        required=True,
+        metavar="DIR",
+        help="this site's keys, as the coordinator's operator issued them",
+    )
+    parser.add_argument(
+        "--home",
+        default="site",
+        metavar="DIR",
+        help="where this site keeps what it has finished (default: site)",
+    )
+    parser.add_argument(
+        "--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's"
+    )
+    parser.add_argument("--device", default="", help="in place of the recipe's: cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)"
+    )
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="RECIPE",
+        help="take no part: say what would keep this site out, with a recipe also of it",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="with --check RECIPE: change one value of it",
+    )
     parser.set_defaults(command=client)
 
-    parser = commands.add_parser("approve", help="at a site: allow a recipe, where its policy wants approved recipes only")
+    parser = commands.add_parser(
+        "approve", help="at a site: allow a recipe, where its policy wants approved recipes only"
+    )
     add_recipe(parser)
-    parser.add_argument("--home", default="site", metavar="DIR", help="the site's home, as fedtune client has it (default: site)")
+    parser.add_argument(
+        "--home",
+        default="site",
+        metavar="DIR",
+        help="the site's home, as fedtune client has it (default: site)",
+    )
     parser.set_defaults(command=approve)
 
     parser = commands.add_parser("status", help="rounds, bytes and time of a run, here or at a coordinator")
-    parser.add_argument("run", nargs="?", default="", help="a run's folder; or with --server, the name of a run there (default: all)")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        default="",
+        help="a run's folder; or with --server, the name of a run there (default: all)",
+    )
     parser.add_argument("--server", default="", metavar="HOST:PORT", help="ask this coordinator")
-    parser.add_argument("--keys", default="", metavar="DIR", help="with --server: a member's keys, or the coordinator's")
+    parser.add_argument(
+        "--keys", default="", metavar="DIR", help="with --server: a member's keys, or the coordinator's"
+    )
     parser.set_defaults(command=status)
 
 
@@ -63,17 +133,27 @@ def server(options: argparse.Namespace) -> int:
     """Begin or go on with the recipes' runs, until all have ended."""
     from fedtune.config import read
 
-    recipes = [(read(path, options.set), Path(path).stem if path else "demo") for path in options.recipe or [None]]
+    recipes = [
+        (read(path, options.set), Path(path).stem if path else "demo") for path in options.recipe or [None]
+    ]
     quiet()
     return coordinate(recipes, options.runs, options.keys, options.listen, options.metrics)
 
 
 def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, listen: str, metrics: str) -> int:
-    """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names that their runs get otherwise."""
+    """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names
+    that their runs get otherwise."""
     from fedtune.cli.keys import coordinator as own
     from fedtune.deploy.ports import require_free
-    from fedtune.deploy.processes import Stopped, require_idle, stop_on_signals
-    from fedtune.deploy.server import HOME, Coordinator, begin, conduct_all, require_coordinator, require_new_ready
+    from fedtune.deploy.server import (
+        HOME,
+        Coordinator,
+        begin,
+        conduct_all,
+        require_coordinator,
+        require_new_ready,
+    )
+    from fedtune.deploy.supervisor import Stopped, require_idle, stop_on_signals
 
     place, folder = Path(runs).expanduser().resolve(), own(Path(keys).expanduser()).resolve()
     require_coordinator(folder)
@@ -92,11 +172,17 @@ def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, list
 
 def go_on(folder: RunFolder) -> int:
     """`fedtune resume` of a run on real sites: with the keys and at the address that it began with."""
-    from fedtune.deploy.conduct import Deployed
+    from fedtune.deploy.coordinator_run import Deployed
     from fedtune.runtime.folder import recipe_of
 
     where = Deployed.read(folder)
-    return coordinate([(recipe_of(folder), folder.path.name)], str(folder.path.parent), where.keys, where.address, where.metrics)
+    return coordinate(
+        [(recipe_of(folder), folder.path.name)],
+        str(folder.path.parent),
+        where.keys,
+        where.address,
+        where.metrics,
+    )
 
 
 def show(record: dict[str, Any]) -> None:
@@ -115,18 +201,36 @@ def client(options: argparse.Namespace) -> int:
     """Take part until ended by Ctrl-C or SIGTERM."""
     from fedtune.deploy.client import attend
     from fedtune.deploy.ports import split_address
-    from fedtune.deploy.processes import Stopped, stop_on_signals
     from fedtune.deploy.sites import columns_of
+    from fedtune.deploy.supervisor import Stopped, stop_on_signals
     from fedtune.deploy.worker import SiteConfig
 
     quiet()
     split_address(options.server, "--server")
     columns_of(options.map)
-    keys, home, data, policy = (absolute(text) for text in (options.keys, options.home, options.data, options.policy))
+    keys, home, data, policy = (
+        absolute(text) for text in (options.keys, options.home, options.data, options.policy)
+    )
     for option, path in (("--data", data), ("--policy", policy), ("--keys", keys)):
         if path and not Path(path).exists():
-            raise FedtuneError("D201" if option == "--data" else "C105", f"nothing at '{path}' for {option}", "a file or folder", f"correct {option}")
-    config = SiteConfig(keys, options.server, home, "", data, options.model, options.device, policy, options.partition, options.map)
+            raise FedtuneError(
+                "D201" if option == "--data" else "C105",
+                f"nothing at '{path}' for {option}",
+                "a file or folder",
+                f"correct {option}",
+            )
+    config = SiteConfig(
+        keys,
+        options.server,
+        home,
+        "",
+        data,
+        options.model,
+        options.device,
+        policy,
+        options.partition,
+        options.map,
+    )
     if options.check is not None:
         from fedtune.config import read
         from fedtune.deploy.rehearsal import rehearsed
@@ -149,7 +253,8 @@ def approve(options: argparse.Namespace) -> int:
 
     recipe = read(options.recipe, options.set)
     stem = Path(options.recipe).stem if options.recipe else "demo"
-    print(plain(f"approved {policy.approve(Path(options.home).expanduser(), recipe, recipe.name or stem)}: {recipe.method.type} on {recipe.model.name}, "
+    print(plain(f"approved {policy.approve(Path(options.home).expanduser(), recipe, recipe.name or stem)}: "
+        f"{recipe.method.type} on {recipe.model.name}, "
                 f"{recipe.rounds} rounds; whatever else it says, see: fedtune check"))  # fmt: skip
     return 0
 

@@ -25,8 +25,12 @@ class Page:
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("explain", help="what an error code means, its usual causes, and how to fix it", description=__doc__)
-    parser.add_argument("code", nargs="?", help="the code of an error, such as C101; without one, all codes are listed")
+    parser = commands.add_parser(
+        "explain", help="what an error code means, its usual causes, and how to fix it", description=__doc__
+    )
+    parser.add_argument(
+        "code", nargs="?", help="the code of an error, such as C101; without one, all codes are listed"
+    )
     parser.set_defaults(command=run)
 
 
@@ -43,16 +47,31 @@ def page(code: str) -> str:
     if code not in CATALOGUE:
         near = difflib.get_close_matches(code, CATALOGUE, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise FedtuneError("C103", sentence=f"there is no error code '{code}'", do=f"{hint}all codes are listed by: fedtune explain")
+        raise FedtuneError(
+            "C103",
+            sentence=f"there is no error code '{code}'",
+            do=f"{hint}all codes are listed by: fedtune explain",
+        )
     said = pages()[code]
-    return "\n\n".join([textwrap.fill(f"{code}: {said.what}", WIDTH), "Usual causes:\n" + items(said.why), "What to do:\n" + items(said.fix)])
+    return "\n\n".join(
+        [
+            textwrap.fill(f"{code}: {said.what}", WIDTH),
+            "Usual causes:\n" + items(said.why),
+            "What to do:\n" + items(said.fix),
+        ]
+    )
 
 
 def items(lines: tuple[str, ...]) -> str:
-    return "\n".join(textwrap.fill(line, WIDTH, initial_indent="  * ", subsequent_indent="    ", break_on_hyphens=False) for line in lines)
+    return "\n".join(
+        textwrap.fill(line, WIDTH, initial_indent="  * ", subsequent_indent="    ", break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def pages() -> dict[str, Page]:
     """All pages, by their code."""
     known = tomllib.loads(files("fedtune").joinpath("error_pages.toml").read_text(encoding="utf-8"))
-    return {code: Page(table["what"], tuple(table["why"]), tuple(table["fix"])) for code, table in known.items()}
+    return {
+        code: Page(table["what"], tuple(table["why"]), tuple(table["fix"])) for code, table in known.items()
+    }

@@ -17,13 +17,26 @@ DAYS = 365
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("keys", help="make, renew and revoke the keys of a federation's members", description=__doc__)
+    parser = commands.add_parser(
+        "keys", help="make, renew and revoke the keys of a federation's members", description=__doc__
+    )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     action = actions.add_parser("init", help="make a private authority and the coordinator's keys")
-    action.add_argument("--federation", default="federation", metavar="NAME", help="its name (default: federation)")
-    action.add_argument("--host", action="append", default=[], help="a name or address by which clients call the coordinator; may be repeated")
-    action.add_argument("--authority-passphrase", action="store_true", help="encrypt the authority's key; asked for, or FEDTUNE_AUTHORITY_PASSPHRASE")
+    action.add_argument(
+        "--federation", default="federation", metavar="NAME", help="its name (default: federation)"
+    )
+    action.add_argument(
+        "--host",
+        action="append",
+        default=[],
+        help="a name or address by which clients call the coordinator; may be repeated",
+    )
+    action.add_argument(
+        "--authority-passphrase",
+        action="store_true",
+        help="encrypt the authority's key; asked for, or FEDTUNE_AUTHORITY_PASSPHRASE",
+    )
     add_made(action)
     action.set_defaults(command=init)
 
@@ -32,37 +45,69 @@ def add_commands(commands: Any) -> None:
     add_made(action)
     action.set_defaults(command=issue)
 
-    action = actions.add_parser("request", help="at a site: make its keys, which never leave it, and a request to be carried to the operator")
+    action = actions.add_parser(
+        "request",
+        help="at a site: make its keys, which never leave it, and a request to be carried to the operator",
+    )
     action.add_argument("name", help="the site's name, as the operator knows it")
-    action.add_argument("--federation", default="federation", metavar="NAME", help="the federation's name (default: federation)")
+    action.add_argument(
+        "--federation",
+        default="federation",
+        metavar="NAME",
+        help="the federation's name (default: federation)",
+    )
     action.add_argument("--to", default="", metavar="DIR", help="the folder of the keys (default: the name)")
-    action.add_argument("--passphrase", action="store_true", help="encrypt the keys; asked for, or FEDTUNE_PASSPHRASE")
+    action.add_argument(
+        "--passphrase", action="store_true", help="encrypt the keys; asked for, or FEDTUNE_PASSPHRASE"
+    )
     action.set_defaults(command=request)
 
-    action = actions.add_parser("sign", help="at the operator: sign a site's request; whoever has the answer can do nothing without the site's keys")
+    action = actions.add_parser(
+        "sign",
+        help="at the operator: sign a site's request; whoever has the answer can do nothing without the "
+        "site's keys",
+    )
     action.add_argument("request", help="the file that fedtune keys request made")
-    action.add_argument("--days", type=days, default=DAYS, help=f"how long the keys are valid (default: {DAYS})")
+    action.add_argument(
+        "--days", type=days, default=DAYS, help=f"how long the keys are valid (default: {DAYS})"
+    )
     add_folder(action)
     action.set_defaults(command=sign)
 
     action = actions.add_parser("accept", help="at a site: take the operator's answer to its request")
     action.add_argument("answer", help="the file that fedtune keys sign made")
-    action.add_argument("--to", required=True, metavar="DIR", help="the folder of the keys that were requested")
+    action.add_argument(
+        "--to", required=True, metavar="DIR", help="the folder of the keys that were requested"
+    )
     action.set_defaults(command=accept)
 
-    action = actions.add_parser("renew", help="make new keys for a member; the old ones stay valid until they end or are revoked")
+    action = actions.add_parser(
+        "renew", help="make new keys for a member; the old ones stay valid until they end or are revoked"
+    )
     action.add_argument("name", help="a client's name, or coordinator")
-    action.add_argument("--host", action="append", default=[], help="of the coordinator: its names and addresses from now on (default: as before)")
+    action.add_argument(
+        "--host",
+        action="append",
+        default=[],
+        help="of the coordinator: its names and addresses from now on (default: as before)",
+    )
     add_made(action)
     action.set_defaults(command=renew)
 
-    action = actions.add_parser("revoke", help="take a member's keys off the allow list; a running coordinator obeys at once")
+    action = actions.add_parser(
+        "revoke", help="take a member's keys off the allow list; a running coordinator obeys at once"
+    )
     action.add_argument("name", help="the member's name")
-    action.add_argument("--key", default="", metavar="HASH", help="only the key whose hash begins so, see: fedtune keys list")
+    action.add_argument(
+        "--key", default="", metavar="HASH", help="only the key whose hash begins so, see: fedtune keys list"
+    )
     add_folder(action)
     action.set_defaults(command=revoke)
 
-    action = actions.add_parser("publish", help="sign the list of members anew: after a revocation, or before the one that sites have ends")
+    action = actions.add_parser(
+        "publish",
+        help="sign the list of members anew: after a revocation, or before the one that sites have ends",
+    )
     action.add_argument("--days", type=days, default=DAYS, help=f"how long it is valid (default: {DAYS})")
     add_folder(action)
     action.set_defaults(command=publish)
@@ -78,8 +123,14 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
 
 def add_made(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
-    parser.add_argument("--days", type=days, default=DAYS, help=f"how long the new keys are valid (default: {DAYS})")
-    parser.add_argument("--passphrase", action="store_true", help="encrypt the member's new keys; asked for, or FEDTUNE_PASSPHRASE")
+    parser.add_argument(
+        "--days", type=days, default=DAYS, help=f"how long the new keys are valid (default: {DAYS})"
+    )
+    parser.add_argument(
+        "--passphrase",
+        action="store_true",
+        help="encrypt the member's new keys; asked for, or FEDTUNE_PASSPHRASE",
+    )
 
 
 def days(text: str) -> int:
@@ -94,7 +145,14 @@ def init(options: argparse.Namespace) -> int:
     folder = Path(options.keys).expanduser()
     hosts = options.host or ["localhost", "127.0.0.1", socket.gethostname()]
     own = chosen(folder / "authority" / "key.pem", options.authority_passphrase)
-    made = authority.create(folder, options.federation, hosts, options.days, own, chosen(folder / "coordinator" / "key.pem", options.passphrase))
+    made = authority.create(
+        folder,
+        options.federation,
+        hosts,
+        options.days,
+        own,
+        chosen(folder / "coordinator" / "key.pem", options.passphrase),
+    )
     print(f"authority    {folder / 'authority'}  keep it offline: whoever has it can name new members")
     print(f"coordinator  {made.place('coordinator')}  reached as {', '.join(hosts)}")
     print(f"next         fedtune keys issue NAME --keys {folder}")
@@ -105,7 +163,9 @@ def issue(options: argparse.Namespace) -> int:
     from fedtune.trust.authority import open_authority
 
     made = open_authority(Path(options.keys).expanduser(), asked)
-    place = made.issue(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase))
+    place = made.issue(
+        options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase)
+    )
     print(f"{place}  carry it to the site over a safe way, then delete it here")
     return 0
 
@@ -114,9 +174,14 @@ def request(options: argparse.Namespace) -> int:
     from fedtune.trust import requests
 
     folder = Path(options.to or options.name).expanduser()
-    path, mark = requests.make(folder, options.federation, options.name, chosen(folder / "key.pem", options.passphrase))
+    path, mark = requests.make(
+        folder, options.federation, options.name, chosen(folder / "key.pem", options.passphrase)
+    )
     print(f"{path}  carry it to the operator (fedtune keys sign); the keys stay in {folder}")
-    print(f"fingerprint  {mark}  read it to the operator over another way: whoever changes the request on its way changes it")
+    print(
+        f"fingerprint  {mark}  read it to the operator over another way: whoever changes the request on its "
+        "way changes it"
+    )
     return 0
 
 
@@ -127,7 +192,9 @@ def sign(options: argparse.Namespace) -> int:
     path = Path(options.request).expanduser()
     content = requests.content_of(path)
     made = open_authority(Path(options.keys).expanduser(), asked)
-    print(f"fingerprint  {requests.mark(content)}  compare it with what the site says before its answer is used")
+    print(
+        f"fingerprint  {requests.mark(content)}  compare it with what the site says before its answer is used"
+    )
     name, answer = made.sign(content, options.days)
     target = path.with_name(f"{name}.answer")
     target.write_bytes(answer)
@@ -140,7 +207,10 @@ def accept(options: argparse.Namespace) -> int:
 
     folder = Path(options.to).expanduser()
     identity = requests.accept(folder, requests.content_of(Path(options.answer).expanduser()), asked)
-    print(f"{folder}  keys of '{identity.name.name}' of '{identity.name.federation}', valid until {identity.peer.ends:%Y-%m-%d}")
+    print(
+        f"{folder}  keys of '{identity.name.name}' of '{identity.name.federation}', valid until "
+        f"{identity.peer.ends:%Y-%m-%d}"
+    )
     return 0
 
 
@@ -148,8 +218,15 @@ def renew(options: argparse.Namespace) -> int:
     from fedtune.trust.authority import open_authority
 
     made = open_authority(Path(options.keys).expanduser(), asked)
-    place = made.renew(options.name, options.days, chosen(made.place(options.name) / "key.pem", options.passphrase), options.host)
-    print(f"{place}  the old keys stay valid until they end, or: fedtune keys revoke {options.name} --key HASH")
+    place = made.renew(
+        options.name,
+        options.days,
+        chosen(made.place(options.name) / "key.pem", options.passphrase),
+        options.host,
+    )
+    print(
+        f"{place}  the old keys stay valid until they end, or: fedtune keys revoke {options.name} --key HASH"
+    )
     return 0
 
 
@@ -161,7 +238,9 @@ def revoke(options: argparse.Namespace) -> int:
         print(f"revoked {entry.name} {entry.key[:12]}")
     if (folder / "authority").exists():
         return publish(options)
-    print("sites learn of it from the authority: fedtune keys publish, and copy coordinator/members.signed here")
+    print(
+        "sites learn of it from the authority: fedtune keys publish, and copy coordinator/members.signed here"
+    )
     return 0
 
 
@@ -169,7 +248,10 @@ def publish(options: argparse.Namespace) -> int:
     from fedtune.trust.authority import open_authority
 
     made = open_authority(Path(options.keys).expanduser(), asked)
-    print(f"version {made.publish(vars(options).get('days', DAYS))} of the list of members is signed; the coordinator gives it to the sites")
+    print(
+        f"version {made.publish(vars(options).get('days', DAYS))} of the list of members is signed; the "
+        "coordinator gives it to the sites"
+    )
     return 0
 
 
@@ -189,7 +271,8 @@ def listed(options: argparse.Namespace) -> int:
 
 
 def coordinator(folder: Path) -> Path:
-    """The coordinator's folder: inside an operator's folder, or by itself, as it is carried to the coordinator's machine."""
+    """The coordinator's folder: inside an operator's folder, or by itself, as it is carried to the
+    coordinator's machine."""
     return folder if (folder / "allowed.json").exists() else folder / "coordinator"
 
 
@@ -197,7 +280,9 @@ def asked(path: Path) -> str | None:
     """The passphrase of an encrypted key: from the environment, or from whoever sits at the terminal."""
     from fedtune.trust.identity import from_environment
 
-    return from_environment(path) or (getpass.getpass(f"passphrase of {path}: ") if sys.stdin.isatty() else None)
+    return from_environment(path) or (
+        getpass.getpass(f"passphrase of {path}: ") if sys.stdin.isatty() else None
+    )
 
 
 def chosen(path: Path, wanted: bool) -> str | None:
@@ -209,8 +294,15 @@ def chosen(path: Path, wanted: bool) -> str | None:
     if given := os.environ.get(variable_of(path)):
         return given
     if not sys.stdin.isatty():
-        raise FedtuneError("T703", f"no passphrase for '{path}'", "one to encrypt it with", f"set {variable_of(path)}, or run this in a terminal")
+        raise FedtuneError(
+            "T703",
+            f"no passphrase for '{path}'",
+            "one to encrypt it with",
+            f"set {variable_of(path)}, or run this in a terminal",
+        )
     first = getpass.getpass(f"new passphrase of {path}: ")
     if not first or first != getpass.getpass("the same again: "):
-        raise FedtuneError("T703", "two passphrases that differ or are empty", "the same one twice", "run it again")
+        raise FedtuneError(
+            "T703", "two passphrases that differ or are empty", "the same one twice", "run it again"
+        )
     return first

@@ -18,21 +18,48 @@ if TYPE_CHECKING:
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser("resume", help="continue a run after its last committed round")
     parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--rounds", type=int, default=0, metavar="N", help="go on until N rounds, more than the run was begun with")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on until N rounds, more than the run was begun with",
+    )
     parser.set_defaults(command=resume)
 
-    parser = commands.add_parser("eval", help="score a run's state on its test set and on every client's held-out rows, or on a file")
+    parser = commands.add_parser(
+        "eval", help="score a run's state on its test set and on every client's held-out rows, or on a file"
+    )
     parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--data", metavar="PATH", help="score the rows of this file or folder instead; the run's own data is not needed")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="score the rows of this file or folder instead; the run's own data is not needed",
+    )
     parser.set_defaults(command=evaluate)
 
-    parser = commands.add_parser("export", help="write a run's model as a PEFT adapter, a merged model or a seed file")
+    parser = commands.add_parser(
+        "export", help="write a run's model as a PEFT adapter, a merged model or a seed file"
+    )
     parser.add_argument("run", nargs="?", help="the run's folder")
-    forms = "adapter: stock PEFT; merged: the whole model; seeds: fedkseed's accumulators, a few kilobytes; without it, what the run left itself"
+    forms = (
+        "adapter: stock PEFT; merged: the whole model; seeds: fedkseed's accumulators, a few kilobytes; "
+        "without it, what the run left itself"
+    )
     parser.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
-    parser.add_argument("--from-seeds", metavar="FILE", help="instead of a run: a file that --as seeds wrote; needs --base")
-    parser.add_argument("--base", metavar="MODEL", help="with --from-seeds: the base model that the seeds were made for")
-    parser.add_argument("--rank", type=int, default=None, metavar="R", help="cut a LoRA adapter to this rank (SVD), and say what that loses")
+    parser.add_argument(
+        "--from-seeds", metavar="FILE", help="instead of a run: a file that --as seeds wrote; needs --base"
+    )
+    parser.add_argument(
+        "--base", metavar="MODEL", help="with --from-seeds: the base model that the seeds were made for"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=None,
+        metavar="R",
+        help="cut a LoRA adapter to this rank (SVD), and say what that loses",
+    )
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)
 
@@ -79,14 +106,29 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     target = Path(options.to).expanduser().resolve()
-    given = [word for word, value in (("RUN", options.run), ("--from-seeds", options.from_seeds), ("--base", options.base)) if value]
+    given = [
+        word
+        for word, value in (
+            ("RUN", options.run),
+            ("--from-seeds", options.from_seeds),
+            ("--base", options.base),
+        )
+        if value
+    ]
     if given not in (["RUN"], ["--from-seeds", "--base"]):
-        raise FedtuneError("C103", f"export with {' and '.join(given) or 'nothing'}", "RUN, or --from-seeds FILE with --base MODEL", "give one of them")
+        raise FedtuneError(
+            "C103",
+            f"export with {' and '.join(given) or 'nothing'}",
+            "RUN, or --from-seeds FILE with --base MODEL",
+            "give one of them",
+        )
     if options.rank is not None and (options.rank < 1 or options.from_seeds):
-        raise FedtuneError("C103", f"--rank {options.rank}", "1 or more, together with RUN", "correct it or leave it out")
+        raise FedtuneError(
+            "C103", f"--rank {options.rank}", "1 or more, together with RUN", "correct it or leave it out"
+        )
     if options.from_seeds:
         quiet()
-        from fedtune.runtime.after import export_seeds
+        from fedtune.runtime.finished import export_seeds
 
         export_seeds(Path(options.from_seeds).expanduser(), options.base, options.form or "merged", target)
     else:

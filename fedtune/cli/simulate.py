@@ -14,10 +14,19 @@ STARTED = time.time()  # the nearest thing to the start of the command
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("simulate", help="run a whole federation on this machine", description=__doc__)
+    parser = commands.add_parser(
+        "simulate", help="run a whole federation on this machine", description=__doc__
+    )
     add_recipe(parser)
-    parser.add_argument("--engine", choices=("local", "flower"), default="local", help="local: in this process; flower: Flower's simulation engine (Ray)")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "flower"),
+        default="local",
+        help="local: in this process; flower: Flower's simulation engine (Ray)",
+    )
+    parser.add_argument(
+        "--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)"
+    )
     parser.set_defaults(command=simulate)
 
 
@@ -31,5 +40,7 @@ def simulate(options: argparse.Namespace) -> int:
     from fedtune.sinks.console import console_sink
 
     stem = Path(options.recipe).stem if options.recipe else "demo"
-    api.simulate(recipe, runs=options.runs, engine=options.engine, on_event=console_sink, stem=stem, began=STARTED)
+    api.simulate(
+        recipe, runs=options.runs, engine=options.engine, on_event=console_sink, stem=stem, began=STARTED
+    )
     return 0

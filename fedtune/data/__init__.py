@@ -1,4 +1,5 @@
-"""Rows of data: read from a source, made into clients, split into what trains and what is held out. No torch."""
+"""Rows of data: read from a source, made into clients, split into what trains and what is held out. No
+torch."""
 
 from __future__ import annotations
 

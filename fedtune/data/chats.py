@@ -1,8 +1,11 @@
-"""Conversations in the forms in which public data sets keep them, read into one: a list of {role, content, ...}.
+"""Conversations in the forms in which public data sets keep them, read into one: a list of {role, content,
+...}.
 
-OpenAI's {role, content} with tool calls; ShareGPT's {from, value}; content as a list of text parts; the list as JSON or as Python
+OpenAI's {role, content} with tool calls; ShareGPT's {from, value}; content as a list of text parts; the list
+as JSON or as Python
 writes it (cells of a CSV file); a dict of equally long lists (how `datasets` keeps a sequence of dicts).
-Whether a model's chat template shows what is found here is not known in this place: every key that a message has is kept.
+Whether a model's chat template shows what is found here is not known in this place: every key that a message
+has is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
 
 
 def messages(value: Any, at: str) -> list[Message] | None:
-    """The conversation in a cell; None if the assistant says nothing in it. `at` says where the cell is. Raises D203."""
+    """The conversation in a cell; None if the assistant says nothing in it. `at` says where the cell is.
+    Raises D203."""
     found = parsed(value)
     if isinstance(found, Mapping):
         found = rows_of_columns(found)
@@ -67,10 +71,16 @@ def message(turn: Mapping[str, Any], at: str) -> Message:
     if (legacy := known.pop("function_call", None)) is not None:  # OpenAI, before there could be several
         known["tool_calls"] = legacy
     if calls := parsed(known.pop("tool_calls", None)):
-        known["tool_calls"] = [tool_call(call, at) for call in (calls if isinstance(calls, list) else [calls])]
+        known["tool_calls"] = [
+            tool_call(call, at) for call in (calls if isinstance(calls, list) else [calls])
+        ]
     if reasoning := next((known[name] for name in REASONING if known.get(name)), None):
         known["reasoning_content"] = reasoning
-    known = {key: value for key, value in known.items() if key not in REASONING[1:] and value not in (None, "", [], {})}
+    known = {
+        key: value
+        for key, value in known.items()
+        if key not in REASONING[1:] and value not in (None, "", [], {})
+    }
     if not known.get("reasoning_content", ""):
         known.pop("reasoning_content", None)
     role = ROLES.get(role, role)
@@ -80,7 +90,8 @@ def message(turn: Mapping[str, Any], at: str) -> Message:
 
 
 def text_of(content: Any, at: str) -> str:
-    """A text, or the texts of a list of parts one after another, as chat templates for several kinds of parts write them. Raises D203."""
+    """A text, or the texts of a list of parts one after another, as chat templates for several kinds of parts
+    write them. Raises D203."""
     if content is None:
         return ""
     if isinstance(content, Mapping):
@@ -101,24 +112,38 @@ def text_of(content: Any, at: str) -> str:
 def part_text(part: Any, at: str) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") in ("text", "input_text", "output_text"):
+    if (
+        isinstance(part, Mapping)
+        and isinstance(part.get("text"), str)
+        and part.get("type", "text") in ("text", "input_text", "output_text")
+    ):
         return str(part["text"])
-    what = f"a part of type '{part['type']}'" if isinstance(part, Mapping) and part.get("type") not in (None, "text") else shown(part)
+    what = (
+        f"a part of type '{part['type']}'"
+        if isinstance(part, Mapping) and part.get("type") not in (None, "text")
+        else shown(part)
+    )
     wrong(f"{what} in the content of {at}", "parts of text only")
 
 
 def tool_call(call: Any, at: str) -> dict[str, Any]:
-    """One call in OpenAI's form, {type, function: {name, arguments}}, which chat templates read. Raises D203."""
+    """One call in OpenAI's form, {type, function: {name, arguments}}, which chat templates read. Raises
+    D203."""
     call = parsed(call)
     if isinstance(call, Mapping) and isinstance(call.get("name"), str) and "function" not in call:
         call = {"type": "function", "function": dict(call)}
-    if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping) or not isinstance(call["function"].get("name"), str):
+    if (
+        not isinstance(call, Mapping)
+        or not isinstance(call.get("function"), Mapping)
+        or not isinstance(call["function"].get("name"), str)
+    ):
         wrong(f"the tool call {shown(call)} in {at}", "{function: {name, arguments}}")
     return dict(call)
 
 
 def superfluous(turns: Sequence[Message], number: int) -> bool:
-    """An empty assistant turn beside another one, and a system turn without a text: nothing is lost, and the order of roles stays valid."""
+    """An empty assistant turn beside another one, and a system turn without a text: nothing is lost, and the
+    order of roles stays valid."""
     turn = turns[number]
     if turn["role"] == "system":
         return not turn["content"] and turn.keys() == {"role", "content"}
@@ -131,7 +156,8 @@ def says(turn: Mapping[str, Any]) -> bool:
 
 
 def parsed(value: Any) -> Any:
-    """Plain lists, dicts and scalars; of a text that is a list or a dict in JSON or in Python's writing, what it says. None leaves dicts:
+    """Plain lists, dicts and scalars; of a text that is a list or a dict in JSON or in Python's writing, what
+    it says. None leaves dicts:
     tables write it for every key that a row lacks."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         for read in (json.loads, ast.literal_eval):
@@ -151,7 +177,8 @@ def plain(value: Any) -> Any:
 
 
 def rows_of_columns(table: Mapping[str, Any]) -> Any:
-    """{"role": [a, b], "content": [c, d]} -> [{"role": a, "content": c}, {"role": b, "content": d}]; one message is a list of one."""
+    """{"role": [a, b], "content": [c, d]} -> [{"role": a, "content": c}, {"role": b, "content": d}]; one
+    message is a list of one."""
     lists = [value for value in table.values() if isinstance(value, list)]
     if lists and len(lists) == len(table) and len({len(value) for value in lists}) == 1:
         return [{key: value[n] for key, value in table.items()} for n in range(len(lists[0]))]

@@ -1,6 +1,7 @@
 """A federation's data: every client's training and held-out rows, and one test set.
 
-The order of events: read, limit, (by = "column") keep the clients, draw the test set, make the clients, hold out at each.
+The order of events: read, limit, (by = "column") keep the clients, draw the test set, make the clients, hold
+out at each.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Slice:
 class Federation:
     """All clients, numbered from 0 in order.
 
-    test     the global test set: the source's own, or test_share of the rows, or what the clients hold out, pooled
+    test     the global test set: the source's own, or test_share of the rows, or what the clients hold out,
+             pooled
     labels   the label set, in the order of the class numbers; () for tasks without labels
     dropped  reason -> rows left out; callers report them
     notes    what was decided, or looks odd, in sentences; callers report them
@@ -52,7 +54,10 @@ class Federation:
     def fingerprint(self) -> str:
         """SHA-256 over labels, clients and all rows, as hex; of an image that is still a file, its path."""
         total = hashlib.sha256(json.dumps(self.labels).encode())
-        for name, rows in [("", self.test), *((client.name, part) for client in self.clients for part in (client.train, client.test))]:
+        for name, rows in [
+            ("", self.test),
+            *((client.name, part) for client in self.clients for part in (client.train, client.test)),
+        ]:
             total.update(json.dumps([name, len(rows)]).encode())
             for row in rows:
                 total.update(json.dumps(row, sort_keys=True, default=summary).encode())
@@ -71,40 +76,70 @@ def load(data: Source, partition: Partition, seed: int) -> Federation:
     rows, dropped = usable(data, table, seed, column)
     if data.duplicates == "drop":
         rows = without_repeats(rows, dropped)
-    test = None if table.test is None else clean(data, table.test, f"the test set of {table.where}", table.folder, column if partition.by_value else "")
+    test = (
+        None
+        if table.test is None
+        else clean(
+            data,
+            table.test,
+            f"the test set of {table.where}",
+            table.folder,
+            column if partition.by_value else "",
+        )
+    )
     if test is not None:
         count(dropped, BLANK, test.blank)
         if data.duplicates == "drop":
-            rows = without_repeats(rows, dropped, {key_of(row) for row in test.rows}, "training rows that stand in the test set")
+            rows = without_repeats(
+                rows, dropped, {key_of(row) for row in test.rows}, "training rows that stand in the test set"
+            )
     values = partition.values(sizes(data, rows)) if partition.by_value else []
     if values:
-        rows, test = only(rows, values, column, dropped), None if test is None else only(test, values, column, dropped)
+        rows, test = (
+            only(rows, values, column, dropped),
+            None if test is None else only(test, values, column, dropped),
+        )
     held: Rows | None = None if test is None else test.rows
     if held is None and data.test_share:
         kept, out = cut(len(rows.rows), data.test_share, "random", seed, -1)
         held = [rows.rows[i] for i in out]
         rows = Clean([rows.rows[i] for i in kept], [rows.keys[i] for i in kept], 0)
     groups = partition.groups(rows.keys, seed, values)
-    clients = tuple(sliced(data, seed, number, name, [rows.rows[i] for i in group]) for number, (name, group) in enumerate(groups))
+    clients = tuple(
+        sliced(data, seed, number, name, [rows.rows[i] for i in group])
+        for number, (name, group) in enumerate(groups)
+    )
     for client in clients:
         if len(client.train) < partition.min_rows:
             raise partition.too_few(client.name, len(client.train))
     if held is None:
         held = [row for client in clients for row in client.test]
     if not held and (table.test is not None or data.client_test_share):
-        raise FedtuneError("D202", f"no rows in the test set of {table.where}", "at least one", "correct the data or raise data.test_share")
+        raise FedtuneError(
+            "D202",
+            f"no rows in the test set of {table.where}",
+            "at least one",
+            "correct the data or raise data.test_share",
+        )
     notes = [*table.notes, *odd_labels([*rows.rows, *held]), *leaks(clients, held)]
     return Federation(clients, held, label_set(data, [*rows.rows, *held]), dropped, tuple(notes))
 
 
 def load_slice(data: Source, seed: int, id: int = 0, name: str = "site") -> tuple[Slice, dict[str, int]]:
-    """A real site's own rows, all of one client, and the rows left out. A source's own test set is what the site holds out; test_share does not apply.
+    """A real site's own rows, all of one client, and the rows left out. A source's own test set is what the
+    site holds out; test_share does not apply.
 
-    Raises what `load` raises, and D206 if the task has labels and the recipe does not list them: sites that each sorted their
+    Raises what `load` raises, and D206 if the task has labels and the recipe does not list them: sites that
+    each sorted their
     own labels would number the classes differently.
     """
     if data.task in ("classify", "image-classify") and not data.labels:
-        raise FedtuneError("D206", "no data.labels at a site", "the same label set at every site", "list all labels in data.labels")
+        raise FedtuneError(
+            "D206",
+            "no data.labels at a site",
+            "the same label set at every site",
+            "list all labels in data.labels",
+        )
     table = data.table()
     rows, dropped = usable(data, table, seed, "")
     if table.test is None:
@@ -114,7 +149,12 @@ def load_slice(data: Source, seed: int, id: int = 0, name: str = "site") -> tupl
         count(dropped, BLANK, test.blank)
         mine = Slice(id, name, rows.rows, test.rows)
     if not mine.train:
-        raise FedtuneError("D205", f"0 training rows at '{name}'", "at least one", "use more data or lower data.client_test_share")
+        raise FedtuneError(
+            "D205",
+            f"0 training rows at '{name}'",
+            "at least one",
+            "use more data or lower data.client_test_share",
+        )
     return mine, dropped
 
 
@@ -123,7 +163,9 @@ def key_of(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True, default=summary).encode()).hexdigest()
 
 
-def without_repeats(rows: Clean, dropped: dict[str, int], seen: set[str] | None = None, reason: str = "rows that stand twice") -> Clean:
+def without_repeats(
+    rows: Clean, dropped: dict[str, int], seen: set[str] | None = None, reason: str = "rows that stand twice"
+) -> Clean:
     """The first of each row; none of those in `seen`."""
     known, kept = set(seen or ()), list[int]()
     for number, row in enumerate(rows.rows):
@@ -141,7 +183,10 @@ def leaks(clients: Sequence[Slice], test: Rows) -> list[str]:
     twice = sum(key_of(row) in trained for row in test)
     if not twice:
         return []
-    return [f"{twice} of {len(test)} rows of the test set stand among the training rows too; data.duplicates = 'drop' leaves out what stands twice"]
+    return [
+        f"{twice} of {len(test)} rows of the test set stand among the training rows too; data.duplicates = "
+        "'drop' leaves out what stands twice"
+    ]
 
 
 def odd_labels(rows: Rows) -> list[str]:
@@ -150,7 +195,10 @@ def odd_labels(rows: Rows) -> list[str]:
     for label in histogram(rows):
         alike.setdefault(label.strip().casefold(), []).append(label)
     several = [", ".join(map(repr, some)) for some in alike.values() if len(some) > 1]
-    return [f"the labels {some} are different classes, though they differ in case or blanks only" for some in several]
+    return [
+        f"the labels {some} are different classes, though they differ in case or blanks only"
+        for some in several
+    ]
 
 
 def histogram(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -163,7 +211,12 @@ def usable(data: Source, table: Table, seed: int, column: str) -> tuple[Clean, d
     rows, dropped = clean(data, table.rows, table.where, table.folder, column), dict(table.dropped)
     count(dropped, BLANK, rows.blank)
     if not rows.rows:
-        raise FedtuneError("D202", f"no usable rows in {table.where}", "at least one", "correct data.path and the columns named in [data]")
+        raise FedtuneError(
+            "D202",
+            f"no usable rows in {table.where}",
+            "at least one",
+            "correct data.path and the columns named in [data]",
+        )
     if 0 < data.limit < len(rows.rows):
         chosen = sorted(stream("limit", seed).permutation(len(rows.rows))[: data.limit].tolist())
         count(dropped, f"more than data.limit = {data.limit}", len(rows.rows) - len(chosen))
@@ -172,13 +225,18 @@ def usable(data: Source, table: Table, seed: int, column: str) -> tuple[Clean, d
 
 
 def sizes(data: Source, rows: Clean) -> Counter[str]:
-    """How much each value of the column has: characters, where a task learns from text as such, otherwise rows."""
+    """How much each value of the column has: characters, where a task learns from text as such, otherwise
+    rows."""
     total: Counter[str] = Counter()
     for row, key in zip(rows.rows, rows.keys, strict=True):
         if data.task == "causal-lm":
             total[key] += len(row["text"])
         elif data.task == "instruct":
-            total[key] += sum(len(turn["content"]) for turn in row["messages"]) if "messages" in row else len(row["prompt"]) + len(row["response"])
+            total[key] += (
+                sum(len(turn["content"]) for turn in row["messages"])
+                if "messages" in row
+                else len(row["prompt"]) + len(row["response"])
+            )
         else:
             total[key] += 1
     return total
@@ -197,7 +255,8 @@ def sliced(data: Source, seed: int, number: int, name: str, rows: Rows) -> Slice
 
 
 def cut(rows: int, share: float, order: str, seed: int, number: int) -> tuple[list[int], list[int]]:
-    """Row numbers kept and held out, both rising: int((1 - share) * rows) are kept, the first ones or at random."""
+    """Row numbers kept and held out, both rising: int((1 - share) * rows) are kept, the first ones or at
+    random."""
     keep = int((1 - share) * rows)
     if order == "time":
         return list(range(keep)), list(range(keep, rows))
@@ -210,7 +269,12 @@ def label_set(data: Source, rows: Rows) -> tuple[str, ...]:
         return ()
     labels = data.labels or tuple(histogram(rows))
     if len(set(labels)) < 2 or len(set(labels)) < len(labels):
-        raise FedtuneError("D206", f"the label set {list(labels)[:8]}", "two or more different labels", "correct the data or data.labels")
+        raise FedtuneError(
+            "D206",
+            f"the label set {list(labels)[:8]}",
+            "two or more different labels",
+            "correct the data or data.labels",
+        )
     return labels
 
 

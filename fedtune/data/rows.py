@@ -1,11 +1,13 @@
 """From what a source gives to rows of one shape per task, checked one by one.
 
     causal-lm        {"text": str}
-    instruct         {"messages": [{"role", "content", ...}, ...], "tools": [...] if any} or {"prompt": str, "response": str}
+    instruct         {"messages": [{"role", "content", ...}, ...], "tools": [...] if any} or {"prompt": str,
+                     "response": str}
     classify         {"text": str, "label": str}
     image-classify   {"image": path or uint8 array (height, width, channels), "label": str}
 
-Nothing is cast but labels and client names: whole numbers become their digits and truth values true or false, because files keep
+Nothing is cast but labels and client names: whole numbers become their digits and truth values true or false,
+because files keep
 classes as any of them.
 Rows are counted from 1 in messages.
 """
@@ -51,7 +53,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Clean:
-    """Rows in the task's shape, beside each the value of the column that makes clients ("" if none), and how many were blank."""
+    """Rows in the task's shape, beside each the value of the column that makes clients ("" if none), and how
+    many were blank."""
 
     rows: Rows
     keys: list[str]
@@ -77,7 +80,10 @@ def shape(data: Source, row: Mapping[str, Any], at: str, folder: Path | None) ->
     if data.task in ("classify", "image-classify") and data.label in row and row[data.label] is None:
         return None
     if data.task == "image-classify":
-        return {"image": picture(cell(row, data.image, at, "data.image"), data.image, at, folder), "label": label_of(data, row, at)}
+        return {
+            "image": picture(cell(row, data.image, at, "data.image"), data.image, at, folder),
+            "label": label_of(data, row, at),
+        }
     if data.task == "instruct" and data.messages:
         return chat(row, data.messages, at)
     if data.task == "instruct":
@@ -92,7 +98,12 @@ def shape(data: Source, row: Mapping[str, Any], at: str, folder: Path | None) ->
 def cell(row: Mapping[str, Any], column: str, at: str, setting: str) -> Any:
     """Raises D204 (no such column) and D203 (nothing in it)."""
     if column not in row:
-        raise FedtuneError("D204", f"no column '{column}' in {at}", f"one of its columns: {', '.join(sorted(map(str, row)))}", f"correct {setting}")
+        raise FedtuneError(
+            "D204",
+            f"no column '{column}' in {at}",
+            f"one of its columns: {', '.join(sorted(map(str, row)))}",
+            f"correct {setting}",
+        )
     if row[column] is None:
         unreadable(f"nothing in column '{column}' of {at}", "a value in every row")
     return row[column]
@@ -106,12 +117,16 @@ def text_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        unreadable(f"half a character (a lone surrogate) in column '{column}' of {at}", "text that can be written as UTF-8")
+        unreadable(
+            f"half a character (a lone surrogate) in column '{column}' of {at}",
+            "text that can be written as UTF-8",
+        )
     return value
 
 
 def name_of(row: Mapping[str, Any], column: str, at: str, setting: str) -> str:
-    """A label or a client's name: a text that is not empty, true or false, or a whole number (1.0 as well), which becomes its digits."""
+    """A label or a client's name: a text that is not empty, true or false, or a whole number (1.0 as well),
+    which becomes its digits."""
     value = cell(row, column, at, setting)
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value)).lower()
@@ -126,7 +141,12 @@ def label_of(data: Source, row: Mapping[str, Any], at: str) -> str:
     label = name_of(row, data.label, at, "data.label")
     if data.labels and label not in data.labels:
         known = ", ".join(data.labels[:8]) + (" ..." if len(data.labels) > 8 else "")
-        raise FedtuneError("D206", f"the label '{label}' in {at}", f"one of {known}", "add it to data.labels or correct the row")
+        raise FedtuneError(
+            "D206",
+            f"the label '{label}' in {at}",
+            f"one of {known}",
+            "add it to data.labels or correct the row",
+        )
     return label
 
 
@@ -138,20 +158,26 @@ def chat(row: Mapping[str, Any], column: str, at: str) -> dict[str, Any] | None:
 
 
 def prompt_of(data: Source, row: Mapping[str, Any], at: str) -> str:
-    """The prompt's column; where data.template is a text, that text with the row's columns in it (nothing where one has no value)."""
+    """The prompt's column; where data.template is a text, that text with the row's columns in it (nothing
+    where one has no value)."""
     if "{" not in data.template:
         return text_of(row, data.prompt, at, "data.prompt")
     before = data.template.removesuffix("{response}")
 
     def column(found: re.Match[str]) -> str:
         name = data.prompt if found[1] == "prompt" else found[1]
-        return "" if name != data.prompt and name in row and row[name] is None else text_of(row, name, at, "data.template")
+        return (
+            ""
+            if name != data.prompt and name in row and row[name] is None
+            else text_of(row, name, at, "data.template")
+        )
 
     return re.sub(r"\{([^{}]+)\}", column, before)
 
 
 def picture(value: Any, column: str, at: str, folder: Path | None) -> str | np.ndarray:
-    """A path stays a path (opened when encoded); anything else becomes uint8 (height, width, channels). Raises D203."""
+    """A path stays a path (opened when encoded); anything else becomes uint8 (height, width, channels).
+    Raises D203."""
     from PIL import Image
 
     if isinstance(value, str):
@@ -163,14 +189,21 @@ def picture(value: Any, column: str, at: str, folder: Path | None) -> str | np.n
             value = Image.open(io.BytesIO(value))
             value.load()
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            unreadable(f"an image in column '{column}' of {at} that Pillow cannot read", "an image file's bytes", error)
+            unreadable(
+                f"an image in column '{column}' of {at} that Pillow cannot read",
+                "an image file's bytes",
+                error,
+            )
     if isinstance(value, Image.Image):
         try:
             value = np.asarray(to_eight_bits(value))
         except ValueError as error:
             unreadable(f"an image in column '{column}' of {at} with {error}", "8 bits a channel", error)
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim not in (2, 3):
-        unreadable(f"{kind(value)} in column '{column}' of {at}", "a path, an image or a uint8 array (height, width, channels)")
+        unreadable(
+            f"{kind(value)} in column '{column}' of {at}",
+            "a path, an image or a uint8 array (height, width, channels)",
+        )
     return value if value.ndim == 3 else value[:, :, None]
 
 

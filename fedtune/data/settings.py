@@ -18,7 +18,8 @@ Task = Literal["causal-lm", "instruct", "classify", "image-classify"]
 
 
 class Source(Settings):
-    """[data]: where the rows come from, what they mean, and what is held out. A source is one file in fedtune/data/sources/.
+    """[data]: where the rows come from, what they mean, and what is held out. A source is one file in
+    fedtune/data/sources/.
 
     tasks     that its rows can serve
     has_test  whether it brings a test set of its own, always
@@ -30,7 +31,8 @@ class Source(Settings):
     has_test: ClassVar[bool] = False
     suffixes: ClassVar[tuple[str, ...]] = ()
     duplicates: Literal["keep", "drop"] = "keep"
-    """Rows that stand twice: keep (and say how many of the test set are trained on), or drop all but the first, of the test set's the
+    """Rows that stand twice: keep (and say how many of the test set are trained on), or drop all but the
+    first, of the test set's the
     training rows."""
     task: Task = "classify"
     """What is learned: next tokens, responses to prompts, a class of a text, a class of an image."""
@@ -43,17 +45,22 @@ class Source(Settings):
     response: str = "response"
     """Column of the response (instruct)."""
     messages: str = ""
-    """Column of chat messages (instruct); replaces prompt and response. A list of {role, content}, with tool_calls and other keys that
-    the model's chat template knows, or ShareGPT's {from, value}; content may be a list of text parts; a cell of a file may hold the list
+    """Column of chat messages (instruct); replaces prompt and response. A list of {role, content}, with
+    tool_calls and other keys that
+    the model's chat template knows, or ShareGPT's {from, value}; content may be a list of text parts; a cell
+    of a file may hold the list
     as JSON text. A column `tools` beside it, if there is one, describes the tools."""
     template: str = Field("auto", pattern=r"^(auto|chat|plain)$|\{[^{}]+\}")
-    """How prompt and response become one text (instruct): auto (as the model's own chat template writes a question and its answer; without
-    one, two lines), chat (the template, which must be there), plain (the one glued to the other), or a text with columns in braces that
+    """How prompt and response become one text (instruct): auto (as the model's own chat template writes a
+    question and its answer; without
+    one, two lines), chat (the template, which must be there), plain (the one glued to the other), or a text
+    with columns in braces that
     goes before the response, such as "Question: {prompt}\\nAnswer: "; {prompt} is data.prompt's column."""
     system: str = ""
     """System message before conversations that have none of their own (instruct; needs a chat template)."""
     date: datetime.date = datetime.date(2025, 1, 1)
-    """What chat templates that ask for today's date are told, on every day and at every site, as in "2025-01-01"."""
+    """What chat templates that ask for today's date are told, on every day and at every site, as in
+    "2025-01-01"."""
     image: str = "image"
     """Column of the image (image-classify)."""
     labels: tuple[str, ...] = ()
@@ -67,25 +74,40 @@ class Source(Settings):
     overlong: Literal["cut", "refuse"] = "cut"
     """What to do with examples longer than max_length: cut and report, or refuse to start."""
     limit: int = Field(0, ge=0)
-    """Use at most this many rows, drawn with the run's seed; 0 means all. A source's own test set is not limited."""
+    """Use at most this many rows, drawn with the run's seed; 0 means all. A source's own test set is not
+    limited."""
     test_share: float = Field(0.1, ge=0, lt=1)
-    """Share of all rows that becomes the global test set, drawn with the run's seed; 0 pools the clients' held-out shares instead.
+    """Share of all rows that becomes the global test set, drawn with the run's seed; 0 pools the clients'
+    held-out shares instead.
 
-    Ignored where the source has a test set of its own, which is used whole: clinc150, and folders with a file named `test`."""
+    Ignored where the source has a test set of its own, which is used whole: clinc150, and folders with a file
+    named `test`."""
     client_test_share: float = Field(0.1, ge=0, lt=1)
     """Share of each client's rows that it holds out for itself: of n rows int((1 - share) * n) train."""
     order: Literal["random", "time"] = "random"
-    """How a client's held-out rows are chosen: at random with the run's seed, or the last ones in file order."""
+    """How a client's held-out rows are chosen: at random with the run's seed, or the last ones in file
+    order."""
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.task not in self.tasks:
             known = ", ".join(sorted(self.tasks))
-            yield f"data.task = '{self.task}' with data.source = '{self.source}'", f"one of {known}", "change data.task or data.source"
+            yield (
+                f"data.task = '{self.task}' with data.source = '{self.source}'",
+                f"one of {known}",
+                "change data.task or data.source",
+            )
         if not self.is_placed and not ("deploy" in recipe.model_fields_set and recipe.deploy.data == "sites"):
-            do = "set it in the recipe or with --set data.path=PATH; a recipe for real sites has a [deploy] table instead"
+            do = (
+                "set it in the recipe or with --set data.path=PATH; a recipe for real sites has a [deploy] "
+                "table instead"
+            )
             yield f"no data.path for data.source = '{self.source}'", "a file, a folder or a hub name", do
         if self.test_share == 0 and self.client_test_share == 0 and not self.has_test:
-            yield "data.test_share = 0 and data.client_test_share = 0", "some rows to test on", "raise one of them"
+            yield (
+                "data.test_share = 0 and data.client_test_share = 0",
+                "some rows to test on",
+                "raise one of them",
+            )
         if self.stride > self.max_length:
             found = f"data.stride = {self.stride} above data.max_length = {self.max_length}"
             yield found, "at most max_length, so that no token is passed over", "lower it"
@@ -93,16 +115,39 @@ class Source(Settings):
 
     def template_conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Keys that say how prompts and conversations become texts, where nothing would use them."""
-        for key, said in (("messages", self.messages), ("template", self.template != "auto"), ("system", self.system)):
+        for key, said in (
+            ("messages", self.messages),
+            ("template", self.template != "auto"),
+            ("system", self.system),
+        ):
             if said and self.task != "instruct":
-                yield f"data.{key} with data.task = '{self.task}'", "data.task = 'instruct'", "remove one of them"
-        own = self.template not in ("auto", "chat")  # the text is the user's own, and no chat template writes it
+                yield (
+                    f"data.{key} with data.task = '{self.task}'",
+                    "data.task = 'instruct'",
+                    "remove one of them",
+                )
+        own = self.template not in (
+            "auto",
+            "chat",
+        )  # the text is the user's own, and no chat template writes it
         if own and self.messages:
-            yield f"data.template = '{self.template}' with data.messages", "the model's chat template", "remove one of them"
+            yield (
+                f"data.template = '{self.template}' with data.messages",
+                "the model's chat template",
+                "remove one of them",
+            )
         if own and self.system:
-            yield f"data.system with data.template = '{self.template}'", "a chat template, which knows where it goes", "write it into data.template"
+            yield (
+                f"data.system with data.template = '{self.template}'",
+                "a chat template, which knows where it goes",
+                "write it into data.template",
+            )
         if "{response}" in self.template.removesuffix("{response}"):
-            yield "data.template with {response} before its end", "a text that goes before the response", "end data.template where the response begins"
+            yield (
+                "data.template with {response} before its end",
+                "a text that goes before the response",
+                "end data.template where the response begins",
+            )
 
     def table(self) -> Table:
         """All rows, and the test set where the source has one. Raises D201, D202, D203, D208."""
@@ -118,17 +163,25 @@ class PathSource(Source):
     """A source that is read from a path."""
 
     path: str | tuple[str, ...] = ""
-    """File, list of files, pattern (data/*.jsonl) or folder, relative to the working directory, or a hub data set's name. Of a folder, jsonl
-    (.jsonl, .ndjson, .json), csv (.csv, .tsv), parquet and text (.txt) read all files with their suffix, also as .gz. Names such as train,
-    validation and test are respected: the test split is the global test set, a validation split stands in where there is none and is left
-    out otherwise. Subfolders become the column `folder`: by = "column", column = "folder" makes each a client."""
+    """File, list of files, pattern (data/*.jsonl) or folder, relative to the working directory, or a hub data
+    set's name. Of a folder, jsonl
+    (.jsonl, .ndjson, .json), csv (.csv, .tsv), parquet and text (.txt) read all files with their suffix, also
+    as .gz. Names such as train,
+    validation and test are respected: the test split is the global test set, a validation split stands in
+    where there is none and is left
+    out otherwise. Subfolders become the column `folder`: by = "column", column = "folder" makes each a
+    client."""
 
     @property
     def is_placed(self) -> bool:
         return bool(self.path)
 
     def located(self, place: Path) -> Self:
-        path = path_below(place, self.path) if isinstance(self.path, str) else tuple(path_below(place, one) for one in self.path)
+        path = (
+            path_below(place, self.path)
+            if isinstance(self.path, str)
+            else tuple(path_below(place, one) for one in self.path)
+        )
         return self.model_copy(update={"path": path})
 
 

@@ -1,4 +1,5 @@
-"""Files and folders that a user has already split: their names say what trains, what is tested on, and what is neither."""
+"""Files and folders that a user has already split: their names say what trains, what is tested on, and what
+is neither."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SHARD = re.compile(r"(\d+|of)")  # the numbers of train-00000-of-00002.parquet
 
 
 def split_of(name: str) -> Split | None:
-    """The split that a name without its suffix says it is: as its first or last word, numbers of shards aside.
+    """The split that a name without its suffix says it is: as its first or last word, numbers of shards
+    aside.
 
     >>> [split_of(name) for name in ("train-00000-of-00002", "squad_test", "dev", "contest", "patients")]
     ['train', 'test', 'validation', None, None]
@@ -41,7 +43,8 @@ def stem(path: Path) -> str:
 def assign(paths: Iterable[Path], where: Path) -> tuple[dict[Path, Split], list[str]]:
     """Each path's split, and what should be said about it.
 
-    With a test split, or without any, a validation split is left out; without a test split it is the test set. What no name tells trains.
+    With a test split, or without any, a validation split is left out; without a test split it is the test
+    set. What no name tells trains.
     Raises D202 where nothing is left to train on, and for names of which only some tell a split.
     """
     told = {path: split_of(stem(path)) for path in paths}
@@ -49,7 +52,12 @@ def assign(paths: Iterable[Path], where: Path) -> tuple[dict[Path, Split], list[
     if kinds and None in told.values() and "train" in kinds:
         odd = next(path.name for path, split in told.items() if split is None)
         found = f"'{odd}' beside a training file in '{where}'"
-        raise FedtuneError("D202", found, "file names that all name a split (train, validation, test), or none that does", "rename or move it")
+        raise FedtuneError(
+            "D202",
+            found,
+            "file names that all name a split (train, validation, test), or none that does",
+            "rename or move it",
+        )
     notes: list[str] = []
     splits: dict[Path, Split] = {path: split or "train" for path, split in told.items()}
     held = sorted(path.name for path, split in splits.items() if split == "validation")
@@ -57,5 +65,10 @@ def assign(paths: Iterable[Path], where: Path) -> tuple[dict[Path, Split], list[
         splits = {path: "test" if split == "validation" else split for path, split in splits.items()}
         notes.append(f"{', '.join(held[:3])} is the test set: there is no test split in {where}")
     if splits and "train" not in splits.values():
-        raise FedtuneError("D202", f"nothing to train on in '{where}'", "a training file, or files without a split in their names", "add or rename one")
+        raise FedtuneError(
+            "D202",
+            f"nothing to train on in '{where}'",
+            "a training file, or files without a split in their names",
+            "add or rename one",
+        )
     return splits, notes

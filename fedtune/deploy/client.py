@@ -3,7 +3,8 @@
     HOME/spool cache memory   updates without a receipt, states, what the client remembers
     HOME/flower logs          Flower's home and everybody's last words
 
-The coordinator may be away for as long as it likes: the SuperNode asks again, a finished update waits in the spool.
+The coordinator may be away for as long as it likes: the SuperNode asks again, a finished update waits in the
+spool.
 """
 
 from __future__ import annotations
@@ -19,42 +20,54 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedtune.deploy.passage import Passage
+from fedtune.deploy.fleet_proxy import FleetProxy
 from fedtune.deploy.policy import read_policy
-from fedtune.deploy.processes import Program, alone, bare, environment, free_port, stop_all
+from fedtune.deploy.supervisor import Program, alone, bare, environment, free_port, stop_all
 from fedtune.deploy.walls import walls
 from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError
-from fedtune.exchange.probe import reason, unreachable
+from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
 from fedtune.trust import COORDINATOR, Identity, load
 
 LOOK = 0.5
-STARTING = 300.0  # seconds that a SuperNode may take to ask its first question: a cold disk, a slow board, a busy machine
+# seconds that a SuperNode may take to ask its first question: a cold disk, a slow board, a busy machine
+STARTING = 300.0
 STOPPED = 15.0  # seconds between two looks, after which it was not the SuperNode that kept silent
 REASONS = 30.0  # seconds between two questions why no connection comes about
-STUCK = 60.0  # seconds without a question from the SuperNode while nothing is being done; Flower itself gives a task that long
+# seconds without a question from the SuperNode while nothing is being done; Flower itself gives a task that
+# long
+STUCK = 60.0
 
 
 def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
-    """Until an exception ends it (Stopped, F505). Raises T701 to T708 for keys that cannot be used, E802 for a connection that is refused,
+    """Until an exception ends it (Stopped, F505). Raises T701 to T708 for keys that cannot be used, E802 for
+    a connection that is refused,
     C101 to C105 for a policy that cannot be read."""
     home = Path(config.home)
     with alone(home):
         identity = load(Path(config.keys))
         if identity.name.name == COORDINATOR:
-            raise FedtuneError("T705", f"the coordinator's own keys in '{config.keys}'", "the keys of a site", "give the folder that 'fedtune keys issue' made")
+            raise FedtuneError(
+                "T705",
+                f"the coordinator's own keys in '{config.keys}'",
+                "the keys of a site",
+                "give the folder that 'fedtune keys issue' made",
+            )
         read_policy(config.policy)  # the worker would say so too, after a while
         if why := reason(identity, config.coordinator):
             raise why
         private = short_folder()
-        passage = Passage(identity, config.coordinator, home=home)
+        fleet_proxy = FleetProxy(identity, config.coordinator, home=home)
         programs: list[Program] = []
         try:
             own = replace(config, socket=str(private / "worker"))
-            programs = site_programs(own, passage.address, private)
-            say(f"site '{identity.name.name}' of '{identity.name.federation}', coordinator {config.coordinator}, home {home}")
+            programs = site_programs(own, fleet_proxy.address, private)
+            say(
+                f"site '{identity.name.name}' of '{identity.name.federation}', coordinator "
+                f"{config.coordinator}, home {home}"
+            )
             if not proxy_for(config.coordinator) and (nobody := unreachable(config.coordinator)):
                 say(f"nobody answers at {config.coordinator} yet ({nobody}); this site goes on trying")
             line, ended = Line(identity, config.coordinator, say), 0
@@ -63,22 +76,25 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
             while True:
                 for program in programs:
                     program.look()
-                if stuck(passage.asked, programs[1].started, own.socket):
-                    silent = time.monotonic() - max(passage.asked, programs[1].started)
-                    say(f"Flower's SuperNode has asked for nothing in {silent:.0f} s, while this site had nothing to do: "
+                if stuck(fleet_proxy.asked, programs[1].started, own.socket):
+                    silent = time.monotonic() - max(fleet_proxy.asked, programs[1].started)
+                    say(f"Flower's SuperNode has asked for nothing in {silent:.0f} s, while this site had "
+                        "nothing to do: "
                         "it is started again")  # fmt: skip
                     programs[1].restart()
-                line.look(passage)
+                line.look(fleet_proxy)
                 for text in told.lines():
                     say(text)
-                for text in passage.ended[ended:]:
+                for text in fleet_proxy.ended[ended:]:
                     say(text)
-                ended = len(passage.ended)
-                if rest() > STOPPED and passage.asked > programs[1].started:
-                    passage.asked = time.monotonic()  # this machine slept, or this program was stopped: the SuperNode could not ask either
+                ended = len(fleet_proxy.ended)
+                if rest() > STOPPED and fleet_proxy.asked > programs[1].started:
+                    fleet_proxy.asked = (
+                        time.monotonic()
+                    )  # this machine slept, or this program was stopped: the SuperNode could not ask either
         finally:
             stop_all(programs)
-            passage.close()
+            fleet_proxy.close()
             shutil.rmtree(private, ignore_errors=True)
 
 
@@ -102,18 +118,21 @@ class Line:
     judged: float = -REASONS
     why: str = ""
 
-    def look(self, passage: Passage) -> None:
-        """Raises T704, T705, E802 where the two ends refuse one another and never were connected; a later refusal is said, and may pass."""
-        if not passage.called:
+    def look(self, fleet_proxy: FleetProxy) -> None:
+        """Raises T704, T705, E802 where the two ends refuse one another and never were connected; a later
+        refusal is said, and may pass."""
+        if not fleet_proxy.called:
             return
-        if (now := standing(passage.last)) != self.now:
+        if (now := standing(fleet_proxy.last)) != self.now:
             self.now = now
             self.say(
-                f"the coordinator is {now}" + (f": {passage.last[:300]}" if passage.last else "") + (proxy_hint(self.coordinator) if now == "away" else "")
+                f"the coordinator is {now}"
+                + (f": {fleet_proxy.last[:300]}" if fleet_proxy.last else "")
+                + (proxy_hint(self.coordinator) if now == "away" else "")
             )
         if now == "away" and time.monotonic() > self.judged + REASONS:
             self.judged, why = time.monotonic(), reason(self.identity, self.coordinator)
-            if why and not passage.answered:
+            if why and not fleet_proxy.answered:
                 raise why
             if why and str(why) != self.why:
                 self.why = str(why)
@@ -121,9 +140,16 @@ class Line:
 
 
 def standing(last: str) -> str:
-    """How the coordinator stands to this site, by what came of the last call: gRPC's words change while it is away, a refusal bears a code."""
+    """How the coordinator stands to this site, by what came of the last call: gRPC's words change while it is
+    away, a refusal bears a code."""
     code = last.partition(":")[0]
-    return f"there, and refuses this site ({code})" if code in CATALOGUE else "away" if last else "there, and this site is connected"
+    return (
+        f"there, and refuses this site ({code})"
+        if code in CATALOGUE
+        else "away"
+        if last
+        else "there, and this site is connected"
+    )
 
 
 def rest() -> float:
@@ -136,8 +162,10 @@ def rest() -> float:
 def stuck(asked: float, started: float, worker: str) -> bool:
     """Whether the SuperNode waits for a ClientApp that is not there.
 
-    It takes one message at a time, and where a message's run ended while it was being answered, or its SuperExec died just then, it waits for
-    that answer for ever, its heart beating (flwr 1.41, _push_messages). One that has not asked anything in this life may still be starting.
+    It takes one message at a time, and where a message's run ended while it was being answered, or its
+    SuperExec died just then, it waits for
+    that answer for ever, its heart beating (flwr 1.41, _push_messages). One that has not asked anything in
+    this life may still be starting.
     """
     patience, since = (STUCK, asked) if asked > started else (STARTING, started)
     if time.monotonic() < since + patience:
@@ -186,11 +214,25 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
     node = f'worker="{config.socket}"'
     commands = {
         "worker": (sys.executable, "-m", "fedtune.deploy.worker", str(told)),
-        "supernode": ("flower-supernode", "--insecure", "--superlink", superlink, "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
-                      "--node-config", node),
+        "supernode": (
+            "flower-supernode",
+            "--insecure",
+            "--superlink",
+            superlink,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--isolation",
+            "process",
+            "--node-config",
+            node,
+        ),
         "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
-    }  # fmt: skip
+    }
     kept = json.dumps(walls(flower, [config.keys, config.data, config.home, config.policy]))
     logs = {name: home / "logs" / f"{name}.log" for name in commands}
-    flowers = [Program(name, commands[name], logs[name], theirs, walls=kept) for name in ("supernode", "superexec")]
+    flowers = [
+        Program(name, commands[name], logs[name], theirs, walls=kept) for name in ("supernode", "superexec")
+    ]
     return [Program("worker", commands["worker"], logs["worker"], env, own=True), *flowers]

@@ -1,4 +1,5 @@
-"""The ClientApp that a deployment's project names (app.py): the name stays, because a site of the version before takes the project from its coordinator."""
+"""The ClientApp that a deployment's project names (app.py): the name stays, because a site of the version
+before takes the project from its coordinator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How much data a site says it has: with its greeting, before any round, so that no answer can weigh more than that. Bounds from above, read off the files."""
+"""How much data a site says it has: with its greeting, before any round, so that no answer can weigh more
+than that. Bounds from above, read off the files."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.runtime.scoring import SCORE
+from fedtune.runtime.site_scores import SCORE
 
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 PACKED = 1032  # bytes that one byte of a deflated file can become, at most
@@ -20,12 +21,23 @@ SPECIAL = 16  # tokens of a row that stand for no byte of it, at most: heads of 
 def declared(data: str) -> dict[str, int]:
     """Rows and bytes of a file, a folder or a pattern; nothing where there is none."""
     place = Path(data)
-    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+    files = (
+        [place]
+        if place.is_file()
+        else sorted(path for path in place.rglob("*") if path.is_file())
+        if place.is_dir()
+        else []
+    )
     if not data or not files:
         return {}
     stats = [path.stat() for path in files]
-    sizes = [found.st_size * (PACKED if path.suffix == ".gz" else 1) for path, found in zip(files, stats, strict=True)]
-    rows = [rows_of(path, size, found.st_mtime_ns) for path, size, found in zip(files, sizes, stats, strict=True)]
+    sizes = [
+        found.st_size * (PACKED if path.suffix == ".gz" else 1)
+        for path, found in zip(files, stats, strict=True)
+    ]
+    rows = [
+        rows_of(path, size, found.st_mtime_ns) for path, size, found in zip(files, sizes, stats, strict=True)
+    ]
     return {"rows": sum(rows), "bytes": sum(sizes)}
 
 
@@ -39,11 +51,14 @@ def rows_of(path: Path, size: int, changed: int) -> int:
     if path.suffix not in LINES:
         return size if path.suffix in (".json", ".gz") else 1  # an image
     with path.open("rb") as file:
-        return 1 + sum(piece.count(b"\n") + piece.count(b"\r") for piece in iter(lambda: file.read(PIECE), b""))
+        return 1 + sum(
+            piece.count(b"\n") + piece.count(b"\r") for piece in iter(lambda: file.read(PIECE), b"")
+        )
 
 
 def heaviest(recipe: Recipe, report: Mapping[str, Any], verb: str) -> float:
-    """What an answer of a site that declared this can weigh at most; nothing bounds one that declared nothing (demos)."""
+    """What an answer of a site that declared this can weigh at most; nothing bounds one that declared nothing
+    (demos)."""
     rows, size = report.get("rows"), report.get("bytes")
     if not (isinstance(rows, int) and isinstance(size, int) and rows > 0 and size > 0):
         return math.inf
@@ -51,5 +66,11 @@ def heaviest(recipe: Recipe, report: Mapping[str, Any], verb: str) -> float:
     tokens = float(size + SPECIAL * rows)
     weight = str(recipe.method.model_dump().get("weight", "examples"))
     if verb == SCORE or weight == "examples":
-        return tokens if verb == SCORE and language else float(rows) if recipe.data.task != "causal-lm" else tokens
+        return (
+            tokens
+            if verb == SCORE and language
+            else float(rows)
+            if recipe.data.task != "causal-lm"
+            else tokens
+        )
     return tokens if weight == "tokens" else 1.0

@@ -1,6 +1,8 @@
-"""What each member may ask of Flower through the gate: one node, bound to its certificate, and no more calls and bytes than an honest site makes.
+"""What each member may ask of Flower through the gate: one node, bound to its certificate, and no more calls
+and bytes than an honest site makes.
 
-The newest node that a member has activated is its node; calls of any other are refused, and the run's process greets bound nodes only (`bound`), so that a
+The newest node that a member has activated is its node; calls of any other are refused, and the run's process
+greets bound nodes only (`bound`), so that a
 thousand made-up nodes cost it nothing.
 """
 
@@ -17,13 +19,17 @@ from fedtune.deploy.fleet import Call
 from fedtune.deploy.protobuf import Field, number_of, read
 from fedtune.disk import write_atomic
 from fedtune.errors import FedtuneError
-from fedtune.exchange.refusal import NoRoom
+from fedtune.exchange.grpc_errors import NoRoom
 
 NODES = "nodes.json"  # in the coordinator's home: member -> its node
 NODE_REPLY = {1: Field("node_id", "number")}
-RATES = {  # what is counted -> at once, a second; a site's SuperNode makes a dozen calls a ticket, and asks every 3 s
-    "calls": (400.0, 40.0), "nodes": (6.0, 1 / 20), "answers": (64.0, 4.0), "bytes": (float(4 << 20), float(64 << 10)),
-}  # fmt: skip
+# what is counted -> at once, a second; a site's SuperNode makes a dozen calls a ticket, and asks every 3 s
+RATES = {
+    "calls": (400.0, 40.0),
+    "nodes": (6.0, 1 / 20),
+    "answers": (64.0, 4.0),
+    "bytes": (float(4 << 20), float(64 << 10)),
+}
 
 
 @dataclass
@@ -38,7 +44,9 @@ class Member:
     def take(self, name: str, wanted: Mapping[str, float], now: float) -> None:
         """Raises NoRoom; nothing is taken then."""
         passed, self.since = now - self.since, now
-        self.left = {what: min(most, self.left[what] + passed * again) for what, (most, again) in RATES.items()}
+        self.left = {
+            what: min(most, self.left[what] + passed * again) for what, (most, again) in RATES.items()
+        }
         for what, amount in wanted.items():
             if self.left[what] < amount:
                 raise NoRoom(f"more {what} of '{name}' than a site makes", "fewer", 2.0)
@@ -55,7 +63,8 @@ class Members:
         self._write()
 
     def admit(self, name: str, call: Call) -> None:
-        """Raises FedtuneError E806 for a node that is not the member's, NoRoom (E804) for more than is its due."""
+        """Raises FedtuneError E806 for a node that is not the member's, NoRoom (E804) for more than is its
+        due."""
         wanted = {"calls": 1.0}
         if call.name in ("register-node", "activate-node"):
             wanted["nodes"] = 1.0
@@ -68,9 +77,15 @@ class Members:
             member.take(name, wanted, self.clock())
             if "nodes" in wanted:
                 return
-            other = next((whose for whose, one in self._members.items() if one.key == call.key and whose != name), "")
+            other = next(
+                (whose for whose, one in self._members.items() if one.key == call.key and whose != name), ""
+            )
             if other or (member.key and (member.key, member.node) != (call.key, node_of(call))):
-                raise FedtuneError("E806", sentence=f"another fedtune client is connected as '{name}'", do="end one of the two")
+                raise FedtuneError(
+                    "E806",
+                    sentence=f"another fedtune client is connected as '{name}'",
+                    do="end one of the two",
+                )
 
     def answered(self, name: str, call: Call, reply: bytes) -> None:
         """Learn from what Flower, which has checked the key's signature, has taken."""
@@ -89,16 +104,21 @@ class Members:
                 self._write()
 
     def _write(self) -> None:
-        content = {name: [member.key, member.node] for name, member in sorted(self._members.items()) if member.node}
+        content = {
+            name: [member.key, member.node] for name, member in sorted(self._members.items()) if member.node
+        }
         write_atomic(self.path, json.dumps(content).encode())
 
 
 def node_of(call: Call) -> int:
-    return number_of(call.says, "node_id") if "node_id" in call.says else number_of(call.says, "node", "node_id")
+    return (
+        number_of(call.says, "node_id") if "node_id" in call.says else number_of(call.says, "node", "node_id")
+    )
 
 
 def read_nodes(path: Path) -> dict[str, tuple[str, int]]:
-    """Member -> key and node, as the gate has written them; none where it has not, or they cannot be read: then they are learned anew."""
+    """Member -> key and node, as the gate has written them; none where it has not, or they cannot be read:
+    then they are learned anew."""
     try:
         tree = json.loads(path.read_bytes())
         return {str(name): (str(key), int(node)) for name, (key, node) in tree.items()}

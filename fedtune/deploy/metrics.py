@@ -1,4 +1,5 @@
-"""A Prometheus endpoint (text format 0.0.4): what an operator watches, from the exchange. Counts only, no names of sites."""
+"""A Prometheus endpoint (text format 0.0.4): what an operator watches, from the exchange. Counts only, no
+names of sites."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ AGAIN = 60.0  # seconds in which the same refusal of the same member is told onc
 
 
 class Refusals:
-    """A sink that counts refused calls by code, and passes the first of each kind on: refusals cost whoever asks for them nothing."""
+    """A sink that counts refused calls by code, and passes the first of each kind on: refusals cost whoever
+    asks for them nothing."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink, self.by_code, self._lock = sink, Counter[str](), threading.Lock()
@@ -32,14 +34,16 @@ class Refusals:
                 about = (event.peer, event.code, event.call)
                 if event.at < self._told.get(about, 0.0) + AGAIN:
                     return
-                self._told = {other: at for other, at in self._told.items() if at > event.at - AGAIN} | {about: event.at}
+                self._told = {other: at for other, at in self._told.items() if at > event.at - AGAIN} | {
+                    about: event.at
+                }
         self.sink(event)
 
 
 def lines(server: Server, home: Path, refusals: Refusals) -> Iterator[str]:
     """One sample a line."""
     newest: dict[str, Any] = {}
-    for progress in server.service.desk.progress():
+    for progress in server.service.server_store.progress():
         newest.setdefault(progress.run, progress)
     for name, about, field in (
         ("fedtune_round", "round that is being asked about", "round"),
@@ -47,12 +51,31 @@ def lines(server: Server, home: Path, refusals: Refusals) -> Iterator[str]:
         ("fedtune_round_accepted", "updates accepted in it", "accepted"),
         ("fedtune_round_bytes", "bytes of those updates", "bytes"),
     ):
-        yield from metric(name, about, "gauge", {f'{{run="{run}"}}': getattr(progress, field) for run, progress in sorted(newest.items())})
-    yield from metric("fedtune_members_present", "members that have called within a minute", "gauge", {"": len(server.door.present())})
-    yield from metric("fedtune_uploads", "uploads under way", "gauge", {"": len(server.service.intake.active)})
-    yield from metric("fedtune_disk_free_bytes", "free bytes of the disk that holds updates", "gauge", {"": shutil.disk_usage(home).free})
+        yield from metric(
+            name,
+            about,
+            "gauge",
+            {f'{{run="{run}"}}': getattr(progress, field) for run, progress in sorted(newest.items())},
+        )
+    yield from metric(
+        "fedtune_members_present",
+        "members that have called within a minute",
+        "gauge",
+        {"": len(server.door.present())},
+    )
+    yield from metric(
+        "fedtune_uploads", "uploads under way", "gauge", {"": len(server.service.intake.active)}
+    )
+    yield from metric(
+        "fedtune_disk_free_bytes",
+        "free bytes of the disk that holds updates",
+        "gauge",
+        {"": shutil.disk_usage(home).free},
+    )
     refused = {f'{{code="{code}"}}': count for code, count in sorted(refusals.by_code.items())}
-    yield from metric("fedtune_refused_total", "calls that were refused since the gate started, by code", "counter", refused)
+    yield from metric(
+        "fedtune_refused_total", "calls that were refused since the gate started, by code", "counter", refused
+    )
 
 
 def metric(name: str, about: str, kind: str, samples: Mapping[str, int]) -> Iterator[str]:
@@ -83,7 +106,9 @@ def serve_metrics(address: str, server: Server, home: Path, refusals: Refusals) 
     try:
         http = ThreadingHTTPServer((host, int(port)), Handler)
     except (OSError, ValueError) as error:
-        raise FedtuneError("E801", f"metrics address '{address}' ({error})", "a free HOST:PORT", "choose another --metrics") from None
+        raise FedtuneError(
+            "E801", f"metrics address '{address}' ({error})", "a free HOST:PORT", "choose another --metrics"
+        ) from None
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, daemon=True).start()
     return http

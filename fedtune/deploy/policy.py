@@ -1,6 +1,7 @@
 """What a site allows, in a file of its own: the coordinator cannot change it.
 
-coordinators = ["3f9a..."]       # keys that may ask, by their hash or its beginning (fedtune keys list); empty: every one of the federation
+coordinators = ["3f9a..."]       # keys that may ask, by their hash or its beginning (fedtune keys list);
+empty: every one of the federation
 approved_only = true             # only recipes that this site's operator has approved: fedtune approve RECIPE
 recipes = ["c0ffee..."]          # or these, by their whole hash
 methods = ["fedpeft"]            # what may be done here; empty: everything
@@ -10,7 +11,8 @@ require = ["sign"]               # chain steps without which nothing leaves the 
 verbs = ["train"]                # what may be asked; empty: all that the method asks
 scores = false                   # whether figures of held-out rows may leave (the verb `score`)
 min_rows = 100                   # least rows that train; 8 where nothing is said
-min_examples = 64                # least examples behind one update: steps times batch; 8 where nothing is said
+min_examples = 64                # least examples behind one update: steps times batch; 8 where nothing is
+said
 min_members = 3                  # least members in a round
 max_rounds = 50                  # most rounds of a run
 answers_a_day = 100              # most answers in 24 hours
@@ -35,11 +37,14 @@ from pydantic import Field, ValidationError
 from fedtune.config import Recipe, sentence
 from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
-from fedtune.runtime.scoring import SCORE
+from fedtune.runtime.site_scores import SCORE
 from fedtune.settings import Settings
 
 DAY = 24 * 3600.0
-LEDGER, APPROVED = "ledger.jsonl", "approved.txt"  # in a site's home: what has left; which recipes its operator approved
+LEDGER, APPROVED = (
+    "ledger.jsonl",
+    "approved.txt",
+)  # in a site's home: what has left; which recipes its operator approved
 
 
 @dataclass(frozen=True)
@@ -112,19 +117,36 @@ class Policy(Settings):
 
     def _who(self, recipe: Recipe, asked: Asked) -> None:
         """By whom, with which recipe, when, and how often."""
-        if self.coordinators and not any(asked.key.startswith(known) for known in self.coordinators if len(known) >= 12):
-            raise forbidden(f"a coordinator with key {asked.key[:12]}", f"one of {', '.join(known[:12] for known in self.coordinators)}")
-        if (self.approved_only or self.recipes) and (hash_ := asked.recipe or recipe.fingerprint) not in {*self.recipes, *asked.approved}:
-            raise forbidden(f"recipe {hash_}, which nobody here has approved", "an approved one (fedtune approve RECIPE)")
+        if self.coordinators and not any(
+            asked.key.startswith(known) for known in self.coordinators if len(known) >= 12
+        ):
+            raise forbidden(
+                f"a coordinator with key {asked.key[:12]}",
+                f"one of {', '.join(known[:12] for known in self.coordinators)}",
+            )
+        if (self.approved_only or self.recipes) and (hash_ := asked.recipe or recipe.fingerprint) not in {
+            *self.recipes,
+            *asked.approved,
+        }:
+            raise forbidden(
+                f"recipe {hash_}, which nobody here has approved", "an approved one (fedtune approve RECIPE)"
+            )
         if self.hours and not within(self.hours, asked.now.hour):
-            raise forbidden(f"work at {asked.now:%H:%M}", f"work from {self.hours.replace('-', ' to ')} o'clock")
+            raise forbidden(
+                f"work at {asked.now:%H:%M}", f"work from {self.hours.replace('-', ' to ')} o'clock"
+            )
         if self.answers_a_day and len(asked.sent) >= self.answers_a_day:
-            raise forbidden(f"one more than {len(asked.sent)} answers in 24 hours", f"at most {self.answers_a_day}")
+            raise forbidden(
+                f"one more than {len(asked.sent)} answers in 24 hours", f"at most {self.answers_a_day}"
+            )
         if self.bytes_a_day and sum(asked.sent) + asked.budget > self.bytes_a_day:
-            raise forbidden(f"up to {sum(asked.sent) + asked.budget} bytes in 24 hours", f"at most {self.bytes_a_day}")
+            raise forbidden(
+                f"up to {sum(asked.sent) + asked.budget} bytes in 24 hours", f"at most {self.bytes_a_day}"
+            )
 
     def check_rows(self, recipe: Recipe, rows: int) -> None:
-        """Once the rows are known, before any is trained on: an update of one row says what stands in it. Raises F507."""
+        """Once the rows are known, before any is trained on: an update of one row says what stands in it.
+        Raises F507."""
         if rows < self.min_rows:
             raise forbidden(f"{rows} rows that train", f"at least {self.min_rows}")
         if (seen := examples_of(recipe, rows)) < self.min_examples:
@@ -134,8 +156,15 @@ class Policy(Settings):
 def examples_of(recipe: Recipe, rows: int) -> int:
     """Examples that one update is made of, by the method's own settings."""
     method = recipe.method.model_dump()
-    tables: list[Mapping[str, Any]] = [table for table in (method, method.get("train", {})) if "batch" in table]
-    counts = [min(rows, table["steps"] * table["batch"]) if table.get("steps") else rows * int(bool(table.get("epochs", 1))) for table in tables]
+    tables: list[Mapping[str, Any]] = [
+        table for table in (method, method.get("train", {})) if "batch" in table
+    ]
+    counts = [
+        min(rows, table["steps"] * table["batch"])
+        if table.get("steps")
+        else rows * int(bool(table.get("epochs", 1)))
+        for table in tables
+    ]
     return min(counts, default=rows)
 
 
@@ -154,22 +183,36 @@ def read_policy(path: str) -> Policy:
     if not path:
         return Policy()
     try:
-        return Policy.model_validate(tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig")), strict=False)
+        return Policy.model_validate(
+            tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig")), strict=False
+        )
     except (OSError, UnicodeDecodeError) as error:
-        raise FedtuneError("C105", f"no readable policy at '{path}' ({type(error).__name__})", "a TOML file", "check the path") from None
+        raise FedtuneError(
+            "C105",
+            f"no readable policy at '{path}' ({type(error).__name__})",
+            "a TOML file",
+            "check the path",
+        ) from None
     except tomllib.TOMLDecodeError as error:
-        raise FedtuneError("C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line") from None
+        raise FedtuneError(
+            "C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line"
+        ) from None
     except ValidationError as error:
         raise sentence(error) from None
 
 
-# --- a site's own books ------------------------------------------------------------------------------------------------
+# --- a site's own books
+# ------------------------------------------------------------------------------------------------
 
 
 def approved(home: Path) -> frozenset[str]:
     """Hashes that `approve` has written."""
     path = home / APPROVED
-    return frozenset(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.split()) if path.exists() else frozenset()
+    return (
+        frozenset(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.split())
+        if path.exists()
+        else frozenset()
+    )
 
 
 def approve(home: Path, recipe: Recipe, name: str) -> str:

@@ -1,4 +1,5 @@
-"""Addresses to listen on, tried before anything is begun: gRPC itself would share a port with another program without a word."""
+"""Addresses to listen on, tried before anything is begun: gRPC itself would share a port with another program
+without a word."""
 
 from __future__ import annotations
 
@@ -15,15 +16,25 @@ PATIENCE = 5.0  # seconds: a coordinator that was killed a moment ago may still 
 def split_address(address: str, option: str) -> tuple[str, int]:
     """HOST:PORT as its parts; an IPv6 host stands in brackets. Raises C103."""
     host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536) or (":" in host and not (host[0] == "[" and host[-1] == "]")):
-        raise FedtuneError("C103", f"{option} '{address}'", "HOST:PORT such as fed.example.org:9443", "add the port, or correct it")
+    if (
+        not host
+        or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536)
+        or (":" in host and not (host[0] == "[" and host[-1] == "]"))
+    ):
+        raise FedtuneError(
+            "C103",
+            f"{option} '{address}'",
+            "HOST:PORT such as fed.example.org:9443",
+            "add the port, or correct it",
+        )
     return host.strip("[]"), int(port)
 
 
 def require_free(addresses: Mapping[str, str], patience: float = PATIENCE) -> None:
     """Try HOST:PORT of every option, all at the same time: two of them may not be one.
 
-    Raises C103 for what is no address, E801 where one is taken, also by another of them, or is none of this machine.
+    Raises C103 for what is no address, E801 where one is taken, also by another of them, or is none of this
+    machine.
     """
     places = {option: split_address(address, option) for option, address in addresses.items()}
     end = time.monotonic() + patience
@@ -39,7 +50,8 @@ def require_free(addresses: Mapping[str, str], patience: float = PATIENCE) -> No
 
 
 def first_refused(places: Mapping[str, tuple[str, int]]) -> tuple[str, str] | None:
-    """The option whose address cannot be had, and why; None where all can. Listens for an instant, at each address that a name has."""
+    """The option whose address cannot be had, and why; None where all can. Listens for an instant, at each
+    address that a name has."""
     with contextlib.ExitStack() as held:
         for option, (host, port) in places.items():
             try:
@@ -51,11 +63,16 @@ def first_refused(places: Mapping[str, tuple[str, int]]) -> tuple[str, str] | No
     return None
 
 
-def listening(family: int, kind: int, where: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> socket.socket:
-    """A socket that listens there as gRPC's would: `::` stands for the addresses of IPv4 as well. Raises OSError."""
+def listening(
+    family: int, kind: int, where: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
+) -> socket.socket:
+    """A socket that listens there as gRPC's would: `::` stands for the addresses of IPv4 as well. Raises
+    OSError."""
     server = socket.socket(family, kind)
     try:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free; one that is listened on is not
+        server.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # a port in TIME_WAIT is free; one that is listened on is not
         if family == socket.AF_INET6:
             server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(where[0] != "::"))
         server.bind(where)

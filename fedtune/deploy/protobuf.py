@@ -1,4 +1,5 @@
-"""Protocol buffers read by a shape: what a table may hold, how much of it, and nothing else. What is read is written anew, so that what is passed on was
+"""Protocol buffers read by a shape: what a table may hold, how much of it, and nothing else. What is read is
+written anew, so that what is passed on was
 made here, byte for byte.
 
 Only what the calls of fleet.py need: whole numbers, doubles, texts, bytes, tables.
@@ -43,7 +44,8 @@ Table = Mapping[str, Sequence[Value]]
 
 
 def read(data: bytes, shape: Shape, depth: int = DEPTH) -> dict[str, list[Value]]:
-    """A table's values by name, each a list. Raises Refused W601, W606 for all that its shape does not allow."""
+    """A table's values by name, each a list. Raises Refused W601, W606 for all that its shape does not
+    allow."""
     if depth == 0:
         raise Refused("W606", f"tables more than {DEPTH} deep", "fewer", "use fedtune client")
     values: dict[str, list[Value]] = {}
@@ -52,12 +54,19 @@ def read(data: bytes, shape: Shape, depth: int = DEPTH) -> dict[str, list[Value]
         tag, at = varint(data, at)
         field = shape.get(tag >> 3)
         if field is None or tag & 7 != WIRE.get(field.kind, SIZED):
-            raise Refused("W601", f"field {tag >> 3} of type {tag & 7}", f"one of {', '.join(f.name for f in shape.values())}", "use fedtune client")
+            raise Refused(
+                "W601",
+                f"field {tag >> 3} of type {tag & 7}",
+                f"one of {', '.join(f.name for f in shape.values())}",
+                "use fedtune client",
+            )
         value, at = one(data, at, field, shape, depth)
         known = values.setdefault(field.name, [])
         known.append(value)
         if len(known) > field.many:
-            raise Refused("W606", f"'{field.name}' {len(known)} times", f"at most {field.many}", "use fedtune client")
+            raise Refused(
+                "W606", f"'{field.name}' {len(known)} times", f"at most {field.many}", "use fedtune client"
+            )
     return values
 
 
@@ -69,7 +78,9 @@ def one(data: bytes, at: int, field: Field, shape: Shape, depth: int) -> tuple[V
         return finite(cut(data, at, 8), field), at + 8
     size, at = varint(data, at)
     if size > field.longest:
-        raise Refused("W606", f"'{field.name}' of {size} bytes", f"at most {field.longest}", "use fedtune client")
+        raise Refused(
+            "W606", f"'{field.name}' of {size} bytes", f"at most {field.longest}", "use fedtune client"
+        )
     content = cut(data, at, size)
     at += size
     if field.kind == "table":
@@ -83,7 +94,12 @@ def text(content: bytes, field: Field) -> str:
     except UnicodeDecodeError:
         said = "\0"
     if not said.isprintable() or (field.kind == "hash" and not Sha256.form.fullmatch(said)):
-        raise Refused("W601", f"'{field.name}' in another form", "64 hexadecimal digits" if field.kind == "hash" else "printable ASCII", "use fedtune client")
+        raise Refused(
+            "W601",
+            f"'{field.name}' in another form",
+            "64 hexadecimal digits" if field.kind == "hash" else "printable ASCII",
+            "use fedtune client",
+        )
     return said
 
 
@@ -115,7 +131,11 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 def write(values: Table, shape: Shape) -> bytes:
     """The one encoding of a table: its fields in ascending order."""
-    return b"".join(piece for number in sorted(shape) for piece in pieces(values.get(shape[number].name, ()), number, shape))
+    return b"".join(
+        piece
+        for number in sorted(shape)
+        for piece in pieces(values.get(shape[number].name, ()), number, shape)
+    )
 
 
 def pieces(values: Sequence[Value], number: int, shape: Shape) -> Iterator[bytes]:
@@ -127,7 +147,11 @@ def pieces(values: Sequence[Value], number: int, shape: Shape) -> Iterator[bytes
         elif isinstance(value, int):
             yield varied(value)
         else:
-            content = write(value, shape if field.shape is None else field.shape) if isinstance(value, Mapping) else value
+            content = (
+                write(value, shape if field.shape is None else field.shape)
+                if isinstance(value, Mapping)
+                else value
+            )
             content = content.encode("ascii") if isinstance(content, str) else content
             yield varied(len(content)) + content
 

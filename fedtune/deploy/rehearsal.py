@@ -1,4 +1,5 @@
-"""fedtune client --check: what would keep this site from taking part, said before it does. Trains nothing, loads no model, leaves nothing behind."""
+"""fedtune client --check: what would keep this site from taking part, said before it does. Trains nothing,
+loads no model, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from fedtune.deploy.sites import at_site, columns_of
 from fedtune.deploy.worker import SiteConfig, require_own
 from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
-from fedtune.exchange.probe import reason, unreachable
+from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.proxies import proxy_for
 from fedtune.trust import Identity, load
 from fedtune.trust.certificates import utc_now
@@ -24,10 +25,13 @@ SOON = 30  # days before a key's end that are said
 
 
 def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
-    """A line for each thing that is well. Raises the first mistake: T701 to T706, C101 to C105, D201 to D206, E801, E802, F507, M301."""
+    """A line for each thing that is well. Raises the first mistake: T701 to T706, C101 to C105, D201 to D206,
+    E801, E802, F507, M301."""
     identity = load(Path(config.keys))
     days = (identity.peer.ends - utc_now()).days
-    yield f"keys      '{identity.name.name}' of '{identity.name.federation}', {days} days left" + ("; renew them soon" if days < SOON else "")
+    yield f"keys      '{identity.name.name}' of '{identity.name.federation}', {days} days left" + (
+        "; renew them soon" if days < SOON else ""
+    )
     policy = read_policy(config.policy)
     yield f"policy    {config.policy or 'none: the defaults hold'}"
     yield f"proxy     {proxy_for(config.coordinator) or 'none'}"
@@ -35,14 +39,29 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
     require_own(config)
     if config.data:
         known = declared(config.data)
-        yield f"data      {config.data}: at most {known.get('rows', 0):,} rows, {known.get('bytes', 0):,} bytes; so much is declared with the greeting"
+        yield (
+            f"data      {config.data}: at most {known.get('rows', 0):,} rows, {known.get('bytes', 0):,} "
+            "bytes; so much is declared with the greeting"
+        )
     if recipe is not None:
-        here = recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": (identity.name.name,)})})
+        here = recipe.model_copy(
+            update={"deploy": recipe.deploy.model_copy(update={"sites": (identity.name.name,)})}
+        )
         mine = at_site(here, 0, config.data, config.partition, columns_of(config.columns)).clients[0]
-        yield f"rows      {len(mine.train):,} that train, {len(mine.test):,} held out, as the recipe reads them"
-        policy.check(recipe, Asked(recipe=recipe.fingerprint, key=policy.coordinators[0] if policy.coordinators else "", approved=approved(Path(config.home))))
+        yield f"rows      {len(mine.train):,} to train on, {len(mine.test):,} held out, by this recipe"
+        policy.check(
+            recipe,
+            Asked(
+                recipe=recipe.fingerprint,
+                key=policy.coordinators[0] if policy.coordinators else "",
+                approved=approved(Path(config.home)),
+            ),
+        )
         policy.check_rows(recipe, len(mine.train))
-        yield f"recipe    allowed here: {recipe.method.type}, {recipe.rounds} rounds, fingerprint {recipe.fingerprint[:16]}"
+        yield (
+            f"recipe    allowed here: {recipe.method.type}, {recipe.rounds} rounds, fingerprint "
+            f"{recipe.fingerprint[:16]}"
+        )
 
 
 def reached(coordinator: str, identity: Identity) -> Iterator[str]:
@@ -50,7 +69,12 @@ def reached(coordinator: str, identity: Identity) -> Iterator[str]:
     if why := reason(identity, coordinator):
         raise why
     if not proxy_for(coordinator) and (nobody := unreachable(coordinator)):
-        raise FedtuneError("E801", f"nobody who answers at {coordinator} ({nobody})", "the coordinator", "check the address, the firewall, and that it runs")
+        raise FedtuneError(
+            "E801",
+            f"nobody who answers at {coordinator} ({nobody})",
+            "the coordinator",
+            "check the address, the firewall, and that it runs",
+        )
     with tempfile.TemporaryDirectory() as folder:
         client = ExchangeClient(coordinator, identity, Path(folder), patience=5.0)
         try:
@@ -59,6 +83,11 @@ def reached(coordinator: str, identity: Identity) -> Iterator[str]:
             client.close()
     ahead = (began + time.time()) / 2 - now
     if ahead > AHEAD:
-        raise FedtuneError("T704", f"a clock that is {ahead:.0f} s ahead of the coordinator's", f"at most {AHEAD:.0f} s", "set this machine's clock (NTP)")
+        raise FedtuneError(
+            "T704",
+            f"a clock that is {ahead:.0f} s ahead of the coordinator's",
+            f"at most {AHEAD:.0f} s",
+            "set this machine's clock (NTP)",
+        )
     yield f"port      {coordinator} answers, and takes these keys"
     yield f"clock     {ahead:+.1f} s from the coordinator's"

@@ -6,8 +6,10 @@
       app/  logs/  gate.json  gate.jsonl
     runs/NAME/           a run's folder, as everywhere; deploy.json says where its coordinator is
 
-Whatever dies is started again: the SuperLink keeps its messages in SQLite, the exchange and the journal are on disk, and a run whose
-ServerApp has died is submitted once more and goes on after its last committed round, with the updates that were accepted meanwhile.
+Whatever dies is started again: the SuperLink keeps its messages in SQLite, the exchange and the journal are
+on disk, and a run whose
+ServerApp has died is submitted once more and goes on after its last committed round, with the updates that
+were accepted meanwhile.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from typing import Any
 
 from fedtune.config import Recipe, method_of
 from fedtune.deploy.app import write_app
-from fedtune.deploy.conduct import CRASH, Deployed, failed
-from fedtune.deploy.gate import GateConfig
-from fedtune.deploy.processes import TRIES, Program, alone, environment, free_port, healthy, stop_all
-from fedtune.deploy.ready import require_ready
-from fedtune.deploy.room import require_room
+from fedtune.deploy.coordinator_run import CRASH, Deployed, failed
+from fedtune.deploy.gateway import GateConfig
+from fedtune.deploy.preflight import require_ready
+from fedtune.deploy.resources import require_room
 from fedtune.deploy.sites import resolved
+from fedtune.deploy.supervisor import TRIES, Program, alone, environment, free_port, healthy, stop_all
 from fedtune.disk import disk_errors, took
 from fedtune.errors import FedtuneError
 from fedtune.runtime.folder import RunFolder, recipe_of
@@ -43,7 +45,9 @@ START_SECONDS = 300.0
 ABSENT = 10.0  # seconds without a process that holds the run's folder, after which it is submitted again
 SUBMITTED = 90.0  # seconds that a submission may take to get hold of it
 LOOK = 0.5
-FAREWELL = 4.0  # seconds from a run's end to the gate's: SuperNodes ask every 3 s, and so their sites hear of it
+FAREWELL = (
+    4.0  # seconds from a run's end to the gate's: SuperNodes ask every 3 s, and so their sites hear of it
+)
 STEPS = ("ClientDone", "RoundDone")
 
 
@@ -104,27 +108,50 @@ class Coordinator:
         return self.runs / HOME
 
     def start(self, body: str) -> None:
-        """SuperLink, SuperExec and gate. Raises F505, and what the gate ends with at once: E801, T701 to T708, M301, S701 to S704."""
+        """SuperLink, SuperExec and gate. Raises F505, and what the gate ends with at once: E801, T701 to
+        T708, M301, S701 to S704."""
         self.env = environment(self.home / "flower")
         self.superlink = f"127.0.0.1:{free_port()}"
         flower = self.home / "flower"
         flower.mkdir(parents=True, exist_ok=True)
-        (flower / "config.toml").write_text(f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.superlink}"\ninsecure = true\n')
+        (flower / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{self.superlink}"\ninsecure = '
+            "true\n"
+        )
         write_app(self.home / "app")
         config = self.home / "gate.json"
-        GateConfig(str(self.keys), str(self.home), self.listen, self.superlink, self.metrics, body).write(config)
+        GateConfig(str(self.keys), str(self.home), self.listen, self.superlink, self.metrics, body).write(
+            config
+        )
         port = self.superlink.rpartition(":")[2]
-        self.add("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", port, "--isolation", "process",
-                 "--database", str(flower / "state.db"), "--disable-runtime-dependency-installation")  # fmt: skip
+        self.add(
+            "superlink",
+            "flower-superlink",
+            "--insecure",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--isolation",
+            "process",
+            "--database",
+            str(flower / "state.db"),
+            "--disable-runtime-dependency-installation",
+        )
         self.add("superexec", "flower-superexec", "--insecure", "--runtime-api-address", self.superlink)
-        self.add("gate", sys.executable, "-m", "fedtune.deploy.gate", str(config), own=True)
-        self.wait_for(lambda: healthy(f"http://{self.superlink}/health") and self._open(), "Flower's SuperLink and the gate")
+        self.add("gate", sys.executable, "-m", "fedtune.deploy.gateway", str(config), own=True)
+        self.wait_for(
+            lambda: healthy(f"http://{self.superlink}/health") and self._open(),
+            "Flower's SuperLink and the gate",
+        )
 
     def _open(self) -> bool:
         """Whether the gate takes connections."""
         host, _, port = self.listen.rpartition(":")
         try:
-            with socket.create_connection(("127.0.0.1" if host in ("0.0.0.0", "[::]", "") else host.strip("[]"), int(port)), 1):
+            with socket.create_connection(
+                ("127.0.0.1" if host in ("0.0.0.0", "[::]", "") else host.strip("[]"), int(port)), 1
+            ):
                 return True
         except OSError:
             return False
@@ -142,19 +169,39 @@ class Coordinator:
         while not done():
             self.look()
             if time.monotonic() > end:
-                raise FedtuneError("F505", sentence=f"{what} was not ready after {START_SECONDS:.0f} s", do=f"look at {self.home / 'logs'}")
+                raise FedtuneError(
+                    "F505",
+                    sentence=f"{what} was not ready after {START_SECONDS:.0f} s",
+                    do=f"look at {self.home / 'logs'}",
+                )
             time.sleep(0.2)
 
     def submit(self, run: Running) -> None:
-        """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one at work. Raises F505, R404."""
+        """Ask Flower to run the ServerApp; it takes the folder's lock, so that there is never more than one
+        at work. Raises F505, R404."""
         require_room(run.folder.path)
         if run.submissions >= TRIES:
             sentence = f"the process of the run ended {run.submissions} times without one more answer"
-            raise FedtuneError("F505", sentence=sentence, do=f"look at {run.folder.path / CRASH}, then: fedtune resume {run.folder.path}")
+            raise FedtuneError(
+                "F505",
+                sentence=sentence,
+                do=f"look at {run.folder.path / CRASH}, then: fedtune resume {run.folder.path}",
+            )
         run.submitted, run.submissions = time.monotonic(), run.submissions + 1
-        command = ["flwr", "run", str(self.home / "app"), "here", "--format", "json", "--run-config", f'folder="{run.folder.path}"']
+        command = [
+            "flwr",
+            "run",
+            str(self.home / "app"),
+            "here",
+            "--format",
+            "json",
+            "--run-config",
+            f'folder="{run.folder.path}"',
+        ]
         try:
-            done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False, timeout=START_SECONDS)
+            done = subprocess.run(
+                command, env=self.env, capture_output=True, text=True, check=False, timeout=START_SECONDS
+            )
             said = done.stdout + done.stderr
         except subprocess.TimeoutExpired:  # a SuperLink that stands still
             said = f"no answer within {START_SECONDS:.0f} s"
@@ -162,11 +209,16 @@ class Coordinator:
             words = " ".join(said.split())[-300:]
             run.refused, run.submissions = run.refused + 1, run.submissions - 1
             if run.refused > TRIES:
-                raise FedtuneError("F505", sentence=f"Flower did not accept the run ({words})", do=f"look at {self.home / 'logs'}")
+                raise FedtuneError(
+                    "F505",
+                    sentence=f"Flower did not accept the run ({words})",
+                    do=f"look at {self.home / 'logs'}",
+                )
             run.submitted = time.monotonic() - SUBMITTED + 5
 
     def look_at(self, run: Running) -> bool:
-        """Tell what is new; submit the run where nobody works on it. True: it has ended. Raises what it ended with."""
+        """Tell what is new; submit the run where nobody works on it. True: it has ended. Raises what it ended
+        with."""
         for event in run.events():
             run.submissions = 0 if event.get("event") in STEPS else run.submissions
             self.show(event)
@@ -201,45 +253,75 @@ def require_coordinator(keys: Path) -> None:
     """Raises T701 to T706 for keys with which no coordinator can be started."""
     identity = load(keys)
     if not identity.is_coordinator:
-        raise FedtuneError("T705", f"the keys of '{identity.name.name}' in '{keys}'", "the coordinator's", "give the folder that 'fedtune keys init' made")
+        raise FedtuneError(
+            "T705",
+            f"the keys of '{identity.name.name}' in '{keys}'",
+            "the coordinator's",
+            "give the folder that 'fedtune keys init' made",
+        )
     AllowList(identity.folder / ALLOWED).check(identity.peer)
 
 
 def require_new_ready(recipe: Recipe, stem: str, runs: Path, keys: Path) -> None:
-    """Raises what would end a run at its beginning, where it has none yet: its folder could not be had by the recipe with the mistake mended."""
+    """Raises what would end a run at its beginning, where it has none yet: its folder could not be had by the
+    recipe with the mistake mended."""
     if not (runs / (recipe.name or stem) / "config.json").exists():
         require_ready(resolved(recipe, keys))
 
 
 def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str, metrics: str = "") -> RunFolder:
-    """The run's folder: a new one, or the one that this recipe began. Raises R401, R406, and what `resolved` raises."""
+    """The run's folder: a new one, or the one that this recipe began. Raises R401, R406, and what `resolved`
+    raises."""
     name = recipe.name or stem
     folder = RunFolder(runs / name)
     if (folder.path / "config.json").exists():
         known = {recipe_of(folder).fingerprint, Deployed.read(folder).recipe}
         if recipe.fingerprint not in known:
-            found = f"a run '{folder.path}' that was started with another recipe ({max(known)[:12]}, now {recipe.fingerprint[:12]})"
-            raise FedtuneError("R406", found, "the same recipe", "restore the recipe to continue this run, or start another: --set name=NAME")
+            found = (
+                f"a run '{folder.path}' that was started with another recipe ({max(known)[:12]}, now "
+                f"{recipe.fingerprint[:12]})"
+            )
+            raise FedtuneError(
+                "R406",
+                found,
+                "the same recipe",
+                "restore the recipe to continue this run, or start another: --set name=NAME",
+            )
     else:
         named = resolved(recipe, keys)
         with disk_errors(folder.path):
             (folder.path / "state").mkdir(parents=True, exist_ok=True)
-        Deployed(str(keys), str(runs / HOME), f"{name.lstrip('.')[:40] or 'run'}-{secrets.token_hex(8)}", listen, recipe.fingerprint, metrics).write(folder)
+        Deployed(
+            str(keys),
+            str(runs / HOME),
+            f"{name.lstrip('.')[:40] or 'run'}-{secrets.token_hex(8)}",
+            listen,
+            recipe.fingerprint,
+            metrics,
+        ).write(folder)
         folder.begin(named)  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)
     return folder
 
 
 def split_run(folders: Sequence[RunFolder]) -> str:
-    """The folder of a run whose model is split, "" where there is none; the gate serves one body. Raises C104 where runs need different ones."""
+    """The folder of a run whose model is split, "" where there is none; the gate serves one body. Raises C104
+    where runs need different ones."""
     bodies: dict[str, str] = {}
     for folder in folders:
         recipe = recipe_of(folder)
         if split := method_of(recipe).capabilities.split:
-            bodies.setdefault(json.dumps([recipe.model.model_dump(mode="json"), dict(split.place)]), str(folder.path))
+            bodies.setdefault(
+                json.dumps([recipe.model.model_dump(mode="json"), dict(split.place)]), str(folder.path)
+            )
     if len(bodies) > 1:
         found = f"{len(bodies)} split runs with different bodies at one coordinator"
-        raise FedtuneError("C104", found, "one model and one cut", "give each its own coordinator: another --runs and --listen")
+        raise FedtuneError(
+            "C104",
+            found,
+            "one model and one cut",
+            "give each its own coordinator: another --runs and --listen",
+        )
     return next(iter(bodies.values()), "")
 
 
@@ -252,7 +334,10 @@ def opened(folder: RunFolder) -> Running:
 def welcome(folder: RunFolder, listen: str) -> str:
     """Where the coordinator listens, and whom it waits for."""
     sites = recipe_of(folder).deploy.sites
-    return f"{folder.path.name}: listening on {listen} for {len(sites)} clients: {', '.join(sites[:12])}{' ...' if len(sites) > 12 else ''}"
+    return (
+        f"{folder.path.name}: listening on {listen} for {len(sites)} clients: "
+        f"{', '.join(sites[:12])}{' ...' if len(sites) > 12 else ''}"
+    )
 
 
 def conduct_all(folders: Sequence[RunFolder], coordinator: Coordinator) -> int:

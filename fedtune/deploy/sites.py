@@ -22,29 +22,57 @@ from fedtune.trust.identity import ALLOWED
 
 
 def resolved(recipe: Recipe, keys: Path) -> Recipe:
-    """The recipe with its sites named: deploy.sites, or all clients that may speak now, sorted. Raises C104, F502, T702."""
+    """The recipe with its sites named: deploy.sites, or all clients that may speak now, sorted. Raises C104,
+    F502, T702."""
     now = utc_now()
-    allowed = sorted({entry.name for entry in read_entries(keys / ALLOWED) if entry.state(now) == "valid"} - {COORDINATOR})
+    allowed = sorted(
+        {entry.name for entry in read_entries(keys / ALLOWED) if entry.state(now) == "valid"} - {COORDINATOR}
+    )
     sites = recipe.deploy.sites or tuple(allowed)
     if not sites:
-        raise FedtuneError("F502", "no client with a valid key", "one or more", "run: fedtune keys issue NAME")
+        raise FedtuneError(
+            "F502", "no client with a valid key", "one or more", "run: fedtune keys issue NAME"
+        )
     if unknown := sorted(set(sites) - set(allowed)):
         raise FedtuneError(
-            "F502", f"deploy.sites with '{unknown[0]}', which has no valid key", f"some of {', '.join(allowed)[:200]}", f"run: fedtune keys issue {unknown[0]}"
+            "F502",
+            f"deploy.sites with '{unknown[0]}', which has no valid key",
+            f"some of {', '.join(allowed)[:200]}",
+            f"run: fedtune keys issue {unknown[0]}",
         )
     require_for_sites(recipe, sites)
     return recipe.model_copy(update={"deploy": recipe.deploy.model_copy(update={"sites": tuple(sites)})})
 
 
 def require_for_sites(recipe: Recipe, sites: Sequence[str]) -> None:
-    """Whether a recipe can be played by these sites, as far as the recipe says; () where they are not known yet. Raises C104, D206."""
-    if recipe.deploy.data == "sites" and recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
-        raise FedtuneError("D206", "no data.labels in a recipe for real sites", "the label set", "list all labels in data.labels")
+    """Whether a recipe can be played by these sites, as far as the recipe says; () where they are not known
+    yet. Raises C104, D206."""
+    if (
+        recipe.deploy.data == "sites"
+        and recipe.data.task in ("classify", "image-classify")
+        and not recipe.data.labels
+    ):
+        raise FedtuneError(
+            "D206",
+            "no data.labels in a recipe for real sites",
+            "the label set",
+            "list all labels in data.labels",
+        )
     if len(set(sites)) < len(sites):
         raise FedtuneError("C104", "deploy.sites with a name twice", "each site once", "remove one")
-    if sites and recipe.deploy.data == "partition" and recipe.partition.clients != len(sites) and not recipe.partition.open_ended:
-        found = f"partition.clients = {recipe.partition.clients} beside {len(sites)} sites ({', '.join(sites)[:120]})"
-        raise FedtuneError("C104", found, "as many of one as of the other", f"use --set partition.clients={len(sites)}")
+    if (
+        sites
+        and recipe.deploy.data == "partition"
+        and recipe.partition.clients != len(sites)
+        and not recipe.partition.open_ended
+    ):
+        found = (
+            f"partition.clients = {recipe.partition.clients} beside {len(sites)} sites "
+            f"({', '.join(sites)[:120]})"
+        )
+        raise FedtuneError(
+            "C104", found, "as many of one as of the other", f"use --set partition.clients={len(sites)}"
+        )
 
 
 def at_coordinator(recipe: Recipe) -> Federation:
@@ -59,12 +87,19 @@ def at_coordinator(recipe: Recipe) -> Federation:
             mine, _ = load_slice(data, recipe.seed, 0, "the coordinator")
         test = [*mine.train, *mine.test]
     require_for_sites(recipe, ())
-    return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(deploy.sites)), test, recipe.data.labels)
+    return Federation(
+        tuple(Slice(number, name, [], []) for number, name in enumerate(deploy.sites)),
+        test,
+        recipe.data.labels,
+    )
 
 
 ROLES = {  # task -> settings that name a column
-    "causal-lm": ("text",), "classify": ("text", "label"), "image-classify": ("image", "label"), "instruct": ("messages", "prompt", "response"),
-}  # fmt: skip
+    "causal-lm": ("text",),
+    "classify": ("text", "label"),
+    "image-classify": ("image", "label"),
+    "instruct": ("messages", "prompt", "response"),
+}
 COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
@@ -72,48 +107,82 @@ def columns_of(text: str) -> dict[str, str]:
     """--map text=note,label=icd: the recipe's name of a column -> its name here. Raises C103."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     if any(not equals or not name.strip() or not own.strip() for name, equals, own in pairs):
-        raise FedtuneError("C103", f"--map '{text}'", "NAME=COLUMN,NAME=COLUMN, such as text=note,label=icd", "correct --map")
+        raise FedtuneError(
+            "C103", f"--map '{text}'", "NAME=COLUMN,NAME=COLUMN, such as text=note,label=icd", "correct --map"
+        )
     return {name.strip(): own.strip() for name, _, own in pairs}
 
 
 def mapped(data: Source, columns: Mapping[str, str]) -> dict[str, str]:
-    """Settings of [data] with this site's columns. Where a site maps columns, a recipe reaches those and no others. Raises F507."""
+    """Settings of [data] with this site's columns. Where a site maps columns, a recipe reaches those and no
+    others. Raises F507."""
     if not columns:
         return {}
 
     def own(name: str) -> str:
         if name not in columns:
-            raise FedtuneError("F507", f"a recipe that reads column {name[:80]!r}", f"one of {', '.join(columns)}", "agree on it, and name it in --map")
+            raise FedtuneError(
+                "F507",
+                f"a recipe that reads column {name[:80]!r}",
+                f"one of {', '.join(columns)}",
+                "agree on it, and name it in --map",
+            )
         return columns[name]
 
     named: dict[str, Any] = data.model_dump()
     roles = [role for role in ROLES[data.task] if named[role]]
     if data.task == "instruct":
-        roles = ["messages"] if data.messages else [role for role in roles if role != "prompt" or "{" not in data.template]
+        roles = (
+            ["messages"]
+            if data.messages
+            else [role for role in roles if role != "prompt" or "{" not in data.template]
+        )
     made = {role: own(named[role]) for role in roles}
     if "{" in data.template:
         inner = [name for name in COLUMN.findall(data.template) if name not in ("prompt", "response")]
-        template = COLUMN.sub(lambda found: f"{{{own(found[1])}}}" if found[1] in inner else found[0], data.template)
+        template = COLUMN.sub(
+            lambda found: f"{{{own(found[1])}}}" if found[1] in inner else found[0], data.template
+        )
         made |= {"template": template} | ({"prompt": own(data.prompt)} if "{prompt}" in data.template else {})
     return made
 
 
-def at_site(recipe: Recipe, number: int, data: str, partition: bool = False, columns: Mapping[str, str] | None = None) -> Federation:
-    """One site's own rows, under its number; of the others nothing. They come from `data` and from nowhere else: what a recipe names is read only where the
+def at_site(
+    recipe: Recipe, number: int, data: str, partition: bool = False, columns: Mapping[str, str] | None = None
+) -> Federation:
+    """One site's own rows, under its number; of the others nothing. They come from `data` and from nowhere
+    else: what a recipe names is read only where the
     site's operator has said so (`partition`, for demos). Raises F507, and what the data raise."""
     if recipe.deploy.data == "partition":
         if not partition:
-            raise FedtuneError("F507", "a recipe that says which rows are read here (deploy.data = 'partition')", "rows of --data", "for a demo: --partition")
+            raise FedtuneError(
+                "F507",
+                "a recipe that says which rows are read here (deploy.data = 'partition')",
+                "rows of --data",
+                "for a demo: --partition",
+            )
         return load(recipe.data, recipe.partition, recipe.seed)
     if not isinstance(recipe.data, PathSource):
         found = f"data.source = '{recipe.data.source}', which reads what is installed here"
-        raise FedtuneError("F507", found, "a source that reads --data", "set data.source to the format of the sites' rows: jsonl, csv, parquet")
+        raise FedtuneError(
+            "F507",
+            found,
+            "a source that reads --data",
+            "set data.source to the format of the sites' rows: jsonl, csv, parquet",
+        )
     if not data:
-        raise FedtuneError("D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE")
+        raise FedtuneError(
+            "D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE"
+        )
     name = recipe.deploy.sites[number]
     with called("data.path", "--data"):
-        mine, dropped = load_slice(data_at(recipe.data, data, **mapped(recipe.data, columns or {})), recipe.seed, number, name)
-    slices = tuple(mine if other == number else Slice(other, whose, [], []) for other, whose in enumerate(recipe.deploy.sites))
+        mine, dropped = load_slice(
+            data_at(recipe.data, data, **mapped(recipe.data, columns or {})), recipe.seed, number, name
+        )
+    slices = tuple(
+        mine if other == number else Slice(other, whose, [], [])
+        for other, whose in enumerate(recipe.deploy.sites)
+    )
     return Federation(slices, [], recipe.data.labels, dropped)
 
 
@@ -133,8 +202,10 @@ class Details:
     recipe   the coordinator's, as canonical JSON
     number   of the client; `seed`, `members` of the round; `last`, `first` as in runtime.protocol.Ask
     told     what the method wants its clients to know
-    issued   when it was signed, in microseconds since 1970, which is its number, too: the coordinator's next has a higher one
-    ends     until when it may be done; 0, from a coordinator of the version before: as long as its round is open
+    issued   when it was signed, in microseconds since 1970, which is its number, too: the coordinator's next
+             has a higher one
+    ends     until when it may be done; 0, from a coordinator of the version before: as long as its round is
+             open
     """
 
     recipe: str
@@ -150,10 +221,17 @@ class Details:
     def require_open(self, now: float) -> None:
         """Raises Refused (W604) for a ticket that has ended: found by somebody, or kept, and sent again."""
         if self.ends and now > self.ends / 1e6:
-            raise Refused("W604", f"a ticket that ended {now - self.ends / 1e6:.0f} s ago", "one that may still be done", "check this machine's clock (NTP)")
+            raise Refused(
+                "W604",
+                f"a ticket that ended {now - self.ends / 1e6:.0f} s ago",
+                "one that may still be done",
+                "check this machine's clock (NTP)",
+            )
 
     def encode(self) -> str:
-        return json.dumps({**self.__dict__, "members": list(self.members)}, sort_keys=True, separators=(",", ":"))
+        return json.dumps(
+            {**self.__dict__, "members": list(self.members)}, sort_keys=True, separators=(",", ":")
+        )
 
     @classmethod
     def decode(cls, text: str) -> Details:
@@ -162,8 +240,17 @@ class Details:
             tree = json.loads(text)
             told = {str(name): str(value) for name, value in tree["told"].items()}
             members = tuple(int(m) for m in tree["members"])
-            said = cls(str(tree["recipe"]), int(tree["number"]), int(tree["seed"]), members, int(tree["last"]), bool(tree["first"]), told,
-                       int(tree.get("issued", 0)), int(tree.get("ends", 0)))  # fmt: skip
+            said = cls(
+                str(tree["recipe"]),
+                int(tree["number"]),
+                int(tree["seed"]),
+                members,
+                int(tree["last"]),
+                bool(tree["first"]),
+                told,
+                int(tree.get("issued", 0)),
+                int(tree.get("ends", 0)),
+            )
             if any(not 0 <= number < 1 << 31 for number in (said.number, said.last, *members)):
                 raise ValueError
             return said

@@ -1,7 +1,10 @@
-"""The warm worker of a site: it holds model and data for as long as it lives, and does what signed tickets ask.
+"""The warm worker of a site: it holds model and data for as long as it lives, and does what signed tickets
+ask.
 
-Flower starts a ClientApp process for every message; that process only hands the ticket to this one, over a socket in a folder that
-nobody else may open. An update is on disk before it is sent, and what the client remembers is on disk before the update is: a worker
+Flower starts a ClientApp process for every message; that process only hands the ticket to this one, over a
+socket in a folder that
+nobody else may open. An update is on disk before it is sent, and what the client remembers is on disk before
+the update is: a worker
 that dies goes on where it was, and never computes twice what it has finished.
 """
 
@@ -27,18 +30,18 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import DAY, Asked, approved, note_sent, read_policy, sent_since
-from fedtune.deploy.room import require_disk, require_memory
+from fedtune.deploy.resources import require_disk, require_memory
 from fedtune.deploy.sites import Details, at_site, called, columns_of
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
+from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before, respond
+from fedtune.runtime.client_store import load_versions, save_versions
 from fedtune.runtime.failures import failure_of, numbered
 from fedtune.runtime.protocol import Ask, Link
-from fedtune.runtime.scoring import SCORE
-from fedtune.runtime.shelf import load_versions, save_versions
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world, link_of
+from fedtune.runtime.site_scores import SCORE
+from fedtune.runtime.workspace import Workspace, build_workspace, link_of
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.split.facts import SplitFacts
 from fedtune.trust import Peer, Signed, Ticket, load, ticket
@@ -63,7 +66,8 @@ PATIENCE = 600.0  # seconds to go on trying to send before Flower is told
 class SiteConfig:
     """What the site's operator says; not a word of it comes from the coordinator.
 
-    model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own device
+    model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own
+    device
     columns        --map as it was given: the recipe's names of columns and this site's
     partition      for demos: the recipe may say which rows and which model's folder are read here
     """
@@ -88,7 +92,7 @@ class SiteConfig:
 
 
 @dataclass(frozen=True)
-class WorldBuilt(Event):
+class WorkspaceBuilt(Event):
     """Model and data were loaded: once a recipe and life of a worker."""
 
     run: str
@@ -107,22 +111,31 @@ class Worker:
         self.policy = read_policy(config.policy)
         self.exchange = ExchangeClient(config.coordinator, self.identity, self.home, PATIENCE)
         self.lock = threading.Lock()
-        self.built: tuple[str, World, Link] | None = None
-        self.callers, self.left = set[int](), time.monotonic()  # threads that ask something now; when the last one left
+        self.built: tuple[str, Workspace, Link] | None = None
+        self.callers, self.left = (
+            set[int](),
+            time.monotonic(),
+        )  # threads that ask something now; when the last one left
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What a ClientApp asks: who this is, or that a ticket be done; and what fedtune client asks: for how long nobody has asked anything."""
+        """What a ClientApp asks: who this is, or that a ticket be done; and what fedtune client asks: for how
+        long nobody has asked anything."""
         if request.get("what") == "idle":
             return {"seconds": 0.0 if self.callers else time.monotonic() - self.left}
         self.callers.add(threading.get_ident())
         try:
-            return {"sealed": self.site(str(request["nonce"]))} if request.get("what") == "site" else self.outcome(str(request["ticket"]).encode())
+            return (
+                {"sealed": self.site(str(request["nonce"]))}
+                if request.get("what") == "site"
+                else self.outcome(str(request["ticket"]).encode())
+            )
         finally:
             self.callers.discard(threading.get_ident())
             self.left = time.monotonic()
 
     def outcome(self, content: bytes) -> dict[str, Any]:
-        """A ticket, done one after the other; where it was not, a code and a number: the sentence stays here."""
+        """A ticket, done one after the other; where it was not, a code and a number: the sentence stays
+        here."""
         with self.lock:
             try:
                 return {"code": "", "said": self.done(content)}
@@ -133,15 +146,24 @@ class Worker:
 
     def site(self, nonce: str) -> str:
         """Name and means of this site, under its signature."""
-        record = json.dumps({"nonce": nonce, "name": self.identity.name.name, "report": self.report()}, sort_keys=True).encode()
+        record = json.dumps(
+            {"nonce": nonce, "name": self.identity.name.name, "report": self.report()}, sort_keys=True
+        ).encode()
         return seal(record, self.identity).to_json().decode()
 
     def report(self) -> dict[str, Any]:
-        """What this site can do: its device, how fast that is, bytes free, how much data it has, its versions."""
-        from fedtune.model.means import means, speed
+        """What this site can do: its device, how fast that is, bytes free, how much data it has, its
+        versions."""
+        from fedtune.model.hardware import means, speed
 
         can = {**means(self.config.device), "speed": round(speed(self.config.device), 1)}
-        return {**can, **declared(self.config.data), "disk": shutil.disk_usage(self.home).free, "protocol": PROTOCOL, "versions": versions()}
+        return {
+            **can,
+            **declared(self.config.data),
+            "disk": shutil.disk_usage(self.home).free,
+            "protocol": PROTOCOL,
+            "versions": versions(),
+        }
 
     def done(self, content: bytes) -> str:
         """A ticket, done: its receipt is held. Returns what the chain chose. Raises FedtuneError."""
@@ -155,57 +177,93 @@ class Worker:
             return ""
         self.policy.check(mine, self.asked(content, about, details, recipe))
         require_disk(self.home, about)
-        world, link = self.world(recipe, mine, details)
+        workspace, link = self.workspace(recipe, mine, details)
         if link.base != about.base:
             found = f"base model {link.base[:12]} at this site (weights, tokenizer and chat template)"
-            raise Refused("W604", found, f"{about.base[:12]} as at the coordinator", "use the same files, or name them with --model")
+            raise Refused(
+                "W604",
+                found,
+                f"{about.base[:12]} as at the coordinator",
+                "use the same files, or name them with --model",
+            )
         if link.tasks[about.verb].trains:
-            self.policy.check_rows(world.recipe, len(world.train(details.number)))
-        return self.computed(about, details, world, link)
+            self.policy.check_rows(workspace.recipe, len(workspace.train(details.number)))
+        return self.computed(about, details, workspace, link)
 
     def asked(self, content: bytes, about: Ticket, details: Details, recipe: Recipe) -> Asked:
         """For the policy: who asks for what, and what has left this house lately."""
         key = self.speaker(content).key
         sent = sent_since(self.home, time.time() - DAY)
-        return Asked(recipe.fingerprint, about.verb, about.budget, len(details.members), key, approved(self.home), sent)
+        return Asked(
+            recipe.fingerprint, about.verb, about.budget, len(details.members), key, approved(self.home), sent
+        )
 
     def speaker(self, content: bytes) -> Peer:
-        """Who signed a ticket, where the newest list of members that this site has names it. Raises T702 to T707."""
+        """Who signed a ticket, where the newest list of members that this site has names it. Raises T702 to
+        T707."""
         peer, now = signer(Signed.from_json(content), self.identity.authority, utc_now(), "ticket"), utc_now()
-        if known := pinned([self.identity.folder, self.home], self.identity.authority, self.identity.name.federation):
+        if known := pinned(
+            [self.identity.folder, self.home], self.identity.authority, self.identity.name.federation
+        ):
             known.check(peer, now)
         return peer
 
-    def computed(self, about: Ticket, details: Details, world: World, link: Link) -> str:
-        ask = Ask(details.number, about.verb, Round(about.round, details.seed, details.members), self.exchange.fetch(about), details.last, details.first)
+    def computed(self, about: Ticket, details: Details, workspace: Workspace, link: Link) -> str:
+        ask = Ask(
+            details.number,
+            about.verb,
+            Round(about.round, details.seed, details.members),
+            self.exchange.fetch(about),
+            details.last,
+            details.first,
+        )
         place = self.home / "memory" / about.run
         body = None
         if link.method.capabilities.split:
-            from fedtune.exchange.split_service import body_at
+            from fedtune.exchange.split_service import body_address
 
-            body = body_at(self.identity, self.config.coordinator, about.run, SplitFacts.from_words(details.told))
+            body = body_address(
+                self.identity, self.config.coordinator, about.run, SplitFacts.from_words(details.told)
+            )
         self.tell(Noted(f"asked: '{about.verb}' in round {about.round} of run {about.run}"))
         held = load_versions(place, ask.client)
-        client = replace(world.client_with(ask.client, memory_before(held, ask)), body=body)
+        client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body)
         reply = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
-        note_sent(self.home, at=time.time(), run=about.run, round=about.round, verb=about.verb, bytes=len(reply.payload), recipe=link.run)
+        note_sent(
+            self.home,
+            at=time.time(),
+            run=about.run,
+            round=about.round,
+            verb=about.verb,
+            bytes=len(reply.payload),
+            recipe=link.run,
+        )
         self.exchange.send(about, reply.payload)
         self.tell(Noted(f"sent: {len(reply.payload):,} bytes for round {about.round} of run {about.run}"))
         return reply.said
 
     def own(self, recipe: Recipe) -> Recipe:
         """The coordinator's recipe with this site's paths and device."""
-        if not self.config.model and not self.config.partition and (not HUB_NAME.fullmatch(recipe.model.name) or Path(recipe.model.name).exists()):
+        if (
+            not self.config.model
+            and not self.config.partition
+            and (not HUB_NAME.fullmatch(recipe.model.name) or Path(recipe.model.name).exists())
+        ):
             raise FedtuneError(
                 "F507",
-                sentence="the recipe's base model is not a name on the hub, and this site was given no folder of its own",
+                sentence="the recipe's base model is not a name on the hub, "
+                "and this site was given no folder of its own",
                 do="start it with: fedtune client --model DIR",
             )
-        model = {key: value for key, value in (("name", self.config.model), ("device", self.config.device)) if value}
+        model = {
+            key: value
+            for key, value in (("name", self.config.model), ("device", self.config.device))
+            if value
+        }
         return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
 
-    def world(self, recipe: Recipe, mine: Recipe, details: Details) -> tuple[World, Link]:
+    def workspace(self, recipe: Recipe, mine: Recipe, details: Details) -> tuple[Workspace, Link]:
         """Model and data of a recipe, loaded at its first ticket."""
         method = method_of(recipe)
         split = method.capabilities.split
@@ -216,17 +274,33 @@ class Worker:
         self.built = None  # two models may not fit
         began = time.monotonic()
         if recipe.deploy.sites[details.number : details.number + 1] != (self.identity.name.name,):
-            raise Refused("W604", f"number {details.number} of {len(recipe.deploy.sites)} sites", f"that of '{self.identity.name.name}'", "report this")
-        federation = at_site(mine, details.number, self.config.data, self.config.partition, columns_of(self.config.columns))
+            raise Refused(
+                "W604",
+                f"number {details.number} of {len(recipe.deploy.sites)} sites",
+                f"that of '{self.identity.name.name}'",
+                "report this",
+            )
+        federation = at_site(
+            mine, details.number, self.config.data, self.config.partition, columns_of(self.config.columns)
+        )
         require_memory(mine, len(federation.labels), mine.model.device)
 
         def load_ends(known: Federation) -> Base:  # of a model that is split, a site holds the ends only
             assert split is not None and facts is not None
             return split.load_site(mine.model, mine.data.task, known.labels, mine.seed, facts)
 
-        world = build_world(mine, method, Memories(None), self.tell, federation, load_ends if split else None)
-        self.built = model, world, link_of(world, method, recipe)
-        self.tell(WorldBuilt(recipe.fingerprint[:16], time.monotonic() - began, world.bench.trainable, world.bench.total))
+        workspace = build_workspace(
+            mine, method, Memories(None), self.tell, federation, load_ends if split else None
+        )
+        self.built = model, workspace, link_of(workspace, method, recipe)
+        self.tell(
+            WorkspaceBuilt(
+                recipe.fingerprint[:16],
+                time.monotonic() - began,
+                workspace.tunable.trainable,
+                workspace.tunable.total,
+            )
+        )
         return self.built[1:]
 
     def flush(self) -> None:
@@ -249,14 +323,17 @@ def understood(details: Details, verb: str) -> Recipe:
         known = {*method_of(recipe).verbs, SCORE}
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])[:80]
-        raise Refused("W602", f"a recipe whose '{place}' this version cannot read", "settings of this version", UPDATE) from None
+        raise Refused(
+            "W602", f"a recipe whose '{place}' this version cannot read", "settings of this version", UPDATE
+        ) from None
     if verb not in known:
         raise Refused("W602", f"the verb '{verb}'", f"one of {', '.join(sorted(known))}", UPDATE)
     return recipe
 
 
 def require_own(config: SiteConfig) -> None:
-    """What the site's operator named has to be there before anybody asks for it. Raises M301 for --device and --model. Reads no weights."""
+    """What the site's operator named has to be there before anybody asks for it. Raises M301 for --device and
+    --model. Reads no weights."""
     if config.device:
         from fedtune.model.base import pick_device
 
@@ -282,14 +359,15 @@ def serve(worker: Worker, path: Path) -> None:
             try:
                 caller, _ = listener.accept()
             except TimeoutError:
-                if any(True for _ in worker.exchange.spool.waiting()):
+                if any(True for _ in worker.exchange.outbox.waiting()):
                     worker.flush()
                 continue
             threading.Thread(target=attend, args=(worker, caller), daemon=True).start()
 
 
 def attend(worker: Worker, caller: socket.socket) -> None:
-    """One request and its answer, a line of JSON each. A defect ends the worker: what it left half-done is done again by its next life."""
+    """One request and its answer, a line of JSON each. A defect ends the worker: what it left half-done is
+    done again by its next life."""
     caller.settimeout(None)
     with caller, contextlib.suppress(OSError), caller.makefile("rwb") as file:
         try:
@@ -305,7 +383,7 @@ def attend(worker: Worker, caller: socket.socket) -> None:
 
 
 def main() -> None:
-    from fedtune.deploy.processes import LOG, end_with_parent
+    from fedtune.deploy.supervisor import LOG, end_with_parent
     from fedtune.quiet import quiet
 
     quiet()

@@ -1,4 +1,5 @@
-"""A client's states by hash, so that what it has is not sent again; the least recently used go when the folder is full."""
+"""A client's states by hash, so that what it has is not sent again; the least recently used go when the
+folder is full."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Cache:
         return self.folder / f"{sha256}.part"
 
     def keep(self, sha256: Sha256) -> bool:
-        """Make a gathered file an object; False, and the file is gone, where its bytes are others. Raises R404."""
+        """Make a gathered file an object; False, and the file is gone, where its bytes are others. Raises
+        R404."""
         part = self.part(sha256)
         with disk_errors(part):
             with part.open("rb") as handle:
@@ -57,7 +59,12 @@ class Cache:
         for part in self.folder.glob("*.part"):  # of states that nobody asks for any more
             part.unlink(missing_ok=True)
         objects = sorted(
-            (path for path in self.folder.iterdir() if Sha256.form.fullmatch(path.name) and path.name != newest), key=lambda p: p.stat().st_mtime_ns
+            (
+                path
+                for path in self.folder.iterdir()
+                if Sha256.form.fullmatch(path.name) and path.name != newest
+            ),
+            key=lambda p: p.stat().st_mtime_ns,
         )
         total = sum(path.stat().st_size for path in [*objects, self.folder / newest])
         for path in objects:

@@ -1,4 +1,5 @@
-"""A client's side of the exchange: fetch states, send updates until their receipts are held, whatever breaks in between.
+"""A client's side of the exchange: fetch states, send updates until their receipts are held, whatever breaks
+in between.
 
 exchange = ExchangeClient(ticket.address, identity, folder)
 state = exchange.fetch(ticket)
@@ -19,13 +20,13 @@ import grpc
 from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.cache import Cache
+from fedtune.exchange.chunks import packed, unpacked
+from fedtune.exchange.grpc_errors import understood
 from fedtune.exchange.limits import CHUNK
-from fedtune.exchange.pieces import packed, unpacked
-from fedtune.exchange.probe import reason
-from fedtune.exchange.refusal import understood
+from fedtune.exchange.outbox import Finished, Outbox
 from fedtune.exchange.service import NAME
-from fedtune.exchange.spool import Finished, Spool
 from fedtune.exchange.tls import secure_channel
+from fedtune.exchange.tls_diagnosis import reason
 from fedtune.trust import Identity, Receipt, Signed, Ticket, receipt
 from fedtune.wire.v1 import exchange_pb2 as pb
 
@@ -39,17 +40,26 @@ class ExchangeClient:
     """One client's connection to one exchange. Safe in one thread at a time.
 
     folder     spool/ (finished updates, receipts) and cache/ (states), made private
-    patience   seconds to go on trying while nothing moves; then the last error is raised, and what was finished stays spooled
+    patience   seconds to go on trying while nothing moves; then the last error is raised, and what was
+               finished stays spooled
     cache      most bytes of states to keep
     """
 
-    def __init__(self, address: str, identity: Identity, folder: Path, patience: float = 600.0, cache: int = 4 << 30) -> None:
+    def __init__(
+        self, address: str, identity: Identity, folder: Path, patience: float = 600.0, cache: int = 4 << 30
+    ) -> None:
         self.address, self.identity, self.patience = address, identity, patience
-        self.spool, self.cache = Spool(folder / "spool", identity), Cache(folder / "cache", cache)
+        self.outbox, self.cache = Outbox(folder / "spool", identity), Cache(folder / "cache", cache)
         self.channel = secure_channel(identity, address)
-        self._fetch = self.channel.unary_stream(f"/{NAME}/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString)
-        self._push = self.channel.stream_stream(f"/{NAME}/Push", pb.PushRequest.SerializeToString, pb.PushReply.FromString)
-        self._status = self.channel.unary_unary(f"/{NAME}/Status", pb.StatusRequest.SerializeToString, pb.StatusReply.FromString)
+        self._fetch = self.channel.unary_stream(
+            f"/{NAME}/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString
+        )
+        self._push = self.channel.stream_stream(
+            f"/{NAME}/Push", pb.PushRequest.SerializeToString, pb.PushReply.FromString
+        )
+        self._status = self.channel.unary_unary(
+            f"/{NAME}/Status", pb.StatusRequest.SerializeToString, pb.StatusReply.FromString
+        )
         self._moved = time.monotonic()
 
     def close(self) -> None:
@@ -68,37 +78,48 @@ class ExchangeClient:
             self._trying(lambda: self._gather(ticket))
             if self.cache.keep(ticket.given) and (data := self.cache.get(ticket.given)) is not None:
                 return data
-        raise FedtuneError("E807", sentence=f"state {ticket.given[:12]} does not match its hash", do="ask the coordinator's operator")
+        raise FedtuneError(
+            "E807",
+            sentence=f"state {ticket.given[:12]} does not match its hash",
+            do="ask the coordinator's operator",
+        )
 
     def held(self, ticket: Ticket) -> Receipt | None:
-        """The receipt of an answer that was given, or finished, before: nothing need be computed then. None: it must be.
+        """The receipt of an answer that was given, or finished, before: nothing need be computed then. None:
+        it must be.
 
         Raises what `send` raises.
         """
-        if signed := self.spool.receipt(ticket):
+        if signed := self.outbox.receipt(ticket):
             return receipt.read(signed, self.identity.authority)
-        finished = self.spool.finished(ticket)
+        finished = self.outbox.finished(ticket)
         if finished and (finished.envelope.base, finished.envelope.given) == (ticket.base, ticket.given):
             try:
                 return self._deliver(finished)
             except Refused as error:
-                if error.code != "W601" or self.spool.finished(ticket):
+                if error.code != "W601" or self.outbox.finished(ticket):
                     raise  # otherwise it was damaged here, and is gone
         return None
 
     def send(self, ticket: Ticket, data: bytes) -> Receipt:
-        """Spool an update, push it, hold its receipt. What is not refused for good stays spooled.
+        """Outbox an update, push it, hold its receipt. What is not refused for good stays spooled.
 
         Raises FedtuneError E801 to E808, T704 to T707, R404, Refused W601 to W606.
         """
         if len(data) > ticket.budget:
-            raise Refused("W606", f"an update of {len(data)} bytes", f"at most {ticket.budget}", "use the recipe's message chain")
-        return self._deliver(self.spool.keep(ticket, data))
+            raise Refused(
+                "W606",
+                f"an update of {len(data)} bytes",
+                f"at most {ticket.budget}",
+                "use the recipe's message chain",
+            )
+        return self._deliver(self.outbox.keep(ticket, data))
 
     def flush(self) -> list[Receipt]:
-        """Send what waits from before. What is refused for good is dropped with its reason; raises when nothing can be sent now."""
+        """Send what waits from before. What is refused for good is dropped with its reason; raises when
+        nothing can be sent now."""
         done = []
-        for finished in self.spool.waiting():
+        for finished in self.outbox.waiting():
             try:
                 done.append(self._deliver(finished))
             except FedtuneError as error:
@@ -116,13 +137,21 @@ class ExchangeClient:
                 break
             except FedtuneError as error:
                 if error.code in FINAL:
-                    self.spool.give_up(finished, error)
-                if turn == 2 or error.code not in ("W601", "W605", "T707") or (error.code == "W601" and self.spool.damaged(finished)):
+                    self.outbox.give_up(finished, error)
+                if (
+                    turn == 2
+                    or error.code not in ("W601", "W605", "T707")
+                    or (error.code == "W601" and self.outbox.damaged(finished))
+                ):
                     raise
-                if error.code != "W601":  # the count was taken (this spool may be new), or the keys were renewed since it was signed
-                    finished = self.spool.sign_again(finished, self.status().sequence)
+                if (
+                    error.code != "W601"
+                    # the count was taken (this outbox may be new), or the keys were renewed since it was
+                    # signed
+                ):
+                    finished = self.outbox.sign_again(finished, self.status().sequence)
         read = receipt.read(signed, self.identity.authority, finished.envelope)
-        self.spool.settle(finished, signed)
+        self.outbox.settle(finished, signed)
         return read
 
     def _gather(self, ticket: Ticket) -> None:
@@ -137,7 +166,12 @@ class ExchangeClient:
                 data = unpacked(piece)
                 at += len(data)
                 if at > ticket.given_size:
-                    raise Refused("W606", f"a state of more than {ticket.given_size} bytes", "as many as the ticket says", "ask the coordinator's operator")
+                    raise Refused(
+                        "W606",
+                        f"a state of more than {ticket.given_size} bytes",
+                        "as many as the ticket says",
+                        "ask the coordinator's operator",
+                    )
                 file.write(data)
                 self._moved = time.monotonic()
         if at < ticket.given_size:
@@ -148,7 +182,9 @@ class ExchangeClient:
         start: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
         def requests() -> Iterator[pb.PushRequest]:
-            yield pb.PushRequest(offer=pb.Offer(envelope=finished.envelope.encode(), signature=finished.signature))
+            yield pb.PushRequest(
+                offer=pb.Offer(envelope=finished.envelope.encode(), signature=finished.signature)
+            )
             if (offset := start.get()) is None:
                 return
             with finished.path.open("rb") as file:
@@ -167,7 +203,8 @@ class ExchangeClient:
         raise FedtuneError("E808", "an upload that ended without a receipt", "one", "send it again")
 
     def _trying(self, call: Callable[[], T]) -> T:
-        """Again while it may help: at the pace that the exchange names, or with a backoff of full jitter. Raises what the last try said."""
+        """Again while it may help: at the pace that the exchange names, or with a backoff of full jitter.
+        Raises what the last try said."""
         last, turn, looked = time.monotonic(), 0, False
         while True:
             try:

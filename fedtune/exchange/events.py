@@ -9,7 +9,8 @@ from fedtune.events import Event
 
 @dataclass(frozen=True)
 class UpdateAccepted(Event):
-    """An update is on disk and counts; `seconds` from its offer on, `resumed` bytes were there from an earlier connection."""
+    """An update is on disk and counts; `seconds` from its offer on, `resumed` bytes were there from an
+    earlier connection."""
 
     run: str
     round: int

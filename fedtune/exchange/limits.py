@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHUNK = 256 << 10  # bytes of a piece, inflated; 1 MiB was no faster, and gRPC keeps several of them for each connection
+CHUNK = (
+    256 << 10
+)  # bytes of a piece, inflated; 1 MiB was no faster, and gRPC keeps several of them for each connection
 FRAME = CHUNK + 4096  # longest gRPC message: a piece and its frame
 WINDOW = 2 << 20  # bytes on their way in one stream: 20 MB a second at a round trip of 100 ms
 CONNECTION = 512 << 10  # bytes that gRPC keeps for a connection that was busy
@@ -16,7 +18,8 @@ class Limits:
     """Bounds of memory, threads and disk.
 
     uploads, downloads   streams at once
-    waiting              streams of each kind that may wait for one of those to end (a thread each, no bytes); more are told when to come again
+    waiting              streams of each kind that may wait for one of those to end (a thread each, no bytes);
+                         more are told when to come again
     wait_seconds         how long they wait before they are told so too
     calls                of one member at once, whatever they do
     stall_seconds        a stream that moves nothing for so long is cut (its bytes are kept)
@@ -37,5 +40,6 @@ class Limits:
         return self.uploads + self.downloads + 2 * self.waiting + 8
 
     def memory(self, connections: int) -> int:
-        """Bytes that streams and connections add at most: a stream its window twice (as it came, decrypted) and a few pieces, a connection its buffers."""
+        """Bytes that streams and connections add at most: a stream its window twice (as it came, decrypted)
+        and a few pieces, a connection its buffers."""
         return (self.uploads + self.downloads) * (2 * WINDOW + 4 * FRAME) + connections * CONNECTION

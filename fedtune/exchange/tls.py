@@ -1,4 +1,5 @@
-"""Mutual TLS of the exchange: who may connect, and the one door that every call goes through before a handler sees it."""
+"""Mutual TLS of the exchange: who may connect, and the one door that every call goes through before a handler
+sees it."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ import grpc
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.exchange.events import CallRefused
+from fedtune.exchange.grpc_errors import NoRoom, abort
 from fedtune.exchange.limits import FRAME, WINDOW
-from fedtune.exchange.refusal import NoRoom, abort
 from fedtune.proxies import is_loopback
 from fedtune.trust import AllowList, Identity, Peer, peer_from_tls
 
@@ -35,7 +36,10 @@ SERVER_OPTIONS = (
     ("grpc.http2.bdp_probe", 0),  # a window that grows by itself is memory that grows by itself
     ("grpc.http2.lookahead_bytes", WINDOW),
     ("grpc.experimental.tcp_max_read_chunk_size", 1 << 16),  # of each connection; 4 MiB by default
-    ("grpc.server_handshake_timeout_ms", 10_000),  # who connects and says nothing keeps a descriptor so long; two minutes by default
+    (
+        "grpc.server_handshake_timeout_ms",
+        10_000,
+    ),  # who connects and says nothing keeps a descriptor so long; two minutes by default
     ("grpc.so_reuseport", 0),  # two servers on one port would share its clients
 )
 CLIENT_OPTIONS = (
@@ -57,10 +61,14 @@ def server_options(longest: int) -> list[tuple[str, int]]:
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
     """A server that only members with a valid certificate can shake hands with.
 
-    Not grpc.dynamic_ssl_server_credentials, which would follow a renewal: under many handshakes at once it ended the process
-    (sync.cc "Check failed: prior > 0", grpcio 1.85). Renewed keys of the coordinator are taken at its next start.
+    Not grpc.dynamic_ssl_server_credentials, which would follow a renewal: under many handshakes at once it
+    ended the process
+    (sync.cc "Check failed: prior > 0", grpcio 1.85). Renewed keys of the coordinator are taken at its next
+    start.
     """
-    return grpc.ssl_server_credentials([(identity.key, identity.certificate)], identity.authority_pem, require_client_auth=True)
+    return grpc.ssl_server_credentials(
+        [(identity.key, identity.certificate)], identity.authority_pem, require_client_auth=True
+    )
 
 
 def client_credentials(identity: Identity) -> grpc.ChannelCredentials:
@@ -68,20 +76,31 @@ def client_credentials(identity: Identity) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(identity.authority_pem, identity.key, identity.certificate)
 
 
-def secure_channel(identity: Identity, address: str, alone: bool = False, longest: int = FRAME) -> grpc.Channel:
-    """A connection as this member, to whoever proves to be `address` in the same federation; `alone`: not shared with other channels.
+def secure_channel(
+    identity: Identity, address: str, alone: bool = False, longest: int = FRAME
+) -> grpc.Channel:
+    """A connection as this member, to whoever proves to be `address` in the same federation; `alone`: not
+    shared with other channels.
 
     longest  bytes of a message that comes back
     """
     direct = (("grpc.enable_http_proxy", 0),) if is_loopback(address) else ()
-    options = (*CLIENT_OPTIONS, *direct, ("grpc.max_receive_message_length", longest), ("grpc.use_local_subchannel_pool", int(alone)))
+    options = (
+        *CLIENT_OPTIONS,
+        *direct,
+        ("grpc.max_receive_message_length", longest),
+        ("grpc.use_local_subchannel_pool", int(alone)),
+    )
     return grpc.secure_channel(address, client_credentials(identity), options=options)
 
 
 class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
-    """Names the peer of every call, refuses who is not allowed, and turns errors into sentences; an unforeseen error tells nothing of this machine."""
+    """Names the peer of every call, refuses who is not allowed, and turns errors into sentences; an
+    unforeseen error tells nothing of this machine."""
 
-    def __init__(self, federation: str, allowed: AllowList, tell: Callable[[Event], None], calls: int) -> None:
+    def __init__(
+        self, federation: str, allowed: AllowList, tell: Callable[[Event], None], calls: int
+    ) -> None:
         self.allowed, self.tell, self.calls = allowed, tell, calls
         self._lock, self._busy = threading.Lock(), Counter[str]()
         self._seen: dict[str, float] = {}
@@ -91,7 +110,9 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
         """Who calls, from the certificate of its TLS connection. Raises T705."""
         held = context.auth_context().get("x509_pem_cert")
         if not held:
-            raise FedtuneError("T705", "a connection without a certificate", "mutual TLS", "use the keys of this federation")
+            raise FedtuneError(
+                "T705", "a connection without a certificate", "mutual TLS", "use the keys of this federation"
+            )
         peer: Peer = self._read(held[0])
         return peer
 
@@ -107,8 +128,12 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
         call = details.method.rpartition("/")[2]
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             if behavior := getattr(handler, kind):
-                guarded = self._stream(behavior, call) if kind.endswith("stream") else self._single(behavior, call)
-                return getattr(grpc, f"{kind}_rpc_method_handler")(guarded, handler.request_deserializer, handler.response_serializer)
+                guarded = (
+                    self._stream(behavior, call) if kind.endswith("stream") else self._single(behavior, call)
+                )
+                return getattr(grpc, f"{kind}_rpc_method_handler")(
+                    guarded, handler.request_deserializer, handler.response_serializer
+                )
         return None
 
     def _single(self, behavior: Any, call: str) -> Any:
@@ -154,8 +179,12 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
         except grpc.RpcError:  # the other end is gone
             raise
         except Exception as error:
-            if context.code() is not None or not context.is_active():  # ended already, by the handler or by the peer
+            if (
+                context.code() is not None or not context.is_active()
+            ):  # ended already, by the handler or by the peer
                 raise
             number = secrets.token_hex(4)
             self.tell(CallRefused(call, name, "X900", f"{number}: {type(error).__name__}: {error}"))
-            context.abort(grpc.StatusCode.INTERNAL, f"X900: a defect of the coordinator, number {number} in its log")
+            context.abort(
+                grpc.StatusCode.INTERNAL, f"X900: a defect of the coordinator, number {number} in its log"
+            )

@@ -1,4 +1,5 @@
-"""Flower's client: a node that says which client it is, and answers what it is asked. For `flwr run` and for the simulation engine."""
+"""Flower's client: a node that says which client it is, and answers what it is asked. For `flwr run` and for
+the simulation engine."""
 
 from __future__ import annotations
 
@@ -9,33 +10,40 @@ from safetensors.numpy import load, save
 
 from fedtune import config
 from fedtune.flower.messages import read_ask, write_answer
+from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import Versions, memory_after, memory_before, respond
+from fedtune.runtime.client_store import load_versions, save_versions
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.protocol import Link, Reply
-from fedtune.runtime.shelf import load_versions, save_versions
-from fedtune.runtime.states import Memories
-from fedtune.runtime.world import World, build_world, link_of
+from fedtune.runtime.workspace import Workspace, build_workspace, link_of
 
 
 def hello(message: Message, context: Context) -> Message:
     """Which client this node is: its `partition-id`, or -1 where it has none."""
-    return Message(RecordDict({"hello": ConfigRecord({"client": int(context.node_config.get("partition-id", -1))})}), reply_to=message)
+    return Message(
+        RecordDict({"hello": ConfigRecord({"client": int(context.node_config.get("partition-id", -1))})}),
+        reply_to=message,
+    )
 
 
 def answer(message: Message, context: Context, shelf: Path | None = None) -> Message:
     """Do what is asked; a mistake travels back as its code and sentence, never as a traceback.
 
-    The client's memory lies on `shelf`, or in the folder that the node's config calls `memory`, and then outlives the
-    SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where: it has no say over a site's disk.
+    The client's memory lies on `shelf`, or in the folder that the node's config calls `memory`, and then
+    outlives the
+    SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where: it has no say
+    over a site's disk.
     """
     place, number, name = shelf, -1, "?"
     try:
         ask = read_ask(message)
-        world, link = worlds(str(message.content["ask"]["recipe"]))
-        number, name = ask.client, world.names.get(ask.client, str(ask.client))
-        place = shelf or (Path(str(context.node_config["memory"])) / link.run if "memory" in context.node_config else None)
+        workspace, link = workspaces(str(message.content["ask"]["recipe"]))
+        number, name = ask.client, workspace.names.get(ask.client, str(ask.client))
+        place = shelf or (
+            Path(str(context.node_config["memory"])) / link.run if "memory" in context.node_config else None
+        )
         versions = load_memory(context, place, ask.client)
-        client = world.client_with(ask.client, memory_before(versions, ask))
+        client = workspace.client_with(ask.client, memory_before(versions, ask))
         reply = respond(link, client, ask)
         save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
     except Exception as cause:  # whatever it is, it is about this client
@@ -43,17 +51,19 @@ def answer(message: Message, context: Context, shelf: Path | None = None) -> Mes
     return write_answer(reply, message)
 
 
-_worlds: dict[str, tuple[World, Link]] = {}  # this process's model and data, by recipe: an actor answers for many clients
+_worlds: dict[
+    str, tuple[Workspace, Link]
+] = {}  # this process's model and data, by recipe: an actor answers for many clients
 
 
-def worlds(recipe_json: str) -> tuple[World, Link]:
-    """Build the world of a recipe once a process."""
+def workspaces(recipe_json: str) -> tuple[Workspace, Link]:
+    """Build the workspace of a recipe once a process."""
     if recipe_json not in _worlds:
         recipe = config.Recipe.model_validate_json(recipe_json)
         method = config.method_of(recipe)
-        world = build_world(recipe, method, Memories(None), lambda event: None)
+        workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
         _worlds.clear()  # one recipe at a time: two models may not fit
-        _worlds[recipe_json] = world, link_of(world, method)
+        _worlds[recipe_json] = workspace, link_of(workspace, method)
     return _worlds[recipe_json]
 
 
@@ -61,7 +71,9 @@ def load_memory(context: Context, place: Path | None, client: int) -> Versions:
     """The client's memories, by round."""
     if place:
         return load_versions(place, client)
-    return {int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()}
+    return {
+        int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()
+    }
 
 
 def save_memory(context: Context, place: Path | None, client: int, versions: Versions) -> None:
@@ -69,4 +81,6 @@ def save_memory(context: Context, place: Path | None, client: int, versions: Ver
     if place:
         save_versions(place, client, versions)
     else:
-        context.state["memory"] = ConfigRecord({str(number): save(tensors) for number, tensors in versions.items()})
+        context.state["memory"] = ConfigRecord(
+            {str(number): save(tensors) for number, tensors in versions.items()}
+        )

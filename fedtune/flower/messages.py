@@ -1,7 +1,9 @@
 """What Flower's messages between server and nodes hold, and how they are sent and awaited.
 
-A message to a node holds the question in a ConfigRecord and the payload, in fedtune's own wire format, as ONE flat
-byte array: Flower moves every array as at least two HTTP objects per hop, so that 448 tensors of 7 MB took 37 s a
+A message to a node holds the question in a ConfigRecord and the payload, in fedtune's own wire format, as ONE
+flat
+byte array: Flower moves every array as at least two HTTP objects per hop, so that 448 tensors of 7 MB took 37
+s a
 round and one array 5.5 s. The message loop is our own push and pull: Flower's `send_and_receive` sleeps 3 s.
 """
 
@@ -33,7 +35,8 @@ class Grid(Protocol):
 
 
 class Post:
-    """Messages under way, each under a key of the sender's. Flower's own error replies bear the SuperLink's number instead
+    """Messages under way, each under a key of the sender's. Flower's own error replies bear the SuperLink's
+    number instead
     of the failed node's, so an answer is known by the message that it answers."""
 
     def __init__(self, grid: Grid) -> None:
@@ -42,7 +45,8 @@ class Post:
         self.refused: list[int] = []
 
     def send(self, key: int, message: Message) -> None:
-        """One push a message: a batch comes back shorter, and from some grids without a gap, where Flower refuses one."""
+        """One push a message: a batch comes back shorter, and from some grids without a gap, where Flower
+        refuses one."""
         identity = next(iter(self.grid.push_messages([message])), None)
         if identity:
             self.waiting[identity] = key
@@ -57,32 +61,57 @@ class Post:
                 yield key, answer
 
     def answers(self, seconds: float) -> Iterator[tuple[int, Message | FedtuneError]]:
-        """Every answer as it comes; a failure for each message that Flower refused or that nobody answered in time."""
+        """Every answer as it comes; a failure for each message that Flower refused or that nobody answered in
+        time."""
         for key in self.refused:
-            yield key, ClientFailed("F503", sentence="Flower could not deliver a message", do="check that the node is connected, and look at its log")
+            yield (
+                key,
+                ClientFailed(
+                    "F503",
+                    sentence="Flower could not deliver a message",
+                    do="check that the node is connected, and look at its log",
+                ),
+            )
         began = time.monotonic()
         while self.waiting and time.monotonic() < began + seconds:
             yield from self.pull()
             if self.waiting:
                 pause(began)
         for key in self.waiting.values():
-            yield key, ClientFailed("F503", sentence=f"the node did not answer within {seconds:.0f} s", do="look at the node's log")
+            yield (
+                key,
+                ClientFailed(
+                    "F503",
+                    sentence=f"the node did not answer within {seconds:.0f} s",
+                    do="look at the node's log",
+                ),
+            )
 
 
 def pause(began: float) -> None:
-    """Sleep between two polls: 5 % of what was waited so far, so that polling costs neither a quick round nor a busy server."""
+    """Sleep between two polls: 5 % of what was waited so far, so that polling costs neither a quick round nor
+    a busy server."""
     time.sleep(min(0.5, max(0.01, 0.05 * (time.monotonic() - began))))
 
 
-# --- a question and its answer, as records ----------------------------------------------------------------------------
+# --- a question and its answer, as records
+# ----------------------------------------------------------------------------
 
 
 def write_ask(ask: Ask, recipe: str, node: int, seconds: float) -> Message:
     """The message for a node; `recipe` in its canonical form."""
     now = ask.now
-    question = {"verb": ask.verb, "client": ask.client, "last": ask.last, "first": ask.first, "recipe": recipe}
+    question = {
+        "verb": ask.verb,
+        "client": ask.client,
+        "last": ask.last,
+        "first": ask.first,
+        "recipe": recipe,
+    }
     question |= {"round": now.number, "seed": now.seed, "members": list(now.members)}
-    return Message(RecordDict({"ask": ConfigRecord(question), "payload": wrap(ask.payload)}), node, ASK, ttl=seconds)
+    return Message(
+        RecordDict({"ask": ConfigRecord(question), "payload": wrap(ask.payload)}), node, ASK, ttl=seconds
+    )
 
 
 def read_ask(message: Message) -> Ask:
@@ -91,7 +120,9 @@ def read_ask(message: Message) -> Ask:
         asked = message.content["ask"]
         now = Round(int(asked["round"]), int(asked["seed"]), tuple(int(m) for m in asked["members"]))
         payload = unwrap(message.content["payload"])
-        return Ask(int(asked["client"]), str(asked["verb"]), now, payload, int(asked["last"]), bool(asked["first"]))
+        return Ask(
+            int(asked["client"]), str(asked["verb"]), now, payload, int(asked["last"]), bool(asked["first"])
+        )
     except (KeyError, TypeError, ValueError) as error:
         found = f"a message without a readable question ({type(error).__name__})"
         raise Refused("W601", found, "verb, client, round, seed, members", SAME) from None
@@ -100,7 +131,9 @@ def read_ask(message: Message) -> Ask:
 def write_answer(reply: Reply, to: Message) -> Message:
     """A reply as the answer to a message; a failure as its code and sentence."""
     error = reply.failure
-    code, found, expected, do = (error.code, error.found, error.expected, error.do) if error else ("", "", "", "")
+    code, found, expected, do = (
+        (error.code, error.found, error.expected, error.do) if error else ("", "", "", "")
+    )
     outcome = ConfigRecord({"code": code, "found": found, "expected": expected, "do": do, "said": reply.said})
     return Message(RecordDict({"outcome": outcome, "payload": wrap(reply.payload)}), reply_to=to)
 
@@ -116,7 +149,10 @@ def read_answer(client: int, answer: Message | FedtuneError) -> Reply:
     try:
         outcome = answer.content["outcome"]
         if outcome["code"]:
-            return Reply(client, failure=ClientFailed(*(str(outcome[part]) for part in ("code", "found", "expected", "do"))))
+            return Reply(
+                client,
+                failure=ClientFailed(*(str(outcome[part]) for part in ("code", "found", "expected", "do"))),
+            )
         return Reply(client, unwrap(answer.content["payload"]), said=str(outcome["said"]))
     except (KeyError, TypeError, AttributeError) as error:
         found = f"a node's answer that cannot be read ({type(error).__name__})"

@@ -1,6 +1,8 @@
-"""The members of a federation at Flower's nodes, whichever those are now: greeted as they come, forgotten as they go.
+"""The members of a federation at Flower's nodes, whichever those are now: greeted as they come, forgotten as
+they go.
 
-A message holds a ticket or a greeting and nothing else; states and updates travel over the exchange. A node that answers a greeting
+A message holds a ticket or a greeting and nothing else; states and updates travel over the exchange. A node
+that answers a greeting
 proves by a signature which member it is, so that Flower's own service need not be trusted.
 """
 
@@ -23,10 +25,19 @@ from fedtune.flower.messages import SAME, Grid, Post
 from fedtune.sinks.console import size
 
 SITE, TICKET = "query.site", "train.ticket"
-GREETING_SECONDS, GREETING_ENDS = 120.0, 1800.0  # until a node is greeted once more, for a greeting may be lost; until an answer is no longer taken
-WAITING_SECONDS, LONGEST_PAUSE = 30.0, 1800.0  # until members that are not here are named again: twice as long each time, up to the second
+GREETING_SECONDS, GREETING_ENDS = (
+    120.0,
+    1800.0,
+)  # until a node is greeted once more, for a greeting may be lost; until an answer is no longer taken
+WAITING_SECONDS, LONGEST_PAUSE = (
+    30.0,
+    1800.0,
+)  # until members that are not here are named again: twice as long each time, up to the second
 LOOK_SECONDS = 1.0  # between two looks at which nodes there are
-PULL_SECONDS, HANG_SECONDS = 1.0, 5.0  # that one look waits for Flower's answers; after which others are sent and awaited apart
+PULL_SECONDS, HANG_SECONDS = (
+    1.0,
+    5.0,
+)  # that one look waits for Flower's answers; after which others are sent and awaited apart
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,10 @@ class Pull:
 
 
 class Mail:
-    """Messages under way, of which none waits for another's answer. Where a node dies between an answer and its objects, Flower's pull waits for
-    those until they expire (180 s, flwr 1.41, OBJECT_PUSH_SESSION_TTL_SECONDS); whatever is sent from then on is pulled apart from them."""
+    """Messages under way, of which none waits for another's answer. Where a node dies between an answer and
+    its objects, Flower's pull waits for
+    those until they expire (180 s, flwr 1.41, OBJECT_PUSH_SESSION_TTL_SECONDS); whatever is sent from then on
+    is pulled apart from them."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self._pulls = grid, [Pull(grid)]
@@ -104,8 +117,14 @@ class Mail:
 class Nodes:
     """Questions to members through Flower's grid, by the members' names."""
 
-    def __init__(self, grid: Grid, judge: Judge, tell: Callable[[str], None] = lambda text: None, members: Sequence[str] = (),
-                 bound: Callable[[], Collection[int] | None] = lambda: None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        grid: Grid,
+        judge: Judge,
+        tell: Callable[[str], None] = lambda text: None,
+        members: Sequence[str] = (),
+        bound: Callable[[], Collection[int] | None] = lambda: None,
+    ) -> None:
         self.grid, self.judge, self.tell, self.members = grid, judge, tell, members
         self.bound = bound  # the nodes that members may have; None: any
         self.at: dict[str, int] = {}  # name -> node
@@ -114,7 +133,10 @@ class Nodes:
         self._hello, self._asked = Mail(grid), Mail(grid)
         self._names: list[str] = []  # key of a ticket -> name
         self._present: dict[str, int] = {}  # members that were told to be here, and at which node
-        self._silent, self._pause = time.monotonic(), WAITING_SECONDS  # since when nothing was told of who is lacking, and for how long it is well so
+        self._silent, self._pause = (
+            time.monotonic(),
+            WAITING_SECONDS,
+        )  # since when nothing was told of who is lacking, and for how long it is well so
         self._over = 0  # tickets below this key have ended
         self._looked = 0.0
 
@@ -133,26 +155,46 @@ class Nodes:
             nonce, greeted = self._greeted.get(node, (secrets.token_bytes(16), -math.inf))
             if time.monotonic() < greeted + GREETING_SECONDS:
                 continue
-            self._greeted[node] = nonce, time.monotonic()  # the same until it is met: on a slow machine the first answer may come after the second greeting
-            self._hello.send(node, Message(RecordDict({"site": ConfigRecord({"nonce": nonce})}), node, SITE, ttl=GREETING_ENDS))
+            self._greeted[node] = (
+                nonce,
+                time.monotonic(),
+                # the same until it is met: on a slow machine the first answer may come after the second
+                # greeting
+            )
+            self._hello.send(
+                node,
+                Message(RecordDict({"site": ConfigRecord({"nonce": nonce})}), node, SITE, ttl=GREETING_ENDS),
+            )
         for node, answer in self._hello.pull():
-            if node in here:  # a late answer of one that has gone must not stand in for the node that its member has now
+            if (
+                node in here
+            ):  # a late answer of one that has gone must not stand in for the node that its member has now
                 self._met(node, answer)
 
     def _met(self, node: int, answer: Message) -> None:
         nonce, _ = self._greeted.get(node, (b"", 0.0))
         try:
             if answer.has_error():
-                raise ClientFailed("F503", sentence=f"Flower reports error {answer.error.code} for node {node}", do="nothing to do: it is contacted again")
+                raise ClientFailed(
+                    "F503",
+                    sentence=f"Flower reports error {answer.error.code} for node {node}",
+                    do="nothing to do: it is contacted again",
+                )
             said = bytes(answer.content["site"]["sealed"])
             site = self.judge(nonce, said)
         except FedtuneError as error:
             self.tell(f"node {node} is not let in. {error}")
             return
         except (KeyError, TypeError, AttributeError) as error:
-            self.tell(f"node {node} is not let in: its answer to a greeting cannot be read ({type(error).__name__}); {SAME}.")
+            self.tell(
+                f"node {node} is not let in: its answer to a greeting cannot be read "
+                f"({type(error).__name__}); {SAME}."
+            )
             return
-        self.at[site.name], self.reports[site.name] = node, site.report  # a member that came back sits at a new node; the newest counts
+        self.at[site.name], self.reports[site.name] = (
+            node,
+            site.report,
+        )  # a member that came back sits at a new node; the newest counts
         before, self._present[site.name] = self._present.get(site.name), node
         if before is None:
             self.tell(f"{site.name} is here: {described(site.report)}{self._lacking()}")
@@ -183,18 +225,22 @@ class Nodes:
         node = self.at.get(name, 0)
         if node:
             self._names.append(name)
-            message = Message(RecordDict({"ticket": ConfigRecord({"ticket": ticket})}), node, TICKET, ttl=seconds)
+            message = Message(
+                RecordDict({"ticket": ConfigRecord({"ticket": ticket})}), node, TICKET, ttl=seconds
+            )
             if not self._asked.send(len(self._names) - 1, message):
                 self._gone(name)
                 return 0
         return node
 
     def over(self) -> None:
-        """All that was asked so far has ended: what still comes in of it says nothing about what is asked next."""
+        """All that was asked so far has ended: what still comes in of it says nothing about what is asked
+        next."""
         self._over = len(self._names)
 
     def answers(self) -> Iterator[tuple[str, Mapping[str, str] | None]]:
-        """What has come in: a member's outcome (code "": done), or None where its node was lost and it should be asked again."""
+        """What has come in: a member's outcome (code "": done), or None where its node was lost and it should
+        be asked again."""
         for key, answer in self._asked.pull():
             if key < self._over:
                 continue
@@ -216,7 +262,12 @@ class Nodes:
 
 def described(report: Mapping[str, Any]) -> str:
     """A site's device and means as a line; whatever it says of them is taken for numbers or left out."""
-    device, speed, memory, rows = report.get("device"), report.get("speed"), memory_of(report), report.get("rows")
+    device, speed, memory, rows = (
+        report.get("device"),
+        report.get("speed"),
+        memory_of(report),
+        report.get("rows"),
+    )
     parts = [
         "".join(filter(str.isprintable, device))[:20] if isinstance(device, str) else "",
         f"{size(memory)} free" if memory else "",

@@ -1,4 +1,5 @@
-"""Flower's server: a cohort's questions through its grid, for `flwr run` and for the simulation engine. Flower carries them; the rest of a run is ours."""
+"""Flower's server: a cohort's questions through its grid, for `flwr run` and for the simulation engine.
+Flower carries them; the rest of a run is ours."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted
 from fedtune.flower.messages import HELLO, Grid, Post, pause, read_answer, write_ask
 from fedtune.runtime.folder import RunFolder, create
-from fedtune.runtime.protocol import Ask, Carrier, Reply
+from fedtune.runtime.protocol import Ask, Reply, Transport
 from fedtune.runtime.run import run
 
 WAIT_SECONDS = 600.0  # for nodes to connect and say who they are
@@ -24,8 +25,11 @@ IN_SIMULATION = "in Flower's own simulation, flwr run --federation-config num-su
 NODE_CONFIG = "give every SuperNode its own: --node-config 'partition-id=N'"
 
 
-def flower_carrier(grid: Grid, recipe: config.Recipe, nodes: dict[int, int], seconds: float = ANSWER_SECONDS) -> Carrier:
-    """Ask members through Flower's grid. `nodes`: client id -> node id; `seconds`: how long one answer may take."""
+def flower_transport(
+    grid: Grid, recipe: config.Recipe, nodes: dict[int, int], seconds: float = ANSWER_SECONDS
+) -> Transport:
+    """Ask members through Flower's grid. `nodes`: client id -> node id; `seconds`: how long one answer may
+    take."""
     text = recipe.canonical()
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
@@ -38,10 +42,14 @@ def flower_carrier(grid: Grid, recipe: config.Recipe, nodes: dict[int, int], sec
     return carry
 
 
-def find_nodes(grid: Grid, wanted: int, seconds: float = WAIT_SECONDS, say: Callable[[str], None] = lambda text: None) -> dict[int, int]:
-    """Client id -> node id, once there is a node for each of `wanted` clients and every node greeted so far has answered. Waiting is said once.
+def find_nodes(
+    grid: Grid, wanted: int, seconds: float = WAIT_SECONDS, say: Callable[[str], None] = lambda text: None
+) -> dict[int, int]:
+    """Client id -> node id, once there is a node for each of `wanted` clients and every node greeted so far
+    has answered. Waiting is said once.
 
-    Raises F502 where nodes are missing after `seconds`, F503 where a node does not say which client it is or two say the same.
+    Raises F502 where nodes are missing after `seconds`, F503 where a node does not say which client it is or
+    two say the same.
     """
     post, nodes, silent = Post(grid), dict[int, int](), set[int]()
     began, said = time.monotonic(), False
@@ -79,21 +87,39 @@ def client_of(answer: Message, taken: Iterable[int]) -> int:
     if client < 0:
         raise FedtuneError("F503", sentence="a node does not report which client it is", do=NODE_CONFIG)
     if client in taken:
-        raise FedtuneError("F503", sentence=f"two nodes both report that they are client {client}", do=NODE_CONFIG)
+        raise FedtuneError(
+            "F503", sentence=f"two nodes both report that they are client {client}", do=NODE_CONFIG
+        )
     return client
 
 
-def serve(grid: Grid, recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None], wait: float = WAIT_SECONDS) -> dict[str, Any]:
+def serve(
+    grid: Grid,
+    recipe: config.Recipe,
+    folder: RunFolder,
+    tell: Callable[[Event], None],
+    wait: float = WAIT_SECONDS,
+) -> dict[str, Any]:
     """A whole run with Flower's nodes as clients; the journal and the bytes are those of a local run."""
 
     def say(text: str) -> None:
         tell(Noted(text))
 
-    return run(recipe, folder, tell, lambda link, world: flower_carrier(grid, recipe, find_nodes(grid, len(world.names), wait, say)))
+    return run(
+        recipe,
+        folder,
+        tell,
+        lambda link, workspace: flower_transport(
+            grid, recipe, find_nodes(grid, len(workspace.names), wait, say)
+        ),
+    )
 
 
-def serve_context(grid: Grid, context: Context, app_folder: Path, sinks: Callable[[RunFolder], Callable[[Event], None]]) -> None:
-    """`flwr run`: recipe, overrides and runs folder from the run config; relative paths count from the SuperLink's folder, a recipe's also from the app's."""
+def serve_context(
+    grid: Grid, context: Context, app_folder: Path, sinks: Callable[[RunFolder], Callable[[Event], None]]
+) -> None:
+    """`flwr run`: recipe, overrides and runs folder from the run config; relative paths count from the
+    SuperLink's folder, a recipe's also from the app's."""
     options = {key: str(context.run_config.get(key, "")) for key in ("recipe", "set", "runs")}
     path = options["recipe"]
     if path and not Path(path).exists() and (app_folder / path).exists():

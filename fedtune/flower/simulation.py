@@ -23,12 +23,12 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.flower.client_app import answer, hello
 from fedtune.flower.messages import Grid
-from fedtune.flower.server_app import find_nodes, flower_carrier
+from fedtune.flower.server_app import find_nodes, flower_transport
 from fedtune.proxies import spared
 from fedtune.runtime.folder import RunFolder
-from fedtune.runtime.protocol import Carrier, Link
+from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.run import run
-from fedtune.runtime.world import World
+from fedtune.runtime.workspace import Workspace
 from fedtune.threads import available_cores, threads_for
 
 
@@ -36,16 +36,21 @@ def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event],
     """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501, F504."""
     with contextlib.ExitStack() as stack:
 
-        def carry(link: Link, world: World) -> Carrier:
-            nodes = len(world.names)
-            grid = stack.enter_context(engine(nodes, actor_size(recipe.model.threads, world.base.device.type), folder.path.resolve()))
-            return flower_carrier(grid, recipe, find_nodes(grid, nodes))
+        def carry(link: Link, workspace: Workspace) -> Transport:
+            nodes = len(workspace.names)
+            grid = stack.enter_context(
+                engine(
+                    nodes, actor_size(recipe.model.threads, workspace.base.device.type), folder.path.resolve()
+                )
+            )
+            return flower_transport(grid, recipe, find_nodes(grid, nodes))
 
         return run(recipe, folder, tell, carry)
 
 
 def actor_size(threads: int, device: str) -> dict[str, float]:
-    """What one Ray actor takes. An actor computes with as many threads as the local engine would, because bits may
+    """What one Ray actor takes. An actor computes with as many threads as the local engine would, because
+    bits may
     depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to itself."""
     if device == "cuda":
         return {"num_cpus": 1, "num_gpus": 1}
@@ -54,24 +59,34 @@ def actor_size(threads: int, device: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Iterator[Grid]:
-    """Flower's simulation engine with virtual nodes 0 to nodes - 1; it is gone when the block ends. Raises F501, F504.
+    """Flower's simulation engine with virtual nodes 0 to nodes - 1; it is gone when the block ends. Raises
+    F501, F504.
 
-    `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's back and
-    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs in a thread,
+    `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's
+    back and
+    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs
+    in a thread,
     so that a run's own errors, and Ctrl-C, happen where they do in a local run.
     """
     os.environ.update(spared(os.environ))  # Ray and Flower talk to their own parts on this machine
-    # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when it is imported.
+    # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when
+    # it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else Flower's late calls after Ctrl-C would start a second Ray
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = (
+        "0"  # else Flower's late calls after Ctrl-C would start a second Ray
+    )
     try:
         import ray
         from flwr.clientapp import ClientApp
         from flwr.serverapp import ServerApp
         from flwr.simulation import run_simulation
     except ImportError:
-        raise FedtuneError("F501", sentence="Flower's simulation engine needs Ray, which is not installed", do="run: pip install 'flwr[simulation]'") from None
+        raise FedtuneError(
+            "F501",
+            sentence="Flower's simulation engine needs Ray, which is not installed",
+            do="run: pip install 'flwr[simulation]'",
+        ) from None
     grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
     failures: list[BaseException] = []
     over = threading.Event()
@@ -83,7 +98,9 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
     server, client = ServerApp(), ClientApp()
     server.main()(main)
     client.query("hello")(hello)
-    client.train("ask")(partial(answer, shelf=shelf))  # memories in the run's own folder, where resume looks for them
+    client.train("ask")(
+        partial(answer, shelf=shelf)
+    )  # memories in the run's own folder, where resume looks for them
     # A killed actor is started again and asked once more: the same seeds, the same bytes.
     resources = {**size, "max_restarts": -1, "max_task_retries": 1}
 
@@ -102,8 +119,12 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
         finally:
             over.set()
             thread.join(5)
-            if thread.is_alive():  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
-                getattr(concurrent.futures.thread, "_threads_queues", {}).clear()  # so that Python's exit does not wait for the pool
+            if (
+                thread.is_alive()
+            ):  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
+                getattr(
+                    concurrent.futures.thread, "_threads_queues", {}
+                ).clear()  # so that Python's exit does not wait for the pool
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,9 @@ class Watched:
     def alive(self) -> Grid:
         if self.grid is None or not self.thread.is_alive():
             raise FedtuneError(
-                "F504", sentence=f"Flower's simulation engine stopped ({root(*self.failures)})", do="run again with FEDTUNE_DEBUG=1 to see its log"
+                "F504",
+                sentence=f"Flower's simulation engine stopped ({root(*self.failures)})",
+                do="run again with FEDTUNE_DEBUG=1 to see its log",
             )
         return self.grid
 
@@ -134,22 +157,38 @@ class Watched:
 def root(*errors: BaseException) -> str:
     """The first line of what an error began with."""
     for error in errors:
-        return root(error.__cause__) if error.__cause__ else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return (
+            root(error.__cause__)
+            if error.__cause__
+            else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        )
     return "no reason given"
 
 
 @contextlib.contextmanager
 def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
-    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone afterwards."""
+    """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone
+    afterwards."""
     debug = bool(os.environ.get("FEDTUNE_DEBUG"))
     each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
-    with tempfile.TemporaryDirectory(prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # /tmp: names of sockets end at 107 characters
+    with tempfile.TemporaryDirectory(
+        prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:  # /tmp: names of sockets end at 107 characters
         try:
             cpus = max(each, min(available_cores(), nodes * each))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=debug, logging_level=level, _temp_dir=folder)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=debug,
+                logging_level=level,
+                _temp_dir=folder,
+            )
         except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
             raise FedtuneError(
-                "F504", sentence=f"Ray, Flower's simulation engine, did not start ({root(error)})", do="run again with FEDTUNE_DEBUG=1 to see its log"
+                "F504",
+                sentence=f"Ray, Flower's simulation engine, did not start ({root(error)})",
+                do="run again with FEDTUNE_DEBUG=1 to see its log",
             ) from error
         try:
             yield
@@ -163,7 +202,8 @@ def hushed(ray_worker: Any) -> Iterator[None]:
     log, before = logging.getLogger("flwr"), logging.getLogger("flwr").level
     if not os.environ.get("FEDTUNE_DEBUG"):
         log.setLevel(logging.CRITICAL + 1)
-        # Ray prints its complaints about dead actors to standard output, whatever log_to_driver says; this is its own switch.
+        # Ray prints its complaints about dead actors to standard output, whatever log_to_driver says; this is
+        # its own switch.
         ray_worker._worker_logs_enabled = False
     try:
         yield

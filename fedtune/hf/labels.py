@@ -1,4 +1,5 @@
-"""Whose order of classes counts: the file's, where it knows the data's labels; else the head starts fresh, and that is said."""
+"""Whose order of classes counts: the file's, where it knows the data's labels; else the head starts fresh,
+and that is said."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ GENERIC = re.compile(r"LABEL_(\d+)")  # what transformers calls classes that nob
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Labels in the order of the model's classes; `kept`: the file's head was trained for them; `note` says what was decided, or ""."""
+    """Labels in the order of the model's classes; `kept`: the file's head was trained for them; `note` says
+    what was decided, or ""."""
 
     labels: tuple[str, ...]
     kept: bool
@@ -26,7 +28,8 @@ class LabelSet:
 def choose_labels(config: Any, labels: Sequence[str]) -> LabelSet:
     """The order of `labels` in which the file's head knows them, or their own order with a fresh head.
 
-    Names are compared without case and surrounding blanks; unnamed classes (LABEL_0, ...) stand for whole numbers only.
+    Names are compared without case and surrounding blanks; unnamed classes (LABEL_0, ...) stand for whole
+    numbers only.
     """
     wanted = tuple(labels)
     if not has_head(config):
@@ -39,12 +42,21 @@ def choose_labels(config: Any, labels: Sequence[str]) -> LabelSet:
         theirs = [match[1] for match in generic if match]
     if len(mine) == len(wanted) == len(theirs) and {fold(name) for name in theirs} == set(mine):
         ordered = tuple(mine[fold(name)] for name in theirs)
-        return LabelSet(ordered, True, f"the task head of the model file is kept; its order of classes counts: {shown(ordered)}")
-    return LabelSet(wanted, False, f"the model file's task head was trained for other classes ({shown(theirs)}), so it starts fresh")
+        return LabelSet(
+            ordered,
+            True,
+            f"the task head of the model file is kept; its order of classes counts: {shown(ordered)}",
+        )
+    return LabelSet(
+        wanted,
+        False,
+        f"the model file's task head was trained for other classes ({shown(theirs)}), so it starts fresh",
+    )
 
 
 def has_head(config: Any) -> bool:
-    """Whether the file was written by a classifier of one label a row; a regression or multi-label head is another task's."""
+    """Whether the file was written by a classifier of one label a row; a regression or multi-label head is
+    another task's."""
     classifier = any("Classification" in name for name in config.architectures or ())
     return classifier and getattr(config, "problem_type", None) in (None, "single_label_classification")
 
@@ -62,7 +74,8 @@ def shown(labels: Sequence[str]) -> str:
 
 
 def redraw(net: Any, heads: Sequence[str], seed: int) -> frozenset[str]:
-    """Initialise these modules as the architecture does for a new model, from `seed` alone; returns the names of their parameters."""
+    """Initialise these modules as the architecture does for a new model, from `seed` alone; returns the names
+    of their parameters."""
     names = set[str]()
     with own_draws(seed), torch.no_grad():
         for path in heads:

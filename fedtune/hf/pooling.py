@@ -1,6 +1,8 @@
-"""How the states of a text's tokens become one vector for the task head: as the model's class does it, or as the encoder was trained.
+"""How the states of a text's tokens become one vector for the task head: as the model's class does it, or as
+the encoder was trained.
 
-A sentence encoder was trained under one pooling, most often the mean; its stock classifier reads another, the first token through a pooler
+A sentence encoder was trained under one pooling, most often the mean; its stock classifier reads another, the
+first token through a pooler
 that was never trained. On all-MiniLM-L6-v2 that vector is nearly constant, and a head learns little from it.
 """
 
@@ -24,10 +26,15 @@ STATED: dict[str, Pooling] = {
 
 
 def trained_pooling(place: str | Path, **known: Any) -> str:
-    """What a sentence-encoder folder (or hub name) says of its pooling, "" where it says nothing; a mode that is not here is returned as it is called."""
+    """What a sentence-encoder folder (or hub name) says of its pooling, "" where it says nothing; a mode that
+    is not here is returned as it is called."""
     from transformers.utils import cached_file
 
-    quiet = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    quiet = {
+        "_raise_exceptions_for_gated_repo": False,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
     found = cached_file(str(place), "1_Pooling/config.json", **known, **quiet)
     if found is None:
         return ""
@@ -36,21 +43,41 @@ def trained_pooling(place: str | Path, **known: Any) -> str:
         modes = [name for name, on in stated.items() if name.startswith("pooling_mode_") and on is True]
     except (OSError, ValueError, AttributeError) as error:
         raise FedtuneError(
-            "M301", f"'{found}' ({str(error)[:120]})", "the pooling of a sentence encoder", "get the model again, or set model.pooling"
+            "M301",
+            f"'{found}' ({str(error)[:120]})",
+            "the pooling of a sentence encoder",
+            "get the model again, or set model.pooling",
         ) from error
     if isinstance(stated.get("pooling_mode"), str):  # newer files name it
-        return str(stated["pooling_mode"]).removesuffix("_tokens").removesuffix("_token").replace("lasttoken", "last")
-    return STATED.get(modes[0], modes[0].removeprefix("pooling_mode_")) if len(modes) == 1 else "+".join(sorted(modes))
+        return (
+            str(stated["pooling_mode"])
+            .removesuffix("_tokens")
+            .removesuffix("_token")
+            .replace("lasttoken", "last")
+        )
+    return (
+        STATED.get(modes[0], modes[0].removeprefix("pooling_mode_"))
+        if len(modes) == 1
+        else "+".join(sorted(modes))
+    )
 
 
-def choose_pooling(wanted: str, place: str | Path, task: str, kept_head: bool, **known: Any) -> tuple[Pooling, str]:
-    """The pooling to use, and what to say of it. `kept_head`: the task head came trained from the file, with the pooling of its class.
+def choose_pooling(
+    wanted: str, place: str | Path, task: str, kept_head: bool, **known: Any
+) -> tuple[Pooling, str]:
+    """The pooling to use, and what to say of it. `kept_head`: the task head came trained from the file, with
+    the pooling of its class.
 
     Raises M306 for a pooling that is asked for where nothing is pooled.
     """
     if task in ("causal-lm", "instruct"):
         if wanted not in ("auto", "pooler"):
-            raise FedtuneError("M306", f"model.pooling = '{wanted}' with data.task = '{task}'", "auto: a language model pools nothing", "remove it")
+            raise FedtuneError(
+                "M306",
+                f"model.pooling = '{wanted}' with data.task = '{task}'",
+                "auto: a language model pools nothing",
+                "remove it",
+            )
         return "own", ""
     if wanted == "pooler":
         return "own", ""
@@ -60,7 +87,10 @@ def choose_pooling(wanted: str, place: str | Path, task: str, kept_head: bool, *
     if trained in ("mean", "cls", "last"):
         return trained, f"pooling: {trained}, as the encoder was trained (1_Pooling/config.json)"  # type: ignore[return-value]
     if trained:
-        return "own", f"pooling: the model's own; '{trained}' of 1_Pooling/config.json is not one of mean, cls, last"
+        return (
+            "own",
+            f"pooling: the model's own; '{trained}' of 1_Pooling/config.json is not one of mean, cls, last",
+        )
     return "own", ""
 
 
@@ -70,9 +100,11 @@ def stated(pooling: str) -> str:
 
 
 def set_pooling(net: Any, mode: Pooling) -> None:
-    """Let every head of the network read one vector of a text or image, whichever of its places it looks at. Raises M306 for states that are no sequence.
+    """Let every head of the network read one vector of a text or image, whichever of its places it looks at.
+    Raises M306 for states that are no sequence.
 
-    The backbone's last states (B, T, d) become that vector at all T places, and so does what its pooler said. Prompts between
+    The backbone's last states (B, T, d) become that vector at all T places, and so does what its pooler said.
+    Prompts between
     the blocks are left out; virtual tokens that peft puts before a text are tokens like others.
     """
     if mode == "own":
@@ -84,7 +116,10 @@ def set_pooling(net: Any, mode: Pooling) -> None:
     def pool(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = output.last_hidden_state
         if hidden.ndim != 3:
-            found = f"model.pooling = '{mode}' with a {type(net).__name__}, whose last states have {hidden.ndim} dimensions"
+            found = (
+                f"model.pooling = '{mode}' with a {type(net).__name__}, whose last states have {hidden.ndim} "
+                "dimensions"
+            )
             raise FedtuneError("M306", found, "a transformer", "set model.pooling = 'pooler'")
         mask = kwargs.get("attention_mask", args[place] if place is not None and len(args) > place else None)
         vector = pooled(hidden, mask, mode)
@@ -101,7 +136,9 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor | None, mode: Pooling) -> to
     if mask is None or mask.ndim != 2:
         mask = hidden.new_ones(hidden.shape[:2])
     if mode == "cls":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.to(torch.int32).argmax(1)]  # the first that is not padding
+        return hidden[
+            torch.arange(len(hidden), device=hidden.device), mask.to(torch.int32).argmax(1)
+        ]  # the first that is not padding
     if mode == "last":
         places = torch.arange(mask.shape[1], device=hidden.device) * (mask > 0)
         return hidden[torch.arange(len(hidden), device=hidden.device), places.argmax(1)]

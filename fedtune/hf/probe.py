@@ -1,4 +1,5 @@
-"""Tries a loaded text model once: padding must not matter, and a language model must not see what it should predict."""
+"""Tries a loaded text model once: padding must not matter, and a language model must not see what it should
+predict."""
 
 from __future__ import annotations
 
@@ -14,40 +15,51 @@ SHORT, LONG = "a b c", "a b c d e f g h a b c d e f g h"
 
 
 def padding_side(net: Any, tokenizer: Any, task: str, context: int | None, name: str) -> str:
-    """The side on which batches are padded, "right" or "left": the first on which a text scores the same alone and beside a longer one.
+    """The side on which batches are padded, "right" or "left": the first on which a text scores the same
+    alone and beside a longer one.
 
-    Two texts of a few tokens, scored in eval mode; nothing is drawn and nothing changes. Raises M306 where neither side will do, and
+    Two texts of a few tokens, scored in eval mode; nothing is drawn and nothing changes. Raises M306 where
+    neither side will do, and
     where a model for a language task changes what it says about a text's first tokens with its last one.
     """
     short, long = texts(tokenizer, context)
     lm = task in ("causal-lm", "instruct")
-    slack = 1e-3 if next(net.parameters()).dtype == torch.float32 else 0.05  # half precision rounds by 0.4 % at every layer
+    slack = (
+        1e-3 if next(net.parameters()).dtype == torch.float32 else 0.05
+    )  # half precision rounds by 0.4 % at every layer
     with torch.no_grad():
         alone = said(net, [short], tokenizer.pad_token_id, "right")[0]
         if lm:
-            changed = said(net, [[*short[:-1], other(short[-1], tokenizer)]], tokenizer.pad_token_id, "right")[0]
+            changed = said(
+                net, [[*short[:-1], other(short[-1], tokenizer)]], tokenizer.pad_token_id, "right"
+            )[0]
             if differ(alone[: len(short) - 1], changed[: len(short) - 1], slack):
                 raise FedtuneError(
                     "M306",
-                    f"{name} ({type(net).__name__}), which sees tokens after the one that it should predict, with data.task = '{task}'",
+                    f"{name} ({type(net).__name__}), which sees tokens after the one that it should predict, "
+                    f"with data.task = '{task}'",
                     "a causal language model",
                     "choose a decoder such as Llama, Qwen or GPT-2, or data.task = 'classify'",
                 )
         for side in ("right", "left"):
             both = said(net, [short, long], tokenizer.pad_token_id, side)[0]
-            mine = both if not lm else both[: len(short)] if side == "right" else both[len(both) - len(short) :]
+            mine = (
+                both if not lm else both[: len(short)] if side == "right" else both[len(both) - len(short) :]
+            )
             if not differ(alone if not lm else alone[: len(short)], mine, slack):
                 return side
     raise FedtuneError(
         "M306",
-        f"{name} ({type(net).__name__}), whose output for a text changes when a longer one is in the same batch",
+        f"{name} ({type(net).__name__}), whose output for a text changes when a longer one is in the same "
+        "batch",
         "a model that ignores padding (attention_mask, and the padding id of its configuration)",
         "choose another model",
     )
 
 
 def is_causal(net: Any, tokenizer: Any, context: int | None) -> bool:
-    """Whether the backbone computes a text's first token without its last one: a decoder, whatever its modules are called."""
+    """Whether the backbone computes a text's first token without its last one: a decoder, whatever its
+    modules are called."""
     if getattr(net.config, "is_encoder_decoder", False):  # its encoder reads both ways
         return False
     short, _ = texts(tokenizer, context)
@@ -59,20 +71,29 @@ def is_causal(net: Any, tokenizer: Any, context: int | None) -> bool:
 
 
 def try_once(net: Any, base: Any) -> bool:
-    """One forward pass of an input that is as small as possible, to see that what was put on the network runs. Raises what the network raises.
+    """One forward pass of an input that is as small as possible, to see that what was put on the network
+    runs. Raises what the network raises.
 
     True where the answer depends on anything that is to be trained.
     """
     device = next(iter(base.weights.values())).device
     if base.task == "image-classify":
         size = image_size(net.config, base.tokenizer)
-        inputs = {"pixel_values": torch.zeros(1, getattr(net.config, "num_channels", None) or 3, *size, device=device)}
+        inputs = {
+            "pixel_values": torch.zeros(
+                1, getattr(net.config, "num_channels", None) or 3, *size, device=device
+            )
+        }
     else:
         short = texts(base.tokenizer, base.context)[0] if base.tokenizer is not None else [1, 2, 3]
         ids = torch.tensor([short], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dtype = next(iter(base.weights.values())).dtype
-    half = torch.autocast(device.type, dtype) if dtype != torch.float32 and device.type != "meta" else contextlib.nullcontext()
+    half = (
+        torch.autocast(device.type, dtype)
+        if dtype != torch.float32 and device.type != "meta"
+        else contextlib.nullcontext()
+    )
     with torch.enable_grad(), own_draws(), half:
         return bool(net(**inputs).logits.requires_grad)
 
@@ -87,13 +108,20 @@ def image_size(config: Any, processor: Any) -> tuple[int, int]:
     return (int(edge[0]), int(edge[1])) if isinstance(edge, (list, tuple)) else (int(edge), int(edge))
 
 
-def refuse_conflict(net: Any, tokenizer: Any, stated: int | None, task: str, context: int | None, name: str) -> None:
-    """Raises M303 where the model's file and its tokenizer name different padding ids, and the model reads another token because of it.
+def refuse_conflict(
+    net: Any, tokenizer: Any, stated: int | None, task: str, context: int | None, name: str
+) -> None:
+    """Raises M303 where the model's file and its tokenizer name different padding ids, and the model reads
+    another token because of it.
 
     Nobody but the model's author knows with which of the two it was trained.
     """
     config, own = net.config.get_text_config(), tokenizer.pad_token_id
-    if not isinstance(stated, int) or stated == own or not 0 <= stated < net.get_input_embeddings().weight.shape[0]:
+    if (
+        not isinstance(stated, int)
+        or stated == own
+        or not 0 <= stated < net.get_input_embeddings().weight.shape[0]
+    ):
         return
     right = padding_side(net, tokenizer, task, context, name) == "right"
     config.pad_token_id = stated
@@ -106,9 +134,11 @@ def refuse_conflict(net: Any, tokenizer: Any, stated: int | None, task: str, con
     if right and not same:
         raise FedtuneError(
             "M303",
-            f"the padding id {stated} in config.json and {own} in the tokenizer of {name}, which classifies by the last token that is not padding",
+            f"the padding id {stated} in config.json and {own} in the tokenizer of {name}, which classifies "
+            "by the last token that is not padding",
             "the same padding id in both",
-            "correct pad_token_id in config.json, or pad_token in tokenizer_config.json, to the id that the model was trained with",
+            "correct pad_token_id in config.json, or pad_token in tokenizer_config.json, to the id that the "
+            "model was trained with",
         )
 
 
@@ -119,7 +149,11 @@ def texts(tokenizer: Any, context: int | None) -> tuple[list[int], list[int]]:
         first = next(iter(short or tokenizer.get_vocab().values()))
         short, long = [first] * 3, [first] * 9
     if context and len(long) > context:
-        short, long = (short[:1] + short[-1:], long[: context - 1] + long[-1:]) if context > 2 else (short[:1], long[:context])
+        short, long = (
+            (short[:1] + short[-1:], long[: context - 1] + long[-1:])
+            if context > 2
+            else (short[:1], long[:context])
+        )
     return short, long
 
 

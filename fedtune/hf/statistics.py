@@ -1,4 +1,5 @@
-"""Buffers that training would change: running statistics belong to the pretrained model, and no client may leave traces in them."""
+"""Buffers that training would change: running statistics belong to the pretrained model, and no client may
+leave traces in them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 
 
 def saved_buffers(net: Any) -> dict[str, torch.Tensor]:
-    """Name -> buffer that belongs into a file of the model: running means and variances and their like; empty for most transformers."""
+    """Name -> buffer that belongs into a file of the model: running means and variances and their like; empty
+    for most transformers."""
     found = {}
     for path, module in net.named_modules():
         for name, value in module._buffers.items():
@@ -20,19 +22,26 @@ def saved_buffers(net: Any) -> dict[str, torch.Tensor]:
 
 
 def freeze_statistics(net: Any) -> None:
-    """Put every layer with statistics of its own (batch and instance norms, spectral norms) into eval mode, its children aside.
+    """Put every layer with statistics of its own (batch and instance norms, spectral norms) into eval mode,
+    its children aside.
 
-    Such layers then normalise with the pretrained statistics, so that a batch of one works and one state has one score; gains and offsets
+    Such layers then normalise with the pretrained statistics, so that a batch of one works and one state has
+    one score; gains and offsets
     still learn where they are trained.
     """
     for module in net.modules():
-        if getattr(module, "track_running_stats", False) or "running_mean" in module._buffers or "_u" in module._buffers:
+        if (
+            getattr(module, "track_running_stats", False)
+            or "running_mean" in module._buffers
+            or "_u" in module._buffers
+        ):
             module.training = False
 
 
 @contextmanager
 def unchanged(net: Any) -> Iterator[None]:
-    """Whatever else writes into a saved buffer while training is undone afterwards: the network is shared by clients, and no state holds buffers."""
+    """Whatever else writes into a saved buffer while training is undone afterwards: the network is shared by
+    clients, and no state holds buffers."""
     before = {name: value.clone() for name, value in saved_buffers(net).items()}
     try:
         yield

@@ -18,4 +18,15 @@ if not TYPE_CHECKING:
     MethodSettings = extended(MethodSettings, "type", "methods", MethodTable)
 METHODS: dict[str, type[MethodTable]] = classes_by_tag(MethodSettings, "type")
 
-__all__ = ["METHODS", "Capabilities", "Costs", "Facts", "FedPEFTTable", "Method", "MethodSettings", "MethodTable", "Verb", "Work"]
+__all__ = [
+    "METHODS",
+    "Capabilities",
+    "Costs",
+    "Facts",
+    "FedPEFTTable",
+    "Method",
+    "MethodSettings",
+    "MethodTable",
+    "Verb",
+    "Work",
+]

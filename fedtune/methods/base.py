@@ -1,4 +1,5 @@
-"""What most methods do alike: a state that is the bench's tensors, one verb `train`, ordinary local training. Override what yours does otherwise."""
+"""What most methods do alike: a state that is the tunable model's tensors, one verb `train`, ordinary local
+training. Override what yours does otherwise."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
-    from fedtune.model.shapes import Plan
+    from fedtune.model.memory_plan import Plan
+    from fedtune.model.tunable import TunableModel
 
 Weight = Literal["examples", "tokens", "equal"]
 
@@ -34,8 +35,10 @@ class AdapterTable(MethodTable):
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
-    """How a fresh task head starts: random; means: from the mean features of each class, which clients sum up in one question before the first
-    round; ridge: from a least-squares map, for (width x width) more numbers. auto: means, for classes; what a file has trained stays."""
+    """How a fresh task head starts: random; means: from the mean features of each class, which clients sum up
+    in one question before the first
+    round; ridge: from a least-squares map, for (width x width) more numbers. auto: means, for classes; what a
+    file has trained stays."""
     adapter: AdapterSettings = Lora()
     train: TrainSettings = TrainSettings()
 
@@ -62,16 +65,21 @@ class AdapterMethod:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        train = Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)
+        train = Verb(
+            self.train,
+            lambda tunable, client, now: Schema.of(tunable.named),
+            lambda given, now: given,
+            moves=True,
+        )
         return {"train": train} | features_verbs(self.settings.head_start)
 
-    def prepare(self, base: Base, seed: int) -> Bench:
-        from fedtune.model.bench import attach
+    def prepare(self, base: Base, seed: int) -> TunableModel:
+        from fedtune.model.tunable import attach
 
         return attach(base, self.settings.adapter, seed_of("adapter", seed))
 
-    def start(self, bench: Bench) -> State:
-        return State(bench.read(), kept_until_started(self.settings.head_start, bench))
+    def start(self, tunable: TunableModel) -> State:
+        return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         state = started(self.settings.head_start, state, cohort)
@@ -80,25 +88,27 @@ class AdapterMethod:
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit
 
-        bench: Bench = client.model
-        bench.write(given)
+        tunable: TunableModel = client.model
+        tunable.write(given)
         seed = seed_of("train", now.seed, now.number, client.id)
-        report = fit(bench, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
-        return Update.of(bench.read(), weight_of(self.settings.weight, client.data), {"loss": report.loss})
+        report = fit(tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
+        return Update.of(tunable.read(), weight_of(self.settings.weight, client.data), {"loss": report.loss})
 
-    def install(self, state: State, bench: Bench) -> None:
-        bench.write(state.shared)
+    def install(self, state: State, tunable: TunableModel) -> None:
+        tunable.write(state.shared)
 
-    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+    def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit
 
-        self.install(state, bench)
-        fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+        self.install(state, tunable)
+        fit(tunable, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
 
-    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+    def export(
+        self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int
+    ) -> None:
         from fedtune.model.export import save
 
-        save(form, bench, folder, card)
+        save(form, tunable, folder, card)
 
 
 class AdapterCosts:
@@ -108,12 +118,12 @@ class AdapterCosts:
         self.settings = settings
 
     def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
-        from fedtune.model.shapes import plan
+        from fedtune.model.memory_plan import plan
 
         return plan(model, self.settings.adapter, task, labels)
 
     def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
-        from fedtune.model.shapes import training_bytes
+        from fedtune.model.memory_plan import training_bytes
 
         return training_bytes(plan, self.settings.train, length)
 

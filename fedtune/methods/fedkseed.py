@@ -1,11 +1,17 @@
-"""FedKSeed: every parameter is tuned, and what travels is a few whole numbers: how far along which of K known directions.
+"""FedKSeed: every parameter is tuned, and what travels is a few whole numbers: how far along which of K known
+directions.
 
-Qin et al. 2024, "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18 Kilobytes"
-(ICML, arXiv:2312.06353). Down: K accumulators A_k. Up: one scalar a step (their seeds follow from the run's seed, the round and the client),
-or K sums of scalars, which can be added without being read. A model is always w = w0 + scale * sum_k A_k z_k, rebuilt from the first values.
+Qin et al. 2024, "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost
+under 18 Kilobytes"
+(ICML, arXiv:2312.06353). Down: K accumulators A_k. Up: one scalar a step (their seeds follow from the run's
+seed, the round and the client),
+or K sums of scalars, which can be added without being read. A model is always w = w0 + scale * sum_k A_k z_k,
+rebuilt from the first values.
 
-A client that can afford gradients trains as usual and sends the coordinates of its update along the same directions: the same message, the same
-replay, in the same round. There is no weight decay: it would make a model depend on more than the accumulators.
+A client that can afford gradients trains as usual and sends the coordinates of its update along the same
+directions: the same message, the same
+replay, in the same round. There is no weight decay: it would make a model depend on more than the
+accumulators.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import numpy as np
 
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError, Refused
-from fedtune.methods import whole
+from fedtune.methods import integers
 from fedtune.methods.base import weight_of
 from fedtune.methods.fedkseed_costs import FedKSeedCosts
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
@@ -34,8 +40,8 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
+    from fedtune.model.tunable import TunableModel
     from fedtune.zeroth import Pool
 
 HEAD = "head"  # its first values, float32 in the bits of whole numbers, which are sent once and then held
@@ -43,36 +49,47 @@ REACH = 1 << 26  # largest number of a gradient client; in practice they stay be
 
 
 class FedKSeed:
-    """State: the accumulators of every pool so far and their fingerprint (shared); the digest of the first values, the first loss
+    """State: the accumulators of every pool so far and their fingerprint (shared); the digest of the first
+    values, the first loss
     and, for FedKSeed-Pro, sizes and visits of the seeds (kept)."""
 
     def __init__(self, settings: FedKSeedSettings, rounds: int) -> None:
         self.settings, self.rounds = settings, rounds
-        self.scale = whole.Scale.of(settings.clip, settings.bits)
+        self.scale = integers.Scale.of(settings.clip, settings.bits)
         self.most = settings.steps * self.scale.top if settings.walks_only else REACH
 
-    def prepare(self, base: Base, seed: int) -> Bench:
-        from fedtune.model.bench import attach
-        from fedtune.model.origin import keep_origin
+    def prepare(self, base: Base, seed: int) -> TunableModel:
+        from fedtune.model.initial_values import keep_origin
+        from fedtune.model.tunable import attach
 
-        bench = attach(base, self.settings.trained, seed_of("adapter", seed))
-        keep_origin(bench, seed)
-        return bench
+        tunable = attach(base, self.settings.trained, seed_of("adapter", seed))
+        keep_origin(tunable, seed)
+        return tunable
 
-    # --- on the server ------------------------------------------------------------------------------------------
+    # --- on the server
+    # ------------------------------------------------------------------------------------------
 
-    def start(self, bench: Bench) -> State:
-        kept: dict[str, np.ndarray] = {"start": np.frombuffer(start_of(bench), np.uint8)} | kept_until_started(self.settings.head_start, bench)
+    def start(self, tunable: TunableModel) -> State:
+        kept: dict[str, np.ndarray] = {
+            "start": np.frombuffer(start_of(tunable), np.uint8)
+        } | kept_until_started(self.settings.head_start, tunable)
         if self.settings.importance:
-            kept |= {"amplitudes": np.zeros(self.settings.size, np.int64), "visits": np.zeros(self.settings.size, np.int64)}
-        return self.state({} if self.settings.refresh else {pool_name(0): np.zeros(self.settings.size, np.int32)}, kept)
+            kept |= {
+                "amplitudes": np.zeros(self.settings.size, np.int64),
+                "visits": np.zeros(self.settings.size, np.int64),
+            }
+        return self.state(
+            {} if self.settings.refresh else {pool_name(0): np.zeros(self.settings.size, np.int32)}, kept
+        )
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         name = pool_name(self.epoch(now.number))
         pools = {key: value for key, value in state.shared.items() if key.startswith("pool-")}
         kept = {key: value.copy() for key, value in state.kept.items()}  # `gather` counts in place
         if head := head_of(self.settings.head_start, state.kept, cohort):
-            kept = {key: value for key, value in kept.items() if not key.startswith(MARK)} | {HEAD: next(iter(head.values()))}
+            kept = {key: value for key, value in kept.items() if not key.startswith(MARK)} | {
+                HEAD: next(iter(head.values()))
+            }
             state = self.state(pools, kept)
         if self.settings.sends_steps:
             total, answer = self.gather(cohort, state, kept, now)
@@ -80,12 +97,15 @@ class FedKSeed:
             answer = cohort.sum("train", state.shared)
             total = answer.tensors["pool"]
         before = pools.get(name, np.zeros(self.settings.size, np.int64)).astype(np.int64)
-        pools[name] = whole.narrow(before + whole.mean(total, int(answer.weight)))
+        pools[name] = integers.narrow(before + integers.mean(total, int(answer.weight)))
         self.check_loss(cohort, kept, now)
         return self.state(pools, kept)
 
-    def gather(self, cohort: Cohort, state: State, kept: dict[str, np.ndarray], now: Round) -> tuple[np.ndarray, Update]:
-        """Every client's scalars, added to the seeds that its steps drew: (K,) sums, and weights and figures of all."""
+    def gather(
+        self, cohort: Cohort, state: State, kept: dict[str, np.ndarray], now: Round
+    ) -> tuple[np.ndarray, Update]:
+        """Every client's scalars, added to the seeds that its steps drew: (K,) sums, and weights and figures
+        of all."""
         total, answers = np.zeros(self.settings.size, np.int64), Update({}, 0.0)
         for client, update in cohort.each("train", state.shared):
             weight = int(update.weight)
@@ -99,26 +119,45 @@ class FedKSeed:
         return total, answers
 
     def check_loss(self, cohort: Cohort, kept: dict[str, np.ndarray], now: Round) -> None:
-        """Note the first loss; raise R408 where this round's is far above it, for the median client: a single one ends nobody's run."""
+        """Note the first loss; raise R408 where this round's is far above it, for the median client: a single
+        one ends nobody's run."""
         loss = cohort.typical("loss")
         kept.setdefault("first", np.asarray(cohort.typical("start")))
         first, most = float(kept["first"]), self.settings.guard
         if most and loss > most * first:
             found = f"a training loss of {loss:.4g} in round {now.number} that began at {first:.4g}"
             lower = "method.lr" if self.settings.walks_only else "method.lr, method.gain or method.train.lr"
-            raise FedtuneError("R408", found, f"at most {most:g} times as much", f"lower {lower}, or raise method.guard if this is expected")
+            raise FedtuneError(
+                "R408",
+                found,
+                f"at most {most:g} times as much",
+                f"lower {lower}, or raise method.guard if this is expected",
+            )
 
     def state(self, pools: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> State:
-        """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a number)."""
+        """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a
+        number)."""
         head = {HEAD: kept[HEAD].view(np.uint32)} if HEAD in kept else {}
-        mark = whole.fingerprint(kept["start"].tobytes(), self.origin(head), pools)
-        levels = {"importance": whole.importance(kept["amplitudes"], kept["visits"]).view(np.uint32)} if self.settings.importance else {}
+        mark = integers.fingerprint(kept["start"].tobytes(), self.origin(head), pools)
+        levels = (
+            {"importance": integers.importance(kept["amplitudes"], kept["visits"]).view(np.uint32)}
+            if self.settings.importance
+            else {}
+        )
         return State({**pools, **levels, **head, "fingerprint": mark.view(np.uint32)}, dict(kept))
 
     def origin(self, given: Tensors) -> dict[str, Any]:
-        """What a model follows from, beside its first values and the accumulators; `given` may hold the head that started from the data."""
+        """What a model follows from, beside its first values and the accumulators; `given` may hold the head
+        that started from the data."""
         s = self.settings
-        always = {"pool": s.pool, "directions": s.directions, "size": s.size, "refresh": s.refresh, "unit": self.scale.unit, "lr": s.lr}
+        always = {
+            "pool": s.pool,
+            "directions": s.directions,
+            "size": s.size,
+            "refresh": s.refresh,
+            "unit": self.scale.unit,
+            "lr": s.lr,
+        }
         head = {"head": hashlib.sha256(given[HEAD].tobytes()).hexdigest()} if HEAD in given else {}
         return always | ({"curvature": True} if s.curvature else {}) | head
 
@@ -126,126 +165,190 @@ class FedKSeed:
         """Which pool a round uses; the first is 0."""
         return (number - 1) // self.settings.refresh if self.settings.refresh else 0
 
-    def given(self, bench: Bench, client: int, now: Round) -> Schema:
+    def given(self, tunable: TunableModel, client: int, now: Round) -> Schema:
         finished = -(-(now.number - 1) // self.settings.refresh) if self.settings.refresh else 1
         pools = [(pool_name(epoch), (self.settings.size,)) for epoch in range(finished)]
         levels = [("importance", (self.settings.size // 4,))] if self.settings.importance else []
-        head = [(HEAD, tuple(bench.named[bench.head].shape))] if starts(self.settings.head_start, bench.head) else []
+        head = (
+            [(HEAD, tuple(tunable.named[tunable.head].shape))]
+            if starts(self.settings.head_start, tunable.head)
+            else []
+        )
         return Schema((("fingerprint", (8,)), *head, *levels, *pools))
 
     def answer(self, given: Schema, now: Round) -> Schema:
         if not self.settings.sends_steps:
-            return Schema((("pool", (self.settings.size,)),), (("pool", "int16" if self.most < 1 << 15 else "int32", self.most),))
+            return Schema(
+                (("pool", (self.settings.size,)),),
+                (("pool", "int16" if self.most < 1 << 15 else "int32", self.most),),
+            )
         if self.settings.bits == 1:
             return Schema((("steps", (-(-self.settings.steps // 8),)),), (("steps", "uint8", 255),))
         return Schema((("steps", (self.settings.steps,)),), (("steps", "int16", self.scale.top),))
 
-    def install(self, state: State, bench: Bench) -> None:
-        self.rebuild(bench, state.shared)
+    def install(self, state: State, tunable: TunableModel) -> None:
+        self.rebuild(tunable, state.shared)
 
-    # --- on each client -----------------------------------------------------------------------------------------
+    # --- on each client
+    # -----------------------------------------------------------------------------------------
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        train = Verb(self.train, self.given, self.answer, reads_each=self.settings.sends_steps, holds=self.settings.hold)
+        train = Verb(
+            self.train,
+            self.given,
+            self.answer,
+            reads_each=self.settings.sends_steps,
+            holds=self.settings.hold,
+        )
         return {"train": train} | features_verbs(self.settings.head_start)
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
-        bench: Bench = client.model
-        if not self.belongs(given, bench):
+        tunable: TunableModel = client.model
+        if not self.belongs(given, tunable):
             found, expected = (
                 "accumulators of other initial values, another pool or another scale",
                 "those that belong to this client's base model, adapter and recipe",
             )
-            raise Refused("W604", found, expected, "use the same recipe, base model and release of torch on both sides")
-        self.rebuild(bench, given)
+            raise Refused(
+                "W604", found, expected, "use the same recipe, base model and release of torch on both sides"
+            )
+        self.rebuild(tunable, given)
         seed = seed_of("train", now.seed, now.number, client.id)
-        start = self.first_loss(bench, client.data, seed) if now.number == 1 else None  # the server compares all rounds with the first
-        gradient = self.estimator(client.id, bench, client.data) == "gradient"
+        start = (
+            self.first_loss(tunable, client.data, seed) if now.number == 1 else None
+        )  # the server compares all rounds with the first
+        gradient = self.estimator(client.id, tunable, client.data) == "gradient"
         if gradient:
-            found_out = self.project(bench, client.data, now.number, seed)
+            found_out = self.project(tunable, client.data, now.number, seed)
         else:
             seeds = self.draw(given, now, client.id)
-            found_out = self.walk(bench, client.data, self.epoch(now.number), seeds, seed, self.curvature(bench, given, now))
+            found_out = self.walk(
+                tunable, client.data, self.epoch(now.number), seeds, seed, self.curvature(tunable, given, now)
+            )
         weight = int(weight_of(self.settings.weight, client.data))
         if self.settings.sends_steps:
             tensors = {"steps": self.packed(found_out.scalars)}
         else:
-            tensors = {"pool": found_out.scalars if gradient else np.bincount(seeds, found_out.scalars, self.settings.size).astype(np.int64)}
-        figures = {"loss": found_out.loss, "start": found_out.start if start is None else start, "gradient": float(gradient), "clipped": found_out.clipped}
-        return Update({name: value * weight for name, value in tensors.items()}, float(weight), {name: f * weight for name, f in figures.items()})
+            tensors = {
+                "pool": found_out.scalars
+                if gradient
+                else np.bincount(seeds, found_out.scalars, self.settings.size).astype(np.int64)
+            }
+        figures = {
+            "loss": found_out.loss,
+            "start": found_out.start if start is None else start,
+            "gradient": float(gradient),
+            "clipped": found_out.clipped,
+        }
+        return Update(
+            {name: value * weight for name, value in tensors.items()},
+            float(weight),
+            {name: f * weight for name, f in figures.items()},
+        )
 
     def draw(self, given: Tensors, now: Round, client: int) -> np.ndarray:
         """The seeds of a client's steps in this round: (steps,)."""
         levels = given["importance"].view(np.uint8) if self.settings.importance else None
-        return whole.draw(self.settings.size, self.settings.steps, (now.seed, now.number, client), levels)
+        return integers.draw(self.settings.size, self.settings.steps, (now.seed, now.number, client), levels)
 
-    def walk(self, bench: Bench, data: Encoded, epoch: int, seeds: np.ndarray, seed: int, by: Mapping[str, Any] | None = None) -> Walk:
-        """Steps by forward passes alone along these seeds (steps,), in place; `by` is the curvature's factor of each parameter."""
-        return walked(bench, data, self.pool(bench, epoch), seeds, seed, self.settings, self.scale, by)
+    def walk(
+        self,
+        tunable: TunableModel,
+        data: Encoded,
+        epoch: int,
+        seeds: np.ndarray,
+        seed: int,
+        by: Mapping[str, Any] | None = None,
+    ) -> Walk:
+        """Steps by forward passes alone along these seeds (steps,), in place; `by` is the curvature's factor
+        of each parameter."""
+        return walked(tunable, data, self.pool(tunable, epoch), seeds, seed, self.settings, self.scale, by)
 
-    def project(self, bench: Bench, data: Encoded, number: int, seed: int) -> Walk:
-        """Train with gradients from where the model stands; send the update's coordinates, gain / K * (z_k . update), in units of lr * scalar."""
+    def project(self, tunable: TunableModel, data: Encoded, number: int, seed: int) -> Walk:
+        """Train with gradients from where the model stands; send the update's coordinates, gain / K * (z_k .
+        update), in units of lr * scalar."""
         from fedtune.model.fit import fit
         from fedtune.zeroth import project
 
         s = self.settings
-        before = {name: value.detach().clone() for name, value in bench.named.items()}
-        report = fit(bench, data, s.train, seed, progress=(number - 1, self.rounds))
-        for name, value in bench.named.items():
+        before = {name: value.detach().clone() for name, value in tunable.named.items()}
+        report = fit(tunable, data, s.train, seed, progress=(number - 1, self.rounds))
+        for name, value in tunable.named.items():
             before[name].sub_(value.detach())  # first minus last: w moves against the scalars
         try:
-            coordinates = project(before, self.pool(bench, self.epoch(number))) * (s.gain / (s.size * s.lr * self.scale.unit))
+            coordinates = project(before, self.pool(tunable, self.epoch(number))) * (
+                s.gain / (s.size * s.lr * self.scale.unit)
+            )
         except FedtuneError as error:  # W607: a value that is not finite
             raise diverged(report.loss, report.steps, "method.train.lr") from error
         scalars = np.rint(np.clip(coordinates, -self.most, self.most)).astype(np.int64)
         return Walk(scalars, report.loss, report.loss, float((np.abs(coordinates) > self.most).mean()))
 
-    def first_loss(self, bench: Bench, data: Encoded, seed: int) -> float:
+    def first_loss(self, tunable: TunableModel, data: Encoded, seed: int) -> float:
         """Mean loss of the first few batches before anything has moved."""
         from fedtune.model.fit import step_batches
         from fedtune.model.forward import batch_of, forward_only, mean_loss
 
-        with forward_only(bench, data):
+        with forward_only(tunable, data):
             batches = step_batches(len(data), TrainSettings(steps=FEW, batch=self.settings.batch), seed)
-            return sum(mean_loss(bench, batch_of(bench, data, list(micro[0]))) for micro in batches) / FEW
+            return sum(mean_loss(tunable, batch_of(tunable, data, list(micro[0]))) for micro in batches) / FEW
 
-    def belongs(self, given: Tensors, bench: Bench) -> bool:
-        """Whether accumulators were made for the values that this bench starts from, and for these settings."""
+    def belongs(self, given: Tensors, tunable: TunableModel) -> bool:
+        """Whether accumulators were made for the values that this tunable model starts from, and for these
+        settings."""
         pools = {name: value for name, value in given.items() if name.startswith("pool-")}
-        return np.array_equal(given["fingerprint"], whole.fingerprint(start_of(bench), self.origin(given), pools).view(np.uint32))
+        return np.array_equal(
+            given["fingerprint"],
+            integers.fingerprint(start_of(tunable), self.origin(given), pools).view(np.uint32),
+        )
 
-    def rebuild(self, bench: Bench, given: Tensors) -> None:
-        """The model that the accumulators mean, from the first values: one pass over the weights, whatever it held before."""
-        from fedtune.model.origin import set_first
+    def rebuild(self, tunable: TunableModel, given: Tensors) -> None:
+        """The model that the accumulators mean, from the first values: one pass over the weights, whatever it
+        held before."""
+        from fedtune.model.initial_values import set_first
         from fedtune.zeroth import replay
 
         if HEAD in given:
-            set_first(bench, bench.head, given[HEAD].view(np.float32))
-        replay(bench.named, self.sums(bench, given), self.replay_scale, base=bench.origin.tensors, bent=self.settings.curvature)
+            set_first(tunable, tunable.head, given[HEAD].view(np.float32))
+        replay(
+            tunable.named,
+            self.sums(tunable, given),
+            self.replay_scale,
+            base=tunable.origin.tensors,
+            bent=self.settings.curvature,
+        )
 
-    def sums(self, bench: Bench, given: Tensors) -> list[tuple[Pool, np.ndarray]]:
+    def sums(self, tunable: TunableModel, given: Tensors) -> list[tuple[Pool, np.ndarray]]:
         """Pools and their accumulators, the oldest first."""
-        return [(self.pool(bench, int(name.removeprefix("pool-"))), given[name]) for name in sorted(given) if name.startswith("pool-")]
+        return [
+            (self.pool(tunable, int(name.removeprefix("pool-"))), given[name])
+            for name in sorted(given)
+            if name.startswith("pool-")
+        ]
 
-    def curvature(self, bench: Bench, given: Tensors, now: Round) -> Mapping[str, Any] | None:
+    def curvature(self, tunable: TunableModel, given: Tensors, now: Round) -> Mapping[str, Any] | None:
         """What this round's steps are multiplied by, from the pools before its own; None: nothing."""
         from fedtune.zeroth import curvature, views
 
         now_in = pool_name(self.epoch(now.number))
-        before = self.sums(bench, {name: value for name, value in given.items() if name < now_in}) if self.settings.curvature else []
-        return views(curvature(bench.named, before)) if before else None
+        before = (
+            self.sums(tunable, {name: value for name, value in given.items() if name < now_in})
+            if self.settings.curvature
+            else []
+        )
+        return views(curvature(tunable.named, before)) if before else None
 
-    def pool(self, bench: Bench, epoch: int) -> Pool:
+    def pool(self, tunable: TunableModel, epoch: int) -> Pool:
         from fedtune.zeroth import Pool
 
         s = self.settings
-        return Pool(seed_of("pool", bench.origin.seed, epoch), s.size, s.pool, s.directions)
+        return Pool(seed_of("pool", tunable.origin.seed, epoch), s.size, s.pool, s.directions)
 
     @property
     def replay_scale(self) -> float:
         """What a unit of an accumulator moves a weight by."""
-        return -self.settings.lr * self.scale.unit / (1 << whole.FRACTION)
+        return -self.settings.lr * self.scale.unit / (1 << integers.FRACTION)
 
     def packed(self, scalars: np.ndarray) -> np.ndarray:
         """A walk's scalars as they travel: whole numbers, or eight signs a byte (zero counts as down)."""
@@ -256,7 +359,7 @@ class FedKSeed:
             return sent
         return 2 * np.unpackbits(sent.astype(np.uint8), count=self.settings.steps).astype(np.int64) - 1
 
-    def estimator(self, client: int, bench: Bench, data: Encoded) -> str:
+    def estimator(self, client: int, tunable: TunableModel, data: Encoded) -> str:
         """spsa or gradient: as declared, or by the memory that is declared or there."""
         s = self.settings
         if s.estimators:
@@ -264,18 +367,24 @@ class FedKSeed:
         if s.estimator != "auto":
             return s.estimator
         from fedtune.model.forward import device_bytes
-        from fedtune.model.shapes import plan_of, training_bytes
+        from fedtune.model.memory_plan import plan_of, training_bytes
 
-        room = s.memory[client % len(s.memory)] * 2**30 if s.memory else device_bytes(bench) / 2
+        room = s.memory[client % len(s.memory)] * 2**30 if s.memory else device_bytes(tunable) / 2
         longest = max((data.length(i) for i in range(len(data))), default=1)
-        return "gradient" if sum(training_bytes(plan_of(bench), s.train, longest).values()) <= room else "spsa"
+        return (
+            "gradient" if sum(training_bytes(plan_of(tunable), s.train, longest).values()) <= room else "spsa"
+        )
 
-    # --- around a run -------------------------------------------------------------------------------------------
+    # --- around a run
+    # -------------------------------------------------------------------------------------------
 
     @property
     def facts(self) -> Facts:
         s = self.settings
-        title = f"fedkseed / {s.adapter.kind if s.space == 'adapter' else 'full' if not s.only else 'part'}, {s.pool} pool of {s.size}"
+        title = (
+            f"fedkseed / {s.adapter.kind if s.space == 'adapter' else 'full' if not s.only else 'part'}, "
+            f"{s.pool} pool of {s.size}"
+        )
         forms = ("seeds", "merged", "adapter") if s.space == "adapter" else ("seeds", "merged")
         return Facts("fedkseed", title, forms, ("clipped", "gradient", "loss", "start"))
 
@@ -283,35 +392,58 @@ class FedKSeed:
     def capabilities(self) -> Capabilities:
         return Capabilities(costs=FedKSeedCosts(self.settings), verify=self.verify)
 
-    def verify(self, state: State, bench: Bench) -> None:
+    def verify(self, state: State, tunable: TunableModel) -> None:
         """Refuse to install a state on another start. Raises M304."""
-        if not self.belongs(state.shared, bench):
-            found, expected = "seeds made for other initial values", "the initial values of this base model and adapter"
-            raise FedtuneError("M304", found, expected, "use the base model and the releases of torch and peft that the seeds were made with")
+        if not self.belongs(state.shared, tunable):
+            found, expected = (
+                "seeds made for other initial values",
+                "the initial values of this base model and adapter",
+            )
+            raise FedtuneError(
+                "M304",
+                found,
+                expected,
+                "use the base model and the releases of torch and peft that the seeds were made with",
+            )
 
-    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
-        self.install(state, bench)
+    def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
+        self.install(state, tunable)
         if self.settings.walks_only:
             steps = self.settings.steps * self.rounds
-            self.walk(bench, data, 0, whole.draw(self.settings.size, steps, (seed, 0, 0)), seed)
+            self.walk(tunable, data, 0, integers.draw(self.settings.size, steps, (seed, 0, 0)), seed)
             return
         from fedtune.model.fit import fit
 
-        fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+        fit(tunable, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
 
-    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+    def export(
+        self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int
+    ) -> None:
         from fedtune.model.export import save
 
         if form != "seeds":
-            save(form, bench, folder, card)
+            save(form, tunable, folder, card)
             return
         from fedtune.hf.pooling import stated
 
-        base = bench.base
+        base = tunable.base
         stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
         method = self.settings.model_dump(mode="json")
         save_seeds(
-            folder, Seeds(base.name, base.fingerprint, stored, base.task, base.labels, seed, self.rounds, method, state.shared, stated(base.pooling)), card
+            folder,
+            Seeds(
+                base.name,
+                base.fingerprint,
+                stored,
+                base.task,
+                base.labels,
+                seed,
+                self.rounds,
+                method,
+                state.shared,
+                stated(base.pooling),
+            ),
+            card,
         )
 
 
@@ -326,6 +458,9 @@ def pool_name(epoch: int) -> str:
     return f"pool-{epoch:04d}"
 
 
-def start_of(bench: Bench) -> bytes:
-    """SHA-256 of what training starts from: base model, tokenizer, first values, and the run's seed, which names the pools."""
-    return hashlib.sha256(bytes.fromhex(bench.base.fingerprint) + bench.origin.digest + str(bench.origin.seed).encode()).digest()
+def start_of(tunable: TunableModel) -> bytes:
+    """SHA-256 of what training starts from: base model, tokenizer, first values, and the run's seed, which
+    names the pools."""
+    return hashlib.sha256(
+        bytes.fromhex(tunable.base.fingerprint) + tunable.origin.digest + str(tunable.origin.seed).encode()
+    ).digest()

@@ -15,10 +15,12 @@ from fedtune.model.settings import TrainSettings
 
 
 class ProjectSettings(TrainSettings):
-    """[method.train] of type = "fedkseed": how a client with gradients trains before it projects. Its defaults suit all parameters of a model."""
+    """[method.train] of type = "fedkseed": how a client with gradients trains before it projects. Its
+    defaults suit all parameters of a model."""
 
     optimizer: Literal["adamw", "sgd"] = "sgd"
-    """sgd puts most of an update's length where the loss falls; adamw spreads it over all weights, and a projection keeps K / d of a length."""
+    """sgd puts most of an update's length where the loss falls; adamw spreads it over all weights, and a
+    projection keeps K / d of a length."""
     lr: float = Field(0.1, gt=0)
     """Learning rate."""
     steps: int = Field(5, ge=0)
@@ -33,28 +35,35 @@ class FedKSeedSettings(MethodTable):
     space: Literal["full", "adapter"] = "full"
     """full: every parameter of the model, or those of `only`; adapter: those of [method.adapter]."""
     only: tuple[str, ...] = ()
-    """full: names of parameters to tune, shell patterns such as "*.layers.4.*"; the task head always is; empty means all."""
+    """full: names of parameters to tune, shell patterns such as "*.layers.4.*"; the task head always is;
+    empty means all."""
     pool: Literal["hadamard", "independent"] = "hadamard"
-    """hadamard: orthogonal directions, rebuilt in one pass whatever their number; independent: one pass for each that was used."""
+    """hadamard: orthogonal directions, rebuilt in one pass whatever their number; independent: one pass for
+    each that was used."""
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     """Signs, or (independent pool) normal numbers from an integer table."""
     size: int = Field(4096, ge=32, le=1 << 20)
     """K, the number of directions: a power of two."""
     refresh: int = Field(0, ge=0)
-    """Rounds until a new pool; 0 keeps one. Every pool so far travels down: 4 K bytes each, and a pass over the weights to rebuild."""
+    """Rounds until a new pool; 0 keeps one. Every pool so far travels down: 4 K bytes each, and a pass over
+    the weights to rebuild."""
     curvature: bool = False
-    """Divide a parameter's steps by the root of what it has moved in finished pools (HiSo), which everybody knows. Experimental; 4 bytes a parameter."""
+    """Divide a parameter's steps by the root of what it has moved in finished pools (HiSo), which everybody
+    knows. Experimental; 4 bytes a parameter."""
     estimator: Literal["auto", "spsa", "fzoo", "gradient"] = "auto"
-    """spsa: two forward passes a step, the memory of inference; fzoo: one and a bit (experimental); gradient: [method.train], then projected; auto:
+    """spsa: two forward passes a step, the memory of inference; fzoo: one and a bit (experimental); gradient:
+    [method.train], then projected; auto:
     gradient where memory allows, else spsa."""
     estimators: tuple[Literal["spsa", "gradient"], ...] = ()
     """What each client uses, by number, in turns; empty: all as `estimator`."""
     memory: tuple[float, ...] = ()
-    """auto: GiB that each client has for training, by number, in turns; empty: half of what its machine or GPU has."""
+    """auto: GiB that each client has for training, by number, in turns; empty: half of what its machine or
+    GPU has."""
     steps: int = Field(200, ge=1, le=1 << 16)
     """spsa, fzoo: scalars in a round, one for each direction that is tried."""
     group: int = Field(8, ge=2)
-    """fzoo: directions that are tried from one point on one batch; each scalar is divided by the spread of their losses."""
+    """fzoo: directions that are tried from one point on one batch; each scalar is divided by the spread of
+    their losses."""
     batch: int = Field(8, ge=1)
     """spsa, fzoo: examples in a step."""
     lr: float = Field(1e-5, gt=0)
@@ -64,23 +73,29 @@ class FedKSeedSettings(MethodTable):
     bits: Literal[16, 1] = 16
     """Bits of a scalar. 1: its sign, so that lr is the length of a step (experimental)."""
     clip: float = Field(100.0, gt=0, le=32000)
-    """Largest scalar. Its unit is the finest power of two that fits 16 bits; the server refuses what lies outside."""
+    """Largest scalar. Its unit is the finest power of two that fits 16 bits; the server refuses what lies
+    outside."""
     outside: Literal["clip", "drop"] = "clip"
     """What a client does with a scalar beyond the clip: cut it, or leave the step out."""
     importance: bool = False
-    """FedKSeed-Pro: draw seeds by the mean size of their scalars so far. Mild: at most e times as often; K bytes more on the way down."""
+    """FedKSeed-Pro: draw seeds by the mean size of their scalars so far. Mild: at most e times as often; K
+    bytes more on the way down."""
     gain: float = Field(1.0, gt=0)
-    """gradient: what an update's coordinates are multiplied by; 1 is unbiased, less is calmer where K is far below the number of parameters."""
+    """gradient: what an update's coordinates are multiplied by; 1 is unbiased, less is calmer where K is far
+    below the number of parameters."""
     uplink: Literal["auto", "steps", "pool"] = "auto"
-    """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all clients use spsa."""
+    """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all
+    clients use spsa."""
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
-    """As for fedpeft: random, means or ridge; auto: means, for classes. The head's first values then travel too, once to each client that holds them."""
+    """As for fedpeft: random, means or ridge; auto: means, for classes. The head's first values then travel
+    too, once to each client that holds them."""
     guard: float = Field(2.0, ge=0)
     """Stop the run where a round's training loss is more than this times the first one; 0 never does."""
     hold: bool = True
-    """Clients keep the accumulators, so that only those that changed travel to them again; where they cannot, whole ones do."""
+    """Clients keep the accumulators, so that only those that changed travel to them again; where they cannot,
+    whole ones do."""
     adapter: AdapterSettings = Lora()
     train: ProjectSettings = ProjectSettings()
 
@@ -108,31 +123,75 @@ class FedKSeedSettings(MethodTable):
         if self.size & (self.size - 1):
             yield f"method.size = {self.size}", "a power of two", "set it to 1024, 4096 or 65536"
         if self.directions == "gaussian" and self.pool == "hadamard":
-            yield "method.directions = 'gaussian' with method.pool = 'hadamard'", "directions = 'rademacher'", "set method.pool = 'independent'"
+            yield (
+                "method.directions = 'gaussian' with method.pool = 'hadamard'",
+                "directions = 'rademacher'",
+                "set method.pool = 'independent'",
+            )
         if self.space == "full" and "adapter" in self.model_fields_set:
-            yield "[method.adapter] with method.space = 'full'", "method.space = 'adapter'", "remove one of them"
+            yield (
+                "[method.adapter] with method.space = 'full'",
+                "method.space = 'adapter'",
+                "remove one of them",
+            )
         if self.space == "adapter" and self.only:
             yield "method.only with method.space = 'adapter'", "method.space = 'full'", "remove it"
         if self.uplink == "steps" and not self.walks_only:
-            yield "method.uplink = 'steps' with clients that use gradients", "uplink = 'pool'", "set method.estimator = 'spsa', or leave uplink out"
+            yield (
+                "method.uplink = 'steps' with clients that use gradients",
+                "uplink = 'pool'",
+                "set method.estimator = 'spsa', or leave uplink out",
+            )
         if self.importance and not self.sends_steps:
-            yield "method.importance where the server does not read scalars", "uplink = 'steps'", "set method.estimator = 'spsa'"
+            yield (
+                "method.importance where the server does not read scalars",
+                "uplink = 'steps'",
+                "set method.estimator = 'spsa'",
+            )
         if self.importance and self.refresh:
-            yield f"method.importance with method.refresh = {self.refresh}", "a pool that lasts for the whole run", "remove one of them"
+            yield (
+                f"method.importance with method.refresh = {self.refresh}",
+                "a pool that lasts for the whole run",
+                "remove one of them",
+            )
         if self.bits == 1 and not self.walks_only:
-            yield "method.bits = 1 with clients that use gradients", "bits = 16", "set method.estimator = 'spsa'"
+            yield (
+                "method.bits = 1 with clients that use gradients",
+                "bits = 16",
+                "set method.estimator = 'spsa'",
+            )
         if self.bits == 1 and {"clip", "outside"} & self.model_fields_set:
-            yield "method.clip or method.outside with method.bits = 1", "neither, because a sign has no size", "remove them"
+            yield (
+                "method.clip or method.outside with method.bits = 1",
+                "neither, because a sign has no size",
+                "remove them",
+            )
         if self.bits == 1 and self.estimator == "fzoo":
-            yield "method.bits = 1 with method.estimator = 'fzoo'", "bits = 16, because fzoo needs sizes, not signs", "remove one of them"
+            yield (
+                "method.bits = 1 with method.estimator = 'fzoo'",
+                "bits = 16, because fzoo needs sizes, not signs",
+                "remove one of them",
+            )
         if self.estimator == "fzoo" and self.steps % self.group:
-            yield f"method.steps = {self.steps} in groups of {self.group}", "whole groups", f"set steps = {-(-self.steps // self.group) * self.group}"
+            yield (
+                f"method.steps = {self.steps} in groups of {self.group}",
+                "whole groups",
+                f"set steps = {-(-self.steps // self.group) * self.group}",
+            )
         if self.estimator != "fzoo" and "group" in self.model_fields_set:
             yield "method.group without method.estimator = 'fzoo'", "estimator = 'fzoo'", "remove it"
         if self.curvature and not self.refresh:
-            yield "method.curvature with one pool for the whole run", "pools that end after some rounds", "set method.refresh = 1"
+            yield (
+                "method.curvature with one pool for the whole run",
+                "pools that end after some rounds",
+                "set method.refresh = 1",
+            )
         if self.curvature and not self.walks_only:
-            yield "method.curvature with clients that use gradients", "estimator = 'spsa' or 'fzoo'", "set method.estimator = 'spsa'"
+            yield (
+                "method.curvature with clients that use gradients",
+                "estimator = 'spsa' or 'fzoo'",
+                "set method.estimator = 'spsa'",
+            )
         if self.estimators and self.estimator != "auto":
             yield "both method.estimator and method.estimators", "one of them", "remove one"
         if self.memory and (self.estimators or self.estimator != "auto"):

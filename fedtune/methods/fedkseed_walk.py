@@ -15,22 +15,25 @@ import numpy as np
 
 from fedtune.errors import ClientFailed
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
-from fedtune.methods.whole import Scale
+from fedtune.methods.integers import Scale
 from fedtune.model.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
+    from fedtune.model.tunable import TunableModel
     from fedtune.zeroth import Pool
 
 FEW = 10  # steps whose loss, before much has moved, later rounds are compared with
 Go = Callable[[Sequence[tuple[int, float]]], None]  # moves (direction, how far)
-Measured = tuple[float, list[float], list[float]]  # loss, a scalar for each direction, how far to go back along each
+Measured = tuple[
+    float, list[float], list[float]
+]  # loss, a scalar for each direction, how far to go back along each
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What one client found. scalars: a number of units a step (walkers, in order) or a direction (projections)."""
+    """What one client found. scalars: a number of units a step (walkers, in order) or a direction
+    (projections)."""
 
     scalars: np.ndarray
     loss: float
@@ -39,33 +42,48 @@ class Walk:
 
 
 def walked(
-    bench: Bench, data: Encoded, pool: Pool, seeds: np.ndarray, seed: int, s: FedKSeedSettings, scale: Scale, by: Mapping[str, Any] | None = None
+    tunable: TunableModel,
+    data: Encoded,
+    pool: Pool,
+    seeds: np.ndarray,
+    seed: int,
+    s: FedKSeedSettings,
+    scale: Scale,
+    by: Mapping[str, Any] | None = None,
 ) -> Walk:
-    """Walk along the directions `seeds` (steps,) in place; `by` is the curvature's factor of each parameter. Raises ClientFailed W607."""
+    """Walk along the directions `seeds` (steps,) in place; `by` is the curvature's factor of each parameter.
+    Raises ClientFailed W607."""
     from fedtune.model.fit import step_batches
     from fedtune.model.forward import batch_of, forward_only, mean_loss
     from fedtune.zeroth import views, walk
 
-    go: Go = partial(walk, views(bench.named), pool, by=by)
+    go: Go = partial(walk, views(tunable.named), pool, by=by)
     measure = one_sided if s.estimator == "fzoo" else two_sided
     groups = seeds.reshape(-1, s.group if s.estimator == "fzoo" else 1)
     scalars, losses, clipped = np.zeros(groups.shape, np.int64), np.zeros(len(groups)), 0
-    left: list[tuple[int, float]] = []  # a step's last moves, which go along with the next one's first: one pass over the weights less
+    left: list[
+        tuple[int, float]
+    ] = []  # a step's last moves, which go along with the next one's first: one pass over the weights less
     batches = step_batches(len(data), TrainSettings(steps=len(groups), batch=s.batch), seed)
-    with forward_only(bench, data):
+    with forward_only(tunable, data):
         for step, (group, micro) in enumerate(zip(groups.tolist(), batches, strict=True)):
-            batch = batch_of(bench, data, list(micro[0]))
-            losses[step], found, back = measure(group, s.eps, go, partial(mean_loss, bench, batch), left)
+            batch = batch_of(tunable, data, list(micro[0]))
+            losses[step], found, back = measure(group, s.eps, go, partial(mean_loss, tunable, batch), left)
             if not all(map(math.isfinite, found)):
                 raise diverged(losses[step], step + 1)
             scalars[step] = [scale.whole(g, s.outside == "drop") for g in found]
             clipped += sum(s.bits > 1 and abs(g) > s.clip for g in found)
-            left = [(k, far - s.lr * scale.unit * a) for k, far, a in zip(group, back, scalars[step].tolist(), strict=True)]
+            left = [
+                (k, far - s.lr * scale.unit * a)
+                for k, far, a in zip(group, back, scalars[step].tolist(), strict=True)
+            ]
     go(left)
     return Walk(scalars.reshape(-1), float(losses.mean()), float(losses[:FEW].mean()), clipped / len(seeds))
 
 
-def two_sided(group: Sequence[int], eps: float, go: Go, loss: Callable[[], float], left: Sequence[tuple[int, float]]) -> Measured:
+def two_sided(
+    group: Sequence[int], eps: float, go: Go, loss: Callable[[], float], left: Sequence[tuple[int, float]]
+) -> Measured:
     """g = (L(w + eps z) - L(w - eps z)) / 2 eps (Spall 1992; MeZO, Malladi et al. 2023, alg. 1)."""
     (k,) = group
     go([*left, (k, eps)])
@@ -75,8 +93,11 @@ def two_sided(group: Sequence[int], eps: float, go: Go, loss: Callable[[], float
     return (above + below) / 2, [(above - below) / (2 * eps)], [eps]
 
 
-def one_sided(group: Sequence[int], eps: float, go: Go, loss: Callable[[], float], left: Sequence[tuple[int, float]]) -> Measured:
-    """g_i = (L(w + eps z_i) - L(w)) / s, with s the standard deviation of the L(w + eps z_i) (FZOO, arXiv:2506.09034): the flatter, the longer a step.
+def one_sided(
+    group: Sequence[int], eps: float, go: Go, loss: Callable[[], float], left: Sequence[tuple[int, float]]
+) -> Measured:
+    """g_i = (L(w + eps z_i) - L(w)) / s, with s the standard deviation of the L(w + eps z_i) (FZOO,
+    arXiv:2506.09034): the flatter, the longer a step.
 
     N + 1 losses give N scalars. The mean over the group is left to the learning rate.
     """

@@ -1,7 +1,10 @@
-"""FedPEFT: every client trains a small adapter on the frozen model, the server makes one of what the clients hold.
+"""FedPEFT: every client trains a small adapter on the frozen model, the server makes one of what the clients
+hold.
 
-Sun et al. 2022, "Conquering the Communication Constraints to Enable Large Pre-Trained Models in Federated Learning"
-(arXiv:2210.01708). Up and down per client and round: the adapter and the task head, once each; the rule in [aggregate]
+Sun et al. 2022, "Conquering the Communication Constraints to Enable Large Pre-Trained Models in Federated
+Learning"
+(arXiv:2210.01708). Up and down per client and round: the adapter and the task head, once each; the rule in
+[aggregate]
 says how answers become one adapter, and may leave parts of it at home.
 """
 
@@ -14,7 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.aggregate import Answer, Combined, Mean, Pair, Rule, TooFew, as_adapter, flat_residual, join, left_out, residual_of, split
+from fedtune.aggregate import (
+    ClientAdapter,
+    Combined,
+    Mean,
+    Pair,
+    Rule,
+    TooFew,
+    as_adapter,
+    flat_residual,
+    join,
+    left_out,
+    residual_of,
+    split,
+)
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import FedtuneError
@@ -31,34 +47,42 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
-    from fedtune.model.shapes import Plan
+    from fedtune.model.memory_plan import Plan
+    from fedtune.model.tunable import TunableModel
 
 CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
-OWN = "own/"  # in a client's memory: what the rule leaves at home; in the server's: the mean of those after the last round
+# in a client's memory: what the rule leaves at home; in the server's: the mean of those after the last round
+OWN = "own/"
 
 
 class FedPEFT:
-    """State: the adapter's tensors and, for rules that carry one, a residual of extra rank (shared with clients); the server optimiser's moments (kept)."""
+    """State: the adapter's tensors and, for rules that carry one, a residual of extra rank (shared with
+    clients); the server optimiser's moments (kept)."""
 
     def __init__(self, settings: FedPEFTSettings, rounds: int, rule: Rule | None = None) -> None:
         if settings.lora_rank_by_client == "auto":
             found = "method.lora_rank_by_client = 'auto' where the ranks should be known"
-            raise FedtuneError("C104", found, "a list of ranks", "start the run with fedtune simulate or fedtune server, which choose them")
+            raise FedtuneError(
+                "C104",
+                found,
+                "a list of ranks",
+                "start the run with fedtune simulate or fedtune server, which choose them",
+            )
         self.settings, self.rounds, self.rule = settings, rounds, rule or Mean()
         self.client_ranks = settings.lora_rank_by_client
         self.extra = self.rule.residual_rank
 
-    def prepare(self, base: Base, seed: int) -> Bench:
-        from fedtune.model.bench import attach
-        from fedtune.model.ranks import freeze
+    def prepare(self, base: Base, seed: int) -> TunableModel:
+        from fedtune.model.lora_ranks import freeze
+        from fedtune.model.tunable import attach
 
-        bench = attach(base, self.settings.adapter, seed_of("adapter", seed))
-        freeze(bench, bench.named.keys() - self.ever(bench.named))
-        return bench
+        tunable = attach(base, self.settings.adapter, seed_of("adapter", seed))
+        freeze(tunable, tunable.named.keys() - self.ever(tunable.named))
+        return tunable
 
-    # --- who holds what -----------------------------------------------------------------------------------------
+    # --- who holds what
+    # -----------------------------------------------------------------------------------------
 
     def ever(self, names: Mapping[str, Any]) -> frozenset[str]:
         """What is trained in some round; the rest stays as the seed made it and never travels."""
@@ -68,7 +92,8 @@ class FedPEFT:
         return frozenset(names) if self.rule.core and number == 1 else self.rule.trains(names, number)
 
     def at_home(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
-        """What clients keep to themselves; in the last round they say it, so that there is one adapter at the end."""
+        """What clients keep to themselves; in the last round they say it, so that there is one adapter at the
+        end."""
         return frozenset() if number == self.rounds else self.rule.stays(names)
 
     def seat(self, client: int | None = None) -> tuple[int, float]:
@@ -83,18 +108,23 @@ class FedPEFT:
             return rank, alphas[client % len(alphas)] / root(rank)
         return rank, a.alpha / root(a.rank)
 
-    # --- on the server ------------------------------------------------------------------------------------------
+    # --- on the server
+    # ------------------------------------------------------------------------------------------
 
-    def start(self, bench: Bench) -> State:
+    def start(self, tunable: TunableModel) -> State:
         if self.settings.start_from:
-            from fedtune.model.start import start_from
+            from fedtune.model.start_from import start_from
 
-            start_from(bench, self.settings.start_from)
-        tensors = bench.read()
+            start_from(tunable, self.settings.start_from)
+        tensors = tunable.read()
         own = self.rule.stays(tensors)
         shared = {name: value for name, value in tensors.items() if name not in own}
         shared |= {name: np.zeros(shape, np.float32) for name, shape in self.carried(Schema.of(tensors))}
-        return State(shared, {OWN + name: tensors[name] for name in sorted(own)} | kept_until_started(self.settings.starts_head, bench))
+        return State(
+            shared,
+            {OWN + name: tensors[name] for name in sorted(own)}
+            | kept_until_started(self.settings.starts_head, tunable),
+        )
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         return self.trained(started(self.settings.starts_head, state, cohort), cohort, now)
@@ -112,7 +142,7 @@ class FedPEFT:
         before = state.shared if now.number < self.rounds else {**state.shared, **own}
         mean = cohort.sum("train", before).values()
         if self.settings.server.optimizer != "none":
-            from fedtune.model.outer import outer_step
+            from fedtune.model.server_step import outer_step
 
             return State(*outer_step(state.shared, mean, state.kept, self.settings.server))
         after = self.rule.from_mean(before, mean)
@@ -135,46 +165,65 @@ class FedPEFT:
             return given[seat]
 
         answers = (
-            Answer(client, update.values(), update.weight, self.seat(client)[1])
+            ClientAdapter(client, update.values(), update.weight, self.seat(client)[1])
             for client, update in cohort.each("train", give if self.settings.mixed else state.shared)
         )
         after = self.rule.combine(answers, before, scale, now)
-        for name, number in (*after.report.items(), *((f"error/{module}", error) for module, error in after.layers.items())):
+        for name, number in (
+            *after.report.items(),
+            *((f"error/{module}", error) for module, error in after.layers.items()),
+        ):
             cohort.note(name, number)
         return {**after.tensors, **padded(flat_residual(after.residual), self.extra)}
 
-    def install(self, state: State, bench: Bench) -> None:
+    def install(self, state: State, tunable: TunableModel) -> None:
         own = own_of(state)
-        self.write(bench, {**state.shared, **own}, self.seat())
+        self.write(tunable, {**state.shared, **own}, self.seat())
 
-    def write(self, bench: Bench, tensors: Tensors, seat: tuple[int, float]) -> None:
+    def write(self, tunable: TunableModel, tensors: Tensors, seat: tuple[int, float]) -> None:
         """Put an adapter of some rank, behind its residual, into the bench."""
-        from fedtune.model.ranks import resize, stack
+        from fedtune.model.lora_ranks import resize, stack
 
         rank, scale = seat
         if self.settings.mixed or self.extra:
-            resize(bench, self.extra + rank, scale)
-        bench.write(stack(*apart(without_core(tensors)), scale))
+            resize(tunable, self.extra + rank, scale)
+        tunable.write(stack(*apart(without_core(tensors)), scale))
 
-    # --- schemas ------------------------------------------------------------------------------------------------
+    # --- schemas
+    # ------------------------------------------------------------------------------------------------
 
-    def given(self, bench: Bench, client: int, now: Round) -> Schema:
-        """What travels down: at the client's rank, whatever rank the bench has now."""
-        names = self.ever(bench.named) - self.at_home(bench.named, now.number)
+    def given(self, tunable: TunableModel, client: int, now: Round) -> Schema:
+        """What travels down: at the client's rank, whatever rank the tunable model has now."""
+        names = self.ever(tunable.named) - self.at_home(tunable.named, now.number)
         rank, _ = self.seat(client)
-        whole = Schema.of({name: value for name, value in bench.named.items() if name in names})
-        entries = [(name, at_rank(name, shape, rank)) for name, shape in whole.entries] if self.settings.mixed or self.extra else list(whole.entries)
-        cores = [(core_of(name), (rank, rank)) for name, _ in entries if name.endswith(".lora_A.weight")] if self.rule.core and now.number > 1 else []
+        whole = Schema.of({name: value for name, value in tunable.named.items() if name in names})
+        entries = (
+            [(name, at_rank(name, shape, rank)) for name, shape in whole.entries]
+            if self.settings.mixed or self.extra
+            else list(whole.entries)
+        )
+        cores = (
+            [(core_of(name), (rank, rank)) for name, _ in entries if name.endswith(".lora_A.weight")]
+            if self.rule.core and now.number > 1
+            else []
+        )
         return Schema(tuple(sorted([*entries, *cores, *self.carried(Schema(tuple(entries)))])))
 
     def carried(self, schema: Schema) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the residual beside an adapter."""
         if not self.extra:
             return []
-        a_names = [(name.removesuffix(".lora_A.weight"), shape) for name, shape in schema.entries if name.endswith(".lora_A.weight")]
+        a_names = [
+            (name.removesuffix(".lora_A.weight"), shape)
+            for name, shape in schema.entries
+            if name.endswith(".lora_A.weight")
+        ]
         return [
             *((f"{module}.residual_A", (self.extra, shape[1])) for module, shape in a_names),
-            *((f"{module}.residual_B", (schema.shapes[f"{module}.lora_B.weight"][0], self.extra)) for module, _ in a_names),
+            *(
+                (f"{module}.residual_B", (schema.shapes[f"{module}.lora_B.weight"][0], self.extra))
+                for module, _ in a_names
+            ),
         ]
 
     def answer(self, given: Schema, now: Round) -> Schema:
@@ -188,7 +237,8 @@ class FedPEFT:
         home = self.rule.stays(names) if number == self.rounds else frozenset()
         return self.rule.sends(names, number) | home
 
-    # --- on each client -----------------------------------------------------------------------------------------
+    # --- on each client
+    # -----------------------------------------------------------------------------------------
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
@@ -197,25 +247,38 @@ class FedPEFT:
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit
-        from fedtune.model.ranks import training_only, unstack, with_cores
+        from fedtune.model.lora_ranks import training_only, unstack, with_cores
 
-        bench: Bench = client.model
-        own = {name: client.memory.get(OWN + name, np.zeros(tuple(bench.named[name].shape), np.float32)) for name in self.rule.stays(bench.named)}
-        self.write(bench, {**given, **own}, self.seat(client.id))
+        tunable: TunableModel = client.model
+        own = {
+            name: client.memory.get(OWN + name, np.zeros(tuple(tunable.named[name].shape), np.float32))
+            for name in self.rule.stays(tunable.named)
+        }
+        self.write(tunable, {**given, **own}, self.seat(client.id))
         seed = seed_of("train", now.seed, now.number, client.id)
-        with with_cores(bench, given), training_only(bench, self.trains(bench.named, now.number), self.extra):
-            report = fit(bench, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
-            values = bench.read()
+        with (
+            with_cores(tunable, given),
+            training_only(tunable, self.trains(tunable.named, now.number), self.extra),
+        ):
+            report = fit(
+                tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds)
+            )
+            values = tunable.read()
         values = unstack(values, self.extra) if self.extra else values
         client.memory.update({OWN + name: values[name] for name in own})
         sent = {name: values[name] for name in sorted(self.sent(values, now.number))}
         return Update.of(sent, weight_of(self.settings.weight, client.data), {"loss": report.loss})
 
-    # --- around a run -------------------------------------------------------------------------------------------
+    # --- around a run
+    # -------------------------------------------------------------------------------------------
 
     @property
     def facts(self) -> Facts:
-        return Facts("fedpeft", f"fedpeft / {self.settings.adapter.kind}" + (f" / {self.rule.rule}" if self.rule.rule != "mean" else ""))
+        return Facts(
+            "fedpeft",
+            f"fedpeft / {self.settings.adapter.kind}"
+            + (f" / {self.rule.rule}" if self.rule.rule != "mean" else ""),
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -223,31 +286,38 @@ class FedPEFT:
         ranks = RanksByClient(self.seat) if self.settings.mixed else None
         return Capabilities(FedPEFTCosts(self.settings, self.extra), ranks, self.shrink if lora else None)
 
-    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+    def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit
 
-        self.install(state, bench)
-        fit(bench, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+        self.install(state, tunable)
+        fit(tunable, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
 
-    def shrink(self, state: State, bench: Bench, rank: int) -> float:
-        """Put the best adapter of a rank into the bench, whatever the rule carries beside it; the share of its norm that this loses."""
-        from fedtune.model.ranks import resize, thaw
+    def shrink(self, state: State, tunable: TunableModel, rank: int) -> float:
+        """Put the best adapter of a rank into the tunable model, whatever the rule carries beside it; the
+        share of its norm that this loses."""
+        from fedtune.model.lora_ranks import resize, thaw
 
         _, scale = self.seat()
         own = own_of(state)
-        thaw(bench)
-        tensors = {**{name: value for name, value in bench.read().items() if name not in state.shared}, **state.shared, **own}
+        thaw(tunable)
+        tensors = {
+            **{name: value for name, value in tunable.read().items() if name not in state.shared},
+            **state.shared,
+            **own,
+        }
         whole = without_core(tensors)
         plain, residual = apart(whole)
         cut, _, lost = as_adapter(Combined(plain, residual_of(residual)), scale, rank, scale)
-        resize(bench, rank, scale)
-        bench.write({name: cut[name] for name in bench.named})
+        resize(tunable, rank, scale)
+        tunable.write({name: cut[name] for name in tunable.named})
         return lost
 
-    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
+    def export(
+        self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int
+    ) -> None:
         from fedtune.model.export import save
 
-        save(form, bench, folder, card)
+        save(form, tunable, folder, card)
 
 
 class FedPEFTTable(FedPEFTSettings):
@@ -256,7 +326,9 @@ class FedPEFTTable(FedPEFTSettings):
     def build(self, rounds: int, rule: Rule) -> FedPEFT:
         return FedPEFT(self, rounds, rule)
 
-    def decided(self, recipe: Any, memory: Sequence[int] = (), labels: int | None = None, least: bool = False) -> FedPEFTSettings:
+    def decided(
+        self, recipe: Any, memory: Sequence[int] = (), labels: int | None = None, least: bool = False
+    ) -> FedPEFTSettings:
         return decided(self, recipe, memory, labels, least) if self.undecided else self
 
     def explain(self, recipe: Any, names: Sequence[str], plan: Plan) -> tuple[FedPEFTSettings, list[str]]:
@@ -281,7 +353,10 @@ def core_of(name: str) -> str:
 def with_core(mean: Tensors, seat: tuple[int, float]) -> dict[str, np.ndarray]:
     """Fed-SB's fixed B and A and the first R, from the mean of one round of plain LoRA."""
     pairs, rest = split(mean)
-    cores = {module: first_core(Pair(np.multiply(pair.B, seat[1], dtype=np.float64), pair.A), *seat) for module, pair in pairs.items()}
+    cores = {
+        module: first_core(Pair(np.multiply(pair.B, seat[1], dtype=np.float64), pair.A), *seat)
+        for module, pair in pairs.items()
+    }
     fixed = join({module: Pair(core.B, core.A) for module, core in cores.items()}, rest)
     return fixed | {f"{module}{CORE}": core.R for module, core in cores.items()}
 
@@ -292,7 +367,10 @@ def without_core(tensors: Tensors) -> dict[str, np.ndarray]:
         return dict(tensors)
     plain = {name: value for name, value in tensors.items() if not name.endswith(CORE)}
     pairs, rest = split(plain)
-    return join({module: as_pair(Core(pair.B, tensors[f"{module}{CORE}"], pair.A)) for module, pair in pairs.items()}, rest)
+    return join(
+        {module: as_pair(Core(pair.B, tensors[f"{module}{CORE}"], pair.A)) for module, pair in pairs.items()},
+        rest,
+    )
 
 
 def padded(residual: Tensors, extra: int) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from pydantic import Field
 from fedtune.aggregate import RULES, Rule
 from fedtune.methods.base import AdapterTable
 from fedtune.methods.head_start import HeadStart, start_conflicts
-from fedtune.methods.ranks import SIZE
+from fedtune.methods.memory_ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
 from fedtune.settings import path_below
@@ -22,16 +22,22 @@ class FedPEFTSettings(AdapterTable):
 
     type: Literal["fedpeft"] = "fedpeft"
     start_from: str = ""
-    """An adapter to begin with instead of a fresh one: the folder of a run, of an exported adapter, or of one that stock peft saved for
+    """An adapter to begin with instead of a fresh one: the folder of a run, of an exported adapter, or of one
+    that stock peft saved for
     the same base. Only the coordinator needs it."""
     lora_rank_by_client: Annotated[tuple[int, ...], Field(max_length=4096)] | Literal["auto"] = ()
-    """Ranks of the clients, by number, in turns; adapter.rank is the server's. Empty: all have that one. auto: the greatest power of
-    two up to adapter.rank whose training fits into the client's memory, chosen before the run begins; `fedtune check` says which and why."""
+    """Ranks of the clients, by number, in turns; adapter.rank is the server's. Empty: all have that one.
+    auto: the greatest power of
+    two up to adapter.rank whose training fits into the client's memory, chosen before the run begins;
+    `fedtune check` says which and why."""
     memory_by_client: tuple[Annotated[str, Field(pattern=SIZE)], ...] = Field((), max_length=4096)
-    """lora_rank_by_client = "auto": what clients have for model and training, by number, in turns, such as ["2 GiB", "900 MB"]; in a
-    deployment, clients may report it instead. The process itself (Python, torch: about 0.5 GiB) comes on top."""
+    """lora_rank_by_client = "auto": what clients have for model and training, by number, in turns, such as
+    ["2 GiB", "900 MB"]; in a
+    deployment, clients may report it instead. The process itself (Python, torch: about 0.5 GiB) comes on
+    top."""
     lora_alpha_by_client: tuple[float, ...] = Field((), max_length=4096)
-    """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one scale."""
+    """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one
+    scale."""
     server: ServerSettings = TakeMean()
 
     def located(self, place: Path) -> Self:
@@ -70,28 +76,70 @@ class FedPEFTSettings(AdapterTable):
         name = f"aggregate.rule = '{rule.rule}'"
         listed = () if self.lora_rank_by_client == "auto" else self.lora_rank_by_client
         if self.memory_by_client and self.lora_rank_by_client != "auto":
-            yield "method.memory_by_client without lora_rank_by_client = 'auto'", "both together", "remove it, or set lora_rank_by_client = 'auto'"
+            yield (
+                "method.memory_by_client without lora_rank_by_client = 'auto'",
+                "both together",
+                "remove it, or set lora_rank_by_client = 'auto'",
+            )
         if any(rank < 1 for rank in listed) or any(not alpha > 0 for alpha in self.lora_alpha_by_client):
-            yield "a rank or alpha that is not positive", "ranks of 1 or more and alphas above 0", "correct method.lora_rank_by_client or lora_alpha_by_client"
+            yield (
+                "a rank or alpha that is not positive",
+                "ranks of 1 or more and alphas above 0",
+                "correct method.lora_rank_by_client or lora_alpha_by_client",
+            )
         if (rule.pairs or self.mixed) and self.adapter.kind != "lora":
             what = name if rule.pairs else "clients of different ranks"
-            yield f"{what} with method.adapter.kind = '{self.adapter.kind}'", "kind = 'lora'", "change one of them"
+            yield (
+                f"{what} with method.adapter.kind = '{self.adapter.kind}'",
+                "kind = 'lora'",
+                "change one of them",
+            )
         if self.mixed and not rule.mixed:
             known = ", ".join(sorted(tag for tag, other in RULES.items() if other.mixed))
-            yield f"clients of different ranks or alphas with {name}", f"one of {known}", "change aggregate.rule"
+            yield (
+                f"clients of different ranks or alphas with {name}",
+                f"one of {known}",
+                "change aggregate.rule",
+            )
         if (self.mixed or rule.carries) and recipe.downlink.remembers:
-            yield f"downlink.step = '{recipe.downlink.step}' with what {name} sends", "no [downlink]", "remove [downlink]"
+            yield (
+                f"downlink.step = '{recipe.downlink.step}' with what {name} sends",
+                "no [downlink]",
+                "remove [downlink]",
+            )
         if self.mixed and recipe.downlink.lossy:
-            yield f"downlink.step = '{recipe.downlink.step}' with clients of different ranks", "no [downlink]", "remove [downlink]"
+            yield (
+                f"downlink.step = '{recipe.downlink.step}' with clients of different ranks",
+                "no [downlink]",
+                "remove [downlink]",
+            )
         if self.server.optimizer != "none" and not rule.steps:
             known = " or ".join(tag for tag, other in RULES.items() if other.steps)
-            yield f"method.server.optimizer = '{self.server.optimizer}' with {name}", known, "remove one of them"
+            yield (
+                f"method.server.optimizer = '{self.server.optimizer}' with {name}",
+                known,
+                "remove one of them",
+            )
         if not recipe.partition.open_ended:
-            yield from rule.limits(recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients))
+            yield from rule.limits(
+                recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients)
+            )
         if self.start_from and (rule.core or rule.carries):
-            yield f"method.start_from with {name}", "a rule whose state is the adapter alone", "change aggregate.rule"
+            yield (
+                f"method.start_from with {name}",
+                "a rule whose state is the adapter alone",
+                "change aggregate.rule",
+            )
         if self.start_from and self.head_start in ("means", "ridge"):
-            yield f"method.head_start = '{self.head_start}' with method.start_from", "auto: an adapter brings its head", "remove one of them"
+            yield (
+                f"method.head_start = '{self.head_start}' with method.start_from",
+                "auto: an adapter brings its head",
+                "remove one of them",
+            )
         yield from start_conflicts(self.head_start, recipe)
         if self.train.weight_decay and rule.carries:
-            yield f"method.train.weight_decay with {name}", "no weight decay, because it would wear down what is carried over", "remove it"
+            yield (
+                f"method.train.weight_decay with {name}",
+                "no weight decay, because it would wear down what is carried over",
+                "remove it",
+            )

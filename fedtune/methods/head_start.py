@@ -1,8 +1,12 @@
-"""A task head that starts from the data: one question before the first round, whose answers are sums, and a head made of them.
+"""A task head that starts from the data: one question before the first round, whose answers are sums, and a
+head made of them.
 
-Class means: the row of a class is the unit mean of its rows' unit features, times a temperature over a feature's mean length (FedNCM,
-Legate et al. 2023, arXiv:2306.03937). Ridge: the least-squares map from unit features to classes, from second moments that are summed too
-(as Fed3R, Fani et al. 2024, arXiv:2405.14445). Both are linear in the rows: the sum over clients is that of one client with all rows.
+Class means: the row of a class is the unit mean of its rows' unit features, times a temperature over a
+feature's mean length (FedNCM,
+Legate et al. 2023, arXiv:2306.03937). Ridge: the least-squares map from unit features to classes, from second
+moments that are summed too
+(as Fed3R, Fani et al. 2024, arXiv:2405.14445). Both are linear in the rows: the sum over clients is that of
+one client with all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
-    from fedtune.model.bench import Bench
+    from fedtune.model.tunable import TunableModel
 
 HeadStart = Literal["auto", "random", "means", "ridge"]
 FEATURES = "features"  # the verb
@@ -32,27 +36,34 @@ def starts(kind: HeadStart, head: str) -> bool:
     return kind != "random" and bool(head)
 
 
-def kept_until_started(kind: HeadStart, bench: Bench) -> dict[str, np.ndarray]:
-    """What a method's `start` adds to the state's kept tensors. Raises M306 for a start without such a head."""
-    if kind in ("means", "ridge") and not bench.head:
-        found, expected = f"method.head_start = '{kind}' where no fresh head of classes is trained", "a classifier whose file has no trained head"
+def kept_until_started(kind: HeadStart, tunable: TunableModel) -> dict[str, np.ndarray]:
+    """What a method's `start` adds to the state's kept tensors. Raises M306 for a start without such a
+    head."""
+    if kind in ("means", "ridge") and not tunable.head:
+        found, expected = (
+            f"method.head_start = '{kind}' where no fresh head of classes is trained",
+            "a classifier whose file has no trained head",
+        )
         raise FedtuneError("M306", found, expected, "leave method.head_start out")
-    return {MARK + bench.head: bench.read_one(bench.head)} if starts(kind, bench.head) else {}
+    return {MARK + tunable.head: tunable.read_one(tunable.head)} if starts(kind, tunable.head) else {}
 
 
 def features_verb(kind: HeadStart, work: Work) -> Verb:
     """The question, asked once. Clients are given the head as it is, which says its name and shape."""
 
-    def given(bench: Any, client: int, now: Round) -> Schema:
-        return Schema(((bench.head, tuple(bench.named[bench.head].shape)),))
+    def given(tunable: Any, client: int, now: Round) -> Schema:
+        return Schema(((tunable.head, tuple(tunable.named[tunable.head].shape)),))
 
     def answer(given: Schema, now: Round) -> Schema:
         ((_, (classes, width)),) = given.entries
         moments = (("moments", (width, width)),) if kind == "ridge" else ()
         return Schema((*moments, ("norm", (1,)), ("shares", (classes,)), ("sums", (classes, width))))
 
-    shows = "the share of each class and the sum of its rows' unit features: of a class with one row, that row's feature"
-    return Verb(work, given, answer, shows=shows, once=True, applies=lambda bench: bool(bench.head))
+    shows = (
+        "the share of each class and the sum of its rows' unit features: of a class with one row, that row's "
+        "feature"
+    )
+    return Verb(work, given, answer, shows=shows, once=True, applies=lambda tunable: bool(tunable.head))
 
 
 def tell_features(kind: HeadStart) -> Work:
@@ -67,20 +78,29 @@ def tell_features(kind: HeadStart) -> Work:
 
 
 def features_verbs(kind: HeadStart, work: Work | None = None) -> dict[str, Verb]:
-    """The question among a method's verbs, where it may be asked; `work` where the network is not in one piece."""
+    """The question among a method's verbs, where it may be asked; `work` where the network is not in one
+    piece."""
     return {} if kind == "random" else {FEATURES: features_verb(kind, work or tell_features(kind))}
 
 
 def start_conflicts(kind: HeadStart, recipe: Any) -> Iterator[tuple[str, str, str]]:
     """For a table's `conflicts`."""
     if kind in ("means", "ridge") and recipe.data.task in ("causal-lm", "instruct"):
-        yield f"method.head_start = '{kind}' with data.task = '{recipe.data.task}'", "a task with classes", "remove it"
+        yield (
+            f"method.head_start = '{kind}' with data.task = '{recipe.data.task}'",
+            "a task with classes",
+            "remove it",
+        )
 
 
 def started(kind: HeadStart, state: State, cohort: Cohort) -> State:
-    """The state with its head started, where it has yet to be: the server's half, before the first round's own question."""
+    """The state with its head started, where it has yet to be: the server's half, before the first round's
+    own question."""
     made = head_of(kind, state.kept, cohort)
-    return State({**state.shared, **made}, {key: value for key, value in state.kept.items() if not key.startswith(MARK)})
+    return State(
+        {**state.shared, **made},
+        {key: value for key, value in state.kept.items() if not key.startswith(MARK)},
+    )
 
 
 def head_of(kind: HeadStart, kept: Tensors, cohort: Cohort) -> dict[str, np.ndarray]:

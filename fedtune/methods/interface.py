@@ -1,6 +1,8 @@
-"""What a federated method is: a table of settings that builds it, both halves of the algorithm, and what else it can do.
+"""What a federated method is: a table of settings that builds it, both halves of the algorithm, and what else
+it can do.
 
-Both halves stand in one class: `round` runs on the server, the work of a verb on each client. A method that averages one number:
+Both halves stand in one class: `round` runs on the server, the work of a verb on each client. A method that
+averages one number:
 
     >>> import numpy as np
     >>> from fedtune.methods.interface import Capabilities, Facts, Verb
@@ -11,12 +13,12 @@ Both halves stand in one class: `round` runs on the server, the work of a verb o
     ...     capabilities = Capabilities()
     ...     @property
     ...     def verbs(self):  # what clients can be asked
-    ...         given = lambda bench, client, now: Schema.of(bench)
+    ...         given = lambda tunable, client, now: Schema.of(tunable)
     ...         return {"tell": Verb(self.tell, given, lambda given, now: given)}
     ...     def tell(self, client, given, now):  # the client's half
     ...         return Update.of({"x": np.float32([client.data])}, weight=1.0)
-    ...     def start(self, bench):
-    ...         return State(bench)
+    ...     def start(self, tunable):
+    ...         return State(tunable)
     ...     def round(self, state, cohort, now):  # the server's half: it sees the sum only
     ...         return State(cohort.sum("tell", state.shared).values())
 
@@ -48,8 +50,8 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 if TYPE_CHECKING:
     from fedtune.aggregate import Rule
     from fedtune.methods.split import Split
+    from fedtune.model.memory_plan import Plan
     from fedtune.model.settings import ModelSettings
-    from fedtune.model.shapes import Plan
 
 
 class Work(Protocol):
@@ -63,14 +65,16 @@ class Verb:
     """One question that clients can be asked.
 
     work        the client's half
-    given       bench, client's number, round -> the schema of what this client is given, so that it can refuse anything else before it allocates
+    given       tunable model, client's number, round -> the schema of what this client is given, so that it
+                can refuse anything else before it allocates
     answer      schema given, round -> the schema of the answer, for the same reason on the server
     reads_each  the server reads single answers, not only their sum
-    moves       the answer is the given tensors, moved: under a chain, the difference travels, and the downlink may be lossy
+    moves       the answer is the given tensors, moved: under a chain, the difference travels, and the
+                downlink may be lossy
     holds       clients keep the whole numbers that they are given, so that later only changes need travel
     shows       what an answer shows of a client's data, where that is more than a trained model does
     once        it is asked before the first round's own question, and never again
-    applies     bench or plan -> whether it is asked of such a model
+    applies     tunable model or plan -> whether it is asked of such a model
     """
 
     work: Work
@@ -81,7 +85,7 @@ class Verb:
     holds: bool = False
     shows: str = ""
     once: bool = False
-    applies: Callable[[Any], bool] = lambda bench: True
+    applies: Callable[[Any], bool] = lambda tunable: True
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ class Facts:
 
 
 class Costs(Protocol):
-    """What `fedtune check` and the fit of a device need to know, from config.json alone: no weights are read."""
+    """What `fedtune check` and the fit of a device need to know, from config.json alone: no weights are
+    read."""
 
     def plan(self, model: ModelSettings, task: str, labels: int) -> Plan:
         """What would be trained."""
@@ -129,7 +134,8 @@ class Capabilities:
 
     costs     memory and bytes before a run
     ranks     clients of different ranks
-    shrink    state, bench, rank -> the best adapter of that rank in the bench; returns the share of the norm that is lost
+    shrink    state, tunable model, rank -> the best adapter of that rank in the tunable model; returns the
+              share of the norm that is lost
     split     the model is held in parts by different parties
     verify    refuse to install a state that was made from another start (M304)
     also_see  who sees more of clients' data than the server sees of an answer -> what
@@ -144,7 +150,8 @@ class Capabilities:
 
 
 class Method(Protocol):
-    """Both halves of a federated algorithm. methods/base.py has the ordinary answers for whoever wants them."""
+    """Both halves of a federated algorithm. methods/base.py has the ordinary answers for whoever wants
+    them."""
 
     @property
     def facts(self) -> Facts: ...
@@ -156,26 +163,28 @@ class Method(Protocol):
     def verbs(self) -> Mapping[str, Verb]: ...
 
     def prepare(self, base: Any, seed: int) -> Any:
-        """Base model -> the bench that clients and server share in this process."""
+        """Base model -> the tunable model that clients and server share in this process."""
 
-    def start(self, bench: Any) -> State:
+    def start(self, tunable: Any) -> State:
         """The state before the first round."""
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         """The server's half of one round."""
 
-    def install(self, state: State, bench: Any) -> None:
-        """Put a state into the bench, to evaluate or to export it."""
+    def install(self, state: State, tunable: Any) -> None:
+        """Put a state into the tunable model, to evaluate or to export it."""
 
-    def alone(self, bench: Any, data: Any, state: State, seed: int) -> None:
-        """Train from a state on one client's data, for the steps of a client that takes part in every round; the result stays in the bench."""
+    def alone(self, tunable: Any, data: Any, state: State, seed: int) -> None:
+        """Train from a state on one client's data, for the steps of a client that takes part in every round;
+        the result stays in the bench."""
 
-    def export(self, form: str, state: State, bench: Any, folder: Path, card: str, seed: int) -> None:
+    def export(self, form: str, state: State, tunable: Any, folder: Path, card: str, seed: int) -> None:
         """Write an installed state in one of the forms, with its card; `seed` is the run's."""
 
 
 class MethodTable(Settings):
-    """[method]: which method, and its settings. A method is registered by its table's place in `MethodSettings`."""
+    """[method]: which method, and its settings. A method is registered by its table's place in
+    `MethodSettings`."""
 
     type: str
 
@@ -185,15 +194,20 @@ class MethodTable(Settings):
 
     @property
     def undecided(self) -> str:
-        """What has to be known of the clients before the run begins, as a key; "" where the table says everything."""
+        """What has to be known of the clients before the run begins, as a key; "" where the table says
+        everything."""
         return ""
 
-    def decided(self, recipe: Any, memory: Sequence[int] = (), labels: int | None = None, least: bool = False) -> MethodTable:
+    def decided(
+        self, recipe: Any, memory: Sequence[int] = (), labels: int | None = None, least: bool = False
+    ) -> MethodTable:
         """The table with everything said, as somebody could have written it by hand.
 
-        memory  bytes that each client has for training, by client number, as they reported it; () where they did not
+        memory  bytes that each client has for training, by client number, as they reported it; () where they
+                did not
         labels  size of the label set; None reads the data for it
-        least   a client in whose memory nothing fits is given the least that there is; otherwise that is refused (M308)
+        least   a client in whose memory nothing fits is given the least that there is; otherwise that is
+                refused (M308)
         """
         return self
 
@@ -207,5 +221,6 @@ class MethodTable(Settings):
         return self, []
 
     def depends_on_rounds(self) -> list[str]:
-        """Settings that look at the number of rounds while they train, so that a longer run is another run from its first round on."""
+        """Settings that look at the number of rounds while they train, so that a longer run is another run
+        from its first round on."""
         return []

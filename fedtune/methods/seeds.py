@@ -1,6 +1,8 @@
-"""A tuned model as a file of kilobytes: which base, which directions, and how far along each. One safetensors file, never a pickle.
+"""A tuned model as a file of kilobytes: which base, which directions, and how far along each. One safetensors
+file, never a pickle.
 
-Its tensors are the accumulators of every pool and the fingerprint of what they follow from; its metadata "fedtune" is JSON of all else that is
+Its tensors are the accumulators of every pool and the fingerprint of what they follow from; its metadata
+"fedtune" is JSON of all else that is
 needed to rebuild the model from the base.
 """
 
@@ -28,10 +30,12 @@ MOST = 1 << 30  # bytes of a file that is read: 64 pools of a million directions
 class Seeds:
     """What a seed file holds.
 
-    base      name of the base model where the file was made, and its fingerprint, type of weights, task and labels
+    base      name of the base model where the file was made, and its fingerprint, type of weights, task and
+              labels
     seed      of the run, and its number of rounds
     method    the [method] table
-    pooling   of the base, as model.pooling says it; a file of 0.1.0 does not say it, and means the class's own
+    pooling   of the base, as model.pooling says it; a file of 0.1.0 does not say it, and means the class's
+              own
     tensors   accumulators and fingerprint, as in the run's state
     """
 
@@ -51,7 +55,11 @@ def save_seeds(folder: Path, seeds: Seeds, card: str) -> None:
     """Write the file and its card."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {key: value for key, value in vars(seeds).items() if key != "tensors"} | {"format": FORMAT}
-    save_file({name: np.ascontiguousarray(value) for name, value in seeds.tensors.items()}, str(folder / FILE), {"fedtune": json.dumps(about, sort_keys=True)})
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in seeds.tensors.items()},
+        str(folder / FILE),
+        {"fedtune": json.dumps(about, sort_keys=True)},
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -72,4 +80,6 @@ def read_seeds(path: Path) -> Seeds:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {str(error)[:120]}"
         make = "make one with: fedtune export RUN --as seeds"
-        raise FedtuneError("R403", f"no seed file at '{path}' ({why})", f"a {FILE} that fedtune wrote", make) from error
+        raise FedtuneError(
+            "R403", f"no seed file at '{path}' ({why})", f"a {FILE} that fedtune wrote", make
+        ) from error

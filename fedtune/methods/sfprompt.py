@@ -1,8 +1,12 @@
-"""SFPrompt: clients hold the two ends of a model, somebody else's machine runs the blocks between, and prompts and tail are learned together.
+"""SFPrompt: clients hold the two ends of a model, somebody else's machine runs the blocks between, and
+prompts and tail are learned together.
 
-Cao et al. 2024, "SFPrompt: Communication-Efficient Split Federated Fine-Tuning for Large Pre-Trained Models over Resource-Limited Devices"
-(arXiv:2407.17533). Up and down per client and round: prompts and tail, once each. Through the cut, for every micro-batch: what the frozen head says
-of it, the rows of the body's output that the tail reads, and gradients back; data and labels stay with the client, but whoever runs the body can
+Cao et al. 2024, "SFPrompt: Communication-Efficient Split Federated Fine-Tuning for Large Pre-Trained Models
+over Resource-Limited Devices"
+(arXiv:2407.17533). Up and down per client and round: prompts and tail, once each. Through the cut, for every
+micro-batch: what the frozen head says
+of it, the rows of the body's output that the tail reads, and gradients back; data and labels stay with the
+client, but whoever runs the body can
 reconstruct the data from what the head says (`fedtune leak-test`).
 """
 
@@ -27,95 +31,131 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.bench import Bench
     from fedtune.model.encode import Encoded
+    from fedtune.model.tunable import TunableModel
 
 TENSORS, SIDECAR = "fedtune_adapter.safetensors", "fedtune.json"
 
 
 class SFPrompt:
-    """State: prompts and tail (shared). Clients remember which of their examples the body service may hold, where it may."""
+    """State: prompts and tail (shared). Clients remember which of their examples the body service may hold,
+    where it may."""
 
     def __init__(self, settings: SFPromptSettings, rounds: int) -> None:
         self.settings, self.rounds = settings, rounds
 
-    def prepare(self, base: Base, seed: int) -> Bench:
+    def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.methods.sfprompt_net import cut_bench
 
         return cut_bench(base, self.settings, seed)
 
-    # --- on the server ------------------------------------------------------------------------------------------
+    # --- on the server
+    # ------------------------------------------------------------------------------------------
 
-    def start(self, bench: Bench) -> State:
-        return State(bench.read(), kept_until_started(self.settings.head_start, bench))
+    def start(self, tunable: TunableModel) -> State:
+        return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         state = started(self.settings.head_start, state, cohort)
         return State(cohort.sum("train", state.shared).values(), state.kept)
 
-    def install(self, state: State, bench: Bench) -> None:
-        bench.write(state.shared)
+    def install(self, state: State, tunable: TunableModel) -> None:
+        tunable.write(state.shared)
 
-    # --- on each client -----------------------------------------------------------------------------------------
+    # --- on each client
+    # -----------------------------------------------------------------------------------------
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        train = Verb(self.train, lambda bench, client, now: Schema.of(bench.named), lambda given, now: given, moves=True)
+        train = Verb(
+            self.train,
+            lambda tunable, client, now: Schema.of(tunable.named),
+            lambda given, now: given,
+            moves=True,
+        )
         return {"train": train} | features_verbs(self.settings.head_start, self.tell_features)
 
     def tell_features(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.methods.sfprompt_work import features
 
-        bench: Bench = client.model
-        body, turn = client.body or bench.net.own_body, (now.number, client.id)
-        sums = features(bench, client.data, self.settings, body, turn, self.settings.head_start == "ridge")
+        tunable: TunableModel = client.model
+        body, turn = client.body or tunable.net.own_body, (now.number, client.id)
+        sums = features(tunable, client.data, self.settings, body, turn, self.settings.head_start == "ridge")
         return Update.of(sums, float(len(client.data)))
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
-        """The body is where `client.body` leads, and in this process where it leads nowhere; what is computed and sent is the same."""
+        """The body is where `client.body` leads, and in this process where it leads nowhere; what is computed
+        and sent is the same."""
         from fedtune.methods.sfprompt_work import one_turn
 
-        bench: Bench = client.model
-        bench.write(given)
+        tunable: TunableModel = client.model
+        tunable.write(given)
         seed, progress = seed_of("train", now.seed, now.number, client.id), (now.number - 1, self.rounds)
-        body = client.body or bench.net.own_body
-        figures = one_turn(bench, client.data, self.settings, body, (now.number, client.id), seed, progress, client.memory)
-        return Update.of(bench.read(), weight_of(self.settings.weight, client.data), figures)
+        body = client.body or tunable.net.own_body
+        figures = one_turn(
+            tunable, client.data, self.settings, body, (now.number, client.id), seed, progress, client.memory
+        )
+        return Update.of(tunable.read(), weight_of(self.settings.weight, client.data), figures)
 
-    # --- around a run -------------------------------------------------------------------------------------------
+    # --- around a run
+    # -------------------------------------------------------------------------------------------
 
     @property
     def facts(self) -> Facts:
         s = self.settings
         lora = f", LoRA {s.lora_rank}" if s.lora_rank else ""
-        title = f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts{lora} / {', '.join(s.phases)}"
+        title = (
+            f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts{lora} / "
+            f"{', '.join(s.phases)}"
+        )
         return Facts("sfprompt", title, ("adapter",), figures_of(s))
 
     @property
     def capabilities(self) -> Capabilities:
         body = (
-            "whoever runs it sees hidden states of every example and can reconstruct the inputs from them (fedtune leak-test): "
+            "whoever runs it sees hidden states of every example and can reconstruct the inputs from them "
+            "(fedtune leak-test): "
             "split training keeps data from other clients and from disks, not from the body's operator"
         )
-        return Capabilities(costs=SFPromptCosts(self.settings), split=SplitModel(self.settings), also_see={"body": body})
+        return Capabilities(
+            costs=SFPromptCosts(self.settings), split=SplitModel(self.settings), also_see={"body": body}
+        )
 
-    def alone(self, bench: Bench, data: Encoded, state: State, seed: int) -> None:
+    def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.methods.sfprompt_work import one_turn
 
-        self.install(state, bench)
+        self.install(state, tunable)
         memory: dict[str, Any] = {}
         for number in range(1, self.rounds + 1):
-            here = replace(bench.net.own_body, run=f"alone {seed}")
-            one_turn(bench, data, self.settings, here, (number, 0), seed_of("train", seed, number), (number - 1, self.rounds), memory)
+            here = replace(tunable.net.own_body, run=f"alone {seed}")
+            one_turn(
+                tunable,
+                data,
+                self.settings,
+                here,
+                (number, 0),
+                seed_of("train", seed, number),
+                (number - 1, self.rounds),
+                memory,
+            )
 
-    def export(self, form: str, state: State, bench: Bench, folder: Path, card: str, seed: int) -> None:
-        """Prompts and tail under the network's own names, and fedtune.json: peft has no form for prompts at a cut. `load` reads it."""
+    def export(
+        self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int
+    ) -> None:
+        """Prompts and tail under the network's own names, and fedtune.json: peft has no form for prompts at a
+        cut. `load` reads it."""
         from safetensors.numpy import save_file
 
-        base = bench.base
+        base = tunable.base
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(bench.read(), str(folder / TENSORS))
-        about = {"format": 1, "base": base.name, "base_fingerprint": base.fingerprint, "task": base.task, "labels": list(base.labels)}
+        save_file(tunable.read(), str(folder / TENSORS))
+        about = {
+            "format": 1,
+            "base": base.name,
+            "base_fingerprint": base.fingerprint,
+            "task": base.task,
+            "labels": list(base.labels),
+        }
         about["method"] = self.settings.model_dump(mode="json")
         (folder / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
         (folder / "README.md").write_text(card)
@@ -128,8 +168,9 @@ class SFPromptTable(SFPromptSettings):
         return SFPrompt(self, rounds)  # the mean is the only rule that `conflicts` lets through
 
 
-def load(base: Base, folder: Path) -> Bench:
-    """A bench with the prompts and tail that `export` wrote. Raises M304 for another base, or no such folder."""
+def load(base: Base, folder: Path) -> TunableModel:
+    """A tunable model with the prompts and tail that `export` wrote. Raises M304 for another base, or no such
+    folder."""
     from pydantic import ValidationError
     from safetensors.numpy import load_file
 
@@ -138,10 +179,27 @@ def load(base: Base, folder: Path) -> Bench:
         settings = SFPromptTable.model_validate_json(json.dumps(about["method"]))
         tensors = load_file(str(folder / TENSORS))
     except (OSError, ValueError, KeyError, ValidationError) as error:
-        raise FedtuneError("M304", f"no prompts and tail in {folder} ({str(error)[:120]})", f"{SIDECAR} and {TENSORS}", "give the exported folder") from error
-    if (about["base_fingerprint"], about["task"], about["labels"]) != (base.fingerprint, base.task, list(base.labels)):
-        found, expected = f"prompts and a tail for base {about['base_fingerprint'][:12]}, {about['task']}", f"base {base.fingerprint[:12]}, {base.task}"
-        raise FedtuneError("M304", found, expected, f"load them on the base and labels that they were made for ({about['base']})")
-    bench = SFPrompt(settings, 1).prepare(base, 0)
-    bench.write(tensors)
-    return bench
+        raise FedtuneError(
+            "M304",
+            f"no prompts and tail in {folder} ({str(error)[:120]})",
+            f"{SIDECAR} and {TENSORS}",
+            "give the exported folder",
+        ) from error
+    if (about["base_fingerprint"], about["task"], about["labels"]) != (
+        base.fingerprint,
+        base.task,
+        list(base.labels),
+    ):
+        found, expected = (
+            f"prompts and a tail for base {about['base_fingerprint'][:12]}, {about['task']}",
+            f"base {base.fingerprint[:12]}, {base.task}",
+        )
+        raise FedtuneError(
+            "M304",
+            found,
+            expected,
+            f"load them on the base and labels that they were made for ({about['base']})",
+        )
+    tunable = SFPrompt(settings, 1).prepare(base, 0)
+    tunable.write(tensors)
+    return tunable

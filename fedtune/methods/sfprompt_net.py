@@ -1,4 +1,5 @@
-"""A network cut in three, as a client works with it: its own side of the cut, and the whole where the body is in the same process."""
+"""A network cut in three, as a client works with it: its own side of the cut, and the whole where the body is
+in the same process."""
 
 from __future__ import annotations
 
@@ -11,28 +12,29 @@ from typing import Any
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.base import Base
-from fedtune.model.bench import Bench, detach, snapshot
-from fedtune.model.prompted import PROMPTS, add_lora, attach_split, check_context, open_tail
+from fedtune.model.split_tunable import PROMPTS, add_lora, attach_split, check_context, open_tail
+from fedtune.model.tunable import TunableModel, detach, snapshot
 from fedtune.rng import seed_of
 from fedtune.split.anatomy import block_count
 from fedtune.split.body import Frozen
-from fedtune.split.body_at import BodyAt
+from fedtune.split.body_address import BodyAddress
 from fedtune.split.channel import Local
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Cut, Side
+from fedtune.split.el2n import check_sees
 from fedtune.split.parts import Part
 from fedtune.split.prompts import insert, insert_labels, longer
-from fedtune.split.scores import check_sees
+from fedtune.split.row_selection import Kind, pick, pooling, rows_needed, tail_rows, targets
 from fedtune.split.selftest import digest
 from fedtune.split.service import Service
 from fedtune.split.session import Offer
-from fedtune.split.slim import Kind, pick, pooling, rows_needed, tail_rows, targets
 from fedtune.split.stream import Micro, Wishes
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A micro-batch on its way: the head's arguments, labels (prompts counted), what goes beside the hidden state (prompts counted), ids of its examples."""
+    """A micro-batch on its way: the head's arguments, labels (prompts counted), what goes beside the hidden
+    state (prompts counted), ids of its examples."""
 
     inputs: dict[str, Any]
     labels: Any
@@ -41,18 +43,22 @@ class Piece:
 
 
 class SplitNet:
-    """Stands in a bench's `net`: called as the model is, it answers with the logits of the model that has the prompts at their place.
+    """Stands in a tunable model's `net`: called as the model is, it answers with the logits of the model that
+    has the prompts at their place.
 
-    kind  which rows the tail reads (fedtune.split.slim)
+    kind  which rows the tail reads (fedtune.split.row_selection)
     """
 
     def __init__(self, part: Part, base: Base, kind: Kind, prompts: Any, s: SFPromptSettings) -> None:
         self.part, self.base, self.prompts, self.s = part, base, prompts, s
         self.kind: Kind = kind if s.slim == "auto" else "all"
         self.count = 0 if prompts is None else len(prompts)
-        self.lean = s.position == "cut" and s.slim == "auto" and not s.head_learns  # prompts go up by themselves, what the head says has no gradient
+        self.lean = (
+            s.position == "cut" and s.slim == "auto" and not s.head_learns
+        )  # prompts go up by themselves, what the head says has no gradient
 
-    # --- as a network -----------------------------------------------------------------------------------------------
+    # --- as a network
+    # -----------------------------------------------------------------------------------------------
 
     def __call__(self, **inputs: Any) -> Any:
         hidden, side = self.entering({name: value for name, value in inputs.items() if name != "use_cache"})
@@ -75,7 +81,8 @@ class SplitNet:
         hidden, side = self.part.head(inputs)
         return insert(hidden, side, self.prompts, self.part.place)
 
-    # --- on the client's side of the cut --------------------------------------------------------------------------------
+    # --- on the client's side of the cut
+    # --------------------------------------------------------------------------------
 
     def piece(self, batch: Mapping[str, Any], samples: Sequence[int] = ()) -> Piece:
         inputs = {name: value.to(self.base.device) for name, value in batch.items()}
@@ -91,8 +98,12 @@ class SplitNet:
         if not self.lean:
             hidden: Any = self.entering(piece.inputs)[0]
             return Micro(hidden, beside, **self.rows(piece, kind))
-        hidden = (lambda: self.part.head(piece.inputs)[0]) if piece.samples else self.part.head(piece.inputs)[0]
-        return Micro(hidden, beside, self.prompts, self.part.place, samples=piece.samples, **self.rows(piece, kind))
+        hidden = (
+            (lambda: self.part.head(piece.inputs)[0]) if piece.samples else self.part.head(piece.inputs)[0]
+        )
+        return Micro(
+            hidden, beside, self.prompts, self.part.place, samples=piece.samples, **self.rows(piece, kind)
+        )
 
     def rows(self, piece: Piece, kind: Kind) -> dict[str, Any]:
         """Which rows come down: the first of each example, a list, or all."""
@@ -112,11 +123,13 @@ class SplitNet:
         """Logits and labels of head straight into tail (the paper's phase 1)."""
         return self.part.tail(self.entering(piece.inputs)[0], piece.side)[1], piece.labels
 
-    # --- the body -------------------------------------------------------------------------------------------------------
+    # --- the body
+    # -------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def own_body(self) -> BodyAt:
-        """The body of this very network, in this process, for all clients that work on it. Raises S711 where there is none."""
+    def own_body(self) -> BodyAddress:
+        """The body of this very network, in this process, for all clients that work on it. Raises S711 where
+        there is none."""
         if "body" not in self.part.holds:
             raise FedtuneError(
                 "S711",
@@ -126,27 +139,42 @@ class SplitNet:
         cut = self.part.cut
         offer = Offer(self.base.fingerprint, digest(self.part, "body"), cut.k, cut.m, self.part.width)
         service = Service(Frozen(self.part), offer, lambda hello, peer: True, merging=None)
-        return BodyAt(lambda: Local(service), offer, "here", lambda number, client: "")
+        return BodyAddress(lambda: Local(service), offer, "here", lambda number, client: "")
 
     def wishes(self) -> Wishes:
         s = self.s
-        return Wishes(Coding(s.codec), s.window, lean=True, cache=s.cache_smashed, prompts=self.count if self.lean else 0, masked=not self.part.anatomy.image)
+        return Wishes(
+            Coding(s.codec),
+            s.window,
+            lean=True,
+            cache=s.cache_smashed,
+            prompts=self.count if self.lean else 0,
+            masked=not self.part.anatomy.image,
+        )
 
 
-def cut_bench(base: Base, s: SFPromptSettings, seed: int) -> Bench:
-    """The base with the client's ends opened, prompts made from `seed`, and a SplitNet for a network. Raises M306, S701, S703, S704."""
+def cut_bench(base: Base, s: SFPromptSettings, seed: int) -> TunableModel:
+    """The base with the client's ends opened, prompts made from `seed`, and a SplitNet for a network. Raises
+    M306, S701, S703, S704."""
     part, kind = cut_of(base, s)
     before = snapshot(base.net)
     if s.lora_rank:
         blocks = sorted(part.cut.held(("head", "tail"), part.blocks))
-        named, settings = add_lora(base, s.lora_rank, [f"{part.anatomy.layers}.{number}" for number in blocks], seed_of("adapter", seed))
+        named, settings = add_lora(
+            base,
+            s.lora_rank,
+            [f"{part.anatomy.layers}.{number}" for number in blocks],
+            seed_of("adapter", seed),
+        )
     else:
         both = {id(value) for role in ("head", "body") for value in part.parameters(role).values()}
-        tail = {id(value) for value in part.parameters("tail").values()} - both  # a tied vocabulary's matrix is the frozen head's too
+        tail = {
+            id(value) for value in part.parameters("tail").values()
+        } - both  # a tied vocabulary's matrix is the frozen head's too
         named, settings = open_tail(base, [name for name, value in base.weights.items() if id(value) in tail])
-    bench = attach_split(base, named, settings, s.prompts, part.width, seed_of("prompts", seed), before)
-    bench.net = SplitNet(part, base, kind, bench.named.get(PROMPTS), s)
-    return bench
+    tunable = attach_split(base, named, settings, s.prompts, part.width, seed_of("prompts", seed), before)
+    tunable.net = SplitNet(part, base, kind, tunable.named.get(PROMPTS), s)
+    return tunable
 
 
 def cut_of(base: Base, s: SFPromptSettings) -> tuple[Part, Kind]:

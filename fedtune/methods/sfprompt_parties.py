@@ -11,8 +11,8 @@ from fedtune.model.settings import ModelSettings
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.bench import Bench
-    from fedtune.model.shapes import Plan
+    from fedtune.model.memory_plan import Plan
+    from fedtune.model.tunable import TunableModel
     from fedtune.split.facts import SplitFacts
     from fedtune.split.parts import Part
 
@@ -35,13 +35,15 @@ class SplitModel:
     def codec(self) -> str:
         return self.settings.codec
 
-    def describe(self, bench: Bench) -> SplitFacts:
+    def describe(self, tunable: TunableModel) -> SplitFacts:
         from fedtune.methods.sfprompt_site import describe
 
-        return describe(bench)
+        return describe(tunable)
 
-    def load_site(self, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts) -> Base:
-        """`prepare` makes the same bench of it as of the whole model."""
+    def load_site(
+        self, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts
+    ) -> Base:
+        """`prepare` makes the same tunable model of it as of the whole model."""
         from fedtune.methods.sfprompt_site import load_site
 
         return load_site(self.settings, model, task, labels, seed, told)
@@ -51,8 +53,8 @@ class SplitModel:
 
         return load_body(self.settings, model, task)
 
-    def holds_parts(self, bench: Any) -> bool:
-        return bench.base.part is not None
+    def holds_parts(self, tunable: Any) -> bool:
+        return tunable.base.part is not None
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,15 @@ class SFPromptCosts:
         """The base's bytes are those of head and tail, its layers those that keep activations."""
         from fedtune.methods.sfprompt_costs import client_bytes
         from fedtune.methods.sfprompt_net import cut_bench
-        from fedtune.model.shapes import plan_of, weightless
+        from fedtune.model.memory_plan import plan_of, weightless
 
-        bench = cut_bench(weightless(model, task, labels), self.settings, 0)
+        tunable = cut_bench(weightless(model, task, labels), self.settings, 0)
         through_head = self.settings.position == "input" or self.settings.head_learns
         kept = self.settings.tail + (self.settings.head if through_head else 0)
-        return replace(plan_of(bench), weights_bytes=client_bytes(bench), layers=kept)
+        return replace(plan_of(tunable), weights_bytes=client_bytes(tunable), layers=kept)
 
     def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
-        from fedtune.model.shapes import training_bytes
+        from fedtune.model.memory_plan import training_bytes
 
         return training_bytes(plan, self.settings.train, length + self.settings.prompts)
 

@@ -12,7 +12,8 @@ from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.settings import TrainSettings
 
-# Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public re-implementation, or mild.
+# Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public
+# re-implementation, or mild.
 PAPER: dict[str, Any] = {"head": 1, "local_update": 2, "pruning": "el2n", "keep": 0.5}
 
 
@@ -21,7 +22,8 @@ class SFPromptSettings(MethodTable):
 
     type: Literal["sfprompt"] = "sfprompt"
     preset: Literal["", "sfprompt-paper"] = ""
-    """sfprompt-paper switches all phases of the paper on where the table says nothing else: head 1, local_update 2, pruning el2n, keep 0.5."""
+    """sfprompt-paper switches all phases of the paper on where the table says nothing else: head 1,
+    local_update 2, pruning el2n, keep 0.5."""
     head: int = Field(1, ge=0)
     """k: blocks that the client runs in front of the cut, frozen; 0 is the embeddings alone."""
     tail: int = Field(0, ge=0)
@@ -29,21 +31,26 @@ class SFPromptSettings(MethodTable):
     prompts: int = Field(8, ge=0, le=4096)
     """P: soft prompts; 0 trains the tail alone."""
     lora_rank: int = Field(0, ge=0)
-    """LoRA of this rank (alpha twice it) in the client's blocks, whose own weights and last norm then stay frozen; 0 trains the tail itself.
+    """LoRA of this rank (alpha twice it) in the client's blocks, whose own weights and last norm then stay
+    frozen; 0 trains the tail itself.
 
     With LoRA in a head, whole gradients come down to it, and nothing of it can be cached."""
     position: Literal["cut", "input"] = "cut"
-    """Where prompts enter: at the cut, so that the head's answer to an example never changes and stays small to send; or behind the embeddings."""
+    """Where prompts enter: at the cut, so that the head's answer to an example never changes and stays small
+    to send; or behind the embeddings."""
     prompt_lr: float = Field(1e-2, gt=0)
     """Learning rate of the prompts; the tail's is method.train.lr."""
     local_update: int = Field(0, ge=0)
-    """Phase 1: epochs of training straight from head to tail, without the body; 0 leaves it out. Each round says what it did to the loss through the body."""
+    """Phase 1: epochs of training straight from head to tail, without the body; 0 leaves it out. Each round
+    says what it did to the loss through the body."""
     pruning: Literal["none", "random", "el2n"] = "none"
-    """Phase 2: which examples go through the cut: all, a random share, or those that the shortcut finds hardest (not always better than random)."""
+    """Phase 2: which examples go through the cut: all, a random share, or those that the shortcut finds
+    hardest (not always better than random)."""
     keep: float = Field(1.0, gt=0, le=1)
     """Share of the examples that pruning keeps."""
     slim: Literal["auto", "off"] = "auto"
-    """auto: only rows that the tail reads come down, and the prompts' gradient comes summed; off: whole hidden states both ways. Same gradients."""
+    """auto: only rows that the tail reads come down, and the prompts' gradient comes summed; off: whole
+    hidden states both ways. Same gradients."""
     cache_smashed: bool = False
     """Let the body service hold the head's answers, in memory, so that each goes up once."""
     codec: Literal["fp16", "fp32", "bf16", "int8"] = "fp16"
@@ -51,12 +58,14 @@ class SFPromptSettings(MethodTable):
     window: int = Field(8, ge=1, le=256)
     """Micro-batches in flight; those of one optimiser step are method.train.accumulate."""
     merge: bool = False
-    """On real sites: let the body service take micro-batches of several clients in one pass. Faster, but the last bits of a result then depend on
+    """On real sites: let the body service take micro-batches of several clients in one pass. Faster, but the
+    last bits of a result then depend on
     who was served together."""
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
-    """As for fedpeft: random, means or ridge; auto: means, for classes. The features come through the body, once more than training needs."""
+    """As for fedpeft: random, means or ridge; auto: means, for classes. The features come through the body,
+    once more than training needs."""
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="before")
@@ -82,17 +91,38 @@ class SFPromptSettings(MethodTable):
     def phases(self) -> tuple[str, ...]:
         """What a round consists of, in order."""
         share = f"{self.pruning} {self.keep:g}" if self.pruning != "none" else ""
-        return tuple(filter(None, (f"local update x{self.local_update}" if self.local_update else "", share, "split training")))
+        return tuple(
+            filter(
+                None,
+                (f"local update x{self.local_update}" if self.local_update else "", share, "split training"),
+            )
+        )
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.pruning == "none" and self.keep < 1:
-            yield f"method.keep = {self.keep} with method.pruning = 'none'", "keep = 1", "set method.pruning = 'random'"
+            yield (
+                f"method.keep = {self.keep} with method.pruning = 'none'",
+                "keep = 1",
+                "set method.pruning = 'random'",
+            )
         if self.pruning != "none" and self.keep == 1:
-            yield f"method.pruning = '{self.pruning}' with method.keep = 1", "a share below 1", "set method.keep, or pruning = 'none'"
+            yield (
+                f"method.pruning = '{self.pruning}' with method.keep = 1",
+                "a share below 1",
+                "set method.keep, or pruning = 'none'",
+            )
         if self.lora_rank and not self.head and not self.tail:
-            yield f"method.lora_rank = {self.lora_rank} with head = 0 and tail = 0", "a block on the client's side", "set method.head or method.tail"
+            yield (
+                f"method.lora_rank = {self.lora_rank} with head = 0 and tail = 0",
+                "a block on the client's side",
+                "set method.head or method.tail",
+            )
         if self.head_learns and self.cache_smashed:
-            yield "method.cache_smashed with LoRA in the head", "a head that does not change", "set method.head = 0 or cache_smashed = false"
+            yield (
+                "method.cache_smashed with LoRA in the head",
+                "a head that does not change",
+                "set method.head = 0 or cache_smashed = false",
+            )
         if self.position == "input" and self.cache_smashed:
             yield (
                 "method.cache_smashed with method.position = 'input'",
@@ -102,7 +132,11 @@ class SFPromptSettings(MethodTable):
         if self.slim == "off" and self.cache_smashed:
             yield "method.cache_smashed with method.slim = 'off'", "slim = 'auto'", "remove one of them"
         if "prompt_lr" in self.model_fields_set and not self.prompts:
-            yield "method.prompt_lr with method.prompts = 0", "at least one prompt", "remove it, or set method.prompts"
+            yield (
+                "method.prompt_lr with method.prompts = 0",
+                "at least one prompt",
+                "remove it, or set method.prompts",
+            )
         if self.train.checkpointing:
             yield (
                 "method.train.checkpointing with method.type = 'sfprompt'",
@@ -111,10 +145,20 @@ class SFPromptSettings(MethodTable):
             )
         yield from start_conflicts(self.head_start, recipe)
         if recipe.aggregate.rule != "mean":
-            yield f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'sfprompt'", "mean", "remove [aggregate]"
+            yield (
+                f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'sfprompt'",
+                "mean",
+                "remove [aggregate]",
+            )
 
 
 def figures_of(s: SFPromptSettings) -> tuple[str, ...]:
     """Names of what a client tells of its round."""
     local = ("body_loss_before", "body_loss_after") if s.local_update else ()
-    return ("loss", "cut_up_bytes", "cut_down_bytes", *local, *(("el2n_rank",) if s.pruning == "el2n" else ()))
+    return (
+        "loss",
+        "cut_up_bytes",
+        "cut_down_bytes",
+        *local,
+        *(("el2n_rank",) if s.pruning == "el2n" else ()),
+    )

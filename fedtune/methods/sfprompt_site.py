@@ -1,7 +1,10 @@
-"""Loading what a party of a split run holds: a site the two ends, the body service the blocks between, and nobody more than that.
+"""Loading what a party of a split run holds: a site the two ends, the body service the blocks between, and
+nobody more than that.
 
-The coordinator's run holds the whole model, to aggregate and to score. What it `told` travels in signed tickets, so that a site knows
-before any training that its ends, and the body behind the wire, are parts of the model that the coordinator means.
+The coordinator's run holds the whole model, to aggregate and to score. What it `told` travels in signed
+tickets, so that a site knows
+before any training that its ends, and the body behind the wire, are parts of the model that the coordinator
+means.
 """
 
 from __future__ import annotations
@@ -16,9 +19,19 @@ from fedtune.hf.labels import LabelSet
 from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.methods.sfprompt_settings import SFPromptSettings
-from fedtune.model.base import Base, context_of, dtype_of, pick_device, prepare_torch, reading, redraw_head, said_of, tokenizer_text
-from fedtune.model.bench import Bench, without
+from fedtune.model.base import (
+    Base,
+    context_of,
+    dtype_of,
+    pick_device,
+    prepare_torch,
+    reading,
+    redraw_head,
+    said_of,
+    tokenizer_text,
+)
 from fedtune.model.settings import ModelSettings
+from fedtune.model.tunable import TunableModel, without
 from fedtune.split import selftest
 from fedtune.split.anatomy import block_count
 from fedtune.split.cut import Cut, Role
@@ -27,18 +40,27 @@ from fedtune.split.load import load_part
 from fedtune.split.parts import Part
 
 
-def describe(bench: Bench) -> SplitFacts:
-    """What a site must know of the coordinator's base: its fingerprint, the tokenizer's, and the card of its parts (JSON, about 6 KB)."""
-    base = bench.base
-    with without(bench):
-        card = selftest.make(bench.net.part)
-    return SplitFacts(base.fingerprint, tokenizer_digest(base.tokenizer), json.dumps(card, sort_keys=True, separators=(",", ":")))
+def describe(tunable: TunableModel) -> SplitFacts:
+    """What a site must know of the coordinator's base: its fingerprint, the tokenizer's, and the card of its
+    parts (JSON, about 6 KB)."""
+    base = tunable.base
+    with without(tunable):
+        card = selftest.make(tunable.net.part)
+    return SplitFacts(
+        base.fingerprint,
+        tokenizer_digest(base.tokenizer),
+        json.dumps(card, sort_keys=True, separators=(",", ":")),
+    )
 
 
-def load_site(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts) -> Base:
-    """Head and tail alone, checked against what the coordinator told, whose fingerprint the base takes over: nobody can compute it of a part.
+def load_site(
+    s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts
+) -> Base:
+    """Head and tail alone, checked against what the coordinator told, whose fingerprint the base takes over:
+    nobody can compute it of a part.
 
-    Raises S702 for parts or a tokenizer that are not the coordinator's, and what `fedtune.model.base.load` raises.
+    Raises S702 for parts or a tokenizer that are not the coordinator's, and what `fedtune.model.base.load`
+    raises.
     """
     card = told.read_card()
     part, tokenizer, chosen = load(s, model, task, labels, seed, ("head", "tail"))
@@ -69,8 +91,16 @@ def load_body(s: SFPromptSettings, model: ModelSettings, task: str) -> Part:
     return load(s, model, task, None, 0, ("body",))[0]
 
 
-def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[str] | None, seed: int, holds: Sequence[Role]) -> tuple[Part, Any, LabelSet]:
-    """Some parts, for who has data the tokenizer, and the label set. `labels` None: whoever loads needs no task head."""
+def load(
+    s: SFPromptSettings,
+    model: ModelSettings,
+    task: str,
+    labels: Sequence[str] | None,
+    seed: int,
+    holds: Sequence[Role],
+) -> tuple[Part, Any, LabelSet]:
+    """Some parts, for who has data the tokenizer, and the label set. `labels` None: whoever loads needs no
+    task head."""
     prepare_torch(model)
     place = locate(model.name)
     known: dict[str, Any] = {"revision": model.revision} if model.revision else {}
@@ -78,7 +108,11 @@ def load(s: SFPromptSettings, model: ModelSettings, task: str, labels: Sequence[
         config, chosen = load_config(place, task, labels, known)
         tokenizer = load_tokenizer(place, task, known) if "head" in holds else None
         cut = Cut(s.head, block_count(config) - s.tail)
-        where = {"dtype": dtype_of(model), "device": pick_device(model.device), "revision": model.revision or None}
+        where = {
+            "dtype": dtype_of(model),
+            "device": pick_device(model.device),
+            "revision": model.revision or None,
+        }
         part = load_part(place, AUTO[task], cut, holds, config=config, seed=seed, **where)
         part.pooling, _ = choose_pooling(model.pooling, place, task, chosen.kept, **known)
     set_pooling(part.net, part.pooling)

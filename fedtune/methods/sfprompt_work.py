@@ -1,4 +1,5 @@
-"""What one client does in a round: training without the body, choosing examples, training through the body."""
+"""What one client does in a round: training without the body, choosing examples, training through the
+body."""
 
 from __future__ import annotations
 
@@ -12,20 +13,21 @@ import numpy as np
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.sfprompt_net import Piece, SplitNet
 from fedtune.methods.sfprompt_settings import SFPromptSettings
-from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.features import class_sums
 from fedtune.model.fit import Backward, fit
 from fedtune.model.forward import forward_only
 from fedtune.model.loss import autocast, carries
-from fedtune.model.prompted import PROMPTS, longest, padded, subset, sum_of_losses
+from fedtune.model.split_tunable import PROMPTS, longest, padded, subset, sum_of_losses
+from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
-from fedtune.split import pipeline, scores
-from fedtune.split.body_at import BodyAt
-from fedtune.split.slim import Kind
+from fedtune.split import el2n, pipeline
+from fedtune.split.body_address import BodyAddress
+from fedtune.split.row_selection import Kind
 from fedtune.split.stream import Micro, Stream
 
-# Examples of a client on which the shortcut is compared with the truth, at least and at most; they go through the cut too, and count in its bytes,
+# Examples of a client on which the shortcut is compared with the truth, at least and at most; they go through
+# the cut too, and count in its bytes,
 # so they are an eighth of a client's where that lies between.
 PROBE = (8, 32)
 HELD = "cut/held"  # in a client's memory
@@ -36,7 +38,7 @@ NOTHING, NONE = np.zeros(0, np.int64), np.zeros(0)
 class Share:
     """One client's share of a round, while its session with the body service is open."""
 
-    bench: Bench
+    tunable: TunableModel
     data: Encoded
     s: SFPromptSettings
     stream: Stream
@@ -45,7 +47,7 @@ class Share:
 
     @property
     def net(self) -> SplitNet:
-        net: SplitNet = self.bench.net
+        net: SplitNet = self.tunable.net
         return net
 
     def work(self) -> dict[str, float]:
@@ -55,31 +57,44 @@ class Share:
         if s.local_update:
             figures["body_loss_before"] = self.probed()[0]
             alone = s.train.model_copy(update={"steps": 0, "epochs": s.local_update})
-            fit(self.bench, self.data, alone, seed_of("local update", self.seed), self.progress, self.by_shortcut, self.rates)
+            fit(
+                self.tunable,
+                self.data,
+                alone,
+                seed_of("local update", self.seed),
+                self.progress,
+                self.by_shortcut,
+                self.rates,
+            )
         after, true = self.probed() if s.shortcut else (0.0, NONE)
         if s.local_update:
             figures["body_loss_after"] = after
         if s.pruning == "random":
-            kept = scores.random(len(self.data), s.keep, self.seed)
+            kept = el2n.random(len(self.data), s.keep, self.seed)
         if s.pruning == "el2n":
             guessed = self.guessed()
-            kept = scores.hardest(guessed, s.keep)
-            figures["el2n_rank"] = scores.spearman(guessed[self.probe], true)
+            kept = el2n.hardest(guessed, s.keep)
+            figures["el2n_rank"] = el2n.spearman(guessed[self.probe], true)
         data, step = subset(self.data, kept), self.through_body(kept)
-        figures["loss"] = fit(self.bench, data, s.train, seed_of("split training", self.seed), self.progress, step, self.rates).loss
+        figures["loss"] = fit(
+            self.tunable, data, s.train, seed_of("split training", self.seed), self.progress, step, self.rates
+        ).loss
         return figures
 
     @property
     def rates(self) -> Mapping[str, float]:
         return {PROMPTS: self.s.prompt_lr} if self.s.prompts else {}
 
-    # --- without the body -------------------------------------------------------------------------------------------
+    # --- without the body
+    # -------------------------------------------------------------------------------------------
 
-    def by_shortcut(self, micro: Sequence[Sequence[int]], batches: Sequence[dict[str, Any]], terms: int) -> float:
+    def by_shortcut(
+        self, micro: Sequence[Sequence[int]], batches: Sequence[dict[str, Any]], terms: int
+    ) -> float:
         """A step of phase 1: its loss, gradients in `.grad`."""
         loss = 0.0
         for batch in batches:
-            with autocast(self.bench, self.s.train.autocast):
+            with autocast(self.tunable, self.s.train.autocast):
                 part = sum_of_losses(*aligned(*self.net.shortcut(self.net.piece(batch)))) / terms
             part.backward()
             loss += part.item()
@@ -87,28 +102,33 @@ class Share:
 
     def guessed(self) -> np.ndarray:
         """EL2N of all examples by the shortcut: (examples,)."""
-        with forward_only(self.bench, self.data), autocast(self.bench, "off"):
+        with forward_only(self.tunable, self.data), autocast(self.tunable, "off"):
             pieces = map(self.net.piece, self.batches(range(len(self.data))))
-            return np.concatenate([scores.el2n(*self.net.shortcut(piece)).cpu().numpy() for piece in pieces])
+            return np.concatenate([el2n.el2n(*self.net.shortcut(piece)).cpu().numpy() for piece in pieces])
 
-    # --- through the body -------------------------------------------------------------------------------------------
+    # --- through the body
+    # -------------------------------------------------------------------------------------------
 
     def through_body(self, kept: Sequence[int]) -> Backward:
-        """A step of split training on examples that are numbered as in `kept`; micro-batches in flight, sums in their order."""
+        """A step of split training on examples that are numbered as in `kept`; micro-batches in flight, sums
+        in their order."""
         net, held = self.net, self.s.cache_smashed
         length = longest(self.data) if held else 0  # what is held has the length at which it was sent
 
         def step(micro: Sequence[Sequence[int]], batches: Sequence[dict[str, Any]], terms: int) -> float:
             def up(piece: Piece) -> Micro:
-                with autocast(self.bench, self.s.train.autocast):
+                with autocast(self.tunable, self.s.train.autocast):
                     return net.micro(piece, net.kind)
 
             def down(piece: Piece, answer: Any) -> Any:
-                with autocast(self.bench, self.s.train.autocast):
+                with autocast(self.tunable, self.s.train.autocast):
                     return sum_of_losses(*aligned(*net.ended(piece, answer, net.kind))) / terms
 
             examples = [[kept[n] for n in numbers] for numbers in micro]
-            pieces = (net.piece(padded(batch, length), ids) if held else net.piece(batch) for ids, batch in zip(examples, batches, strict=True))
+            pieces = (
+                net.piece(padded(batch, length), ids) if held else net.piece(batch)
+                for ids, batch in zip(examples, batches, strict=True)
+            )
             return sum(pipeline.train(self.stream, pieces, up, down))
 
         return step
@@ -125,19 +145,19 @@ class Share:
         kind: Kind = "all" if net.kind == "each" else net.kind  # a text's score is a mean over its own tokens
 
         def up(piece: Piece) -> Micro:
-            with autocast(self.bench, "off"):
+            with autocast(self.tunable, "off"):
                 return net.micro(piece, kind)
 
         def down(piece: Piece, answer: Any) -> None:
             nonlocal total
-            with autocast(self.bench, "off"):
+            with autocast(self.tunable, "off"):
                 logits, labels = net.ended(piece, answer, kind)
             total += float(sum_of_losses(*aligned(logits, labels)))
-            found.append(scores.el2n(logits, labels).cpu().numpy())
+            found.append(el2n.el2n(logits, labels).cpu().numpy())
 
         net.eval()
         pipeline.infer(self.stream, map(net.piece, batches), up, down)
-        return total / sum(carries(self.bench.base.task, batch) for batch in batches), np.concatenate(found)
+        return total / sum(carries(self.tunable.base.task, batch) for batch in batches), np.concatenate(found)
 
     def features(self, moments: bool) -> dict[str, np.ndarray]:
         """What the task head reads of all examples, summed by class (model/features.py)."""
@@ -149,9 +169,11 @@ class Share:
                 each(piece.labels)
 
             net.eval()
-            pipeline.infer(self.stream, map(net.piece, batches), lambda piece: net.micro(piece, net.kind), down)
+            pipeline.infer(
+                self.stream, map(net.piece, batches), lambda piece: net.micro(piece, net.kind), down
+            )
 
-        return class_sums(self.bench, self.data, moments, run)
+        return class_sums(self.tunable, self.data, moments, run)
 
     def batches(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         size = self.s.train.batch
@@ -164,31 +186,47 @@ def aligned(logits: Any, labels: Any) -> tuple[Any, Any]:
 
 
 def one_turn(
-    bench: Bench, data: Encoded, s: SFPromptSettings, body: BodyAt, turn: tuple[int, int], seed: int, progress: tuple[int, int], memory: dict[str, np.ndarray]
+    tunable: TunableModel,
+    data: Encoded,
+    s: SFPromptSettings,
+    body: BodyAddress,
+    turn: tuple[int, int],
+    seed: int,
+    progress: tuple[int, int],
+    memory: dict[str, np.ndarray],
 ) -> dict[str, float]:
-    """All that a client does when asked in round `turn[0]` as number `turn[1]`; what it trained is in the bench, its figures come back.
+    """All that a client does when asked in round `turn[0]` as number `turn[1]`; what it trained is in the
+    tunable model, its figures come back.
 
-    `memory` keeps which examples the service may still hold. Raises ClientFailed for whatever goes wrong at the cut.
+    `memory` keeps which examples the service may still hold. Raises ClientFailed for whatever goes wrong at
+    the cut.
     """
-    with opened(bench, body, turn) as session:
+    with opened(tunable, body, turn) as session:
         session.held.update(memory.get(HELD, NOTHING).tolist())
-        figures = Share(bench, data, s, session, seed, progress).work()
+        figures = Share(tunable, data, s, session, seed, progress).work()
         if s.cache_smashed:
             memory[HELD] = np.asarray(sorted(session.held), np.int64)
     return {**figures, "cut_up_bytes": float(session.sent), "cut_down_bytes": float(session.received)}
 
 
-def features(bench: Bench, data: Encoded, s: SFPromptSettings, body: BodyAt, turn: tuple[int, int], moments: bool) -> dict[str, np.ndarray]:
+def features(
+    tunable: TunableModel,
+    data: Encoded,
+    s: SFPromptSettings,
+    body: BodyAddress,
+    turn: tuple[int, int],
+    moments: bool,
+) -> dict[str, np.ndarray]:
     """The client's half of a head start, through the body. Raises ClientFailed as `one_turn` does."""
-    with opened(bench, body, turn) as session:
-        return Share(bench, data, s, session, 0, (0, 1)).features(moments)
+    with opened(tunable, body, turn) as session:
+        return Share(tunable, data, s, session, 0, (0, 1)).features(moments)
 
 
 @contextmanager
-def opened(bench: Bench, body: BodyAt, turn: tuple[int, int]) -> Iterator[Stream]:
+def opened(tunable: TunableModel, body: BodyAddress, turn: tuple[int, int]) -> Iterator[Stream]:
     """A session with the body; what goes wrong at the cut is this client's failure."""
     try:
-        session = body.open(*turn, bench.net.wishes())
+        session = body.open(*turn, tunable.net.wishes())
         try:
             yield session
         finally:

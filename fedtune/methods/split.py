@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.bench import Bench
     from fedtune.model.settings import ModelSettings
+    from fedtune.model.tunable import TunableModel
     from fedtune.split.facts import SplitFacts
     from fedtune.split.parts import Part
 
@@ -30,14 +30,17 @@ class Split(Protocol):
     @property
     def codec(self) -> str: ...
 
-    def describe(self, bench: Bench) -> SplitFacts:
+    def describe(self, tunable: TunableModel) -> SplitFacts:
         """What tickets tell sites of the coordinator's model."""
 
-    def load_site(self, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts) -> Base:
-        """Head and tail, without ever holding the body. Raises S702 before training where they are not the coordinator's."""
+    def load_site(
+        self, model: ModelSettings, task: str, labels: Sequence[str], seed: int, told: SplitFacts
+    ) -> Base:
+        """Head and tail, without ever holding the body. Raises S702 before training where they are not the
+        coordinator's."""
 
     def load_body(self, model: ModelSettings, task: str) -> Part:
         """The body, without ever holding the rest."""
 
-    def holds_parts(self, bench: Any) -> bool:
-        """Whether a bench has the two ends of a model only, so that it cannot score by itself."""
+    def holds_parts(self, tunable: Any) -> bool:
+        """Whether a tunable model has the two ends of a model only, so that it cannot score by itself."""

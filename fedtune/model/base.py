@@ -1,4 +1,5 @@
-"""The pretrained model and its tokenizer, loaded once a process and never changed: adapters are attached by `bench`."""
+"""The pretrained model and its tokenizer, loaded once a process and never changed: adapters are attached by
+`tunable`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from fedtune.threads import threads_for
 
 @dataclass(eq=False)
 class Base:
-    """A frozen network. `tokenizer` is an image processor for image-classify; `context` is in tokens, None for images."""
+    """A frozen network. `tokenizer` is an image processor for image-classify; `context` is in tokens, None
+    for images."""
 
     net: Any
     tokenizer: Any
@@ -43,11 +45,19 @@ class Base:
     pad_side: str = "right"  # where batches are padded
     kept_head: bool = False  # the task head came trained from the file
     pooling: Pooling = "own"  # how the task head's vector is made
-    causal: bool | None = None  # whether a text's first tokens are computed without its last ones; None: not tried (images, no weights)
-    attached: Any = None  # the Bench that now sits on this base, if any
+    causal: bool | None = (
+        # whether a text's first tokens are computed without its last ones; None: not tried (images, no
+        # weights)
+        None
+    )
+    attached: Any = None  # the TunableModel that now sits on this base, if any
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
-    weights: dict[str, torch.Tensor] = field(init=False, repr=False)  # name -> pristine parameter, tied ones once
-    buffers: dict[str, torch.Tensor] = field(init=False, repr=False)  # name -> buffer that the model's file holds, such as running statistics
+    weights: dict[str, torch.Tensor] = field(
+        init=False, repr=False
+    )  # name -> pristine parameter, tied ones once
+    buffers: dict[str, torch.Tensor] = field(
+        init=False, repr=False
+    )  # name -> buffer that the model's file holds, such as running statistics
 
     def __post_init__(self) -> None:
         self.weights = dict(self.net.named_parameters())
@@ -55,7 +65,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the pretrained weights (not the fresh head), the buffers of the file and the tokenizer, as hex. Computed at first use."""
+        """SHA-256 over the pretrained weights (not the fresh head), the buffers of the file and the
+        tokenizer, as hex. Computed at first use."""
         total = hashlib.sha256()
         for name in sorted(self.weights.keys() - self.fresh):
             value = self.weights[name].detach().cpu().contiguous()
@@ -78,14 +89,18 @@ class Base:
 def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -> Base:
     """Load model and tokenizer, frozen and in eval mode. A fresh head depends on `seed` only.
 
-    safetensors only and no remote code: nothing from a hub is executed. Raises M301 (not found), M303 (tokenizer and model do not fit) and
+    safetensors only and no remote code: nothing from a hub is executed. Raises M301 (not found), M303
+    (tokenizer and model do not fit) and
     M306 (an architecture that cannot do the task, or on whose answers padding has an influence).
     """
     prepare_torch(settings)
     device = pick_device(settings.device)
     place = locate(settings.name)
     known: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
-    with reading(settings.name), own_draws(seed_of("head", seed)):  # transformers draws the missing head from torch's generator, on the CPU
+    with (
+        reading(settings.name),
+        own_draws(seed_of("head", seed)),
+    ):  # transformers draws the missing head from torch's generator, on the CPU
         tokenizer = load_tokenizer(place, task, known)
         config, chosen = load_config(place, task, labels, known)
         net, info = AUTO[task].from_pretrained(
@@ -106,10 +121,25 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     said = (*said_of(chosen), *((note,) if note else ()))
     if task == "image-classify":
         if net.main_input_name != "pixel_values":
-            found, expected = f"a {type(net).__name__}, which reads images as {net.main_input_name}", "a model of pixels, such as ViT or ResNet"
+            found, expected = (
+                f"a {type(net).__name__}, which reads images as {net.main_input_name}",
+                "a model of pixels, such as ViT or ResNet",
+            )
             raise FedtuneError("M306", found, expected, "choose another model")
         set_pooling(net, pooling)
-        return Base(net, tokenizer, task, chosen.labels, device, settings.name, None, fresh, notes=said, kept_head=chosen.kept, pooling=pooling)
+        return Base(
+            net,
+            tokenizer,
+            task,
+            chosen.labels,
+            device,
+            settings.name,
+            None,
+            fresh,
+            notes=said,
+            kept_head=chosen.kept,
+            pooling=pooling,
+        )
     stated = net.config.get_text_config().pad_token_id
     fit_tokenizer(net, tokenizer, settings.name)
     context = context_of(net, tokenizer)
@@ -118,11 +148,26 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         side = padding_side(net, tokenizer, task, context, settings.name)
         causal = task in LM_TASKS or is_causal(net, tokenizer, context)
     set_pooling(net, pooling)
-    return Base(net, tokenizer, task, chosen.labels, device, settings.name, context, fresh, said, side, chosen.kept, pooling, causal)
+    return Base(
+        net,
+        tokenizer,
+        task,
+        chosen.labels,
+        device,
+        settings.name,
+        context,
+        fresh,
+        said,
+        side,
+        chosen.kept,
+        pooling,
+        causal,
+    )
 
 
 def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:
-    """Start those parts of the task head afresh that came from the file; returns the names of all fresh parameters."""
+    """Start those parts of the task head afresh that came from the file; returns the names of all fresh
+    parameters."""
     old = {name.partition(".")[0] for name, _ in net.named_parameters() if name not in fresh}
     return fresh | redraw(net, sorted(head_children(net) & old), seed_of("head", seed))
 
@@ -135,12 +180,19 @@ def head_children(net: Any) -> set[str]:
     """The children of a classifier beside its backbone that have parameters; none of a language model."""
     if net.get_output_embeddings() is not None:
         return set()
-    return {name for name, child in net.named_children() if name != net.base_model_prefix and any(True for _ in child.parameters())}
+    return {
+        name
+        for name, child in net.named_children()
+        if name != net.base_model_prefix and any(True for _ in child.parameters())
+    }
 
 
 def fresh_names(net: Any, info: dict[str, Any], name: str) -> frozenset[str]:
-    """Parameters that the pretrained file lacks (or has for another label set): a head or pooler may be fresh, a backbone may not (M301)."""
-    lacking = set(info["missing_keys"]) | {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    """Parameters that the pretrained file lacks (or has for another label set): a head or pooler may be
+    fresh, a backbone may not (M301)."""
+    lacking = set(info["missing_keys"]) | {
+        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
+    }
     fresh = frozenset(lacking & dict(net.named_parameters()).keys())
     heads = head_children(net)
     lost = sorted(key for key in fresh if key.partition(".")[0] not in heads and ".pooler." not in key)
@@ -155,13 +207,19 @@ def fresh_names(net: Any, info: dict[str, Any], name: str) -> frozenset[str]:
 
 
 def context_of(net: Any, tokenizer: Any = None) -> int | None:
-    """Longest input in tokens by configuration, tables of positions and tokenizer (where there is one); None where nothing limits it."""
-    stated = (getattr(net.config.get_text_config(), "max_position_embeddings", None), position_limit(net), getattr(tokenizer, "model_max_length", None))
+    """Longest input in tokens by configuration, tables of positions and tokenizer (where there is one); None
+    where nothing limits it."""
+    stated = (
+        getattr(net.config.get_text_config(), "max_position_embeddings", None),
+        position_limit(net),
+        getattr(tokenizer, "model_max_length", None),
+    )
     return min((int(number) for number in stated if number and 0 < number < 10**9), default=None)
 
 
 def tokenizer_text(tokenizer: Any) -> str:
-    """What the tokenizer is, as canonical JSON: without the padding and truncation state that calls leave behind."""
+    """What the tokenizer is, as canonical JSON: without the padding and truncation state that calls leave
+    behind."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         known = json.loads(tokenizer.backend_tokenizer.to_str())
         known["truncation"] = known["padding"] = None
@@ -169,7 +227,11 @@ def tokenizer_text(tokenizer: Any) -> str:
     elif hasattr(tokenizer, "get_vocab"):
         known = {"vocabulary": tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}
     else:
-        known = {name: value for name, value in tokenizer.to_dict().items() if name not in ("transformers_version", "_processor_class")}
+        known = {
+            name: value
+            for name, value in tokenizer.to_dict().items()
+            if name not in ("transformers_version", "_processor_class")
+        }
     return json.dumps(known, sort_keys=True, default=str)
 
 
@@ -177,11 +239,18 @@ def pick_device(name: str) -> torch.device:
     """auto means CUDA where there is one. Raises M301 for a device that is not there."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        known = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+        known = device.type == "cpu" or (
+            device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+        )
     except RuntimeError:
         known = False
     if not known:
-        raise FedtuneError("M301", f"model.device = '{name}'", "auto, cpu, or a CUDA device that this machine has, such as cuda:0", "change model.device")
+        raise FedtuneError(
+            "M301",
+            f"model.device = '{name}'",
+            "auto, cpu, or a CUDA device that this machine has, such as cuda:0",
+            "change model.device",
+        )
     return device
 
 
@@ -199,7 +268,9 @@ def prepare_torch(settings: ModelSettings) -> None:
     torch.set_num_threads(threads_for(settings.threads)[0])
     if pick_device(settings.device).type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and nothing here reads such memory
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # costs time and nothing here reads such memory
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -16,8 +16,13 @@ Marked = tuple[list[int], np.ndarray]  # token ids, and for each whether it belo
 
 
 def pair(tokenizer: Any, prompt: str, response: str) -> Marked:
-    """Prompt, response, end of text. The beginning-of-text token is added where the tokenizer adds it itself."""
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    """Prompt, response, end of text. The beginning-of-text token is added where the tokenizer adds it
+    itself."""
+    start = (
+        [tokenizer.bos_token_id]
+        if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        else []
+    )
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     asked = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answered = tokenizer(response, add_special_tokens=False)["input_ids"] + end
@@ -30,7 +35,8 @@ def apart(prompt: str, response: str) -> str:
 
 
 def uses_template(tokenizer: Any, how: str, name: str) -> bool:
-    """Whether a prompt and its response become a conversation: with "auto", if the tokenizer has a chat template. Raises M307."""
+    """Whether a prompt and its response become a conversation: with "auto", if the tokenizer has a chat
+    template. Raises M307."""
     if how == "chat":
         check_template(tokenizer, 'data.template = "chat"', name)
     return how in ("auto", "chat") and bool(tokenizer.chat_template)
@@ -39,27 +45,55 @@ def uses_template(tokenizer: Any, how: str, name: str) -> bool:
 def check_template(tokenizer: Any, what: str, name: str) -> None:
     if not tokenizer.chat_template:
         raise FedtuneError(
-            "M307", f"{what} with {name}, whose tokenizer has no chat template", "a chat template", "use data.prompt and data.response, or a chat model"
+            "M307",
+            f"{what} with {name}, whose tokenizer has no chat template",
+            "a chat template",
+            "use data.prompt and data.response, or a chat model",
         )
 
 
-def conversation(tokenizer: Any, messages: Sequence[Message], number: int, name: str, tools: Sequence[Mapping[str, Any]] = (), day: date = THE_DATE) -> Marked:
-    """Chat messages through the tokenizer's own template; what an assistant turn says, with its end marker, is a response.
+def conversation(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    number: int,
+    name: str,
+    tools: Sequence[Mapping[str, Any]] = (),
+    day: date = THE_DATE,
+) -> Marked:
+    """Chat messages through the tokenizer's own template; what an assistant turn says, with its end marker,
+    is a response.
 
-    Nothing that the template writes by itself in front of it is: no header, no default system turn, no date. A message with weight 0
-    carries no loss. A token counts as response if all its characters do, a blank in front of them aside (" yes" after a header).
-    Raises M307 (no template, or a tokenizer without offsets) and D203 (a row whose turns cannot be found, or with tool calls that the template does not show).
+    Nothing that the template writes by itself in front of it is: no header, no default system turn, no date.
+    A message with weight 0
+    carries no loss. A token counts as response if all its characters do, a blank in front of them aside ("
+    yes" after a header).
+    Raises M307 (no template, or a tokenizer without offsets) and D203 (a row whose turns cannot be found, or
+    with tool calls that the template does not show).
     """
     return marked(tokenizer, messages, number, name, tools, day)[:2]
 
 
 def marked(
-    tokenizer: Any, messages: Sequence[Message], number: int, name: str, tools: Sequence[Mapping[str, Any]] = (), day: date = THE_DATE
+    tokenizer: Any,
+    messages: Sequence[Message],
+    number: int,
+    name: str,
+    tools: Sequence[Mapping[str, Any]] = (),
+    day: date = THE_DATE,
 ) -> tuple[list[int], np.ndarray, set[str]]:
     """What `conversation` gives, and the keys of messages that the template does not show."""
     check_template(tokenizer, "chat messages", name)
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
-        raise FedtuneError("D203", f"row {number} whose messages are not a list of {{role, content}}", "chat messages", "correct data.messages or the row")
+    if (
+        not isinstance(messages, Sequence)
+        or isinstance(messages, str)
+        or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages)
+    ):
+        raise FedtuneError(
+            "D203",
+            f"row {number} whose messages are not a list of {{role, content}}",
+            "chat messages",
+            "correct data.messages or the row",
+        )
     if not getattr(tokenizer, "is_fast", False):
         raise FedtuneError(
             "M307",
@@ -68,33 +102,51 @@ def marked(
             "use another model",
         )
     if not messages:
-        raise FedtuneError("D203", f"row {number} without messages", "one or more", "correct or remove the row")
+        raise FedtuneError(
+            "D203", f"row {number} without messages", "one or more", "correct or remove the row"
+        )
     talk, whole = ready(Talk(tokenizer, messages, tools, number, name, day))
     mark = "said"
     while mark in whole or mark in str(messages) or mark in str(tools):
         mark += "x7"  # a word that is nowhere in the row
-    lost = unshown(talk, whole, mark) if tools or any(m.keys() > {"role", "content"} for m in messages) else set()
+    lost = (
+        unshown(talk, whole, mark)
+        if tools or any(m.keys() > {"role", "content"} for m in messages)
+        else set()
+    )
     spans: list[tuple[int, int]] = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant" and says(message) and weighs(message, number):
             spans.append(span(talk, turn, whole, spans[-1][1] if spans else 0, mark))
     coded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    return coded["input_ids"], np.asarray([within(whole, first, last, spans) for first, last in coded["offset_mapping"]], bool), lost
+    return (
+        coded["input_ids"],
+        np.asarray([within(whole, first, last, spans) for first, last in coded["offset_mapping"]], bool),
+        lost,
+    )
 
 
 def says(message: Message) -> bool:
-    return bool((message["content"] or "").strip() or message.get("tool_calls") or message.get("reasoning_content"))
+    return bool(
+        (message["content"] or "").strip() or message.get("tool_calls") or message.get("reasoning_content")
+    )
 
 
 def weighs(message: Message, number: int) -> bool:
     """Whether a message carries loss: OpenAI's `weight`, 0 or 1. Raises D203."""
     if message.get("weight", 1) not in (0, 1):
-        raise FedtuneError("D203", f"row {number} with a message of weight {message['weight']}", "0 or 1", "correct or remove the weight")
+        raise FedtuneError(
+            "D203",
+            f"row {number} with a message of weight {message['weight']}",
+            "0 or 1",
+            "correct or remove the weight",
+        )
     return bool(message.get("weight", 1))
 
 
 def within(whole: str, first: int, last: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token at these characters lies in a span; blanks at its ends may lie outside, where it has more than blanks."""
+    """Whether a token at these characters lies in a span; blanks at its ends may lie outside, where it has
+    more than blanks."""
     text = whole[first:last]
     inner = text.strip()
     if inner:
@@ -104,10 +156,13 @@ def within(whole: str, first: int, last: int, spans: Sequence[tuple[int, int]]) 
 
 
 def span(talk: Talk, turn: int, whole: str, floor: int, mark: str) -> tuple[int, int]:
-    """Characters (first, past the last) of what an assistant turn says, with its end marker, in the whole text. Raises D203.
+    """Characters (first, past the last) of what an assistant turn says, with its end marker, in the whole
+    text. Raises D203.
 
-    Found by rendering the conversation once more with other words in this turn: where the two texts differ, the turn speaks. From there
-    to the left it reaches to the header that asks for an answer, if that stands there (between them is what a model has to write itself, such as
+    Found by rendering the conversation once more with other words in this turn: where the two texts differ,
+    the turn speaks. From there
+    to the left it reaches to the header that asks for an answer, if that stands there (between them is what a
+    model has to write itself, such as
     "<think>"); to the right it takes in what the template writes after the last turn's words.
     """
     spoken = exchanged(talk.messages, turn, replaced(talk.messages[turn], mark))
@@ -122,13 +177,17 @@ def span(talk: Talk, turn: int, whole: str, floor: int, mark: str) -> tuple[int,
         raise lost_turn(talk, turn)
     ended = talk.attempt(spoken[: turn + 1]) if turn + 1 < len(spoken) else other
     tail = behind(ended, mark)
-    if ended and tail is not None and ended.count(mark) < other.count(mark):  # a later turn repeats this one's words, such as a tool's name
+    if (
+        ended and tail is not None and ended.count(mark) < other.count(mark)
+    ):  # a later turn repeats this one's words, such as a tool's name
         upto = talk.attempt(talk.messages[: turn + 1]) or ""
         if len(upto) <= start or not whole.startswith(upto):
             raise lost_turn(talk, turn)
         stop, after = len(upto) - alike(upto[start:][::-1], tail[::-1]), tail + whole[len(upto) :]
     first = header_end(talk, turn, whole, earlier, floor, start)
-    return first, max(stop, len(whole) - len(after) + len(end_marker(talk, tail, after, mark)))  # the texts are alike from there on
+    return first, max(
+        stop, len(whole) - len(after) + len(end_marker(talk, tail, after, mark))
+    )  # the texts are alike from there on
 
 
 def behind(text: str | None, mark: str) -> str | None:
@@ -147,7 +206,8 @@ def replaced(message: Message, mark: str) -> dict[str, Any]:
 
 
 def header_end(talk: Talk, turn: int, whole: str, earlier: str, floor: int, start: int) -> int:
-    """Where an answer begins: behind its header, or as much of that as stands before `start`; else at `start`.
+    """Where an answer begins: behind its header, or as much of that as stands before `start`; else at
+    `start`.
 
     A header may open a reasoning ("<think>") that this turn does not have.
     """
@@ -167,12 +227,22 @@ def header_end(talk: Talk, turn: int, whole: str, earlier: str, floor: int, star
 
 
 def end_marker(talk: Talk, tail: str | None, rest: str, mark: str) -> str:
-    """What ends a turn: `tail` is what the template writes after a last turn (None: it cannot be had), `rest` what stands there in the conversation.
+    """What ends a turn: `tail` is what the template writes after a last turn (None: it cannot be had), `rest`
+    what stands there in the conversation.
 
-    A template that opens the next turn without being asked writes more than an end: text after a special token is not part of it. Some end the last
+    A template that opens the next turn without being asked writes more than an end: text after a special
+    token is not part of it. Some end the last
     turn with a token of its own, and the others as they end a question.
     """
-    special = sorted((token.content for token in talk.tokenizer.added_tokens_decoder.values() if token.special and token.content), key=len, reverse=True)
+    special = sorted(
+        (
+            token.content
+            for token in talk.tokenizer.added_tokens_decoder.values()
+            if token.special and token.content
+        ),
+        key=len,
+        reverse=True,
+    )
     known = "|".join(re.escape(token) for token in special) or "(?!)"
     if tail is None:
         at_once = re.match(rf"\W*?({known})\s*", rest)

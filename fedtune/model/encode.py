@@ -28,7 +28,8 @@ Row = Mapping[str, Any]
 class Encoded:
     """A client's examples.
 
-    examples   dicts of arrays; input_ids (and labels, for language models) are int32, images uint8 (channels, height, width)
+    examples   dicts of arrays; input_ids (and labels, for language models) are int32, images uint8 (channels,
+               height, width)
     tokens     tokens that carry loss (language models), all tokens (classify), images (image-classify)
     truncated  rows cut to max_length
     dropped    rows left out because their whole response was cut
@@ -65,19 +66,29 @@ def encode(
     system: str = "",
     day: date = THE_DATE,
 ) -> Encoded:
-    """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages, tools}, {image, label}. Settings as in [data].
+    """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages, tools},
+    {image, label}. Settings as in [data].
 
     Language models: leave `stride` at 0 for what is scored, so that every token counts once.
-    Raises D203 (row unreadable), D206 (unknown label), D207 (too long), C104 (no separator token), M307 (no chat template); rows are counted from 1.
+    Raises D203 (row unreadable), D206 (unknown label), D207 (too long), C104 (no separator token), M307 (no
+    chat template); rows are counted from 1.
     """
     check_length(base, max_length)
     truncated = dropped = 0
     unshown: Counter[str] = Counter()
     if base.task == "image-classify":
         examples = [
-            {"pixels": pixels.resized(cell(row, n, "image"), base.tokenizer, n), "labels": class_of(row, n, base.labels)} for n, row in enumerate(rows, 1)
+            {
+                "pixels": pixels.resized(cell(row, n, "image"), base.tokenizer, n),
+                "labels": class_of(row, n, base.labels),
+            }
+            for n, row in enumerate(rows, 1)
         ]
-        return Encoded(examples, lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer), len(examples))
+        return Encoded(
+            examples,
+            lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer),
+            len(examples),
+        )
     if base.task == "classify":
         examples, truncated = encode_classify(rows, base, max_length, overlong)
         tokens = sum(len(e["input_ids"]) for e in examples)
@@ -90,17 +101,29 @@ def encode(
         tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
     refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
     pad, side = base.tokenizer.pad_token_id, base.pad_side
-    return Encoded(examples, lambda indices: collate_text([examples[i] for i in indices], pad, side), tokens, truncated, dropped, dict(unshown))
+    return Encoded(
+        examples,
+        lambda indices: collate_text([examples[i] for i in indices], pad, side),
+        tokens,
+        truncated,
+        dropped,
+        dict(unshown),
+    )
 
 
 def check_length(base: Base, max_length: int) -> None:
     """Raises D207 for texts that would be longer than the model's context."""
     if base.context is not None and max_length > base.context:
-        found, expected = f"data.max_length = {max_length} with {base.name}", f"at most the model's context of {base.context} tokens"
+        found, expected = (
+            f"data.max_length = {max_length} with {base.name}",
+            f"at most the model's context of {base.context} tokens",
+        )
         raise FedtuneError("D207", found, expected, "lower data.max_length")
 
 
-def encode_classify(rows: Sequence[Row], base: Base, max_length: int, overlong: str) -> tuple[list[Example], int]:
+def encode_classify(
+    rows: Sequence[Row], base: Base, max_length: int, overlong: str
+) -> tuple[list[Example], int]:
     """Texts with the tokenizer's special tokens; a text that is cut keeps its last special token."""
     classes = [class_of(row, number, base.labels) for number, row in enumerate(rows, 1)]
     texts = [str(cell(row, number, "text")) for number, row in enumerate(rows, 1)]
@@ -108,14 +131,21 @@ def encode_classify(rows: Sequence[Row], base: Base, max_length: int, overlong: 
     long = [number for number, line in enumerate(ids) if len(line) > max_length]
     if long:
         refuse_overlong(overlong, long[0] + 1, len(ids[long[0]]), max_length)
-        cut = base.tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)["input_ids"]
+        cut = base.tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)[
+            "input_ids"
+        ]
         for number, line in zip(long, cut, strict=True):
             ids[number] = line
-    return [{"input_ids": np.asarray(line, np.int32), "labels": c} for line, c in zip(ids, classes, strict=True)], len(long)
+    return [
+        {"input_ids": np.asarray(line, np.int32), "labels": c} for line, c in zip(ids, classes, strict=True)
+    ], len(long)
 
 
-def encode_stream(rows: Sequence[Row], base: Base, max_length: int, stride: int, separator: str) -> list[Example]:
-    """All rows as one stream of tokens, in blocks of max_length that start every `stride` tokens; the last block may be shorter."""
+def encode_stream(
+    rows: Sequence[Row], base: Base, max_length: int, stride: int, separator: str
+) -> list[Example]:
+    """All rows as one stream of tokens, in blocks of max_length that start every `stride` tokens; the last
+    block may be shorter."""
     end = []
     if separator == "eos":
         if base.tokenizer.eos_token_id is None:
@@ -142,7 +172,8 @@ def encode_stream(rows: Sequence[Row], base: Base, max_length: int, stride: int,
 def encode_instruct(
     rows: Sequence[Row], base: Base, max_length: int, overlong: str, talks: Callable[[Row, int], chat.Marked]
 ) -> tuple[list[Example], int, int]:
-    """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out and counted."""
+    """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out
+    and counted."""
     examples, truncated, dropped = [], 0, 0
     for number, row in enumerate(rows, 1):
         ids, answered = talks(row, number)
@@ -157,8 +188,11 @@ def encode_instruct(
     return examples, truncated, dropped
 
 
-def talk(row: Row, number: int, base: Base, template: str, system: str, day: date, unshown: Counter[str]) -> chat.Marked:
-    """One row as a conversation, or as prompt and response; counts the keys of messages that the chat template does not show."""
+def talk(
+    row: Row, number: int, base: Base, template: str, system: str, day: date, unshown: Counter[str]
+) -> chat.Marked:
+    """One row as a conversation, or as prompt and response; counts the keys of messages that the chat
+    template does not show."""
     if "messages" in row:
         messages, tools = cell(row, number, "messages"), row.get("tools") or ()
     else:
@@ -166,9 +200,19 @@ def talk(row: Row, number: int, base: Base, template: str, system: str, day: dat
         if not chat.uses_template(base.tokenizer, template, base.name):
             if system:
                 chat.check_template(base.tokenizer, "data.system", base.name)
-            return chat.pair(base.tokenizer, chat.apart(prompt, response) if template == "auto" else prompt, response)
-        messages, tools = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], ()
-    if system and not (isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system"):
+            return chat.pair(
+                base.tokenizer, chat.apart(prompt, response) if template == "auto" else prompt, response
+            )
+        messages, tools = (
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+            (),
+        )
+    if system and not (
+        isinstance(messages, Sequence)
+        and messages
+        and isinstance(messages[0], Mapping)
+        and messages[0].get("role") == "system"
+    ):
         messages = [{"role": "system", "content": system}, *messages]
     ids, answered, lost = chat.marked(base.tokenizer, messages, number, base.name, tools, day)
     unshown.update(lost)
@@ -176,7 +220,8 @@ def talk(row: Row, number: int, base: Base, template: str, system: str, day: dat
 
 
 def collate_text(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Padded on one side: input_ids, attention_mask (examples, tokens); labels (examples,) or (examples, tokens)."""
+    """Padded on one side: input_ids, attention_mask (examples, tokens); labels (examples,) or (examples,
+    tokens)."""
     width = max(len(e["input_ids"]) for e in examples)
     ids = np.full((len(examples), width), pad, np.int64)
     mask = np.zeros((len(examples), width), np.int64)
@@ -189,13 +234,22 @@ def collate_text(examples: Sequence[Example], pad: int, side: str = "right") -> 
             labels[row, place] = example["labels"]
     if examples[0]["labels"].ndim == 0:
         labels = np.asarray([e["labels"] for e in examples], np.int64)
-    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask),
+        "labels": torch.from_numpy(labels),
+    }
 
 
 def cell(row: Row, number: int, column: str) -> Any:
     """One cell. Raises D203 where there is none."""
     if row.get(column) is None:
-        raise FedtuneError("D203", f"row {number} without a value for '{column}'", "one in every row", "fill or remove the row")
+        raise FedtuneError(
+            "D203",
+            f"row {number} without a value for '{column}'",
+            "one in every row",
+            "fill or remove the row",
+        )
     return row[column]
 
 
@@ -204,7 +258,12 @@ def class_of(row: Row, number: int, labels: Sequence[str]) -> np.ndarray:
     value = str(cell(row, number, "label"))
     if value not in labels:
         some = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
-        raise FedtuneError("D206", f"the label '{value}' in row {number}", f"one of {some}", "add it to data.labels or correct the row")
+        raise FedtuneError(
+            "D206",
+            f"the label '{value}' in row {number}",
+            f"one of {some}",
+            "add it to data.labels or correct the row",
+        )
     return np.asarray(labels.index(value))
 
 

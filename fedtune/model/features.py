@@ -1,4 +1,5 @@
-"""What a task head reads of a client's rows, summed by class: what a head can start from before any training."""
+"""What a task head reads of a client's rows, summed by class: what a head can start from before any
+training."""
 
 from __future__ import annotations
 
@@ -10,27 +11,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
 from fedtune.model.loss import autocast, inputs_of
+from fedtune.model.tunable import TunableModel
 
 BATCH = 32  # rows in a forward pass
 Each = Callable[[torch.Tensor], None]  # told a batch's labels after its forward pass
 Through = Callable[[Iterable[dict[str, Any]], Each], None]  # runs batches through a network
 
 
-def class_sums(bench: Bench, data: Encoded, moments: bool = False, through: Through | None = None) -> dict[str, np.ndarray]:
-    """Means over the rows: `shares` (C,) of the classes, `norm` (1,) of a feature, `sums` (C, d) of unit features by class, and with `moments`
+def class_sums(
+    tunable: TunableModel, data: Encoded, moments: bool = False, through: Through | None = None
+) -> dict[str, np.ndarray]:
+    """Means over the rows: `shares` (C,) of the classes, `norm` (1,) of a feature, `sums` (C, d) of unit
+    features by class, and with `moments`
     (d, d) their second moments. float64; times the number of rows they can be added up.
 
-    A feature is what the head's last matrix is multiplied with. `through` runs the batches where the network is not in one piece. Raises D205
+    A feature is what the head's last matrix is multiplied with. `through` runs the batches where the network
+    is not in one piece. Raises D205
     without rows.
     """
-    classes, width = bench.named[bench.head].shape
+    classes, width = tunable.named[tunable.head].shape
     sums, shares, norm = np.zeros((classes, width)), np.zeros(classes), np.zeros(1)
     second = np.zeros((width, width))
-    with watching(bench) as seen, forward_only(bench, data), autocast(bench, "off"):
+    with watching(tunable) as seen, forward_only(tunable, data), autocast(tunable, "off"):
 
         def each(labels: torch.Tensor) -> None:
             features = torch.cat(seen).double().cpu().numpy()
@@ -43,30 +48,38 @@ def class_sums(bench: Bench, data: Encoded, moments: bool = False, through: Thro
             if moments:
                 second[:] += unit.T @ unit
 
-        batches = (data.collate(range(start, min(start + BATCH, len(data)))) for start in range(0, len(data), BATCH))
-        (through or through_net(bench))(batches, each)
+        batches = (
+            data.collate(range(start, min(start + BATCH, len(data)))) for start in range(0, len(data), BATCH)
+        )
+        (through or through_net(tunable))(batches, each)
     means = {"norm": norm, "shares": shares, "sums": sums} | ({"moments": second} if moments else {})
     return {name: value / len(data) for name, value in means.items()}
 
 
-def through_net(bench: Bench) -> Through:
-    """The bench's own network."""
+def through_net(tunable: TunableModel) -> Through:
+    """The tunable model's own network."""
 
     def run(batches: Iterable[dict[str, Any]], each: Each) -> None:
         for batch in batches:
-            arguments, labels = inputs_of(bench, batch)
-            bench.net(**arguments)
+            arguments, labels = inputs_of(tunable, batch)
+            tunable.net(**arguments)
             each(labels)
 
     return run
 
 
 @contextmanager
-def watching(bench: Bench) -> Iterator[list[torch.Tensor]]:
+def watching(tunable: TunableModel) -> Iterator[list[torch.Tensor]]:
     """What the head's last matrix is given in the forward passes meanwhile, (B, d) each."""
-    weight, seen = bench.named[bench.head], list[torch.Tensor]()
-    module = next(module for module in bench.base.net.modules() if isinstance(module, nn.Linear) and module.weight is weight)
-    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, -2)))
+    weight, seen = tunable.named[tunable.head], list[torch.Tensor]()
+    module = next(
+        module
+        for module in tunable.base.net.modules()
+        if isinstance(module, nn.Linear) and module.weight is weight
+    )
+    handle = module.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach().flatten(0, -2))
+    )
     try:
         yield seen
     finally:

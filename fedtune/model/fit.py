@@ -1,4 +1,5 @@
-"""A client's local loop: seeded batches, one optimiser made anew, and nothing left behind but the trained tensors."""
+"""A client's local loop: seeded batches, one optimiser made anew, and nothing left behind but the trained
+tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +19,17 @@ from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
 from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
-from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
 from fedtune.model.settings import TrainSettings
+from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """loss: mean over the steps of each step's mean loss, without the proximal term; tokens and examples count what was trained on."""
+    """loss: mean over the steps of each step's mean loss, without the proximal term; tokens and examples
+    count what was trained on."""
 
     loss: float
     steps: int
@@ -36,12 +38,13 @@ class FitReport:
     seconds: float
 
 
-# examples of each micro-batch of a step, their batches, terms of the loss -> the step's loss; gradients are added to `.grad`
+# examples of each micro-batch of a step, their batches, terms of the loss -> the step's loss; gradients are
+# added to `.grad`
 Backward = Callable[[Sequence[Sequence[int]], Sequence[dict[str, torch.Tensor]], int], float]
 
 
 def fit(
-    bench: Bench,
+    tunable: TunableModel,
     encoded: Encoded,
     settings: TrainSettings,
     seed: int,
@@ -49,35 +52,42 @@ def fit(
     backward: Backward | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> FitReport:
-    """Train the bench's tensors on the client's examples. `progress` = (rounds done, rounds) places the learning-rate schedule.
+    """Train the tunable model's tensors on the client's examples. `progress` = (rounds done, rounds) places
+    the learning-rate schedule.
 
-    `backward` computes a step's loss and gradients where the network is not run here; `rates` are learning rates of single tensors by name.
-    A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the step, so that accumulation equals
-    one big batch; where the device's memory is too small for a micro-batch, it is halved and the step done again.
-    Raises ClientFailed W607 where the loss is not finite, M309 where not even one example fits, D205 without examples.
+    `backward` computes a step's loss and gradients where the network is not run here; `rates` are learning
+    rates of single tensors by name.
+    A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the
+    step, so that accumulation equals
+    one big batch; where the device's memory is too small for a micro-batch, it is halved and the step done
+    again.
+    Raises ClientFailed W607 where the loss is not finite, M309 where not even one example fits, D205 without
+    examples.
     """
-    bench.check_live()
+    tunable.check_live()
     if not len(encoded):
-        raise FedtuneError("D205", "a client without training examples", "at least one", "give it rows or leave it out")
-    check_room(bench, encoded)
+        raise FedtuneError(
+            "D205", "a client without training examples", "at least one", "give it rows or leave it out"
+        )
+    check_room(tunable, encoded)
     began = time.perf_counter()
-    parameters = bench.parameters()
+    parameters = tunable.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
-    optimizer = make_optimizer(bench, settings, rates or {})
+    optimizer = make_optimizer(tunable, settings, rates or {})
     plan = list(step_batches(len(encoded), settings, seed))
     loss_sum, examples, tokens, most = 0.0, 0, 0, settings.batch
-    with training(bench, settings, seed):
+    with training(tunable, settings, seed):
         for number, micro in enumerate(plan):
             factor = schedule_factor(settings, progress, number, len(plan))
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["full_lr"]
             batches = [encoded.collate(indices) for indices in micro]
-            terms = sum(carries(bench.base.task, batch) for batch in batches)
+            terms = sum(carries(tunable.base.task, batch) for batch in batches)
             optimizer.zero_grad(set_to_none=True)
             if backward:
                 loss = backward(micro, batches, terms)
             else:
-                loss, most = in_memory(bench, encoded, micro, batches, terms, settings.autocast, most)
+                loss, most = in_memory(tunable, encoded, micro, batches, terms, settings.autocast, most)
             if not math.isfinite(loss):
                 raise ClientFailed(
                     "W607",
@@ -85,64 +95,91 @@ def fit(
                     "a finite number",
                     "lower method.train.lr, set method.train.clip, or look at this client's data",
                 )
-            for value, start in zip(parameters, origin, strict=False):  # FedProx: the gradient of mu/2 ||w - w_round||^2; no origin, no term
+            for value, start in zip(
+                parameters, origin, strict=False
+            ):  # FedProx: the gradient of mu/2 ||w - w_round||^2; no origin, no term
                 pull = (value.detach() - start).mul_(settings.prox)
                 value.grad = pull if value.grad is None else value.grad.add_(pull)
             if settings.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            loss_sum, examples, tokens = loss_sum + loss, examples + sum(map(len, micro)), tokens + sum(map(tokens_in, batches))
+            loss_sum, examples, tokens = (
+                loss_sum + loss,
+                examples + sum(map(len, micro)),
+                tokens + sum(map(tokens_in, batches)),
+            )
     return FitReport(loss_sum / max(len(plan), 1), len(plan), examples, tokens, time.perf_counter() - began)
 
 
 def in_memory(
-    bench: Bench, encoded: Encoded, micro: Sequence[Sequence[int]], batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str, most: int
+    tunable: TunableModel,
+    encoded: Encoded,
+    micro: Sequence[Sequence[int]],
+    batches: Sequence[dict[str, torch.Tensor]],
+    terms: int,
+    mixed: str,
+    most: int,
 ) -> tuple[float, int]:
-    """A step's loss with micro-batches of at most `most` examples, or half as many as often as memory is too small; and what was enough."""
+    """A step's loss with micro-batches of at most `most` examples, or half as many as often as memory is too
+    small; and what was enough."""
     while True:
         pieces = [part[start : start + most] for part in micro for start in range(0, len(part), most)]
         try:
-            return here(bench, batches if len(pieces) == len(micro) else [encoded.collate(piece) for piece in pieces], terms, mixed), most
+            return here(
+                tunable,
+                batches if len(pieces) == len(micro) else [encoded.collate(piece) for piece in pieces],
+                terms,
+                mixed,
+            ), most
         except torch.OutOfMemoryError as error:
             largest = max(map(len, pieces))
             if largest == 1:
                 raise ClientFailed(
                     "M309",
-                    sentence=f"a single example does not fit in the memory of {bench.base.device}",
+                    sentence=f"a single example does not fit in the memory of {tunable.base.device}",
                     do="lower data.max_length, set method.train.checkpointing, or use a larger device",
                 ) from error
             most = (largest + 1) // 2
-        for value in bench.parameters():  # what the failed try has added
+        for value in tunable.parameters():  # what the failed try has added
             value.grad = None
-        if bench.base.device.type == "cuda":
+        if tunable.base.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def here(bench: Bench, batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str) -> float:
-    """A step's loss and gradients by the bench's own network."""
+def here(tunable: TunableModel, batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str) -> float:
+    """A step's loss and gradients by the tunable model's own network."""
     loss = 0.0
     for batch in batches:
-        with autocast(bench, mixed):
-            part = summed_loss(bench, batch)[0] / terms
+        with autocast(tunable, mixed):
+            part = summed_loss(tunable, batch)[0] / terms
         part.backward()
         loss += part.item()
     return loss
 
 
-def make_optimizer(bench: Bench, s: TrainSettings, rates: Mapping[str, float]) -> torch.optim.Optimizer:
-    """AdamW or SGD; the task head, and tensors in `rates`, are groups of their own where they have their own rate."""
-    head = {name for name in bench.named if s.head_lr and in_head(bench.base, plain(name))}
-    rest = bench.named.keys() - head - rates.keys()
-    parts = [(s.lr, [v for n, v in bench.named.items() if n in rest]), (s.head_lr, [v for n, v in bench.named.items() if n in head])]
-    parts += [(rate, [bench.named[name]]) for name, rate in rates.items()]
-    groups: list[dict[str, Any]] = [{"params": values, "lr": rate, "full_lr": rate} for rate, values in parts if values]
+def make_optimizer(
+    tunable: TunableModel, s: TrainSettings, rates: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """AdamW or SGD; the task head, and tensors in `rates`, are groups of their own where they have their own
+    rate."""
+    head = {name for name in tunable.named if s.head_lr and in_head(tunable.base, plain(name))}
+    rest = tunable.named.keys() - head - rates.keys()
+    parts = [
+        (s.lr, [v for n, v in tunable.named.items() if n in rest]),
+        (s.head_lr, [v for n, v in tunable.named.items() if n in head]),
+    ]
+    parts += [(rate, [tunable.named[name]]) for name, rate in rates.items()]
+    groups: list[dict[str, Any]] = [
+        {"params": values, "lr": rate, "full_lr": rate} for rate, values in parts if values
+    ]
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=s.weight_decay)
     return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
 
 
 def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[Sequence[int]]]:
-    """Per optimiser step, its micro-batches of example numbers: every epoch is one permutation, its last batch may be smaller.
+    """Per optimiser step, its micro-batches of example numbers: every epoch is one permutation, its last
+    batch may be smaller.
 
     Steps may wrap over epochs; a client with fewer examples than a batch uses all it has.
     """
@@ -166,7 +203,8 @@ def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[S
 
 
 def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, steps: int) -> float:
-    """What the learning rate is multiplied by. Counted in shares of the run, since clients may take different numbers of steps."""
+    """What the learning rate is multiplied by. Counted in shares of the run, since clients may take different
+    numbers of steps."""
     done, rounds = progress
     now, after = (done + step / steps) / rounds, (done + (step + 1) / steps) / rounds
     if now < s.warmup:
@@ -176,30 +214,37 @@ def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, step
 
 
 @contextmanager
-def training(bench: Bench, settings: TrainSettings, seed: int) -> Iterator[None]:
-    """Train mode with seeded dropout and, if asked, recomputation (which transformers does in train mode only); eval mode afterwards."""
-    device, net = bench.base.device, bench.base.net
-    if settings.checkpointing and (bench.in_cache or not net.supports_gradient_checkpointing):
-        found = f"method.train.checkpointing with kind '{bench.kind}' on a {type(net).__name__}"
-        raise FedtuneError("M306", found, "a model that can recompute, and no prefixes (they are a cache)", "turn method.train.checkpointing off")
+def training(tunable: TunableModel, settings: TrainSettings, seed: int) -> Iterator[None]:
+    """Train mode with seeded dropout and, if asked, recomputation (which transformers does in train mode
+    only); eval mode afterwards."""
+    device, net = tunable.base.device, tunable.base.net
+    if settings.checkpointing and (tunable.in_cache or not net.supports_gradient_checkpointing):
+        found = f"method.train.checkpointing with kind '{tunable.kind}' on a {type(net).__name__}"
+        raise FedtuneError(
+            "M306",
+            found,
+            "a model that can recompute, and no prefixes (they are a cache)",
+            "turn method.train.checkpointing off",
+        )
     with own_draws(seed_of("dropout", seed), [device] if device.type == "cuda" else []):
-        bench.net.train()
-        freeze_statistics(bench.base.net)
+        tunable.net.train()
+        freeze_statistics(tunable.base.net)
         if settings.checkpointing:
             recompute(net, True)
         try:
-            with unchanged(bench.base.net):
+            with unchanged(tunable.base.net):
                 yield
         finally:
             if settings.checkpointing:
                 recompute(net, False)
-            bench.net.eval()
-            for value in bench.parameters():
+            tunable.net.eval()
+            for value in tunable.parameters():
                 value.grad = None
 
 
 def recompute(net: Any, on: bool) -> None:
-    """Switch recomputation of activations. The name is deprecated since transformers 5.2x, but all of 5 has it."""
+    """Switch recomputation of activations. The name is deprecated since transformers 5.2x, but all of 5 has
+    it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         if on:

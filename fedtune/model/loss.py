@@ -1,4 +1,5 @@
-"""The forward pass that training and scoring share: logits, and the summed cross entropy over what carries loss."""
+"""The forward pass that training and scoring share: logits, and the summed cross entropy over what carries
+loss."""
 
 from __future__ import annotations
 
@@ -9,31 +10,41 @@ from torch.nn.functional import cross_entropy
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
-from fedtune.model.bench import Bench
 from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded
+from fedtune.model.tunable import TunableModel
 
 
-def inputs_of(bench: Bench, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
-    """The network's arguments on its device, and the labels, which stay out of it: each model would normalise its loss its own way."""
-    moved = {name: value.to(bench.base.device, non_blocking=True) for name, value in batch.items()}
+def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
+    """The network's arguments on its device, and the labels, which stay out of it: each model would normalise
+    its loss its own way."""
+    moved = {name: value.to(tunable.base.device, non_blocking=True) for name, value in batch.items()}
     labels = moved.pop("labels")
-    if bench.base.task != "image-classify" and not is_encoder(bench.base) and not bench.in_cache:
-        return moved | {"use_cache": False}, labels  # a cache is of no use here and costs memory; prefixes are one
+    if tunable.base.task != "image-classify" and not is_encoder(tunable.base) and not tunable.in_cache:
+        return moved | {
+            "use_cache": False
+        }, labels  # a cache is of no use here and costs memory; prefixes are one
     return moved, labels
 
 
-def summed_loss(bench: Bench, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def summed_loss(
+    tunable: TunableModel, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum of the cross entropy in float32, logits, aligned labels).
 
-    Language models: logits (examples, tokens - 1, vocabulary) predict labels (examples, tokens - 1). Virtual tokens in front of the logits
+    Language models: logits (examples, tokens - 1, vocabulary) predict labels (examples, tokens - 1). Virtual
+    tokens in front of the logits
     (peft's prompts) are cut off.
     """
-    arguments, labels = inputs_of(bench, batch)
-    logits = bench.net(**arguments).logits
-    if bench.base.task in LM_TASKS:
+    arguments, labels = inputs_of(tunable, batch)
+    logits = tunable.net(**arguments).logits
+    if tunable.base.task in LM_TASKS:
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
-    return cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"), logits, labels
+    return (
+        cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"),
+        logits,
+        labels,
+    )
 
 
 def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
@@ -42,16 +53,25 @@ def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
     return int((labels[:, 1:] != -100).sum()) if task in LM_TASKS else len(labels)
 
 
-def check_room(bench: Bench, encoded: Encoded) -> None:
-    """Virtual tokens take places of the context, except behind an encoder's embeddings, which have no positions. Raises D207."""
-    base, s = bench.base, bench.settings
-    if s is None or base.context is None or not s.virtual_tokens or ("prompts" in bench.named and is_encoder(base)):
+def check_room(tunable: TunableModel, encoded: Encoded) -> None:
+    """Virtual tokens take places of the context, except behind an encoder's embeddings, which have no
+    positions. Raises D207."""
+    base, s = tunable.base, tunable.settings
+    if (
+        s is None
+        or base.context is None
+        or not s.virtual_tokens
+        or ("prompts" in tunable.named and is_encoder(base))
+    ):
         return
     longest = max(encoded.length(i) for i in range(len(encoded)))
     if longest + s.virtual_tokens > base.context:
         found = f"{longest} tokens and {s.virtual_tokens} virtual ones (method.adapter.tokens)"
         raise FedtuneError(
-            "D207", found, f"at most the model's context of {base.context} tokens", f"set data.max_length to {base.context - s.virtual_tokens} or less"
+            "D207",
+            found,
+            f"at most the model's context of {base.context} tokens",
+            f"set data.max_length to {base.context - s.virtual_tokens} or less",
         )
 
 
@@ -62,11 +82,14 @@ def tokens_in(batch: dict[str, torch.Tensor]) -> int:
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["labels"])
 
 
-def autocast(bench: Bench, wanted: str) -> torch.autocast:
-    """Mixed precision: as asked, as CUDA has it, or because the base itself is stored in half precision (trained tensors never are)."""
-    stored = next(iter(bench.base.weights.values())).dtype
-    device = bench.base.device.type
+def autocast(tunable: TunableModel, wanted: str) -> torch.autocast:
+    """Mixed precision: as asked, as CUDA has it, or because the base itself is stored in half precision
+    (trained tensors never are)."""
+    stored = next(iter(tunable.base.weights.values())).dtype
+    device = tunable.base.device.type
     if stored in (torch.bfloat16, torch.float16):
         return torch.autocast(device, stored)
-    fits = wanted == "bfloat16" or (wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    fits = wanted == "bfloat16" or (
+        wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return torch.autocast(device, torch.bfloat16, enabled=fits)

@@ -1,7 +1,10 @@
-"""Whether adapters were made for one base: by fingerprint, by name, or by the weights that two names lead to on this machine.
+"""Whether adapters were made for one base: by fingerprint, by name, or by the weights that two names lead to
+on this machine.
 
-peft writes into an adapter where its trainer had the base, so that adapters of one base come with a hub name, a colleague's path and a
-copy's path. `--base` says which base is meant; then shapes, and fingerprints where an adapter has one, are checked against it.
+peft writes into an adapter where its trainer had the base, so that adapters of one base come with a hub name,
+a colleague's path and a
+copy's path. `--base` says which base is meant; then shapes, and fingerprints where an adapter has one, are
+checked against it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from safetensors import safe_open
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import locate
 from fedtune.model.base import load
-from fedtune.model.experts import BIAS, EMBEDDING, PREFIX, Expert
+from fedtune.model.lora_files import BIAS, EMBEDDING, PREFIX, Expert
 from fedtune.model.settings import ModelSettings
 from fedtune.model.union import vocabulary_of
 
@@ -32,7 +35,9 @@ TASKS = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
 }
 ANY = (transformers.AutoModel, transformers.AutoModelForImageClassification)
-OF_A_COPY = frozenset({"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"})  # no part of what a model is
+OF_A_COPY = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+)  # no part of what a model is
 MISMATCH = "merge adapters of one base; if these names mean the same weights, say so with --base MODEL"
 
 
@@ -48,7 +53,8 @@ class BaseName:
         return f"{self.name} {self.revision}".strip()
 
     def folder(self) -> Path | None:
-        """Where it lies on this machine: a folder, an installed package's, or the hub's cache. None where it does not. No network."""
+        """Where it lies on this machine: a folder, an installed package's, or the hub's cache. None where it
+        does not. No network."""
         try:
             place = self.home / Path(locate(self.name)).expanduser()
         except FedtuneError:
@@ -69,7 +75,8 @@ def named(expert: Expert, home: Path) -> BaseName:
 
 
 def check_same(experts: Sequence[Expert], home: Path) -> list[str]:
-    """Raises M304 for adapters of different bases. What is to be said: that two names lead to the same weights."""
+    """Raises M304 for adapters of different bases. What is to be said: that two names lead to the same
+    weights."""
     said = list[str]()
     first, one = experts[0], named(experts[0], home)
     for other in experts[1:]:
@@ -92,11 +99,14 @@ def check_same(experts: Sequence[Expert], home: Path) -> list[str]:
 
 
 def other_base(first: Expert, other: Expert, one: str, two: str) -> FedtuneError:
-    return FedtuneError("M304", f"base model {two[:120]} of '{other.path}'", f"{one[:120]}, that of '{first.path}'", MISMATCH)
+    return FedtuneError(
+        "M304", f"base model {two[:120]} of '{other.path}'", f"{one[:120]}, that of '{first.path}'", MISMATCH
+    )
 
 
 def same_weights(one: Path, two: Path) -> bool:
-    """Whether two folders hold the same model: what the configurations say of it, and every tensor, however they are cut into files."""
+    """Whether two folders hold the same model: what the configurations say of it, and every tensor, however
+    they are cut into files."""
     if one.resolve() == two.resolve():
         return True
     try:
@@ -131,46 +141,71 @@ def same_tensor(name: str, one: Path, two: Path) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
 
 
-# --- against the base itself ------------------------------------------------------------------------------------
+# --- against the base itself
+# ------------------------------------------------------------------------------------
 
 
 def check_fits(experts: Sequence[Expert], base: BaseName) -> None:
-    """Every adapter's layers are in the base, in that shape, and its fingerprint is the base's. Raises M301, M303, M304, M305."""
+    """Every adapter's layers are in the base, in that shape, and its fingerprint is the base's. Raises M301,
+    M303, M304, M305."""
     if not (place := base.folder()):
-        raise FedtuneError("M301", f"--base {base}, which is not on this machine", "a model's folder, or a hub name in the cache", "correct it")
+        raise FedtuneError(
+            "M301",
+            f"--base {base}, which is not on this machine",
+            "a model's folder, or a hub name in the cache",
+            "correct it",
+        )
     check_layers(experts, base, place)
     do = "give the base that the adapters were made for"
     for expert in experts:
         made_for = expert.about.get("base_fingerprint")
         if made_for and not fits_print(expert, place, made_for):
-            raise FedtuneError("M304", f"base model {base}", f"{made_for[:12]}, which '{expert.path}' was made for", do)
+            raise FedtuneError(
+                "M304", f"base model {base}", f"{made_for[:12]}, which '{expert.path}' was made for", do
+            )
 
 
 def check_union(experts: Sequence[Expert], base: BaseName) -> None:
-    """The same of layers and tokens alone, where the base is at hand: adapters of the same layers have each other as witness, others do not."""
+    """The same of layers and tokens alone, where the base is at hand: adapters of the same layers have each
+    other as witness, others do not."""
     if place := base.folder():
         check_layers(experts, base, place)
 
 
 def fits_print(expert: Expert, place: Path, wanted: str) -> bool:
-    """A fingerprint is of weights in the type that they were loaded in, which the adapter's folder does not say."""
+    """A fingerprint is of weights in the type that they were loaded in, which the adapter's folder does not
+    say."""
     task, labels = str(expert.about.get("task")), tuple(expert.about.get("labels") or ())
-    return any(load(ModelSettings(name=str(place), dtype=dtype), task, labels, 0).fingerprint == wanted for dtype in ("float32", "bfloat16", "float16"))
+    return any(
+        load(ModelSettings(name=str(place), dtype=dtype), task, labels, 0).fingerprint == wanted
+        for dtype in ("float32", "bfloat16", "float16")
+    )
 
 
 def check_layers(experts: Sequence[Expert], base: BaseName, place: Path) -> None:
-    """Raises M305 for layers that the base has not, or in another shape, M303 for embeddings of tokens that nothing names."""
+    """Raises M305 for layers that the base has not, or in another shape, M303 for embeddings of tokens that
+    nothing names."""
     for expert in experts:
         nets = list(networks(expert, place))
-        wrong = [odd_layer(expert, dict(net.named_modules())) for net in nets] or [f"task {expert.config.get('task_type')}"]
+        wrong = [odd_layer(expert, dict(net.named_modules())) for net in nets] or [
+            f"task {expert.config.get('task_type')}"
+        ]
         if all(wrong):
             raise FedtuneError(
-                "M305", f"the {wrong[0]} in '{expert.path}'", f"layers and a task that {base} has", "give the base that the adapters were made for"
+                "M305",
+                f"the {wrong[0]} in '{expert.path}'",
+                f"layers and a task that {base} has",
+                "give the base that the adapters were made for",
             )
         net = nets[wrong.index("")]
         if added := added_rows(expert, net):
-            found = f"{added} embeddings in '{expert.path}' beyond those of {base}, for tokens that no tokenizer there names"
-            raise FedtuneError("M303", found, "a tokenizer in the folder of every adapter that adds tokens", "save it there")
+            found = (
+                f"{added} embeddings in '{expert.path}' beyond those of {base}, for tokens that no tokenizer "
+                "there names"
+            )
+            raise FedtuneError(
+                "M303", found, "a tokenizer in the folder of every adapter that adds tokens", "save it there"
+            )
 
 
 def networks(expert: Expert, place: Path) -> Iterator[Any]:
@@ -181,7 +216,12 @@ def networks(expert: Expert, place: Path) -> Iterator[Any]:
         try:
             with torch.device("meta"):
                 yield kind.from_config(config, trust_remote_code=False)
-        except (ValueError, KeyError, AttributeError, NotImplementedError):  # no such head for this architecture
+        except (
+            ValueError,
+            KeyError,
+            AttributeError,
+            NotImplementedError,
+        ):  # no such head for this architecture
             continue
 
 
@@ -207,7 +247,17 @@ def added_rows(expert: Expert, net: Any) -> int:
     """How many tokens its tables have beyond the base's, where no tokenizer in its folder says which."""
     if vocabulary_of(expert) is not None:
         return 0
-    tables = [module for module in (net.get_input_embeddings(), net.get_output_embeddings()) if module is not None]
-    names = {name: module.weight.shape[0] for name, module in net.named_modules() if any(module is table for table in tables)}
-    held = [(expert.plain.get(f"{PREFIX}{name}{end}"), rows) for name, rows in names.items() for end in (".weight", ".base_layer.weight")]
+    tables = [
+        module for module in (net.get_input_embeddings(), net.get_output_embeddings()) if module is not None
+    ]
+    names = {
+        name: module.weight.shape[0]
+        for name, module in net.named_modules()
+        if any(module is table for table in tables)
+    }
+    held = [
+        (expert.plain.get(f"{PREFIX}{name}{end}"), rows)
+        for name, rows in names.items()
+        for end in (".weight", ".base_layer.weight")
+    ]
     return max((len(value) - rows for value, rows in held if value is not None), default=0)

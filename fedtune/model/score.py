@@ -1,4 +1,5 @@
-"""How good the bench's state is on examples: accuracy, or perplexity with every token counted once. NaN is no score."""
+"""How good the tunable model's state is on examples: accuracy, or perplexity with every token counted once.
+NaN is no score."""
 
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
-from fedtune.model.bench import Bench
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
+from fedtune.model.tunable import TunableModel
 
 LARGEST = 700.0  # nats of a loss whose perplexity is still a number
 
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean cross entropy in nats; metric: accuracy in 0..1, or exp(loss); name: which; count: examples or tokens scored."""
+    """loss: mean cross entropy in nats; metric: accuracy in 0..1, or exp(loss); name: which; count: examples
+    or tokens scored."""
 
     loss: float
     metric: float
@@ -26,28 +28,36 @@ class Score:
     count: int
 
 
-def score(bench: Bench, encoded: Encoded, batch: int = 32) -> Score:
-    """Score in eval mode, without mixed precision on float32 models. Examples are sorted by length, so that batches hold little padding."""
-    bench.check_live()
+def score(tunable: TunableModel, encoded: Encoded, batch: int = 32) -> Score:
+    """Score in eval mode, without mixed precision on float32 models. Examples are sorted by length, so that
+    batches hold little padding."""
+    tunable.check_live()
     if not len(encoded):
-        raise FedtuneError("D202", "no examples to score", "at least one", "give the test set rows (data.test_share)")
-    check_room(bench, encoded)
-    language = bench.base.task in LM_TASKS
+        raise FedtuneError(
+            "D202", "no examples to score", "at least one", "give the test set rows (data.test_share)"
+        )
+    check_room(tunable, encoded)
+    language = tunable.base.task in LM_TASKS
     order = sorted(range(len(encoded)), key=lambda i: (-encoded.length(i), i))
     loss, right, count = 0.0, 0, 0
-    bench.net.eval()
+    tunable.net.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
             examples = encoded.collate(order[start : start + batch])
-            with autocast(bench, "off"):
-                part, logits, labels = summed_loss(bench, examples)
+            with autocast(tunable, "off"):
+                part, logits, labels = summed_loss(tunable, examples)
             loss += part.item()
-            count += carries(bench.base.task, examples)
+            count += carries(tunable.base.task, examples)
             right += 0 if language else int((logits.argmax(-1) == labels).sum())
     mean = loss / count
     if not math.isfinite(mean) or (language and mean > LARGEST):
-        found, expected = f"a loss of {mean:.6g} on the {count} {'tokens' if language else 'examples'} to score", "a finite score"
-        raise FedtuneError("W607", found, expected, "look at the model's weights and at the rows, or lower the learning rate")
+        found, expected = (
+            f"a loss of {mean:.6g} on the {count} {'tokens' if language else 'examples'} to score",
+            "a finite score",
+        )
+        raise FedtuneError(
+            "W607", found, expected, "look at the model's weights and at the rows, or lower the learning rate"
+        )
     if language:
         return Score(mean, math.exp(mean), "perplexity", count)
     return Score(mean, right / count, "accuracy", count)

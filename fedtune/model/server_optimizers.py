@@ -1,6 +1,8 @@
-"""[method.server]: the optimiser on the pseudo-gradient (state - mean of answers). Each is a table of settings that makes torch's own optimiser.
+"""[method.server]: the optimiser on the pseudo-gradient (state - mean of answers). Each is a table of
+settings that makes torch's own optimiser.
 
-FedAvgM: sgd with momentum. FedAdam (Reddi et al. 2021): adam. DiLoCo: sgd, lr 0.7, momentum 0.9, nesterov. No torch at import.
+FedAvgM: sgd with momentum. FedAdam (Reddi et al. 2021): adam. DiLoCo: sgd, lr 0.7, momentum 0.9, nesterov. No
+torch at import.
 """
 
 from __future__ import annotations
@@ -94,7 +96,14 @@ class ServerAdamW(ServerOptimizer):
     def make(self, values: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         from torch.optim import AdamW
 
-        return AdamW(values, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, amsgrad=self.amsgrad, weight_decay=self.weight_decay)
+        return AdamW(
+            values,
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            weight_decay=self.weight_decay,
+        )
 
 
 class ServerAdagrad(ServerOptimizer):
@@ -129,7 +138,10 @@ class ServerRMSprop(ServerOptimizer):
         return RMSprop(values, lr=self.lr, alpha=self.beta2, eps=self.eps)
 
 
-ServerSettings = Annotated[TakeMean | ServerSGD | ServerAdam | ServerAdamW | ServerAdagrad | ServerRMSprop, Field(discriminator="optimizer")]
+ServerSettings = Annotated[
+    TakeMean | ServerSGD | ServerAdam | ServerAdamW | ServerAdagrad | ServerRMSprop,
+    Field(discriminator="optimizer"),
+]
 if not TYPE_CHECKING:
     ServerSettings = extended(ServerSettings, "optimizer", "server_optimizers", ServerOptimizer)
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = classes_by_tag(ServerSettings, "optimizer")

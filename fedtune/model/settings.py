@@ -19,18 +19,25 @@ class ModelSettings(Settings):
     revision: str = ""
     """Hub only: branch, tag or commit."""
     pooling: Literal["auto", "mean", "cls", "last", "pooler"] = "auto"
-    """classify, image-classify: which vector of a text or image the task head reads. auto: as a sentence encoder's own 1_Pooling/config.json says, else
-    as the model's class does; pooler: as the class does, always; mean, cls, last: of the last states, padding left out."""
+    """classify, image-classify: which vector of a text or image the task head reads. auto: as a sentence
+    encoder's own 1_Pooling/config.json says, else
+    as the model's class does; pooler: as the class does, always; mean, cls, last: of the last states, padding
+    left out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base; trainable tensors are float32 always."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     threads: int = Field(0, ge=0)
-    """CPU threads of torch; 0 means OMP_NUM_THREADS where it is set, else the cores that affinity and control groups allow. Bits may
+    """CPU threads of torch; 0 means OMP_NUM_THREADS where it is set, else the cores that affinity and control
+    groups allow. Bits may
     differ between thread counts."""
 
     def located(self, place: Path) -> Self:
-        return self.model_copy(update={"name": path_below(place, self.name)}) if (place / self.name).exists() else self  # else it is a hub's name
+        return (
+            self.model_copy(update={"name": path_below(place, self.name)})
+            if (place / self.name).exists()
+            else self
+        )  # else it is a hub's name
 
 
 class TrainSettings(Settings):
@@ -73,7 +80,11 @@ class TrainSettings(Settings):
 
     @classmethod
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
-        return set() if table.get("optimizer", cls.model_fields["optimizer"].default) == "sgd" else {"momentum", "nesterov"}
+        return (
+            set()
+            if table.get("optimizer", cls.model_fields["optimizer"].default) == "sgd"
+            else {"momentum", "nesterov"}
+        )
 
     def depends_on_rounds(self) -> list[str]:
         """Settings that look at the number of rounds while they train."""
@@ -85,13 +96,23 @@ class TrainSettings(Settings):
             found = f"method.train.{key} with method.train.optimizer = '{self.optimizer}'"
             yield found, "optimizer = 'sgd'", "remove it or change method.train.optimizer"
         if self.head_lr and recipe.data.task in ("causal-lm", "instruct"):
-            yield f"method.train.head_lr with data.task = '{recipe.data.task}'", "a task with a head of its own", "remove it"
+            yield (
+                f"method.train.head_lr with data.task = '{recipe.data.task}'",
+                "a task with a head of its own",
+                "remove it",
+            )
         if self.steps and "epochs" in self.model_fields_set:
-            yield "method.train.epochs together with method.train.steps", "one of them", "set steps = 0 to train whole epochs"
+            yield (
+                "method.train.epochs together with method.train.steps",
+                "one of them",
+                "set steps = 0 to train whole epochs",
+            )
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
 
 
 def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:
     """One long loop instead of `rounds` short ones."""
-    return train.model_copy(update={"steps": train.steps * rounds} if train.steps else {"epochs": train.epochs * rounds})
+    return train.model_copy(
+        update={"steps": train.steps * rounds} if train.steps else {"epochs": train.epochs * rounds}
+    )

@@ -1,4 +1,5 @@
-"""Loads the model or adapter that lies beside this file. Needs torch, transformers and safetensors; peft where adapter_config.json lies beside it.
+"""Loads the model or adapter that lies beside this file. Needs torch, transformers and safetensors; peft
+where adapter_config.json lies beside it.
 
 from load import load
 
@@ -26,16 +27,28 @@ AUTO = {
 
 
 def load(base: str = "", folder: str | Path = HERE) -> tuple[Any, Any]:
-    """The model in eval mode, and its tokenizer or image processor. `base` is needed where the base model has moved."""
+    """The model in eval mode, and its tokenizer or image processor. `base` is needed where the base model has
+    moved."""
     about = json.loads((Path(folder) / "fedtune.json").read_text())
     names = dict(enumerate(about["labels"]))
     classes = (
-        {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}, "ignore_mismatched_sizes": True} if names else {}
+        {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: n for n, name in names.items()},
+            "ignore_mismatched_sizes": True,
+        }
+        if names
+        else {}
     )
     whole = (Path(folder) / "config.json").exists()  # a merged model
-    net = getattr(transformers, AUTO[about["task"]]).from_pretrained(folder if whole else base or located(about["base"]), **classes)
+    net = getattr(transformers, AUTO[about["task"]]).from_pretrained(
+        folder if whole else base or located(about["base"]), **classes
+    )
     set_pooling(net, about.get("pooling", "own"))
-    auto = transformers.AutoImageProcessor if about["task"] == "image-classify" else transformers.AutoTokenizer
+    auto = (
+        transformers.AutoImageProcessor if about["task"] == "image-classify" else transformers.AutoTokenizer
+    )
     if whole:
         return net.eval(), auto.from_pretrained(folder)
     if about.get("pad_token_id") is not None:
@@ -56,7 +69,8 @@ def load(base: str = "", folder: str | Path = HERE) -> tuple[Any, Any]:
 
 
 def set_pooling(net: Any, mode: str) -> None:
-    """The head reads one vector wherever it looks: the mean of all tokens, the first, or the last; "own" leaves it to the class."""
+    """The head reads one vector wherever it looks: the mean of all tokens, the first, or the last; "own"
+    leaves it to the class."""
     if mode == "own":
         return
 
@@ -94,7 +108,11 @@ def located(name: str) -> str:
 def blocks_of(net: Any) -> Any:
     """The list of the transformer's blocks."""
     count = net.config.get_text_config().num_hidden_layers
-    return next(module for module in net.base_model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    return next(
+        module
+        for module in net.base_model.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    )
 
 
 class Bottleneck(torch.nn.Module):  # type: ignore[misc]
@@ -105,12 +123,18 @@ class Bottleneck(torch.nn.Module):  # type: ignore[misc]
         self.down, self.up = torch.nn.Linear(width, inner), torch.nn.Linear(inner, width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.up(torch.nn.functional.gelu(self.down(hidden.to(self.down.weight.dtype)))).to(hidden.dtype)
+        return hidden + self.up(torch.nn.functional.gelu(self.down(hidden.to(self.down.weight.dtype)))).to(
+            hidden.dtype
+        )
 
 
 def add_bottlenecks(net: Any, tensors: dict[str, torch.Tensor]) -> None:
     """One behind every block: one each, or one for all."""
-    shapes = [value.shape for name, value in sorted(tensors.items()) if name.startswith("bottlenecks.") and name.endswith("down.weight")]
+    shapes = [
+        value.shape
+        for name, value in sorted(tensors.items())
+        if name.startswith("bottlenecks.") and name.endswith("down.weight")
+    ]
     net.bottlenecks = torch.nn.ModuleList([Bottleneck(width, inner) for inner, width in shapes])
     for number, block in enumerate(blocks_of(net)):
         chosen = net.bottlenecks[number % len(shapes)]
@@ -122,7 +146,8 @@ def add_bottlenecks(net: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def add_prompts(net: Any, prompts: torch.Tensor, place: int) -> None:
-    """Prompts (1 or blocks, tokens, width) behind the class token (place 1) or before the text (place 0), cut off again behind the backbone."""
+    """Prompts (1 or blocks, tokens, width) behind the class token (place 1) or before the text (place 0), cut
+    off again behind the backbone."""
     net.prompts = torch.nn.Parameter(prompts)
     backbone, count = net.base_model, prompts.shape[1]
 
@@ -135,14 +160,27 @@ def add_prompts(net: Any, prompts: torch.Tensor, place: int) -> None:
     def longer(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            kwargs = kwargs | {"attention_mask": torch.cat([mask[:, :place], mask.new_ones(len(mask), count), mask[:, place:]], 1)}
+            kwargs = kwargs | {
+                "attention_mask": torch.cat(
+                    [mask[:, :place], mask.new_ones(len(mask), count), mask[:, place:]], 1
+                )
+            }
         if not place:
             ids = args[0] if args else kwargs["input_ids"]
-            args, kwargs = (), kwargs | {"input_ids": None, "inputs_embeds": insert(module, (), backbone.get_input_embeddings()(ids))}
+            args, kwargs = (
+                (),
+                kwargs
+                | {
+                    "input_ids": None,
+                    "inputs_embeds": insert(module, (), backbone.get_input_embeddings()(ids)),
+                },
+            )
         return args, kwargs
 
     def cut(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        output.last_hidden_state = torch.cat([output.last_hidden_state[:, :place], output.last_hidden_state[:, place + count :]], 1)
+        output.last_hidden_state = torch.cat(
+            [output.last_hidden_state[:, :place], output.last_hidden_state[:, place + count :]], 1
+        )
         if kwargs.get("attention_mask") is not None:
             mask = kwargs["attention_mask"]
             kwargs["attention_mask"] = torch.cat([mask[:, :place], mask[:, place + count :]], 1)
@@ -156,6 +194,9 @@ def add_prompts(net: Any, prompts: torch.Tensor, place: int) -> None:
         if len(prompts) > 1 and number:
 
             def renew(module: Any, args: Any, number: int = number) -> Any:
-                return (torch.cat([args[0][:, :place], own(number, args[0]), args[0][:, place + count :]], 1), *args[1:])
+                return (
+                    torch.cat([args[0][:, :place], own(number, args[0]), args[0][:, place + count :]], 1),
+                    *args[1:],
+                )
 
             block.register_forward_pre_hook(renew)

@@ -1,4 +1,5 @@
-"""A tokenizer's chat template as a function of one conversation and a date: nothing that it writes depends on the day or the machine,
+"""A tokenizer's chat template as a function of one conversation and a date: nothing that it writes depends on
+the day or the machine,
 and nothing that a row says is lost on the way without a word."""
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 from fedtune.errors import FedtuneError
 
 Message = Mapping[str, Any]
-THE_DATE = date(2025, 1, 1)  # what templates that ask for today's date are told, unless data.date says otherwise
+THE_DATE = date(
+    2025, 1, 1
+)  # what templates that ask for today's date are told, unless data.date says otherwise
 PLAIN_KEYS = {"role", "content", "tool_calls", "reasoning_content", "weight"}
 DIRECTIVES = ["-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y", *"aAbBcdDeFgGHIjmMpRSTuUVwWxXyYzZf"]
 
@@ -40,7 +43,8 @@ class Talk:
         return f"row {self.number} ('{first if len(first) <= 40 else first[:37] + '...'}')"
 
     def render(self, messages: Sequence[Message] | None = None, ask: bool = False) -> str:
-        """The template's text of these messages (the whole conversation by default); `ask` adds the header of an answer to come. Raises D203."""
+        """The template's text of these messages (the whole conversation by default); `ask` adds the header of
+        an answer to come. Raises D203."""
         try:
             return self.write(self.messages if messages is None else messages, ask)
         except Exception as error:  # templates are programs of the model's author, and raise what they like
@@ -52,7 +56,8 @@ class Talk:
             ) from error
 
     def attempt(self, messages: Sequence[Message], ask: bool = False) -> str | None:
-        """Like `render`; None where the template refuses, as some do for conversations that are cut short or have no user."""
+        """Like `render`; None where the template refuses, as some do for conversations that are cut short or
+        have no user."""
         try:
             return self.write(messages, ask) if messages else None
         except Exception:  # as above
@@ -64,24 +69,40 @@ class Talk:
         if "strftime_now" in template:
             template = calendar(self.day) + template
         given = [with_arguments(message, self.text_arguments) for message in messages]
-        known = [{key: value for key, value in message.items() if value is not None and key != "weight"} for message in given]
-        return str(self.tokenizer.apply_chat_template(known, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=ask))
+        known = [
+            {key: value for key, value in message.items() if value is not None and key != "weight"}
+            for message in given
+        ]
+        return str(
+            self.tokenizer.apply_chat_template(
+                known, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=ask
+            )
+        )
 
 
 @lru_cache
 def calendar(day: date) -> str:
-    """Jinja source that puts `strftime_now` of one day (at midnight) in the place of transformers' own, which asks the clock.
+    """Jinja source that puts `strftime_now` of one day (at midnight) in the place of transformers' own, which
+    asks the clock.
 
-    In the template's text itself: what is handed to transformers beside it must be plain data, and its globals belong to the whole process.
+    In the template's text itself: what is handed to transformers beside it must be plain data, and its
+    globals belong to the whole process.
     """
     known = {directive: day.strftime(f"%{directive}") for directive in DIRECTIVES}
-    steps = [("%%", "\ue000"), *((f"%{directive}", value) for directive, value in known.items()), ("\ue000", "%")]
+    steps = [
+        ("%%", "\ue000"),
+        *((f"%{directive}", value) for directive, value in known.items()),
+        ("\ue000", "%"),
+    ]
     chain = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
-    return "{% macro strftime_now(format) %}{{ format" + chain + " }}{% endmacro %}\n"  # trim_blocks takes this line break away
+    return (
+        "{% macro strftime_now(format) %}{{ format" + chain + " }}{% endmacro %}\n"
+    )  # trim_blocks takes this line break away
 
 
 def with_arguments(message: Message, text: bool) -> dict[str, Any]:
-    """The message with its tool calls' arguments as dicts, or as JSON text. What is no JSON object stays as it is."""
+    """The message with its tool calls' arguments as dicts, or as JSON text. What is no JSON object stays as
+    it is."""
     calls = []
     for call in message.get("tool_calls") or []:
         given = call["function"].get("arguments") if isinstance(call.get("function"), Mapping) else None
@@ -89,7 +110,9 @@ def with_arguments(message: Message, text: bool) -> dict[str, Any]:
             given = json.dumps(given, ensure_ascii=False)
         elif not text and isinstance(given, str):
             given = object_in(given)
-        calls.append({**call, "function": {**call["function"], "arguments": given}} if given is not None else call)
+        calls.append(
+            {**call, "function": {**call["function"], "arguments": given}} if given is not None else call
+        )
     return {**message, "tool_calls": calls} if calls else dict(message)
 
 
@@ -105,7 +128,8 @@ def object_in(text: str) -> Any:
 def ready(talk: Talk) -> tuple[Talk, str]:
     """The conversation in the form that its template reads, and the whole text.
 
-    Most templates write arguments with `tojson` and so expect dicts; some paste them and expect text: they raise on a dict, or show it in
+    Most templates write arguments with `tojson` and so expect dicts; some paste them and expect text: they
+    raise on a dict, or show it in
     Python's writing. Raises D203.
     """
     calls = [call for message in talk.messages for call in message.get("tool_calls") or []]
@@ -113,8 +137,14 @@ def ready(talk: Talk) -> tuple[Talk, str]:
         return talk, talk.render()
     pasting = replace(talk, text_arguments=True)
     whole = talk.attempt(talk.messages)
-    given = [call["function"].get("arguments") for message in talk.messages for call in with_arguments(message, False).get("tool_calls", [])]
-    if whole is None or any(isinstance(arguments, dict) and arguments and str(arguments) in whole for arguments in given):
+    given = [
+        call["function"].get("arguments")
+        for message in talk.messages
+        for call in with_arguments(message, False).get("tool_calls", [])
+    ]
+    if whole is None or any(
+        isinstance(arguments, dict) and arguments and str(arguments) in whole for arguments in given
+    ):
         text = pasting.attempt(talk.messages)
         if text is not None:
             return pasting, text
@@ -124,14 +154,17 @@ def ready(talk: Talk) -> tuple[Talk, str]:
 def unshown(talk: Talk, whole: str, mark: str) -> set[str]:
     """Keys of messages that the template does not show; `mark` is a word that is nowhere in the row.
 
-    What the assistant says, or answers to, must be shown: tools, tool_calls and reasoning_content that are not raise D203. Earlier
+    What the assistant says, or answers to, must be shown: tools, tool_calls and reasoning_content that are
+    not raise D203. Earlier
     reasoning that a template drops on purpose is fine.
     """
     lost = ""
     if talk.tools and replace(talk, tools=()).attempt(talk.messages) == whole:
         lost = "tools"
     for turn, message in enumerate(talk.messages):
-        if message.get("tool_calls") and mark not in talk.render(exchanged(talk.messages, turn, {"tool_calls": marked_calls(message, mark)})):
+        if message.get("tool_calls") and mark not in talk.render(
+            exchanged(talk.messages, turn, {"tool_calls": marked_calls(message, mark)})
+        ):
             lost = "tool_calls"
         if message.get("reasoning_content"):
             changed = {**message, "reasoning_content": mark}
@@ -146,7 +179,11 @@ def unshown(talk: Talk, whole: str, mark: str) -> set[str]:
             f"use a model whose template knows '{lost}', or remove it, or the row, from the data",
         )
     others = sorted({key for message in talk.messages for key in message} - PLAIN_KEYS)
-    return {key for key in others if talk.attempt([{k: v for k, v in m.items() if k != key} for m in talk.messages]) == whole}
+    return {
+        key
+        for key in others
+        if talk.attempt([{k: v for k, v in m.items() if k != key} for m in talk.messages]) == whole
+    }
 
 
 def exchanged(messages: Sequence[Message], turn: int, changes: Mapping[str, Any]) -> list[Message]:
@@ -159,6 +196,14 @@ def marked_calls(message: Message, mark: str) -> list[dict[str, Any]]:
     calls = []
     for call in with_arguments(message, False).get("tool_calls", []):
         given = call["function"].get("arguments")
-        arguments = dict.fromkeys(given or [mark], mark) if isinstance(given, Mapping) else mark if given else given
-        calls.append({**call, "function": {**call["function"], "name": mark} | ({} if given is None else {"arguments": arguments})})
+        arguments = (
+            dict.fromkeys(given or [mark], mark) if isinstance(given, Mapping) else mark if given else given
+        )
+        calls.append(
+            {
+                **call,
+                "function": {**call["function"], "name": mark}
+                | ({} if given is None else {"arguments": arguments}),
+            }
+        )
     return calls

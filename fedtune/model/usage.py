@@ -19,15 +19,30 @@ POOLED = {"mean": "mean of all tokens", "cls": "first token itself", "last": "la
 
 
 def usage(form: str, about: Mapping[str, Any]) -> str:
-    """The section "Use" of a card. `form`: stock (peft loads it), script (load.py beside it does) or merged; `about` as in fedtune.json."""
+    """The section "Use" of a card. `form`: stock (peft loads it), script (load.py beside it does) or merged;
+    `about` as in fedtune.json."""
     task, auto = str(about["task"]), AUTO[str(about["task"])]
     reader = "AutoImageProcessor" if task == "image-classify" else "AutoTokenizer"
     if form == "script":
         pooled = about.get("pooling", "own")
-        why = [f"# the task head reads the {POOLED[pooled]}, which the stock class does not"] if pooled != "own" else []
-        lines = [*why, "from load import load  # load.py in this folder: needs nothing of fedtune", "", "model, tokenizer = load()"]
+        why = (
+            [f"# the task head reads the {POOLED[pooled]}, which the stock class does not"]
+            if pooled != "own"
+            else []
+        )
+        lines = [
+            *why,
+            "from load import load  # load.py in this folder: needs nothing of fedtune",
+            "",
+            "model, tokenizer = load()",
+        ]
     elif form == "merged":
-        lines = [f"from transformers import {auto}, {reader}", "", f'model = {auto}.from_pretrained(".")', f'tokenizer = {reader}.from_pretrained(".")']
+        lines = [
+            f"from transformers import {auto}, {reader}",
+            "",
+            f'model = {auto}.from_pretrained(".")',
+            f'tokenizer = {reader}.from_pretrained(".")',
+        ]
     else:
         lines = [
             *imports_of(str(about["base"])),
@@ -54,7 +69,11 @@ def one_line(task: str, about: Mapping[str, Any]) -> list[str]:
 
 
 def imports_of(base: str) -> list[str]:
-    return ["from importlib.util import find_spec", "from pathlib import Path", ""] if base.startswith("package:") else []
+    return (
+        ["from importlib.util import find_spec", "from pathlib import Path", ""]
+        if base.startswith("package:")
+        else []
+    )
 
 
 def base_of(base: str) -> str:
@@ -69,4 +88,6 @@ def labels_of(task: str, labels: list[str]) -> list[str]:
     if task in LM_TASKS:
         return []
     names = dict(enumerate(labels))
-    return [f'classes = {{"num_labels": {len(labels)}, "id2label": {names!r}, "ignore_mismatched_sizes": True}}']
+    return [
+        f'classes = {{"num_labels": {len(labels)}, "id2label": {names!r}, "ignore_mismatched_sizes": True}}'
+    ]

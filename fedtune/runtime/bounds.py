@@ -1,7 +1,9 @@
-"""What the server takes for an answer by default: no number of one client, however large, ends or steers everybody's run. The client is left out, and named.
+"""What the server takes for an answer by default: no number of one client, however large, ends or steers
+everybody's run. The client is left out, and named.
 
     values    finite, and no larger than any parameter or difference ever is
-    norm      at most [limits] spread times the largest median norm of earlier rounds; in the first, of what was given
+    norm      at most [limits] spread times the largest median norm of earlier rounds; in the first, of what
+              was given
     figures   finite, and at most FIGURE times what the median client said before
     weight    at most what a client's declared rows can weigh
 
@@ -20,9 +22,16 @@ import numpy as np
 from fedtune.errors import Refused
 from fedtune.types import Tensors, Update
 
-LARGEST = 1e12  # of a value: trained weights stay below 1e5, and squares of this are far from what float32 can hold
-FIGURE, LEAST = 1000.0, 10.0  # a figure beyond so many times the median of before, and beyond this at all, is no figure
-Key = tuple[str, tuple[str, ...]]  # a verb and the names that its answer has: clients of different ranks are different
+LARGEST = (
+    1e12  # of a value: trained weights stay below 1e5, and squares of this are far from what float32 can hold
+)
+FIGURE, LEAST = (
+    1000.0,
+    10.0,
+)  # a figure beyond so many times the median of before, and beyond this at all, is no figure
+Key = tuple[
+    str, tuple[str, ...]
+]  # a verb and the names that its answer has: clients of different ranks are different
 
 
 def anything(client: int, verb: str) -> float:
@@ -32,7 +41,8 @@ def anything(client: int, verb: str) -> float:
 
 @dataclass
 class Bounds:
-    """Of one run. `most` is asked for a client's largest weight; what earlier rounds were like is kept in memory, and learned anew by a resumed run."""
+    """Of one run. `most` is asked for a client's largest weight; what earlier rounds were like is kept in
+    memory, and learned anew by a resumed run."""
 
     most: Callable[[int, str], float] = anything
     _norms: dict[Key, float] = field(default_factory=dict)  # the largest median of a round
@@ -41,20 +51,37 @@ class Bounds:
     _now: dict[Key, list[float]] = field(default_factory=dict)
     _said: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
-    def check(self, number: int, client: int, name: str, verb: str, update: Update, given: Tensors, spread: float) -> None:
+    def check(
+        self, number: int, client: int, name: str, verb: str, update: Update, given: Tensors, spread: float
+    ) -> None:
         """Raises Refused W606, W607. An answer that passes is remembered for the rounds after."""
         self._begin(number)
         if update.weight > (most := self.most(client, verb)):
-            raise Refused("W606", f"weight {update.weight:g} of '{name}'", f"at most {most:g}, the number of its rows", "ask the site's operator")
+            raise Refused(
+                "W606",
+                f"weight {update.weight:g} of '{name}'",
+                f"at most {most:g}, the number of its rows",
+                "ask the site's operator",
+            )
         key = (verb, tuple(sorted(update.tensors)))
         norm = norm_of(update)
         if spread and norm is not None and norm > (limit := spread * self._before(key, given)):
-            raise Refused("W606", f"an answer of norm {norm:.4g} from '{name}'", f"at most {limit:.4g}", "look at that site, or raise limits.spread")
+            raise Refused(
+                "W606",
+                f"an answer of norm {norm:.4g} from '{name}'",
+                f"at most {limit:.4g}",
+                "look at that site, or raise limits.spread",
+            )
         figures = {figure: abs(value) / update.weight for figure, value in update.metrics.items()}
         for figure, value in figures.items():
             before = self._figures.get((verb, figure))
             if not value <= LARGEST or (before is not None and value > max(LEAST, FIGURE * before)):
-                raise Refused("W607", f"'{figure}' = {value:.4g} from '{name}'", f"about {before or 1:.4g}, as from the others", "look at that site")
+                raise Refused(
+                    "W607",
+                    f"'{figure}' = {value:.4g} from '{name}'",
+                    f"about {before or 1:.4g}, as from the others",
+                    "look at that site",
+                )
         if norm is not None:
             self._now.setdefault(key, []).append(norm)
         for figure, value in figures.items():
@@ -93,7 +120,8 @@ def too_large(tensors: Tensors | Mapping[str, np.ndarray], weight: float) -> str
 
 
 def within(flat: np.ndarray, most: float) -> bool:
-    """Whether no number is NaN or beyond `most`. Where all of them together are not longer than that, as nearly always, one pass says so."""
+    """Whether no number is NaN or beyond `most`. Where all of them together are not longer than that, as
+    nearly always, one pass says so."""
     with np.errstate(over="ignore", invalid="ignore"):
         if float(np.dot(flat, flat)) <= min(most * most, 1e300):  # NaN is not
             return True

@@ -1,4 +1,5 @@
-"""What a recipe would do, before anything runs: clients, bytes, memory, exposure. No weights are read or downloaded."""
+"""What a recipe would do, before anything runs: clients, bytes, memory, exposure. No weights are read or
+downloaded."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from fedtune.errors import FedtuneError
 from fedtune.methods import Method, Verb
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.sampling import sample
-from fedtune.runtime.world import how_to_encode
+from fedtune.runtime.workspace import how_to_encode
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
 from fedtune.types import Round, Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
 if TYPE_CHECKING:
-    from fedtune.model.shapes import Plan
+    from fedtune.model.memory_plan import Plan
 
 MIB = 2**20
 TRIED = 1000  # rows that go through the tokenizer: a second or two
@@ -29,7 +30,8 @@ TRIED = 1000  # rows that go through the tokenizer: a second or two
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a client's questions and answers of a round take: bytes of the messages, and bits of the numbers in them."""
+    """What a client's questions and answers of a round take: bytes of the messages, and bits of the numbers
+    in them."""
 
     up: float = 0.0
     down: float = 0.0
@@ -37,7 +39,12 @@ class Traffic:
     down_bits: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.up + other.up, self.down + other.down, self.up_bits + other.up_bits, self.down_bits + other.down_bits)
+        return Traffic(
+            self.up + other.up,
+            self.down + other.down,
+            self.up_bits + other.up_bits,
+            self.down_bits + other.down_bits,
+        )
 
     def __mul__(self, share: float) -> Traffic:
         return Traffic(self.up * share, self.down * share, self.up_bits * share, self.down_bits * share)
@@ -68,7 +75,10 @@ def check(recipe: Recipe) -> Checked:
     costs = method_of(recipe.model_copy(update={"method": recipe.method.provisional})).capabilities.costs
     if costs is None:
         raise FedtuneError(
-            "C104", f"method.type = '{recipe.method.type}' with fedtune check", "a method that declares its costs", "run it with fedtune simulate"
+            "C104",
+            f"method.type = '{recipe.method.type}' with fedtune check",
+            "a method that declares its costs",
+            "run it with fedtune simulate",
         )
     check_context(recipe, len(federation.labels))
     plan = costs.plan(recipe.model, recipe.data.task, len(federation.labels))
@@ -80,9 +90,27 @@ def check(recipe: Recipe) -> Checked:
     needs = dict((method.capabilities.costs or costs).memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
-    said = [*remarks_on_head(recipe, federation), *texts, *costs.remarks(recipe, len(federation.labels), mean)]
+    said = [
+        *remarks_on_head(recipe, federation),
+        *texts,
+        *costs.remarks(recipe, len(federation.labels), mean),
+    ]
     bits = (total.up_bits / trained, total.down_bits / trained)
-    return Checked(recipe, method, federation, plan, asked, round(total.up), round(total.down), bits, needs, exposure(method, chain, plan), said, ranks, once)
+    return Checked(
+        recipe,
+        method,
+        federation,
+        plan,
+        asked,
+        round(total.up),
+        round(total.down),
+        bits,
+        needs,
+        exposure(method, chain, plan),
+        said,
+        ranks,
+        once,
+    )
 
 
 def federation_of(recipe: Recipe) -> Federation:
@@ -90,27 +118,44 @@ def federation_of(recipe: Recipe) -> Federation:
     if recipe.data.is_placed:
         return load(recipe.data, recipe.partition, recipe.seed)
     names = recipe.deploy.sites or [f"site {number}" for number in range(recipe.partition.clients)]
-    notes = ("this recipe names no rows: it is for real sites (fedtune client --data), and what depends on rows is not known here",)
-    return Federation(tuple(Slice(number, name, [], []) for number, name in enumerate(names)), [], recipe.data.labels, {}, notes)
+    notes = (
+        "this recipe names no rows: it is for real sites (fedtune client --data), and what depends on rows "
+        "is not known here",
+    )
+    return Federation(
+        tuple(Slice(number, name, [], []) for number, name in enumerate(names)),
+        [],
+        recipe.data.labels,
+        {},
+        notes,
+    )
 
 
 def conversations(recipe: Recipe, federation: Federation) -> list[str]:
-    """What becomes of the first rows in the tokenizer and its chat template, in lines. Raises what a run would: D203, D207, M307."""
-    from fedtune.model.shapes import encoded_without_weights
+    """What becomes of the first rows in the tokenizer and its chat template, in lines. Raises what a run
+    would: D203, D207, M307."""
+    from fedtune.model.memory_plan import encoded_without_weights
 
     rows = [row for client in federation.clients for row in client.train][:TRIED]
     tried = encoded_without_weights(recipe.model, recipe.data.task, rows, **how_to_encode(recipe.data))
     share = f"of {'the first ' * (len(rows) == TRIED)}{len(rows):,} training rows"
-    said = [f"texts     {tried.truncated} {share} are longer than {recipe.data.max_length} tokens, {tried.dropped} keep no response"]
-    return said + [f"texts     {count} {share} have messages with '{name}', which the chat template does not show" for name, count in tried.unshown.items()]
+    said = [
+        f"texts     {tried.truncated} {share} are longer than {recipe.data.max_length} tokens, "
+        f"{tried.dropped} keep no response"
+    ]
+    return said + [
+        f"texts     {count} {share} have messages with '{name}', which the chat template does not show"
+        for name, count in tried.unshown.items()
+    ]
 
 
 def check_context(recipe: Recipe, labels: int) -> None:
-    """Raises D207 for texts longer than config.json and the tables of positions allow; the tokenizer may allow less."""
+    """Raises D207 for texts longer than config.json and the tables of positions allow; the tokenizer may
+    allow less."""
     from fedtune.hf.config import locate, refuse_missing_weights
     from fedtune.model.base import context_of
     from fedtune.model.encode import check_length
-    from fedtune.model.shapes import weightless
+    from fedtune.model.memory_plan import weightless
 
     base = weightless(recipe.model, recipe.data.task, labels)
     refuse_missing_weights(locate(recipe.model.name))
@@ -133,20 +178,25 @@ def remarks_on_head(recipe: Recipe, federation: Federation) -> list[str]:
     return labels + ([f"model     {pooling}"] if pooling else [])
 
 
-def traffic(recipe: Recipe, method: Method, chain: Chain, plan: Plan, asked: int, clients: int) -> tuple[Traffic, Traffic, float]:
+def traffic(
+    recipe: Recipe, method: Method, chain: Chain, plan: Plan, asked: int, clients: int
+) -> tuple[Traffic, Traffic, float]:
     """A mean client's traffic in a round, what comes before the first one, and how many values it trains."""
     total, once, trained, ranks = Traffic(), Traffic(), 0.0, method.capabilities.ranks
     for client, share in alike(method, clients).items():
         for name, verb in method.verbs.items():
             if verb.applies(plan):
-                takes = verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client) * share
+                takes = (
+                    verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client) * share
+                )
                 total, once = (total, once + takes) if verb.once else (total + takes, once)
         trained += share * (ranks.trained(plan, client) if ranks else plan.trainable)
     return total, once, trained
 
 
 def alike(method: Method, clients: int) -> dict[int, float]:
-    """A client of each rank, and the share of clients that have it; all clients are alike for most methods."""
+    """A client of each rank, and the share of clients that have it; all clients are alike for most
+    methods."""
     ranks = method.capabilities.ranks
     if ranks is None:
         return {1: 1.0}
@@ -156,22 +206,46 @@ def alike(method: Method, clients: int) -> dict[int, float]:
     return {same[0]: len(same) / clients for same in of_rank.values()}
 
 
-def verb_traffic(recipe: Recipe, method: Method, chain: Chain, plan: Plan, name: str, verb: Verb, everyone: bool, client: int) -> Traffic:
-    """One verb in the last round, measured on real messages of zeros; codes by their own estimate of bits a value.
+def verb_traffic(
+    recipe: Recipe,
+    method: Method,
+    chain: Chain,
+    plan: Plan,
+    name: str,
+    verb: Verb,
+    everyone: bool,
+    client: int,
+) -> Traffic:
+    """One verb in the last round, measured on real messages of zeros; codes by their own estimate of bits a
+    value.
 
     Where everyone is asked, all members hold the broadcast before, on which a downlink may build.
     """
     now = Round(recipe.rounds, recipe.seed, (1,))
     given = verb.given(plan, client, now)
     answer = verb.answer(given, now)
-    header = Header(run="0" * 16, base="0" * 64, round=now.number, client=1, verb=name, schema=answer.fingerprint, whole=answer.whole)
+    header = Header(
+        run="0" * 16,
+        base="0" * 64,
+        round=now.number,
+        client=1,
+        verb=name,
+        schema=answer.fingerprint,
+        whole=answer.whole,
+    )
     down = len(encode_state(zeros(given), replace(header, client=EVERYONE, schema=given.fingerprint)))
-    numbers = {name: np.zeros(shape, "int64" if answer.whole else "float64") for name, shape in answer.entries}
+    numbers = {
+        name: np.zeros(shape, "int64" if answer.whole else "float64") for name, shape in answer.entries
+    }
     up = len(encode(Update(numbers, 1.0, dict.fromkeys(method.facts.metrics, 1.0)), header))
-    plain_up, plain_down = (8.0 * sum(value.nbytes for value in zeros(schema).values()) for schema in (answer, given))
+    plain_up, plain_down = (
+        8.0 * sum(value.nbytes for value in zeros(schema).values()) for schema in (answer, given)
+    )
     up_bits = plain_up if answer.whole else transforms.bits_per_parameter(chain, answer) * answer.count
     down_bits = recipe.downlink.bits(given)[everyone] * given.count if verb.moves else plain_down
-    return Traffic(round(up - (plain_up - up_bits) / 8), round(down - (plain_down - down_bits) / 8), up_bits, down_bits)
+    return Traffic(
+        round(up - (plain_up - up_bits) / 8), round(down - (plain_down - down_bits) / 8), up_bits, down_bits
+    )
 
 
 def zeros(schema: Schema) -> dict[str, np.ndarray]:
@@ -184,28 +258,59 @@ def rows(checked: Checked) -> list[str]:
     """The report as lines of text."""
     recipe, federation, plan = checked.recipe, checked.federation, checked.plan
     whole = checked.asked * recipe.rounds * (checked.up_bytes + checked.down_bytes)
-    lines = [f"recipe    {checked.method.facts.title} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} rounds, seed {recipe.seed}"]
-    lines.append(f"trained   {plan.trainable:,} of {plan.total:,} parameters ({100 * plan.trainable / plan.total:.3f} %)")
-    lines.append(f"clients   {len(federation.clients)}, {checked.asked} asked per round; test set {len(federation.test)} rows")
+    lines = [
+        f"recipe    {checked.method.facts.title} on {recipe.model.name}, {recipe.data.task}, {recipe.rounds} "
+        f"rounds, seed {recipe.seed}"
+    ]
+    lines.append(
+        f"trained   {plan.trainable:,} of {plan.total:,} parameters ({100 * plan.trainable / plan.total:.3f} "
+        "%)"
+    )
+    lines.append(
+        f"clients   {len(federation.clients)}, {checked.asked} asked per round; test set "
+        f"{len(federation.test)} rows"
+    )
     for client in federation.clients:
         counts = histogram(client.train)
-        labels = "  ".join(f"{label}:{n}" for label, n in list(counts.items())[:12]) + (" ..." if len(counts) > 12 else "")
+        labels = "  ".join(f"{label}:{n}" for label, n in list(counts.items())[:12]) + (
+            " ..." if len(counts) > 12 else ""
+        )
         lines.append(f"  {client.name:<24}{len(client.train):>7} rows, {len(client.test)} held out  {labels}")
     lines += [f"left out  {count} rows: {reason}" for reason, count in federation.dropped.items()]
     lines += [f"note      {note}" for note in (*recipe.notes, *federation.notes)]
     lines += [f"ranks     {line}" for line in checked.ranks]
-    lines.append(f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run {whole / MIB:,.1f} MiB")
+    lines.append(
+        f"bytes     per client and round: up {checked.up_bytes:,}, down {checked.down_bytes:,}; whole run "
+        f"{whole / MIB:,.1f} MiB"
+    )
     if checked.once.up:
-        lines.append(f"bytes     per client, once before the first round: up {checked.once.up:,.0f}, down {checked.once.down:,.0f}")
-    lines.append(f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}" + (" (estimates)" if recipe.chain else ""))
+        lines.append(
+            f"bytes     per client, once before the first round: up {checked.once.up:,.0f}, down "
+            f"{checked.once.down:,.0f}"
+        )
+    lines.append(
+        f"bits      a trained parameter: up {checked.bits[0]:.3f}, down {checked.bits[1]:.3f}"
+        + (" (estimates)" if recipe.chain else "")
+    )
     lines += checked.remarks
-    if recipe.deploy.data == "sites" and recipe.data.task in ("classify", "image-classify") and not recipe.data.labels:
-        known = ", ".join(f'"{label}"' for label in federation.labels[:6]) + (", ..." if len(federation.labels) > 6 else "")
-        lines.append(f"sites     before fedtune server: set data.labels = [{known}], so that all sites number the classes alike")
+    if (
+        recipe.deploy.data == "sites"
+        and recipe.data.task in ("classify", "image-classify")
+        and not recipe.data.labels
+    ):
+        known = ", ".join(f'"{label}"' for label in federation.labels[:6]) + (
+            ", ..." if len(federation.labels) > 6 else ""
+        )
+        lines.append(
+            f"sites     before fedtune server: set data.labels = [{known}], so that all sites number the "
+            "classes alike"
+        )
     lines += [f"memory    {what}: {count / MIB:,.1f} MiB" for what, count in checked.memory.items()]
     for row in checked.exposed:
         if row.verb in checked.method.verbs:
-            through = f"; through {' > '.join(row.through)}" if row.through else "; as sent, no step in the chain"
+            through = (
+                f"; through {' > '.join(row.through)}" if row.through else "; as sent, no step in the chain"
+            )
             lines.append(f"server    verb '{row.verb}': sees {row.sees}{through}")
         else:
             lines.append(f"{row.verb:<10}{row.sees}")

@@ -7,7 +7,7 @@ import numpy as np
 from fedtune.errors import ClientFailed, Refused
 from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
 from fedtune.schema import Schema
-from fedtune.transforms.downlink import Held, hold, holding
+from fedtune.transforms.downlink import HeldState, hold, holding
 from fedtune.types import Client, Tensors
 from fedtune.wire import EVERYONE, decode, decode_state, encode
 
@@ -15,7 +15,8 @@ Versions = dict[int, dict[str, np.ndarray]]  # round -> what a client's memory w
 
 
 def memory_before(versions: Versions, ask: Ask) -> dict[str, np.ndarray]:
-    """The memory to answer with: that of the last answer that counted. What a lost answer wrote is forgotten, so that
+    """The memory to answer with: that of the last answer that counted. What a lost answer wrote is forgotten,
+    so that
     error feedback never takes for sent what the server did not get."""
     return dict(versions.get(ask.last if ask.first else ask.now.number, {}))
 
@@ -30,11 +31,19 @@ def respond(link: Link, client: Client, ask: Ask) -> Reply:
     """One question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
     task = link.tasks.get(ask.verb)
     if task is None:
-        raise Refused("W604", f"the verb '{ask.verb[:40]}'", f"one of {', '.join(sorted(link.tasks))}", "install the same version of fedtune on both sides")
+        raise Refused(
+            "W604",
+            f"the verb '{ask.verb[:40]}'",
+            f"one of {', '.join(sorted(link.tasks))}",
+            "install the same version of fedtune on both sides",
+        )
     schema = task.given(client.model, client.id, ask.now)
     given = received(link, client, ask, schema)
     if task.trains and not len(client.data):
-        found, expected = f"no training examples at client '{client.name}'", "at least one: a text whose whole response is cut at data.max_length is none"
+        found, expected = (
+            f"no training examples at client '{client.name}'",
+            "at least one: a text whose whole response is cut at data.max_length is none",
+        )
         raise ClientFailed("D205", found, expected, "give it rows, or raise data.max_length")
     update = task.work(client, given, ask.now)
     require_finite(update, client.name)
@@ -51,9 +60,11 @@ def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
         expect = link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"state", "changes"}))
         _, tensors = decode_state(ask.payload, expect, (known.round, known.tensors) if known else (0, {}))
         if holds:
-            hold(client.memory, Held(ask.now.number, tensors))
+            hold(client.memory, HeldState(ask.now.number, tensors))
         return tensors
-    header, message = decode(ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"})))
+    header, message = decode(
+        ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"}))
+    )
     before = holding(client.memory) if header.since else None
     if header.since != (before.round if before else 0):
         raise Refused(
@@ -64,5 +75,5 @@ def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
         )
     given = link.downlink.unpack(message, before.tensors if before else None)
     if link.downlink.remembers:
-        hold(client.memory, Held(ask.now.number, given))
+        hold(client.memory, HeldState(ask.now.number, given))
     return given

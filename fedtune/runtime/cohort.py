@@ -1,6 +1,7 @@
 """The server's half of a round: asks its clients, wherever they are, and adds up the answers.
 
-Answers are added in ascending id, whatever order they came in. How a question reaches a client is the carrier's business:
+Answers are added in ascending id, whatever order they came in. How a question reaches a client is the
+transport's business:
 runtime/local.py calls it, flower/server_app.py sends it.
 """
 
@@ -15,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
 from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, Noted
 from fedtune.runtime.downlink import Downlink, Payloads
-from fedtune.runtime.journal import Answer
-from fedtune.runtime.protocol import Ask, Carrier, Given, Link, Reply, given_to, require_finite
+from fedtune.runtime.journal import AnswerRecord
+from fedtune.runtime.protocol import Ask, Given, Link, Reply, Transport, given_to, require_finite
 from fedtune.schema import Schema
 from fedtune.types import Group, Round, RunningSum, Tensors, Update, summed
 from fedtune.wire import decode
@@ -24,16 +25,19 @@ from fedtune.wire import decode
 
 @dataclass
 class RoundCohort:
-    """The server's half: asks all members of one round, leaves out what fails, adds up the rest in ascending id."""
+    """The server's half: asks all members of one round, leaves out what fails, adds up the rest in ascending
+    id."""
 
     link: Link
     now: Round
-    carrier: Carrier
+    transport: Transport
     tell: Callable[[Event], None]
     names: Mapping[int, str]
     downlink: Downlink = field(default_factory=Downlink)
-    answers: dict[int, Answer] = field(default_factory=dict)
-    figures: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)  # client -> metrics of an answer that counts
+    answers: dict[int, AnswerRecord] = field(default_factory=dict)
+    figures: list[tuple[int, Mapping[str, float]]] = field(
+        default_factory=list
+    )  # client -> metrics of an answer that counts
     notes: dict[str, float] = field(default_factory=dict)  # the server's own figures
     quorum: int = 0  # answers that must count
 
@@ -47,9 +51,13 @@ class RoundCohort:
         return task.chain.settle(total, self.now, task.near(given))
 
     def each(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
-        """Single answers, ascending; a method that reads them must say so, because the exposure table does. Raises R405 as `sum` does."""
+        """Single answers, ascending; a method that reads them must say so, because the exposure table does.
+        Raises R405 as `sum` does."""
         if not self.link.tasks[verb].reads_each:
-            raise RuntimeError(f"{self.link.method.facts.type} reads single answers to '{verb}' without declaring it in reads_each")
+            raise RuntimeError(
+                f"{self.link.method.facts.type} reads single answers to '{verb}' without declaring it in "
+                "reads_each"
+            )
         task, some = self.link.tasks[verb], False
         for client, update in self._replies(verb, given):
             some = True
@@ -58,23 +66,45 @@ class RoundCohort:
             raise self._nobody()
         self._require_quorum()
 
-    def sum_groups(self, verb: str, given: Tensors | Callable[[Group], Tensors], group_of: Callable[[int], Group], min_group: int = 2) -> dict[Group, Update]:
-        """Groups in the order of their first members. Raises R412 where one has fewer than `min_group`, R405 where no group is left."""
+    def sum_groups(
+        self,
+        verb: str,
+        given: Tensors | Callable[[Group], Tensors],
+        group_of: Callable[[int], Group],
+        min_group: int = 2,
+    ) -> dict[Group, Update]:
+        """Groups in the order of their first members. Raises R412 where one has fewer than `min_group`, R405
+        where no group is left."""
         if min_group < 2 and not self.link.tasks[verb].reads_each:
-            raise RuntimeError(f"{self.link.method.facts.type} reads sums of single answers to '{verb}' without declaring it in reads_each")
+            raise RuntimeError(
+                f"{self.link.method.facts.type} reads sums of single answers to '{verb}' without declaring "
+                "it in reads_each"
+            )
         group = {client: group_of(client) for client in self.now.members}
         sizes = Counter(group.values())
         if small := [name for name, size in sizes.items() if size < min_group]:
             found = f"{sizes[small[0]]} members of group '{small[0]}' in round {self.now.number}"
-            raise FedtuneError("R412", found, f"at least {min_group} members in a group", "make larger groups, or select more clients per round")
+            raise FedtuneError(
+                "R412",
+                found,
+                f"at least {min_group} members in a group",
+                "make larger groups, or select more clients per round",
+            )
         tensors = {name: given(name) if callable(given) else given for name in sizes}
         sums = {name: RunningSum() for name in sizes}
-        for client, update in self._replies(verb, (lambda client: tensors[group[client]]) if callable(given) else given):
+        for client, update in self._replies(
+            verb, (lambda client: tensors[group[client]]) if callable(given) else given
+        ):
             sums[group[client]].add(update)
         task, settled = self.link.tasks[verb], dict[Group, Update]()
         for name, running in sums.items():
             if running.total is None or running.count < min_group:
-                self._leave_out([client for client in self.now.members if group[client] == name], running.count, f"group '{name}'", min_group)
+                self._leave_out(
+                    [client for client in self.now.members if group[client] == name],
+                    running.count,
+                    f"group '{name}'",
+                    min_group,
+                )
             else:
                 settled[name] = task.chain.settle(running.total, self.now, task.near(tensors[name]))
         if not settled:
@@ -93,24 +123,42 @@ class RoundCohort:
         """Raises Paused (R409)."""
         counted = sum(answer.outcome == "ok" for answer in self.answers.values())
         if counted < self.quorum:
-            missing = ", ".join(self.names[c] for c in self.now.members if c not in self.answers or self.answers[c].outcome != "ok")
+            missing = ", ".join(
+                self.names[c]
+                for c in self.now.members
+                if c not in self.answers or self.answers[c].outcome != "ok"
+            )
             found = f"{counted} usable answers in round {self.now.number} (missing: {missing[:200]})"
-            raise Paused("R409", found, f"{self.quorum} (deploy.quorum)", "what was accepted is kept; bring the others back, then: fedtune resume")
+            raise Paused(
+                "R409",
+                found,
+                f"{self.quorum} (deploy.quorum)",
+                "what was accepted is kept; bring the others back, then: fedtune resume",
+            )
 
     def _nobody(self) -> FedtuneError:
         reasons = "; ".join(sorted({a.note for a in self.answers.values()}))[:300]
-        found = f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})"
-        return FedtuneError("R405", found, "at least one", "look at the clients' errors, then: fedtune resume")
+        found = (
+            f"no usable answer from {len(self.now.members)} clients in round {self.now.number} ({reasons})"
+        )
+        return FedtuneError(
+            "R405", found, "at least one", "look at the clients' errors, then: fedtune resume"
+        )
 
     def typical(self, name: str) -> float:
-        said = [metrics[name] / self.answers[client].weight for client, metrics in self.figures if name in metrics and self.answers[client].weight]
+        said = [
+            metrics[name] / self.answers[client].weight
+            for client, metrics in self.figures
+            if name in metrics and self.answers[client].weight
+        ]
         return statistics.median_low(said) if said else math.nan
 
     def note(self, name: str, value: float) -> None:
         self.notes[name] = float(value)
 
     def skip(self, error: FedtuneError) -> None:
-        """Answers that came do not count, so that no client takes for received what changed nothing (error feedback)."""
+        """Answers that came do not count, so that no client takes for received what changed nothing (error
+        feedback)."""
         self._discount(self.now.members, error)
         self.note("skipped", 1.0)
         self.tell(Noted(f"round {self.now.number} changes nothing: {error}"))
@@ -126,15 +174,25 @@ class RoundCohort:
 
     def _discount(self, clients: Sequence[int], error: FedtuneError) -> None:
         """Answers that came and do not count, because of `error`."""
-        counted = {client: answer for client, answer in self.answers.items() if client in clients and answer.outcome == "ok"}
-        self.answers |= {client: replace(answer, outcome=error.code, weight=0.0, note=str(error)) for client, answer in counted.items()}
+        counted = {
+            client: answer
+            for client, answer in self.answers.items()
+            if client in clients and answer.outcome == "ok"
+        }
+        self.answers |= {
+            client: replace(answer, outcome=error.code, weight=0.0, note=str(error))
+            for client, answer in counted.items()
+        }
         self.figures = [(client, metrics) for client, metrics in self.figures if client not in clients]
 
     def _replies(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
         task = self.link.tasks[verb]
         payloads = self.downlink.encode(self.link, verb, given, self.now)
         last, first = self.downlink.last, not self.answers
-        asks = {client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first) for client in self.now.members}
+        asks = {
+            client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first)
+            for client in self.now.members
+        }
         down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
         alike = None if callable(given) else task.answer(Schema.of(given), self.now)
         for reply in ascending(self._asked(asks, payloads, down_bytes), self.now.members):
@@ -143,37 +201,70 @@ class RoundCohort:
                 if reply.failure:
                     raise reply.failure
                 answer = alike or task.answer(Schema.of(given_to(reply.client, given)), self.now)
-                _, sent = decode(reply.payload, self.link.expect(verb, reply.client, self.now, answer, task.kinds(answer)))
+                _, sent = decode(
+                    reply.payload, self.link.expect(verb, reply.client, self.now, answer, task.kinds(answer))
+                )
                 update = task.chain.receive(sent, reply.client, self.now)
                 require_finite(update, self.names[reply.client])
                 given_here = given_to(reply.client, given)
-                self.link.bounds.check(self.now.number, reply.client, self.names[reply.client], verb, update, given_here, self.link.limits.spread)
+                self.link.bounds.check(
+                    self.now.number,
+                    reply.client,
+                    self.names[reply.client],
+                    verb,
+                    update,
+                    given_here,
+                    self.link.limits.spread,
+                )
             except (ClientFailed, Refused) as error:
-                self._note(reply.client, Answer(reply.client, error.code, 0.0, len(reply.payload), down, str(error)))
-                self.tell(ClientLeftOut(self.now.number, reply.client, self.names[reply.client], error.code, str(error)))
+                self._note(
+                    reply.client,
+                    AnswerRecord(reply.client, error.code, 0.0, len(reply.payload), down, str(error)),
+                )
+                self.tell(
+                    ClientLeftOut(
+                        self.now.number, reply.client, self.names[reply.client], error.code, str(error)
+                    )
+                )
                 continue
             if reply.said:
                 self.tell(Chose(self.now.number, reply.client, self.names[reply.client], reply.said))
             self.figures.append((reply.client, update.metrics))
-            self._note(reply.client, Answer(reply.client, "ok", update.weight, len(reply.payload), down))
+            self._note(
+                reply.client, AnswerRecord(reply.client, "ok", update.weight, len(reply.payload), down)
+            )
             metrics = {name: number / update.weight for name, number in update.metrics.items()}
-            self.tell(ClientDone(self.now.number, reply.client, self.names[reply.client], update.weight, len(reply.payload), down, metrics))
+            self.tell(
+                ClientDone(
+                    self.now.number,
+                    reply.client,
+                    self.names[reply.client],
+                    update.weight,
+                    len(reply.payload),
+                    down,
+                    metrics,
+                )
+            )
             yield reply.client, update
 
-    def _asked(self, asks: Mapping[int, Ask], payloads: Payloads, down_bytes: dict[int, int]) -> Iterator[Reply]:
-        """One reply for each ask. A client that has lost the broadcast that its change builds on is asked again, with the whole."""
+    def _asked(
+        self, asks: Mapping[int, Ask], payloads: Payloads, down_bytes: dict[int, int]
+    ) -> Iterator[Reply]:
+        """One reply for each ask. A client that has lost the broadcast that its change builds on is asked
+        again, with the whole."""
         again: list[Ask] = []
-        for reply in self._once(self.carrier(list(asks.values())), asks):
+        for reply in self._once(self.transport(list(asks.values())), asks):
             if reply.failure and reply.failure.code == "W604" and reply.client in payloads.current:
                 again.append(replace(asks[reply.client], payload=payloads.whole, last=0))
                 down_bytes[reply.client] += len(payloads.whole)
             else:
                 yield reply
         if again:
-            yield from self._once(self.carrier(again), {ask.client: ask for ask in again})
+            yield from self._once(self.transport(again), {ask.client: ask for ask in again})
 
     def _once(self, replies: Iterable[Reply], asks: Mapping[int, Ask]) -> Iterator[Reply]:
-        """The first reply of each client that was asked; a second one is told and dropped, a missing one is a failure."""
+        """The first reply of each client that was asked; a second one is told and dropped, a missing one is a
+        failure."""
         open_asks = set(asks)
         for reply in replies:
             if reply.client in open_asks:
@@ -181,16 +272,28 @@ class RoundCohort:
                 yield reply
             else:
                 name = self.names.get(reply.client, str(reply.client))
-                text = "W605: found a second answer to one question, expected one; the first counts, this one is dropped."
+                text = (
+                    "W605: found a second answer to one question, expected one; the first counts, this one "
+                    "is dropped."
+                )
                 self.tell(ClientLeftOut(self.now.number, reply.client, name, "W605", text))
         for client in sorted(open_asks):
-            yield Reply(client, failure=ClientFailed("F503", sentence="the transport returned no reply for this client", do="look at the node's log"))
+            yield Reply(
+                client,
+                failure=ClientFailed(
+                    "F503",
+                    sentence="the transport returned no reply for this client",
+                    do="look at the node's log",
+                ),
+            )
 
-    def _note(self, client: int, answer: Answer) -> None:
+    def _note(self, client: int, answer: AnswerRecord) -> None:
         """One row a member and round: bytes of all its verbs add up."""
         before = self.answers.get(client)
         up, down = (before.up_bytes, before.down_bytes) if before else (0, 0)
-        self.answers[client] = Answer(client, answer.outcome, answer.weight, up + answer.up_bytes, down + answer.down_bytes, answer.note)
+        self.answers[client] = AnswerRecord(
+            client, answer.outcome, answer.weight, up + answer.up_bytes, down + answer.down_bytes, answer.note
+        )
 
 
 def ascending(replies: Iterable[Reply], members: Sequence[int]) -> Iterator[Reply]:

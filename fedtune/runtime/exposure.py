@@ -1,4 +1,5 @@
-"""Who sees what: read off the same declarations that the runtime obeys, so that it cannot drift from the code."""
+"""Who sees what: read off the same declarations that the runtime obeys, so that it cannot drift from the
+code."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ from fedtune.transforms.base import Chain
 
 @dataclass(frozen=True)
 class Exposure:
-    """One row: what the server can see of a client's answer to a verb, and through which steps it came; or what somebody else sees beside that."""
+    """One row: what the server can see of a client's answer to a verb, and through which steps it came; or
+    what somebody else sees beside that."""
 
     verb: str
     sees: str
     through: tuple[str, ...]
 
 
-def exposure(method: Method, chain: Chain, bench: Any) -> list[Exposure]:
-    """A row for each verb of the method that is asked of such a bench (or plan)."""
+def exposure(method: Method, chain: Chain, tunable: Any) -> list[Exposure]:
+    """A row for each verb of the method that is asked of such a tunable model (or plan)."""
     rows = []
     for verb, about in method.verbs.items():
-        if not about.applies(bench):
+        if not about.applies(tunable):
             continue
         alone = about.reads_each
         steps = [s for s in chain.steps if not alone or s.undone == "reply"]
@@ -41,10 +43,14 @@ def exposure(method: Method, chain: Chain, bench: Any) -> list[Exposure]:
 
 
 def beside(figures: str) -> dict[str, str]:
-    """What else leaves a client, whatever the method and the chain: the whole of it, as tests/hostile/test_exposure.py compares with what passes."""
+    """What else leaves a client, whatever the method and the chain: the whole of it, as
+    tests/hostile/test_exposure.py compares with what passes."""
     return {
-        "figures": f"with each answer, in the clear: its weight (rows or tokens, or 1){', ' + figures if figures else ''}, its bytes, what its chain chose",
-        "scores": "where the server has no rows to score on: each client's sums over its held-out rows, of accuracy or loss, and how many those are",
+        "figures": "with each answer, in the clear: its weight (rows or tokens, or "
+        f"1){', ' + figures if figures else ''}, its bytes, what its chain chose",
+        "scores": "where the server has no rows to score on: each client's sums over its held-out rows, of "
+        "accuracy or loss, and how many those are",
         "mistakes": "of a client that cannot answer: a code and a number; a real site keeps the sentence",
-        "greeting": "of a real site, signed: its devices, cores, free memory and disk, speed, rows and bytes of its data, versions",
+        "greeting": "of a real site, signed: its devices, cores, free memory and disk, speed, "
+        "rows and bytes of its data, versions",
     }

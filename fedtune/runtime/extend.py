@@ -9,19 +9,27 @@ from fedtune.runtime.journal import Journal
 
 
 def extend(folder: RunFolder, rounds: int) -> Recipe:
-    """The run's recipe with more rounds, in its folder and its journal; scores and comparisons of the shorter run are forgotten.
+    """The run's recipe with more rounds, in its folder and its journal; scores and comparisons of the shorter
+    run are forgotten.
 
-    Raises C104 where the rounds that are done would have been others in a longer run: a schedule that depends on the number of rounds, a
+    Raises C104 where the rounds that are done would have been others in a longer run: a schedule that depends
+    on the number of rounds, a
     rule whose last round differs, real sites.
     """
     recipe = recipe_of(folder)
     if rounds < recipe.rounds:
         raise FedtuneError(
-            "C104", f"--rounds {rounds} for a run of {recipe.rounds} rounds", "a higher number", "leave --rounds out to continue the run as it is"
+            "C104",
+            f"--rounds {rounds} for a run of {recipe.rounds} rounds",
+            "a higher number",
+            "leave --rounds out to continue the run as it is",
         )
     for found in depends_on_rounds(recipe, folder):
         raise FedtuneError(
-            "C104", f"--rounds for a run with {found}", "settings that do not depend on the number of rounds", "start a new run with method.start_from"
+            "C104",
+            f"--rounds for a run with {found}",
+            "settings that do not depend on the number of rounds",
+            "start a new run with method.start_from",
         )
     longer = recipe.model_copy(update={"rounds": rounds})
     with folder.locked():
@@ -44,5 +52,7 @@ def depends_on_rounds(recipe: Recipe, folder: RunFolder) -> list[str]:
         found.append("real sites, whose memories belong to one recipe")
     found += recipe.method.depends_on_rounds()
     if recipe.aggregate.stays(["module.lora_A.weight", "module.lora_B.weight"]):
-        found.append(f"aggregate.rule = '{recipe.aggregate.rule}', whose clients show in the last round what they keep")
+        found.append(
+            f"aggregate.rule = '{recipe.aggregate.rule}', whose clients show in the last round what they keep"
+        )
     return found

@@ -1,4 +1,5 @@
-"""A run's folder: the truth about a run. Everything is written so that a crash leaves the old or the new, never a half.
+"""A run's folder: the truth about a run. Everything is written so that a crash leaves the old or the new,
+never a half.
 
 config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  report.html
 """
@@ -47,7 +48,8 @@ class RunFolder:
         self.write_json("origin.json", {"working_directory": str(Path.cwd())})
 
     def origin(self) -> Path | None:
-        """Where the recipe's relative paths are meant from; None (the working directory) where nobody said, or where that folder is gone."""
+        """Where the recipe's relative paths are meant from; None (the working directory) where nobody said,
+        or where that folder is gone."""
         if not (self.path / "origin.json").exists():
             return None
         place = Path(str(self.read_json("origin.json")["working_directory"]))
@@ -61,10 +63,18 @@ class RunFolder:
             content = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise FedtuneError(
-                "R402", f"no readable {name} in '{self.path}' ({type(error).__name__})", "the folder of a run", "check the path, or list runs/"
+                "R402",
+                f"no readable {name} in '{self.path}' ({type(error).__name__})",
+                "the folder of a run",
+                "check the path, or list runs/",
             ) from None
         if not isinstance(content, dict):
-            raise FedtuneError("R402", f"a {name} in '{self.path}' that is not a table", "the folder of a run", "check the path, or list runs/")
+            raise FedtuneError(
+                "R402",
+                f"a {name} in '{self.path}' that is not a table",
+                "the folder of a run",
+                "check the path, or list runs/",
+            )
         return content
 
     @contextlib.contextmanager
@@ -77,7 +87,11 @@ class RunFolder:
                 time.sleep(0.1)
             else:
                 if not took(handle):
-                    raise FedtuneError("R407", sentence=f"another process is working in '{self.path}'", do="wait for it to end, or stop it")
+                    raise FedtuneError(
+                        "R407",
+                        sentence=f"another process is working in '{self.path}'",
+                        do="wait for it to end, or stop it",
+                    )
             yield
 
 
@@ -95,7 +109,8 @@ def create(root: Path, name: str, stem: str) -> RunFolder:
 
 
 def discard_if_empty(folder: RunFolder) -> None:
-    """After a mistake: a folder without a committed round holds nothing worth keeping, and its name is wanted for the next try."""
+    """After a mistake: a folder without a committed round holds nothing worth keeping, and its name is wanted
+    for the next try."""
     if not any((folder.path / "state").glob("round-*.safetensors")):
         shutil.rmtree(folder.path, ignore_errors=True)
 
@@ -121,7 +136,11 @@ class Taken(FedtuneError):
 
 
 def taken(path: Path) -> Taken:
-    return Taken("R401", sentence=f"the run folder '{path}' already exists", do=f"choose another name, or continue that run with: fedtune resume {path}")
+    return Taken(
+        "R401",
+        sentence=f"the run folder '{path}' already exists",
+        do=f"choose another name, or continue that run with: fedtune resume {path}",
+    )
 
 
 def existing(path: str | Path) -> RunFolder:
@@ -141,5 +160,9 @@ def recipe_of(folder: RunFolder) -> Recipe:
     try:
         return Recipe.model_validate_json(json.dumps(without_idle(folder.read_json("config.json"), Recipe)))
     except ValidationError as error:
-        found = f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)"
-        raise FedtuneError("R402", found, "the config.json of a run", "use the version of fedtune that started the run") from None
+        found = (
+            f"a config.json in '{folder.path}' that this version cannot read ({error.error_count()} mistakes)"
+        )
+        raise FedtuneError(
+            "R402", found, "the config.json of a run", "use the version of fedtune that started the run"
+        ) from None

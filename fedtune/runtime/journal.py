@@ -1,8 +1,12 @@
-"""The journal: what happened, round by round, in SQLite. A round counts once its row is committed, not before.
+"""The journal: what happened, round by round, in SQLite. A round counts once its row is committed, not
+before.
 
-The order of a commit is the whole of the crash safety: state file (temporary, fsync, rename), then one transaction
-with the round, its members' outcomes and the link of the hash chain. A crash between the two leaves a state file
-that no row names; the next start removes it and does the round again, with the same seeds and so the same bytes.
+The order of a commit is the whole of the crash safety: state file (temporary, fsync, rename), then one
+transaction
+with the round, its members' outcomes and the link of the hash chain. A crash between the two leaves a state
+file
+that no row names; the next start removes it and does the round again, with the same seeds and so the same
+bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ CREATE TABLE IF NOT EXISTS phases (name TEXT PRIMARY KEY, value TEXT NOT NULL) S
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerRecord:
     """What became of one member's answer in one round."""
 
     client: int
@@ -40,7 +44,9 @@ class Answer:
     up_bytes: int = 0  # the message on the wire, header included
     down_bytes: int = 0
     note: str = ""
-    memory_sha256: str = ""  # of what the client remembers after it; "" where that is nothing, or kept elsewhere
+    memory_sha256: str = (
+        ""  # of what the client remembers after it; "" where that is nothing, or kept elsewhere
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ class Journal:
         with disk_errors(path), sentences(path):
             self.db = sqlite3.connect(path, isolation_level=None)
             self.db.execute("PRAGMA journal_mode=WAL")
-            self.db.execute("PRAGMA synchronous=FULL")  # WAL's default may lose the last commit at a power cut
+            self.db.execute(
+                "PRAGMA synchronous=FULL"
+            )  # WAL's default may lose the last commit at a power cut
             self.db.executescript(TABLES)
 
     def close(self) -> None:
@@ -78,24 +86,47 @@ class Journal:
             self.db.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", facts.items())
 
     def rounds(self) -> list[Committed]:
-        rows = self._read("SELECT number, state_sha256, file_sha256, link, seconds, metrics FROM rounds ORDER BY number")
-        return [Committed(n, state, file, link, seconds, json.loads(metrics)) for n, state, file, link, seconds, metrics in rows]
+        rows = self._read(
+            "SELECT number, state_sha256, file_sha256, link, seconds, metrics FROM rounds ORDER BY number"
+        )
+        return [
+            Committed(n, state, file, link, seconds, json.loads(metrics))
+            for n, state, file, link, seconds, metrics in rows
+        ]
 
-    def answers(self) -> list[tuple[int, Answer]]:
-        rows = self._read("SELECT round, client, outcome, weight, up_bytes, down_bytes, note, memory_sha256 FROM answers ORDER BY round, client")
-        return [(number, Answer(*rest)) for number, *rest in rows]
+    def answers(self) -> list[tuple[int, AnswerRecord]]:
+        rows = self._read(
+            "SELECT round, client, outcome, weight, up_bytes, down_bytes, note, memory_sha256 FROM answers "
+            "ORDER BY round, client"
+        )
+        return [(number, AnswerRecord(*rest)) for number, *rest in rows]
 
-    def commit(self, number: int, state_sha256: str, file_sha256: str, seconds: float, metrics: Mapping[str, float], answers: Iterable[Answer]) -> None:
+    def commit(
+        self,
+        number: int,
+        state_sha256: str,
+        file_sha256: str,
+        seconds: float,
+        metrics: Mapping[str, float],
+        answers: Iterable[AnswerRecord],
+    ) -> None:
         """Make a round count."""
         with self._transaction():
             before = self.db.execute("SELECT link FROM rounds ORDER BY number DESC LIMIT 1").fetchone()
             link = chain(before[0] if before else "", number, state_sha256)
-            self.db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)", (number, state_sha256, file_sha256, link, seconds, json_text(metrics)))
-            rows = [(number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note, a.memory_sha256) for a in answers]
+            self.db.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)",
+                (number, state_sha256, file_sha256, link, seconds, json_text(metrics)),
+            )
+            rows = [
+                (number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note, a.memory_sha256)
+                for a in answers
+            ]
             self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def phase(self, name: str) -> dict[str, Any] | None:
-        """The result of a finished phase (base, local, centralised), so that a resumed run need not repeat it."""
+        """The result of a finished phase (base, local, centralised), so that a resumed run need not repeat
+        it."""
         rows = self._read("SELECT value FROM phases WHERE name = ?", name)
         return json.loads(rows[0][0]) if rows else None
 
@@ -115,8 +146,12 @@ class Journal:
         for expected, row in enumerate(self.rounds(), 1):
             link = chain(link, row.number, row.state_sha256)
             if row.number != expected or row.link != link:
-                raise FedtuneError("R403", f"a journal whose round {row.number} does not follow from the one before", "an unbroken hash chain",
-                                   f"restore '{self.path}' from a backup, or start a new run")  # fmt: skip
+                raise FedtuneError(
+                    "R403",
+                    f"a journal whose round {row.number} does not follow from the one before",
+                    "an unbroken hash chain",
+                    f"restore '{self.path}' from a backup, or start a new run",
+                )
 
     def _read(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         """All rows of a query; a damaged page is a sentence."""
@@ -131,7 +166,9 @@ class Journal:
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # a full disk has rolled back by itself; the first error is the one to tell
+                with contextlib.suppress(
+                    sqlite3.Error
+                ):  # a full disk has rolled back by itself; the first error is the one to tell
                     self.db.execute("ROLLBACK")
                 raise
             self.db.execute("COMMIT")
@@ -145,10 +182,17 @@ def sentences(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         why = "no space left on the disk" if "full" in str(error) else str(error)
         raise FedtuneError(
-            "R404", sentence=f"cannot write the journal '{path}' ({why})", do="free space or correct the rights, then: fedtune resume"
+            "R404",
+            sentence=f"cannot write the journal '{path}' ({why})",
+            do="free space or correct the rights, then: fedtune resume",
         ) from error
     except sqlite3.DatabaseError as error:
-        raise FedtuneError("R403", f"a damaged journal at '{path}' ({error})", "an SQLite database", "restore it from a backup, or start a new run") from error
+        raise FedtuneError(
+            "R403",
+            f"a damaged journal at '{path}' ({error})",
+            "an SQLite database",
+            "restore it from a backup, or start a new run",
+        ) from error
 
 
 def chain(before: str, number: int, state_sha256: str) -> str:

@@ -1,4 +1,4 @@
-"""The local carrier: every client in this process, one after the other, on one shared model."""
+"""The local transport: every client in this process, one after the other, on one shared model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 from fedtune.runtime.client_half import respond
 from fedtune.runtime.failures import failure_of
-from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
+from fedtune.runtime.protocol import Ask, Link, Reply, Transport
 from fedtune.types import Client
 
 
-def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[Ask, Client], None], logs: Path | None = None) -> Carrier:
-    """Ask members by calling their half, `client` before and `done` after it; memory does not grow with their number.
+def local_transport(
+    link: Link, client: Callable[[Ask], Client], done: Callable[[Ask, Client], None], logs: Path | None = None
+) -> Transport:
+    """Ask members by calling their half, `client` before and `done` after it; memory does not grow with their
+    number.
 
     logs  where the traceback of a client's unforeseen error goes
     """
@@ -21,10 +24,10 @@ def local_carrier(link: Link, client: Callable[[Ask], Client], done: Callable[[A
         for ask in asks:
             name = str(ask.client)
             try:
-                world = client(ask)
-                name = world.name
-                reply = respond(link, world, ask)
-                done(ask, world)
+                workspace = client(ask)
+                name = workspace.name
+                reply = respond(link, workspace, ask)
+                done(ask, workspace)
             except Exception as error:  # whatever it is, it is about this client
                 reply = Reply(ask.client, failure=failure_of(error, name, logs))
             yield reply

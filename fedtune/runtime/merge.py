@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.aggregate import MERGES, Answer, Combined, Merge, split
+from fedtune.aggregate import MERGES, ClientAdapter, Combined, Merge, split
 from fedtune.aggregate import ranks as ranks_of
 from fedtune.errors import FedtuneError
 from fedtune.exports import check_target, whole_folder
 from fedtune.runtime.folder import RunFolder, recipe_of
-from fedtune.runtime.world import world_of
+from fedtune.runtime.workspace import workspace_of
 
 if TYPE_CHECKING:
-    from fedtune.model.experts import Expert
+    from fedtune.model.lora_files import Expert
     from fedtune.model.score import Score
 
 SAME = {"selma": "mean", "greedy": "soup"}  # a user's word -> that of MERGES
@@ -29,7 +29,8 @@ Scorer = Callable[[Mapping[str, np.ndarray], int], "Score"]  # tensors at a rank
 
 @dataclass(frozen=True)
 class Asked:
-    """How to merge: the rule, its options, a weight for each adapter (empty: 1), the rank of the result (0: the sum of ranks).
+    """How to merge: the rule, its options, a weight for each adapter (empty: 1), the rank of the result (0:
+    the sum of ranks).
 
     base  the base of all adapters, whatever names they have for it; empty: their names
     home  where relative names of bases are meant from
@@ -45,7 +46,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Merged:
-    """rank and what cutting to it lost, relative, over all and in the worst module; scores by name (base, adapters, merged); folders that were used;
+    """rank and what cutting to it lost, relative, over all and in the worst module; scores by name (base,
+    adapters, merged); folders that were used;
     notes on what was brought together: names of one base, layers that some adapters lack."""
 
     rank: int
@@ -58,13 +60,14 @@ class Merged:
 
 
 def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFolder | None = None) -> Merged:
-    """Read, merge, score on a run's test set if one is named, write a stock adapter with a card; the folder appears whole or not at all.
+    """Read, merge, score on a run's test set if one is named, write a stock adapter with a card; the folder
+    appears whole or not at all.
 
     Raises C102, C103 for what is asked, M304, M305, M306 for adapters that do not fit, R401.
     """
     target = check_target(to)
     check_asked(asked, len(folders), run)
-    from fedtune.model.experts import read_expert, write_expert
+    from fedtune.model.lora_files import read_expert, write_expert
     from fedtune.model.same_base import BaseName, check_fits, check_same, check_union, named
     from fedtune.model.union import aligned, settings_of
 
@@ -77,12 +80,17 @@ def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFold
         notes = [*check_same(read, asked.home), *notes]
         if len({expert.sha256 for expert in read}) > 1:
             check_union(read, named(read[0], asked.home))
-    settings = settings_of(read, experts) | ({"base_model_name_or_path": asked.base, "revision": None} if asked.base else {})
+    settings = settings_of(read, experts) | (
+        {"base_model_name_or_path": asked.base, "revision": None} if asked.base else {}
+    )
     scorer = scorer_of(experts[0], run) if run else None
     if scorer and asked.by == "greedy":
         merge = built(asked.by, asked.options, better(scorer))
     weights = asked.weights or [1.0] * len(experts)
-    answers = [Answer(number, expert.tensors, weight) for number, (expert, weight) in enumerate(zip(experts, weights, strict=True))]
+    answers = [
+        ClientAdapter(number, expert.tensors, weight)
+        for number, (expert, weight) in enumerate(zip(experts, weights, strict=True))
+    ]
     made = merge(answers, asked.rank or (0 if inner_of(asked) in EXACT else full_rank(experts)), 1.0)
     rank = max(ranks_of(made.tensors).values())
     scores = scored(scorer, experts, made.tensors, rank) if scorer else {}
@@ -90,7 +98,9 @@ def merge_adapters(folders: Sequence[Path], asked: Asked, to: Path, run: RunFold
     used = [e.path for n, e in enumerate(experts) if asked.by != "greedy" or f"kept/{n}" in made.report]
     merged = Merged(rank, made.report["error"], worst, scores, used, len(split(made.tensors)[1]), notes)
     with whole_folder(target) as temporary:
-        write_expert(temporary, experts[0], settings, made.tensors, rank, card(asked, experts, weights, merged, run))
+        write_expert(
+            temporary, experts[0], settings, made.tensors, rank, card(asked, experts, weights, merged, run)
+        )
     return merged
 
 
@@ -99,37 +109,83 @@ def check_asked(asked: Asked, count: int, run: RunFolder | None) -> None:
     if count < 2:
         raise FedtuneError("C103", "one adapter to merge", "two or more", "give the folders of all")
     if asked.rank < 0:
-        raise FedtuneError("C102", f"--rank {asked.rank}", "1 or more", "correct it, or leave it out for the sum of ranks")
-    if asked.weights and (len(asked.weights) != count or asked.by in EQUAL or not all(0 < weight < float("inf") for weight in asked.weights)):
-        expected = "no weights, because all adapters count equally" if asked.by in EQUAL else f"{count} positive numbers, one for each adapter"
-        raise FedtuneError("C103", f"--weights {' '.join(f'{weight:g}' for weight in asked.weights)} with --by {asked.by}", expected, "correct --weights")
+        raise FedtuneError(
+            "C102", f"--rank {asked.rank}", "1 or more", "correct it, or leave it out for the sum of ranks"
+        )
+    if asked.weights and (
+        len(asked.weights) != count
+        or asked.by in EQUAL
+        or not all(0 < weight < float("inf") for weight in asked.weights)
+    ):
+        expected = (
+            "no weights, because all adapters count equally"
+            if asked.by in EQUAL
+            else f"{count} positive numbers, one for each adapter"
+        )
+        raise FedtuneError(
+            "C103",
+            f"--weights {' '.join(f'{weight:g}' for weight in asked.weights)} with --by {asked.by}",
+            expected,
+            "correct --weights",
+        )
     if asked.by == "greedy" and run is None:
-        raise FedtuneError("C103", "--by greedy without --eval", "a run whose test set can rank the adapters", "add --eval RUN")
+        raise FedtuneError(
+            "C103",
+            "--by greedy without --eval",
+            "a run whose test set can rank the adapters",
+            "add --eval RUN",
+        )
 
 
 def inner_of(asked: Asked) -> str:
     """The rule that makes the result, below LiNeS or a soup."""
-    return str(asked.options.get("of", "mean")) if asked.by in ("lines", "greedy") else SAME.get(asked.by, asked.by)
+    return (
+        str(asked.options.get("of", "mean"))
+        if asked.by in ("lines", "greedy")
+        else SAME.get(asked.by, asked.by)
+    )
 
 
 def built(by: str, options: Mapping[str, str], score: Callable[[Combined], float]) -> Merge:
-    """The merge with its options; those that LiNeS and a soup do not know are for the merge that they follow (`of`). Raises C102, C103."""
+    """The merge with its options; those that LiNeS and a soup do not know are for the merge that they follow
+    (`of`). Raises C102, C103."""
     name = SAME.get(by, by)
     known = inspect.signature(MERGES[name]).parameters
     mine = {key: value for key, value in options.items() if key in known}
     others = {key: value for key, value in options.items() if key not in known}
-    outer: dict[str, Any] = {key: number(key, value, str(known[key].annotation)) for key, value in mine.items() if key != "of"}
+    outer: dict[str, Any] = {
+        key: number(key, value, str(known[key].annotation)) for key, value in mine.items() if key != "of"
+    }
     if name in ("lines", "soup"):
         of = mine.get("of", "mean")
         if of not in MERGES or of in ("lines", "soup"):
-            raise FedtuneError("C103", f"--set of={of}", f"one of {', '.join(sorted(MERGES.keys() - {'lines', 'soup'}))}", "correct it")
+            raise FedtuneError(
+                "C103",
+                f"--set of={of}",
+                f"one of {', '.join(sorted(MERGES.keys() - {'lines', 'soup'}))}",
+                "correct it",
+            )
         outer["of"] = built(of, others, score)
     elif others:
         have = ", ".join(known) or "none"
-        raise FedtuneError("C103", f"--set {sorted(others)[0]} for {by}", f"one of its options ({have})", "correct or remove it")
-    missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in outer and key != "score"]
+        raise FedtuneError(
+            "C103",
+            f"--set {sorted(others)[0]} for {by}",
+            f"one of its options ({have})",
+            "correct or remove it",
+        )
+    missing = [
+        key
+        for key, parameter in known.items()
+        if parameter.default is parameter.empty and key not in outer and key != "score"
+    ]
     if missing:
-        raise FedtuneError("C103", f"{by} without {' and '.join(missing)}", " ".join(f"--set {key}=NUMBER" for key in missing), "add them")
+        raise FedtuneError(
+            "C103",
+            f"{by} without {' and '.join(missing)}",
+            " ".join(f"--set {key}=NUMBER" for key in missing),
+            "add them",
+        )
     return MERGES[name](score, **outer) if "score" in known else MERGES[name](**outer)
 
 
@@ -138,7 +194,9 @@ def number(key: str, value: str, kind: str) -> float:
     try:
         return int(value) if kind == "int" else float(value)
     except ValueError:
-        raise FedtuneError("C103", f"--set {key}={value}", "a whole number" if kind == "int" else "a number", "correct it") from None
+        raise FedtuneError(
+            "C103", f"--set {key}={value}", "a whole number" if kind == "int" else "a number", "correct it"
+        ) from None
 
 
 def full_rank(experts: Sequence[Expert]) -> int:
@@ -151,16 +209,19 @@ def full_rank(experts: Sequence[Expert]) -> int:
     return max(1, *sums.values())
 
 
-# --- scores -----------------------------------------------------------------------------------------------------
+# --- scores
+# -----------------------------------------------------------------------------------------------------
 
 
 def scorer_of(like: Expert, run: RunFolder) -> Scorer:
     """Scores on the test set of a run. Raises M304 where its base is another one."""
-    from fedtune.model.experts import seated
+    from fedtune.model.lora_files import seated
     from fedtune.model.score import score
 
-    world = world_of(recipe_of(run), run.origin())
-    return lambda tensors, rank: score(seated(world.base, like, tensors, rank), world.test(), world.recipe.evaluate.batch)
+    workspace = workspace_of(recipe_of(run), run.origin())
+    return lambda tensors, rank: score(
+        seated(workspace.base, like, tensors, rank), workspace.test(), workspace.recipe.evaluate.batch
+    )
 
 
 def better(scorer: Scorer) -> Callable[[Combined], float]:
@@ -172,20 +233,27 @@ def unscored(made: Combined) -> float:
     raise RuntimeError("a score without a run")
 
 
-def scored(scorer: Scorer, experts: Sequence[Expert], tensors: Mapping[str, np.ndarray], rank: int) -> dict[str, Score]:
+def scored(
+    scorer: Scorer, experts: Sequence[Expert], tensors: Mapping[str, np.ndarray], rank: int
+) -> dict[str, Score]:
     """Of every adapter alone, of none, and of the merged one."""
     nothing = {name: np.zeros_like(value) if ".lora_" in name else value for name, value in tensors.items()}
     found = {"base, with what is no pair" if split(tensors)[1] else "base": scorer(nothing, rank)}
     for expert in experts:
-        wide = MERGES["mean"]()([Answer(0, expert.tensors)], 0, 1.0).tensors  # one rank for all modules
+        wide = MERGES["mean"]()(
+            [ClientAdapter(0, expert.tensors)], 0, 1.0
+        ).tensors  # one rank for all modules
         found[str(expert.path)] = scorer(wide, expert.rank)
     return found | {"merged": scorer(tensors, rank)}
 
 
-# --- the card ---------------------------------------------------------------------------------------------------
+# --- the card
+# ---------------------------------------------------------------------------------------------------
 
 
-def card(asked: Asked, experts: Sequence[Expert], weights: Sequence[float], merged: Merged, run: RunFolder | None) -> str:
+def card(
+    asked: Asked, experts: Sequence[Expert], weights: Sequence[float], merged: Merged, run: RunFolder | None
+) -> str:
     """README.md: what was merged, how, and what it cost."""
     options = ", ".join(f"{key} = {value}" for key, value in asked.options.items())
     lines = [
@@ -198,11 +266,30 @@ def card(asked: Asked, experts: Sequence[Expert], weights: Sequence[float], merg
     ]
     lines += [f"# {len(merged.used)} LoRA adapters merged by {asked.by}", ""]
     lines += ["| adapter | SHA-256 of its tensors | weight |", "|---|---|---|"]
-    lines += [f"| {e.path} | {e.sha256} | {weight:g} |" for e, weight in zip(experts, weights, strict=True) if e.path in merged.used]
-    lines += ["", f"- rule: {asked.by}{f' ({options})' if options else ''}, on the products B A", f"- rank {merged.rank}, alpha {merged.rank}: scale 1"]
+    lines += [
+        f"| {e.path} | {e.sha256} | {weight:g} |"
+        for e, weight in zip(experts, weights, strict=True)
+        if e.path in merged.used
+    ]
+    lines += [
+        "",
+        f"- rule: {asked.by}{f' ({options})' if options else ''}, on the products B A",
+        f"- rank {merged.rank}, alpha {merged.rank}: scale 1",
+    ]
     lines += [f"- {sentence}" for sentence in cost(merged)]
-    lines += [f"- {name}: {score.name} {score.metric:.4f} on the test set of {run.path.name}" for name, score in merged.scores.items()] if run else []
-    lines += ["- the adapters were chosen by that test set, so the score of the merged one flatters"] if asked.by == "greedy" else []
+    lines += (
+        [
+            f"- {name}: {score.name} {score.metric:.4f} on the test set of {run.path.name}"
+            for name, score in merged.scores.items()
+        ]
+        if run
+        else []
+    )
+    lines += (
+        ["- the adapters were chosen by that test set, so the score of the merged one flatters"]
+        if asked.by == "greedy"
+        else []
+    )
     return "\n".join([*lines, "- privacy: that of the adapters; merging adds none", ""])
 
 
@@ -211,7 +298,8 @@ def cost(merged: Merged) -> list[str]:
     name, error = merged.worst
     said = [
         *merged.notes,
-        f"cut to rank {merged.rank}: {100 * merged.error:.3g} % of the merged products' norm is lost, at most {100 * error:.3g} % of a layer's ({name})",
+        f"cut to rank {merged.rank}: {100 * merged.error:.3g} % of the merged products' norm is lost, at "
+        f"most {100 * error:.3g} % of a layer's ({name})",
     ]
     said += [f"{merged.plain} tensors that are no LoRA pairs were averaged"] if merged.plain else []
     return said

@@ -1,7 +1,10 @@
-"""What both ends of a conversation agree on: questions, replies, and how each verb is asked, answered and coded.
+"""What both ends of a conversation agree on: questions, replies, and how each verb is asked, answered and
+coded.
 
-Both halves speak the wire format even inside one process, so that what is measured, refused and computed is the same
-whether a client is a function call away or a continent. How a question reaches a client is the carrier's business.
+Both halves speak the wire format even inside one process, so that what is measured, refused and computed is
+the same
+whether a client is a function call away or a continent. How a question reaches a client is the transport's
+business.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class Reply:
     said: str = ""  # what the client's chain chose, and why
 
 
-Carrier = Callable[[Sequence[Ask]], Iterable[Reply]]  # every ask gets exactly one reply, in any order
+Transport = Callable[[Sequence[Ask]], Iterable[Reply]]  # every ask gets exactly one reply, in any order
 Given = Tensors | Callable[[int], Tensors]  # the same for all members, or by client
 
 
@@ -58,10 +61,11 @@ class Task:
     """A verb as both ends know it.
 
     work    the client's half
-    given   bench, client, round -> the schema of what that client is given
+    given   tunable model, client, round -> the schema of what that client is given
     answer  schema given, round -> the schema of the answer
     chain   the steps that an answer goes through
-    moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may be lossy
+    moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may
+            be lossy
     holds   clients keep the whole numbers that they are given, so that later only changes need travel
     trains  the client's half needs training rows
     reads_each  the server reads single answers
@@ -77,7 +81,8 @@ class Task:
     reads_each: bool = False
 
     def kinds(self, answer: Schema) -> frozenset[str]:
-        """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them otherwise."""
+        """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them
+        otherwise."""
         return frozenset({"whole"}) if answer.whole and not self.chain.steps else self.chain.kinds
 
     def near(self, given: Tensors) -> Tensors | None:
@@ -86,11 +91,20 @@ class Task:
 
 
 def tasks_of(method: Method, chain: Chain) -> dict[str, Task]:
-    """A task for each verb of a method; where single answers are read, steps that only a sum can undo are left out."""
+    """A task for each verb of a method; where single answers are read, steps that only a sum can undo are
+    left out."""
     alone = Chain([step for step in chain.steps if step.undone == "reply"])
 
     def task(verb: Verb) -> Task:
-        return Task(verb.work, verb.given, verb.answer, alone if verb.reads_each else chain, verb.moves, verb.holds, reads_each=verb.reads_each)
+        return Task(
+            verb.work,
+            verb.given,
+            verb.answer,
+            alone if verb.reads_each else chain,
+            verb.moves,
+            verb.holds,
+            reads_each=verb.reads_each,
+        )
 
     return {name: task(verb) for name, verb in method.verbs.items()}
 
@@ -106,7 +120,9 @@ class Link:
     downlink: DownlinkCode = field(default_factory=Plain)
     limits: LimitSettings = field(default_factory=LimitSettings)
     more: Mapping[str, Task] = field(default_factory=dict)  # the run's own tasks, beside the method's verbs
-    bounds: Bounds = field(default_factory=Bounds)  # what the server takes for an answer, beside the limits of the recipe
+    bounds: Bounds = field(
+        default_factory=Bounds
+    )  # what the server takes for an answer, beside the limits of the recipe
 
     @cached_property
     def tasks(self) -> Mapping[str, Task]:
@@ -117,14 +133,32 @@ class Link:
         return {**own, **self.more}
 
     def coded(self, verb: str) -> bool:
-        """Whether what is given with a verb travels through the downlink's code: only what the verb moves can be lossy."""
+        """Whether what is given with a verb travels through the downlink's code: only what the verb moves can
+        be lossy."""
         return self.downlink.lossy and self.tasks[verb].moves
 
     def header(self, verb: str, client: int, now: Round, schema: Schema, since: int = 0) -> Header:
-        return Header(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema.fingerprint, since=since, whole=schema.whole)
+        return Header(
+            run=self.run,
+            base=self.base,
+            round=now.number,
+            client=client,
+            verb=verb,
+            schema=schema.fingerprint,
+            since=since,
+            whole=schema.whole,
+        )
 
     def expect(self, verb: str, client: int, now: Round, schema: Schema, kinds: frozenset[str]) -> Expect:
-        plain = Expect(run=self.run, base=self.base, round=now.number, client=client, verb=verb, schema=schema, kinds=kinds)
+        plain = Expect(
+            run=self.run,
+            base=self.base,
+            round=now.number,
+            client=client,
+            verb=verb,
+            schema=schema,
+            kinds=kinds,
+        )
         if client == EVERYONE:  # the limits are the server's, for answers
             return plain
         return replace(plain, max_weight=self.limits.weight, max_norm=self.limits.norm or math.inf)
@@ -134,4 +168,6 @@ def require_finite(update: Update, name: str) -> None:
     """Raise ClientFailed (W607) where an answer holds NaN, Inf, or what no parameter can be."""
     if tensor := too_large(update.tensors, update.weight):
         found = f"NaN, Inf or a number beyond {LARGEST:g} in '{tensor}' from client '{name}'"
-        raise ClientFailed("W607", found, "finite numbers", "lower the learning rate or set method.train.clip")
+        raise ClientFailed(
+            "W607", found, "finite numbers", "lower the learning rate or set method.train.clip"
+        )

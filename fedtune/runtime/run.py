@@ -1,4 +1,5 @@
-"""A run from the first file to the last: rounds, journal, scores, comparisons, result. `resume` is the same, later."""
+"""A run from the first file to the last: rounds, journal, scores, comparisons, result. `resume` is the same,
+later."""
 
 from __future__ import annotations
 
@@ -14,18 +15,18 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted
+from fedtune.runtime.baselines import compare, finished_phase, score_test
+from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.cohort import RoundCohort
-from fedtune.runtime.compare import compare, finished_phase, score_test
 from fedtune.runtime.downlink import Downlink
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
-from fedtune.runtime.local import local_carrier
+from fedtune.runtime.local import local_transport
 from fedtune.runtime.paths import located
-from fedtune.runtime.protocol import Carrier, Link
+from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.sampling import sample, wanted
-from fedtune.runtime.scoring import at_sites
-from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
-from fedtune.runtime.world import World, build_world, link_of
+from fedtune.runtime.site_scores import at_sites
+from fedtune.runtime.workspace import Workspace, build_workspace, link_of
 from fedtune.schema import digest
 from fedtune.threads import describe_threads
 from fedtune.types import Round, State
@@ -39,15 +40,17 @@ class Run:
     recipe: Recipe
     folder: RunFolder
     journal: Journal
-    world: World
+    workspace: Workspace
     link: Link
-    carrier: Carrier
+    transport: Transport
     tell: Callable[[Event], None]
     state: State
     done: int
     start: State  # before the first round: what the comparisons begin with
     downlink: Downlink
-    clock: dict[str, float]  # seconds of all processes that worked on this run: in all, and until its first round was committed
+    clock: dict[
+        str, float
+    ]  # seconds of all processes that worked on this run: in all, and until its first round was committed
     deployed: bool = False  # on real sites: [deploy] counts
 
     def tick(self) -> None:
@@ -63,15 +66,17 @@ def run(
     recipe: Recipe,
     folder: RunFolder,
     tell: Callable[[Event], None],
-    carry: Callable[[Link, World], Carrier] | None = None,
+    carry: Callable[[Link, Workspace], Transport] | None = None,
     federation: Federation | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
     """Start or continue the run in `folder`; returns what result.json holds.
 
-    carry       makes the carrier from the link and the world; the default keeps every client in this process
+    carry       makes the transport from the link and the workspace; the default keeps every client in this
+                process
     federation  of real sites: who takes part, and what there is to score on
-    began       when the work began that led here, in seconds since the epoch; the result's seconds count from then (None: from now)
+    began       when the work began that led here, in seconds since the epoch; the result's seconds count from
+                then (None: from now)
 
     Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
     """
@@ -99,7 +104,11 @@ def finished(folder: RunFolder, journal: Journal, recipe: Recipe) -> dict[str, A
     journal.check()
     result = folder.read_json("result.json")
     rounds = journal.rounds()
-    if not rounds or rounds[-1].number != recipe.rounds or result.get("state_sha256") != rounds[-1].state_sha256:
+    if (
+        not rounds
+        or rounds[-1].number != recipe.rounds
+        or result.get("state_sha256") != rounds[-1].state_sha256
+    ):
         return None
     load_state(folder, recipe.rounds, rounds[-1].file_sha256)
     return result
@@ -110,42 +119,78 @@ def open_run(
     folder: RunFolder,
     journal: Journal,
     tell: Callable[[Event], None],
-    carry: Callable[[Link, World], Carrier] | None,
+    carry: Callable[[Link, Workspace], Transport] | None,
     federation: Federation | None,
     since: float,
 ) -> Run:
-    """Build the world, and take up the state where the journal left it. Raises R403, R406."""
+    """Build the workspace, and take up the state where the journal left it. Raises R403, R406."""
     place = folder.origin()
     method = method_of(located(recipe, place))
     memories = Memories(folder)
-    world = build_world(recipe, method, memories, tell, federation, place=place)
-    check_same(journal, {"recipe": recipe.fingerprint, "base": world.base.fingerprint, "data": world.federation.fingerprint})
-    journal.remember({"labels": json.dumps(world.federation.labels)})
-    world.encode_all()
+    workspace = build_workspace(recipe, method, memories, tell, federation, place=place)
+    check_same(
+        journal,
+        {
+            "recipe": recipe.fingerprint,
+            "base": workspace.base.fingerprint,
+            "data": workspace.federation.fingerprint,
+        },
+    )
+    journal.remember({"labels": json.dumps(workspace.federation.labels)})
+    workspace.encode_all()
     journal.check()
     committed = journal.rounds()
     done = committed[-1].number if committed else 0
-    counted = {answer.client: (number, answer.memory_sha256) for number, answer in journal.answers() if answer.outcome == "ok"}
+    counted = {
+        answer.client: (number, answer.memory_sha256)
+        for number, answer in journal.answers()
+        if answer.outcome == "ok"
+    }
     memories.restore(counted)
     sweep(folder)
     prune_states(folder, done)
-    start = method.start(world.bench)
+    start = method.start(workspace.tunable)
     check_same(journal, {"start": digest(start.shared)})
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
     downlink = Downlink(held, {client: number for client, (number, _) in counted.items()})
-    link = link_of(world, method)
-    carrier = carry(link, world) if carry else local_carrier(link, world.client, world.done, folder.path / "errors")
-    bench = world.bench
+    link = link_of(workspace, method)
+    transport = (
+        carry(link, workspace)
+        if carry
+        else local_transport(link, workspace.client, workspace.done, folder.path / "errors")
+    )
+    tunable = workspace.tunable
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(
         RunStarted(
-            folder.path.name, str(folder.path), recipe.rounds, len(world.names), bench.trainable, bench.total, done, describe_threads(recipe.model.threads)
+            folder.path.name,
+            str(folder.path),
+            recipe.rounds,
+            len(workspace.names),
+            tunable.trainable,
+            tunable.total,
+            done,
+            describe_threads(recipe.model.threads),
         )
     )
-    if recipe.evaluate.base and world.federation.test and not journal.phase("base"):
-        method.install(start, bench)
-        finished_phase(journal, "base", lambda: score_test(world, "base", 0, tell), tell)
-    return Run(recipe, folder, journal, world, link, carrier, tell, state, done, start, downlink, clock, federation is not None)
+    if recipe.evaluate.base and workspace.federation.test and not journal.phase("base"):
+        method.install(start, tunable)
+        finished_phase(journal, "base", lambda: score_test(workspace, "base", 0, tell), tell)
+    return Run(
+        recipe,
+        folder,
+        journal,
+        workspace,
+        link,
+        transport,
+        tell,
+        state,
+        done,
+        start,
+        downlink,
+        clock,
+        federation is not None,
+    )
 
 
 def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
@@ -154,7 +199,10 @@ def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
     for key, value in facts.items():
         if known.get(key, value) != value:
             raise FedtuneError(
-                "R406", f"a run that was started with {key} {known[key][:12]}", f"the same {key} (now {value[:12]})", "start a new run for the new one"
+                "R406",
+                f"a run that was started with {key} {known[key][:12]}",
+                f"the same {key} (now {value[:12]})",
+                "start a new run for the new one",
             )
     journal.remember(dict(facts) | {"versions": json.dumps(versions())})
 
@@ -162,50 +210,71 @@ def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
 def one_round(work: Run, number: int) -> None:
     """Sample, converse, commit: the state file first, then the journal's row that makes it count."""
     began = time.time()
-    recipe, world = work.recipe, work.world
+    recipe, workspace = work.recipe, work.workspace
     deploy = recipe.deploy if work.deployed else None
-    members = sample(recipe.sampling, len(world.names), recipe.seed, number, deploy.over if deploy else 0.0)
+    members = sample(
+        recipe.sampling, len(workspace.names), recipe.seed, number, deploy.over if deploy else 0.0
+    )
     now = Round(number, recipe.seed, members)
-    quorum = math.ceil(deploy.quorum * min(len(members), wanted(recipe.sampling, len(world.names)))) if deploy else 0
-    cohort = RoundCohort(work.link, now, work.carrier, work.tell, world.names, work.downlink, quorum=quorum)
+    quorum = (
+        math.ceil(deploy.quorum * min(len(members), wanted(recipe.sampling, len(workspace.names))))
+        if deploy
+        else 0
+    )
+    cohort = RoundCohort(
+        work.link, now, work.transport, work.tell, workspace.names, work.downlink, quorum=quorum
+    )
     work.state = work.link.method.round(work.state, cohort, now)
     answers = [cohort.answers[c] for c in members]
     counted = [a for a in answers if a.outcome == "ok"]
     weight = sum(a.weight for a in counted)
-    metrics = ({name: value / weight for name, value in cohort.metrics.items()} if weight else {}) | cohort.notes
+    metrics = (
+        {name: value / weight for name, value in cohort.metrics.items()} if weight else {}
+    ) | cohort.notes
     file_sha256 = save_state(work.folder, number, work.state, work.downlink.held)
-    remembered = world.memories.save(number, [a.client for a in counted])
+    remembered = workspace.memories.save(number, [a.client for a in counted])
     answers = [replace(a, memory_sha256=remembered.get(a.client, "")) for a in answers]
     seconds = time.time() - began
     work.journal.commit(number, digest(work.state.shared), file_sha256, seconds, metrics, answers)
-    world.memories.prune(number, [a.client for a in counted])
+    workspace.memories.prune(number, [a.client for a in counted])
     work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number)
     work.tick()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
     work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
-    if recipe.evaluate.every and number % recipe.evaluate.every == 0 and number < recipe.rounds and world.federation.test:
-        work.link.method.install(work.state, world.bench)
+    if (
+        recipe.evaluate.every
+        and number % recipe.evaluate.every == 0
+        and number < recipe.rounds
+        and workspace.federation.test
+    ):
+        work.link.method.install(work.state, workspace.tunable)
         try:
-            score_test(world, "federated", number, work.tell)
+            score_test(workspace, "federated", number, work.tell)
         except FedtuneError as error:
             work.tell(Noted(f"not scored: round {number}. {error}"))
 
 
 def finish(work: Run) -> dict[str, Any]:
     """Scores, comparisons, adapter, result.json."""
-    if work.world.federation.test:
-        scores = compare(work.recipe, work.world, work.link.method, work.start, work.state, work.journal, work.tell)
+    if work.workspace.federation.test:
+        scores = compare(
+            work.recipe, work.workspace, work.link.method, work.start, work.state, work.journal, work.tell
+        )
     else:
-        now = Round(work.recipe.rounds, work.recipe.seed, tuple(work.world.names))
-        everyone = RoundCohort(work.link, now, work.carrier, work.tell, work.world.names, replace(work.downlink))
-        scores = at_sites(everyone, work.state.shared, work.world.bench, work.journal)
+        now = Round(work.recipe.rounds, work.recipe.seed, tuple(work.workspace.names))
+        everyone = RoundCohort(
+            work.link, now, work.transport, work.tell, work.workspace.names, replace(work.downlink)
+        )
+        scores = at_sites(everyone, work.state.shared, work.workspace.tunable, work.journal)
     from fedtune.exports import export_final
 
-    work.link.method.install(work.state, work.world.bench)
+    work.link.method.install(work.state, work.workspace.tunable)
     work.tick()
     result = summary(work, scores)
-    export_final(work.link.method, work.state, work.world.bench, work.folder.adapter, work.recipe, result)
+    export_final(
+        work.link.method, work.state, work.workspace.tunable, work.folder.adapter, work.recipe, result
+    )
     work.folder.write_json("result.json", result)
     work.tell(RunDone(result))
     return result
@@ -220,7 +289,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "metric": scores["metric"],
         **{key: scores.get(key) for key in ("base", "local", "federated", "centralised")},
         "rounds": len(rounds),
-        "clients": len(work.world.names),
+        "clients": len(work.workspace.names),
         "left_out": sum(a.outcome != "ok" for a in answers),
         "up_bytes_per_client_round": sum(a.up_bytes for a in answers) / asked,
         "down_bytes_per_client_round": sum(a.down_bytes for a in answers) / asked,
@@ -230,12 +299,12 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "state_sha256": rounds[-1].state_sha256,
         "epsilon": None,
         "phases": {name: scores[name] for name in ("loss", "clients_metric") if name in scores},
-        "trainable": work.world.bench.trainable,
-        "total": work.world.bench.total,
+        "trainable": work.workspace.tunable.trainable,
+        "total": work.workspace.tunable.total,
         "adapter": str(work.folder.adapter),
         "method": work.recipe.method.type,
         "seed": work.recipe.seed,
         "recipe_sha256": work.recipe.fingerprint,
-        "base_sha256": work.world.base.fingerprint,
+        "base_sha256": work.workspace.base.fingerprint,
         "versions": versions(),
     }

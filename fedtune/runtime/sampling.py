@@ -1,4 +1,5 @@
-"""Which clients are asked in a round: drawn without replacement with the run's seed, so that a resumed run asks the same."""
+"""Which clients are asked in a round: drawn without replacement with the run's seed, so that a resumed run
+asks the same."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ def wanted(settings: SamplingSettings, clients: int) -> int:
     return settings.count or max(1, round(settings.fraction * clients))
 
 
-def sample(settings: SamplingSettings, clients: int, seed: int, number: int, over: float = 0.0) -> tuple[int, ...]:
-    """Ids of round `number`'s members, ascending, and a share `over` more. Raises C104 where more are wanted than there are."""
+def sample(
+    settings: SamplingSettings, clients: int, seed: int, number: int, over: float = 0.0
+) -> tuple[int, ...]:
+    """Ids of round `number`'s members, ascending, and a share `over` more. Raises C104 where more are wanted
+    than there are."""
     if settings.count > clients:
         found = f"sampling.count = {settings.count} of {clients} clients"
         raise FedtuneError("C104", found, "at most that many clients", "lower sampling.count")

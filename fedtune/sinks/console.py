@@ -6,7 +6,17 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.events import Chose, ClientLeftOut, Event, Noted, RoundDone, RunDone, RunStarted, Scored, Truncated
+from fedtune.events import (
+    Chose,
+    ClientLeftOut,
+    Event,
+    Noted,
+    RoundDone,
+    RunDone,
+    RunStarted,
+    Scored,
+    Truncated,
+)
 from fedtune.plain import plain
 
 
@@ -26,15 +36,24 @@ def line(event: Event) -> str:
     """One event as text, or nothing."""
     match event:
         case RunStarted():
-            share = f"{event.trainable:,} of {event.total:,} parameters ({100 * event.trainable / event.total:.2f} %)"
+            share = (
+                f"{event.trainable:,} of {event.total:,} parameters "
+                f"({100 * event.trainable / event.total:.2f} %)"
+            )
             threads = f"; {event.threads}" if event.threads else ""
             again = f", going on after round {event.resumed_after}" if event.resumed_after else ""
-            return f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: {share}{threads}"
+            return (
+                f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: "
+                f"{share}{threads}"
+            )
         case Noted():
             return f"note: {event.text}"
         case Truncated() if event.whose.startswith("the "):
             left_out = f", {event.left_out} left out" if event.left_out else ""
-            return f"note: {event.cut} of {event.rows} texts of {event.whose} were cut to {event.max_length} tokens{left_out}; events.jsonl has every client's"
+            return (
+                f"note: {event.cut} of {event.rows} texts of {event.whose} were cut to {event.max_length} "
+                f"tokens{left_out}; events.jsonl has every client's"
+            )
         case Chose() if event.round == 1:
             return f"client {event.name}: {event.text}"
         case ClientLeftOut():
@@ -42,9 +61,14 @@ def line(event: Event) -> str:
         case RoundDone():
             loss = f"  loss {event.metrics['loss']:.4f}" if "loss" in event.metrics else ""
             answered = f"{event.members - event.left_out} of {event.members} clients"
-            return f"round {event.round:>3}  {answered}{loss}  up {size(event.up_bytes)}  down {size(event.down_bytes)}  {event.seconds:.1f} s"
+            return (
+                f"round {event.round:>3}  {answered}{loss}  up {size(event.up_bytes)}  down "
+                f"{size(event.down_bytes)}  {event.seconds:.1f} s"
+            )
         case Scored() if not event.phase.startswith("local:"):
-            return f"{event.phase}: {event.metric} {event.value:.4f}" + (f" after round {event.round}" if event.round else "")
+            return f"{event.phase}: {event.metric} {event.value:.4f}" + (
+                f" after round {event.round}" if event.round else ""
+            )
         case RunDone():
             return table(event.result)
     return ""
@@ -55,13 +79,22 @@ def table(result: Mapping[str, Any]) -> str:
     metric = result["metric"]
     rows = [
         (name, result.get(key))
-        for name, key in (("base model", "base"), ("local only (mean over clients)", "local"), ("federated", "federated"), ("centralised", "centralised"))
+        for name, key in (
+            ("base model", "base"),
+            ("local only (mean over clients)", "local"),
+            ("federated", "federated"),
+            ("centralised", "centralised"),
+        )
     ]
-    out = ["", f"{'':<34}{metric or 'nothing was scored: no rows here (deploy.test) or held out at the sites'}"]
+    out = [
+        "",
+        f"{'':<34}{metric or 'nothing was scored: no rows here (deploy.test) or held out at the sites'}",
+    ]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
     out += [
         "",
-        f"{'bytes per client and round':<34}up {size(result['up_bytes_per_client_round'])}, down {size(result['down_bytes_per_client_round'])}",
+        f"{'bytes per client and round':<34}up {size(result['up_bytes_per_client_round'])}, down "
+        f"{size(result['down_bytes_per_client_round'])}",
         f"{'seconds':<34}{result['seconds']:.1f} (first round after {result['first_round_seconds']:.1f})",
         f"{'adapter':<34}{result['adapter']}",
     ]

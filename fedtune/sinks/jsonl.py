@@ -9,9 +9,11 @@ from fedtune.events import Event, Sink
 
 
 def jsonl_sink(path: Path, most: int = 0) -> Sink:
-    """A sink that appends to `path`; a line is complete or absent after a crash, and readers skip a cut last line.
+    """A sink that appends to `path`; a line is complete or absent after a crash, and readers skip a cut last
+    line.
 
-    most  bytes after which the file is begun anew, and what it was kept as NAME.1; 0: it grows, as a run's own events do
+    most  bytes after which the file is begun anew, and what it was kept as NAME.1; 0: it grows, as a run's
+          own events do
     """
 
     def tell(event: Event) -> None:

@@ -20,7 +20,8 @@ STYLE = (
 
 
 def write_report(folder: RunFolder) -> str:
-    """Write report.html from config.json, events.jsonl and, where the run is finished, result.json; returns its path."""
+    """Write report.html from config.json, events.jsonl and, where the run is finished, result.json; returns
+    its path."""
     config = folder.read_json("config.json")
     events = list(read_events(folder))
     result = folder.read_json("result.json") if (folder.path / "result.json").exists() else None
@@ -39,40 +40,73 @@ def read_events(folder: RunFolder) -> Iterable[dict[str, Any]]:
             continue
 
 
-def page(name: str, config: dict[str, Any], events: list[dict[str, Any]], result: dict[str, Any] | None) -> str:
-    rounds = {e["round"]: e for e in events if e["event"] == "RoundDone"}  # a resumed run may have told a round twice
+def page(
+    name: str, config: dict[str, Any], events: list[dict[str, Any]], result: dict[str, Any] | None
+) -> str:
+    rounds = {
+        e["round"]: e for e in events if e["event"] == "RoundDone"
+    }  # a resumed run may have told a round twice
     curve = [(n, e["metrics"]["loss"]) for n, e in sorted(rounds.items()) if "loss" in e["metrics"]]
     left_out = [e for e in events if e["event"] == "ClientLeftOut"]
     parts = [f"<h1>{html.escape(name)}</h1>"]
     if result:
         scores = [
             (label, result[key])
-            for label, key in (("base model", "base"), ("local only", "local"), ("federated", "federated"), ("centralised", "centralised"))
+            for label, key in (
+                ("base model", "base"),
+                ("local only", "local"),
+                ("federated", "federated"),
+                ("centralised", "centralised"),
+            )
             if result[key] is not None
         ]
         parts.append(grid(["", result["metric"]], [[label, f"{value:.4f}"] for label, value in scores]))
         parts.append(
-            f"<p>{size(result['up_bytes_per_client_round'])} up and {size(result['down_bytes_per_client_round'])} down per client and round; "
-            f"{result['rounds']} rounds, {result['clients']} clients, {result['seconds']:.1f} s; state <code>{result['state_sha256'][:16]}</code></p>"
+            f"<p>{size(result['up_bytes_per_client_round'])} up and "
+            f"{size(result['down_bytes_per_client_round'])} down per client and round; "
+            f"{result['rounds']} rounds, {result['clients']} clients, {result['seconds']:.1f} s; state "
+            f"<code>{result['state_sha256'][:16]}</code></p>"
         )
     else:
         parts.append("<p>This run is not finished.</p>")
     parts += ["<h2>Training loss by round</h2>", plot(curve)] if len(curve) > 1 else []
     table = [
-        [str(n), f"{e['members'] - e['left_out']} of {e['members']}", size(e["up_bytes"]), size(e["down_bytes"]), f"{e['seconds']:.1f}"]
+        [
+            str(n),
+            f"{e['members'] - e['left_out']} of {e['members']}",
+            size(e["up_bytes"]),
+            size(e["down_bytes"]),
+            f"{e['seconds']:.1f}",
+        ]
         for n, e in sorted(rounds.items())
     ]
     parts += ["<h2>Rounds</h2>", grid(["round", "clients", "up", "down", "seconds"], table)]
     if left_out:
-        parts += ["<h2>Left out</h2>", grid(["round", "client", "why"], [[str(e["round"]), e["name"], e["text"]] for e in left_out])]
+        parts += [
+            "<h2>Left out</h2>",
+            grid(["round", "client", "why"], [[str(e["round"]), e["name"], e["text"]] for e in left_out]),
+        ]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(json.dumps(config, indent=2))}</pre>"]
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(name)}</title><style>{STYLE}</style>" + "".join(parts) + "</html>\n"
+    return (
+        "<!doctype html><html lang=en><meta "
+        f"charset=utf-8><title>{html.escape(name)}</title><style>{STYLE}</style>"
+        + "".join(parts)
+        + "</html>\n"
+    )
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
     """An HTML table; every cell is escaped."""
-    cells = ["<tr>" + "".join(f"<td>{html.escape(plain(cell))}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table><tr>" + "".join(f"<th>{html.escape(plain(cell))}</th>" for cell in head) + "</tr>" + "".join(cells) + "</table>"
+    cells = [
+        "<tr>" + "".join(f"<td>{html.escape(plain(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    ]
+    return (
+        "<table><tr>"
+        + "".join(f"<th>{html.escape(plain(cell))}</th>" for cell in head)
+        + "</tr>"
+        + "".join(cells)
+        + "</table>"
+    )
 
 
 def plot(points: list[tuple[int, float]]) -> str:
@@ -86,6 +120,9 @@ def plot(points: list[tuple[int, float]]) -> str:
         return f"{across:.1f},{down:.1f}"
 
     line = " ".join(at(x, y) for x, y in points)
-    labels = f"<text x=0 y={MARGIN} font-size=12>{high:.3f}</text><text x=0 y={HEIGHT - MARGIN} font-size=12>{low:.3f}</text>"
+    labels = (
+        f"<text x=0 y={MARGIN} font-size=12>{high:.3f}</text><text x=0 y={HEIGHT - MARGIN} "
+        f"font-size=12>{low:.3f}</text>"
+    )
     curve = f"<polyline points='{line}' fill=none stroke=currentColor stroke-width=2 />"
     return f"<svg width={WIDTH} height={HEIGHT} role=img aria-label='training loss'>{curve}{labels}</svg>"

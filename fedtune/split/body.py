@@ -11,7 +11,8 @@ from fedtune.split.parts import Part
 
 
 class Body(Protocol):
-    """The frozen blocks. Both functions take and give float32 on the CPU, (examples, tokens, width), and keep nothing.
+    """The frozen blocks. Both functions take and give float32 on the CPU, (examples, tokens, width), and keep
+    nothing.
 
     Rows must not change one another: the service puts micro-batches of several clients into one pass.
     """
@@ -27,7 +28,8 @@ class Frozen:
     """A Part that holds a body, on its own device and in its own type."""
 
     def __init__(self, part: Part, blockwise: bool = False) -> None:
-        """blockwise: a backward keeps the activations of one block at a time instead of all, for one more forward."""
+        """blockwise: a backward keeps the activations of one block at a time instead of all, for one more
+        forward."""
         self.part, self.blockwise = part, blockwise
 
     def forward(self, hidden: torch.Tensor, side: Side) -> torch.Tensor:
@@ -35,10 +37,16 @@ class Frozen:
             return self.part.body(self.there(hidden), self.beside(side)).float().cpu()
 
     def backward(self, hidden: torch.Tensor, side: Side, grad: torch.Tensor) -> torch.Tensor:
-        return self.part.body_backward(self.there(hidden), self.beside(side), self.there(grad), self.blockwise).float().cpu()
+        return (
+            self.part.body_backward(self.there(hidden), self.beside(side), self.there(grad), self.blockwise)
+            .float()
+            .cpu()
+        )
 
     def there(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.part.device, self.part.dtype)
 
     def beside(self, side: Side) -> Side:
-        return Side(*(None if value is None else value.to(self.part.device) for value in (side.mask, side.positions)))
+        return Side(
+            *(None if value is None else value.to(self.part.device) for value in (side.mask, side.positions))
+        )

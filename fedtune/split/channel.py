@@ -1,4 +1,5 @@
-"""A client's way to the body service: a gRPC stream, or the service in the same process. Both carry the same bytes."""
+"""A client's way to the body service: a gRPC stream, or the service in the same process. Both carry the same
+bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from fedtune.split.frames import CALL, CHUNK, LONGEST
 from fedtune.split.service import KEEPALIVE, Service, local
 from fedtune.wire.v1 import split_pb2 as pb
 
-SIGN = pb.Frame(kind=pb.FRAME_CREDIT).SerializeToString()  # of life, while the head or the tail takes its time
+SIGN = pb.Frame(
+    kind=pb.FRAME_CREDIT
+).SerializeToString()  # of life, while the head or the tail takes its time
 
 
 class Broken(Exception):
@@ -40,7 +43,8 @@ Dial = Callable[[], Channel]
 
 
 class Local:
-    """The service without a socket. Where its threads are not running, whoever waits for an answer computes it."""
+    """The service without a socket. Where its threads are not running, whoever waits for an answer computes
+    it."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.connection = service, service.connect()
@@ -58,7 +62,11 @@ class Local:
             if message is not None:
                 self.received += len(message)
                 return message
-            if self.connection.closed or self.service.threads or not (self.service.merger.step() or self.connection.waiting):
+            if (
+                self.connection.closed
+                or self.service.threads
+                or not (self.service.merger.step() or self.connection.waiting)
+            ):
                 raise Broken("nothing to wait for")
 
     def close(self) -> None:
@@ -66,19 +74,41 @@ class Local:
 
 
 class Socket:
-    """A gRPC stream. Sends a sign of life every `beat` seconds without a message, so that a lease ends with the process, not with its patience."""
+    """A gRPC stream. Sends a sign of life every `beat` seconds without a message, so that a lease ends with
+    the process, not with its patience."""
 
     def __init__(
-        self, address: str, credentials: grpc.ChannelCredentials | None = None, options: list[tuple[str, Any]] | None = None, beat: float = 5.0
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: list[tuple[str, Any]] | None = None,
+        beat: float = 5.0,
     ) -> None:
-        """`options` are gRPC's, e.g. grpc.ssl_target_name_override. Raises FedtuneError S716 for a plain connection to another machine."""
+        """`options` are gRPC's, e.g. grpc.ssl_target_name_override. Raises FedtuneError S716 for a plain
+        connection to another machine."""
         if credentials is None and not local(address):
-            raise FedtuneError("S716", f"no certificate for {address}", "mutual TLS, or a loopback address", "give the certificate that 'fedtune keys' issued")
+            raise FedtuneError(
+                "S716",
+                f"no certificate for {address}",
+                "mutual TLS, or a loopback address",
+                "give the certificate that 'fedtune keys' issued",
+            )
         self.sent = self.received = 0
         self.beat = beat
-        options = [*KEEPALIVE, ("grpc.max_receive_message_length", LONGEST + CHUNK), ("grpc.enable_retries", 0), *(options or [])]
-        self.channel = grpc.insecure_channel(address, options) if credentials is None else grpc.secure_channel(address, credentials, options)
-        self.outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # bounded by the window: a stream sends what credits allow
+        options = [
+            *KEEPALIVE,
+            ("grpc.max_receive_message_length", LONGEST + CHUNK),
+            ("grpc.enable_retries", 0),
+            *(options or []),
+        ]
+        self.channel = (
+            grpc.insecure_channel(address, options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options)
+        )
+        self.outbox: queue.SimpleQueue[bytes | None] = (
+            queue.SimpleQueue()
+        )  # bounded by the window: a stream sends what credits allow
         self.call = self.channel.stream_stream(CALL)(self.outgoing())
         self.closed = threading.Event()
 

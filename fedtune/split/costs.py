@@ -1,6 +1,7 @@
 """What a cut costs, by formula, before any weights are read: parameters, FLOPs and bytes.
 
-FLOPs are two a multiplication of matrices, as torch's FlopCounterMode counts (attention in full, though a causal one needs half). T tokens,
+FLOPs are two a multiplication of matrices, as torch's FlopCounterMode counts (attention in full, though a
+causal one needs half). T tokens,
 P prompts, width d, R rows that come down, b bytes a number.
 """
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from fedtune.split.anatomy import Anatomy, look
 from fedtune.split.cut import ROLES, Cut, Role
-from fedtune.split.slim import Kind, pooling
+from fedtune.split.row_selection import Kind, pooling
 
 Mode = Literal["naive", "slim", "cached"]
 Position = Literal["cut", "input"]
@@ -23,7 +24,8 @@ Position = Literal["cut", "input"]
 
 @dataclass(frozen=True)
 class Size:
-    """Of one part, FLOPs a sample forward: in layers with weights, in attention, and in the embeddings, into which no gradient goes."""
+    """Of one part, FLOPs a sample forward: in layers with weights, in attention, and in the embeddings, into
+    which no gradient goes."""
 
     parameters: int
     layers: int
@@ -88,9 +90,11 @@ def costs(
     into_head: bool = False,
     kind: Kind | None = None,
 ) -> Costs:
-    """`labelled` rows of a sample carry loss in a language model, all where None; `number` is the bytes of one value on the wire.
+    """`labelled` rows of a sample carry loss in a language model, all where None; `number` is the bytes of
+    one value on the wire.
 
-    `into_head` says that the head is trained too, by an adapter, so that gradients go on into it; then slim mode does not apply.
+    `into_head` says that the head is trained too, by an adapter, so that gradients go on into it; then slim
+    mode does not apply.
     `kind` says which rows the tail reads, where that is not what the class does.
 
     Raises S701 (cut does not fit).
@@ -105,24 +109,40 @@ def costs(
     sizes: dict[Role, Size] = {
         "head": size_of(net, anatomy, cut, "head", longer if position == "input" else tokens, tokens),
         "body": size_of(net, anatomy, cut, "body", longer, tokens),
-        "tail": size_of(net, anatomy, cut, "tail", rows if mode != "naive" and kind == "each" else longer, tokens),
+        "tail": size_of(
+            net, anatomy, cut, "tail", rows if mode != "naive" and kind == "each" else longer, tokens
+        ),
     }
     whole = sum(size.forward + size.trained for size in plain.values())
     head, tail = sizes["head"], sizes["tail"]
-    client = head.forward + (head.through if position == "input" or into_head else 0) + tail.forward + tail.trained
+    client = (
+        head.forward + (head.through if position == "input" or into_head else 0) + tail.forward + tail.trained
+    )
     every = sum(value.numel() for value in net.parameters())
     tied = sum(plain[role].parameters for role in ROLES) - every  # the vocabulary, in head and tail both
     own = plain["head"].parameters + plain["tail"].parameters - tied
     up, down = step_bytes(mode, batch, tokens, anatomy.width, number, prompts, batch * rows)
     once = tokens * anatomy.width * number if mode == "cached" else 0
-    return Costs(sizes, own / every, client / whole, up, down, once, plain["tail"].parameters + prompts * anatomy.width, kind)
+    return Costs(
+        sizes,
+        own / every,
+        client / whole,
+        up,
+        down,
+        once,
+        plain["tail"].parameters + prompts * anatomy.width,
+        kind,
+    )
 
 
-def step_bytes(mode: Mode, batch: int, tokens: int, width: int, number: int, prompts: int, rows: int) -> tuple[int, int]:
+def step_bytes(
+    mode: Mode, batch: int, tokens: int, width: int, number: int, prompts: int, rows: int
+) -> tuple[int, int]:
     """Bytes (up, down) of one step; a padding mask, one byte a token, comes on top of them.
 
     naive   up the hidden state and the gradient behind the body, down the reverse: 2 B (T + P) d each
-    slim    up the head's answer B T d, the prompts and the gradients of the rows; down the rows and the prompts' gradient
+    slim    up the head's answer B T d, the prompts and the gradients of the rows; down the rows and the
+            prompts' gradient
     cached  the same without the head's answer, which the server has kept: (P + R) d each way
     """
     if mode == "naive":
@@ -148,7 +168,9 @@ def size_of(net: Any, anatomy: Anatomy, cut: Cut, role: Role, tokens: int, input
     layers += sum(matrices(net.get_submodule(path), rear) for path in beside) if role == "tail" else 0
     front = sum(matrices(net.get_submodule(path), inputs) for path in beside) if role == "head" else 0
     text = net.config.get_text_config()
-    attended = (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads) * text.num_attention_heads
+    attended = (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    ) * text.num_attention_heads
     return Size(sum(values.values()), layers, len(blocks) * 4 * tokens * tokens * attended, front)
 
 

@@ -10,12 +10,24 @@ from fedtune.errors import FedtuneError
 from fedtune.split.selftest import Card
 from fedtune.split.session import Offer
 
-NEEDED = {"model": str, "k": int, "m": int, "blocks": int, "width": int, "seed": int, "dtype": str, "head": dict, "body": dict, "tail": dict}
+NEEDED = {
+    "model": str,
+    "k": int,
+    "m": int,
+    "blocks": int,
+    "width": int,
+    "seed": int,
+    "dtype": str,
+    "head": dict,
+    "body": dict,
+    "tail": dict,
+}
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """Which model is meant, so that a site knows before any training that its ends and the body behind the wire are parts of it.
+    """Which model is meant, so that a site knows before any training that its ends and the body behind the
+    wire are parts of it.
 
     base       fingerprint of the coordinator's base
     tokenizer  digest of its tokenizer
@@ -37,12 +49,19 @@ class SplitFacts:
         """Raises S702 for a card that no coordinator writes."""
         try:
             card: Card = json.loads(self.card)
-            if any(not isinstance(card[name], kind) for name, kind in NEEDED.items()) or not (self.base and self.tokenizer):
+            if any(not isinstance(card[name], kind) for name, kind in NEEDED.items()) or not (
+                self.base and self.tokenizer
+            ):
                 raise ValueError("an entry of another kind")
         except (ValueError, KeyError, TypeError) as error:
-            found = f"a ticket that does not describe the model's parts ({type(error).__name__}: {str(error)[:80]})"
+            found = (
+                f"a ticket that does not describe the model's parts ({type(error).__name__}: "
+                f"{str(error)[:80]})"
+            )
             expected = "fingerprint, tokenizer and card as the coordinator's run makes them"
-            raise FedtuneError("S702", found, expected, "install the same version of fedtune on both sides") from error
+            raise FedtuneError(
+                "S702", found, expected, "install the same version of fedtune on both sides"
+            ) from error
         return card
 
     @property
@@ -60,5 +79,10 @@ class SplitFacts:
         try:
             return cls(words["base"], words["tokenizer"], words["card"], words.get("token", ""))
         except KeyError as error:
-            found, expected = f"a ticket that does not describe the model's parts (no {error})", "fingerprint, tokenizer and card"
-            raise FedtuneError("S702", found, expected, "install the same version of fedtune on both sides") from error
+            found, expected = (
+                f"a ticket that does not describe the model's parts (no {error})",
+                "fingerprint, tokenizer and card",
+            )
+            raise FedtuneError(
+                "S702", found, expected, "install the same version of fedtune on both sides"
+            ) from error

@@ -1,6 +1,7 @@
 """Frames of the split stream: cut into parts and joined, and what a receiver refuses before it takes memory.
 
-See protos/fedtune/wire/v1/split.proto for who sends what. A parcel is a micro-batch or an answer once its parts are together.
+See protos/fedtune/wire/v1/split.proto for who sends what. A parcel is a micro-batch or an answer once its
+parts are together.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ LONGEST = 1 << 20  # bytes of a frame: gRPC's default refuses messages above 4 M
 CHUNK = LONGEST - (64 << 10)  # bytes of payload in it; the rest is for headers and sample ids
 
 FLOATS = frozenset({pb.NUMBER_FLOAT32, pb.NUMBER_FLOAT16, pb.NUMBER_BFLOAT16, pb.NUMBER_INT8})
-# role -> how many sides and which numbers it may have; activations that are rows, and their gradients, have two sides
+# role -> how many sides and which numbers it may have; activations that are rows, and their gradients, have
+# two sides
 FORMS: Mapping[int, tuple[tuple[int, ...], frozenset[int]]] = {
     pb.ROLE_HIDDEN: ((2, 3), FLOATS),
     pb.ROLE_MASK: ((2,), frozenset({pb.NUMBER_UINT8})),
@@ -65,7 +67,8 @@ class Parcel:
     size: int  # bytes of the payload
 
 
-# --- sending ----------------------------------------------------------------------------------------------------------
+# --- sending
+# ----------------------------------------------------------------------------------------------------------
 
 
 def packed(frame: pb.Frame, tensors: Sequence[Coded] = ()) -> tuple[list[bytes], bytes, bytes]:
@@ -83,7 +86,13 @@ def packed(frame: pb.Frame, tensors: Sequence[Coded] = ()) -> tuple[list[bytes],
 
 def failed(sequence: int, error: FedtuneError, samples: Sequence[int] = ()) -> bytes:
     """An error as a frame."""
-    failure = pb.Failure(code=error.code, found=error.found[:500], expected=error.expected[:500], advice=error.do[:500], samples=samples)
+    failure = pb.Failure(
+        code=error.code,
+        found=error.found[:500],
+        expected=error.expected[:500],
+        advice=error.do[:500],
+        samples=samples,
+    )
     return pb.Frame(kind=pb.FRAME_ERROR, sequence=sequence, failure=failure).SerializeToString()
 
 
@@ -100,21 +109,27 @@ def digests(frame: pb.Frame, tensors: Iterable[tuple[int, bytes | memoryview]]) 
     return digest, forward or digest
 
 
-# --- receiving --------------------------------------------------------------------------------------------------------
+# --- receiving
+# --------------------------------------------------------------------------------------------------------
 
 
 def parsed(data: bytes) -> pb.Frame:
     """Bytes -> frame. Raises Refused W601, W606."""
     if len(data) > LONGEST:
-        raise Refused("W606", f"a frame of {len(data)} bytes", f"at most {LONGEST}", "send the payload in parts")
+        raise Refused(
+            "W606", f"a frame of {len(data)} bytes", f"at most {LONGEST}", "send the payload in parts"
+        )
     try:
         return pb.Frame.FromString(data)
     except DecodeError:
-        raise Refused("W601", f"{len(data)} bytes that are not a frame", "a frame of the split stream", "send it again") from None
+        raise Refused(
+            "W601", f"{len(data)} bytes that are not a frame", "a frame of the split stream", "send it again"
+        ) from None
 
 
 class Joiner:
-    """Puts a peer's frames together: one parcel at a time, its parts in order. Holds at most the payload that its headers declared."""
+    """Puts a peer's frames together: one parcel at a time, its parts in order. Holds at most the payload that
+    its headers declared."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -123,7 +138,8 @@ class Joiner:
         self.wanted = 0
 
     def add(self, frame: pb.Frame) -> Parcel | None:
-        """The parcel that this frame completes, or None. Raises Refused W601, W603, W606; what was held is dropped then."""
+        """The parcel that this frame completes, or None. Raises Refused W601, W603, W606; what was held is
+        dropped then."""
         head, held = self.head, self.held
         self.head, self.held = None, bytearray()
         if frame.part == 0:
@@ -131,12 +147,23 @@ class Joiner:
             if len(frame.payload) == wanted:
                 return joined(frame, frame.payload)
             head, held, self.wanted = frame, bytearray(), wanted
-        elif head is None or (frame.kind, frame.sequence) != (head.kind, head.sequence) or frame.part * CHUNK != len(held):
-            raise Refused("W601", f"part {frame.part} of micro-batch {frame.sequence} out of order", "every part, in order", "send the micro-batch again")
+        elif (
+            head is None
+            or (frame.kind, frame.sequence) != (head.kind, head.sequence)
+            or frame.part * CHUNK != len(held)
+        ):
+            raise Refused(
+                "W601",
+                f"part {frame.part} of micro-batch {frame.sequence} out of order",
+                "every part, in order",
+                "send the micro-batch again",
+            )
         left = self.wanted - len(held)
         if len(frame.payload) != min(CHUNK, left):
             found = f"{len(frame.payload)} bytes in part {frame.part} of micro-batch {frame.sequence}"
-            raise Refused("W601", found, f"{min(CHUNK, left)}, as its headers say", "send the micro-batch again")
+            raise Refused(
+                "W601", found, f"{min(CHUNK, left)}, as its headers say", "send the micro-batch again"
+            )
         held += frame.payload
         if len(held) == self.wanted:
             head.ClearField("payload")
@@ -162,13 +189,20 @@ def measured(headers: Sequence[pb.Tensor], limits: Limits) -> int:
     """Bytes that tensors with these headers take; nothing is allocated. Raises Refused W601, W603, W606."""
     roles = [header.role for header in headers]
     if roles != sorted(set(roles)):
-        raise Refused("W601", f"tensors with roles {roles[:8]}", "each role once, ascending", "send the micro-batch again")
+        raise Refused(
+            "W601",
+            f"tensors with roles {roles[:8]}",
+            "each role once, ascending",
+            "send the micro-batch again",
+        )
     total = 0
     for header in headers:
         check(header, limits)
         total += size_of(header)
     if total > limits.payload:
-        raise Refused("W606", f"a payload of {total} bytes", f"at most {limits.payload}", "send smaller micro-batches")
+        raise Refused(
+            "W606", f"a payload of {total} bytes", f"at most {limits.payload}", "send smaller micro-batches"
+        )
     return total
 
 
@@ -178,15 +212,34 @@ def check(header: pb.Tensor, limits: Limits) -> None:
     shape = tuple(header.shape[:4])
     if header.number not in numbers:
         raise Refused(
-            "W603", f"a tensor of role {header.role} in numbers of type {header.number}", "those of split.proto", "use the same version on both sides"
+            "W603",
+            f"a tensor of role {header.role} in numbers of type {header.number}",
+            "those of split.proto",
+            "use the same version on both sides",
         )
     if len(header.shape) not in sides:
-        raise Refused("W603", f"a tensor of role {header.role} and shape {shape}", f"one of {sides} sides", "use the same version on both sides")
+        raise Refused(
+            "W603",
+            f"a tensor of role {header.role} and shape {shape}",
+            f"one of {sides} sides",
+            "use the same version on both sides",
+        )
     floating = header.number in FLOATS
     bounds = (*(limits.tokens for _ in shape[:-1]), limits.width if floating else limits.tokens)
-    if any(side > bound or side == 0 for side, bound in zip(shape, bounds, strict=True)) or math.prod(shape[: -1 if floating else None]) > limits.tokens:
-        raise Refused("W606", f"a tensor of shape {shape}", f"1 to {limits.tokens} tokens of width at most {limits.width}", "send smaller micro-batches")
+    if (
+        any(side > bound or side == 0 for side, bound in zip(shape, bounds, strict=True))
+        or math.prod(shape[: -1 if floating else None]) > limits.tokens
+    ):
+        raise Refused(
+            "W606",
+            f"a tensor of shape {shape}",
+            f"1 to {limits.tokens} tokens of width at most {limits.width}",
+            "send smaller micro-batches",
+        )
     if (header.number == pb.NUMBER_INT8) != bool(header.group) or (header.group and shape[-1] % header.group):
         raise Refused(
-            "W603", f"groups of {header.group} in a last side of {shape[-1]}", "groups that divide it, for int8 only", "use the same version on both sides"
+            "W603",
+            f"groups of {header.group} in a last side of {shape[-1]}",
+            "groups that divide it, for int8 only",
+            "use the same version on both sides",
         )

@@ -1,7 +1,9 @@
 """One optimizer step through the cut: micro-batches in a pipeline, everything that is summed in their order.
 
-While one micro-batch is in the body, the head works on the next and the tail on the one before. Answers may come in any order; tails and
-heads go backward in the order of the batch, so that the sums of gradients have the same bits whatever the network did.
+While one micro-batch is in the body, the head works on the next and the tail on the one before. Answers may
+come in any order; tails and
+heads go backward in the order of the batch, so that the sums of gradients have the same bits whatever the
+network did.
 """
 
 from __future__ import annotations
@@ -16,14 +18,23 @@ from fedtune.split.stream import Micro, Stream
 Batch = TypeVar("Batch")
 
 
-def train(stream: Stream, batches: Iterable[Batch], head: Callable[[Batch], Micro], tail: Callable[[Batch, torch.Tensor], torch.Tensor]) -> list[float]:
+def train(
+    stream: Stream,
+    batches: Iterable[Batch],
+    head: Callable[[Batch], Micro],
+    tail: Callable[[Batch, torch.Tensor], torch.Tensor],
+) -> list[float]:
     """Losses of the micro-batches, in order; gradients are added to `.grad` of what head and tail train.
 
-    head  a micro-batch -> what goes through the cut. Where `prompts` or else `hidden` have a graph, their gradient is fetched
-    tail  a micro-batch and the activations that came down -> its loss, a scalar; divide by the number of micro-batches in here
+    head  a micro-batch -> what goes through the cut. Where `prompts` or else `hidden` have a graph, their
+          gradient is fetched
+    tail  a micro-batch and the activations that came down -> its loss, a scalar; divide by the number of
+          micro-batches in here
     """
     todo, losses = iter(batches), []
-    live: dict[int, tuple[Batch, torch.Tensor | None]] = {}  # number -> batch and what its gradient flows into
+    live: dict[
+        int, tuple[Batch, torch.Tensor | None]
+    ] = {}  # number -> batch and what its gradient flows into
     activations: dict[int, torch.Tensor] = {}
     gradients: dict[int, torch.Tensor] = {}
     forth, back, more = [], [], True  # numbers in order: tail still to do, head still to go backward
@@ -36,7 +47,10 @@ def train(stream: Stream, batches: Iterable[Batch], head: Callable[[Batch], Micr
             micro = head(batch)
             number = stream.forward(micro)
             target = micro.prompts if micro.prompts is not None else micro.hidden
-            live[number] = batch, target if isinstance(target, torch.Tensor) and target.requires_grad else None
+            live[number] = (
+                batch,
+                target if isinstance(target, torch.Tensor) and target.requires_grad else None,
+            )
             forth.append(number)
         if not live:
             break
@@ -63,7 +77,12 @@ def train(stream: Stream, batches: Iterable[Batch], head: Callable[[Batch], Micr
     return losses
 
 
-def infer(stream: Stream, batches: Iterable[Batch], head: Callable[[Batch], Micro], tail: Callable[[Batch, torch.Tensor], object]) -> None:
+def infer(
+    stream: Stream,
+    batches: Iterable[Batch],
+    head: Callable[[Batch], Micro],
+    tail: Callable[[Batch, torch.Tensor], object],
+) -> None:
     """Activations only, for evaluation and scores: `tail` is called for every micro-batch, in order."""
     todo, live = iter(batches), dict[int, Batch]()
     activations: dict[int, torch.Tensor] = {}

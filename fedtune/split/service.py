@@ -1,7 +1,9 @@
 """The body service: one frozen body for many clients, over gRPC or, for a simulation, in the same process.
 
-A `Connection` is one stream: it takes frames, answers bad ones with an ERROR frame and goes on, and gives frames back. What it needs of
-a client between frames is a few digests; hidden states are held only where the client opted in. See docs of fedtune/split/frames.py.
+A `Connection` is one stream: it takes frames, answers bad ones with an ERROR frame and goes on, and gives
+frames back. What it needs of
+a client between frames is a few digests; hidden states are held only where the client opted in. See docs of
+fedtune/split/frames.py.
 """
 
 from __future__ import annotations
@@ -20,25 +22,32 @@ import grpc
 import torch
 
 from fedtune.errors import FedtuneError, Refused
+from fedtune.split.batching import MERGING, Job, Merger, Merging
 from fedtune.split.body import Body
 from fedtune.split.codec import NAMES, Coding, encode
 from fedtune.split.frames import CALL, CHUNK, LIMITS, LONGEST, Joiner, Limits, Parcel, failed, packed, parsed
-from fedtune.split.merge import MERGING, Job, Merger, Merging
-from fedtune.split.session import Admit, Held, Offer, Session, check
+from fedtune.split.session import Admit, HeldSamples, Offer, Session, check
 from fedtune.split.work import Missing, Work, keep, prepared
 from fedtune.wire.v1 import split_pb2 as pb
 
-# A default server ends connections whose client pings more often than every 5 minutes during a long step (ENHANCE_YOUR_CALM, too_many_pings).
+# A default server ends connections whose client pings more often than every 5 minutes during a long step
+# (ENHANCE_YOUR_CALM, too_many_pings).
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 30_000),  # on a slow uplink a ping waits behind megabytes in the socket
-    ("grpc.http2.ping_timeout_ms", 30_000),  # the pings that measure bandwidth come first, and would be waited for a minute
+    (
+        "grpc.http2.ping_timeout_ms",
+        30_000,
+    ),  # the pings that measure bandwidth come first, and would be waited for a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 OPTIONS = [
     *KEEPALIVE,
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # its name in gRPC's C core is MIN_RECV_PING_INTERVAL_WITHOUT_DATA
+    (
+        "grpc.http2.min_ping_interval_without_data_ms",
+        5_000,
+    ),  # its name in gRPC's C core is MIN_RECV_PING_INTERVAL_WITHOUT_DATA
     ("grpc.max_receive_message_length", LONGEST + CHUNK),
     ("grpc.max_send_message_length", LONGEST + CHUNK),
     ("grpc.so_reuseport", 0),
@@ -76,15 +85,23 @@ def never(run: str, round: int) -> bool:
 
 
 class Service:
-    """Sessions, their leases, and the merger that computes. `start` runs the computing and the sweeping thread; without it, `Local` channels compute."""
+    """Sessions, their leases, and the merger that computes. `start` runs the computing and the sweeping
+    thread; without it, `Local` channels compute."""
 
     def __init__(
-        self, body: Body, offer: Offer, admit: Admit, terms: Terms = TERMS, merging: Merging | None = MERGING, over: Callable[[str, int], bool] = never
+        self,
+        body: Body,
+        offer: Offer,
+        admit: Admit,
+        terms: Terms = TERMS,
+        merging: Merging | None = MERGING,
+        over: Callable[[str, int], bool] = never,
     ) -> None:
-        """over: whether a round of a run is; its clients are told so and their sessions ended, and nobody new is admitted to it."""
+        """over: whether a round of a run is; its clients are told so and their sessions ended, and nobody new
+        is admitted to it."""
         self.offer, self.admit, self.terms, self.over = offer, admit, terms, over
         self.merger = Merger(body, merging)
-        self.held = Held(terms.memory, terms.seconds)
+        self.held = HeldSamples(terms.memory, terms.seconds)
         self.sessions: dict[str, Session] = {}
         self.connections: set[Connection] = set()
         self.errors: Counter[str] = Counter()
@@ -119,7 +136,9 @@ class Service:
         """Free connections and sessions whose lease or round is over, and what was held too long."""
         late = time.monotonic() - self.terms.lease
         for connection in list(self.connections):
-            if (connection.seen < late and not connection.working) or (connection.session is None and connection.began < time.monotonic() - GREETING):
+            if (connection.seen < late and not connection.working) or (
+                connection.session is None and connection.began < time.monotonic() - GREETING
+            ):
                 connection.close()
         with self.lock:
             sessions = list(self.sessions.items())
@@ -139,22 +158,38 @@ class Service:
             self.connections.add(connection)
         return connection
 
-    # --- sessions ---------------------------------------------------------------------------------------------------------
+    # --- sessions
+    # --------------------------------------------------------------------------------------------------------
 
     def open(self, hello: pb.Hello, connection: Connection) -> Session:
         """A new session, or one whose client came back. Raises Refused."""
         check(hello, self.offer, self.admit, connection.peer)
         if self.over(hello.run, hello.round):
-            raise Refused("S712", f"round {hello.round}, which is over", "the open round", "drop this answer and wait to be asked again")
+            raise Refused(
+                "S712",
+                f"round {hello.round}, which is over",
+                "the open round",
+                "drop this answer and wait to be asked again",
+            )
         hello.ClearField("token")
         with self.lock:
             session = self.sessions.get(hello.session)
-            if session and (session.hello.run, session.hello.round, session.hello.client) != (hello.run, hello.round, hello.client):
-                raise Refused("S712", "the session of another client", "its own session", "use fedtune's client")
+            if session and (session.hello.run, session.hello.round, session.hello.client) != (
+                hello.run,
+                hello.round,
+                hello.client,
+            ):
+                raise Refused(
+                    "S712", "the session of another client", "its own session", "use fedtune's client"
+                )
             live = [each for each in self.sessions.values() if each.connection is not None]
-            mine = [each for each in live if each.owner == (hello.run, hello.client)]  # a client that lost its connection, or was started again
+            mine = [
+                each for each in live if each.owner == (hello.run, hello.client)
+            ]  # a client that lost its connection, or was started again
             if not mine and len(live) >= self.terms.sessions:
-                raise Refused("S712", f"{len(live)} sessions", f"at most {self.terms.sessions}", "try again later")
+                raise Refused(
+                    "S712", f"{len(live)} sessions", f"at most {self.terms.sessions}", "try again later"
+                )
             for each in mine:
                 each.connection.close()
             for name, each in list(self.sessions.items()):
@@ -167,7 +202,8 @@ class Service:
         return session
 
     def leave(self, connection: Connection) -> None:
-        """A stream is over: what its session waits for and has left here for a BACKWARD is dropped, its digests stay for a lease."""
+        """A stream is over: what its session waits for and has left here for a BACKWARD is dropped, its
+        digests stay for a lease."""
         with self.lock:
             self.connections.discard(connection)
             session = connection.session
@@ -192,13 +228,15 @@ class Service:
 
     @property
     def live(self) -> int:
-        """Micro-batches that the service holds for clients: waiting, being computed, or answered and not yet taken."""
+        """Micro-batches that the service holds for clients: waiting, being computed, or answered and not yet
+        taken."""
         with self.lock:
             return sum(session.flight for session in self.sessions.values() if session.connection is not None)
 
 
 class Connection:
-    """One stream: `receive` is called by one thread with its messages, `outgoing` gives the answers to another."""
+    """One stream: `receive` is called by one thread with its messages, `outgoing` gives the answers to
+    another."""
 
     def __init__(self, service: Service, peer: str, cancel: Callable[[], Any] | None) -> None:
         self.service, self.peer, self.cancel = service, peer, cancel
@@ -210,7 +248,8 @@ class Connection:
         self.changed = threading.Condition()
         self.working = 0  # jobs of this stream that are not computed yet
 
-    # --- messages in ------------------------------------------------------------------------------------------------------
+    # --- messages in
+    # ------------------------------------------------------------------------------------------------------
 
     def receive(self, data: bytes) -> None:
         """One message. Whatever is wrong with it is answered by an ERROR frame; nothing is raised."""
@@ -224,14 +263,24 @@ class Connection:
                 raise Refused("S712", "a frame before HELLO", "HELLO first", "open a session")
             elif frame.kind in (pb.FRAME_FORWARD, pb.FRAME_BACKWARD):
                 if frame.part == 0 and self.session.flight >= self.service.terms.credits:
-                    raise Refused("S715", f"{self.session.flight} micro-batches in flight", "no more than were granted", "wait for an answer")
+                    raise Refused(
+                        "S715",
+                        f"{self.session.flight} micro-batches in flight",
+                        "no more than were granted",
+                        "wait for an answer",
+                    )
                 if (parcel := self.joiner.add(frame)) is not None:
                     self.take(self.session, parcel)
             elif frame.kind == pb.FRAME_BYE:
                 self.service.forget(self.session)
                 self.close()
             elif frame.kind != pb.FRAME_CREDIT:
-                raise Refused("W601", f"a frame of kind {frame.kind}", "HELLO, FORWARD, BACKWARD, CREDIT or BYE", "use the same version on both sides")
+                raise Refused(
+                    "W601",
+                    f"a frame of kind {frame.kind}",
+                    "HELLO, FORWARD, BACKWARD, CREDIT or BYE",
+                    "use the same version on both sides",
+                )
         except Missing as missing:
             self.refuse(sequence, missing, missing.samples)
         except FedtuneError as error:
@@ -245,12 +294,20 @@ class Connection:
         self.session = session = self.service.open(frame.hello, self)
         terms, granted = self.service.terms, pb.Hello()
         granted.CopyFrom(frame.hello)
-        granted.credits, granted.lease, granted.largest = session.granted, max(1, int(terms.lease)), terms.limits.payload
-        granted.cache, granted.lean = frame.hello.cache and terms.memory > 0, frame.hello.lean and terms.memory > 0
+        granted.credits, granted.lease, granted.largest = (
+            session.granted,
+            max(1, int(terms.lease)),
+            terms.limits.payload,
+        )
+        granted.cache, granted.lean = (
+            frame.hello.cache and terms.memory > 0,
+            frame.hello.lean and terms.memory > 0,
+        )
         self.put(pb.Frame(kind=pb.FRAME_HELLO, hello=granted).SerializeToString())
 
     def take(self, session: Session, parcel: Parcel) -> None:
-        """A whole micro-batch: checked, noted, queued. Where too much waits already, this stream is read no further for a while. Raises Refused, Missing."""
+        """A whole micro-batch: checked, noted, queued. Where too much waits already, this stream is read no
+        further for a while. Raises Refused, Missing."""
         service, backward = self.service, parcel.frame.kind == pb.FRAME_BACKWARD
         if self.cancel is not None:
             service.merger.wait_below(service.terms.waiting, lambda: self.closed)
@@ -269,9 +326,17 @@ class Connection:
 
         service.merger.submit(Job(session.hello.session, work.hidden, work.side, work.grad, done))
 
-    # --- messages out -----------------------------------------------------------------------------------------------------
+    # --- messages out
+    # -----------------------------------------------------------------------------------------------------
 
-    def answer(self, session: Session, parcel: Parcel, work: Work, result: torch.Tensor | None, error: Exception | None) -> None:
+    def answer(
+        self,
+        session: Session,
+        parcel: Parcel,
+        work: Work,
+        result: torch.Tensor | None,
+        error: Exception | None,
+    ) -> None:
         """Called by the computing thread."""
         sequence, messages = parcel.frame.sequence, list[bytes]()
         try:
@@ -279,7 +344,9 @@ class Connection:
                 raise error or RuntimeError("no result")
             backward = work.grad is not None
             coding = Coding(NAMES[session.hello.number], session.hello.group)
-            coded, used = encode(pb.ROLE_GRADIENT if backward else pb.ROLE_HIDDEN, work.finish(result), coding)
+            coded, used = encode(
+                pb.ROLE_GRADIENT if backward else pb.ROLE_HIDDEN, work.finish(result), coding
+            )
             if used != coding.name:
                 self.service.coarser[used] += 1
             kind = pb.FRAME_GRADIENT if backward else pb.FRAME_ACTIVATION
@@ -344,26 +411,46 @@ class Connection:
 
 def failure(error: Exception) -> FedtuneError:
     """What a model raised, as an answer; its text may help, and is cut short."""
-    return FedtuneError("S714", sentence=f"the body failed with {type(error).__name__}: {str(error)[:200]}", do="see the log of the body service")
+    return FedtuneError(
+        "S714",
+        sentence=f"the body failed with {type(error).__name__}: {str(error)[:200]}",
+        do="see the log of the body service",
+    )
 
 
-# --- gRPC -------------------------------------------------------------------------------------------------------------
+# --- gRPC
+# ------------------------------------------------------------------------------------------------------------
 
 
-def serve(service: Service, address: str, credentials: grpc.ServerCredentials | None = None) -> tuple[grpc.Server, int]:
-    """Listen for clients; the server and its port. Without credentials only on this machine itself (S716). `service` must have been started."""
+def serve(
+    service: Service, address: str, credentials: grpc.ServerCredentials | None = None
+) -> tuple[grpc.Server, int]:
+    """Listen for clients; the server and its port. Without credentials only on this machine itself (S716).
+    `service` must have been started."""
     if credentials is None and not local(address):
-        raise FedtuneError("S716", f"no certificate for {address}", "mutual TLS, or a loopback address", "run 'fedtune keys init', or listen on 127.0.0.1")
+        raise FedtuneError(
+            "S716",
+            f"no certificate for {address}",
+            "mutual TLS, or a loopback address",
+            "run 'fedtune keys init', or listen on 127.0.0.1",
+        )
     streams = service.terms.sessions + 8  # some for those who are told that there is no room
-    server = grpc.server(ThreadPoolExecutor(streams, "split"), options=OPTIONS, maximum_concurrent_rpcs=streams)
+    server = grpc.server(
+        ThreadPoolExecutor(streams, "split"), options=OPTIONS, maximum_concurrent_rpcs=streams
+    )
     server.add_generic_rpc_handlers((handler(service),))
-    port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    port = (
+        server.add_insecure_port(address)
+        if credentials is None
+        else server.add_secure_port(address, credentials)
+    )
     server.start()
     return server, port
 
 
 def handler(service: Service, name_of: Callable[[Any], str] | None = None) -> grpc.GenericRpcHandler:
-    """The call of split.proto, for any gRPC server; each stream takes a thread of its pool. `name_of` a call's
+    """The call of split.proto, for any gRPC server; each stream takes a thread of its pool. `name_of` a
+    call's
     context is what `admit` is told; by default the common name in the client's certificate."""
 
     def train(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -374,7 +461,9 @@ def handler(service: Service, name_of: Callable[[Any], str] | None = None) -> gr
             try:
                 for data in requests:
                     connection.receive(data)
-            except Exception:  # gRPC raises a bare Exception when the peer is gone; the stream is over either way
+            except (
+                Exception
+            ):  # gRPC raises a bare Exception when the peer is gone; the stream is over either way
                 pass
             connection.close()
 
@@ -399,4 +488,6 @@ def local(address: str) -> bool:
 
 def common_name(context: grpc.ServicerContext) -> str:
     """The common name in the client's certificate; "" without TLS."""
-    return next((name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())), "")
+    return next(
+        (name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())), ""
+    )

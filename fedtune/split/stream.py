@@ -1,4 +1,5 @@
-"""A client's session with the body service: micro-batches in flight, answers in, and what is said again when the stream breaks."""
+"""A client's session with the body service: micro-batches in flight, answers in, and what is said again when
+the stream breaks."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Micro:
 
     hidden   (examples, tokens, width), or how to compute it: not called where the service holds all `samples`
     side     mask and positions, prompts included
-    prompts  (prompts, width), put in by the service before place `at` of every example; then the gradient is theirs, summed over examples
+    prompts  (prompts, width), put in by the service before place `at` of every example; then the gradient is
+             theirs, summed over examples
     row      only this row of every example is needed, None: `rows` flattened and ascending, or all
     samples  ids of the examples, under which the service may hold their hidden states
     """
@@ -82,7 +84,7 @@ class Micro:
 
 
 @dataclass(frozen=True)
-class Answer:
+class BodyReply:
     """An activation or, `backward`, a gradient; float32 on the CPU."""
 
     sequence: int
@@ -104,18 +106,43 @@ class Flight:
 
 
 class Stream:
-    """One session. Used by one thread. Raises FedtuneError S711 where the service cannot be reached, and whatever it answers."""
+    """One session. Used by one thread. Raises FedtuneError S711 where the service cannot be reached, and
+    whatever it answers."""
 
-    def __init__(self, dial: Dial, offer: Offer, turn: Turn, wishes: Wishes = WISHES, limits: Limits = LIMITS, held: set[int] | None = None) -> None:
-        """`held`: the set that this client's streams of a run share, of samples that the service holds as far as this side knows."""
+    def __init__(
+        self,
+        dial: Dial,
+        offer: Offer,
+        turn: Turn,
+        wishes: Wishes = WISHES,
+        limits: Limits = LIMITS,
+        held: set[int] | None = None,
+    ) -> None:
+        """`held`: the set that this client's streams of a run share, of samples that the service holds as far
+        as this side knows."""
         self.dial, self.wishes, self.limits = dial, wishes, limits
         coding = wishes.coding
         self.hello = pb.Hello(
-            version=VERSION, session=os.urandom(16).hex(), run=turn.run, round=turn.round, client=turn.client, token=turn.token,
-            model=offer.model, part=offer.part, first=offer.first, last=offer.last, width=offer.width,
-            masked=wishes.masked, positioned=wishes.positioned, prompts=wishes.prompts, credits=wishes.window, lean=wishes.lean, cache=wishes.cache,
-            number=NUMBERS[coding.name], group=min(coding.group, offer.width) if coding.name == "int8" else 0,
-        )  # fmt: skip
+            version=VERSION,
+            session=os.urandom(16).hex(),
+            run=turn.run,
+            round=turn.round,
+            client=turn.client,
+            token=turn.token,
+            model=offer.model,
+            part=offer.part,
+            first=offer.first,
+            last=offer.last,
+            width=offer.width,
+            masked=wishes.masked,
+            positioned=wishes.positioned,
+            prompts=wishes.prompts,
+            credits=wishes.window,
+            lean=wishes.lean,
+            cache=wishes.cache,
+            number=NUMBERS[coding.name],
+            group=min(coding.group, offer.width) if coding.name == "int8" else 0,
+        )
         self.channel: Channel | None = None
         self.joiner = Joiner(limits)
         self.flights: dict[int, Flight] = {}
@@ -128,7 +155,8 @@ class Stream:
         self.fruitless, self.heard = 0, time.monotonic()  # streams since the last answer, and when it came
         self.connect()
 
-    # --- asking -----------------------------------------------------------------------------------------------------------
+    # --- asking
+    # --------------------------------------------------------------------------------------------------------
 
     @property
     def room(self) -> bool:
@@ -147,7 +175,9 @@ class Stream:
         """Send the gradient at the activation that came for this number."""
         flight = self.flights[sequence]
         if tuple(grad.shape) != flight.came:
-            raise ValueError(f"a gradient of shape {tuple(grad.shape)} for activations of shape {flight.came}")
+            raise ValueError(
+                f"a gradient of shape {tuple(grad.shape)} for activations of shape {flight.came}"
+            )
         flight.gradient, used = encode(pb.ROLE_GRADIENT, grad, self.wishes.coding)
         self.codings[used] += 1
         flight.waits = True
@@ -157,8 +187,9 @@ class Stream:
         """No gradient will be asked for."""
         del self.flights[sequence]
 
-    def answer(self) -> Answer:
-        """The next answer, in any order of numbers; waits, and says again what a broken stream may have lost."""
+    def answer(self) -> BodyReply:
+        """The next answer, in any order of numbers; waits, and says again what a broken stream may have
+        lost."""
         while True:
             try:
                 assert self.channel is not None
@@ -180,7 +211,8 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """The session is over; the service forgets it. To be called after an error, too: what was in flight then is lost."""
+        """The session is over; the service forgets it. To be called after an error, too: what was in flight
+        then is lost."""
         if self.channel is not None:
             with contextlib.suppress(Broken):  # then its lease ends it
                 self.channel.send(pb.Frame(kind=pb.FRAME_BYE).SerializeToString())
@@ -194,14 +226,17 @@ class Stream:
     def received(self) -> int:
         return self.before[1] + (self.channel.received if self.channel else 0)
 
-    # --- parts ------------------------------------------------------------------------------------------------------------
+    # --- parts
+    # --------------------------------------------------------------------------------------------------------
 
     def fill(self, flight: Flight, whole: bool = False) -> None:
         """The FORWARD's tensors; hidden states are left out where the service holds them, unless `whole`."""
         micro, tensors = flight.micro, []
         held = self.cache and bool(micro.samples) and self.held.issuperset(micro.samples) and not whole
         if not held:
-            tensors.append(self.coded(pb.ROLE_HIDDEN, micro.hidden() if callable(micro.hidden) else micro.hidden))
+            tensors.append(
+                self.coded(pb.ROLE_HIDDEN, micro.hidden() if callable(micro.hidden) else micro.hidden)
+            )
             if self.cache:
                 self.held.update(micro.samples)
         if micro.side.mask is not None:
@@ -230,7 +265,10 @@ class Stream:
             frame.at, frame.row = micro.at, 0 if micro.row is None else micro.row + 1
             if self.cache:
                 frame.samples.extend(micro.samples)
-        tensors = [*([] if lean else flight.tensors), *([flight.gradient] if flight.gradient is not None else [])]
+        tensors = [
+            *([] if lean else flight.tensors),
+            *([flight.gradient] if flight.gradient is not None else []),
+        ]
         messages, flight.digest, forward = packed(frame, tensors)
         if not backward:
             flight.forward = forward
@@ -239,26 +277,51 @@ class Stream:
                 assert self.channel is not None
                 self.channel.send(message)
 
-    def taken(self, parcel: Parcel) -> Answer:
+    def taken(self, parcel: Parcel) -> BodyReply:
         """An answer, if it is to what was asked. Raises Refused S717, W603, W607."""
         sequence, backward = parcel.frame.sequence, parcel.frame.kind == pb.FRAME_GRADIENT
         flight = self.flights.get(sequence)
-        if flight is None or not flight.waits or backward != (flight.gradient is not None) or parcel.frame.digest != flight.digest:
-            raise Refused("S717", f"an answer to other bytes than micro-batch {sequence}", "the answer to it", "do not trust this service")
+        if (
+            flight is None
+            or not flight.waits
+            or backward != (flight.gradient is not None)
+            or parcel.frame.digest != flight.digest
+        ):
+            raise Refused(
+                "S717",
+                f"an answer to other bytes than micro-batch {sequence}",
+                "the answer to it",
+                "do not trust this service",
+            )
         role, wanted = (pb.ROLE_GRADIENT, self.comes_back(flight)) if backward else (pb.ROLE_HIDDEN, None)
         coded = parcel.tensors.get(role) or next(iter(parcel.tensors.values()), None)
-        if coded is None or len(parcel.tensors) != 1 or (wanted or coded.shape) != coded.shape or coded.shape[-1] != self.hello.width:
-            raise Refused("W603", f"an answer of shape {coded.shape if coded else ()}", f"{wanted}", "use the same version on both sides")
+        if (
+            coded is None
+            or len(parcel.tensors) != 1
+            or (wanted or coded.shape) != coded.shape
+            or coded.shape[-1] != self.hello.width
+        ):
+            raise Refused(
+                "W603",
+                f"an answer of shape {coded.shape if coded else ()}",
+                f"{wanted}",
+                "use the same version on both sides",
+            )
         value = decode(coded)
         if not finite(value):
-            raise Refused("W607", f"an answer to micro-batch {sequence} that is not finite", "finite numbers", "lower the learning rate")
+            raise Refused(
+                "W607",
+                f"an answer to micro-batch {sequence} that is not finite",
+                "finite numbers",
+                "lower the learning rate",
+            )
         flight.waits = False
         self.fruitless, self.heard = 0, time.monotonic()
         if backward:
             del self.flights[sequence]
         else:
             flight.came = coded.shape
-        return Answer(sequence, backward, value)
+        return BodyReply(sequence, backward, value)
 
     def failed(self, frame: pb.Frame) -> None:
         """An ERROR: what is not held is said again; the rest is raised."""
@@ -276,10 +339,12 @@ class Stream:
             self.fill(flight, whole=True)
         self.say(sequence, flight, whole=True)
 
-    # --- connections ------------------------------------------------------------------------------------------------------
+    # --- connections
+    # ------------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Open a stream, trying for `patience` seconds; pauses double up to 5 s, and differ between clients, who all lost it at once."""
+        """Open a stream, trying for `patience` seconds; pauses double up to 5 s, and differ between clients,
+        who all lost it at once."""
         began, why = time.monotonic(), ""
         for attempt in itertools.count():
             try:
@@ -293,7 +358,9 @@ class Stream:
             pause = min(5.0, 0.1 * 2**attempt) * random.SystemRandom().uniform(0.5, 1.5)
             if time.monotonic() + pause - began > self.wishes.patience:
                 raise FedtuneError(
-                    "S711", sentence=f"the body service did not answer after {attempt + 1} tries ({why[:200]})", do="check its address, and that it runs"
+                    "S711",
+                    sentence=f"the body service did not answer after {attempt + 1} tries ({why[:200]})",
+                    do="check its address, and that it runs",
                 ) from None
             time.sleep(pause)
         if frame.kind == pb.FRAME_ERROR:
@@ -303,13 +370,18 @@ class Stream:
         self.lean, self.cache = frame.hello.lean, frame.hello.cache
 
     def reconnect(self, why: str) -> None:
-        """Another stream, and everything that waits for an answer once more, in order. Raises S711 where streams break again and again before an answer."""
+        """Another stream, and everything that waits for an answer once more, in order. Raises S711 where
+        streams break again and again before an answer."""
         self.hang_up()
         self.fruitless += 1
         if self.fruitless > FRUITLESS:
             if time.monotonic() - self.heard > self.wishes.patience:
                 sentence = f"{self.fruitless} streams in a row broke before an answer came ({why[:200]})"
-                raise FedtuneError("S711", sentence=sentence, do="see the log of the body service, and check proxies and firewalls on the way")
+                raise FedtuneError(
+                    "S711",
+                    sentence=sentence,
+                    do="see the log of the body service, and check proxies and firewalls on the way",
+                )
             time.sleep(min(1.0, self.wishes.patience))
         self.joiner = Joiner(self.limits)
         self.connect()

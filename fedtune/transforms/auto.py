@@ -1,7 +1,9 @@
 """`auto`: the most faithful code that fits a target ratio, by the shape of this client's numbers.
 
-Heavy tails (a kurtosis above 3) favour sparse codes, near-uniform numbers favour signs: facts measured on LoRA differences of
-one round (kurtosis 1.9) and of a whole training (3.4). The choice travels with the message: levels and scales say what they are.
+Heavy tails (a kurtosis above 3) favour sparse codes, near-uniform numbers favour signs: facts measured on
+LoRA differences of
+one round (kurtosis 1.9) and of a whole training (3.4). The choice travels with the message: levels and scales
+say what they are.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ STATELESS = 9.0  # largest ratio that needs no memory: 2 bits by blocks come to 
 
 
 class AutoSettings(StepSettings):
-    """[[chain]] step = "auto": picks a code from a target ratio and the kurtosis of the numbers, and says which."""
+    """[[chain]] step = "auto": picks a code from a target ratio and the kurtosis of the numbers, and says
+    which."""
 
     step: Literal["auto"]
     ratio: float = Field(8.0, ge=1.9, le=200)
@@ -36,7 +39,9 @@ class AutoSettings(StepSettings):
     @model_validator(mode="after")
     def reachable(self) -> AutoSettings:
         if self.ratio > STATELESS and not self.error_feedback:
-            raise ValueError(f"at most {STATELESS:g} without error_feedback: sparse codes lose too much without it")
+            raise ValueError(
+                f"at most {STATELESS:g} without error_feedback: sparse codes lose too much without it"
+            )
         return self
 
     def build(self) -> Auto:
@@ -57,7 +62,10 @@ class Auto(Transform):
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         measured = kurtosis(means(update, client))
         pick = choose(measured, self.settings)
-        why = f"auto: {describe(pick)}, because the kurtosis is {measured:.2f} and the target {self.settings.ratio:g} times smaller than bfloat16"
+        why = (
+            f"auto: {describe(pick)}, because the kurtosis is {measured:.2f} and the target "
+            f"{self.settings.ratio:g} times smaller than bfloat16"
+        )
         sent = pick.on_client(update, client, now)
         return replace(sent, notes=(*sent.notes, why))
 
@@ -86,7 +94,8 @@ def describe(step: Packed) -> str:
 
 
 def density(budget: float) -> float:
-    """The share whose ternary code takes `budget` bits, by bisection below 2/3 where the entropy is largest."""
+    """The share whose ternary code takes `budget` bits, by bisection below 2/3 where the entropy is
+    largest."""
     low, high = 1e-4, 2 / 3
     for _ in range(40):
         middle = (low + high) / 2
@@ -95,7 +104,8 @@ def density(budget: float) -> float:
 
 
 def kurtosis(values: Values) -> float:
-    """E[x^4] / E[x^2]^2 over all tensors as one vector around 0: 1 for signs, 1.8 uniform, 3 normal; 3 where all are 0."""
+    """E[x^4] / E[x^2]^2 over all tensors as one vector around 0: 1 for signs, 1.8 uniform, 3 normal; 3 where
+    all are 0."""
     flat = np.concatenate([value.reshape(-1) for value in values.values()]) if values else np.zeros(0)
     largest = float(np.abs(flat).max(initial=0.0))
     if not largest:

@@ -1,10 +1,12 @@
 """What happens to an update between a client's hand and the server's sum.
 
 A transform has a client half and a server half, side by side. The server half runs either on each reply or on
-the sum, never on both, and `undone` says which. One rule makes a chain legal: every step undone on the sum stands
+the sum, never on both, and `undone` says which. One rule makes a chain legal: every step undone on the sum
+stands
 before every step undone on a reply, and each step takes what the one before it gives.
 
-`private > quantize > mask > sign` is legal; `ternary > mask` is not: a mask adds ring numbers, and packed levels
+`private > quantize > mask > sign` is legal; `ternary > mask` is not: a mask adds ring numbers, and packed
+levels
 of different clients cannot be added.
 """
 
@@ -31,7 +33,11 @@ class Transform:
     gives: ClassVar[Kind] = "real"
     hides: ClassVar[bool] = False  # after it, a single client's answer can no longer be read
 
-    tolerance: float | None = None  # of a code: how far the decoded mean may be from the mean sent, as a share of its L2 norm; None: no code
+    tolerance: float | None = (
+        # of a code: how far the decoded mean may be from the mean sent, as a share of its L2 norm; None: no
+        # code
+        None
+    )
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         return update
@@ -48,7 +54,8 @@ class Transform:
 
 
 class StepSettings(Settings):
-    """[[chain]]: a step's settings, beside the step that they build. The union of these classes is the registry (registry.py)."""
+    """[[chain]]: a step's settings, beside the step that they build. The union of these classes is the
+    registry (registry.py)."""
 
     step: str
 
@@ -59,17 +66,21 @@ class StepSettings(Settings):
 class Chain:
     """Transforms in order. Where a verb moves what it was given (`near`), the steps work on the difference.
 
-    Without steps nothing is subtracted: the value itself travels, so that one client equals ordinary training to
+    Without steps nothing is subtracted: the value itself travels, so that one client equals ordinary training
+    to
     the bit (old + (new - old) is not always new in float32).
     """
 
     def __init__(self, steps: Sequence[Transform] = ()) -> None:
         held = check_order(steps)
         self.steps = tuple(steps)
-        self.kinds = frozenset({{"real": "values", "ring": "ring", "packed": "levels"}[held]})  # what a receiver may expect
+        self.kinds = frozenset(
+            {{"real": "values", "ring": "ring", "packed": "levels"}[held]}
+        )  # what a receiver may expect
 
     def send(self, update: Update, client: Client, now: Round, near: Tensors | None = None) -> Update:
-        """The client's halves, in order. A step holds nothing of one answer: clients may go through one chain at the same time."""
+        """The client's halves, in order. A step holds nothing of one answer: clients may go through one chain
+        at the same time."""
         if self.steps and near is not None:
             update = update.shifted(near, -1)
         return reduce(lambda u, step: step.on_client(u, client, now), self.steps, update)
@@ -85,7 +96,8 @@ class Chain:
 
 
 def check_order(steps: Sequence[Transform]) -> Kind:
-    """Refuse a chain that could not be undone, with the reason; the kind of numbers that leaves it. Raises C104."""
+    """Refuse a chain that could not be undone, with the reason; the kind of numbers that leaves it. Raises
+    C104."""
     held: Kind = "real"
     late = ""
     for step in steps:

@@ -1,8 +1,12 @@
-"""`dither`: rounding after public noise, which the server takes off again, so that clients' errors average out.
+"""`dither`: rounding after public noise, which the server takes off again, so that clients' errors average
+out.
 
-Uniform noise u of one step's width is added before rounding and subtracted from what arrives: the error is then uniform,
-independent of the numbers and of every other client (Schuchman 1964; in federated learning UVeQFed, Shlezinger et al. 2020,
-arXiv:2006.03262, sec. III, whose scalar case this is). Plain rounding errs alike on clients that move alike. Nothing needs
+Uniform noise u of one step's width is added before rounding and subtracted from what arrives: the error is
+then uniform,
+independent of the numbers and of every other client (Schuchman 1964; in federated learning UVeQFed,
+Shlezinger et al. 2020,
+arXiv:2006.03262, sec. III, whose scalar case this is). Plain rounding errs alike on clients that move alike.
+Nothing needs
 to be remembered between rounds, and the noise follows from run, round and client, so it need not be sent.
 """
 
@@ -25,7 +29,8 @@ TOP = 127
 
 
 class DitherSettings(StepSettings):
-    """[[chain]] step = "dither": integer multiples of a step, rounded after public noise that the server subtracts again."""
+    """[[chain]] step = "dither": integer multiples of a step, rounded after public noise that the server
+    subtracts again."""
 
     step: Literal["dither"]
     sigma: float = Field(2.7, gt=0)
@@ -50,8 +55,12 @@ class Dither(Transform):
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         values = means(update, client)
         largest = max((float(np.abs(value).max()) for value in values.values() if value.size), default=0.0)
-        step = max(self.sigma * root_mean_square(values), largest / (TOP - 1))  # half a step of noise must not leave the range
-        scales = scaled({name: step if value.any() else 0.0 for name, value in values.items()})  # what did not move is not stirred
+        step = max(
+            self.sigma * root_mean_square(values), largest / (TOP - 1)
+        )  # half a step of noise must not leave the range
+        scales = scaled(
+            {name: step if value.any() else 0.0 for name, value in values.items()}
+        )  # what did not move is not stirred
         noise = uniform(update.tensors, client.id, now)
         levels = {name: nearest(value, float(scales[name]), noise[name]) for name, value in values.items()}
         return replace(update, tensors=levels, scales=scales)
@@ -59,7 +68,10 @@ class Dither(Transform):
     def on_reply(self, update: Update, client: int, now: Round) -> Update:
         noise = uniform(update.tensors, client, now)
         plain = unpacked(update)
-        tensors = {name: value - noise[name] * (float(update.scales[name]) * update.weight) for name, value in plain.tensors.items()}
+        tensors = {
+            name: value - noise[name] * (float(update.scales[name]) * update.weight)
+            for name, value in plain.tensors.items()
+        }
         return replace(plain, tensors=tensors)
 
     def bits(self, schema: Schema, before: float) -> float:
@@ -67,7 +79,8 @@ class Dither(Transform):
 
 
 def nearest(value: NDArray[np.float64], step: float, noise: NDArray[np.float64]) -> NDArray[np.int8]:
-    """Whole steps nearest to value / step + noise; the clip undoes the scale's own rounding (2**-11) at the largest value."""
+    """Whole steps nearest to value / step + noise; the clip undoes the scale's own rounding (2**-11) at the
+    largest value."""
     if not step:
         return np.zeros(value.shape, np.int8)
     return np.clip(np.rint(value / step + noise), -TOP, TOP).astype(np.int8)
@@ -80,7 +93,8 @@ def uniform(tensors: Tensors, client: int, now: Round) -> dict[str, NDArray[np.f
 
 
 def dither_rate(sigma: float) -> float:
-    """Entropy of the levels of a normal variable, bits: P(k) is the normal's share of a triangle around k steps."""
+    """Entropy of the levels of a normal variable, bits: P(k) is the normal's share of a triangle around k
+    steps."""
     offsets = np.linspace(-1, 1, 401)[:, None]
     density = np.exp(-0.5 * ((offsets + np.arange(-64, 65)) * sigma) ** 2)
     shares = np.sum(density * (1 - np.abs(offsets)), axis=0)

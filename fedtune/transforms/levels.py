@@ -1,11 +1,15 @@
-"""The one road of all lossy steps: real numbers -> integer levels and scales on the client, and back on each reply.
+"""The one road of all lossy steps: real numbers -> integer levels and scales on the client, and back on each
+reply.
 
-A step is a function from values to (levels, scales); this file gives it both halves and, if asked, error feedback:
+A step is a function from values to (levels, scales); this file gives it both halves and, if asked, error
+feedback:
 
     to be sent = difference + residual        residual = to be sent - what was sent
 
-The residual is a plain difference, not times any weight: a client whose weight changes still owes the same correction. It
-lives in the client's memory, and goes when the tensors or the base model change. What was sent plus the residual is what was
+The residual is a plain difference, not times any weight: a client whose weight changes still owes the same
+correction. It
+lives in the client's memory, and goes when the tensors or the base model change. What was sent plus the
+residual is what was
 to be sent, over any number of rounds (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
 """
 
@@ -30,7 +34,9 @@ from fedtune.wire.scales import expand, rounded
 Values = Mapping[str, NDArray[np.float64]]
 Levels = dict[str, NDArray[np.int8]]
 Coded = tuple[Levels, dict[str, np.ndarray]]
-Code = Callable[[Values, np.random.Generator], Coded]  # values -> levels, scales; draws only where it is stochastic
+Code = Callable[
+    [Values, np.random.Generator], Coded
+]  # values -> levels, scales; draws only where it is stochastic
 
 MARK = "residual.owner"  # SHA-256 of schema and base, beside the residuals
 
@@ -39,8 +45,10 @@ class Packed(Transform):
     """A lossy code as a step of a chain.
 
     name       the step's name in a recipe
-    rate       estimated bits a level after the lossless coder; scale_every: values that share a scale of 16 bits, 0: one a tensor
-    tolerance  the decoded mean differs from the mean sent by at most this share of its L2 norm, residual left out
+    rate       estimated bits a level after the lossless coder; scale_every: values that share a scale of 16
+               bits, 0: one a tensor
+    tolerance  the decoded mean differs from the mean sent by at most this share of its L2 norm, residual left
+               out
     feedback   whether the residual is kept and sent later
     """
 
@@ -48,9 +56,17 @@ class Packed(Transform):
     takes: ClassVar[Kind] = "real"
     gives: ClassVar[Kind] = "packed"
 
-    def __init__(self, name: str, code: Code, rate: float, tolerance: float, feedback: bool, scale_every: int = 0) -> None:
+    def __init__(
+        self, name: str, code: Code, rate: float, tolerance: float, feedback: bool, scale_every: int = 0
+    ) -> None:
         self.name = name
-        self.code, self.rate, self.tolerance, self.feedback, self.scale_every = code, rate, tolerance, feedback, scale_every
+        self.code, self.rate, self.tolerance, self.feedback, self.scale_every = (
+            code,
+            rate,
+            tolerance,
+            feedback,
+            scale_every,
+        )
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         values = means(update, client)
@@ -71,7 +87,9 @@ class Packed(Transform):
 
 def unpacked(update: Update) -> Update:
     """Levels times scales, times the weight again."""
-    tensors = {name: expand(level, update.scales[name]) * update.weight for name, level in update.tensors.items()}
+    tensors = {
+        name: expand(level, update.scales[name]) * update.weight for name, level in update.tensors.items()
+    }
     return Update(tensors, update.weight, update.metrics)
 
 
@@ -94,7 +112,11 @@ def root_mean_square(values: Values) -> float:
     """Over all tensors as one vector; scaled so that 1e30 does not overflow."""
     largest = max((float(np.abs(value).max()) for value in values.values() if value.size), default=0.0)
     count = sum(value.size for value in values.values())
-    return largest * math.sqrt(sum(float(np.sum((value / largest) ** 2)) for value in values.values()) / count) if largest else 0.0
+    return (
+        largest * math.sqrt(sum(float(np.sum((value / largest) ** 2)) for value in values.values()) / count)
+        if largest
+        else 0.0
+    )
 
 
 def scaled(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
@@ -102,20 +124,29 @@ def scaled(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
     try:
         return rounded(scales)
     except OverflowError as error:
-        raise ClientFailed("W607", str(error), "numbers that float32 can hold", "lower the learning rate or set method.train.clip") from None
+        raise ClientFailed(
+            "W607",
+            str(error),
+            "numbers that float32 can hold",
+            "lower the learning rate or set method.train.clip",
+        ) from None
 
 
-# --- error feedback ---------------------------------------------------------------------------------------------------
+# --- error feedback
+# ---------------------------------------------------------------------------------------------------
 
 
 def owner(tensors: Tensors, client: Client) -> NDArray[np.uint8]:
     """What a residual belongs to: the schema and the frozen base."""
     base = client.model.base.fingerprint if client.model is not None else ""
-    return np.frombuffer(hashlib.sha256(f"{Schema.of(tensors).fingerprint}:{base}".encode()).digest(), np.uint8)
+    return np.frombuffer(
+        hashlib.sha256(f"{Schema.of(tensors).fingerprint}:{base}".encode()).digest(), np.uint8
+    )
 
 
 def owed(values: Values, client: Client) -> dict[str, NDArray[np.float64]]:
-    """What is to be sent: the values plus what earlier rounds still owe; the residual of another schema or base is dropped."""
+    """What is to be sent: the values plus what earlier rounds still owe; the residual of another schema or
+    base is dropped."""
     if not np.array_equal(client.memory.get(MARK, np.zeros(0)), owner(values, client)):
         forget(client)
         return dict(values)

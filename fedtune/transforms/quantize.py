@@ -1,4 +1,5 @@
-"""Dense codes: every number becomes a level. `quantize` by blocks of 64, `sign` by tensor, `deadzone` by a step in sigma."""
+"""Dense codes: every number becomes a level. `quantize` by blocks of 64, `sign` by tensor, `deadzone` by a
+step in sigma."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from fedtune.transforms.base import StepSettings
 from fedtune.transforms.levels import Coded, Packed, Values, root_mean_square, scaled
 from fedtune.wire.scales import BLOCK, blocks
 
-ROUND_UP_FROM = 0.6  # a level is taken from 0.6 of a step on instead of 0.5: fewer levels, and small ones are the noisy ones
+# a level is taken from 0.6 of a step on instead of 0.5: fewer levels, and small ones are the noisy ones
+ROUND_UP_FROM = 0.6
 
 
 class QuantizeSettings(StepSettings):
@@ -30,12 +32,20 @@ class QuantizeSettings(StepSettings):
     """Keep what rounding lost and send it later; needs a client that remembers between rounds."""
 
     def build(self) -> Packed:
-        """Rounding is off by at most half a step (stochastic: one), a step is the block's largest magnitude / top."""
+        """Rounding is off by at most half a step (stochastic: one), a step is the block's largest magnitude /
+        top."""
         top = 2 ** (self.bits - 1) - 1
         random = self.rounding == "stochastic"
         tolerance = (8.1 if random else min(4.05 / top, 1.01)) / (top if random else 1)
         rate = {8: 8.0, 4: 3.9, 2: 1.5}[self.bits]  # entropy of uniform numbers; bell-shaped ones need less
-        return Packed("quantize", partial(block_levels, top=top, random=random), rate, tolerance, self.error_feedback, BLOCK)
+        return Packed(
+            "quantize",
+            partial(block_levels, top=top, random=random),
+            rate,
+            tolerance,
+            self.error_feedback,
+            BLOCK,
+        )
 
 
 class SignSettings(StepSettings):
@@ -59,7 +69,13 @@ class DeadzoneSettings(StepSettings):
     """Keep what rounding lost and send it later; without it, accuracy suffers."""
 
     def build(self) -> Packed:
-        return Packed("deadzone", lambda values, rng: step_levels(values, self.sigma), deadzone_rate(self.sigma), 1.01, self.error_feedback)
+        return Packed(
+            "deadzone",
+            lambda values, rng: step_levels(values, self.sigma),
+            deadzone_rate(self.sigma),
+            1.01,
+            self.error_feedback,
+        )
 
 
 def block_levels(values: Values, rng: np.random.Generator, top: int, random: bool) -> Coded:
@@ -75,8 +91,14 @@ def block_levels(values: Values, rng: np.random.Generator, top: int, random: boo
         scale = scales[name].astype(np.float64)[:, None]
         steps = np.divide(block, scale, out=np.zeros_like(block), where=scale > 0)
         steps = np.floor(steps + rng.random(steps.shape)) if random else np.rint(steps)
-        # the clip undoes the scale's own rounding (2**-11), which can put the largest value a hair above `top` steps
-        levels[name] = np.clip(steps, -top, top).astype(np.int8).reshape(-1)[: values[name].size].reshape(values[name].shape)
+        # the clip undoes the scale's own rounding (2**-11), which can put the largest value a hair above
+        # `top` steps
+        levels[name] = (
+            np.clip(steps, -top, top)
+            .astype(np.int8)
+            .reshape(-1)[: values[name].size]
+            .reshape(values[name].shape)
+        )
     return levels, scales
 
 
@@ -87,13 +109,17 @@ def sign_levels(values: Values) -> Coded:
 
 
 def step_levels(values: Values, sigma: float) -> Coded:
-    """Levels floor(|x| / step + 0.4) with x's sign; the scale of a tensor is the one that fits its levels best (least squares).
+    """Levels floor(|x| / step + 0.4) with x's sign; the scale of a tensor is the one that fits its levels
+    best (least squares).
 
-    step = sigma * root mean square of all tensors, or more where 127 such steps would not reach the largest number.
+    step = sigma * root mean square of all tensors, or more where 127 such steps would not reach the largest
+    number.
     """
     largest = max((float(np.abs(value).max()) for value in values.values() if value.size), default=0.0)
     if not largest:
-        return {name: np.zeros(value.shape, np.int8) for name, value in values.items()}, scaled(dict.fromkeys(values, 0.0))
+        return {name: np.zeros(value.shape, np.int8) for name, value in values.items()}, scaled(
+            dict.fromkeys(values, 0.0)
+        )
     step = max(sigma * root_mean_square(values), largest / 127)
     levels, scales = {}, {}
     for name, value in values.items():

@@ -1,4 +1,5 @@
-"""Every step that a recipe's [[chain]] can name: its settings and what builds it. The union of these classes is the registry."""
+"""Every step that a recipe's [[chain]] can name: its settings and what builds it. The union of these classes
+is the registry."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from fedtune.transforms.quantize import DeadzoneSettings, QuantizeSettings, Sign
 from fedtune.transforms.sparsify import TernarySettings, TopkSettings
 
 ChainStep = Annotated[
-    QuantizeSettings | DitherSettings | SignSettings | DeadzoneSettings | TernarySettings | TopkSettings | AutoSettings,
+    QuantizeSettings
+    | DitherSettings
+    | SignSettings
+    | DeadzoneSettings
+    | TernarySettings
+    | TopkSettings
+    | AutoSettings,
     Field(discriminator="step"),
 ]
 if not TYPE_CHECKING:
@@ -27,7 +34,8 @@ STEPS: dict[str, type[StepSettings]] = classes_by_tag(ChainStep, "step")
 
 
 def build(steps: Sequence[ChainStep]) -> Chain:
-    """The chain that a recipe's [[chain]] tables describe. Raises C104 for an order that could not be undone."""
+    """The chain that a recipe's [[chain]] tables describe. Raises C104 for an order that could not be
+    undone."""
     return Chain([settings.build() for settings in steps])
 
 

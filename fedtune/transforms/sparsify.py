@@ -1,4 +1,5 @@
-"""Sparse codes: the largest numbers of all tensors together travel, the rest waits. `ternary` sends signs, `topk` values."""
+"""Sparse codes: the largest numbers of all tensors together travel, the rest waits. `ternary` sends signs,
+`topk` values."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from fedtune.transforms.quantize import mean_kept
 
 
 class TernarySettings(StepSettings):
-    """[[chain]] step = "ternary": the sign of the largest numbers (Yadav et al. 2023, ComPEFT; Sattler et al. 2019, STC)."""
+    """[[chain]] step = "ternary": the sign of the largest numbers (Yadav et al. 2023, ComPEFT; Sattler et al.
+    2019, STC)."""
 
     step: Literal["ternary"]
     keep: float = Field(0.2, gt=0, le=1)
     """Share of all numbers that is sent; one threshold for all tensors."""
     scale: Literal["kept", "sigma"] = "kept"
-    """kept: mean magnitude of what a tensor sends; sigma: alpha times the standard deviation of all numbers (ComPEFT)."""
+    """kept: mean magnitude of what a tensor sends; sigma: alpha times the standard deviation of all numbers
+    (ComPEFT)."""
     alpha: float = Field(1.0, gt=0)
     """scale = "sigma": the factor."""
     error_feedback: bool = True
@@ -48,11 +51,14 @@ class TopkSettings(StepSettings):
 
     def build(self) -> Packed:
         rate = 1.008 * ternary_bits(self.keep) + 16 * self.keep
-        return Packed("topk", lambda values, rng: topk_levels(values, self.keep), rate, 1.01, self.error_feedback)
+        return Packed(
+            "topk", lambda values, rng: topk_levels(values, self.keep), rate, 1.01, self.error_feedback
+        )
 
 
 def ternary_levels(values: Values, keep: float, alpha: float = 0.0) -> Coded:
-    """Signs of the largest `keep`; alpha > 0 takes ComPEFT's scale, alpha times the standard deviation of all numbers."""
+    """Signs of the largest `keep`; alpha > 0 takes ComPEFT's scale, alpha times the standard deviation of all
+    numbers."""
     levels = largest_signs(values, keep)
     if alpha:
         spread = alpha * deviation(values)
@@ -67,13 +73,19 @@ def topk_levels(values: Values, keep: float) -> Coded:
 
 
 def largest_signs(values: Values, keep: float) -> Levels:
-    """Signs where the magnitude is among the largest `keep` of all; equals of the smallest one kept are kept too, zeros never."""
-    sizes = np.concatenate([np.abs(value).reshape(-1) for value in values.values()]) if values else np.zeros(0)
+    """Signs where the magnitude is among the largest `keep` of all; equals of the smallest one kept are kept
+    too, zeros never."""
+    sizes = (
+        np.concatenate([np.abs(value).reshape(-1) for value in values.values()]) if values else np.zeros(0)
+    )
     if not sizes.size:
         return {name: np.zeros(value.shape, np.int8) for name, value in values.items()}
     count = max(1, round(keep * sizes.size))
     threshold = np.partition(sizes, sizes.size - count)[sizes.size - count]
-    return {name: np.asarray(np.sign(value) * (np.abs(value) >= threshold), np.int8) for name, value in values.items()}
+    return {
+        name: np.asarray(np.sign(value) * (np.abs(value) >= threshold), np.int8)
+        for name, value in values.items()
+    }
 
 
 def deviation(values: Values) -> float:

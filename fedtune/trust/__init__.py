@@ -10,4 +10,17 @@ from fedtune.trust.replay import Replays
 from fedtune.trust.signed import Signed
 from fedtune.trust.ticket import Ticket
 
-__all__ = ["COORDINATOR", "AllowList", "Envelope", "Identity", "Name", "Peer", "Receipt", "Replays", "Signed", "Ticket", "load", "peer_from_tls"]
+__all__ = [
+    "COORDINATOR",
+    "AllowList",
+    "Envelope",
+    "Identity",
+    "Name",
+    "Peer",
+    "Receipt",
+    "Replays",
+    "Signed",
+    "Ticket",
+    "load",
+    "peer_from_tls",
+]

@@ -1,6 +1,8 @@
-"""The allow list: which keys may speak, by hash. A key that the authority signed and that is not on the list is nobody.
+"""The allow list: which keys may speak, by hash. A key that the authority signed and that is not on the list
+is nobody.
 
-It stands beside the coordinator's keys, is written whole or not at all, and a running coordinator reads it again when it changes:
+It stands beside the coordinator's keys, is written whole or not at all, and a running coordinator reads it
+again when it changes:
 that is how a revocation takes effect without a restart (grpc for Python has no revocation lists of its own).
 """
 
@@ -30,7 +32,9 @@ class Entry:
 
     def state(self, now: datetime) -> str:
         """valid, expired or revoked."""
-        return "revoked" if self.revoked else "valid" if now <= datetime.fromisoformat(self.ends) else "expired"
+        return (
+            "revoked" if self.revoked else "valid" if now <= datetime.fromisoformat(self.ends) else "expired"
+        )
 
 
 def entry_of(peer: Peer) -> Entry:
@@ -45,7 +49,12 @@ def read_entries(path: Path) -> list[Entry]:
         for entry in entries:
             datetime.fromisoformat(entry.ends)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise FedtuneError("T702", f"'{path}', which is not an allow list", "the file that fedtune keys writes", "restore it from a backup") from None
+        raise FedtuneError(
+            "T702",
+            f"'{path}', which is not an allow list",
+            "the file that fedtune keys writes",
+            "restore it from a backup",
+        ) from None
     return entries
 
 
@@ -66,21 +75,33 @@ class AllowList:
         self._fresh()
 
     def check(self, peer: Peer, now: datetime | None = None) -> None:
-        """Raises T706 for a key that is not on the list or revoked, T704 for one that has ended since the connection was made, T702 for a damaged list."""
+        """Raises T706 for a key that is not on the list or revoked, T704 for one that has ended since the
+        connection was made, T702 for a damaged list."""
         entry = self._fresh().get(peer.key)
         if entry is None or entry.name != peer.name.name:
-            raise FedtuneError("T706", f"a key of '{peer.name.name}' ({peer.key[:12]}) that is not on the allow list", "a key that was issued here",
-                               f"ask the coordinator's operator to run: fedtune keys issue {peer.name.name}")  # fmt: skip
+            raise FedtuneError(
+                "T706",
+                f"a key of '{peer.name.name}' ({peer.key[:12]}) that is not on the allow list",
+                "a key that was issued here",
+                f"ask the coordinator's operator to run: fedtune keys issue {peer.name.name}",
+            )
         if entry.revoked:
-            raise FedtuneError("T706", f"a key of '{entry.name}' ({entry.key[:12]}) that was revoked on {entry.revoked[:16]} UTC", "a valid key",
-                               f"ask the coordinator's operator to run: fedtune keys renew {entry.name}")  # fmt: skip
+            raise FedtuneError(
+                "T706",
+                f"a key of '{entry.name}' ({entry.key[:12]}) that was revoked on {entry.revoked[:16]} UTC",
+                "a valid key",
+                f"ask the coordinator's operator to run: fedtune keys renew {entry.name}",
+            )
         now = now or datetime.now(UTC)
         if not peer.starts <= now <= peer.ends:
             raise outdated(peer, now)
 
     def speaks(self, name: str, now: datetime | None = None) -> bool:
         """Whether a member of that name has any key that may speak now. Raises T702."""
-        return any(entry.name == name and entry.state(now or datetime.now(UTC)) == "valid" for entry in self._fresh().values())
+        return any(
+            entry.name == name and entry.state(now or datetime.now(UTC)) == "valid"
+            for entry in self._fresh().values()
+        )
 
     def _fresh(self) -> dict[str, Entry]:
         """The list as it is on disk now. A damaged one lets nobody in."""

@@ -1,7 +1,10 @@
-"""One encoding for what is signed: two different records never share bytes, and bytes of one kind are never bytes of another.
+"""One encoding for what is signed: two different records never share bytes, and bytes of one kind are never
+bytes of another.
 
-A domain tag that ends in a zero byte, then every field as its length (8 bytes, big-endian) and its bytes. Fields come in a fixed
-order, their number is fixed by the tag, integers are 8 bytes: so the encoding can be read back in one way only.
+A domain tag that ends in a zero byte, then every field as its length (8 bytes, big-endian) and its bytes.
+Fields come in a fixed
+order, their number is fixed by the tag, integers are 8 bytes: so the encoding can be read back in one way
+only.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from fedtune.errors import Refused
 
 Form = Literal["text", "number", "bytes"]
 Value = str | int | bytes
-LONGEST = 1 << 20  # bytes of one field: names, hashes and settings (a recipe with a few thousand labels), never payloads
+LONGEST = (
+    1 << 20
+)  # bytes of one field: names, hashes and settings (a recipe with a few thousand labels), never payloads
 
 
 def join(tag: bytes, fields: Sequence[tuple[Form, Value]]) -> bytes:
@@ -70,4 +75,6 @@ def from_bytes(form: Form, content: bytes, name: str) -> Value:
 
 
 def damaged(found: str) -> Refused:
-    return Refused("W601", found, "a whole signed record", "the message was dropped; the sender should send it again")
+    return Refused(
+        "W601", found, "a whole signed record", "the message was dropped; the sender should send it again"
+    )

@@ -1,6 +1,7 @@
 """The signed envelope of an update: who answers what, on which base, with which bytes.
 
-The bytes that are signed (Ed25519, RFC 8032) are the bytes that travel: there is no second form that a signature might not cover.
+The bytes that are signed (Ed25519, RFC 8032) are the bytes that travel: there is no second form that a
+signature might not cover.
 """
 
 from __future__ import annotations
@@ -19,12 +20,25 @@ from fedtune.trust.certificates import Peer
 from fedtune.trust.identity import Identity
 
 TAG = b"fedtune envelope v1"
-OLDEST, PROTOCOL = 1, 1  # what is read, and what is written: a version and the one before it understand each other
+OLDEST, PROTOCOL = (
+    1,
+    1,
+)  # what is read, and what is written: a version and the one before it understand each other
 NONCE = 16  # bytes
 FORMS: dict[str, canonical.Form] = {
-    "protocol": "number", "federation": "text", "run": "text", "round": "number", "client": "text", "verb": "text", "base": "text", "given": "text",
-    "payload": "text", "size": "number", "sequence": "number", "nonce": "bytes",
-}  # fmt: skip
+    "protocol": "number",
+    "federation": "text",
+    "run": "text",
+    "round": "number",
+    "client": "text",
+    "verb": "text",
+    "base": "text",
+    "given": "text",
+    "payload": "text",
+    "size": "number",
+    "sequence": "number",
+    "nonce": "bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,13 @@ class Envelope:
 
     def __post_init__(self) -> None:
         """Raises Refused W601 for words that are none: an envelope names files at the coordinator."""
-        for name, form in (("run", RunName), ("client", MemberName), ("verb", VerbName), ("given", Sha256), ("payload", Sha256)):
+        for name, form in (
+            ("run", RunName),
+            ("client", MemberName),
+            ("verb", VerbName),
+            ("given", Sha256),
+            ("payload", Sha256),
+        ):
             object.__setattr__(self, name, form(getattr(self, name)))
         sha256_or_nothing(self.base)
 
@@ -72,7 +92,12 @@ class Envelope:
         """Raises Refused W604 with the first field that is not as asked."""
         for field, value in asked.items():
             if (found := getattr(self, field)) != value:
-                raise Refused("W604", f"{field} {str(found)[:80]!r}", f"{str(value)[:80]!r}", "answer what was asked, in the round in which it was asked")
+                raise Refused(
+                    "W604",
+                    f"{field} {str(found)[:80]!r}",
+                    f"{str(value)[:80]!r}",
+                    "answer what was asked, in the round in which it was asked",
+                )
 
 
 def new_nonce() -> bytes:
@@ -88,7 +113,9 @@ def decode(data: bytes) -> Envelope:
         raise canonical.damaged(f"a nonce of {len(envelope.nonce)} bytes")
     for field in ("round", "size", "sequence"):
         if getattr(envelope, field) >= 1 << 63:
-            raise Refused("W606", f"{field} {getattr(envelope, field)}", "less than 2**63", "check the sender")
+            raise Refused(
+                "W606", f"{field} {getattr(envelope, field)}", "less than 2**63", "check the sender"
+            )
     return envelope
 
 
@@ -96,7 +123,9 @@ def require_spoken(protocol: canonical.Value) -> None:
     """Raises Refused W602."""
     if not isinstance(protocol, int) or not OLDEST <= protocol <= PROTOCOL:
         known = f"protocol {PROTOCOL}" if OLDEST == PROTOCOL else f"protocol {OLDEST} to {PROTOCOL}"
-        raise Refused("W602", f"protocol {protocol!r}", known, "install the same version of fedtune on both sides")
+        raise Refused(
+            "W602", f"protocol {protocol!r}", known, "install the same version of fedtune on both sides"
+        )
 
 
 def sign(envelope: Envelope, identity: Identity) -> bytes:
@@ -109,7 +138,10 @@ def verified(data: bytes, signature: bytes, peer: Peer) -> Envelope:
     check_signature(peer.signing_key, signature, data, f"envelope of '{peer.name.name}'")
     envelope = decode(data)
     if (envelope.federation, envelope.client) != (peer.name.federation, peer.name.name):
-        found = f"an envelope of client {envelope.client[:63]!r} of {envelope.federation[:63]!r} from '{peer.name.name}' of '{peer.name.federation}'"
+        found = (
+            f"an envelope of client {envelope.client[:63]!r} of {envelope.federation[:63]!r} from "
+            f"'{peer.name.name}' of '{peer.name.federation}'"
+        )
         raise FedtuneError("T705", found, "one of its own", "send your own updates only")
     return envelope
 
@@ -120,5 +152,8 @@ def check_signature(signing_key: bytes, signature: bytes, data: bytes, what: str
         ed25519.Ed25519PublicKey.from_public_bytes(signing_key).verify(signature, data)
     except (InvalidSignature, ValueError):
         raise FedtuneError(
-            "T707", f"an {what} whose signature does not match", "the bytes that were signed", "the message was dropped; send it again"
+            "T707",
+            f"an {what} whose signature does not match",
+            "the bytes that were signed",
+            "the message was dropped; send it again",
         ) from None

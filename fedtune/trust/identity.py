@@ -24,7 +24,13 @@ from fedtune.trust import private
 from fedtune.trust.certificates import Peer, key_hash, member_of, peer_of, read_certificate, utc_now
 from fedtune.trust.names import COORDINATOR, Name
 
-KEY, SIGNING_KEY, CERTIFICATE, AUTHORITY, ALLOWED = "key.pem", "signing-key.pem", "certificate.pem", "authority.pem", "allowed.json"
+KEY, SIGNING_KEY, CERTIFICATE, AUTHORITY, ALLOWED = (
+    "key.pem",
+    "signing-key.pem",
+    "certificate.pem",
+    "authority.pem",
+    "allowed.json",
+)
 PASSPHRASE, AUTHORITY_PASSPHRASE = "FEDTUNE_PASSPHRASE", "FEDTUNE_AUTHORITY_PASSPHRASE"
 
 Passphrase = Callable[[Path], str | None]  # the encrypted file -> its passphrase, None: there is none
@@ -32,12 +38,14 @@ PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
 
 def from_environment(path: Path) -> str | None:
-    """The passphrase of a program that nobody sits in front of. Never an argument: those are visible to every user of a machine."""
+    """The passphrase of a program that nobody sits in front of. Never an argument: those are visible to every
+    user of a machine."""
     return os.environ.get(variable_of(path))
 
 
 def variable_of(path: Path) -> str:
-    """The environment variable that holds the passphrase of an encrypted key: the authority has one of its own."""
+    """The environment variable that holds the passphrase of an encrypted key: the authority has one of its
+    own."""
     return AUTHORITY_PASSPHRASE if path.parent.name == "authority" else PASSPHRASE
 
 
@@ -79,9 +87,19 @@ def load(folder: Path, passphrase: Passphrase = from_environment, now: datetime 
     peer = member_of(certificate, authority, now or utc_now())
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key_hash(key.public_key()) != peer.key:
         raise mixed(folder / KEY)
-    if not isinstance(signer, ed25519.Ed25519PrivateKey) or signer.public_key().public_bytes_raw() != peer.signing_key:
+    if (
+        not isinstance(signer, ed25519.Ed25519PrivateKey)
+        or signer.public_key().public_bytes_raw() != peer.signing_key
+    ):
         raise mixed(folder / SIGNING_KEY)
-    return Identity(peer, folder, certificate.public_bytes(serialization.Encoding.PEM), authority, to_pem(key, None), signer)
+    return Identity(
+        peer,
+        folder,
+        certificate.public_bytes(serialization.Encoding.PEM),
+        authority,
+        to_pem(key, None),
+        signer,
+    )
 
 
 def read_key(path: Path, passphrase: Passphrase) -> PrivateKey:
@@ -91,15 +109,32 @@ def read_key(path: Path, passphrase: Passphrase) -> PrivateKey:
     if b"ENCRYPTED" in content:
         secret = passphrase(path)
         if not secret:
-            raise FedtuneError("T703", f"an encrypted key '{path}' and no passphrase", "its passphrase", f"set {variable_of(path)}, or run this in a terminal")
+            raise FedtuneError(
+                "T703",
+                f"an encrypted key '{path}' and no passphrase",
+                "its passphrase",
+                f"set {variable_of(path)}, or run this in a terminal",
+            )
     try:
         key = serialization.load_pem_private_key(content, secret.encode() if secret else None)
     except (ValueError, TypeError):
         if secret:
-            raise FedtuneError("T703", sentence=f"the passphrase does not open '{path}'", do="try again") from None
-        raise FedtuneError("T702", f"'{path}', which is not a private key", "a key in PEM (PKCS 8)", "copy it again, or: fedtune keys renew NAME") from None
+            raise FedtuneError(
+                "T703", sentence=f"the passphrase does not open '{path}'", do="try again"
+            ) from None
+        raise FedtuneError(
+            "T702",
+            f"'{path}', which is not a private key",
+            "a key in PEM (PKCS 8)",
+            "copy it again, or: fedtune keys renew NAME",
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey):
-        raise FedtuneError("T702", f"a key of another kind in '{path}'", "the key that fedtune keys made", "copy the folder of this name again")
+        raise FedtuneError(
+            "T702",
+            f"a key of another kind in '{path}'",
+            "the key that fedtune keys made",
+            "copy the folder of this name again",
+        )
     return key
 
 
@@ -113,13 +148,22 @@ def to_pem(key: PrivateKey, passphrase: str | None) -> bytes:
 
 def mixed(path: Path) -> FedtuneError:
     return FedtuneError(
-        "T702", f"a key '{path}' that does not belong to its certificate", "files of one folder made by fedtune keys", "copy the whole folder again"
+        "T702",
+        f"a key '{path}' that does not belong to its certificate",
+        "files of one folder made by fedtune keys",
+        "copy the whole folder again",
     )
 
 
 def peer_from_tls(pem: bytes, federation: str) -> Peer:
-    """Who is at the other end, from the certificate that TLS has verified against the authority. Raises T705."""
+    """Who is at the other end, from the certificate that TLS has verified against the authority. Raises
+    T705."""
     peer = peer_of(read_certificate(pem, "a TLS connection"))
     if peer.name.federation != federation:
-        raise FedtuneError("T705", f"a certificate for federation {peer.name.federation!r}", f"one for {federation!r}", "connect to the right coordinator")
+        raise FedtuneError(
+            "T705",
+            f"a certificate for federation {peer.name.federation!r}",
+            f"one for {federation!r}",
+            "connect to the right coordinator",
+        )
     return peer

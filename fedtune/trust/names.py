@@ -23,7 +23,9 @@ class Name:
     @property
     def uri(self) -> str:
         """SPIFFE ID (SPIFFE-ID, section 2): trust domain `fedtune`, path federation and member."""
-        return f"spiffe://fedtune/{self.federation}/" + (COORDINATOR if self.name == COORDINATOR else f"client/{self.name}")
+        return f"spiffe://fedtune/{self.federation}/" + (
+            COORDINATOR if self.name == COORDINATOR else f"client/{self.name}"
+        )
 
     @classmethod
     def from_uri(cls, uri: str) -> Name | None:

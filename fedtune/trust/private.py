@@ -24,8 +24,11 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Temporary file, fsync, rename, fsync of the folder; never readable for others in between. Raises R404."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # two may write the same file at once
+    """Temporary file, fsync, rename, fsync of the folder; never readable for others in between. Raises
+    R404."""
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}-{threading.get_ident()}.part"
+    )  # two may write the same file at once
     with disk_errors(path):
         temporary.unlink(missing_ok=True)
         try:
@@ -47,7 +50,8 @@ def read(path: Path) -> bytes:
 
 
 def shared_key(path: Path) -> bytes:
-    """32 random bytes that several processes of one user share; the first makes them, and its folder. Raises R404, T701, T702."""
+    """32 random bytes that several processes of one user share; the first makes them, and its folder. Raises
+    R404, T701, T702."""
     if not path.exists():
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +64,12 @@ def shared_key(path: Path) -> bytes:
             sync_folder(path.parent)
     key = read(path)
     if len(key) != SHARED:
-        raise FedtuneError("T702", f"a key of {len(key)} bytes at '{path}'", f"{SHARED} random bytes", "remove it, and restart all programs that share it")
+        raise FedtuneError(
+            "T702",
+            f"a key of {len(key)} bytes at '{path}'",
+            f"{SHARED} random bytes",
+            "remove it, and restart all programs that share it",
+        )
     return key
 
 
@@ -80,8 +89,17 @@ def require_private(path: Path) -> None:
         raise missing(path, error) from None
     if POSIX and mode & 0o077:
         wanted = "700" if path.is_dir() else "600"
-        raise FedtuneError("T701", f"mode {mode:04o} of '{path}'", f"0{wanted}: nobody but its owner may read a key", f"run: chmod {wanted} {path}")
+        raise FedtuneError(
+            "T701",
+            f"mode {mode:04o} of '{path}'",
+            f"0{wanted}: nobody but its owner may read a key",
+            f"run: chmod {wanted} {path}",
+        )
 
 
 def missing(path: Path, error: OSError) -> FedtuneError:
-    return FedtuneError("T702", sentence=f"cannot read '{path}' ({error.strerror})", do="copy the whole folder that fedtune keys made again, or make a new one")
+    return FedtuneError(
+        "T702",
+        sentence=f"cannot read '{path}' ({error.strerror})",
+        do="copy the whole folder that fedtune keys made again, or make a new one",
+    )

@@ -1,4 +1,5 @@
-"""The coordinator's signed word that an update is safe and counts: the client keeps it as its proof of inclusion."""
+"""The coordinator's signed word that an update is safe and counts: the client keeps it as its proof of
+inclusion."""
 
 from __future__ import annotations
 
@@ -15,9 +16,18 @@ from fedtune.trust.signed import Signed, check, seal
 
 TAG = b"fedtune receipt v1"
 FORMS: dict[str, canonical.Form] = {
-    "protocol": "number", "federation": "text", "run": "text", "round": "number", "client": "text", "verb": "text", "envelope": "text", "payload": "text",
-    "size": "number", "row": "number", "accepted": "number",
-}  # fmt: skip
+    "protocol": "number",
+    "federation": "text",
+    "run": "text",
+    "round": "number",
+    "client": "text",
+    "verb": "text",
+    "envelope": "text",
+    "payload": "text",
+    "size": "number",
+    "row": "number",
+    "accepted": "number",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +59,21 @@ class Receipt:
 def write(envelope: Envelope, row: int, accepted: datetime, coordinator: Identity) -> Signed:
     """The receipt for an accepted envelope."""
     micros = int(accepted.timestamp()) * 1_000_000 + accepted.microsecond
-    about = (envelope.run, envelope.round, envelope.client, envelope.verb, envelope.digest, envelope.payload, envelope.size)
+    about = (
+        envelope.run,
+        envelope.round,
+        envelope.client,
+        envelope.verb,
+        envelope.digest,
+        envelope.payload,
+        envelope.size,
+    )
     return seal(Receipt(coordinator.name.federation, *about, row, micros).encode(), coordinator)
 
 
 def read(signed: Signed, authority: x509.Certificate, envelope: Envelope | None = None) -> Receipt:
-    """A receipt that the federation's coordinator signed, and, if given, for this envelope or an earlier one of the same update.
+    """A receipt that the federation's coordinator signed, and, if given, for this envelope or an earlier one
+    of the same update.
 
     Raises T704, T705, T707, Refused W601, W604.
     """
@@ -65,5 +84,10 @@ def read(signed: Signed, authority: x509.Certificate, envelope: Envelope | None 
     if envelope is not None:
         for field in ("federation", "run", "round", "client", "verb", "payload", "size"):
             if getattr(receipt, field) != getattr(envelope, field):
-                raise Refused("W604", f"a receipt for {field} {getattr(receipt, field)!r}", f"{getattr(envelope, field)!r}", "send the update again")
+                raise Refused(
+                    "W604",
+                    f"a receipt for {field} {getattr(receipt, field)!r}",
+                    f"{getattr(envelope, field)!r}",
+                    "send the update again",
+                )
     return receipt

@@ -1,7 +1,9 @@
-"""The list of members that the authority has signed: who may speak, with which keys, until when. Sites pin the newest they have seen, so that a key of the
+"""The list of members that the authority has signed: who may speak, with which keys, until when. Sites pin
+the newest they have seen, so that a key of the
 coordinator that was revoked is no longer good there, and an older list is no way back.
 
-The coordinator's allow list (allowed.py) says the same for its own door, and can be changed without the authority; this one cannot.
+The coordinator's allow list (allowed.py) says the same for its own door, and can be changed without the
+authority; this one cannot.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ from fedtune.trust.requests import MEMBERS, packed, unpacked
 
 FILE = MEMBERS  # beside a coordinator's keys, in a site's keys and in its home
 TAG = b"fedtune members v1"
-FORMS: dict[str, canonical.Form] = {"federation": "text", "version": "number", "ends": "number", "members": "text"}
+FORMS: dict[str, canonical.Form] = {
+    "federation": "text",
+    "version": "number",
+    "ends": "number",
+    "members": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -42,17 +49,42 @@ class Roster:
     def check(self, peer: Peer, now: datetime) -> None:
         """Raises T704 for a list that has ended, T706 for a key that is not on it."""
         if now.timestamp() > self.ends:
-            raise FedtuneError("T704", "a list of members that has ended", "one that is valid now", "ask the operator to run: fedtune keys publish")
+            raise FedtuneError(
+                "T704",
+                "a list of members that has ended",
+                "one that is valid now",
+                "ask the operator to run: fedtune keys publish",
+            )
         if self.members.get(peer.key) != peer.name.name:
-            found = f"a key of '{peer.name.name}' ({peer.key[:12]}) that version {self.version} of the list of members does not name"
-            raise FedtuneError("T706", found, "a valid key", "ask the authority's operator whether it was revoked")
+            found = (
+                f"a key of '{peer.name.name}' ({peer.key[:12]}) that version {self.version} of the list of "
+                "members does not name"
+            )
+            raise FedtuneError(
+                "T706", found, "a valid key", "ask the authority's operator whether it was revoked"
+            )
 
 
-def write(federation: str, version: int, entries: Sequence[Entry], key: ec.EllipticCurvePrivateKey, now: datetime, days: int) -> bytes:
+def write(
+    federation: str,
+    version: int,
+    entries: Sequence[Entry],
+    key: ec.EllipticCurvePrivateKey,
+    now: datetime,
+    days: int,
+) -> bytes:
     """The signed list of all keys that may speak now."""
     members = {entry.key: entry.name for entry in entries if entry.state(now) == "valid"}
     ends = int((now + timedelta(days=days)).timestamp())
-    record = canonical.join(TAG, [("text", federation), ("number", version), ("number", ends), ("text", json.dumps(members, sort_keys=True))])
+    record = canonical.join(
+        TAG,
+        [
+            ("text", federation),
+            ("number", version),
+            ("number", ends),
+            ("text", json.dumps(members, sort_keys=True)),
+        ],
+    )
     return packed({"record": record, "signature": key.sign(record, ec.ECDSA(hashes.SHA256()))})
 
 
@@ -75,10 +107,18 @@ def read(content: bytes, authority: x509.Certificate, federation: str) -> Roster
         ) from None
     except (ValueError, AttributeError, Refused):
         raise FedtuneError(
-            "T702", "a list of members that cannot be read", "the list as it was signed", "ask the operator to run: fedtune keys publish"
+            "T702",
+            "a list of members that cannot be read",
+            "the list as it was signed",
+            "ask the operator to run: fedtune keys publish",
         ) from None
     if said["federation"] != federation:
-        raise FedtuneError("T705", f"a list of members of {said['federation']!r}", f"one of '{federation}'", "it was ignored; ask the coordinator's operator")
+        raise FedtuneError(
+            "T705",
+            f"a list of members of {said['federation']!r}",
+            f"one of '{federation}'",
+            "it was ignored; ask the coordinator's operator",
+        )
     return Roster(federation, version, ends, members, content)
 
 
@@ -93,19 +133,27 @@ def version_of(path: Path) -> int:
 @functools.lru_cache(16)
 def version_then(path: Path, stamp: int) -> int:
     try:
-        return int(canonical.part(TAG, unpacked(path.read_bytes(), "list", ("record",))["record"], FORMS)["version"])
+        return int(
+            canonical.part(TAG, unpacked(path.read_bytes(), "list", ("record",))["record"], FORMS)["version"]
+        )
     except FedtuneError:
         return 0
 
 
 def pinned(places: Sequence[Path], authority: x509.Certificate, federation: str) -> Roster | None:
-    """The newest list in these folders; None where there is none yet. Raises T702, T705, T707 for one that was tampered with."""
-    found = [read((place / FILE).read_bytes(), authority, federation) for place in places if (place / FILE).exists()]
+    """The newest list in these folders; None where there is none yet. Raises T702, T705, T707 for one that
+    was tampered with."""
+    found = [
+        read((place / FILE).read_bytes(), authority, federation)
+        for place in places
+        if (place / FILE).exists()
+    ]
     return max(found, key=lambda roster: roster.version, default=None)
 
 
 def pin(home: Path, content: bytes, authority: x509.Certificate, federation: str, known: int) -> int:
-    """Keep a list that is newer than the known one; the version that is known from here on. Raises T702, T705, T707."""
+    """Keep a list that is newer than the known one; the version that is known from here on. Raises T702,
+    T705, T707."""
     roster = read(content, authority, federation)
     if roster.version > known:
         private.write(home / FILE, content, 0o644)

@@ -1,4 +1,5 @@
-"""A record that the coordinator signed, as it travels and is kept: whoever knows the authority can check it, today or in years."""
+"""A record that the coordinator signed, as it travels and is kept: whoever knows the authority can check it,
+today or in years."""
 
 from __future__ import annotations
 
@@ -27,14 +28,21 @@ class Signed:
 
     def to_json(self) -> bytes:
         parts = {"record": self.record, "signature": self.signature, "certificate": self.certificate}
-        return (json.dumps({name: base64.b64encode(part).decode() for name, part in parts.items()}) + "\n").encode()
+        return (
+            json.dumps({name: base64.b64encode(part).decode() for name, part in parts.items()}) + "\n"
+        ).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Signed:
         """Raises Refused W601."""
         try:
             tree = json.loads(content)
-            return cls(*(base64.b64decode(tree[name], validate=True) for name in ("record", "signature", "certificate")))
+            return cls(
+                *(
+                    base64.b64decode(tree[name], validate=True)
+                    for name in ("record", "signature", "certificate")
+                )
+            )
         except (ValueError, KeyError, TypeError):
             raise damaged("bytes that are no signed record") from None
 
@@ -44,10 +52,16 @@ def seal(record: bytes, member: Identity) -> Signed:
 
 
 def check(signed: Signed, authority: x509.Certificate, at: datetime, what: str) -> None:
-    """Raises T704, T705 and T707 unless this federation's coordinator signed it with a certificate that was valid at that time."""
+    """Raises T704, T705 and T707 unless this federation's coordinator signed it with a certificate that was
+    valid at that time."""
     peer = signer(signed, authority, at, what)
     if peer.name.name != COORDINATOR:
-        raise FedtuneError("T705", f"a {what} of '{peer.name.name}'", "one of the coordinator", "ask the coordinator's operator")
+        raise FedtuneError(
+            "T705",
+            f"a {what} of '{peer.name.name}'",
+            "one of the coordinator",
+            "ask the coordinator's operator",
+        )
 
 
 def signer(signed: Signed, authority: x509.Certificate, at: datetime, what: str) -> Peer:

@@ -1,6 +1,7 @@
 """What the coordinator asks of one client, signed: whoever carries it can neither change it nor make one up.
 
-Flower's messages carry tickets, and a client acts on what its coordinator signed only: access to Flower's own service is then no
+Flower's messages carry tickets, and a client acts on what its coordinator signed only: access to Flower's own
+service is then no
 way to make a site compute something.
 """
 
@@ -18,9 +19,20 @@ from fedtune.trust.signed import Signed, check, seal
 
 TAG = b"fedtune ticket v1"
 FORMS: dict[str, canonical.Form] = {
-    "protocol": "number", "federation": "text", "run": "text", "round": "number", "client": "text", "verb": "text", "address": "text", "base": "text",
-    "given": "text", "given_size": "number", "budget": "number", "attempt": "number", "details": "text",
-}  # fmt: skip
+    "protocol": "number",
+    "federation": "text",
+    "run": "text",
+    "round": "number",
+    "client": "text",
+    "verb": "text",
+    "address": "text",
+    "base": "text",
+    "given": "text",
+    "given_size": "number",
+    "budget": "number",
+    "attempt": "number",
+    "details": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,12 @@ class Ticket:
         sha256_or_nothing(self.base)
         for name in ("round", "given_size", "budget", "attempt"):
             if not 0 <= getattr(self, name) < 1 << 63:
-                raise Refused("W606", f"{name} {getattr(self, name)}", "less than 2**63", "ask the coordinator's operator")
+                raise Refused(
+                    "W606",
+                    f"{name} {getattr(self, name)}",
+                    "less than 2**63",
+                    "ask the coordinator's operator",
+                )
 
 
 def write(ticket: Ticket, coordinator: Identity) -> bytes:
@@ -75,5 +92,10 @@ def read(content: bytes, identity: Identity) -> Ticket:
     require_spoken(values["protocol"])
     ticket = Ticket(**values)  # type: ignore[arg-type]  # FORMS gives the types
     if (ticket.federation, ticket.client) != (identity.name.federation, identity.name.name):
-        raise Refused("W604", f"a ticket for '{ticket.client}' of '{ticket.federation}'", f"one for '{identity.name.name}'", "send it to the right client")
+        raise Refused(
+            "W604",
+            f"a ticket for '{ticket.client}' of '{ticket.federation}'",
+            f"one for '{identity.name.name}'",
+            "send it to the right client",
+        )
     return ticket

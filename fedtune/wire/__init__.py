@@ -4,4 +4,14 @@ from fedtune.wire.changes import is_whole
 from fedtune.wire.guard import Expect
 from fedtune.wire.message import EVERYONE, Header, decode, decode_state, encode, encode_changes, encode_state
 
-__all__ = ["EVERYONE", "Expect", "Header", "decode", "decode_state", "encode", "encode_changes", "encode_state", "is_whole"]
+__all__ = [
+    "EVERYONE",
+    "Expect",
+    "Header",
+    "decode",
+    "decode_state",
+    "encode",
+    "encode_changes",
+    "encode_state",
+    "is_whole",
+]

@@ -2,12 +2,16 @@
 
     pack(levels) = [head 13 bytes][gaps, deflated][magnitudes, deflated][signs, 1 bit each]
 
-Positions are the distances between the rarer of the two, levels that are 0 or levels that are not, a byte each (255: add 255
-and go on), through raw deflate in its Huffman-only mode. For independent levels that are within 1 % of H2(p) + p bits a level
-at densities p of 5, 10 and 20 %, and exactly 1 bit where no level is 0. Magnitudes follow only where one is above 1. Many
+Positions are the distances between the rarer of the two, levels that are 0 or levels that are not, a byte
+each (255: add 255
+and go on), through raw deflate in its Huffman-only mode. For independent levels that are within 1 % of H2(p)
++ p bits a level
+at densities p of 5, 10 and 20 %, and exactly 1 bit where no level is 0. Magnitudes follow only where one is
+above 1. Many
 levels of many magnitudes (int8, int4) take the dense road: every level a byte, Huffman-only.
 
-Equal levels are equal bytes wherever zlib is the same; another build of zlib may choose other codes, which every one can read.
+Equal levels are equal bytes wherever zlib is the same; another build of zlib may choose other codes, which
+every one can read.
 """
 
 from __future__ import annotations
@@ -41,11 +45,14 @@ def pack(levels: NDArray[np.int8]) -> bytes:
     places = np.flatnonzero(held if road == NONZEROS else ~held)
     gaps = deflate(gap_bytes(places))
     sizes = deflate((np.abs(values) - 1).astype(np.uint8).tobytes()) if steep else b""
-    return HEAD.pack(road, places.size, len(gaps), len(sizes)) + gaps + sizes + np.packbits(values < 0).tobytes()
+    return (
+        HEAD.pack(road, places.size, len(gaps), len(sizes)) + gaps + sizes + np.packbits(values < 0).tobytes()
+    )
 
 
 def unpack(data: bytes | memoryview, count: int) -> NDArray[np.int8]:
-    """The `count` levels in `data`. Raises W601; allocates no more than `count` and the length of `data` warrant."""
+    """The `count` levels in `data`. Raises W601; allocates no more than `count` and the length of `data`
+    warrant."""
     if len(data) < HEAD.size:
         raise broken("no room for the head of the levels")
     road, marks, first, second = HEAD.unpack_from(data)
@@ -123,7 +130,8 @@ def deflate(data: bytes) -> bytes:
 
 
 def inflate(data: memoryview, most: int) -> bytes:
-    """What `deflate` was given, if that is at most `most` bytes; the bound holds while decompressing. Raises W601."""
+    """What `deflate` was given, if that is at most `most` bytes; the bound holds while decompressing. Raises
+    W601."""
     if not data:
         return b""
     decoder = zlib.decompressobj(-15)
@@ -137,4 +145,9 @@ def inflate(data: memoryview, most: int) -> bytes:
 
 
 def broken(found: str) -> Refused:
-    return refuse("W601", found, "levels in fedtune's encoding", "the message was dropped; the sender should send it again")
+    return refuse(
+        "W601",
+        found,
+        "levels in fedtune's encoding",
+        "the message was dropped; the sender should send it again",
+    )

@@ -1,6 +1,8 @@
-"""The frame of a message: one protobuf message whose last two fields, payload and digest, are written and found by hand.
+"""The frame of a message: one protobuf message whose last two fields, payload and digest, are written and
+found by hand.
 
-So the numbers are copied once when sent and not at all when received, and nothing can be altered, cut or appended unnoticed:
+So the numbers are copied once when sent and not at all when received, and nothing can be altered, cut or
+appended unnoticed:
 
     fields 1 to 16 | tag 17, length, payload | tag 15, length 32, SHA-256 of everything before this tag
 """
@@ -28,7 +30,12 @@ def refuse(code: str, found: str, expected: str, do: str) -> Refused:
 
 
 def damaged(found: str) -> Refused:
-    return refuse("W601", found, "a whole message in fedtune's wire format", "the message was dropped; the sender should send it again")
+    return refuse(
+        "W601",
+        found,
+        "a whole message in fedtune's wire format",
+        "the message was dropped; the sender should send it again",
+    )
 
 
 def sealed(message: pb.Message, payload: Sequence[bytes]) -> bytes:
@@ -44,7 +51,8 @@ def sealed(message: pb.Message, payload: Sequence[bytes]) -> bytes:
 
 
 def opened(data: bytes) -> tuple[pb.Message, memoryview]:
-    """The message in `data`, if it is whole, without its payload, and the payload (a view). Raises W601, W602, W606."""
+    """The message in `data`, if it is whole, without its payload, and the payload (a view). Raises W601,
+    W602, W606."""
     view, tail = memoryview(data), len(SEAL) + 32
     if len(data) < tail or view[-tail:-32] != SEAL:
         raise damaged(f"{len(data)} bytes without a seal")
@@ -56,14 +64,21 @@ def opened(data: bytes) -> tuple[pb.Message, memoryview]:
     except DecodeError:
         raise damaged("bytes that are no protobuf message") from None
     if message.version != VERSION:
-        raise refuse("W602", f"version {message.version}", f"version {VERSION}", "install the same version of fedtune on both sides")
+        raise refuse(
+            "W602",
+            f"version {message.version}",
+            f"version {VERSION}",
+            "install the same version of fedtune on both sides",
+        )
     return message, view[start:end]
 
 
 def scan(data: bytes) -> tuple[int, int, int]:
-    """Where the payload field begins, where its bytes begin, and where they end: three times the end, if there is none.
+    """Where the payload field begins, where its bytes begin, and where they end: three times the end, if
+    there is none.
 
-    Walks the top-level fields, so that no count of parts can make the parser take much more memory than the message has bytes.
+    Walks the top-level fields, so that no count of parts can make the parser take much more memory than the
+    message has bytes.
     Raises W601, W606.
     """
     at, seen, found = 0, {10: 0, 11: 0, 0: 0}, (len(data), len(data), len(data))
@@ -90,7 +105,12 @@ def scan(data: bytes) -> tuple[int, int, int]:
         group = number if number in (10, 11) else 0
         seen[group] += 1
         if seen[group] > most[group]:
-            raise refuse("W606", f"more than {most[group]} parts", f"at most {most[group]}", "send fewer metrics or tensors")
+            raise refuse(
+                "W606",
+                f"more than {most[group]} parts",
+                f"at most {most[group]}",
+                "send fewer metrics or tensors",
+            )
     if at != len(data):
         raise damaged("a field that ends after the message")
     return found

@@ -1,9 +1,11 @@
-"""Updates and states as bytes and back. Equal updates give equal bytes; what comes from outside is checked before memory is taken.
+"""Updates and states as bytes and back. Equal updates give equal bytes; what comes from outside is checked
+before memory is taken.
 
     data = encode(update, Header(run, round, client, verb, base))
     header, update = decode(data, Expect(run, round, client, verb, base, schema=asked))
 
-What each field means stands in protos/fedtune/wire/v1/message.proto. Names and shapes travel only where the receiver cannot know
+What each field means stands in protos/fedtune/wire/v1/message.proto. Names and shapes travel only where the
+receiver cannot know
 them (`named=True`); otherwise the schema's fingerprint says that both sides mean the same tensors.
 """
 
@@ -21,17 +23,36 @@ from fedtune.wire import coder
 from fedtune.wire.changes import pack_changes, unpack_changes
 from fedtune.wire.frame import METRICS, VERSION, refuse, sealed
 from fedtune.wire.guard import Expect, accepted, check_norm
+from fedtune.wire.integers import pack_whole, unpack_whole
 from fedtune.wire.scales import blocks, expand, to_halves
 from fedtune.wire.v1 import message_pb2 as pb
-from fedtune.wire.whole import pack_whole, unpack_whole
 
 EVERYONE = -1  # client of a state that is the same for all
-DTYPES: dict[str, int] = {"float32": 1, "float64": 2, "int8": 3, "uint8": 4, "int32": 5, "uint32": 6, "int64": 7, "int16": 8}
-KINDS: dict[str, pb.Kind] = {"values": pb.KIND_VALUES, "levels": pb.KIND_LEVELS, "ring": pb.KIND_RING, "state": pb.KIND_STATE, "whole": pb.KIND_WHOLE}
+DTYPES: dict[str, int] = {
+    "float32": 1,
+    "float64": 2,
+    "int8": 3,
+    "uint8": 4,
+    "int32": 5,
+    "uint32": 6,
+    "int64": 7,
+    "int16": 8,
+}
+KINDS: dict[str, pb.Kind] = {
+    "values": pb.KIND_VALUES,
+    "levels": pb.KIND_LEVELS,
+    "ring": pb.KIND_RING,
+    "state": pb.KIND_STATE,
+    "whole": pb.KIND_WHOLE,
+}
 KINDS |= {"changes": pb.KIND_CHANGES}
 WIDTHS = {code: np.dtype(name).itemsize for name, code in DTYPES.items()}
 
-SCALINGS: dict[int, pb.Scaling] = {0: pb.SCALING_TENSOR, 1: pb.SCALING_BLOCK64, 2: pb.SCALING_KEPT}  # by dimensions of the scales
+SCALINGS: dict[int, pb.Scaling] = {
+    0: pb.SCALING_TENSOR,
+    1: pb.SCALING_BLOCK64,
+    2: pb.SCALING_KEPT,
+}  # by dimensions of the scales
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,8 @@ def kind_of(update: Update) -> str:
 
 
 def encode(update: Update, header: Header, named: bool = False) -> bytes:
-    """An answer as bytes: float32 means, integer levels with scales, ring numbers, or whole means (`header.whole`). Raises ClientFailed W607."""
+    """An answer as bytes: float32 means, integer levels with scales, ring numbers, or whole means
+    (`header.whole`). Raises ClientFailed W607."""
     check_weight(update)
     kind = kind_of(update)
     numbers = pack_whole(update, header.whole) if kind == "whole" else {}
@@ -97,13 +119,17 @@ def encode(update: Update, header: Header, named: bool = False) -> bytes:
 
 
 def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes:
-    """A state as bytes, every tensor of its own type. Raises FedtuneError W607, TypeError for types that cannot travel."""
+    """A state as bytes, every tensor of its own type. Raises FedtuneError W607, TypeError for types that
+    cannot travel."""
     types = [np.asarray(tensors[name]).dtype.name for name in sorted(tensors)]
     if strange := set(types) - DTYPES.keys():
         raise TypeError(f"no message type for {sorted(strange)}")
     if name := not_finite(tensors):
         raise FedtuneError(
-            "W607", f"a value of '{name}' in the state that is not finite", "finite numbers", "lower method.train.lr or the server's learning rate"
+            "W607",
+            f"a value of '{name}' in the state that is not finite",
+            "finite numbers",
+            "lower method.train.lr or the server's learning rate",
         )
     message = headed(header, "state", Schema.of(tensors), 1.0, named)
     message.dtypes = bytes(DTYPES[name] for name in types)
@@ -111,14 +137,16 @@ def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes
 
 
 def encode_changes(tensors: Tensors, changed: Tensors, header: Header) -> bytes:
-    """A state of whole numbers as the numbers that are marked in `changed`: all others are as in the broadcast of round `header.since`, or 0 (since 0)."""
+    """A state of whole numbers as the numbers that are marked in `changed`: all others are as in the
+    broadcast of round `header.since`, or 0 (since 0)."""
     message = headed(header, "changes", Schema.of(tensors), 1.0, False)
     message.dtypes = bytes(DTYPES[tensors[name].dtype.name] for name in sorted(tensors))
     return sealed(message, [pack_changes(tensors, changed)])
 
 
 def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
-    """The answer in `data`, as its sender held it to the bit. Raises Refused W601 to W604, W606, W607: that it came before (W605), a message cannot show."""
+    """The answer in `data`, as its sender held it to the bit. Raises Refused W601 to W604, W606, W607: that
+    it came before (W605), a message cannot show."""
     message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
     if kind in ("state", "changes"):
         raise refuse("W603", "a state", "an answer", "send what was asked for")
@@ -132,7 +160,12 @@ def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
         return header, update
     if kind == "whole":
         if list(message.dtypes) != [DTYPES[stored] for _, stored, _ in schema.whole]:
-            raise refuse("W603", "whole numbers of other types", "the declared types", "use the same recipe on both sides")
+            raise refuse(
+                "W603",
+                "whole numbers of other types",
+                "the declared types",
+                "use the same recipe on both sides",
+            )
         return header, Update(unpack_whole(payload, schema, weight), weight, metrics)
     if kind == "ring":
         return header, Update(split(np.frombuffer(payload, "<u4").astype(np.uint32), schema), weight, metrics)
@@ -144,13 +177,21 @@ def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
     return header, Update(Update.of(values, weight).tensors, weight, metrics)
 
 
-def decode_state(data: bytes, expect: Expect, held: tuple[int, Tensors] = (0, {})) -> tuple[Header, dict[str, np.ndarray]]:
-    """The state in `data`, every tensor of the type that it was sent as. `held`: a round and its broadcast, on which changes may build. Raises Refused."""
+def decode_state(
+    data: bytes, expect: Expect, held: tuple[int, Tensors] = (0, {})
+) -> tuple[Header, dict[str, np.ndarray]]:
+    """The state in `data`, every tensor of the type that it was sent as. `held`: a round and its broadcast,
+    on which changes may build. Raises Refused."""
     message, payload, schema, kind = accepted(data, expect, KINDS, WIDTHS)
     if kind == "changes":
         if message.since not in (0, held[0]):
             found = f"changes relative to the broadcast of round {message.since}"
-            raise refuse("W604", found, "a broadcast that this client has", "the server sends the whole state next time")
+            raise refuse(
+                "W604",
+                found,
+                "a broadcast that this client has",
+                "the server sends the whole state next time",
+            )
         kinds = {code: np.dtype(name) for name, code in DTYPES.items()}
         types = [kinds[code] for code in message.dtypes]
         return header_of(message), unpack_changes(payload, schema, types, held[1] if message.since else {})
@@ -163,18 +204,32 @@ def decode_state(data: bytes, expect: Expect, held: tuple[int, Tensors] = (0, {}
         size = math.prod(shape)
         value = np.frombuffer(payload, kept.newbyteorder("<"), size, at).astype(kept).reshape(shape)
         if kept.kind == "f" and not np.isfinite(value).all():
-            raise refuse("W607", f"a value of '{name}' that is not finite", "finite numbers", "check the sender's state")
+            raise refuse(
+                "W607",
+                f"a value of '{name}' that is not finite",
+                "finite numbers",
+                "check the sender's state",
+            )
         tensors[name] = value
         at += size * kept.itemsize
     return header_of(message), tensors
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts
+# ------------------------------------------------------------------------------------------------------------
 
 
 def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool) -> pb.Message:
     """A message with everything but its numbers."""
-    message = pb.Message(version=VERSION, run=header.run, round=header.round, client=header.client, verb=header.verb, base=header.base, since=header.since)
+    message = pb.Message(
+        version=VERSION,
+        run=header.run,
+        round=header.round,
+        client=header.client,
+        verb=header.verb,
+        base=header.base,
+        since=header.since,
+    )
     message.kind, message.weight = KINDS[kind], weight
     message.schema = bytes.fromhex(header.schema or schema.fingerprint)
     if named:
@@ -183,11 +238,20 @@ def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool
 
 
 def header_of(message: pb.Message) -> Header:
-    return Header(message.run, message.round, message.client, message.verb, message.base, message.schema.hex(), message.since)
+    return Header(
+        message.run,
+        message.round,
+        message.client,
+        message.verb,
+        message.base,
+        message.schema.hex(),
+        message.since,
+    )
 
 
 def fill_levels(message: pb.Message, update: Update) -> bytes:
-    """Scales into the message, and the packed levels. Raises ValueError for scales that do not fit their tensors."""
+    """Scales into the message, and the packed levels. Raises ValueError for scales that do not fit their
+    tensors."""
     names = sorted(update.tensors)
     ranks = {update.scales[name].ndim for name in names}
     if len(ranks) != 1:
@@ -196,16 +260,24 @@ def fill_levels(message: pb.Message, update: Update) -> bytes:
     for name in names:
         fits = scale_shape(message.scaling, update.tensors[name])
         if update.scales[name].shape != fits:
-            raise ValueError(f"scales of '{name}' have shape {update.scales[name].shape}, its levels need {fits}")
-    halves, message.exponent = to_halves(np.concatenate([update.scales[name].reshape(-1) for name in names]).astype(np.float32, copy=False))
+            raise ValueError(
+                f"scales of '{name}' have shape {update.scales[name].shape}, its levels need {fits}"
+            )
+    halves, message.exponent = to_halves(
+        np.concatenate([update.scales[name].reshape(-1) for name in names]).astype(np.float32, copy=False)
+    )
     message.scales = halves.tobytes()
     return coder.pack(np.concatenate([update.tensors[name].reshape(-1) for name in names]))
 
 
-def read_levels(message: pb.Message, payload: memoryview, schema: Schema) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read_levels(
+    message: pb.Message, payload: memoryview, schema: Schema
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Levels (int8) and scales (float32) of every tensor; `check_sizes` has seen the scales."""
     levels = split(coder.unpack(payload, schema.count), schema)
-    flat = np.ldexp(np.frombuffer(message.scales, "<f2").astype(np.float64), message.exponent).astype(np.float32)
+    flat = np.ldexp(np.frombuffer(message.scales, "<f2").astype(np.float64), message.exponent).astype(
+        np.float32
+    )
     scales: dict[str, np.ndarray] = {}
     at = 0
     for name, value in levels.items():
@@ -216,7 +288,12 @@ def read_levels(message: pb.Message, payload: memoryview, schema: Schema) -> tup
         scales[name] = flat[at : at + size].reshape(shape)
         at += size
     if at != flat.size or len(scales) != len(levels):
-        raise refuse("W601", f"{flat.size} scales", "as many as the levels need", "the message is dropped; the sender should send it again")
+        raise refuse(
+            "W601",
+            f"{flat.size} scales",
+            "as many as the levels need",
+            "the message is dropped; the sender should send it again",
+        )
     return levels, scales
 
 
@@ -250,8 +327,17 @@ def check_weight(update: Update) -> None:
 
 def not_finite(tensors: Tensors) -> str:
     """The first tensor with a number that is not finite; "" if there is none."""
-    return next((name for name, value in tensors.items() if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all()), "")
+    return next(
+        (
+            name
+            for name, value in tensors.items()
+            if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all()
+        ),
+        "",
+    )
 
 
 def unfit(found: str) -> ClientFailed:
-    return ClientFailed("W607", found, "finite numbers", "lower the learning rate or check the data of this client")
+    return ClientFailed(
+        "W607", found, "finite numbers", "lower the learning rate or check the data of this client"
+    )

@@ -1,6 +1,7 @@
 """What integer levels are multiplied by: float16 numbers times one power of two for the whole message.
 
-A float16 alone cannot hold the scale of a round's difference (1e-6 has 4 of its 11 bits left) nor of a broken one (1e30).
+A float16 alone cannot hold the scale of a round's difference (1e-6 has 4 of its 11 bits left) nor of a broken
+one (1e30).
 The shape of a tensor's scales says what each multiplies, so levels and scales describe themselves:
 
     ()            the whole tensor
@@ -27,12 +28,14 @@ def blocks(count: int) -> int:
 
 
 def exponent_for(largest: float) -> int:
-    """The exponent that puts the largest scale into [2**14, 2**15), where float16 has all its bits and 29 octaves below."""
+    """The exponent that puts the largest scale into [2**14, 2**15), where float16 has all its bits and 29
+    octaves below."""
     return max(math.frexp(largest)[1] - 15, LOWEST) if largest else 0
 
 
 def rounded(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
-    """Scales as the wire can carry them, float32; rounding twice changes nothing. Raises OverflowError beyond float32."""
+    """Scales as the wire can carry them, float32; rounding twice changes nothing. Raises OverflowError beyond
+    float32."""
     wide = {name: np.asarray(scale, np.float64) for name, scale in scales.items()}
     largest = max((float(scale.max()) for scale in wide.values() if scale.size), default=0.0)
     exponent = exponent_for(largest)
@@ -40,7 +43,12 @@ def rounded(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
         exponent += 1
     if not math.isfinite(largest) or exponent > HIGHEST:
         raise OverflowError(f"a scale of {largest:g}")
-    return {name: np.asarray(np.ldexp(np.ldexp(scale, -exponent).astype(np.float16).astype(np.float64), exponent), np.float32) for name, scale in wide.items()}
+    return {
+        name: np.asarray(
+            np.ldexp(np.ldexp(scale, -exponent).astype(np.float16).astype(np.float64), exponent), np.float32
+        )
+        for name, scale in wide.items()
+    }
 
 
 def to_halves(flat: NDArray[np.float32]) -> tuple[NDArray[np.float16], int]:

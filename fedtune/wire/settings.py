@@ -11,8 +11,10 @@ class LimitSettings(Settings):
     """[limits]: an answer beyond them is refused while it is read, and its client left out of the round."""
 
     norm: float = Field(0.0, ge=0)
-    """Largest L2 norm of what one answer says: of the difference under a [[chain]], of the values without one; 0: any."""
+    """Largest L2 norm of what one answer says: of the difference under a [[chain]], of the values without
+    one; 0: any."""
     spread: float = Field(100.0, ge=0)
-    """Largest norm of one answer, as a multiple of the median answer's in the rounds before (of the state's, in the first); 0: any."""
+    """Largest norm of one answer, as a multiple of the median answer's in the rounds before (of the state's,
+    in the first); 0: any."""
     weight: float = Field(1e9, gt=0)
     """Most that one answer may count in the mean: examples, tokens, or 1, as method.weight says."""

@@ -1,4 +1,5 @@
-"""Directions that everybody can draw alone, and a model rebuilt from how far it went along each: the same bits on every device.
+"""Directions that everybody can draw alone, and a model rebuilt from how far it went along each: the same
+bits on every device.
 
 layout   where each parameter stands in the one flat order
 philox   the counter-based generator, in numpy

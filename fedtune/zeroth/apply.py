@@ -17,7 +17,9 @@ from fedtune.zeroth import cpu, curved, device
 from fedtune.zeroth.layout import Layout
 from fedtune.zeroth.pool import Pool, Work, bounded, wht
 
-Flat: TypeAlias = np.ndarray | torch.Tensor  # values in C order: an array where the compiled kernels reach them
+Flat: TypeAlias = (
+    np.ndarray | torch.Tensor
+)  # values in C order: an array where the compiled kernels reach them
 Named = Mapping[str, torch.Tensor] | Mapping[str, np.ndarray] | Mapping[str, Flat]
 Piece = tuple[Flat, Flat | None, int]  # where to, where from, offset in canonical order
 Part = TypeVar("Part", bound=tuple[Any, ...])
@@ -30,43 +32,71 @@ FIXED = 61  # bits of a projection's sums
 
 
 def views(named: Named) -> dict[str, Flat]:
-    """Flat views of a model's tensors, to be passed in their place where many steps follow: looking a tensor up costs as much as moving 40,000 weights."""
+    """Flat views of a model's tensors, to be passed in their place where many steps follow: looking a tensor
+    up costs as much as moving 40,000 weights."""
     return {name: flat(name, named[name]) for name in sorted(named)}
 
 
 def walk(
-    named: Named, pool: Pool, moves: Sequence[tuple[int, float]], *, base: Named | None = None, by: Named | None = None, layout: Layout | None = None
+    named: Named,
+    pool: Pool,
+    moves: Sequence[tuple[int, float]],
+    *,
+    base: Named | None = None,
+    by: Named | None = None,
+    layout: Layout | None = None,
 ) -> None:
-    """w = RN(w + RN(step * z_k)) in place, for each move (k, step) in order; with `base`, from there instead of from w, cast to w's type.
+    """w = RN(w + RN(step * z_k)) in place, for each move (k, step) in order; with `base`, from there instead
+    of from w, cast to w's type.
 
-    Nothing of a tensor's size is allocated. Where the term is zero, w keeps its bits. Same bits on every device, for any number of threads (torch's)
-    and any split. Raises ValueError for another direction, a step that is not finite, or a tensor that does not fit; M305 if not contiguous.
+    Nothing of a tensor's size is allocated. Where the term is zero, w keeps its bits. Same bits on every
+    device, for any number of threads (torch's)
+    and any split. Raises ValueError for another direction, a step that is not finite, or a tensor that does
+    not fit; M305 if not contiguous.
 
     named   float32, or with `base` also bfloat16 or float16: contiguous tensors, or arrays, of any device
     step    signed; times z_k in float64, then rounded to float32
     layout  of all tensors, where `named` holds only some of them
-    by      of `curvature`: what each parameter's steps are multiplied by; float32, as `named` then must be, and without a base
+    by      of `curvature`: what each parameter's steps are multiplied by; float32, as `named` then must be,
+            and without a base
 
-    SPSA (Spall 1992; MeZO, Malladi et al. 2023, algorithm 1) moves three times a step, and the last of one step and the first of the next can be one call.
+    SPSA (Spall 1992; MeZO, Malladi et al. 2023, algorithm 1) moves three times a step, and the last of one
+    step and the first of the next can be one call.
     """
     for k, step in moves:
         if not 0 <= k < pool.size or not math.isfinite(step):
-            raise ValueError(f"direction {k} by {step}: a pool of {pool.size} has directions 0 to {pool.size - 1}, and a step is finite")
-    if by is not None and (base is not None or not all(is_float32(flat(name, value)) for part in (named, by) for name, value in part.items())):
+            raise ValueError(
+                f"direction {k} by {step}: a pool of {pool.size} has directions 0 to {pool.size - 1}, and a "
+                "step is finite"
+            )
+    if by is not None and (
+        base is not None
+        or not all(is_float32(flat(name, value)) for part in (named, by) for name, value in part.items())
+    ):
         raise ValueError("steps times a curvature are made in place, in float32")
     if moves and by is not None:
-        change(named, by, layout, lambda code: curved.along(code, pool, [(k, float(step)) for k, step in moves]))
+        change(
+            named, by, layout, lambda code: curved.along(code, pool, [(k, float(step)) for k, step in moves])
+        )
     elif moves:
         change(named, base, layout, lambda code: code.along(pool, [(k, float(step)) for k, step in moves]))
 
 
 def replay(
-    named: Named, sums: Sequence[tuple[Pool, np.ndarray]], scale: float, *, base: Named | None = None, layout: Layout | None = None, bent: bool = False
+    named: Named,
+    sums: Sequence[tuple[Pool, np.ndarray]],
+    scale: float,
+    *,
+    base: Named | None = None,
+    layout: Layout | None = None,
+    bent: bool = False,
 ) -> None:
-    """w = RN(base + RN(scale * S)), S_i = sum over pools and k of A_k * direction_k(i), a whole number, in one pass over the weights.
+    """w = RN(base + RN(scale * S)), S_i = sum over pools and k of A_k * direction_k(i), a whole number, in
+    one pass over the weights.
 
     sums    pools (of the same kind of directions) and their accumulators A (K,), whole numbers
-    scale   what 1 of an accumulator moves a weight by along z of unit variance: times the pool's `unit` and S in float64, rounded to float32
+    scale   what 1 of an accumulator moves a weight by along z of unit variance: times the pool's `unit` and S
+            in float64, rounded to float32
     base    the first values, float32, bfloat16 or float16; none: those in `named`, which become the result
 
     bent    each pool's sum is multiplied by the curvature of those before it, and rounded and added by itself
@@ -74,16 +104,29 @@ def replay(
     Otherwise as `walk`. Raises W606 if the accumulators could overflow.
     """
     if len({pool.directions for pool, _ in sums}) > 1 or not math.isfinite(scale):
-        raise ValueError(f"{len(sums)} pools by {scale}: pools that are added have the same directions, and a scale is finite")
+        raise ValueError(
+            f"{len(sums)} pools by {scale}: pools that are added have the same directions, and a scale is "
+            "finite"
+        )
     whole = bounded(sums)
-    change(named, base, layout, lambda code: curved.summed(code, whole, float(scale)) if bent else code.summed(whole, float(scale)))
+    change(
+        named,
+        base,
+        layout,
+        lambda code: curved.summed(code, whole, float(scale)) if bent else code.summed(whole, float(scale)),
+    )
 
 
-def curvature(named: Named, sums: Sequence[tuple[Pool, np.ndarray]], *, layout: Layout | None = None) -> dict[str, Flat]:
-    """What each parameter's steps are multiplied by after these pools (curved.py): float32, of the shapes and on the device of `named`."""
+def curvature(
+    named: Named, sums: Sequence[tuple[Pool, np.ndarray]], *, layout: Layout | None = None
+) -> dict[str, Flat]:
+    """What each parameter's steps are multiplied by after these pools (curved.py): float32, of the shapes and
+    on the device of `named`."""
     whole = bounded(sums)
     made = {
-        name: np.empty(value.shape, np.float32) if isinstance(value, np.ndarray) else torch.empty_like(value, dtype=torch.float32)
+        name: np.empty(value.shape, np.float32)
+        if isinstance(value, np.ndarray)
+        else torch.empty_like(value, dtype=torch.float32)
         for name, value in named.items()
     }
     change(made, None, layout, lambda code: curved.factors(code, whole))
@@ -91,18 +134,26 @@ def curvature(named: Named, sums: Sequence[tuple[Pool, np.ndarray]], *, layout: 
 
 
 def project(named: Named, pool: Pool, *, layout: Layout | None = None) -> np.ndarray:
-    """v_k = z_k . x for every direction: float64 (K,). One pass and one transform for a Hadamard pool, K passes for an independent one.
+    """v_k = z_k . x for every direction: float64 (K,). One pass and one transform for a Hadamard pool, K
+    passes for an independent one.
 
     named  float32 tensors x
 
-    Values are rounded to whole multiples of 2**-s, as fine as lets int64 hold every sum (2**-30 of the largest for a billion parameters), and
-    sums of whole numbers have no order: same bits for any number of threads, any split, any device. Raises W607 where a value is not finite.
+    Values are rounded to whole multiples of 2**-s, as fine as lets int64 hold every sum (2**-30 of the
+    largest for a billion parameters), and
+    sums of whole numbers have no order: same bits for any number of threads, any split, any device. Raises
+    W607 where a value is not finite.
     """
     layout = layout or Layout.of(named)
     parts = [(out, offset) for out, _, offset in pieces(named, None, layout)]
     edges = [float(edge) for part, _ in parts if len(part) for edge in (part.max(), part.min())]
     if not all(map(math.isfinite, edges)):
-        raise FedtuneError("W607", "an update that is not finite", "finite numbers", "lower the learning rate or look at this client's data")
+        raise FedtuneError(
+            "W607",
+            "an update that is not finite",
+            "finite numbers",
+            "lower the learning rate or look at this client's data",
+        )
     most = max(map(abs, edges), default=0.0)
     if not most:
         return np.zeros(pool.size)
@@ -113,8 +164,11 @@ def project(named: Named, pool: Pool, *, layout: Layout | None = None) -> np.nda
     return (wht(total) if pool.kind == "hadamard" else total) * (pool.unit / factor)
 
 
-def change(named: Named, base: Named | None, layout: Layout | None, make: Callable[[ModuleType], Work]) -> None:
-    """Do to all tensors what `make` makes of `cpu` or of `device`: in place or from a base, through float32 where a type is another."""
+def change(
+    named: Named, base: Named | None, layout: Layout | None, make: Callable[[ModuleType], Work]
+) -> None:
+    """Do to all tensors what `make` makes of `cpu` or of `device`: in place or from a base, through float32
+    where a type is another."""
     work = cache(make)
 
     def do(piece: Piece) -> None:
@@ -138,11 +192,16 @@ def change(named: Named, base: Named | None, layout: Layout | None, make: Callab
 
 
 def pieces(named: Named, base: Named | None, layout: Layout) -> Iterator[Piece]:
-    """Every tensor as flat slices in canonical order: whole, or of SPLIT parameters where threads can share them."""
+    """Every tensor as flat slices in canonical order: whole, or of SPLIT parameters where threads can share
+    them."""
     shared = torch.get_num_threads() > 1
     for name in sorted(named):
         out, first = flat(name, named[name]), None if base is None else flat(name, base[name])
-        if name not in layout.offsets or layout.sizes[name] != len(out) or (first is not None and len(first) != len(out)):
+        if (
+            name not in layout.offsets
+            or layout.sizes[name] != len(out)
+            or (first is not None and len(first) != len(out))
+        ):
             raise ValueError(f"'{name}' has {len(out)} values; its layout or base has another number")
         if first is None and not is_float32(out):
             raise ValueError(f"'{name}' is {out.dtype}; without a base only float32 can be changed")
@@ -150,11 +209,16 @@ def pieces(named: Named, base: Named | None, layout: Layout) -> Iterator[Piece]:
             yield out, first, layout.offsets[name]
             continue
         for at in range(0, len(out), SPLIT):
-            yield out[at : at + SPLIT], None if first is None else first[at : at + SPLIT], layout.offsets[name] + at
+            yield (
+                out[at : at + SPLIT],
+                None if first is None else first[at : at + SPLIT],
+                layout.offsets[name] + at,
+            )
 
 
 def flat(name: str, value: Flat) -> Flat:
-    """A view of all values in C order, as an array if the compiled kernels can take it. Raises M305 where there is none."""
+    """A view of all values in C order, as an array if the compiled kernels can take it. Raises M305 where
+    there is none."""
     if isinstance(value, np.ndarray):
         if value.dtype != np.float32:
             raise ValueError(f"'{name}' is an array of {value.dtype}; it must be float32")
@@ -163,7 +227,12 @@ def flat(name: str, value: Flat) -> Flat:
     elif value.is_contiguous():
         seen = value.detach().view(-1)
         return seen.numpy() if seen.is_cpu and seen.dtype == torch.float32 else seen
-    raise FedtuneError("M305", f"tensor '{name}' that is not contiguous", "values in C order", "call .contiguous() on it first")
+    raise FedtuneError(
+        "M305",
+        f"tensor '{name}' that is not contiguous",
+        "values in C order",
+        "call .contiguous() on it first",
+    )
 
 
 def tensor_of(value: Flat) -> torch.Tensor:

@@ -16,7 +16,9 @@ LENGTH = 1 << 15  # parameters whose sums are held at a time: 256 KB
 def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
     """out = base + step * z_k, for each move (k, step) in order."""
     if pool.directions == "gaussian":
-        heights = [(k, (step * pool.unit * normal.TABLE.astype(np.float64)).astype(np.float32)) for k, step in moves]
+        heights = [
+            (k, (step * pool.unit * normal.TABLE.astype(np.float64)).astype(np.float32)) for k, step in moves
+        ]
 
         def bytewise(out: np.ndarray, offset: int) -> None:
             for k, table in heights:
@@ -27,14 +29,23 @@ def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
     streams = np.array([k for k, _ in moves], np.uint64)
     if pool.kind == "independent":
         none = np.zeros((len(moves), 2), np.uint32)
-        return fresh(lambda out, offset: kernels.steps_onto(out, offset, steps, none, streams, SIGNS, pool.key))
+        return fresh(
+            lambda out, offset: kernels.steps_onto(out, offset, steps, none, streams, SIGNS, pool.key)
+        )
     flips = np.stack([negative_rows(pool.size, k) for k, _ in moves])
-    return fresh(lambda out, offset: kernels.steps_onto(out, offset, steps, flips, 0 * streams, SHARED, pool.key))
+    return fresh(
+        lambda out, offset: kernels.steps_onto(out, offset, steps, flips, 0 * streams, SHARED, pool.key)
+    )
 
 
 def negative_rows(size: int, k: int) -> np.ndarray:
-    """Which rows of the transform are negative at k, a bit each, and the first 32 again: uint32 (K / 32 + 1,)."""
-    drawn = np.packbits(parity(np.arange(size, dtype=np.uint64), k), bitorder="little").view("<u4").astype(np.uint32)
+    """Which rows of the transform are negative at k, a bit each, and the first 32 again: uint32 (K / 32 +
+    1,)."""
+    drawn = (
+        np.packbits(parity(np.arange(size, dtype=np.uint64), k), bitorder="little")
+        .view("<u4")
+        .astype(np.uint32)
+    )
     return np.concatenate([drawn, drawn[:1]])
 
 
@@ -68,7 +79,9 @@ def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
         return fresh(lambda out, offset: None)
     factor = scale * sums[0][0].unit
     if len(sums) == 1 and sums[0][0].kind == "hadamard":
-        return from_table((factor * transformed(sums[0][1]).astype(np.float64)).astype(np.float32), sums[0][0].key)
+        return from_table(
+            (factor * transformed(sums[0][1]).astype(np.float64)).astype(np.float32), sums[0][0].key
+        )
     parts = [prepared(pool, accumulators) for pool, accumulators in sums]
 
     def work(out: np.ndarray, base: np.ndarray | None, offset: int) -> None:
@@ -97,7 +110,8 @@ def add_sum(whole: np.ndarray, offset: int, pool: Pool, streams: np.ndarray, num
 
 
 def prepared(pool: Pool, accumulators: np.ndarray) -> tuple[Pool, np.ndarray, np.ndarray]:
-    """Streams and what they are multiplied by, for the kernels: the rows of a Hadamard pool, or the directions that are not zero, padded to a multiple of 4."""
+    """Streams and what they are multiplied by, for the kernels: the rows of a Hadamard pool, or the
+    directions that are not zero, padded to a multiple of 4."""
     if pool.kind == "hadamard":
         table = transformed(accumulators)
         return pool, np.zeros(0, np.uint64), np.concatenate([table, table[:32]])
@@ -113,7 +127,8 @@ def transformed(accumulators: np.ndarray) -> np.ndarray:
 
 
 def gathered(pool: Pool, values: np.ndarray, offset: int, factor: float) -> np.ndarray:
-    """Sum over one tensor of what `project` adds up: int64, rows (K,) of a Hadamard pool before its transform, else (K,) of the directions."""
+    """Sum over one tensor of what `project` adds up: int64, rows (K,) of a Hadamard pool before its
+    transform, else (K,) of the directions."""
     total = np.zeros(pool.size + 32 if pool.kind == "hadamard" else -(-pool.size // 4) * 4, np.int64)
     scratch = np.empty(min(LENGTH, values.size), np.int64)
     for at in range(0, values.size, LENGTH):
@@ -131,7 +146,8 @@ def gathered(pool: Pool, values: np.ndarray, offset: int, factor: float) -> np.n
     return total[: pool.size]
 
 
-# --- for curved.py ------------------------------------------------------------------------------------------------------
+# --- for curved.py
+# ------------------------------------------------------------------------------------------------------
 
 
 def adder(pool: Pool, accumulators: np.ndarray) -> Callable[[int, np.ndarray], np.ndarray]:

@@ -1,10 +1,14 @@
-"""A diagonal curvature from what the pools before have moved (HiSo, ICLR 2026): public whole numbers alone, so everybody has the same one.
+"""A diagonal curvature from what the pools before have moved (HiSo, ICLR 2026): public whole numbers alone,
+so everybody has the same one.
 
-HiSo divides a direction by the root of a moving average of squared updates. Here, after pools with sums S_1 .. S_e, parameter i goes
+HiSo divides a direction by the root of a moving average of squared updates. Here, after pools with sums S_1
+.. S_e, parameter i goes
 
-    D_i = RN(sqrt(2 m / (v_i + m))),   v_i = sum of S_i^2,   m = sum over pools of sum_k A_k^2, the mean of v_i over all directions that could be
+    D_i = RN(sqrt(2 m / (v_i + m))),   v_i = sum of S_i^2,   m = sum over pools of sum_k A_k^2, the mean of
+    v_i over all directions that could be
 
-times as far along a direction of the next pool: the plain mean of squares, damped by its own mean, so that D is below 1.42 and 1 where v_i = m.
+times as far along a direction of the next pool: the plain mean of squares, damped by its own mean, so that D
+is below 1.42 and 1 where v_i = m.
 Every operation is one of IEEE's in float64, elementwise, so all devices agree.
 """
 
@@ -43,7 +47,10 @@ def expected(pool: Pool, accumulators: np.ndarray) -> float:
 
 def summed(code: ModuleType, sums: Sums, scale: float) -> Work:
     """out = base + sum over pools of RN(scale * S * D), D from the pools before. sums: int64, checked."""
-    parts = [(code.adder(pool, accumulators), expected(pool, accumulators), scale * pool.unit) for pool, accumulators in sums]
+    parts = [
+        (code.adder(pool, accumulators), expected(pool, accumulators), scale * pool.unit)
+        for pool, accumulators in sums
+    ]
 
     def work(out: Any, base: Any | None, offset: int) -> None:
         for at in range(0, len(out), code.LENGTH):
@@ -73,7 +80,8 @@ def factors(code: ModuleType, sums: Sums) -> Work:
 
 
 def along(code: ModuleType, pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
-    """out += RN(step * z_k * by) for each move (k, step) in order; `by` stands where other work has its base."""
+    """out += RN(step * z_k * by) for each move (k, step) in order; `by` stands where other work has its
+    base."""
     parts = []
     for k, step in moves:
         one = np.zeros(pool.size, np.int64)

@@ -1,6 +1,8 @@
-"""The same as `cpu` in torch integer operations, tile by tile, for parameters on any device: the same bits, without a compiler.
+"""The same as `cpu` in torch integer operations, tile by tile, for parameters on any device: the same bits,
+without a compiler.
 
-Each operation is a kernel of its own, so nothing is fused into a multiply-add. A device needs int64 and float64 (CUDA has them, Apple's MPS has not).
+Each operation is a kernel of its own, so nothing is fused into a multiply-add. A device needs int64 and
+float64 (CUDA has them, Apple's MPS has not).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ def tile_of(device: torch.device) -> int:
 
 
 def words(key: int, family: int, stream: int, first: int, count: int, device: torch.device) -> torch.Tensor:
-    """As philox.words: int64 (count,), each below 2**32. Products wrap around in int64, which leaves the 64 bits that are wanted."""
+    """As philox.words: int64 (count,), each below 2**32. Products wrap around in int64, which leaves the 64
+    bits that are wanted."""
     block = torch.arange(first // 4, -(-(first + count) // 4), dtype=torch.int64, device=device)
     c0, c1 = block & LOW, block >> 32
     c2, c3 = torch.full_like(block, stream), torch.full_like(block, family)
@@ -35,7 +38,9 @@ def words(key: int, family: int, stream: int, first: int, count: int, device: to
     return torch.stack([c0, c1, c2, c3], -1).reshape(-1)[first % 4 :][:count]
 
 
-def fields(key: int, family: int, stream: int, offset: int, count: int, width: int, device: torch.device) -> torch.Tensor:
+def fields(
+    key: int, family: int, stream: int, offset: int, count: int, width: int, device: torch.device
+) -> torch.Tensor:
     """Bits (width 1) or bytes (width 8) of a stream, lowest of a word first: int64 (count,)."""
     each = 32 // width
     drawn = words(key, family, stream, offset // each, -(-(offset + count) // each) - offset // each, device)
@@ -54,7 +59,9 @@ def places(pool: Pool, offset: int, count: int, device: torch.device) -> torch.T
 def direction(pool: Pool, k: int, offset: int, count: int, device: torch.device) -> torch.Tensor:
     """As Pool.direction: int64 (count,)."""
     if pool.directions == "gaussian":
-        return torch.tensor(normal.TABLE.astype(np.int64), device=device)[fields(pool.key, BYTES, k, offset, count, 8, device)]
+        return torch.tensor(normal.TABLE.astype(np.int64), device=device)[
+            fields(pool.key, BYTES, k, offset, count, 8, device)
+        ]
     if pool.kind == "independent":
         return 1 - 2 * fields(pool.key, SIGNS, k, offset, count, 1, device)
     parity = places(pool, offset, count, device) & k
@@ -72,7 +79,9 @@ def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
             piece = out[at : at + tile]
             first = piece if base is None else base[at : at + tile]
             for k, step in moves:
-                add(piece, first, direction(pool, k, offset + at, piece.numel(), out.device), step * pool.unit)
+                add(
+                    piece, first, direction(pool, k, offset + at, piece.numel(), out.device), step * pool.unit
+                )
                 first = piece
 
     return work
@@ -133,7 +142,8 @@ def gathered(pool: Pool, values: torch.Tensor, offset: int, factor: float) -> np
     return found
 
 
-# --- for curved.py ------------------------------------------------------------------------------------------------------
+# --- for curved.py
+# ------------------------------------------------------------------------------------------------------
 
 LENGTH = LARGE  # parameters at a time
 

@@ -1,11 +1,17 @@
-"""What `pool` says in numpy, compiled for this CPU: each kernel works on a slice of the flat order, from any offset, in tiles that stay in the cache.
+"""What `pool` says in numpy, compiled for this CPU: each kernel works on a slice of the flat order, from any
+offset, in tiles that stay in the cache.
 
-Compiled once, when this module is imported, and kept by numba beside this file, or in the user's cache where that folder cannot be written; nothing is
-compiled later, because every kernel has one signature. Floating point is IEEE: no reordering, no fused multiply-add.
+Compiled once, when this module is imported, and kept by numba beside this file, or in the user's cache where
+that folder cannot be written; nothing is
+compiled later, because every kernel has one signature. Floating point is IEEE: no reordering, no fused
+multiply-add.
 
-Three things make LLVM vectorise the inner loops, and the speed depends on them. Indices are unsigned, because numba tests signed ones for being negative
-and the access is then no longer a plain stride. What works in place has an entry of its own, because LLVM takes another way where two arrays overlap.
-And a loop over exactly 32 must have a long body, or it is unrolled before it is vectorised; a short one has bounds that LLVM does not know.
+Three things make LLVM vectorise the inner loops, and the speed depends on them. Indices are unsigned, because
+numba tests signed ones for being negative
+and the access is then no longer a plain stride. What works in place has an entry of its own, because LLVM
+takes another way where two arrays overlap.
+And a loop over exactly 32 must have a long body, or it is unrolled before it is vectorised; a short one has
+bounds that LLVM does not know.
 """
 
 from __future__ import annotations
@@ -32,13 +38,16 @@ Code = Callable[..., Any]
 
 
 def compiled(*signature: Any, inline: str = "never") -> Callable[[Code], Code]:
-    """njit for one signature (none: wherever it is called), cached if numba finds a folder that can be written, and without the interpreter's lock."""
+    """njit for one signature (none: wherever it is called), cached if numba finds a folder that can be
+    written, and without the interpreter's lock."""
 
     def compile_it(code: Code) -> Code:
         options = {"nogil": True, "error_model": "numpy", "inline": inline}
         try:
             return njit(*signature, cache=True, **options)(code)  # type: ignore[no-any-return]
-        except RuntimeError:  # "cannot cache function": a read-only package and no home; costs seconds at each start
+        except (
+            RuntimeError
+        ):  # "cannot cache function": a read-only package and no home; costs seconds at each start
             return njit(*signature, **options)(code)  # type: ignore[no-any-return]
 
     return compile_it
@@ -64,7 +73,9 @@ def fill(out, first, stream, family, key):  # type: ignore[no-untyped-def]
     """Words of a stream from block `first`: out (4 * blocks,)."""
     for j in range(out.size >> 2):
         at = first + uint64(j)
-        a, b, c, d = block(uint32(at), uint32(at >> HALF), uint32(stream), uint32(family), uint32(key), uint32(key >> HALF))
+        a, b, c, d = block(
+            uint32(at), uint32(at >> HALF), uint32(stream), uint32(family), uint32(key), uint32(key >> HALF)
+        )
         out[4 * j] = a
         out[4 * j + 1] = b
         out[4 * j + 2] = c
@@ -73,7 +84,8 @@ def fill(out, first, stream, family, key):  # type: ignore[no-untyped-def]
 
 @compiled(types.void(flat(types.uint64), flat(types.uint32), types.int64, types.int64, types.uint64))
 def rows(out, drawn, tile, size, key):  # type: ignore[no-untyped-def]
-    """h of the first parameter of each word of a tile: out (WORDS,); the 31 after it follow in order, in a table that is continued by 31 rows."""
+    """h of the first parameter of each word of a tile: out (WORDS,); the 31 after it follow in order, in a
+    table that is continued by 31 rows."""
     shift = 0
     while (1 << shift) < size:
         shift += 1
@@ -126,7 +138,11 @@ def moved(x, term):  # type: ignore[no-untyped-def]
 @compiled(inline="always")
 def table_loop(out, base, offset, table, key):  # type: ignore[no-untyped-def]
     size = table.size - 32
-    words, first, drawn = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint64), np.empty(spans(size), np.uint32)
+    words, first, drawn = (
+        np.empty(WORDS, np.uint32),
+        np.empty(WORDS, np.uint64),
+        np.empty(spans(size), np.uint32),
+    )
     end = offset + out.size
     for tile in range(offset // TILE * TILE, end, TILE):
         fill(words, uint64(tile >> 7), uint64(0), uint32(SHARED), key)
@@ -148,7 +164,8 @@ TABLE = (types.int64, flat(types.uint32), types.uint64)
 
 @compiled(types.void(flat(types.float32), flat(types.float32, True), *TABLE))
 def table_from(out, base, offset, table, key):  # type: ignore[no-untyped-def]
-    """out = base + sign(i) * table[h(i)]. table: bits of float32, (K + 32,), its last 32 being its first. base and out may not overlap."""
+    """out = base + sign(i) * table[h(i)]. table: bits of float32, (K + 32,), its last 32 being its first.
+    base and out may not overlap."""
     table_loop(out, base, offset, table, key)
 
 
@@ -158,14 +175,30 @@ def table_onto(out, offset, table, key):  # type: ignore[no-untyped-def]
     table_loop(out, out, offset, table, key)
 
 
-@compiled(types.void(flat(types.float32), types.int64, flat(types.uint32), flat(types.uint32, of=2), flat(types.uint64), types.uint32, types.uint64))
+@compiled(
+    types.void(
+        flat(types.float32),
+        types.int64,
+        flat(types.uint32),
+        flat(types.uint32, of=2),
+        flat(types.uint64),
+        types.uint32,
+        types.uint64,
+    )
+)
 def steps_onto(out, offset, steps, flips, streams, family, key):  # type: ignore[no-untyped-def]
-    """out += sign(i) * step, negative where bit h(i) of `flips` is set; for one step after the other, while a tile is in the cache.
+    """out += sign(i) * step, negative where bit h(i) of `flips` is set; for one step after the other, while a
+    tile is in the cache.
 
-    steps: bits of float32 (steps,); flips: (steps, K / 32 + 1), the last word of each its first; streams: (steps,), of the signs.
+    steps: bits of float32 (steps,); flips: (steps, K / 32 + 1), the last word of each its first; streams:
+    (steps,), of the signs.
     """
     size = 32 * (flips.shape[1] - 1)
-    words, first, drawn = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint64), np.empty(spans(size), np.uint32)
+    words, first, drawn = (
+        np.empty(WORDS, np.uint32),
+        np.empty(WORDS, np.uint64),
+        np.empty(spans(size), np.uint32),
+    )
     end = offset + out.size
     for tile in range(offset // TILE * TILE, end, TILE):
         rows(first, drawn, tile, size, key)
@@ -198,7 +231,11 @@ def add_bytes(out, offset, table, stream, key):  # type: ignore[no-untyped-def]
 def sum_table(out, offset, table, key):  # type: ignore[no-untyped-def]
     """out += sign(i) * table[h(i)], in whole numbers. table: int64 (K + 32,), its last 32 being its first."""
     size = table.size - 32
-    words, first, drawn = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint64), np.empty(spans(size), np.uint32)
+    words, first, drawn = (
+        np.empty(WORDS, np.uint32),
+        np.empty(WORDS, np.uint64),
+        np.empty(spans(size), np.uint32),
+    )
     end = offset + out.size
     for tile in range(offset // TILE * TILE, end, TILE):
         fill(words, uint64(tile >> 7), uint64(0), uint32(SHARED), key)
@@ -213,7 +250,8 @@ def sum_table(out, offset, table, key):  # type: ignore[no-untyped-def]
 
 @compiled(types.void(flat(types.int64), types.int64, flat(types.uint64), flat(types.int64), types.uint64))
 def sum_signs(out, offset, streams, scalars, key):  # type: ignore[no-untyped-def]
-    """out += sum over streams of scalar * sign(i). Four streams at a time: their number must be a multiple of 4."""
+    """out += sum over streams of scalar * sign(i). Four streams at a time: their number must be a multiple of
+    4."""
     words, part = np.empty((4, WORDS), np.uint32), np.empty(TILE, np.int64)
     end = offset + out.size
     for tile in range(offset // TILE * TILE, end, TILE):
@@ -235,7 +273,11 @@ def sum_signs(out, offset, streams, scalars, key):  # type: ignore[no-untyped-de
             out[uint64(i - offset)] += part[uint64(i - tile)]
 
 
-@compiled(types.void(flat(types.int64), types.int64, flat(types.uint64), flat(types.int64), flat(types.int64), types.uint64))
+@compiled(
+    types.void(
+        flat(types.int64), types.int64, flat(types.uint64), flat(types.int64), flat(types.int64), types.uint64
+    )
+)
 def sum_bytes(out, offset, streams, scalars, table, key):  # type: ignore[no-untyped-def]
     """out += sum over streams of scalar * table[byte(i)]."""
     words = np.empty(TILE // 4, np.uint32)
@@ -259,16 +301,22 @@ def add_whole(out, sums, scale):  # type: ignore[no-untyped-def]
 
 @compiled(types.void(flat(types.int64), flat(types.float32, True), types.float64))
 def nearest(out, values, factor):  # type: ignore[no-untyped-def]
-    """Nearest whole numbers of factor * value, half to even; the factor is a power of two, so the product is exact."""
+    """Nearest whole numbers of factor * value, half to even; the factor is a power of two, so the product is
+    exact."""
     for i in range(out.size):
         out[i] = np.int64(np.rint(np.float64(values[i]) * factor))
 
 
 @compiled(types.void(flat(types.int64), flat(types.int64, True), types.int64, types.uint64))
 def gather_table(out, values, offset, key):  # type: ignore[no-untyped-def]
-    """out[h(i)] += sign(i) * values[i]: the transpose of `sum_table`. out: (K + 32,), whose last 32 belong to the first."""
+    """out[h(i)] += sign(i) * values[i]: the transpose of `sum_table`. out: (K + 32,), whose last 32 belong to
+    the first."""
     size = out.size - 32
-    words, first, drawn = np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint64), np.empty(spans(size), np.uint32)
+    words, first, drawn = (
+        np.empty(WORDS, np.uint32),
+        np.empty(WORDS, np.uint64),
+        np.empty(spans(size), np.uint32),
+    )
     end = offset + values.size
     for tile in range(offset // TILE * TILE, end, TILE):
         fill(words, uint64(tile >> 7), uint64(0), uint32(SHARED), key)
@@ -283,7 +331,8 @@ def gather_table(out, values, offset, key):  # type: ignore[no-untyped-def]
 
 @compiled(types.void(flat(types.int64), flat(types.int64, True), types.int64, types.uint64))
 def gather_signs(out, values, offset, key):  # type: ignore[no-untyped-def]
-    """out[k] += sum of sign_k(i) * values[i] for every stream k. Four streams at a time: their number must be a multiple of 4."""
+    """out[k] += sum of sign_k(i) * values[i] for every stream k. Four streams at a time: their number must be
+    a multiple of 4."""
     words, part = np.empty((4, WORDS), np.uint32), np.empty(TILE, np.int64)
     end = offset + values.size
     for tile in range(offset // TILE * TILE, end, TILE):
@@ -307,7 +356,9 @@ def gather_signs(out, values, offset, key):  # type: ignore[no-untyped-def]
                 out[k + q] += whole - 2 * total
 
 
-@compiled(types.void(flat(types.int64), flat(types.int64, True), types.int64, flat(types.int64), types.uint64))
+@compiled(
+    types.void(flat(types.int64), flat(types.int64, True), types.int64, flat(types.int64), types.uint64)
+)
 def gather_bytes(out, values, offset, table, key):  # type: ignore[no-untyped-def]
     """out[k] += sum of table[byte_k(i)] * values[i], for every stream k."""
     words = np.empty(TILE // 4, np.uint32)

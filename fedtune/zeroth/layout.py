@@ -12,7 +12,8 @@ from fedtune.schema import Schema
 
 @dataclass(frozen=True)
 class Layout:
-    """Sorted names, each tensor in C order, one after the other: independent of how a model is loaded, sharded or fused.
+    """Sorted names, each tensor in C order, one after the other: independent of how a model is loaded,
+    sharded or fused.
 
     offsets  name -> index of its first value
     count    number of values in all
@@ -28,7 +29,11 @@ class Layout:
     @classmethod
     def of(cls, tensors: Schema | Mapping[str, Any]) -> Layout:
         """From a schema, or from a mapping of names to shapes, arrays or tensors."""
-        shapes = tensors.shapes if isinstance(tensors, Schema) else {name: getattr(value, "shape", value) for name, value in tensors.items()}
+        shapes = (
+            tensors.shapes
+            if isinstance(tensors, Schema)
+            else {name: getattr(value, "shape", value) for name, value in tensors.items()}
+        )
         offsets, sizes, count = {}, {}, 0
         for name in sorted(shapes):
             offsets[name], sizes[name] = count, math.prod(int(n) for n in shapes[name])

@@ -1,6 +1,8 @@
-"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC11): random words that are a function of key and counter.
+"""Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC11): random words that
+are a function of key and counter.
 
-There is no state: the words of any parameter can be drawn alone, in any order, by any device with 32-bit integers. It is no cipher: never for secrets.
+There is no state: the words of any parameter can be drawn alone, in any order, by any device with 32-bit
+integers. It is no cipher: never for secrets.
 
 A pool's counter is (block low, block high, stream, family) and its key is the pool's; a block is four words.
 """
@@ -25,7 +27,12 @@ def philox(counter: tuple[np.ndarray | int, ...], key: int) -> np.ndarray:
     k0, k1 = key & LOW, key >> 32
     for _ in range(ROUNDS):
         p0, p1 = np.uint64(M0) * c0, np.uint64(M1) * c2
-        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1), p0 & low
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            p1 & low,
+            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            p0 & low,
+        )
         k0, k1 = (k0 + W0) & LOW, (k1 + W1) & LOW
     return np.stack([c0, c1, c2, c3], -1).astype(np.uint32)
 

@@ -1,4 +1,5 @@
-"""K directions by a key, and in plain numpy what one of them is and what a sum of them is: the oracle of every kernel."""
+"""K directions by a key, and in plain numpy what one of them is and what a sum of them is: the oracle of
+every kernel."""
 
 from __future__ import annotations
 
@@ -12,17 +13,23 @@ from fedtune.errors import FedtuneError
 from fedtune.zeroth import normal
 from fedtune.zeroth.philox import BYTES, ROTATION, SHARED, SIGNS, bits, words
 
-Work = Callable[[Any, Any, int], None]  # out, base (None: out itself), offset of the first: arrays for cpu.py, tensors for device.py
+Work = Callable[
+    [Any, Any, int], None
+]  # out, base (None: out itself), offset of the first: arrays for cpu.py, tensors for device.py
 EXACT = 2**53  # whole numbers below this are themselves in float64
 
 
 @dataclass(frozen=True)
 class Pool:
-    """K directions z_k, each a function of (key, k, offset of a parameter in canonical order) and nothing else.
+    """K directions z_k, each a function of (key, k, offset of a parameter in canonical order) and nothing
+    else.
 
-    independent  z_k is drawn from its own stream: signs, or whole numbers with the shape of a normal distribution
-    hadamard     z_k(i) = r(i) * (-1)^popcount(k AND h(i)), with signs r that all share and h(i) = (i + c) mod K, where c is drawn for each span of
-                 K parameters. Alone a z_k is independent signs; over whole spans they are exactly orthogonal; a sum of all is one transform of K
+    independent  z_k is drawn from its own stream: signs, or whole numbers with the shape of a normal
+                 distribution
+    hadamard     z_k(i) = r(i) * (-1)^popcount(k AND h(i)), with signs r that all share and h(i) = (i + c) mod
+                 K, where c is drawn for each span of
+                 K parameters. Alone a z_k is independent signs; over whole spans they are exactly orthogonal;
+                 a sum of all is one transform of K
                  numbers and one pass over the parameters (docs/decisions/0004-hadamard-pool.md)
 
     key is below 2**64; size is K, at least 32, and a power of two if hadamard. Raises ValueError otherwise.
@@ -39,7 +46,10 @@ class Pool:
         if not 32 <= self.size <= 1 << 31:
             raise ValueError(f"a pool of {self.size} directions; there must be 32 to 2**31")
         if self.kind == "hadamard" and (self.size & (self.size - 1) or self.directions != "rademacher"):
-            raise ValueError(f"a Hadamard pool of {self.size} {self.directions} directions; it needs a power of two of rademacher ones")
+            raise ValueError(
+                f"a Hadamard pool of {self.size} {self.directions} directions; it needs a power of two of "
+                "rademacher ones"
+            )
 
     @property
     def unit(self) -> float:
@@ -52,11 +62,16 @@ class Pool:
         return int(normal.TABLE[-1]) if self.directions == "gaussian" else 1
 
     def direction(self, k: int, offset: int, count: int) -> np.ndarray:
-        """Values of direction k at `count` parameters from `offset`: int16 (count,); times `unit`, that is z_k."""
+        """Values of direction k at `count` parameters from `offset`: int16 (count,); times `unit`, that is
+        z_k."""
         if not 0 <= k < self.size:
             raise ValueError(f"direction {k} of a pool of {self.size}")
         if self.directions == "gaussian":
-            drawn = words(self.key, BYTES, k, offset // 4, -(-(offset + count) // 4) - offset // 4).astype("<u4").view(np.uint8)
+            drawn = (
+                words(self.key, BYTES, k, offset // 4, -(-(offset + count) // 4) - offset // 4)
+                .astype("<u4")
+                .view(np.uint8)
+            )
             heights: np.ndarray = normal.TABLE[drawn[offset % 4 :][:count]]
             return heights
         if self.kind == "independent":
@@ -85,7 +100,8 @@ def signs(drawn: np.ndarray) -> np.ndarray:
 
 
 def wht(values: np.ndarray) -> np.ndarray:
-    """Walsh-Hadamard transform in natural order: (K,) -> (K,) with out[h] = sum_k (-1)^popcount(k AND h) values[k]; its own transpose."""
+    """Walsh-Hadamard transform in natural order: (K,) -> (K,) with out[h] = sum_k (-1)^popcount(k AND h)
+    values[k]; its own transpose."""
     out, half = values.copy(), 1
     while half < out.size:
         pairs = out.reshape(-1, 2, half)
@@ -97,24 +113,36 @@ def wht(values: np.ndarray) -> np.ndarray:
 def bounded(sums: Sequence[tuple[Pool, np.ndarray]]) -> list[tuple[Pool, np.ndarray]]:
     """The same with int64 accumulators, after checking that every sum that replay makes of them is exact.
 
-    |S_i|, and each intermediate of the transform, is at most the sum of |A_k| times the largest value of a direction, over all pools. Below 2**53
-    nothing overflows and float64 holds it exactly. Raises W606 beyond that, and ValueError for accumulators of another length or type.
+    |S_i|, and each intermediate of the transform, is at most the sum of |A_k| times the largest value
+    of a direction, over all pools. Below 2**53 nothing overflows and float64 holds it exactly. Raises W606
+    beyond that, and ValueError for accumulators of another length or type.
     """
     most = 0.0
     for pool, accumulators in sums:
         if accumulators.shape != (pool.size,) or accumulators.dtype.kind not in "iu":
-            raise ValueError(f"accumulators are {accumulators.dtype} {accumulators.shape}; this pool needs ({pool.size},) whole numbers")
+            raise ValueError(
+                f"accumulators are {accumulators.dtype} {accumulators.shape}; this pool needs ({pool.size},) "
+                "whole numbers"
+            )
         most += float(np.abs(accumulators.astype(np.float64)).sum()) * pool.largest
     if most >= EXACT:
-        raise FedtuneError("W606", f"accumulators that add up to {most:.3g}", "less than 2**53 in all", "lower method.clip or the weights of the clients")
+        raise FedtuneError(
+            "W606",
+            f"accumulators that add up to {most:.3g}",
+            "less than 2**53 in all",
+            "lower method.clip or the weights of the clients",
+        )
     return [(pool, accumulators.astype(np.int64)) for pool, accumulators in sums]
 
 
 def combine(pool: Pool, accumulators: np.ndarray, offset: int, count: int) -> np.ndarray:
-    """S_i = sum_k A_k direction_k(i) at `count` parameters from `offset`: int64 (count,), exact. Raises as `bounded`."""
+    """S_i = sum_k A_k direction_k(i) at `count` parameters from `offset`: int64 (count,), exact. Raises as
+    `bounded`."""
     ((_, whole),) = bounded([(pool, accumulators)])
     if pool.kind == "hadamard":
-        found: np.ndarray = wht(whole)[pool.places(offset, count)] * signs(bits(pool.key, SHARED, 0, offset, count))
+        found: np.ndarray = wht(whole)[pool.places(offset, count)] * signs(
+            bits(pool.key, SHARED, 0, offset, count)
+        )
         return found
     total = np.zeros(count, np.int64)
     for k in np.flatnonzero(whole):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedtune.aggregate import RULES, Answer, Combined, Rule, split
+from fedtune.aggregate import RULES, ClientAdapter, Combined, Rule, split
 from fedtune.schema import digest
 from tests.aggregate.dense import SHAPES, adapter, apart, mean_product, near, products, run
 
@@ -19,13 +19,19 @@ mixed_rule = pytest.mark.parametrize("name", sorted(MIXED))
 own_scales = pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 
 
-def holding(rule: Rule, tensors: dict[str, np.ndarray], scales: tuple[float, ...]) -> list[Answer]:
+def holding(rule: Rule, tensors: dict[str, np.ndarray], scales: tuple[float, ...]) -> list[ClientAdapter]:
     """Seven clients that hold this adapter, each as the server would give it to them."""
-    return [Answer(i, rule.for_rank(tensors, SCALE, rank, own), 1.0 + i, own) for i, (rank, own) in enumerate(zip(RANKS, scales, strict=True))]
+    return [
+        ClientAdapter(i, rule.for_rank(tensors, SCALE, rank, own), 1.0 + i, own)
+        for i, (rank, own) in enumerate(zip(RANKS, scales, strict=True))
+    ]
 
 
-def trained(rule: Rule, scales: tuple[float, ...]) -> list[Answer]:
-    return [Answer(a.client, near(a.tensors, 20 + a.client), a.weight, a.scale) for a in holding(rule, dict(BEFORE.tensors), scales)]
+def trained(rule: Rule, scales: tuple[float, ...]) -> list[ClientAdapter]:
+    return [
+        ClientAdapter(a.client, near(a.tensors, 20 + a.client), a.weight, a.scale)
+        for a in holding(rule, dict(BEFORE.tensors), scales)
+    ]
 
 
 def test_every_rule_is_allowed_or_refused_for_a_reason() -> None:
@@ -43,9 +49,16 @@ def test_one_product_at_many_ranks_is_that_product(name: str, scales: tuple[floa
 
 @pytest.mark.parametrize("name", sorted(PADDED))
 def test_padded_factors_break_that_law(name: str) -> None:
-    """By a thousandth (fair, whose ridge pulls back) to a tenth: should one of them keep it some day, it belongs into MIXED."""
+    """By a thousandth (fair, whose ridge pulls back) to a tenth: should one of them keep it some day, it
+    belongs into MIXED."""
     rule, one = RULES[name](), adapter(1, 5)
-    assert apart(products(run(rule, holding(rule, one, SCALES["alpha 8"]), BEFORE, SCALE), SCALE), products(one, SCALE)) > 1e-3
+    assert (
+        apart(
+            products(run(rule, holding(rule, one, SCALES["alpha 8"]), BEFORE, SCALE), SCALE),
+            products(one, SCALE),
+        )
+        > 1e-3
+    )
 
 
 @mixed_rule
@@ -64,17 +77,36 @@ def test_scales_are_inside_the_products(name: str) -> None:
     rule = RULES[name]()
     answers = trained(rule, SCALES["alpha 8"])
     other = [
-        Answer(a.client, {n: v / np.float32(2) if "lora_B" in n else v for n, v in a.tensors.items()}, a.weight, 2 * a.scale) if a.client % 2 else a
+        ClientAdapter(
+            a.client,
+            {n: v / np.float32(2) if "lora_B" in n else v for n, v in a.tensors.items()},
+            a.weight,
+            2 * a.scale,
+        )
+        if a.client % 2
+        else a
         for a in answers
     ]
-    assert apart(products(run(rule, other, BEFORE, SCALE), SCALE), products(run(rule, answers, BEFORE, SCALE), SCALE)) < 1e-6
+    assert (
+        apart(
+            products(run(rule, other, BEFORE, SCALE), SCALE),
+            products(run(rule, answers, BEFORE, SCALE), SCALE),
+        )
+        < 1e-6
+    )
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in sorted(MIXED)), ("hetlora", {"by": "padding"})])
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in sorted(MIXED)), ("hetlora", {"by": "padding"})]
+)
 def test_clients_of_the_smallest_rank_alone(name: str, options: dict[str, str]) -> None:
-    """Nobody of the server's rank answers: the result still is of that rank, can be given to anybody, and every slice of it can be trained."""
+    """Nobody of the server's rank answers: the result still is of that rank, can be given to anybody, and
+    every slice of it can be trained."""
     rule = RULES[name](**options)
-    small = [Answer(i, near(rule.for_rank(BEFORE.tensors, SCALE, 1, 8.0), i), 1.0 + i, 8.0) for i in range(5)]
+    small = [
+        ClientAdapter(i, near(rule.for_rank(BEFORE.tensors, SCALE, 1, 8.0), i), 1.0 + i, 8.0)
+        for i in range(5)
+    ]
     made = run(rule, small, BEFORE, SCALE)
     for rank in (1, 2, 4):
         for pair in split(rule.for_rank(made.tensors, SCALE, rank, 8 / rank))[0].values():
@@ -87,7 +119,9 @@ def test_the_median_is_that_of_dense_products_cut_to_rank(scales: tuple[float, .
     answers = trained(rule, scales)
     made = products(run(rule, answers, BEFORE, SCALE), SCALE)
     for module in SHAPES:
-        u, s, vt = np.linalg.svd(np.median([products(a.tensors, a.scale)[module] for a in answers], axis=0), full_matrices=False)
+        u, s, vt = np.linalg.svd(
+            np.median([products(a.tensors, a.scale)[module] for a in answers], axis=0), full_matrices=False
+        )
         np.testing.assert_allclose(made[module], (u[:, :4] * s[:4]) @ vt[:4], atol=1e-5 * s[0])
 
 
@@ -96,8 +130,15 @@ def test_krum_leaves_out_the_liar_of_any_rank(scales: tuple[float, ...]) -> None
     for liar in range(3):  # of rank 4, 2, 1
         rule = RULES["krum"](faulty=1)
         answers = holding(rule, adapter(1, 5), scales)
-        answers[liar] = Answer(liar, {n: -10 * v if "lora_B" in n else v for n, v in answers[liar].tensors.items()}, 1.0, answers[liar].scale)
-        assert apart(products(run(rule, answers, BEFORE, SCALE), SCALE), products(adapter(1, 5), SCALE)) < 1e-6
+        answers[liar] = ClientAdapter(
+            liar,
+            {n: -10 * v if "lora_B" in n else v for n, v in answers[liar].tensors.items()},
+            1.0,
+            answers[liar].scale,
+        )
+        assert (
+            apart(products(run(rule, answers, BEFORE, SCALE), SCALE), products(adapter(1, 5), SCALE)) < 1e-6
+        )
 
 
 @own_scales

@@ -9,7 +9,19 @@ import peft
 import pytest
 import torch
 
-from fedtune.aggregate import MERGES, RULES, Answer, Combined, Pair, WeightedMean, flat_residual, join, ranks, residual_of, split
+from fedtune.aggregate import (
+    MERGES,
+    RULES,
+    ClientAdapter,
+    Combined,
+    Pair,
+    WeightedMean,
+    flat_residual,
+    join,
+    ranks,
+    residual_of,
+    split,
+)
 from fedtune.aggregate.pairs import factors
 from fedtune.errors import FedtuneError
 from fedtune.schema import digest
@@ -28,7 +40,10 @@ def test_split_and_join_are_inverse() -> None:
 def test_a_residual_travels_as_named_tensors() -> None:
     residual = {"q": Pair(np.ones((3, 2), np.float32), np.zeros((2, 5), np.float32))}
     flat = flat_residual(residual)
-    assert {name: value.shape for name, value in flat.items()} == {"q.residual_A": (2, 5), "q.residual_B": (3, 2)}
+    assert {name: value.shape for name, value in flat.items()} == {
+        "q.residual_A": (2, 5),
+        "q.residual_B": (3, 2),
+    }
     assert digest(flat_residual(residual_of(flat | adapter(2, 0)))) == digest(flat)
 
 
@@ -37,9 +52,15 @@ def test_a_residual_travels_as_named_tensors() -> None:
     [
         ({"q.lora_A.weight": np.ones((2, 5))}, "a pair without its factor B in 'q'"),
         ({"q.lora_B.weight": np.ones((5, 2))}, "a pair without its factor A in 'q'"),
-        ({"q.lora_A.weight": np.ones((2, 5)), "q.lora_B.weight": np.ones((4, 3))}, r"factors A \(2, 5\) and B \(4, 3\) in 'q'"),
+        (
+            {"q.lora_A.weight": np.ones((2, 5)), "q.lora_B.weight": np.ones((4, 3))},
+            r"factors A \(2, 5\) and B \(4, 3\) in 'q'",
+        ),
         ({"q.lora_A.weight": np.ones((0, 5)), "q.lora_B.weight": np.ones((4, 0))}, r"factors A \(0, 5\)"),
-        ({"q.lora_A.weight": np.ones((2, 5, 3, 3)), "q.lora_B.weight": np.ones((4, 2, 1, 1))}, r"factors A \(2, 5, 3, 3\)"),
+        (
+            {"q.lora_A.weight": np.ones((2, 5, 3, 3)), "q.lora_B.weight": np.ones((4, 2, 1, 1))},
+            r"factors A \(2, 5, 3, 3\)",
+        ),
     ],
 )
 def test_what_is_no_pair_is_refused(tensors: dict[str, np.ndarray], said: str) -> None:
@@ -72,9 +93,15 @@ def test_answers_of_other_names_or_shapes_are_refused() -> None:
         mean.add({"v": np.ones(2, np.float32)}, 1.0)
 
 
-# --- LoRA of embedding tables -----------------------------------------------------------------------------------
+# --- LoRA of embedding tables
+# -----------------------------------------------------------------------------------
 
-EMBEDDING = {"words.lora_embedding_A": (2, 30), "words.lora_embedding_B": (8, 2), "q.lora_A.weight": (2, 8), "q.lora_B.weight": (6, 2)}
+EMBEDDING = {
+    "words.lora_embedding_A": (2, 30),
+    "words.lora_embedding_B": (8, 2),
+    "q.lora_A.weight": (2, 8),
+    "q.lora_B.weight": (6, 2),
+}
 ROUND = Round(1, 7, (0, 1))
 
 
@@ -85,20 +112,32 @@ def embedded(seed: int) -> dict[str, np.ndarray]:
 
 def test_an_embeddings_factors_are_a_pair() -> None:
     pairs, rest = split(embedded(0))
-    assert {name: (pair.B.shape, pair.A.shape) for name, pair in pairs.items()} == {"words.lora_embedding": ((8, 2), (2, 30)), "q": ((6, 2), (2, 8))}
+    assert {name: (pair.B.shape, pair.A.shape) for name, pair in pairs.items()} == {
+        "words.lora_embedding": ((8, 2), (2, 30)),
+        "q": ((6, 2), (2, 8)),
+    }
     assert not rest and digest(join(pairs, rest)) == digest(embedded(0))
     flat = flat_residual({"words.lora_embedding": pairs["words.lora_embedding"]})
     assert residual_of(flat).keys() == {"words.lora_embedding"}
 
 
 def test_roles_of_factors_follow_how_peft_starts_them() -> None:
-    """FFA freezes what starts at random: an embedding's A starts at zero, and frozen there would never learn."""
+    """FFA freezes what starts at random: an embedding's A starts at zero, and frozen there would never
+    learn."""
     layer = torch.nn.Embedding(30, 8)
-    net = peft.get_peft_model(torch.nn.Sequential(OrderedDict(words=layer)), peft.LoraConfig(r=2, target_modules=["words"]))  # type: ignore[arg-type]
+    net = peft.get_peft_model(
+        torch.nn.Sequential(OrderedDict(words=layer)), peft.LoraConfig(r=2, target_modules=["words"])
+    )  # type: ignore[arg-type]
     start = {name: value.numpy() for name, value in peft.get_peft_model_state_dict(net).items()}
     zero = {name for name, value in start.items() if not value.any()}
     assert {name.rpartition(".")[2] for name in zero} == {"lora_embedding_A"}
-    assert factors(start, "B") == zero == RULES["ffa"]().sends(start, 1) == RULES["rolora"]().trains(start, 1) == RULES["fedsa"]().stays(start)
+    assert (
+        factors(start, "B")
+        == zero
+        == RULES["ffa"]().sends(start, 1)
+        == RULES["rolora"]().trains(start, 1)
+        == RULES["fedsa"]().stays(start)
+    )
     assert not RULES["fedsb"]().sends(start, 2)
 
 
@@ -107,27 +146,44 @@ def test_rules_of_products_hold_for_embeddings(name: str) -> None:
     """Equal answers give that answer; flexlora and fedex give the mean of what peft adds to the table."""
     rule = RULES[name]()
     before = Combined(embedded(0))
-    made = rule.combine([Answer(i, embedded(1), 1.0, 2.0) for i in range(5)], before, 2.0, ROUND)
+    made = rule.combine([ClientAdapter(i, embedded(1), 1.0, 2.0) for i in range(5)], before, 2.0, ROUND)
     assert_table(made, table(embedded(1)))
     if name in {"flexlora", "fedex", "flora"}:
         wide = Combined(widened(before.tensors, 4)) if name == "flexlora" else before
-        answers = [Answer(i, widened(embedded(i), 4) if name == "flexlora" else embedded(i), 1.0, 2.0) for i in (1, 2)]
+        answers = [
+            ClientAdapter(i, widened(embedded(i), 4) if name == "flexlora" else embedded(i), 1.0, 2.0)
+            for i in (1, 2)
+        ]
         assert_table(rule.combine(answers, wide, 2.0, ROUND), (table(embedded(1)) + table(embedded(2))) / 2)
 
 
 def test_a_merged_embedding_is_what_stock_peft_adds_to_its_table() -> None:
-    made = MERGES["mean"]()([Answer(i, embedded(i), 1.0, 2.0) for i in (1, 2)], 0, 1.0)
+    made = MERGES["mean"]()([ClientAdapter(i, embedded(i), 1.0, 2.0) for i in (1, 2)], 0, 1.0)
     layer = torch.nn.Embedding(30, 8)
-    net = peft.get_peft_model(torch.nn.Sequential(OrderedDict(words=layer)), peft.LoraConfig(r=4, lora_alpha=4, target_modules=["words"]))  # type: ignore[arg-type]
-    own = {f"base_model.model.{name}": torch.from_numpy(value) for name, value in made.tensors.items() if name.startswith("words")}
+    net = peft.get_peft_model(
+        torch.nn.Sequential(OrderedDict(words=layer)),
+        peft.LoraConfig(r=4, lora_alpha=4, target_modules=["words"]),
+    )  # type: ignore[arg-type]
+    own = {
+        f"base_model.model.{name}": torch.from_numpy(value)
+        for name, value in made.tensors.items()
+        if name.startswith("words")
+    }
     peft.set_peft_model_state_dict(net, own)
     words = net.get_submodule("base_model.model.words")
-    np.testing.assert_allclose(words.get_delta_weight("default").detach().numpy(), (table(embedded(1)) + table(embedded(2))) / 2, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        words.get_delta_weight("default").detach().numpy(),
+        (table(embedded(1)) + table(embedded(2))) / 2,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def table(tensors: Tensors) -> np.ndarray:
     """(words, width): scale 2 times the product, transposed, as peft.tuners.lora.Embedding adds it."""
-    return np.asarray(2.0 * (np.float64(tensors["words.lora_embedding_B"]) @ tensors["words.lora_embedding_A"]).T)
+    return np.asarray(
+        2.0 * (np.float64(tensors["words.lora_embedding_B"]) @ tensors["words.lora_embedding_A"]).T
+    )
 
 
 def assert_table(made: Combined, wanted: np.ndarray) -> None:
@@ -142,4 +198,10 @@ def widened(tensors: Tensors, rank: int) -> dict[str, np.ndarray]:
     """The same products at a greater rank."""
     pairs, rest = split(tensors)
     more = {name: ((0, 0), (0, rank - pair.rank)) for name, pair in pairs.items()}
-    return join({name: Pair(np.pad(pair.B, more[name]), np.pad(pair.A, more[name][::-1])) for name, pair in pairs.items()}, rest)
+    return join(
+        {
+            name: Pair(np.pad(pair.B, more[name]), np.pad(pair.A, more[name][::-1]))
+            for name, pair in pairs.items()
+        },
+        rest,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedtune.aggregate import Answer, Combined, Pair, as_adapter, for_rank, split
+from fedtune.aggregate import ClientAdapter, Combined, Pair, as_adapter, for_rank, split
 from fedtune.aggregate.elementwise import factored
 from fedtune.aggregate.gather import Ledger, gather
 from fedtune.aggregate.product import ProductSum, balanced, beyond, inner, spectrum
@@ -25,7 +25,10 @@ def dense(of: Pair) -> np.ndarray:
     return np.float64(of.B) @ np.float64(of.A)
 
 
-@pytest.mark.parametrize(("d", "k", "ranks"), [(30, 20, (4, 4, 4)), (20, 30, (1, 2, 8)), (6, 5, (4, 4, 4, 4, 4)), (1, 7, (1, 1)), (40, 40, (3,))])
+@pytest.mark.parametrize(
+    ("d", "k", "ranks"),
+    [(30, 20, (4, 4, 4)), (20, 30, (1, 2, 8)), (6, 5, (4, 4, 4, 4, 4)), (1, 7, (1, 1)), (40, 40, (3,))],
+)
 def test_singular_values_are_those_of_the_dense_sum(d: int, k: int, ranks: tuple[int, ...]) -> None:
     """Also where the sum of ranks passes min(d, k), and the sum is compacted on the way."""
     parts, total = [pair(d, k, rank) for rank in ranks], ProductSum()
@@ -47,7 +50,9 @@ def test_truncation_is_eckart_and_young(rank: int) -> None:
     made = balanced(of, rank, 2.0, "m", whole.A)
     np.testing.assert_allclose(2.0 * dense(made), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-9)
     assert beyond(of, rank) == pytest.approx(np.linalg.norm(2.0 * dense(made) - dense(whole)), rel=1e-9)
-    np.testing.assert_allclose(np.linalg.norm(made.B, axis=0), np.linalg.norm(made.A, axis=1), rtol=1e-9)  # balanced
+    np.testing.assert_allclose(
+        np.linalg.norm(made.B, axis=0), np.linalg.norm(made.A, axis=1), rtol=1e-9
+    )  # balanced
 
 
 def test_signs_are_settled() -> None:
@@ -69,7 +74,8 @@ def test_gram_matrices_know_inner_products() -> None:
 
 
 def test_a_large_matrix_is_factored_as_lapack_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The subspace iteration, on noise around four directions: singular values 40, 30, 20, 10 over a floor of about 1."""
+    """The subspace iteration, on noise around four directions: singular values 40, 30, 20, 10 over a floor of
+    about 1."""
     monkeypatch.setattr("fedtune.aggregate.elementwise.DENSE", 10)
     u, v = np.linalg.qr(RNG.normal(size=(200, 4)))[0], np.linalg.qr(RNG.normal(size=(150, 4)))[0]
     matrix = (u * [40, 30, 20, 10]) @ v.T + RNG.normal(size=(200, 150)) / 30
@@ -82,7 +88,9 @@ def test_a_large_matrix_is_factored_as_lapack_would(monkeypatch: pytest.MonkeyPa
 def test_another_rank_of_an_adapter() -> None:
     tensors = adapter(4, 0)
     assert digest(for_rank(tensors, 2.0, 4, 2.0)) == digest(tensors)
-    assert apart(products(for_rank(tensors, 2.0, 4, 0.5), 0.5), products(tensors, 2.0)) < 1e-6  # another scale only
+    assert (
+        apart(products(for_rank(tensors, 2.0, 4, 0.5), 0.5), products(tensors, 2.0)) < 1e-6
+    )  # another scale only
     assert apart(products(for_rank(tensors, 2.0, 6, 1.0), 1.0), products(tensors, 2.0)) < 1e-6  # more room
     small = for_rank(tensors, 2.0, 2, 4.0)
     for module, product in products(tensors, 2.0).items():
@@ -119,7 +127,7 @@ def test_adapter_and_residual_become_one_stock_adapter() -> None:
         as_adapter(state, 2.0, -1)
 
 
-def drift(answers: list[Answer]) -> float:
+def drift(answers: list[ClientAdapter]) -> float:
     """What a rule that notes nothing of its own reports."""
     made = gather(answers, Combined(answers[0].tensors), 1.0)
     ledger = Ledger(1.0)
@@ -129,9 +137,16 @@ def drift(answers: list[Answer]) -> float:
 
 
 def test_drift_by_hand() -> None:
-    """B = 1 or 3, A = 1 or -1 as 1 x 1 pairs: mean(B) mean(A) = 2 * 0, mean(BA) = (1 - 3) / 2 = -1, so all of it is lost."""
+    """B = 1 or 3, A = 1 or -1 as 1 x 1 pairs: mean(B) mean(A) = 2 * 0, mean(BA) = (1 - 3) / 2 = -1, so all of
+    it is lost."""
     answers = [
-        Answer(i, {"m.lora_A.weight": np.full((1, 1), a, np.float32), "m.lora_B.weight": np.full((1, 1), b, np.float32)})
+        ClientAdapter(
+            i,
+            {
+                "m.lora_A.weight": np.full((1, 1), a, np.float32),
+                "m.lora_B.weight": np.full((1, 1), b, np.float32),
+            },
+        )
         for i, (b, a) in enumerate([(1, 1), (3, -1)])
     ]
     assert drift(answers) == pytest.approx(1.0)

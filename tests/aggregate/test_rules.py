@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedtune.aggregate import RULES, Answer, Combined, Pair, split
+from fedtune.aggregate import RULES, ClientAdapter, Combined, Pair, split
 from fedtune.aggregate.fedrot import turned
 from fedtune.aggregate.fedsb import Core, as_pair, start
 from fedtune.schema import digest
@@ -14,11 +14,11 @@ from tests.aggregate.dense import NOW, SHAPES, adapter, apart, mean_product, nea
 
 SCALE = 2.0
 BEFORE = Combined(adapter(4, 0))
-ANSWERS = [Answer(i, near(BEFORE.tensors, i), 1.0 + i, SCALE) for i in range(5)]
-MIXED = [Answer(i, adapter(rank, i), 1.0 + i, 8 / rank) for i, rank in enumerate((4, 2, 1, 3))]
+ANSWERS = [ClientAdapter(i, near(BEFORE.tensors, i), 1.0 + i, SCALE) for i in range(5)]
+MIXED = [ClientAdapter(i, adapter(rank, i), 1.0 + i, 8 / rank) for i, rank in enumerate((4, 2, 1, 3))]
 
 
-def factor(answers: list[Answer], name: str) -> np.ndarray:
+def factor(answers: list[ClientAdapter], name: str) -> np.ndarray:
     """The plain mean, in float64."""
     total = sum(a.weight for a in answers)
     return np.asarray(sum(a.weight / total * np.float64(a.tensors[name]) for a in answers))
@@ -30,7 +30,15 @@ def test_mean_averages_factors() -> None:
         np.testing.assert_allclose(value, factor(ANSWERS, name), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("rule", "odd", "even"), [("ffa", {"B"}, {"B"}), ("rolora", {"B"}, {"A"}), ("fedsa", {"A"}, {"A"}), ("mean", {"A", "B"}, {"A", "B"})])
+@pytest.mark.parametrize(
+    ("rule", "odd", "even"),
+    [
+        ("ffa", {"B"}, {"B"}),
+        ("rolora", {"B"}, {"A"}),
+        ("fedsa", {"A"}, {"A"}),
+        ("mean", {"A", "B"}, {"A", "B"}),
+    ],
+)
 def test_which_factor_travels(rule: str, odd: set[str], even: set[str]) -> None:
     names = [*BEFORE.tensors]
     for number, letters in ((1, odd), (2, even), (3, odd)):
@@ -41,7 +49,15 @@ def test_which_factor_travels(rule: str, odd: set[str], even: set[str]) -> None:
 
 @pytest.mark.parametrize("rule", ["ffa", "rolora"])
 def test_with_one_common_factor_the_mean_is_exact(rule: str) -> None:
-    common = [Answer(a.client, {n: BEFORE.tensors[n] if "lora_A" in n else v for n, v in a.tensors.items()}, a.weight, SCALE) for a in ANSWERS]
+    common = [
+        ClientAdapter(
+            a.client,
+            {n: BEFORE.tensors[n] if "lora_A" in n else v for n, v in a.tensors.items()},
+            a.weight,
+            SCALE,
+        )
+        for a in ANSWERS
+    ]
     made = run(RULES[rule](), common, BEFORE, SCALE)
     assert apart(products(made, SCALE), mean_product(common)) < 1e-6
 
@@ -55,7 +71,7 @@ def test_fedsa_leaves_b_alone() -> None:
 
 
 @pytest.mark.parametrize("answers", [ANSWERS, MIXED], ids=["one rank", "mixed ranks"])
-def test_flexlora_is_the_best_of_its_rank(answers: list[Answer]) -> None:
+def test_flexlora_is_the_best_of_its_rank(answers: list[ClientAdapter]) -> None:
     made = run(RULES["flexlora"](), answers, BEFORE, SCALE)
     wanted = {}
     for module, product in mean_product(answers).items():
@@ -73,11 +89,13 @@ def test_flexlora_takes_clients_of_more_rank_than_its_own() -> None:
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
 @pytest.mark.parametrize("answers", [ANSWERS, MIXED], ids=["one rank", "mixed ranks"])
-def test_rules_with_a_residual_are_exact(rule: str, answers: list[Answer]) -> None:
+def test_rules_with_a_residual_are_exact(rule: str, answers: list[ClientAdapter]) -> None:
     made = run(RULES[rule](), answers, BEFORE, SCALE)
     assert apart(products(made, SCALE), mean_product(answers)) < 1e-6
     assert made.report["error"] == 0.0
-    assert made.report["residual_rank"] == max(pair.rank for pair in made.residual.values()) <= 9  # min(d, k) is 9 and 8
+    assert (
+        made.report["residual_rank"] == max(pair.rank for pair in made.residual.values()) <= 9
+    )  # min(d, k) is 9 and 8
 
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
@@ -93,7 +111,9 @@ def test_a_residual_that_was_there_stays(rule: str) -> None:
 def test_a_residual_can_be_cut_and_says_what_that_costs(rule: str) -> None:
     made = run(RULES[rule](extra=2), ANSWERS, BEFORE, SCALE)
     assert {pair.rank for pair in made.residual.values()} == {2}
-    assert made.report["error"] == pytest.approx(apart(products(made, SCALE), mean_product(ANSWERS)), rel=1e-5)
+    assert made.report["error"] == pytest.approx(
+        apart(products(made, SCALE), mean_product(ANSWERS)), rel=1e-5
+    )
     assert 0 < made.report["error"] < 1
 
 
@@ -129,7 +149,10 @@ def test_fair_solves_its_least_squares(lam: float) -> None:
 
 
 def test_fair_is_nearer_than_the_mean_and_no_nearer_than_the_best() -> None:
-    fair, best = run(RULES["fair"](), ANSWERS, BEFORE, SCALE), run(RULES["flexlora"](), ANSWERS, BEFORE, SCALE)
+    fair, best = (
+        run(RULES["fair"](), ANSWERS, BEFORE, SCALE),
+        run(RULES["flexlora"](), ANSWERS, BEFORE, SCALE),
+    )
     assert best.report["error"] <= fair.report["error"] < 0.9 * fair.report["drift"]
 
 
@@ -142,16 +165,23 @@ def test_hetlora_slice_by_slice(by: str) -> None:
             having = [a for a in MIXED if a.tensors[f"{module}.lora_A.weight"].shape[0] > j]
             total = sum(a.weight for a in (having if by == "slices" else MIXED))
             row = sum(a.weight * np.float64(a.tensors[f"{module}.lora_A.weight"][j]) for a in having) / total
-            column = sum(a.weight * a.scale / SCALE * np.float64(a.tensors[f"{module}.lora_B.weight"][:, j]) for a in having) / total
+            column = (
+                sum(
+                    a.weight * a.scale / SCALE * np.float64(a.tensors[f"{module}.lora_B.weight"][:, j])
+                    for a in having
+                )
+                / total
+            )
             np.testing.assert_allclose(made[f"{module}.lora_A.weight"][j], row, atol=1e-6)
             np.testing.assert_allclose(made[f"{module}.lora_B.weight"][:, j], column, atol=1e-6)
 
 
 def test_padding_thins_out_what_few_clients_have() -> None:
-    """One of four clients has slices 2 and 3, and all agree: with padding a quarter of A times a quarter of B is left of them."""
+    """One of four clients has slices 2 and 3, and all agree: with padding a quarter of A times a quarter of B
+    is left of them."""
     whole = adapter(4, 0)
     small = RULES["hetlora"]().for_rank(whole, SCALE, 2, SCALE)
-    answers = [Answer(0, whole, 1.0, SCALE), *(Answer(i, small, 1.0, SCALE) for i in (1, 2, 3))]
+    answers = [ClientAdapter(0, whole, 1.0, SCALE), *(ClientAdapter(i, small, 1.0, SCALE) for i in (1, 2, 3))]
     by_slice, padded = (run(RULES["hetlora"](by=by), answers, BEFORE, SCALE) for by in ("slices", "padding"))
     assert apart(products(by_slice, SCALE), products(whole, SCALE)) < 1e-6
     for module, pair in split(padded.tensors)[0].items():
@@ -166,21 +196,30 @@ def test_a_slice_that_nobody_has_stays() -> None:
 
 def test_hetlora_gives_the_first_slices() -> None:
     given = RULES["hetlora"]().for_rank(BEFORE.tensors, SCALE, 2, 4.0)
-    np.testing.assert_allclose(given["layers.0.q.lora_A.weight"], BEFORE.tensors["layers.0.q.lora_A.weight"][:2])
-    np.testing.assert_allclose(given["layers.0.q.lora_B.weight"], BEFORE.tensors["layers.0.q.lora_B.weight"][:, :2] / 2)
+    np.testing.assert_allclose(
+        given["layers.0.q.lora_A.weight"], BEFORE.tensors["layers.0.q.lora_A.weight"][:2]
+    )
+    np.testing.assert_allclose(
+        given["layers.0.q.lora_B.weight"], BEFORE.tensors["layers.0.q.lora_B.weight"][:, :2] / 2
+    )
 
 
 def test_fedrot_undoes_a_turn_that_the_mean_falls_for() -> None:
-    """Every client holds the same product in another basis: the mean of factors loses it, the turned mean finds it."""
+    """Every client holds the same product in another basis: the mean of factors loses it, the turned mean
+    finds it."""
     rng = np.random.default_rng(3)
     answers = []
     for i in range(6):
         q = np.linalg.qr(rng.normal(size=(4, 4)))[0]
         turned = dict(BEFORE.tensors)
         for module in SHAPES:
-            turned[f"{module}.lora_A.weight"] = (q.T @ BEFORE.tensors[f"{module}.lora_A.weight"]).astype(np.float32)
-            turned[f"{module}.lora_B.weight"] = (BEFORE.tensors[f"{module}.lora_B.weight"] @ q).astype(np.float32)
-        answers.append(Answer(i, turned, 1.0, SCALE))
+            turned[f"{module}.lora_A.weight"] = (q.T @ BEFORE.tensors[f"{module}.lora_A.weight"]).astype(
+                np.float32
+            )
+            turned[f"{module}.lora_B.weight"] = (BEFORE.tensors[f"{module}.lora_B.weight"] @ q).astype(
+                np.float32
+            )
+        answers.append(ClientAdapter(i, turned, 1.0, SCALE))
     made = run(RULES["fedrot"](), answers, BEFORE, SCALE)
     assert apart(products(made, SCALE), products(BEFORE, SCALE)) < 1e-6
     assert made.report["drift"] > 0.5
@@ -191,14 +230,19 @@ def test_either_factor_tells_the_turn(blank: str) -> None:
     """Where one factor of the reference is zero, as B is at the start, the other alone finds the way back."""
     whole = split(BEFORE.tensors)[0]["layers.0.q"]
     q = np.linalg.qr(np.random.default_rng(5).normal(size=(4, 4)))[0]
-    back = turned(Pair(whole.B @ q, q.T @ whole.A), whole._replace(**{blank: np.zeros_like(getattr(whole, blank))}))
+    back = turned(
+        Pair(whole.B @ q, q.T @ whole.A), whole._replace(**{blank: np.zeros_like(getattr(whole, blank))})
+    )
     np.testing.assert_allclose(back.B, whole.B, atol=1e-6)
     np.testing.assert_allclose(back.A, whole.A, atol=1e-6)
 
 
 def nearest(core: Core, pair: Pair) -> np.ndarray:
-    """The R for which B R A is nearest to a pair's product (scales equal): B^T (B' A') A^T, from factors only."""
-    near: np.ndarray = (core.B.T @ np.asarray(pair.B, dtype=np.float64)) @ (np.asarray(pair.A, dtype=np.float64) @ core.A.T)
+    """The R for which B R A is nearest to a pair's product (scales equal): B^T (B' A') A^T, from factors
+    only."""
+    near: np.ndarray = (core.B.T @ np.asarray(pair.B, dtype=np.float64)) @ (
+        np.asarray(pair.A, dtype=np.float64) @ core.A.T
+    )
     return near.astype(np.float32)
 
 
@@ -210,7 +254,15 @@ def test_fedsb_averages_what_stands_between_fixed_factors() -> None:
     np.testing.assert_allclose(core.A @ core.A.T, np.eye(3), atol=1e-6)
     rs = [core.R + rng.normal(size=(3, 3)).astype(np.float32) for _ in range(4)]
     before = Combined({"m.lora_A.weight": core.A, "m.lora_B.weight": core.B, "m.lora_R.weight": core.R})
-    made = run(RULES["fedsb"](), [Answer(i, dict(before.tensors) | {"m.lora_R.weight": r}, 1.0, SCALE) for i, r in enumerate(rs)], before, SCALE).tensors
+    made = run(
+        RULES["fedsb"](),
+        [
+            ClientAdapter(i, dict(before.tensors) | {"m.lora_R.weight": r}, 1.0, SCALE)
+            for i, r in enumerate(rs)
+        ],
+        before,
+        SCALE,
+    ).tensors
     mean = core._replace(R=made["m.lora_R.weight"])
     wanted = np.mean([np.float64(core.B) @ r @ core.A for r in rs], axis=0)
     np.testing.assert_allclose(as_pair(mean).B @ core.A, wanted, atol=1e-5)
@@ -225,6 +277,8 @@ def test_fedsb_starts_from_the_best_approximation(rank: int) -> None:
     core = start(update, rank, SCALE)
     u, s, vt = np.linalg.svd(update.B @ update.A)
     kept = min(rank, 3)
-    np.testing.assert_allclose(SCALE * core.B @ core.R @ core.A, (u[:, :kept] * s[:kept]) @ vt[:kept], atol=1e-5)
+    np.testing.assert_allclose(
+        SCALE * core.B @ core.R @ core.A, (u[:, :kept] * s[:kept]) @ vt[:kept], atol=1e-5
+    )
     np.testing.assert_allclose(core.B.T @ core.B, np.eye(rank), atol=1e-6)
     np.testing.assert_allclose(core.A @ core.A.T, np.eye(rank), atol=1e-6)

@@ -19,7 +19,13 @@ DATA = "id,text,label\n1,the red fox runs,animals\n2,a slow song on the piano,mu
 
 
 def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fedtune", *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "fedtune", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def children_seconds() -> float:
@@ -37,14 +43,25 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         seconds.append(children_seconds() - began)
     assert done.returncode == 0 and "simulate" in done.stdout
     assert min(seconds) < 0.5
-    probe = "import sys, fedtune.cli as c; c.main([]); print('HEAVY', [m for m in ('torch', 'flwr', 'transformers', 'pydantic') if m in sys.modules])"
-    assert "HEAVY []" in subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    probe = (
+        "import sys, fedtune.cli as c; c.main([]); print('HEAVY', [m for m in ('torch', 'flwr', "
+        "'transformers', 'pydantic') if m in sys.modules])"
+    )
+    assert (
+        "HEAVY []"
+        in subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_reading_a_recipe_loads_no_torch() -> None:
     probe = "import sys, fedtune.config, fedtune.runtime.check; fedtune.config.read(None); "
     probe += "print([m for m in ('torch', 'flwr', 'transformers', 'peft') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,17 +78,34 @@ def recipe(tiny_bert: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_leaves_a_whole_folder(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_a_whole_folder(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = tmp_path / "runs"
-    turned_on = ("evaluate.base=true", "evaluate.local=true", "evaluate.centralised=true", "evaluate.clients=true")
+    turned_on = (
+        "evaluate.base=true",
+        "evaluate.local=true",
+        "evaluate.centralised=true",
+        "evaluate.clients=true",
+    )
     assert main(["simulate", str(recipe), "--runs", str(runs), *(f"--set={s}" for s in turned_on)]) == 0
     folder = runs / "mine"
     result = json.loads((folder / "result.json").read_text())
     for key in ("base", "local", "federated", "centralised"):
         assert 0 <= result[key] <= 1
-    assert result["metric"] == "accuracy" and result["rounds"] == 3 and result["clients"] == 4 and result["seconds"] > 0
-    assert set(result["phases"]["clients_metric"]) == {f"client-{n}" for n in range(4)} or len(result["phases"]["clients_metric"]) == 4
-    assert (folder / "adapter" / "adapter_config.json").exists() and (folder / "adapter" / "README.md").exists()
+    assert (
+        result["metric"] == "accuracy"
+        and result["rounds"] == 3
+        and result["clients"] == 4
+        and result["seconds"] > 0
+    )
+    assert (
+        set(result["phases"]["clients_metric"]) == {f"client-{n}" for n in range(4)}
+        or len(result["phases"]["clients_metric"]) == 4
+    )
+    assert (folder / "adapter" / "adapter_config.json").exists() and (
+        folder / "adapter" / "README.md"
+    ).exists()
     said = capsys.readouterr().out
     assert "local only" in said and "centralised" in said and str(folder / "adapter") in said
 
@@ -89,13 +123,35 @@ def test_a_run_leaves_a_whole_folder(recipe: Path, tmp_path: Path, capsys: pytes
     assert scored["value"] == result["federated"] and len(scored["clients"]) == 4
 
 
-def test_check_says_what_would_happen_and_makes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_what_would_happen_and_makes_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", str(recipe)]) == 0
     said = capsys.readouterr().out
-    for word in ("trained", "clients", "bytes", "memory", "sees each client's answer as it passes", "held out"):
+    for word in (
+        "trained",
+        "clients",
+        "bytes",
+        "memory",
+        "sees each client's answer as it passes",
+        "held out",
+    ):
         assert word in said
     assert "up 32.000, down 32.000" in said and not (tmp_path / "runs").exists()
-    assert main(["check", str(recipe), "--set", "chain=[{step='sign'}]", "--set", "downlink.step=int8", "--resolved"]) == 0
+    assert (
+        main(
+            [
+                "check",
+                str(recipe),
+                "--set",
+                "chain=[{step='sign'}]",
+                "--set",
+                "downlink.step=int8",
+                "--resolved",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "through sign" in said and "up 1." in said and "down 8.25" in said and 'step = "sign"' in said
 
@@ -130,25 +186,35 @@ def test_a_mistake_is_one_sentence_with_exit_code_2_and_nothing_on_disk(
     assert not runs.exists() or not list(runs.iterdir())  # the name is free for the corrected recipe
 
 
-def test_an_existing_folder_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_folder_is_left_alone(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     assert main(["simulate", str(recipe), "--runs", str(tmp_path / "runs"), "--set", "name=taken"]) == 2
     assert "R401" in capsys.readouterr().err and not list((tmp_path / "runs" / "taken").iterdir())
 
 
-def test_an_unwritable_place_is_a_sentence(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_place_is_a_sentence(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert main(["simulate", str(recipe), "--runs", str(tmp_path / "file")]) == 2
     assert "R404" in capsys.readouterr().err
 
 
-def test_a_damaged_state_and_a_changed_recipe_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_state_and_a_changed_recipe_are_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = tmp_path / "runs"
     assert main(["simulate", str(recipe), "--runs", str(runs)]) == 0
     state = runs / "mine" / "state" / "round-0003.safetensors"
     whole = state.read_bytes()
     state.write_bytes(whole[:-8])
-    assert main(["resume", str(runs / "mine")]) == 2 == main(["export", str(runs / "mine"), "--to", str(tmp_path / "out")])
+    assert (
+        main(["resume", str(runs / "mine")])
+        == 2
+        == main(["export", str(runs / "mine"), "--to", str(tmp_path / "out")])
+    )
     assert capsys.readouterr().err.count("R403") == 2 and not (tmp_path / "out").exists()
     state.write_bytes(whole)
     config = json.loads((runs / "mine" / "config.json").read_text())
@@ -158,12 +224,21 @@ def test_a_damaged_state_and_a_changed_recipe_are_refused(recipe: Path, tmp_path
 
 
 def test_a_run_goes_on_from_another_folder_but_not_with_other_data(
-    recipe: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_bert, tmp_path / "bert")
     relative = ["--set", "data.path=rows.jsonl", "--set", "model.name=bert"]
-    assert main(["simulate", "mine.toml", "--set", "name=first", "--set", "rounds=1", *relative, "--runs", "runs"]) == 0
+    assert (
+        main(
+            ["simulate", "mine.toml", "--set", "name=first", "--set", "rounds=1", *relative, "--runs", "runs"]
+        )
+        == 0
+    )
     started = [*relative, "--set", "method.start_from=runs/first", "--set", "data.client_test_share=0.2"]
     assert main(["simulate", "mine.toml", "--set", "name=whole", *started, "--runs", "runs"]) == 0
     with monkeypatch.context() as patch:
@@ -177,14 +252,23 @@ def test_a_run_goes_on_from_another_folder_but_not_with_other_data(
     assert main(["resume", "../runs/mine"]) == 2 and "R406" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text(rows)
     assert main(["resume", "../runs/mine"]) == 0
-    results = [json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("mine", "whole")]
+    results = [
+        json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("mine", "whole")
+    ]
     assert results[0]["state_sha256"] == results[1]["state_sha256"]
     capsys.readouterr()
     assert main(["eval", "../runs/mine"]) == 0
     assert json.loads(capsys.readouterr().out)["value"] == results[0]["federated"]
     assert main(["export", "../runs/mine", "--to", "out"]) == 0
-    assert json.loads((here / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "bert"  # as the recipe calls it
-    assert main(["merge", "../runs/mine", "out", "--base", "../bert", "--eval", "../runs/mine", "--to", "merged"]) == 0
+    assert (
+        json.loads((here / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "bert"
+    )  # as the recipe calls it
+    assert (
+        main(
+            ["merge", "../runs/mine", "out", "--base", "../bert", "--eval", "../runs/mine", "--to", "merged"]
+        )
+        == 0
+    )
     assert Path.cwd() == here and (here / "merged" / "adapter_config.json").exists()
 
 
@@ -195,7 +279,9 @@ def test_check_finds_texts_beyond_the_context(recipe: Path, capsys: pytest.Captu
     assert "M302" in capsys.readouterr().err
 
 
-def test_exports_load_in_stock_libraries_with_equal_logits(recipe: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exports_load_in_stock_libraries_with_equal_logits(
+    recipe: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -205,7 +291,9 @@ def test_exports_load_in_stock_libraries_with_equal_logits(recipe: Path, tiny_be
     for form in ("adapter", "merged"):
         assert main(["export", str(runs / "mine"), "--as", form, "--to", str(tmp_path / form)]) == 0
     assert main(["export", str(runs / "mine"), "--to", str(tmp_path / "merged")]) == 2  # never over something
-    words = AutoTokenizer.from_pretrained(tmp_path / "merged")("the red fox runs over the roof", return_tensors="pt")
+    words = AutoTokenizer.from_pretrained(tmp_path / "merged")(
+        "the red fox runs over the roof", return_tensors="pt"
+    )
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=len(labels))
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -215,7 +303,9 @@ def test_exports_load_in_stock_libraries_with_equal_logits(recipe: Path, tiny_be
     assert "recipe SHA-256" in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_an_adapter_of_another_base_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_of_another_base_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from tests import tiny
 
     runs = tmp_path / "runs"
@@ -235,7 +325,9 @@ def test_an_adapter_of_another_base_is_refused(recipe: Path, tmp_path: Path, cap
     assert "M304" in capsys.readouterr().err
 
 
-def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_defect_is_no_traceback_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from fedtune import config
 
     monkeypatch.setattr(config, "read", lambda *a: 1 / 0)
@@ -247,14 +339,25 @@ def test_a_defect_is_no_traceback_either(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_closed_pipe_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "fedtune", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedtune", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     os.close(writer)
     assert "Traceback" not in done.stderr
 
 
-def test_a_home_folder_is_meant_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_home_folder_is_meant_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As in --keys=~/keys, which a shell leaves alone."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["keys", "init", "--federation", "demo", "--host", "127.0.0.1", "--keys=~/keys"]) == 0
-    assert main(["keys", "issue", "site-a", "--keys=~/keys"]) == 0 and (tmp_path / "keys" / "clients" / "site-a").is_dir()
+    assert (
+        main(["keys", "issue", "site-a", "--keys=~/keys"]) == 0
+        and (tmp_path / "keys" / "clients" / "site-a").is_dir()
+    )
     assert main(["eval", "~/no-run"]) == 2 and str(tmp_path / "no-run") in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from fedtune.cli import build_parser, main
 from fedtune.cli.explain import pages
 from fedtune.config import Recipe, places_of
-from fedtune.deploy.processes import read_sentence
+from fedtune.deploy.supervisor import read_sentence
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.plain import plain
 
@@ -35,7 +35,9 @@ def test_a_page_has_all_three_parts(code: str) -> None:
 
 
 def test_every_code_is_raised_somewhere() -> None:
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if path.name != "errors.py")
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py") if path.name != "errors.py"
+    )
     used = set(re.findall(r"[\"( ]([A-Z]\d{3})[\",:]", sources))
     assert not CATALOGUE.keys() - used
 
@@ -71,16 +73,26 @@ def test_settings_that_a_page_names_exist() -> None:
 
 
 def test_a_page_is_printed_without_torch() -> None:
-    probe = "import sys, fedtune.cli as c; code = c.main(['explain', 'c101']); print('HEAVY', [m for m in ('torch', 'pydantic') if m in sys.modules])"
+    probe = (
+        "import sys, fedtune.cli as c; code = c.main(['explain', 'c101']); print('HEAVY', [m for m in "
+        "('torch', 'pydantic') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
-    assert done.startswith("C101: A key in the recipe") and "Usual causes:\n  * " in done and "What to do:\n  * " in done
+    assert (
+        done.startswith("C101: A key in the recipe")
+        and "Usual causes:\n  * " in done
+        and "What to do:\n  * " in done
+    )
     assert done.endswith("HEAVY []\n")
 
 
 def test_an_unknown_code_is_one_sentence_with_near_misses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "D209"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("fedtune: C103: there is no error code 'D209'; did you mean D20") and said.count("\n") == 1
+    assert (
+        said.startswith("fedtune: C103: there is no error code 'D209'; did you mean D20")
+        and said.count("\n") == 1
+    )
 
 
 def test_without_a_code_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,5 +103,7 @@ def test_without_a_code_all_are_listed(capsys: pytest.CaptureFixture[str]) -> No
 def test_an_error_with_a_sentence_of_its_own_is_not_framed() -> None:
     error = FedtuneError("F501", sentence="Ray is not installed", do="install it")
     assert str(error) == "F501: Ray is not installed; install it."
-    assert str(FedtuneError(error.code, error.found, error.expected, error.do)) == str(error)  # as it comes over the network
+    assert str(FedtuneError(error.code, error.found, error.expected, error.do)) == str(
+        error
+    )  # as it comes over the network
     assert str(read_sentence(str(error))) == str(error)  # and from the log of another program

@@ -1,4 +1,5 @@
-"""fedtune merge: adapters that stock peft wrote become one that stock peft loads, against naive sums of dense products."""
+"""fedtune merge: adapters that stock peft wrote become one that stock peft loads, against naive sums of dense
+products."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fedtune.aggregate import MERGES, Answer
+from fedtune.aggregate import MERGES, ClientAdapter
 from fedtune.cli import main
 from fedtune.cli.merge import RULES
 from fedtune.model.base import load
-from fedtune.model.experts import read_expert
 from fedtune.model.export import load_adapter
+from fedtune.model.lora_files import read_expert
 from fedtune.model.score import score
 from fedtune.model.settings import ModelSettings
 from fedtune.runtime.merge import SAME
@@ -31,7 +32,12 @@ from tests.tiny import SENTENCES
 Deltas = dict[str, torch.Tensor]
 CONFIGS: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 8},
-    {"r": 2, "lora_alpha": 8, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 6}},
+    {
+        "r": 2,
+        "lora_alpha": 8,
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 6},
+    },
     {"r": 3, "lora_alpha": 6, "use_rslora": True},
 ]
 
@@ -52,7 +58,9 @@ def stock(model: Path, folder: Path, seed: int, **config: Any) -> Path:
 def deltas(model: Path, folder: Path) -> Deltas:
     """What stock peft adds to every adapted weight."""
     net = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(folder))
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    layers = {
+        name: module for name, module in net.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
     return {name: module.get_delta_weight("default").detach().double() for name, module in layers.items()}
 
 
@@ -82,19 +90,34 @@ def test_every_merge_has_its_word() -> None:
         (["--by", "mean", "--weights", "1", "2", "5"], lambda t: (t[0] + 2 * t[1] + 5 * t[2]) / 8),
         (["--by", "selma"], lambda t: sum(t) / 3),
         (["--by", "task", "--set", "lam=0.4"], lambda t: 0.4 * sum(t)),
-        (["--by", "ties", "--set", "density=1", "--set", "lam=0.5", "--rank", "32"], lambda t: 0.5 * elected(torch.stack(t))),
+        (
+            ["--by", "ties", "--set", "density=1", "--set", "lam=0.5", "--rank", "32"],
+            lambda t: 0.5 * elected(torch.stack(t)),
+        ),
     ],
     ids=["mean", "weights", "selma", "task", "ties"],
 )
 def test_stock_peft_adds_the_merge_of_dense_products(
-    words: list[str], naive: Callable[[list[torch.Tensor]], torch.Tensor], shelf: list[Path], tiny_llama: Path, tmp_path: Path
+    words: list[str],
+    naive: Callable[[list[torch.Tensor]], torch.Tensor],
+    shelf: list[Path],
+    tiny_llama: Path,
+    tmp_path: Path,
 ) -> None:
     """Ranks and scales of their own, by module even: patterns and rsLoRA are inside the products."""
     assert merge(shelf, tmp_path / "one", *words) == 0
     each = [deltas(tiny_llama, folder) for folder in shelf]
-    assert apart(deltas(tiny_llama, tmp_path / "one"), {name: naive([one[name] for one in each]) for name in each[0]}) < 1e-5
+    assert (
+        apart(
+            deltas(tiny_llama, tmp_path / "one"),
+            {name: naive([one[name] for one in each]) for name in each[0]},
+        )
+        < 1e-5
+    )
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == ((32, 32) if "--rank" in words else (10, 10))  # 4 + 3 + 3, in q_proj
+    assert (config["r"], config["lora_alpha"]) == (
+        (32, 32) if "--rank" in words else (10, 10)
+    )  # 4 + 3 + 3, in q_proj
 
 
 def elected(tau: torch.Tensor) -> torch.Tensor:
@@ -103,38 +126,68 @@ def elected(tau: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("more", [[], ["--rank", "4"]])
-def test_the_mean_of_one_adapter_with_itself_is_that_adapter(more: list[str], shelf: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_mean_of_one_adapter_with_itself_is_that_adapter(
+    more: list[str], shelf: list[Path], tiny_llama: Path, tmp_path: Path
+) -> None:
     assert merge([shelf[2]] * 3, tmp_path / "one", *more) == 0
     assert apart(deltas(tiny_llama, tmp_path / "one"), deltas(tiny_llama, shelf[2])) < 1e-6
 
 
-def test_a_cut_is_the_best_of_its_rank_and_says_what_it_lost(shelf: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Against the dense singular values: of the whole, and of the layer that loses most; the card says the same, and what went in."""
+def test_a_cut_is_the_best_of_its_rank_and_says_what_it_lost(
+    shelf: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the dense singular values: of the whole, and of the layer that loses most; the card says the
+    same, and what went in."""
     assert merge(shelf, tmp_path / "cut", "--rank", "3") == 0
     said = capsys.readouterr().out
     each = [deltas(tiny_llama, folder) for folder in shelf]
     values = {name: torch.linalg.svdvals(sum(one[name] for one in each) / 3) for name in each[0]}
     lost = {name: float(s[3:].norm() / s.norm()) for name, s in values.items()}
-    whole = (sum(float(s[3:].norm()) ** 2 for s in values.values()) / sum(float(s.norm()) ** 2 for s in values.values())) ** 0.5
+    whole = (
+        sum(float(s[3:].norm()) ** 2 for s in values.values())
+        / sum(float(s.norm()) ** 2 for s in values.values())
+    ) ** 0.5
     worst = max(lost, key=lambda name: lost[name])
-    found = re.search(r"cut to rank 3: (\S+) % of the merged products' norm is lost, at most (\S+) % of a layer's \((.*)\)", said)
-    assert found and float(found[1]) == pytest.approx(100 * whole, rel=1e-2) and float(found[2]) == pytest.approx(100 * lost[worst], rel=1e-2)
+    found = re.search(
+        r"cut to rank 3: (\S+) % of the merged products' norm is lost, at most (\S+) % of a layer's \((.*)\)",
+        said,
+    )
+    assert (
+        found
+        and float(found[1]) == pytest.approx(100 * whole, rel=1e-2)
+        and float(found[2]) == pytest.approx(100 * lost[worst], rel=1e-2)
+    )
     assert found[3] == worst
     card = (tmp_path / "cut" / "README.md").read_text()
     assert found[0] in card and all(read_expert(folder).sha256 in card for folder in shelf)
 
 
 def test_options_of_a_rule_under_another_one(shelf: list[Path], tmp_path: Path) -> None:
-    words = ["--by", "lines", "--set", "alpha=0.5", "--set", "beta=2", "--set", "of=ties", "--set", "density=0.3", "--rank", "6"]
+    words = [
+        "--by",
+        "lines",
+        "--set",
+        "alpha=0.5",
+        "--set",
+        "beta=2",
+        "--set",
+        "of=ties",
+        "--set",
+        "density=0.3",
+        "--rank",
+        "6",
+    ]
     assert merge(shelf, tmp_path / "one", *words) == 0
-    answers = [Answer(number, read_expert(folder).tensors) for number, folder in enumerate(shelf)]
+    answers = [ClientAdapter(number, read_expert(folder).tensors) for number, folder in enumerate(shelf)]
     wanted = MERGES["lines"](alpha=0.5, beta=2.0, of=MERGES["ties"](density=0.3))(answers, 6, 1.0).tensors
     for name, value in load_file(tmp_path / "one" / "adapter_model.safetensors").items():
         np.testing.assert_array_equal(value, wanted[name])
 
 
 @pytest.mark.parametrize("by", sorted(set(RULES) - {"greedy"}))
-def test_every_rule_leaves_an_adapter_of_the_sum_of_ranks_and_the_same_bytes(by: str, shelf: list[Path], tmp_path: Path) -> None:
+def test_every_rule_leaves_an_adapter_of_the_sum_of_ranks_and_the_same_bytes(
+    by: str, shelf: list[Path], tmp_path: Path
+) -> None:
     more = ["--set", "alpha=0.5", "--set", "beta=0.5"] if by == "lines" else []
     for name in ("one", "two"):
         assert merge(shelf, tmp_path / name, "--by", by, *more) == 0
@@ -147,16 +200,28 @@ def test_every_rule_leaves_an_adapter_of_the_sum_of_ranks_and_the_same_bytes(by:
     ("words", "said"),
     [
         (["--by", "ties", "--set", "density=0"], "C102: found density = 0"),
-        (["--by", "ties", "--set", "p=0.5"], "C103: found --set p for ties, expected one of its options (density, lam)"),
-        (["--by", "mean", "--set", "lam=1"], "C103: found --set lam for mean, expected one of its options (none)"),
+        (
+            ["--by", "ties", "--set", "p=0.5"],
+            "C103: found --set p for ties, expected one of its options (density, lam)",
+        ),
+        (
+            ["--by", "mean", "--set", "lam=1"],
+            "C103: found --set lam for mean, expected one of its options (none)",
+        ),
         (["--by", "dare", "--set", "p=half"], "C103: found --set p=half, expected a number"),
         (["--by", "dare", "--set", "seed=1.5"], "C103: found --set seed=1.5, expected a whole number"),
         (["--set", "lam"], "C103: found --set 'lam', expected OPTION=VALUE"),
-        (["--by", "lines", "--set", "beta=1"], "C103: found lines without alpha, expected --set alpha=NUMBER"),
+        (
+            ["--by", "lines", "--set", "beta=1"],
+            "C103: found lines without alpha, expected --set alpha=NUMBER",
+        ),
         (["--by", "lines", "--set", "of=greedy"], "C103: found --set of=greedy"),
         (["--weights", "1", "2"], "C103: found --weights 1 2 with --by mean, expected 3 positive numbers"),
         (["--weights", "1", "2", "-1"], "C103: found --weights 1 2 -1"),
-        (["--by", "selma", "--weights", "1", "2", "3"], "with --by selma, expected no weights, because all adapters count equally"),
+        (
+            ["--by", "selma", "--weights", "1", "2", "3"],
+            "with --by selma, expected no weights, because all adapters count equally",
+        ),
         (["--rank", "0"], "C102: found --rank 0"),
         (["--by", "greedy"], "C103: found --by greedy without --eval"),
     ],
@@ -231,7 +296,12 @@ def change(folder: Path, **settings: Any) -> None:
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_in_a_sentence(
-    make: Callable[[Path, Path], None], said: str, shelf: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[[Path, Path], None],
+    said: str,
+    shelf: list[Path],
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make(tiny_llama, tmp_path / "odd")
     assert merge([shelf[0], tmp_path / "odd"], tmp_path / "one") == 2
@@ -249,7 +319,8 @@ def test_bfloat16_adapters_are_read(shelf: list[Path], tiny_llama: Path, tmp_pat
     assert apart(deltas(tiny_llama, tmp_path / "one"), deltas(tiny_llama, tmp_path / "half")) < 1e-5
 
 
-# --- adapters of runs -------------------------------------------------------------------------------------------
+# --- adapters of runs
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -257,39 +328,61 @@ def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     """Three federations of a round each on one base, with seeds of their own."""
     root = tmp_path_factory.mktemp("runs")
     rows = root / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"{SENTENCES[i % 6]} {SENTENCES[i % 5]}"}) + "\n" for i in range(60)))
-    changes = {"data__task": "causal-lm", "data__max_length": 16, "rounds": 1, "method__train": {"lr": 0.05, "steps": 6, "batch": 8}}
-    return [small.play(small.recipe(tiny_llama, rows, seed=seed, **changes), root / str(seed))[0].path for seed in (1, 2, 3)]
+    rows.write_text(
+        "".join(json.dumps({"text": f"{SENTENCES[i % 6]} {SENTENCES[i % 5]}"}) + "\n" for i in range(60))
+    )
+    changes = {
+        "data__task": "causal-lm",
+        "data__max_length": 16,
+        "rounds": 1,
+        "method__train": {"lr": 0.05, "steps": 6, "batch": 8},
+    }
+    return [
+        small.play(small.recipe(tiny_llama, rows, seed=seed, **changes), root / str(seed))[0].path
+        for seed in (1, 2, 3)
+    ]
 
 
 def scores(text: str) -> dict[str, float]:
-    return {found[1]: float(found[2]) for found in re.finditer(r"^(.*): perplexity \S+, loss (\S+)$", text, flags=re.M)}
+    return {
+        found[1]: float(found[2])
+        for found in re.finditer(r"^(.*): perplexity \S+, loss (\S+)$", text, flags=re.M)
+    }
 
 
 def test_a_merge_of_runs_is_scored_and_the_score_is_that_of_the_folder(
     runs: list[Path], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Base, adapters one by one, result; the adapter that was written, loaded by fedtune anew, has that loss."""
+    """Base, adapters one by one, result; the adapter that was written, loaded by fedtune anew, has that
+    loss."""
     from fedtune.runtime.folder import existing, recipe_of
-    from fedtune.runtime.world import world_of
+    from fedtune.runtime.workspace import workspace_of
 
     assert merge(runs, tmp_path / "one", "--eval", str(runs[0])) == 0
     said = scores(capsys.readouterr().out)
     assert list(said) == ["base", *(str(run / "adapter") for run in runs), "merged"]
     assert said["merged"] < said["base"]
-    assert np.exp(said[str(runs[0] / "adapter")]) == pytest.approx(json.loads((runs[0] / "result.json").read_text())["federated"], rel=1e-3)
-    world = world_of(recipe_of(existing(runs[0])))
+    assert np.exp(said[str(runs[0] / "adapter")]) == pytest.approx(
+        json.loads((runs[0] / "result.json").read_text())["federated"], rel=1e-3
+    )
+    workspace = workspace_of(recipe_of(existing(runs[0])))
     base = load(ModelSettings(name=str(tiny_llama), threads=1), "causal-lm", (), 1)
-    assert score(load_adapter(base, tmp_path / "one"), world.test()).loss == pytest.approx(said["merged"], abs=1e-4)
+    assert score(load_adapter(base, tmp_path / "one"), workspace.test()).loss == pytest.approx(
+        said["merged"], abs=1e-4
+    )
     assert "on the test set of run" in (tmp_path / "one" / "README.md").read_text()
 
 
-def test_a_greedy_soup_leaves_out_what_hurts(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_greedy_soup_leaves_out_what_hurts(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The third adapter is turned backwards: it is the worst alone, and with it the rest would be worse."""
     bad = tmp_path / "bad"
     shutil.copytree(runs[2] / "adapter", bad)
     path = bad / "adapter_model.safetensors"
-    save_file({name: -3 * value if "lora_B" in name else value for name, value in load_file(path).items()}, path)
+    save_file(
+        {name: -3 * value if "lora_B" in name else value for name, value in load_file(path).items()}, path
+    )
     assert merge([*runs[:2], bad], tmp_path / "one", "--by", "greedy", "--eval", str(runs[0])) == 0
     out = capsys.readouterr().out
     said = scores(out)
@@ -298,7 +391,9 @@ def test_a_greedy_soup_leaves_out_what_hurts(runs: list[Path], tmp_path: Path, c
     assert "flatters" in (tmp_path / "one" / "README.md").read_text()
 
 
-def test_a_run_on_another_base_is_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_another_base_is_refused(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(runs[1] / "adapter", tmp_path / "other")
     path = tmp_path / "other" / "fedtune.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_fingerprint": "0" * 64}))

@@ -1,6 +1,7 @@
 """Short recipes of every sort, and the bytes with which they end: what a redesign must not change.
 
-python -m tests.conformance.states      # write tests/golden/states.json again, after a change that is meant to change bytes
+python -m tests.conformance.states      # write tests/golden/states.json again, after a change that is meant
+to change bytes
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.runtime.states import load_state
+from fedtune.runtime.checkpoints import load_state
 from tests import small, tiny
 from tests.conformance.test_laws import METHODS
 from tests.model.cases import VARIANTS
@@ -21,8 +22,15 @@ from tests.model.cases import VARIANTS
 FILE = Path(__file__).parents[1] / "golden" / "states.json"
 CAUSAL = {"data__task": "causal-lm", "data__max_length": 24}
 MORE: dict[str, dict[str, Any]] = {
-    **{f"kind {name}": {"method__adapter": {**change, "kind": change["kind"]}} for name, change in VARIANTS.items() if name != "prefix"},
-    **{f"causal {name}": {"method__adapter": VARIANTS[name], **CAUSAL} for name in ("lora", "prefix", "prompt", "full", "ia3")},
+    **{
+        f"kind {name}": {"method__adapter": {**change, "kind": change["kind"]}}
+        for name, change in VARIANTS.items()
+        if name != "prefix"
+    },
+    **{
+        f"causal {name}": {"method__adapter": VARIANTS[name], **CAUSAL}
+        for name in ("lora", "prefix", "prompt", "full", "ia3")
+    },
     "step quantize": {"chain": [{"step": "quantize", "bits": 4}]},
     "step dither": {"chain": [{"step": "dither"}]},
     "step deadzone": {"chain": [{"step": "deadzone", "error_feedback": True}]},
@@ -36,8 +44,27 @@ MORE: dict[str, dict[str, Any]] = {
     "partition column": {"partition": {"by": "column", "column": "site", "clients": 4}},
     "partition shards": {"partition": {"by": "shards", "shards_per_client": 2, "clients": 3}},
     "partition size": {"partition": {"by": "size", "clients": 3}},
-    "train sgd": {"method__train": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "steps": 0, "epochs": 1, "batch": 8, "prox": 0.1}},
-    "train cosine": {"method__train": {"lr": 0.01, "steps": 2, "batch": 4, "schedule": "cosine", "warmup": 0.2, "clip": 1.0}},
+    "train sgd": {
+        "method__train": {
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "steps": 0,
+            "epochs": 1,
+            "batch": 8,
+            "prox": 0.1,
+        }
+    },
+    "train cosine": {
+        "method__train": {
+            "lr": 0.01,
+            "steps": 2,
+            "batch": 4,
+            "schedule": "cosine",
+            "warmup": 0.2,
+            "clip": 1.0,
+        }
+    },
     "server adagrad": {"method__server": {"optimizer": "adagrad", "lr": 0.01}},
     "sampled": {"sampling": {"fraction": 0.5}},
 }
@@ -51,18 +78,23 @@ def model_of(name: str, folder: Path) -> Path:
 
 
 def end_of(name: str, folder: Path, data: Path, root: Path) -> dict[str, Any]:
-    """The hash of a recipe's last state, and the root of its sum of squares, which another processor changes in its last digits only."""
+    """The hash of a recipe's last state, and the root of its sum of squares, which another processor changes
+    in its last digits only."""
     recipe = small.recipe(model_of(name, folder), data, **RECIPES[name])
     run, result, _ = small.play(recipe, root)
     state, _ = load_state(run, recipe.rounds, "")
-    size = float(np.sqrt(sum(float(np.square(value.astype(np.float64)).sum()) for value in state.shared.values())))
+    size = float(
+        np.sqrt(sum(float(np.square(value.astype(np.float64)).sum()) for value in state.shared.values()))
+    )
     return {"state_sha256": result["state_sha256"], "norm": size}
 
 
 def machine() -> str:
     """What the bits of a sum depend on besides the recipe."""
     words = [
-        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "cpu family", "model\t"))
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith(("model name", "cpu family", "model\t"))
     ]
     return " / ".join([*dict.fromkeys(words), torch.backends.cpu.get_cpu_capability(), torch.__version__])
 

@@ -1,6 +1,7 @@
 """Laws that every method keeps, on a real tiny model; a method is enrolled by a line in METHODS.
 
-One client without a chain is ordinary training; order does not matter; k copies of a client are one client; a resumed
+One client without a chain is ordinary training; order does not matter; k copies of a client are one client; a
+resumed
 run is an undisturbed one; what is sent is what the shapes say. The Flower half of the laws is in tests/e2e.
 """
 
@@ -20,36 +21,46 @@ from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, RoundDone
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check
+from fedtune.runtime.checkpoints import load_state
 from fedtune.runtime.client_half import respond
 from fedtune.runtime.cohort import RoundCohort
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Ask, Link, Reply, Transport
 from fedtune.runtime.run import run
-from fedtune.runtime.states import load_state
-from fedtune.runtime.world import World
+from fedtune.runtime.workspace import Workspace
 from fedtune.schema import Schema, digest
 from fedtune.types import Client, Round, State, Tensors, Update
 from fedtune.wire import EVERYONE, encode_state
 from tests import small
-from tests.carriers import Disturbed, disturbed
 from tests.proxy import with_work
+from tests.transports import Disturbed, disturbed
 
 WALK = {"type": "fedkseed", "size": 256, "steps": 6, "batch": 4, "lr": 1e-3}
 PROJECT = {"train": {"optimizer": "sgd", "lr": 0.05, "steps": 2, "batch": 4}}
 SPLIT = {"type": "sfprompt", "prompts": 3, "train": {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}}
-METHODS: dict[str, dict[str, Any]] = {  # name of the method, a dash, the variant -> changes to the small recipe
+METHODS: dict[
+    str, dict[str, Any]
+] = {  # name of the method, a dash, the variant -> changes to the small recipe
     "fedpeft-lora": {},
     "fedpeft-bias": {"method__adapter": {"kind": "bias"}},
     "fedpeft-full": {"method__adapter": {"kind": "full"}},
     "fedpeft-outer": {"method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},
     "fedpeft-adam": {"method__server": {"optimizer": "adam", "lr": 0.01, "amsgrad": True}},
     "fedpeft-chain": {"chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}]},
-    "fedpeft-both-ways": {"chain": [{"step": "sign", "error_feedback": True}], "downlink": {"step": "delta"}, "sampling": {"count": 3}},
+    "fedpeft-both-ways": {
+        "chain": [{"step": "sign", "error_feedback": True}],
+        "downlink": {"step": "delta"},
+        "sampling": {"count": 3},
+    },
     "fedpeft-ffa": {"aggregate": {"rule": "ffa"}},
     "fedpeft-rolora": {"aggregate": {"rule": "rolora"}},
     "fedpeft-fedsa": {"aggregate": {"rule": "fedsa"}},
     "fedpeft-flexlora": {"aggregate": {"rule": "flexlora"}, "method__lora_rank_by_client": [1, 2, 3]},
-    "fedpeft-hetlora": {"aggregate": {"rule": "hetlora"}, "method__lora_rank_by_client": [1, 2], "method__lora_alpha_by_client": [4.0, 2.0]},
+    "fedpeft-hetlora": {
+        "aggregate": {"rule": "hetlora"},
+        "method__lora_rank_by_client": [1, 2],
+        "method__lora_alpha_by_client": [4.0, 2.0],
+    },
     "fedpeft-flora": {"aggregate": {"rule": "flora", "extra": 4}, "method__lora_rank_by_client": [1, 2]},
     "fedpeft-fedex": {"aggregate": {"rule": "fedex", "extra": 4}},
     "fedpeft-fair": {"aggregate": {"rule": "fair"}, "chain": [{"step": "quantize", "bits": 8}]},
@@ -57,21 +68,51 @@ METHODS: dict[str, dict[str, Any]] = {  # name of the method, a dash, the varian
     "fedpeft-fedrot": {"aggregate": {"rule": "fedrot"}},
     "fedkseed-steps": {"method": {**WALK, "estimator": "spsa"}},
     "fedkseed-pro": {"method": {**WALK, "estimator": "spsa", "importance": True}},
-    "fedkseed-pool": {"method": {**WALK, "estimator": "spsa", "uplink": "pool", "pool": "independent", "refresh": 2}},
+    "fedkseed-pool": {
+        "method": {**WALK, "estimator": "spsa", "uplink": "pool", "pool": "independent", "refresh": 2}
+    },
     "fedkseed-fzoo": {"method": {**WALK, "estimator": "fzoo", "group": 3}, "sampling": {"count": 3}},
-    "fedkseed-curved": {"method": {**WALK, "estimator": "spsa", "uplink": "pool", "refresh": 1, "curvature": True}},
+    "fedkseed-curved": {
+        "method": {**WALK, "estimator": "spsa", "uplink": "pool", "refresh": 1, "curvature": True}
+    },
     "fedkseed-mixed": {"method": {**WALK, **PROJECT, "estimators": ["spsa", "gradient"], "space": "adapter"}},
     "sfprompt-slim": {"method": {**SPLIT, "head": 0, "slim": "auto"}},
-    "sfprompt-paper": {"method": {**SPLIT, "preset": "sfprompt-paper", "cache_smashed": True, "codec": "int8"}, "chain": [{"step": "quantize", "bits": 8}]},
+    "sfprompt-paper": {
+        "method": {**SPLIT, "preset": "sfprompt-paper", "cache_smashed": True, "codec": "int8"},
+        "chain": [{"step": "quantize", "bits": 8}],
+    },
     "sfprompt-lora": {"method": {**SPLIT, "lora_rank": 2}},
     "fedpeft-means": {"method__head_start": "means", "chain": [{"step": "quantize", "bits": 8}]},
-    "fedpeft-ridge": {"method__head_start": "ridge", "aggregate": {"rule": "fedsa"}, "method__server": {"optimizer": "none"}},
-    "fedkseed-means": {"method": {**WALK, **PROJECT, "lr": 1e-6, "gain": 0.1, "estimators": ["spsa", "gradient"], "guard": 0.0, "head_start": "means"}},
+    "fedpeft-ridge": {
+        "method__head_start": "ridge",
+        "aggregate": {"rule": "fedsa"},
+        "method__server": {"optimizer": "none"},
+    },
+    "fedkseed-means": {
+        "method": {
+            **WALK,
+            **PROJECT,
+            "lr": 1e-6,
+            "gain": 0.1,
+            "estimators": ["spsa", "gradient"],
+            "guard": 0.0,
+            "head_start": "means",
+        }
+    },
     "fedkseed-ridge": {"method": {**WALK, "lr": 1e-6, "estimator": "spsa", "head_start": "ridge"}},
     "sfprompt-means": {"method": {**SPLIT, "head_start": "means"}, "model__pooling": "mean"},
-    "sfprompt-tail": {"method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}},
+    "sfprompt-tail": {
+        "method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}
+    },
 }
-REFACTORED = ["fedpeft-flexlora", "fedpeft-flora", "fedpeft-fedex", "fedpeft-fair", "fedpeft-fedrot", "fedpeft-fedsb"]
+REFACTORED = [
+    "fedpeft-flexlora",
+    "fedpeft-flora",
+    "fedpeft-fedex",
+    "fedpeft-fair",
+    "fedpeft-fedrot",
+    "fedpeft-fedsb",
+]
 OWN_SEEDS = [
     "fedkseed-steps",
     "fedkseed-pro",
@@ -79,7 +120,16 @@ OWN_SEEDS = [
     "fedkseed-ridge",
 ]  # every client walks along seeds of its own, so that clones differ by their number
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
-UNCODED = [*EXACT, "fedpeft-outer", "fedpeft-adam", "fedkseed-steps", "fedkseed-pro", "fedkseed-mixed", "sfprompt-slim", "sfprompt-tail"]
+UNCODED = [
+    *EXACT,
+    "fedpeft-outer",
+    "fedpeft-adam",
+    "fedkseed-steps",
+    "fedkseed-pro",
+    "fedkseed-mixed",
+    "sfprompt-slim",
+    "sfprompt-tail",
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +146,9 @@ def test_every_method_is_enrolled() -> None:
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_one_client_is_ordinary_training_to_the_bit(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_one_client_is_ordinary_training_to_the_bit(
+    name: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = small.recipe(tiny_bert, data, partition__clients=1, **METHODS[name])
     folder, result, _ = small.play(recipe, tmp_path)
     assert result["state_sha256"] == digest(plain_training(recipe))
@@ -104,15 +156,16 @@ def test_one_client_is_ordinary_training_to_the_bit(name: str, tiny_bert: Path, 
 
 
 def plain_training(recipe: Recipe) -> Tensors:
-    """A torch loop over the client's batches, with no federation in it: AdamW made anew at every round's start."""
+    """A torch loop over the client's batches, with no federation in it: AdamW made anew at every round's
+    start."""
     from fedtune.model.fit import step_batches
 
-    world, _ = small.world_of(recipe)
-    bench, encoded, train = world.bench, world.train(0), recipe.method.train
-    net = bench.net.train()
+    workspace, _ = small.workspace_of(recipe)
+    tunable, encoded, train = workspace.tunable, workspace.train(0), recipe.method.train
+    net = tunable.net.train()
     for number in range(1, recipe.rounds + 1):
         seed = seed_of("train", recipe.seed, number, 0)
-        optimizer = torch.optim.AdamW(list(bench.named.values()), lr=train.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(list(tunable.named.values()), lr=train.lr, weight_decay=0.0)
         for micro in step_batches(len(encoded), train, seed):
             optimizer.zero_grad()
             batch = encoded.collate(micro[0])
@@ -120,15 +173,17 @@ def plain_training(recipe: Recipe) -> Tensors:
             logits = net(**batch).logits
             (torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(labels)).backward()
             optimizer.step()
-    return bench.read()
+    return tunable.read()
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_answers_in_any_order_twice_or_late_do_not_change_the_result(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_answers_in_any_order_twice_or_late_do_not_change_the_result(
+    name: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
 
-    def backwards(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
+    def backwards(link: Link, workspace: Workspace) -> Transport:
+        carry = local_transport(link, workspace.client, workspace.done)
         return lambda asks: reversed(list(carry(list(reversed(asks)))))
 
     want = sha(recipe, tmp_path / "a")
@@ -142,14 +197,22 @@ def test_answers_in_any_order_twice_or_late_do_not_change_the_result(name: str, 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in OWN_SEEDS])
 def test_k_identical_clients_equal_one(name: str, tiny_bert: Path, data: Path) -> None:
-    recipe = small.recipe(tiny_bert, data, **{key: value for key, value in METHODS[name].items() if "_by_client" not in key})
+    recipe = small.recipe(
+        tiny_bert, data, **{key: value for key, value in METHODS[name].items() if "_by_client" not in key}
+    )
     one, five = clones(recipe, 1), clones(recipe, 5)
     assert one.keys() == five.keys()
     for tensor in one:
-        np.testing.assert_array_equal(one[tensor], five[tensor], err_msg=tensor) if name not in REFACTORED else None
+        np.testing.assert_array_equal(
+            one[tensor], five[tensor], err_msg=tensor
+        ) if name not in REFACTORED else None
     modules = {name.removesuffix(".lora_A.weight") for name in one if name.endswith(".lora_A.weight")}
-    for module in sorted(name for name in modules if f"{name}.lora_B.weight" in one):  # factors may differ by a gauge, products may not
-        np.testing.assert_allclose(product(one, module), product(five, module), rtol=1e-5, atol=1e-8, err_msg=module)
+    for module in sorted(
+        name for name in modules if f"{name}.lora_B.weight" in one
+    ):  # factors may differ by a gauge, products may not
+        np.testing.assert_allclose(
+            product(one, module), product(five, module), rtol=1e-5, atol=1e-8, err_msg=module
+        )
 
 
 def product(tensors: Tensors, module: str) -> np.ndarray:
@@ -163,22 +226,39 @@ def product(tensors: Tensors, module: str) -> np.ndarray:
 
 def clones(recipe: Recipe, count: int) -> Tensors:
     """One round in which every member has client 0's data and draws client 0's randomness."""
-    world, link = small.world_of(recipe)
+    workspace, link = small.workspace_of(recipe)
     real = link.method
-    twin = replace(link, method=with_work(real, lambda work: lambda client, given, now: work(replace(client, id=0), given, now)))
+    twin = replace(
+        link,
+        method=with_work(
+            real, lambda work: lambda client, given, now: work(replace(client, id=0), given, now)
+        ),
+    )
 
     def client(ask: Ask) -> Client:
-        return world.client_with(0, {}) if ask.client == 0 else replace(world.client_with(0, {}), id=ask.client)
+        return (
+            workspace.client_with(0, {})
+            if ask.client == 0
+            else replace(workspace.client_with(0, {}), id=ask.client)
+        )
 
     now = Round(1, recipe.seed, tuple(range(count)))
-    cohort = RoundCohort(twin, now, local_carrier(twin, client, lambda ask, done: None), lambda event: None, {n: str(n) for n in range(count)})
-    state = real.start(world.bench)
+    cohort = RoundCohort(
+        twin,
+        now,
+        local_transport(twin, client, lambda ask, done: None),
+        lambda event: None,
+        {n: str(n) for n in range(count)},
+    )
+    state = real.start(workspace.tunable)
     return real.round(state, cohort, now).shared
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("after", [1, 2])
-def test_a_resumed_run_equals_an_undisturbed_one(name: str, after: int, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_undisturbed_one(
+    name: str, after: int, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
 
     def stop(event: Event) -> None:
@@ -204,38 +284,62 @@ def test_bytes_sent_are_what_the_shapes_say(name: str, tiny_bert: Path, data: Pa
     predicted = check(recipe)
     _, result, events = small.play(recipe, tmp_path)
     sent = [e for e in events if isinstance(e, ClientDone)]
-    left_out = [2 * (e.client == 0) + 9 * list(e.metrics.values()).count(0) for e in sent]  # protobuf leaves out a number that is 0
+    left_out = [
+        2 * (e.client == 0) + 9 * list(e.metrics.values()).count(0) for e in sent
+    ]  # protobuf leaves out a number that is 0
     assert {e.up_bytes + zeros for e, zeros in zip(sent, left_out, strict=True)} == {predicted.up_bytes}
-    assert {e.down_bytes for e in sent} == {predicted.down_bytes} or (name.startswith("fedkseed") and max(e.down_bytes for e in sent) <= predicted.down_bytes)
+    assert {e.down_bytes for e in sent} == {predicted.down_bytes} or (
+        name.startswith("fedkseed") and max(e.down_bytes for e in sent) <= predicted.down_bytes
+    )
     for bits, total in zip(predicted.bits, (predicted.up_bytes, predicted.down_bytes), strict=True):
         assert 0 < total - bits * result["trainable"] / 8 < 300  # the whole overhead of a message
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = small.recipe(tiny_bert, data)
     other = small.recipe(tiny_bert, data, seed=4)
     assert sha(recipe, tmp_path / "a") == sha(recipe, tmp_path / "b") != sha(other, tmp_path / "c")
 
 
 def test_the_mean_is_weighted_by_examples(tiny_bert: Path, data: Path) -> None:
-    recipe = small.recipe(tiny_bert, data, partition__by="column", partition__column="label", partition__clients=3)
-    world, link = small.world_of(recipe)
+    recipe = small.recipe(
+        tiny_bert, data, partition__by="column", partition__column="label", partition__clients=3
+    )
+    workspace, link = small.workspace_of(recipe)
     now = Round(1, recipe.seed, (0, 1, 2))
-    start = link.method.start(world.bench)
-    updates = [link.method.verbs["train"].work(world.client_with(n, {}), start.shared, now) for n in now.members]
-    weights = [len(world.train(n)) for n in now.members]
+    start = link.method.start(workspace.tunable)
+    updates = [
+        link.method.verbs["train"].work(workspace.client_with(n, {}), start.shared, now) for n in now.members
+    ]
+    weights = [len(workspace.train(n)) for n in now.members]
     assert [u.weight for u in updates] == weights
-    got = link.method.round(start, RoundCohort(link, now, local_carrier(link, world.client, world.done), lambda e: None, world.names), now)
+    got = link.method.round(
+        start,
+        RoundCohort(
+            link,
+            now,
+            local_transport(link, workspace.client, workspace.done),
+            lambda e: None,
+            workspace.names,
+        ),
+        now,
+    )
     for tensor in got.shared:
-        want = sum(w * u.values()[tensor].astype(np.float64) for w, u in zip(weights, updates, strict=True)) / sum(weights)
+        want = sum(
+            w * u.values()[tensor].astype(np.float64) for w, u in zip(weights, updates, strict=True)
+        ) / sum(weights)
         np.testing.assert_array_equal(got.shared[tensor], want.astype(np.float32))
 
 
 def test_a_client_that_answers_nan_is_left_out_and_named(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
 
-    def poisoned(link: Link, world: World) -> Carrier:
-        return with_client(link, world, 2, lambda u: replace(u, tensors={k: v * np.nan for k, v in u.tensors.items()}))
+    def poisoned(link: Link, workspace: Workspace) -> Transport:
+        return with_client(
+            link, workspace, 2, lambda u: replace(u, tensors={k: v * np.nan for k, v in u.tensors.items()})
+        )
 
     _, result, events = small.play(recipe, tmp_path, carry=poisoned)
     out = [e for e in events if type(e).__name__ == "ClientLeftOut"]
@@ -246,19 +350,34 @@ def test_a_client_that_answers_nan_is_left_out_and_named(tiny_bert: Path, data: 
     assert result["state_sha256"] != sha(honest, tmp_path / "h")
 
 
-def test_an_answer_beyond_the_limits_is_left_out_and_the_others_count(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Client 2 claims a hundred times its weight, client 3 sends a thousand times its move; both are named, the honest two remain."""
-    recipe = small.recipe(tiny_bert, data, rounds=1, chain=[{"step": "quantize", "bits": 8}], limits={"norm": 10.0, "weight": 100.0})
+def test_an_answer_beyond_the_limits_is_left_out_and_the_others_count(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Client 2 claims a hundred times its weight, client 3 sends a thousand times its move; both are named,
+    the honest two remain."""
+    recipe = small.recipe(
+        tiny_bert,
+        data,
+        rounds=1,
+        chain=[{"step": "quantize", "bits": 8}],
+        limits={"norm": 10.0, "weight": 100.0},
+    )
 
-    def greedy(link: Link, world: World) -> Carrier:
+    def greedy(link: Link, workspace: Workspace) -> Transport:
         def heavy(update: Update) -> Update:
-            return Update.of({name: value / update.weight for name, value in update.tensors.items()}, 100 * update.weight, {"loss": 1.0})
+            return Update.of(
+                {name: value / update.weight for name, value in update.tensors.items()},
+                100 * update.weight,
+                {"loss": 1.0},
+            )
 
         def far(update: Update) -> Update:
             return replace(update, tensors={name: value * 1000 for name, value in update.tensors.items()})
 
-        liars = with_work(link.method, lambda work: lambda c, g, n: {2: heavy, 3: far}.get(c.id, lambda u: u)(work(c, g, n)))
-        return local_carrier(replace(link, method=liars), world.client, world.done)
+        liars = with_work(
+            link.method, lambda work: lambda c, g, n: {2: heavy, 3: far}.get(c.id, lambda u: u)(work(c, g, n))
+        )
+        return local_transport(replace(link, method=liars), workspace.client, workspace.done)
 
     _, result, events = small.play(recipe, tmp_path, carry=greedy)
     out = {e.client: e.code for e in events if type(e).__name__ == "ClientLeftOut"}  # type: ignore[attr-defined]
@@ -266,19 +385,25 @@ def test_an_answer_beyond_the_limits_is_left_out_and_the_others_count(tiny_bert:
     assert {e.client for e in events if isinstance(e, ClientDone)} == {0, 1}
 
 
-def with_client(link: Link, world: World, bad: int, spoil: Any) -> Carrier:
-    """The local carrier, with one client's answers spoiled before they are sent."""
-    spoiled = with_work(link.method, lambda work: lambda c, g, n: spoil(work(c, g, n)) if c.id == bad else work(c, g, n))
-    return local_carrier(replace(link, method=spoiled), world.client, world.done)
+def with_client(link: Link, workspace: Workspace, bad: int, spoil: Any) -> Transport:
+    """The local transport, with one client's answers spoiled before they are sent."""
+    spoiled = with_work(
+        link.method, lambda work: lambda c, g, n: spoil(work(c, g, n)) if c.id == bad else work(c, g, n)
+    )
+    return local_transport(replace(link, method=spoiled), workspace.client, workspace.done)
 
 
-def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = small.recipe(tiny_bert, data)
 
-    def nobody(link: Link, world: World) -> Carrier:
-        real = local_carrier(link, world.client, world.done)
+    def nobody(link: Link, workspace: Workspace) -> Transport:
+        real = local_transport(link, workspace.client, workspace.done)
         failure = ClientFailed("F503", "no answer", "one", "wait")
-        return lambda asks: real(asks) if asks[0].now.number < 2 else [Reply(ask.client, failure=failure) for ask in asks]
+        return lambda asks: (
+            real(asks) if asks[0].now.number < 2 else [Reply(ask.client, failure=failure) for ask in asks]
+        )
 
     with pytest.raises(FedtuneError, match=r"R405.*round 2.*F503"):
         small.play(recipe, tmp_path, carry=nobody)
@@ -287,20 +412,20 @@ def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(tiny_bert: P
 
 
 def test_respond_refuses_a_state_of_other_shapes(tiny_bert: Path, data: Path) -> None:
-    world, link = small.world_of(small.recipe(tiny_bert, data))
+    workspace, link = small.workspace_of(small.recipe(tiny_bert, data))
     wrong = {"x": np.zeros(3, np.float32)}
     now = Round(1, 3, (0,))
     payload = encode_state(wrong, link.header("train", EVERYONE, now, Schema.of(wrong)))
     with pytest.raises(Refused, match="W603"):
-        respond(link, world.client_with(0, {}), Ask(0, "train", now, payload))
+        respond(link, workspace.client_with(0, {}), Ask(0, "train", now, payload))
 
 
 def test_a_hundred_clients_cost_one_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Every client works on the same parameter objects; nothing but its memory is its own."""
     recipe = small.recipe(tiny_bert, data)
-    world, _ = small.world_of(recipe)
-    assert world.client_with(0, {}).model is world.client_with(3, {}).model
-    state = State(world.bench.read())
+    workspace, _ = small.workspace_of(recipe)
+    assert workspace.client_with(0, {}).model is workspace.client_with(3, {}).model
+    state = State(workspace.tunable.read())
     assert Update.of(state.shared).weight == 1.0
 
 
@@ -314,21 +439,26 @@ def test_a_chain_that_chooses_says_what_and_why(tiny_bert: Path, data: Path, tmp
 DELTA = {"chain": [{"step": "quantize", "bits": 8}], "downlink": {"step": "delta"}}
 
 
-def test_a_client_that_lost_what_it_held_is_given_the_whole_state(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Client 1 forgets after round 1; the change of round 2 means nothing to it, so it is asked again in the same round."""
+def test_a_client_that_lost_what_it_held_is_given_the_whole_state(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Client 1 forgets after round 1; the change of round 2 means nothing to it, so it is asked again in the
+    same round."""
     recipe = small.recipe(tiny_bert, data, **DELTA)
 
     _, result, events = small.play(recipe, tmp_path / "a", carry=small.forgetful(1, 2))
     down = {e.client: e.down_bytes for e in events if isinstance(e, ClientDone) and e.round == 2}
     assert result["left_out"] == 0 and down[1] > down[0] + 4 * result["trainable"]
-    assert result["state_sha256"] == sha(recipe, tmp_path / "b")  # quantize keeps no residual, so nothing else was lost
+    assert result["state_sha256"] == sha(
+        recipe, tmp_path / "b"
+    )  # quantize keeps no residual, so nothing else was lost
 
 
 def test_a_second_answer_is_told_and_dropped(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
 
-    def echoing(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
+    def echoing(link: Link, workspace: Workspace) -> Transport:
+        carry = local_transport(link, workspace.client, workspace.done)
         return lambda asks: [reply for reply in carry(asks) for _ in range(2 if reply.client == 1 else 1)]
 
     _, result, events = small.play(recipe, tmp_path / "a", carry=echoing)
@@ -336,11 +466,13 @@ def test_a_second_answer_is_told_and_dropped(tiny_bert: Path, data: Path, tmp_pa
     assert result["state_sha256"] == sha(recipe, tmp_path / "b") and result["left_out"] == 0
 
 
-def test_a_missing_answer_is_a_failure_of_that_client_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_missing_answer_is_a_failure_of_that_client_alone(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = small.recipe(tiny_bert, data)
 
-    def losing(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
+    def losing(link: Link, workspace: Workspace) -> Transport:
+        carry = local_transport(link, workspace.client, workspace.done)
         return lambda asks: [reply for reply in carry(asks) if reply.client != 1]
 
     _, result, events = small.play(recipe, tmp_path, carry=losing)

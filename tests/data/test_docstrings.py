@@ -35,10 +35,17 @@ def test_there_is_enough_and_it_is_balanced() -> None:
 
 def test_no_row_names_its_own_package() -> None:
     variants = {"torch": ["pytorch", "torch.nn"], "numpy": ["numpy.ndarray"], "pandas": ["pandas.DataFrame"]}
-    own = {package: words([package, *aliases, *variants.get(package, [])]) for package, aliases in PACKAGES.items()}
-    assert own["numpy"].search("an np.array") and own["torch"].search("In PyTorch, a tensor")  # the probe itself can fail
+    own = {
+        package: words([package, *aliases, *variants.get(package, [])])
+        for package, aliases in PACKAGES.items()
+    }
+    assert own["numpy"].search("an np.array") and own["torch"].search(
+        "In PyTorch, a tensor"
+    )  # the probe itself can fail
     assert [(text, label) for text, label in collect() if own[label].search(text)] == []
-    assert [text for text, _ in collect() if any(p.lower() in text.lower() for p in PACKAGES)] == []  # nor any package, even inside a longer name
+    assert [
+        text for text, _ in collect() if any(p.lower() in text.lower() for p in PACKAGES)
+    ] == []  # nor any package, even inside a longer name
 
 
 def test_texts_are_prose_and_each_stands_once() -> None:
@@ -51,7 +58,10 @@ def test_texts_are_prose_and_each_stands_once() -> None:
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        ("Return a :class:`~torch.Tensor` like\n    ``np.array`` does.", f"Return a {MASK} like {MASK} does."),
+        (
+            "Return a :class:`~torch.Tensor` like\n    ``np.array`` does.",
+            f"Return a {MASK} like {MASK} does.",
+        ),
         ("See `the guide <https://x.org/a>`_ of PyTorch's team", f"See the guide of {MASK}'s team"),
         ("Draws with plt.plot on pandas data. >>> import pandas", f"Draws with {MASK} on {MASK} data."),
         ("Arrays, not npz files; pd is short.", f"Arrays, not npz files; {MASK} is short."),
@@ -66,7 +76,12 @@ def test_cleaning(raw: str, expected: str) -> None:
 def test_two_processes_agree_and_import_nothing() -> None:
     answers = {
         subprocess.run(
-            [sys.executable, "-c", PROBE], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True, timeout=PATIENCE
+            [sys.executable, "-c", PROBE],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         ).stdout.strip()
         for seed in ("1", "2")
     }

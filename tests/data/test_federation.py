@@ -24,7 +24,11 @@ IID = partition_of(by="iid", clients=4)
 def numbered(path: Path, rows: int = 200) -> Path:
     """Row n has the text "n", one of five labels and one of four owners (of unequal shares)."""
     owners = ["ann", "ann", "bob", "cid", "dora", "dora", "dora"]
-    path.write_text("".join(json.dumps({"text": str(n), "label": n % 5, "owner": owners[n % 7]}) + "\n" for n in range(rows)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": str(n), "label": n % 5, "owner": owners[n % 7]}) + "\n" for n in range(rows)
+        )
+    )
     return path
 
 
@@ -37,7 +41,11 @@ def numbers(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def everywhere(federation: Federation) -> list[int]:
-    return sorted(n for part in [federation.test, *(p for c in federation.clients for p in (c.train, c.test))] for n in numbers(part))
+    return sorted(
+        n
+        for part in [federation.test, *(p for c in federation.clients for p in (c.train, c.test))]
+        for n in numbers(part)
+    )
 
 
 def refused(code: str, *named: str, data: Source, partition: Partition = IID) -> None:
@@ -50,7 +58,9 @@ def refused(code: str, *named: str, data: Source, partition: Partition = IID) ->
 @pytest.mark.parametrize("by", PARTITIONS)
 def test_every_row_lands_in_exactly_one_place(by: str, tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl"), client_test_share=0.25)
-    partition = partition_of(by, clients=4, **{"dirichlet": {"alpha": 2.0}, "column": {"column": "owner"}}.get(by, {}))
+    partition = partition_of(
+        by, clients=4, **{"dirichlet": {"alpha": 2.0}, "column": {"column": "owner"}}.get(by, {})
+    )
     made = load(data, partition, 1)
     assert everywhere(made) == list(range(200))
     assert made == load(data, partition, 1)
@@ -101,7 +111,10 @@ def test_at_random_the_seed_holds_out(tmp_path: Path) -> None:
 def test_a_test_set_of_its_own_is_used_whole(tmp_path: Path) -> None:
     numbered(tmp_path / "train.jsonl", 100)
     (tmp_path / "test.jsonl").write_text(
-        "".join(json.dumps({"text": str(n), "label": "5", "owner": owner}) + "\n" for n, owner in ((100, "ann"), (101, "bob")))
+        "".join(
+            json.dumps({"text": str(n), "label": "5", "owner": owner}) + "\n"
+            for n, owner in ((100, "ann"), (101, "bob"))
+        )
     )
     made = load(settings(tmp_path, test_share=0.5), IID, 1)
     assert numbers(made.test) == [100, 101]
@@ -112,10 +125,17 @@ def test_a_test_set_of_its_own_is_used_whole(tmp_path: Path) -> None:
 
 
 def test_dirichlet_can_skew_another_column(tmp_path: Path) -> None:
-    data = settings(numbered(tmp_path / "a.jsonl", 700), task="causal-lm", test_share=0.0, client_test_share=0.0)
+    data = settings(
+        numbered(tmp_path / "a.jsonl", 700), task="causal-lm", test_share=0.0, client_test_share=0.0
+    )
     made = load(data, partition_of(by="shards", column="owner", clients=7, shards_per_client=1), 1)
     owners = ["ann", "ann", "bob", "cid", "dora", "dora", "dora"]
-    assert Counter(owner for c in made.clients for owner in {owners[n % 7] for n in numbers(c.train)}) == {"ann": 2, "bob": 1, "cid": 1, "dora": 3}
+    assert Counter(owner for c in made.clients for owner in {owners[n % 7] for n in numbers(c.train)}) == {
+        "ann": 2,
+        "bob": 1,
+        "cid": 1,
+        "dora": 3,
+    }
 
 
 def test_limit_and_blank_texts_are_counted(tmp_path: Path) -> None:
@@ -130,13 +150,28 @@ def test_limit_and_blank_texts_are_counted(tmp_path: Path) -> None:
 def test_the_label_set_is_the_recipes_where_it_has_one(tmp_path: Path) -> None:
     labels = ("4", "3", "2", "1", "0", "unused")
     assert load(settings(numbered(tmp_path / "a.jsonl"), labels=labels), IID, 1).labels == labels
-    refused("D206", "the label '4'", "row 5", data=settings(tmp_path / "a.jsonl", labels=("0", "1", "2", "3")))
+    refused(
+        "D206", "the label '4'", "row 5", data=settings(tmp_path / "a.jsonl", labels=("0", "1", "2", "3"))
+    )
 
 
 def test_a_client_with_too_few_rows_is_named(tmp_path: Path) -> None:
     data = settings(numbered(tmp_path / "a.jsonl", 60))
-    refused("D205", "client 'client-", "min_rows = 1", "raise partition.alpha", data=data, partition=partition_of(clients=20, alpha=0.01))
-    refused("D205", "12 training rows", "min_rows = 14", data=data, partition=partition_of(by="iid", clients=4, min_rows=14))
+    refused(
+        "D205",
+        "client 'client-",
+        "min_rows = 1",
+        "raise partition.alpha",
+        data=data,
+        partition=partition_of(clients=20, alpha=0.01),
+    )
+    refused(
+        "D205",
+        "12 training rows",
+        "min_rows = 14",
+        data=data,
+        partition=partition_of(by="iid", clients=4, min_rows=14),
+    )
     refused(
         "D205",
         "client 'bob'",
@@ -165,7 +200,9 @@ def test_nothing_left_after_cleaning_is_told(tmp_path: Path) -> None:
 def test_a_site_has_its_own_rows_only(tmp_path: Path) -> None:
     path = numbered(tmp_path / "a.jsonl", 20)
     labels = ("0", "1", "2", "3", "4")
-    mine, dropped = load_slice(settings(path, labels=labels, client_test_share=0.25), seed=1, id=3, name="clinic")
+    mine, dropped = load_slice(
+        settings(path, labels=labels, client_test_share=0.25), seed=1, id=3, name="clinic"
+    )
     assert (mine.id, mine.name, len(mine.train), len(mine.test), dropped) == (3, "clinic", 15, 5, {})
     assert sorted(numbers(mine.train + mine.test)) == list(range(20))
     with pytest.raises(FedtuneError, match=r"data\.labels") as caught:
@@ -177,7 +214,9 @@ def test_the_built_in_federation() -> None:
     made = load(data_of(), partition_of(), 1)
     assert len(made.clients) == 8 and len(made.labels) >= 8
     assert len(made.test) + sum(len(c.train) + len(c.test) for c in made.clients) >= 4000
-    assert len({row["text"] for row in made.test} & {row["text"] for c in made.clients for row in c.train}) == 0
+    assert (
+        len({row["text"] for row in made.test} & {row["text"] for c in made.clients for row in c.train}) == 0
+    )
 
 
 def test_histogram() -> None:
@@ -187,8 +226,24 @@ def test_histogram() -> None:
 
 
 def test_settings_import_nothing_heavy() -> None:
-    probe = "import sys, fedtune.data.settings; print(sorted({'numpy', 'torch', 'datasets', 'pyarrow', 'PIL'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout.strip() == "[]"
-    probe = "import sys, fedtune.data.federation; print(sorted({'torch', 'datasets', 'pyarrow', 'PIL', 'flwr_datasets'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=PATIENCE).stdout.strip() == "[]"
+    probe = (
+        "import sys, fedtune.data.settings; print(sorted({'numpy', 'torch', 'datasets', 'pyarrow', 'PIL'} & "
+        "sys.modules.keys()))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=PATIENCE
+        ).stdout.strip()
+        == "[]"
+    )
+    probe = (
+        "import sys, fedtune.data.federation; print(sorted({'torch', 'datasets', 'pyarrow', 'PIL', "
+        "'flwr_datasets'} & sys.modules.keys()))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=PATIENCE
+        ).stdout.strip()
+        == "[]"
+    )
     assert Slice(0, "a", [], []).train == []

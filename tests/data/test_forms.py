@@ -1,4 +1,5 @@
-"""Forms that everybody has: splits in names, folders of clients, compressed files, arrays, other delimiters and encodings, deep pixels, repeats."""
+"""Forms that everybody has: splits in names, folders of clients, compressed files, arrays, other delimiters
+and encodings, deep pixels, repeats."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ WHOLE = {"test_share": 0.0, "client_test_share": 0.0}
 
 
 def made(start: int, count: int, label: Any = None) -> list[dict[str, Any]]:
-    return [{"text": f"text {number}", "label": label if label is not None else "ab"[number % 2]} for number in range(start, start + count)]
+    return [
+        {"text": f"text {number}", "label": label if label is not None else "ab"[number % 2]}
+        for number in range(start, start + count)
+    ]
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -35,24 +39,38 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def opened(path: Path | str | tuple[str, ...], source: str = "jsonl", partition: Partition = IID, **settings: Any) -> Federation:
+def opened(
+    path: Path | str | tuple[str, ...], source: str = "jsonl", partition: Partition = IID, **settings: Any
+) -> Federation:
     place = path if isinstance(path, tuple) else str(path)
     return load(data_of(source=source, path=place, **({"test_share": 0.2} | settings)), partition, 1)  # type: ignore[arg-type]
 
 
 def texts(federation: Federation) -> list[str]:
-    return sorted(row["text"] for client in federation.clients for part in (client.train, client.test) for row in part)
+    return sorted(
+        row["text"] for client in federation.clients for part in (client.train, client.test) for row in part
+    )
 
 
-# --- splits that a user made ------------------------------------------------------------------------------------------
+# --- splits that a user made
+# ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("train", "validation", "test"), ("train-00000-of-00002", "dev", "holdout-1"), ("squad_train", "squad_val", "squad_test")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "validation", "test"),
+        ("train-00000-of-00002", "dev", "holdout-1"),
+        ("squad_train", "squad_val", "squad_test"),
+    ],
+)
 def test_a_split_in_the_files_names_is_respected(names: tuple[str, ...], tmp_path: Path) -> None:
     for number, name in enumerate(names):
         lines(tmp_path / f"{name}.jsonl", made(10 * number, 10))
     found = opened(tmp_path)
-    assert texts(found) == [f"text {n}" for n in range(10)] and sorted(row["text"] for row in found.test) == [f"text {n}" for n in range(20, 30)]
+    assert texts(found) == [f"text {n}" for n in range(10)] and sorted(row["text"] for row in found.test) == [
+        f"text {n}" for n in range(20, 30)
+    ]
     assert found.dropped == {"a validation split, which is neither trained nor tested on": 10}
 
 
@@ -82,11 +100,17 @@ def test_a_folder_for_each_client(tmp_path: Path) -> None:
     for number, site in enumerate(("north", "south", "east")):
         lines(tmp_path / site / "rows.jsonl", made(10 * number, 6 + number))
         lines(tmp_path / site / ".ipynb_checkpoints" / "rows.jsonl", made(90, 3))
-    found = opened(tmp_path, partition=config.parse({"data": {"path": "x", "source": "jsonl"}, "partition": {"by": "column", "column": "folder"}}).partition)
+    found = opened(
+        tmp_path,
+        partition=config.parse(
+            {"data": {"path": "x", "source": "jsonl"}, "partition": {"by": "column", "column": "folder"}}
+        ).partition,
+    )
     assert {client.name for client in found.clients} == {"north", "south", "east"}
 
 
-# --- forms of files -----------------------------------------------------------------------------------------------------
+# --- forms of files
+# -----------------------------------------------------------------------------------------------------
 
 
 def write_forms(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -99,11 +123,23 @@ def write_forms(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "a.csv").write_text("text;label\n" + table)
     (folder / "a.tsv").write_text(("text;label\n" + table).replace(";", "\t"))
     (folder / "a16.csv").write_bytes(("text,label\n" + table.replace(";", ",")).encode("utf-16"))
-    (folder / "b.csv.gz").write_bytes(gzip.compress(("\ufefftext,label\r\n" + table.replace(";", ",").replace("\n", "\r\n")).encode()))
+    (folder / "b.csv.gz").write_bytes(
+        gzip.compress(("\ufefftext,label\r\n" + table.replace(";", ",").replace("\n", "\r\n")).encode())
+    )
     pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
-    return {name: (folder / name, source) for name, source in (
-        ("a.jsonl.gz", "jsonl"), ("a.json", "jsonl"), ("a.ndjson", "jsonl"), ("a.csv", "csv"), ("a.tsv", "csv"), ("a16.csv", "csv"), ("b.csv.gz", "csv"),
-        ("a.parquet", "parquet"))}  # fmt: skip
+    return {
+        name: (folder / name, source)
+        for name, source in (
+            ("a.jsonl.gz", "jsonl"),
+            ("a.json", "jsonl"),
+            ("a.ndjson", "jsonl"),
+            ("a.csv", "csv"),
+            ("a.tsv", "csv"),
+            ("a16.csv", "csv"),
+            ("b.csv.gz", "csv"),
+            ("a.parquet", "parquet"),
+        )
+    }
 
 
 def test_every_form_gives_the_same_rows(tmp_path: Path) -> None:
@@ -127,31 +163,44 @@ def test_patterns_and_lists_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_another_encoding_is_named_and_can_be_set(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("text,label\nGrüße,a\nrain,b\nfog,a\nsun,b\n".encode("cp1252"))
-    with pytest.raises(FedtuneError, match=r"D203.*not UTF-8 at byte 13, in line 2.*data.encoding \(perhaps 'cp1252'\)"):
+    with pytest.raises(
+        FedtuneError, match=r"D203.*not UTF-8 at byte 13, in line 2.*data.encoding \(perhaps 'cp1252'\)"
+    ):
         opened(tmp_path / "a.csv", "csv")
-    assert "Grüße" in texts(opened(tmp_path / "a.csv", "csv", encoding="cp1252", **WHOLE | {"client_test_share": 0.3}))
+    assert "Grüße" in texts(
+        opened(tmp_path / "a.csv", "csv", encoding="cp1252", **WHOLE | {"client_test_share": 0.3})
+    )
 
 
 def test_labels_as_truth_values_and_whole_floats(tmp_path: Path) -> None:
     rows = [{"text": f"t{n}", "label": n % 2 == 0} for n in range(8)]
     assert opened(lines(tmp_path / "a.jsonl", rows)).labels == ("false", "true")
-    pq.write_table(pa.Table.from_pylist([{"text": f"t{n}", "label": float(n % 3)} for n in range(9)]), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"text": f"t{n}", "label": float(n % 3)} for n in range(9)]),
+        tmp_path / "a.parquet",
+    )
     assert opened(tmp_path / "a.parquet", "parquet").labels == ("0", "1", "2")
 
 
 def test_nothing_in_a_text_is_an_empty_text_and_counted(tmp_path: Path) -> None:
-    found = opened(lines(tmp_path / "a.jsonl", [*made(0, 8), {"text": None, "label": "a"}, {"text": "x", "label": None}]))
+    found = opened(
+        lines(tmp_path / "a.jsonl", [*made(0, 8), {"text": None, "label": "a"}, {"text": "x", "label": None}])
+    )
     assert found.dropped == {"an empty text, response or label": 2} and found.labels == ("a", "b")
 
 
-# --- repeats and labels that look alike ------------------------------------------------------------------------------------
+# --- repeats and labels that look alike
+# ------------------------------------------------------------------------------------
 
 
 def test_rows_that_are_trained_and_tested_on_are_told_or_dropped(tmp_path: Path) -> None:
     lines(tmp_path / "train.jsonl", [*made(0, 10), *made(0, 2)])
     lines(tmp_path / "test.jsonl", made(8, 6))
     kept, dropped = (opened(tmp_path, duplicates=how, client_test_share=0.0) for how in ("keep", "drop"))
-    assert kept.notes[0].startswith("2 of 6 rows of the test set stand among the training rows too") and not kept.dropped
+    assert (
+        kept.notes[0].startswith("2 of 6 rows of the test set stand among the training rows too")
+        and not kept.dropped
+    )
     assert texts(dropped) == [f"text {n}" for n in range(8)] and not dropped.notes and len(dropped.test) == 6
     assert dropped.dropped == {"rows that stand twice": 2, "training rows that stand in the test set": 2}
 
@@ -159,10 +208,14 @@ def test_rows_that_are_trained_and_tested_on_are_told_or_dropped(tmp_path: Path)
 def test_labels_that_differ_in_case_or_blanks_are_told(tmp_path: Path) -> None:
     rows = [{"text": f"t{n}", "label": ("yes", "Yes", "yes ", "no")[n % 4]} for n in range(16)]
     (note,) = opened(lines(tmp_path / "a.jsonl", rows)).notes
-    assert note == "the labels 'Yes', 'yes', 'yes ' are different classes, though they differ in case or blanks only"
+    assert (
+        note
+        == "the labels 'Yes', 'yes', 'yes ' are different classes, though they differ in case or blanks only"
+    )
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------------
+# --- pictures
+# ------------------------------------------------------------------------------------------------------------
 
 
 def png(array: np.ndarray) -> bytes:
@@ -179,7 +232,10 @@ def test_deep_pixels_are_refused_everywhere(mode: str) -> None:
 
 def test_deep_pictures_in_parquet_are_refused_as_in_a_folder(tmp_path: Path) -> None:
     deep = np.full((4, 4), 30000, np.uint16)
-    pq.write_table(pa.Table.from_pylist([{"image": {"bytes": png(deep), "path": None}, "label": "a"}] * 4), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([{"image": {"bytes": png(deep), "path": None}, "label": "a"}] * 4),
+        tmp_path / "a.parquet",
+    )
     with pytest.raises(FedtuneError, match=r"D203.*row 1.*I;16"):
         opened(tmp_path / "a.parquet", "parquet", task="image-classify")
 
@@ -192,7 +248,10 @@ def test_palettes_transparency_and_orientation() -> None:
     file = io.BytesIO()
     turned.save(file, "JPEG", exif=turned.getexif())
     assert to_eight_bits(Image.open(file)).size == (2, 4)
-    assert to_eight_bits(Image.new("P", (2, 2))).mode == "RGB" and to_eight_bits(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == 7
+    assert (
+        to_eight_bits(Image.new("P", (2, 2))).mode == "RGB"
+        and to_eight_bits(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == 7
+    )
 
 
 def pictures(folder: Path, count: int = 3) -> None:
@@ -214,21 +273,35 @@ def test_picture_folders_with_splits_and_with_sites(tmp_path: Path) -> None:
         for name in ("dune", "lake"):
             pictures(tmp_path / "split" / split / name, 4 if split == "train" else 2)
     found = opened(tmp_path / "split", "images", task="image-classify", client_test_share=0.0)
-    assert (sum(len(c.train) for c in found.clients), len(found.test), found.labels) == (8, 4, ("dune", "lake"))
+    assert (sum(len(c.train) for c in found.clients), len(found.test), found.labels) == (
+        8,
+        4,
+        ("dune", "lake"),
+    )
     for site in ("north", "south"):
         for name in ("dune", "lake"):
             pictures(tmp_path / "sites" / site / name, 4)
     by_site = partition_of(by="column", column="folder", clients=2)
-    assert [c.name for c in opened(tmp_path / "sites", "images", by_site, task="image-classify").clients] == ["north", "south"]
+    assert [c.name for c in opened(tmp_path / "sites", "images", by_site, task="image-classify").clients] == [
+        "north",
+        "south",
+    ]
 
 
 def test_clients_by_a_column_are_as_many_as_its_values_unless_told_otherwise() -> None:
     def read(**partition: Any) -> Partition:
-        return config.parse({"data": {"source": "jsonl", "path": "x"}, "partition": {"by": "column", "column": "site", **partition}}).partition
+        return config.parse(
+            {
+                "data": {"source": "jsonl", "path": "x"},
+                "partition": {"by": "column", "column": "site", **partition},
+            }
+        ).partition
 
     assert read().all_values and not read(clients=3).all_values and read(clients=3).clients == 3
 
 
 def test_a_split_of_a_source_that_has_none_is_refused() -> None:
-    with pytest.raises(FedtuneError, match=r"C104.*data.split with data.source = 'jsonl'.*set data.source to hub"):
+    with pytest.raises(
+        FedtuneError, match=r"C104.*data.split with data.source = 'jsonl'.*set data.source to hub"
+    ):
         config.parse({"data": {"source": "jsonl", "path": "x", "split": "test"}})

@@ -20,7 +20,15 @@ def groups(by: str, seed: int = 1, keys: list[str] = KEYS, **settings: float) ->
 
 def skew(by: str, seed: int, **settings: float) -> float:
     """Mean over clients of the share of their commonest label: 0.1 is even, 1.0 is one label each."""
-    return float(np.mean([max(Counter(KEYS[row] for row in group).values()) / len(group) for group in groups(by, seed, **settings) if group]))
+    return float(
+        np.mean(
+            [
+                max(Counter(KEYS[row] for row in group).values()) / len(group)
+                for group in groups(by, seed, **settings)
+                if group
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize("by", [by for by, partition in PARTITIONS.items() if not partition.by_value])
@@ -50,15 +58,22 @@ def test_dirichlet_equals_its_naive_twin() -> None:
 
 
 def test_dirichlet_skew_grows_as_alpha_falls() -> None:
-    even, middle, skewed = (np.mean([skew("dirichlet", seed, alpha=alpha) for seed in range(3)]) for alpha in (100.0, 1.0, 0.1))
+    even, middle, skewed = (
+        np.mean([skew("dirichlet", seed, alpha=alpha) for seed in range(3)]) for alpha in (100.0, 1.0, 0.1)
+    )
     assert even < 0.15 < middle < 0.5 < skewed
 
 
 def test_shards_give_each_client_few_labels() -> None:
     made = groups("shards", shards_per_client=2)
     assert {len(group) for group in made} <= {124, 125, 126}  # two shards of 62 or 63
-    assert all(len({KEYS[row] for row in group}) <= 4 for group in made)  # a shard touches at most two labels of a hundred rows
-    assert all(len({KEYS[row] for row in group}) == 1 for group in groups("shards", clients=10, shards_per_client=1, keys=KEYS[:1000]))
+    assert all(
+        len({KEYS[row] for row in group}) <= 4 for group in made
+    )  # a shard touches at most two labels of a hundred rows
+    assert all(
+        len({KEYS[row] for row in group}) == 1
+        for group in groups("shards", clients=10, shards_per_client=1, keys=KEYS[:1000])
+    )
 
 
 def test_size_skews_sizes_and_not_labels() -> None:
@@ -70,8 +85,15 @@ def test_size_skews_sizes_and_not_labels() -> None:
 def test_column_keeps_the_largest_values_then_by_name() -> None:
     sizes = {"b": 5, "a": 5, "c": 9, "d": 1}
     assert partition_of(by="column", column="who", clients=3).values(sizes) == ["c", "a", "b"]
-    assert partition_of(by="column", column="who", clients=1, all_values=True).values(sizes) == ["c", "a", "b", "d"]
-    with pytest.raises(FedtuneError, match=r"4 values in column 'who' for 5 clients.*partition.clients = 4") as caught:
+    assert partition_of(by="column", column="who", clients=1, all_values=True).values(sizes) == [
+        "c",
+        "a",
+        "b",
+        "d",
+    ]
+    with pytest.raises(
+        FedtuneError, match=r"4 values in column 'who' for 5 clients.*partition.clients = 4"
+    ) as caught:
         partition_of(by="column", column="who", clients=5).values(sizes)
     assert caught.value.code == "D205"
 
@@ -84,6 +106,8 @@ def test_fewer_rows_than_clients_is_told(by: str) -> None:
 
 
 def test_a_size_of_nothing_is_told() -> None:
-    with pytest.raises(FedtuneError, match=r"0 training rows at client 'client-0'.*lower partition.clients") as caught:
+    with pytest.raises(
+        FedtuneError, match=r"0 training rows at client 'client-0'.*lower partition.clients"
+    ) as caught:
         groups("size", keys=KEYS[:20])  # the first of eight is due 20 / 36 of a row
     assert caught.value.code == "D205"

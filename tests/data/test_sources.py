@@ -1,4 +1,5 @@
-"""Every source gives the rows that were written for it, and says in one sentence what is wrong with its files."""
+"""Every source gives the rows that were written for it, and says in one sentence what is wrong with its
+files."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def test_a_site_reads_its_own_kind_of_file(tmp_path: Path) -> None:
 
 def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "alpha beta", "label": "a", "more": 1}\n\n{"text": "gamma delta", "label": "b"}')
+    path.write_text(
+        '{"text": "alpha beta", "label": "a", "more": 1}\n\n{"text": "gamma delta", "label": "b"}'
+    )
     assert rows("jsonl", path) == LETTERS
     assert rows("jsonl", path, task="causal-lm") == [{"text": "alpha beta"}, {"text": "gamma delta"}]
 
@@ -72,7 +75,10 @@ def test_csv(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     long = "x" * 200_000  # more than the csv module's own limit
     path.write_text(f'text,label\n"alpha, ""beta""\nand more",a\n{long},7\n')
-    assert rows("csv", path) == [{"text": 'alpha, "beta"\nand more', "label": "a"}, {"text": long, "label": "7"}]
+    assert rows("csv", path) == [
+        {"text": 'alpha, "beta"\nand more', "label": "a"},
+        {"text": long, "label": "7"},
+    ]
 
 
 def test_parquet_with_images_as_datasets_writes_them(tmp_path: Path) -> None:
@@ -82,7 +88,10 @@ def test_parquet_with_images_as_datasets_writes_them(tmp_path: Path) -> None:
     square = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     buffer = io.BytesIO()
     Image.fromarray(square).save(buffer, "PNG")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"image": {"bytes": buffer.getvalue(), "path": None}, "label": 3}]), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"image": {"bytes": buffer.getvalue(), "path": None}, "label": 3}]),
+        tmp_path / "a.parquet",
+    )
     [row] = rows("parquet", tmp_path / "a.parquet", task="image-classify")
     assert row["label"] == "3"
     np.testing.assert_array_equal(row["image"], square)
@@ -102,7 +111,10 @@ def test_plays(tmp_path: Path) -> None:
     path = tmp_path / "play.txt"
     path.write_text("ROMEO:\nBut soft!\nWhat light?\n\n[Exit]\n\nFirst Citizen:\nSpeak.\n")
     read = table("plays", path, task="causal-lm")
-    assert read.rows == [{"text": "ROMEO:\nBut soft!\nWhat light?\n\n", "speaker": "ROMEO"}, {"text": "First Citizen:\nSpeak.\n\n", "speaker": "First Citizen"}]
+    assert read.rows == [
+        {"text": "ROMEO:\nBut soft!\nWhat light?\n\n", "speaker": "ROMEO"},
+        {"text": "First Citizen:\nSpeak.\n\n", "speaker": "First Citizen"},
+    ]
     assert read.dropped == {"paragraphs without a speaker's heading": 1}
     path.write_text("no heading here")
     refused("D202", "play.txt", source="plays", path=path, task="causal-lm")
@@ -120,7 +132,10 @@ def test_clinc150(tmp_path: Path) -> None:
     refused("D201", "domains.json", source="clinc150", path=tmp_path)
     (tmp_path / "domains.json").write_text(json.dumps({"bank": ["bill"], "home": ["alarm"]}))
     read = table("clinc150", tmp_path)
-    assert read.rows == [{"text": "pay it", "label": "bill", "domain": "bank"}, {"text": "wake me", "label": "alarm", "domain": "home"}]
+    assert read.rows == [
+        {"text": "pay it", "label": "bill", "domain": "bank"},
+        {"text": "wake me", "label": "alarm", "domain": "home"},
+    ]
     assert read.test == [{"text": "paid?", "label": "bill", "domain": "bank"}]
     assert read.dropped == {"out of scope (all splits)": 2, "validation split": 1}
     (tmp_path / "domains.json").write_text(json.dumps({"bank": ["bill"]}))
@@ -134,7 +149,9 @@ def test_images(tmp_path: Path) -> None:
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     expected = [{"image": str(tmp_path / name / "1.png"), "label": name} for name in ("cat", "dog")]
     assert rows("images", tmp_path, task="image-classify") == expected
-    assert table("images", tmp_path, task="image-classify").dropped == {"files and folders that are no images": 1}
+    assert table("images", tmp_path, task="image-classify").dropped == {
+        "files and folders that are no images": 1
+    }
     (tmp_path / "eel").mkdir()
     refused("D202", "eel", source="images", path=tmp_path, task="image-classify")
 
@@ -145,7 +162,9 @@ def test_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     bunch = sklearn.load_digits()
     assert [row["label"] for row in found] == [str(label) for label in bunch.target]
     assert found[0]["image"].dtype == np.uint8 and found[0]["image"].shape == (8, 8, 1)
-    np.testing.assert_allclose(np.stack([row["image"][:, :, 0] for row in found]) / 255, bunch.images / 16, atol=0.5 / 255 + 1e-9)
+    np.testing.assert_allclose(
+        np.stack([row["image"][:, :, 0] for row in found]) / 255, bunch.images / 16, atol=0.5 / 255 + 1e-9
+    )
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     refused("D208", "scikit-learn", source="digits", task="image-classify")
 
@@ -154,11 +173,17 @@ def test_hub_reads_local_folders_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
-    saved = datasets.Dataset.from_dict({"text": ["alpha beta", "gamma delta"], "label": [0, 1]}, features=features)
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    saved = datasets.Dataset.from_dict(
+        {"text": ["alpha beta", "gamma delta"], "label": [0, 1]}, features=features
+    )
     saved.save_to_disk(tmp_path / "saved")
     assert rows("hub", tmp_path / "saved") == LETTERS
-    datasets.DatasetDict({"train": saved.select([0]), "extra": saved.select([1])}).save_to_disk(tmp_path / "dict")
+    datasets.DatasetDict({"train": saved.select([0]), "extra": saved.select([1])}).save_to_disk(
+        tmp_path / "dict"
+    )
     assert rows("hub", tmp_path / "dict", split="extra") == LETTERS[1:]
     (tmp_path / "plain").mkdir()
     lines(tmp_path / "plain" / "train.jsonl", *LETTERS)
@@ -211,25 +236,52 @@ def test_other_broken_files_are_named(tmp_path: Path) -> None:
         ({"image": [[1, 2]], "label": "a"}, {"task": "image-classify"}, "D203", ["'image'", "uint8"]),
     ],
 )
-def test_a_bad_cell_is_named_with_its_row(row: dict[str, Any], settings: dict[str, Any], code: str, named: list[str], tmp_path: Path) -> None:
-    good = {"text": "x", "label": "a", "prompt": "p", "response": "r", "chat": [{"role": "user", "content": "c"}], "image": "x.png"}
-    refused(code, "row 2 of", "a.jsonl", *named, source="jsonl", path=lines(tmp_path / "a.jsonl", good, row), **settings)
+def test_a_bad_cell_is_named_with_its_row(
+    row: dict[str, Any], settings: dict[str, Any], code: str, named: list[str], tmp_path: Path
+) -> None:
+    good = {
+        "text": "x",
+        "label": "a",
+        "prompt": "p",
+        "response": "r",
+        "chat": [{"role": "user", "content": "c"}],
+        "image": "x.png",
+    }
+    refused(
+        code,
+        "row 2 of",
+        "a.jsonl",
+        *named,
+        source="jsonl",
+        path=lines(tmp_path / "a.jsonl", good, row),
+        **settings,
+    )
 
 
 def test_shapes_of_instructions_and_numbers_as_labels(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    path = lines(tmp_path / "a.jsonl", {"q": "hi", "a": "ho", "chat": [{**turns[0], "id": 7}, turns[1]], "kind": 3})
-    assert rows("jsonl", path, task="instruct", prompt="q", response="a") == [{"prompt": "hi", "response": "ho"}]
-    assert rows("jsonl", path, task="instruct", messages="chat") == [{"messages": [{**turns[0], "id": 7}, turns[1]]}]
+    path = lines(
+        tmp_path / "a.jsonl", {"q": "hi", "a": "ho", "chat": [{**turns[0], "id": 7}, turns[1]], "kind": 3}
+    )
+    assert rows("jsonl", path, task="instruct", prompt="q", response="a") == [
+        {"prompt": "hi", "response": "ho"}
+    ]
+    assert rows("jsonl", path, task="instruct", messages="chat") == [
+        {"messages": [{**turns[0], "id": 7}, turns[1]]}
+    ]
     assert rows("jsonl", path, text="q", label="kind") == [{"text": "hi", "label": "3"}]
-    assert rows("jsonl", path, task="image-classify", image="q", label="kind") == [{"image": str(tmp_path / "hi"), "label": "3"}]  # beside the file
+    assert rows("jsonl", path, task="image-classify", image="q", label="kind") == [
+        {"image": str(tmp_path / "hi"), "label": "3"}
+    ]  # beside the file
 
 
-# --- laws of every source ---------------------------------------------------------------------------------------------
+# --- laws of every source
+# ---------------------------------------------------------------------------------------------
 
 
 def made_for(source: str, folder: Path) -> dict[str, Any]:
-    """Options of a source that reads a few rows from this folder. A newcomer is enrolled by its line here, and missing without one."""
+    """Options of a source that reads a few rows from this folder. A newcomer is enrolled by its line here,
+    and missing without one."""
     pairs = [[row["text"], row["label"]] for row in LETTERS]
     if source in ("docstrings", "digits"):
         return {}
@@ -252,26 +304,49 @@ def made_for(source: str, folder: Path) -> dict[str, Any]:
 
         datasets.Dataset.from_list(LETTERS).save_to_disk(str(folder / "rows.hub"))
     else:
-        lines_ = {"jsonl": [json.dumps(row) for row in LETTERS], "csv": ["text,label", "alpha beta,a", "gamma delta,b"]}
-        texts = {"text": "alpha beta\n\ngamma delta\n", "plays": "First:\nalpha beta\n\nSecond:\ngamma delta\n"}
+        lines_ = {
+            "jsonl": [json.dumps(row) for row in LETTERS],
+            "csv": ["text,label", "alpha beta,a", "gamma delta,b"],
+        }
+        texts = {
+            "text": "alpha beta\n\ngamma delta\n",
+            "plays": "First:\nalpha beta\n\nSecond:\ngamma delta\n",
+        }
         (folder / f"rows.{source}").write_text(texts.get(source) or "\n".join(lines_[source]) + "\n")
     return {"path": str(next(folder.iterdir()))}
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_source_reads_the_same_rows_twice_in_the_shape_of_each_of_its_tasks(source: str, tmp_path: Path) -> None:
+def test_a_source_reads_the_same_rows_twice_in_the_shape_of_each_of_its_tasks(
+    source: str, tmp_path: Path
+) -> None:
     cls = SOURCES[source]
     if source == "digits":
         pytest.importorskip("sklearn")
     options = made_for(source, tmp_path)
-    for task in sorted(cls.tasks - {"instruct"} - ({"image-classify"} if source not in ("images", "digits") else set())):
+    for task in sorted(
+        cls.tasks - {"instruct"} - ({"image-classify"} if source not in ("images", "digits") else set())
+    ):
         label = "speaker" if source == "plays" else "label"
         data = data_of(source, task=task, label=label, **options)
-        first, second = (clean(data, read.rows, read.where, read.folder).rows for read in (data.table(), data.table()))
-        assert len(first) >= 2 and all(
-            np.array_equal(one["image"], two["image"]) if "image" in one else one == two for one, two in zip(first, second, strict=True)
+        first, second = (
+            clean(data, read.rows, read.where, read.folder).rows for read in (data.table(), data.table())
         )
-        assert all(set(row) == ({"text"} if task == "causal-lm" else {"image", "label"} if task == "image-classify" else {"text", "label"}) for row in first)
+        assert len(first) >= 2 and all(
+            np.array_equal(one["image"], two["image"]) if "image" in one else one == two
+            for one, two in zip(first, second, strict=True)
+        )
+        assert all(
+            set(row)
+            == (
+                {"text"}
+                if task == "causal-lm"
+                else {"image", "label"}
+                if task == "image-classify"
+                else {"text", "label"}
+            )
+            for row in first
+        )
     if "path" in cls.model_fields:
         gone = data_of(source, **{**options, "path": str(tmp_path / "nowhere")}, task=sorted(cls.tasks)[0])
         with pytest.raises(FedtuneError, match="D201"):

@@ -1,4 +1,5 @@
-"""A deployment without processes: real keys, exchange, workers and conduct; only Flower's grid is a fake that calls the workers at once."""
+"""A deployment without processes: real keys, exchange, workers and conduct; only Flower's grid is a fake that
+calls the workers at once."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from typing import Any
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.deploy.conduct import Deployed, conduct
+from fedtune.deploy.coordinator_run import Deployed, conduct
 from fedtune.deploy.server import begin
 from fedtune.deploy.worker import SiteConfig, Worker
 from fedtune.events import Event
-from fedtune.exchange import Desk, Limits, Server, serve
+from fedtune.exchange import Limits, Server, ServerStore, serve
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.trust import load
 from fedtune.trust.authority import Authority, create
@@ -24,13 +25,20 @@ SITES = ("site-a", "site-b", "site-c")
 
 
 class FakeGrid:
-    """Flower's Grid without Flower. A node is a worker that is called at once; `instead` may answer, or lose, a message before it.
+    """Flower's Grid without Flower. A node is a worker that is called at once; `instead` may answer, or lose,
+    a message before it.
 
     instead   (node, message) -> a reply, None for silence, or ... to let the worker answer
     """
 
-    def __init__(self, workers: dict[int, Worker], instead: Callable[[int, Message], Any] = lambda node, message: ...) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # without them Flower makes no message
+    def __init__(
+        self, workers: dict[int, Worker], instead: Callable[[int, Message], Any] = lambda node, message: ...
+    ) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
+            1,
+            1,
+            1,
+        )  # without them Flower makes no message
         self.workers, self.instead = workers, instead
         self.replies: dict[str, Message] = {}
         self.pushed: list[tuple[int, str]] = []  # node, kind
@@ -60,9 +68,14 @@ def answered(worker: Worker, message: Message) -> Message:
     """What the client's door does (flower/site_app.py), without the socket."""
     if message.metadata.message_type == "query.site":
         said = worker.answer({"what": "site", "nonce": bytes(message.content["site"]["nonce"]).hex()})
-        return Message(RecordDict({"site": ConfigRecord({"sealed": str(said["sealed"]).encode()})}), reply_to=message)
+        return Message(
+            RecordDict({"site": ConfigRecord({"sealed": str(said["sealed"]).encode()})}), reply_to=message
+        )
     said = worker.answer({"what": "ticket", "ticket": bytes(message.content["ticket"]["ticket"]).decode()})
-    return Message(RecordDict({"outcome": ConfigRecord({part: str(text) for part, text in said.items()})}), reply_to=message)
+    return Message(
+        RecordDict({"outcome": ConfigRecord({part: str(text) for part, text in said.items()})}),
+        reply_to=message,
+    )
 
 
 def lost(message: Message) -> Message:
@@ -79,12 +92,14 @@ class Inside:
         for site in SITES:
             self.authority.issue(site, 30)
         self.keys = self.authority.place("coordinator")
-        recipe = small.recipe(model, data, **{"partition__clients": 3, "deploy__data": "partition", **changes})
+        recipe = small.recipe(
+            model, data, **{"partition__clients": 3, "deploy__data": "partition", **changes}
+        )
         self.folder: RunFolder = begin(recipe, "run", root / "runs", self.keys, "localhost:0")
         self.recipe = recipe_of(self.folder)
         self.run = Deployed.read(self.folder).run
-        self.desk = Desk(root / "runs" / ".coordinator" / "exchange")
-        self.server: Server = serve(self.desk, load(self.keys), "localhost:0", Limits(free_bytes=0))
+        self.server_store = ServerStore(root / "runs" / ".coordinator" / "exchange")
+        self.server: Server = serve(self.server_store, load(self.keys), "localhost:0", Limits(free_bytes=0))
         self.told: dict[str, list[Event]] = {site: [] for site in SITES}
 
     def worker(self, site: str, kind: type[Worker] = Worker, **more: Any) -> Worker:
@@ -92,7 +107,9 @@ class Inside:
         home = self.root / f"home-{site}"
         home.mkdir(exist_ok=True)
         more = more if "data" in more else {"partition": True, **more}
-        config_ = SiteConfig(str(self.authority.place(site)), self.server.address, str(home), str(home / "socket"), **more)
+        config_ = SiteConfig(
+            str(self.authority.place(site)), self.server.address, str(home), str(home / "socket"), **more
+        )
         return kind(config_, self.told[site].append)
 
     def workers(self, **more: Any) -> dict[int, Worker]:
@@ -103,7 +120,7 @@ class Inside:
 
     def close(self) -> None:
         self.server.stop(0)
-        self.desk.close()
+        self.server_store.close()
 
 
 @contextmanager

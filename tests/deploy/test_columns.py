@@ -1,4 +1,5 @@
-"""--map: a site's columns under the recipe's names; and where a site maps columns, a recipe reaches those and no others."""
+"""--map: a site's columns under the recipe's names; and where a site maps columns, a recipe reaches those and
+no others."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from fedtune.deploy.sites import at_site, columns_of
 from fedtune.errors import FedtuneError
 from tests import small
 
-MINE = [{"note": f"the fox {n}", "icd": sorted(small.WORDS)[n % 3], "patient": f"Anna {n}", "q": f"what {n}", "a": f"that {n}"} for n in range(12)]
+MINE = [
+    {
+        "note": f"the fox {n}",
+        "icd": sorted(small.WORDS)[n % 3],
+        "patient": f"Anna {n}",
+        "q": f"what {n}",
+        "a": f"that {n}",
+    }
+    for n in range(12)
+]
 PLAIN = {"data__labels": sorted(small.WORDS), "deploy__sites": ["site-a"], "data__client_test_share": 0.25}
 
 
@@ -31,24 +41,39 @@ def read(rows: Path, mapping: str, **changes: Any) -> list[dict[str, Any]]:
 
 def test_a_sites_columns_stand_in_for_the_recipes(rows: Path) -> None:
     got = read(rows, "text=note, label=icd")
-    assert sorted(row["text"] for row in got) == sorted(row["note"] for row in MINE) and {row["label"] for row in got} == set(small.WORDS)
+    assert sorted(row["text"] for row in got) == sorted(row["note"] for row in MINE) and {
+        row["label"] for row in got
+    } == set(small.WORDS)
     got = read(rows, "question=q,response=a", data__task="instruct", data__labels=[], data__prompt="question")
-    assert all(set(row) == {"prompt", "response"} for row in got) and any(row["prompt"] == "what 3" for row in got)
-    got = read(rows, "case=note,response=a", data__task="instruct", data__labels=[], data__template="Case {case}: ")
+    assert all(set(row) == {"prompt", "response"} for row in got) and any(
+        row["prompt"] == "what 3" for row in got
+    )
+    got = read(
+        rows, "case=note,response=a", data__task="instruct", data__labels=[], data__template="Case {case}: "
+    )
     assert any(row["prompt"] == "Case the fox 3: " for row in got)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data__label": "patient"}, {"data__text": "patient"}, {"data__text": "note"}, {"data__task": "instruct", "data__labels": []},
+        {"data__label": "patient"},
+        {"data__text": "patient"},
+        {"data__text": "note"},
+        {"data__task": "instruct", "data__labels": []},
         {"data__task": "instruct", "data__labels": [], "data__template": "{patient}"},
         {"data__task": "instruct", "data__labels": [], "data__messages": "patient"},
     ],
-)  # fmt: skip
+)
 def test_a_recipe_reaches_no_other_column(changes: dict[str, Any], rows: Path) -> None:
     with pytest.raises(FedtuneError, match="F507: found a recipe that reads column"):
-        read(rows, "text=note,label=icd,response=a,prompt=q" if "data__template" in changes else "text=note,label=icd", **changes)
+        read(
+            rows,
+            "text=note,label=icd,response=a,prompt=q"
+            if "data__template" in changes
+            else "text=note,label=icd",
+            **changes,
+        )
 
 
 @pytest.mark.parametrize("text", ["text", "text=", "=note", "text=note,label", ",="])

@@ -1,4 +1,5 @@
-"""Who is let in at a greeting: forged, replayed, foreign and unreadable answers are told apart from a member's."""
+"""Who is let in at a greeting: forged, replayed, foreign and unreadable answers are told apart from a
+member's."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedtune.deploy.conduct import judge_of
+from fedtune.deploy.coordinator_run import judge_of
 from fedtune.flower import nodes as flower_nodes
 from fedtune.flower.nodes import Nodes, described
 from fedtune.trust import Identity, load
@@ -51,15 +52,22 @@ def greeting(identity: Identity, nonce: str, **altered: Any) -> bytes:
 
 
 def met(keys: Keys, answer: Any) -> tuple[Nodes, list[str]]:
-    """One node that answers its greeting with `answer(nonce)`; the members, and what was told of those that were not let in."""
+    """One node that answers its greeting with `answer(nonce)`; the members, and what was told of those that
+    were not let in."""
     told: list[str] = []
 
     def instead(node: int, message: Message) -> Message:
         nonce = bytes(message.content["site"]["nonce"]).hex()
         said = answer(nonce)
-        return said(message) if callable(said) else Message(RecordDict({"site": ConfigRecord({"sealed": said})}), reply_to=message)
+        return (
+            said(message)
+            if callable(said)
+            else Message(RecordDict({"site": ConfigRecord({"sealed": said})}), reply_to=message)
+        )
 
-    nodes = Nodes(FakeGrid({NODE: None}, instead), judge_of(keys.coordinator, ("site-a", "site-b")), told.append)
+    nodes = Nodes(
+        FakeGrid({NODE: None}, instead), judge_of(keys.coordinator, ("site-a", "site-b")), told.append
+    )
     nodes.look()
     return nodes, told
 
@@ -67,7 +75,10 @@ def met(keys: Keys, answer: Any) -> tuple[Nodes, list[str]]:
 @pytest.mark.parametrize(
     ("report", "line"),
     [
-        ({"device": "cuda:0", "memory": 24 << 30, "speed": 41234.5, "name": "x"}, "cuda:0, 24.0 GiB free, 41,234 GFLOP/s"),
+        (
+            {"device": "cuda:0", "memory": 24 << 30, "speed": 41234.5, "name": "x"},
+            "cuda:0, 24.0 GiB free, 41,234 GFLOP/s",
+        ),
         ({"device": "\x1b[2Jcpu" + 99 * "u", "memory": "much", "speed": [1]}, "[2Jcpuuuuuuuuuuuuuuu"),
         ({"memory": 10**400, "speed": float("inf")}, "inf GFLOP/s"),
         ({}, "of unknown means"),
@@ -79,18 +90,36 @@ def test_what_a_site_says_of_itself_is_one_short_line(report: dict[str, Any], li
 
 def test_a_member_is_known_by_its_signature_and_its_report_is_kept(keys: Keys) -> None:
     nodes, told = met(keys, lambda nonce: greeting(keys.sites["site-b"], nonce))
-    assert nodes.at == {"site-b": NODE} and nodes.reports == {"site-b": {"cores": 2}} and told == ["site-b is here: of unknown means"]
+    assert (
+        nodes.at == {"site-b": NODE}
+        and nodes.reports == {"site-b": {"cores": 2}}
+        and told == ["site-b is here: of unknown means"]
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (lambda keys, nonce: greeting(keys.sites["site-a"], nonce, name="site-b"), "W604: found an answer to another greeting from 'site-a'"),
-        (lambda keys, nonce: greeting(keys.sites["site-a"], "00" * 16), "W604: found an answer to another greeting"),
-        (lambda keys, nonce: greeting(keys.sites["site-c"], nonce), "F502: found site 'site-c', expected one of the run's: site-a, site-b"),
+        (
+            lambda keys, nonce: greeting(keys.sites["site-a"], nonce, name="site-b"),
+            "W604: found an answer to another greeting from 'site-a'",
+        ),
+        (
+            lambda keys, nonce: greeting(keys.sites["site-a"], "00" * 16),
+            "W604: found an answer to another greeting",
+        ),
+        (
+            lambda keys, nonce: greeting(keys.sites["site-c"], nonce),
+            "F502: found site 'site-c', expected one of the run's: site-a, site-b",
+        ),
         (lambda keys, nonce: greeting(keys.coordinator, nonce), "F502: found site 'coordinator'"),
         (lambda keys, nonce: greeting(keys.sites["site-a"], nonce)[:-40], "W601"),
-        (lambda keys, nonce: greeting(keys.sites["site-a"], nonce).replace(b'"signature": "', b'"signature": "AA'), "T70"),
+        (
+            lambda keys, nonce: greeting(keys.sites["site-a"], nonce).replace(
+                b'"signature": "', b'"signature": "AA'
+            ),
+            "T70",
+        ),
         (lambda keys, nonce: b"", "W601"),
     ],
 )
@@ -100,7 +129,9 @@ def test_whoever_is_not_a_member_of_the_run_is_not_let_in(keys: Keys, answer: An
 
 
 def test_an_answer_that_is_no_greeting_at_all_is_a_sentence_too(keys: Keys) -> None:
-    nodes, told = met(keys, lambda nonce: lambda message: Message(RecordDict({"other": ConfigRecord({})}), reply_to=message))
+    nodes, told = met(
+        keys, lambda nonce: lambda message: Message(RecordDict({"other": ConfigRecord({})}), reply_to=message)
+    )
     assert not nodes.at and "cannot be read" in told[0]
     nodes, told = met(keys, lambda nonce: lost)
     assert not nodes.at and "F503" in told[0]
@@ -121,19 +152,29 @@ def test_a_member_that_comes_back_at_another_node_is_asked_there(keys: Keys) -> 
         if message.metadata.message_type == "query.site":
             said = greeting(keys.sites["site-a"], bytes(message.content["site"]["nonce"]).hex())
             return Message(RecordDict({"site": ConfigRecord({"sealed": said})}), reply_to=message)
-        return lost(message) if node == 1 else Message(RecordDict({"outcome": ConfigRecord({"code": ""})}), reply_to=message)
+        return (
+            lost(message)
+            if node == 1
+            else Message(RecordDict({"outcome": ConfigRecord({"code": ""})}), reply_to=message)
+        )
 
     grid = FakeGrid({1: None}, instead)
     nodes = Nodes(grid, judge_of(keys.coordinator, ("site-a",)))
     nodes.look()
-    assert nodes.ask("site-a", b"ticket", 60) == 1 and list(nodes.answers()) == [("site-a", None)] and not nodes.at
+    assert (
+        nodes.ask("site-a", b"ticket", 60) == 1
+        and list(nodes.answers()) == [("site-a", None)]
+        and not nodes.at
+    )
     grid.workers = {2: None}
     nodes.look()
     assert nodes.ask("site-a", b"ticket", 60) == 2 and list(nodes.answers()) == [("site-a", {"code": ""})]
     assert nodes.ask("site-b", b"ticket", 60) == 0  # who is not here is not asked
 
 
-def test_who_is_waited_for_is_said_when_one_comes_when_one_goes_and_seldom_in_between(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_waited_for_is_said_when_one_comes_when_one_goes_and_seldom_in_between(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def instead(node: int, message: Message) -> Any:
         if message.metadata.message_type != "query.site":
             return lost(message)
@@ -147,7 +188,11 @@ def test_who_is_waited_for_is_said_when_one_comes_when_one_goes_and_seldom_in_be
     grid.workers = {1: None}
     nodes.look()
     assert told == ["site-b is here: of unknown means; waiting for 2 of 3: site-a, site-c"]
-    assert nodes.ask("site-b", b"ticket", 60) == 1 and list(nodes.answers()) == [("site-b", None)] and not nodes.at
+    assert (
+        nodes.ask("site-b", b"ticket", 60) == 1
+        and list(nodes.answers()) == [("site-b", None)]
+        and not nodes.at
+    )
     nodes.look()  # a lost message is no farewell: it is greeted again, and nothing is said
     assert nodes.at == {"site-b": 1} and len(told) == 1
     monkeypatch.setattr(nodes, "_pause", 0.0)
@@ -157,14 +202,19 @@ def test_who_is_waited_for_is_said_when_one_comes_when_one_goes_and_seldom_in_be
     told.clear()
     grid.workers = {0: None, 2: None}
     nodes.look()
-    assert told[0] == "site-b has gone; waiting for 3 of 3: site-a, site-b, site-c" and told[-1].endswith("; waiting for 1 of 3: site-b")
+    assert told[0] == "site-b has gone; waiting for 3 of 3: site-a, site-b, site-c" and told[-1].endswith(
+        "; waiting for 1 of 3: site-b"
+    )
     grid.workers = {0: None, 2: None, 3: None}
     nodes.look()
     assert told[-1] == "site-b is here: of unknown means"
 
 
-def test_an_answer_that_hangs_in_flower_keeps_no_other_waiting(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """site-a's node died after its answer and before the answer's objects: Flower's pull waits for them. site-b comes meanwhile."""
+def test_an_answer_that_hangs_in_flower_keeps_no_other_waiting(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """site-a's node died after its answer and before the answer's objects: Flower's pull waits for them.
+    site-b comes meanwhile."""
     monkeypatch.setattr(flower_nodes, "PULL_SECONDS", 0.1)
     monkeypatch.setattr(flower_nodes, "HANG_SECONDS", 0.2)
     monkeypatch.setattr(flower_nodes, "GREETING_SECONDS", 0.5)
@@ -186,7 +236,9 @@ def test_an_answer_that_hangs_in_flower_keeps_no_other_waiting(keys: Keys, monke
     nodes = Nodes(grid, judge_of(keys.coordinator, ("site-a", "site-b")))
     nodes.look()
     grid.workers[2] = None
-    wait_for(lambda: nodes.look() or nodes.at == {"site-a": 1, "site-b": 2}, "both sites")  # site-a is greeted once more
+    wait_for(
+        lambda: nodes.look() or nodes.at == {"site-a": 1, "site-b": 2}, "both sites"
+    )  # site-a is greeted once more
     free.set()
 
 

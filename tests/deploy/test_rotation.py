@@ -1,4 +1,5 @@
-"""Logs that do not grow for ever: of programs, of the gate and of a worker; whoever reads them along goes on."""
+"""Logs that do not grow for ever: of programs, of the gate and of a worker; whoever reads them along goes
+on."""
 
 from __future__ import annotations
 
@@ -9,20 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy import processes
+from fedtune.deploy import supervisor
 from fedtune.deploy.client import Told
 from fedtune.deploy.metrics import Refusals
-from fedtune.deploy.processes import Program
+from fedtune.deploy.supervisor import Program
 from fedtune.events import Event, Noted
 from fedtune.exchange.events import CallRefused
 from fedtune.sinks.jsonl import jsonl_sink
 from tests.waiting import wait_for
 
-CHATTER = "import sys, time\nfor n in range(100000):\n    print(n, 'x' * 100, flush=True)\n    time.sleep(0.002)\n"
+CHATTER = (
+    "import sys, time\nfor n in range(100000):\n    print(n, 'x' * 100, flush=True)\n    time.sleep(0.002)\n"
+)
 
 
-def test_a_programs_log_is_begun_anew_and_the_program_writes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LOG", 3000)
+def test_a_programs_log_is_begun_anew_and_the_program_writes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LOG", 3000)
     program = Program("chatter", [sys.executable, "-c", CHATTER], tmp_path / "chatter.log", dict(os.environ))
     kept = tmp_path / "chatter.log.1"
     try:
@@ -48,7 +53,10 @@ def test_events_are_begun_anew_and_read_along(tmp_path: Path) -> None:
     plain = jsonl_sink(tmp_path / "events.jsonl")
     for number in range(100):
         plain(Noted(f"line {number}"))
-    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 100 and not (tmp_path / "events.jsonl.1").exists()
+    assert (
+        len((tmp_path / "events.jsonl").read_text().splitlines()) == 100
+        and not (tmp_path / "events.jsonl.1").exists()
+    )
 
 
 def test_refusals_that_cost_nothing_to_ask_for_cost_no_disk(tmp_path: Path) -> None:

@@ -44,26 +44,40 @@ def test_the_sites_are_those_that_may_speak_now_in_the_order_of_their_names(auth
     keys = authority.place("coordinator")
     assert resolved(recipe(), keys).deploy.sites == ("site-a", "site-b")
     assert resolved(recipe(deploy__sites=["site-b", "site-a"]), keys).deploy.sites == ("site-b", "site-a")
-    assert resolved(recipe(), keys).fingerprint == recipe().fingerprint  # who answers is no part of a run's identity
+    assert (
+        resolved(recipe(), keys).fingerprint == recipe().fingerprint
+    )  # who answers is no part of a run's identity
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"deploy__sites": ["site-a", "site-c"]}, r"F502: found deploy.sites with 'site-c', which has no valid key, expected some of site-a, site-b"),
+        (
+            {"deploy__sites": ["site-a", "site-c"]},
+            r"F502: found deploy.sites with 'site-c', which has no valid key, expected some of site-a, site-b",
+        ),
         ({"deploy__sites": ["site-d"]}, "F502: found deploy.sites with 'site-d'"),
         ({"deploy__sites": ["site-a", "site-a"]}, "C104: found deploy.sites with a name twice"),
-        ({"deploy__data": "partition"}, r"C104: found partition.clients = 4 beside 2 sites \(site-a, site-b\).*use --set partition.clients=2"),
+        (
+            {"deploy__data": "partition"},
+            r"C104: found partition.clients = 4 beside 2 sites \(site-a, site-b\).*use --set "
+            r"partition.clients=2",
+        ),
     ],
 )
-def test_a_recipe_that_asks_for_others_is_refused_before_it_begins(changes: dict[str, Any], sentence: str, authority: Authority) -> None:
+def test_a_recipe_that_asks_for_others_is_refused_before_it_begins(
+    changes: dict[str, Any], sentence: str, authority: Authority
+) -> None:
     with pytest.raises(FedtuneError, match=sentence):
         resolved(recipe(**changes), authority.place("coordinator"))
 
 
 def test_without_a_client_there_is_no_run(tmp_path: Path) -> None:
     made = create(tmp_path / "keys", "hospitals", ["localhost"], 30)
-    with pytest.raises(FedtuneError, match="F502: found no client with a valid key, expected one or more; run: fedtune keys issue NAME"):
+    with pytest.raises(
+        FedtuneError,
+        match="F502: found no client with a valid key, expected one or more; run: fedtune keys issue NAME",
+    ):
         resolved(recipe(), made.place("coordinator"))
 
 
@@ -74,8 +88,14 @@ def test_each_side_holds_its_own_rows_only(tmp_path: Path) -> None:
     test.write_text("".join(json.dumps(row) + "\n" for row in small.rows(7)))
     told = recipe(deploy__sites=["site-a", "site-b"], deploy__test=str(test), data__client_test_share=0.0)
     site, coordinator = at_site(told, 1, str(mine)), at_coordinator(told)
-    assert [len(c.train) for c in site.clients] == [0, 10] and not site.test and site.clients[1].name == "site-b"
-    assert [len(c.train) for c in coordinator.clients] == [0, 0] and len(coordinator.test) == 7 and coordinator.labels == site.labels
+    assert (
+        [len(c.train) for c in site.clients] == [0, 10] and not site.test and site.clients[1].name == "site-b"
+    )
+    assert (
+        [len(c.train) for c in coordinator.clients] == [0, 0]
+        and len(coordinator.test) == 7
+        and coordinator.labels == site.labels
+    )
     with pytest.raises(FedtuneError, match=r"D201: found no data of this site.*fedtune client --data FILE"):
         at_site(told, 0, "")
     with pytest.raises(FedtuneError, match=r"D206: found no data.labels"):
@@ -85,12 +105,19 @@ def test_each_side_holds_its_own_rows_only(tmp_path: Path) -> None:
 def test_the_details_of_a_ticket_survive_their_way_and_damage_is_refused() -> None:
     details = Details('{"seed": 3}', 2, 3, (0, 2), 4, False, {"token": "x"})
     assert Details.decode(details.encode()) == details
-    for text in ("", "[]", "{}", details.encode()[:-1], details.encode().replace('"number":2', '"number":"two"')):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        details.encode()[:-1],
+        details.encode().replace('"number":2', '"number":"two"'),
+    ):
         with pytest.raises(Refused, match="W601: found a ticket whose details cannot be read"):
             Details.decode(text)
 
 
-# --- policy -----------------------------------------------------------------------------------------------------
+# --- policy
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,14 +136,23 @@ def test_a_policy_forbids_what_it_does_not_name(text: str, sentence: str, tmp_pa
 
 
 def test_a_policy_allows_what_it_names_and_no_policy_everything(tmp_path: Path) -> None:
-    (tmp_path / "policy.toml").write_text('methods = ["fedpeft"]\nmodels = ["bert"]\nrequire = ["sign"]\nupdate_bytes = 1000\n')
+    (tmp_path / "policy.toml").write_text(
+        'methods = ["fedpeft"]\nmodels = ["bert"]\nrequire = ["sign"]\nupdate_bytes = 1000\n'
+    )
     read_policy(str(tmp_path / "policy.toml")).check(recipe(chain=[{"step": "sign"}]), Asked(budget=1000))
     assert read_policy("") == Policy()
     Policy().check(recipe(), Asked(budget=1 << 40))
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("methods = [", "C103"), ("method = []", "C101"), ("update_bytes = -1", "C102"), ('methods = "fedpeft"', "C102"), (None, "C105")]
+    ("text", "code"),
+    [
+        ("methods = [", "C103"),
+        ("method = []", "C101"),
+        ("update_bytes = -1", "C102"),
+        ('methods = "fedpeft"', "C102"),
+        (None, "C105"),
+    ],
 )
 def test_a_policy_that_cannot_be_read_is_a_sentence(text: str | None, code: str, tmp_path: Path) -> None:
     if text is not None:
@@ -125,7 +161,8 @@ def test_a_policy_that_cannot_be_read_is_a_sentence(text: str | None, code: str,
         read_policy(str(tmp_path / "policy.toml"))
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------
+# --- metrics
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_the_endpoint_counts_what_the_exchange_took(tmp_path: Path) -> None:
@@ -146,10 +183,19 @@ def test_the_endpoint_counts_what_the_exchange_took(tmp_path: Path) -> None:
             assert answer.headers["content-type"] == "text/plain; version=0.0.4"
             lines = answer.read().decode().splitlines()
         samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        assert samples['fedtune_round{run="run-1"}'] == "1" and samples['fedtune_round_asked{run="run-1"}'] == "2"
-        assert samples['fedtune_round_accepted{run="run-1"}'] == "1" and samples['fedtune_round_bytes{run="run-1"}'] == "1234"
+        assert (
+            samples['fedtune_round{run="run-1"}'] == "1"
+            and samples['fedtune_round_asked{run="run-1"}'] == "2"
+        )
+        assert (
+            samples['fedtune_round_accepted{run="run-1"}'] == "1"
+            and samples['fedtune_round_bytes{run="run-1"}'] == "1234"
+        )
         assert samples["fedtune_members_present"] == "1" and samples["fedtune_uploads"] == "0"
-        assert samples['fedtune_refused_total{code="W604"}'] == "2" and samples['fedtune_refused_total{code="T706"}'] == "1"
+        assert (
+            samples['fedtune_refused_total{code="W604"}'] == "2"
+            and samples['fedtune_refused_total{code="T706"}'] == "1"
+        )
         assert int(samples["fedtune_disk_free_bytes"]) > 0 and not any("site-a" in line for line in lines)
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)

@@ -1,4 +1,5 @@
-"""The worker behind its socket: who may ask it, for how long nobody has, and what a SuperNode that waits for nothing costs."""
+"""The worker behind its socket: who may ask it, for how long nobody has, and what a SuperNode that waits for
+nothing costs."""
 
 from __future__ import annotations
 
@@ -40,9 +41,13 @@ def worker(made: Inside, tmp_path: Path) -> Worker:
 
 def test_only_this_user_may_ask(worker: Worker, tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(tmp_path / "socket").st_mode) == 0o600
-    signed = Signed.from_json(through(str(tmp_path / "socket"), {"what": "site", "nonce": "00" * 16})["sealed"].encode())
+    signed = Signed.from_json(
+        through(str(tmp_path / "socket"), {"what": "site", "nonce": "00" * 16})["sealed"].encode()
+    )
     said = json.loads(signed.record)
-    assert (said["name"], said["nonce"]) == ("site-a", "00" * 16) and {"disk", "versions"} <= said["report"].keys()
+    assert (said["name"], said["nonce"]) == ("site-a", "00" * 16) and {"disk", "versions"} <= said[
+        "report"
+    ].keys()
     assert said["report"]["memory"] > 1 << 20 and said["report"]["speed"] > 0.1
 
 
@@ -56,15 +61,21 @@ def test_no_worker_is_a_sentence_after_a_while(tmp_path: Path) -> None:
         through(str(tmp_path / "none"), {"what": "site"}, seconds=0.3)
 
 
-def test_a_supernode_that_asks_for_nothing_while_nothing_is_done_is_stuck(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supernode_that_asks_for_nothing_while_nothing_is_done_is_stuck(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker that trains keeps its SuperNode silent for hours, and that is well."""
     monkeypatch.setattr(client, "STUCK", 0.3)
     now = time.monotonic()
     silent, born, socket = now - 10, now - 20, str(tmp_path / "socket")
     wait_for(lambda: client.stuck(silent, born, socket), "a worker that is idle for long enough")
     assert not client.stuck(now + 10, born, socket)  # it asked just now
-    assert not client.stuck(silent, now - 5, socket)  # it has not asked anything in this life, and may still be starting
-    assert client.stuck(silent, silent + 1 - client.STARTING, socket) and client.stuck(now - 900, now - 301, socket)
+    assert not client.stuck(
+        silent, now - 5, socket
+    )  # it has not asked anything in this life, and may still be starting
+    assert client.stuck(silent, silent + 1 - client.STARTING, socket) and client.stuck(
+        now - 900, now - 301, socket
+    )
     free = threading.Event()
     monkeypatch.setattr(worker, "done", lambda content: str(free.wait(30)))
     asking = threading.Thread(target=through, args=(socket, {"what": "ticket", "ticket": "x"}))

@@ -1,4 +1,5 @@
-"""A federation of real processes on loopback: `fedtune server` and `fedtune client`, each with a log; `close` leaves none of them alive."""
+"""A federation of real processes on loopback: `fedtune server` and `fedtune client`, each with a log; `close`
+leaves none of them alive."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
 SITES = ("site-a", "site-b", "site-c")
 CRASH = Path(__file__).parent / "faults" / "crash"
-MEMORY = {"chain": [{"step": "sign", "error_feedback": True}]}  # what a client did not get to say, it keeps until the next round
+MEMORY = {
+    "chain": [{"step": "sign", "error_feedback": True}]
+}  # what a client did not get to say, it keeps until the next round
 
 
 def point(at: str, marker: Path, moment: str = "before", when: str = "", **more: Any) -> dict[str, Any]:
@@ -34,7 +37,8 @@ def point(at: str, marker: Path, moment: str = "before", when: str = "", **more:
 
 @contextmanager
 def held(at: str, folder: Path, moment: str = "before", when: str = "") -> Iterator[dict[str, Any]]:
-    """A point at which a process stands still, once its marker exists, until the block is left: whoever asks meanwhile asks a run that has not ended."""
+    """A point at which a process stands still, once its marker exists, until the block is left: whoever asks
+    meanwhile asks a run that has not ended."""
     gate = folder / "held"
     gate.touch()
     try:
@@ -68,32 +72,76 @@ class Deployment:
         return self.authority.folder
 
     def recipe(self, name: str, model: Path, data: Path, **changes: Any) -> Path:
-        """A recipe whose sites take their parts of one file, so that the same recipe can be played in one process."""
-        return write_recipe(self.root / f"{name}.toml", model, data, **{"partition__clients": 3, "deploy__data": "partition", **changes})
+        """A recipe whose sites take their parts of one file, so that the same recipe can be played in one
+        process."""
+        return write_recipe(
+            self.root / f"{name}.toml",
+            model,
+            data,
+            **{"partition__clients": 3, "deploy__data": "partition", **changes},
+        )
 
-    def fedtune(self, who: str, *arguments: str, points: Sequence[dict[str, Any]] = (), **more: str) -> subprocess.Popen[bytes]:
+    def fedtune(
+        self, who: str, *arguments: str, points: Sequence[dict[str, Any]] = (), **more: str
+    ) -> subprocess.Popen[bytes]:
         """One program of `who`; its output is added to logs/WHO.log."""
-        paths = os.pathsep.join(filter(None, [str(CRASH), os.environ.get("PYTHONPATH")]))  # the same fedtune as the test's
-        env = os.environ | {ROOT: str(self.root), WHO: who, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
+        paths = os.pathsep.join(
+            filter(None, [str(CRASH), os.environ.get("PYTHONPATH")])
+        )  # the same fedtune as the test's
+        env = os.environ | {
+            ROOT: str(self.root),
+            WHO: who,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": paths,
+            **more,
+        }
         if points:
             env["FLWR_TEST_CRASH"] = json.dumps(list(points))
         (self.root / "logs").mkdir(exist_ok=True)
         with (self.root / "logs" / f"{who}.log").open("ab") as log:
             command = [sys.executable, "-m", "fedtune", *arguments]
-            process = subprocess.Popen(command, cwd=self.root, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.running[who] = process
         return process
 
-    def serve(self, recipe: Path, *more: str, points: Sequence[dict[str, Any]] = (), **env: str) -> subprocess.Popen[bytes]:
-        listen = ("--keys", str(self.keys), "--listen", f"127.0.0.1:{self.port}", "--runs", str(self.root / "runs"))
+    def serve(
+        self, recipe: Path, *more: str, points: Sequence[dict[str, Any]] = (), **env: str
+    ) -> subprocess.Popen[bytes]:
+        listen = (
+            "--keys",
+            str(self.keys),
+            "--listen",
+            f"127.0.0.1:{self.port}",
+            "--runs",
+            str(self.root / "runs"),
+        )
         return self.fedtune("server", "server", str(recipe), *listen, *more, points=points, **env)
 
     def resume(self, name: str) -> subprocess.Popen[bytes]:
         return self.fedtune("server", "resume", str(self.root / "runs" / name))
 
-    def join(self, site: str, *more: str, address: str = "", points: Sequence[dict[str, Any]] = (), **env: str) -> subprocess.Popen[bytes]:
-        place = ("--server", address or self.address, "--keys", str(self.authority.place(site)), "--home", str(self.root / f"home-{site}"))
-        more = more if {"--data", "--partition"} & set(more) else (*more, "--partition")  # as the recipes above say
+    def join(
+        self, site: str, *more: str, address: str = "", points: Sequence[dict[str, Any]] = (), **env: str
+    ) -> subprocess.Popen[bytes]:
+        place = (
+            "--server",
+            address or self.address,
+            "--keys",
+            str(self.authority.place(site)),
+            "--home",
+            str(self.root / f"home-{site}"),
+        )
+        more = (
+            more if {"--data", "--partition"} & set(more) else (*more, "--partition")
+        )  # as the recipes above say
         return self.fedtune(site, "client", *place, *more, points=points, **env)
 
     def join_all(self, **more: Any) -> None:
@@ -120,15 +168,24 @@ class Deployment:
 
     def wait_round(self, name: str, number: int, seconds: float = LONG) -> None:
         """Until a round is committed."""
-        self.wait(lambda: any(e["event"] == "RoundDone" and e["round"] >= number for e in self.events(name)), f"round {number} of {name}", seconds)
+        self.wait(
+            lambda: any(e["event"] == "RoundDone" and e["round"] >= number for e in self.events(name)),
+            f"round {number} of {name}",
+            seconds,
+        )
 
     def wait_accepted(self, count: int, seconds: float = LONG) -> None:
         """Until the exchange has taken so many updates, over all runs."""
         gate = self.root / "runs" / ".coordinator" / "gate.jsonl"
-        self.wait(lambda: sum(e["event"] == "UpdateAccepted" for e in lines_of(gate)) >= count, f"{count} updates", seconds)
+        self.wait(
+            lambda: sum(e["event"] == "UpdateAccepted" for e in lines_of(gate)) >= count,
+            f"{count} updates",
+            seconds,
+        )
 
     def wait(self, done: Any, what: str, seconds: float = LONG) -> None:
-        """Bounded; a server that ended meanwhile ends the wait too. After a long while every process writes into its log where it is."""
+        """Bounded; a server that ended meanwhile ends the wait too. After a long while every process writes
+        into its log where it is."""
         begun, asked = time.monotonic(), False
 
         def either() -> bool:
@@ -139,7 +196,9 @@ class Deployment:
                 asked = True
                 self.stacks()
             server = self.running.get("server")
-            assert server is None or server.poll() in (None, 0), f"the server ended with {server.poll()} while waiting for {what}"
+            assert server is None or server.poll() in (None, 0), (
+                f"the server ended with {server.poll()} while waiting for {what}"
+            )
             return False
 
         wait_for(either, what, seconds, every=0.2)
@@ -177,7 +236,9 @@ class Deployment:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        end = time.monotonic() + PATIENCE  # those that Flower's programs have started look once a second whether they are alone
+        end = (
+            time.monotonic() + PATIENCE
+        )  # those that Flower's programs have started look once a second whether they are alone
         while (left := list(processes(str(self.root)))) and time.monotonic() < end:
             time.sleep(0.2)
         for pid, _, _ in left:
@@ -186,8 +247,15 @@ class Deployment:
 
     def logs(self) -> str:
         """The last words of every program."""
-        paths = [*self.root.glob("logs/*.log"), *self.root.glob("runs/.coordinator/logs/*.log"), *self.root.glob("home-*/logs/*.log")]
-        return "\n".join(f"--- {path.relative_to(self.root)}\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(paths))
+        paths = [
+            *self.root.glob("logs/*.log"),
+            *self.root.glob("runs/.coordinator/logs/*.log"),
+            *self.root.glob("home-*/logs/*.log"),
+        ]
+        return "\n".join(
+            f"--- {path.relative_to(self.root)}\n{path.read_text(errors='replace')[-3000:]}"
+            for path in sorted(paths)
+        )
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The docker-compose demos, as a user starts them: each ends with its table and the result of a local run in the same image.
+"""The docker-compose demos, as a user starts them: each ends with its table and the result of a local run in
+the same image.
 
 Slow, and only where a Docker engine is: pytest -m slow tests/e2e/test_compose.py
 """
@@ -59,10 +60,20 @@ def clean(images: None) -> Iterator[None]:
 def alone(profile: str) -> dict[str, Any]:
     """The result of the same recipe in one process, in the same image, without any network."""
     shell = f"start simulate /opt/fedtune/docker/{profile}.toml > /dev/null && cat runs/{profile}/result.json"
-    hardened = ["--network", "none", "--read-only", "--tmpfs", "/tmp:mode=1777,size=1g", "--env", "OMP_NUM_THREADS=1"]
+    hardened = [
+        "--network",
+        "none",
+        "--read-only",
+        "--tmpfs",
+        "/tmp:mode=1777,size=1g",
+        "--env",
+        "OMP_NUM_THREADS=1",
+    ]
     volumes = ["--volume", f"{PROJECT}_model:/model:ro"] if profile == "sfprompt" else []
     run = ["docker", "run", "--rm", *hardened, *volumes, "--entrypoint", "sh", "fedtune-server", "-c", shell]
-    return dict(json.loads(subprocess.run(run, capture_output=True, text=True, check=True, timeout=1200).stdout))
+    return dict(
+        json.loads(subprocess.run(run, capture_output=True, text=True, check=True, timeout=1200).stdout)
+    )
 
 
 def state_in(text: str) -> str:
@@ -104,25 +115,52 @@ def test_a_site_without_a_network_for_a_minute_changes_nothing(clean: None) -> N
 
 def test_nobody_sees_anothers_keys_or_the_world_outside(clean: None) -> None:
     assert not compose("fedpeft", "up", "--detach").returncode
-    wait(lambda: "healthy" in compose("fedpeft", "ps", "--format", "{{.Health}}", "site-a").stdout, 300, "a healthy site")
-    look = compose("fedpeft", "exec", "--no-TTY", "site-a", "sh", "-c", "id -u; ls /keys /keys/..; touch /opt/x; touch /keys/x; grep CapEff /proc/1/status")
+    wait(
+        lambda: "healthy" in compose("fedpeft", "ps", "--format", "{{.Health}}", "site-a").stdout,
+        300,
+        "a healthy site",
+    )
+    look = compose(
+        "fedpeft",
+        "exec",
+        "--no-TTY",
+        "site-a",
+        "sh",
+        "-c",
+        "id -u; ls /keys /keys/..; touch /opt/x; touch /keys/x; grep CapEff /proc/1/status",
+    )
     assert look.stdout.splitlines()[0] == "10001"
     assert "allowed.json" not in look.stdout and "operator" not in look.stdout
     assert look.stderr.count("Read-only file system") == 2
     assert "CapEff:\t0000000000000000" in look.stdout
     code = "import socket; socket.create_connection(('1.1.1.1', 53), 3)"
     assert compose("fedpeft", "exec", "--no-TTY", "site-a", "python", "-c", code).returncode
-    keys = [compose("fedpeft", "exec", "--no-TTY", f"site-{name}", "sha256sum", "/keys/key.pem").stdout.split()[0] for name in "abc"]
+    keys = [
+        compose("fedpeft", "exec", "--no-TTY", f"site-{name}", "sha256sum", "/keys/key.pem").stdout.split()[0]
+        for name in "abc"
+    ]
     assert len(set(keys)) == 3
 
 
 def test_only_one_port_is_open(clean: None) -> None:
     """Everything else of the coordinator listens on its own loopback."""
     assert not compose("fedpeft", "up", "--detach").returncode
-    wait(lambda: "healthy" in compose("fedpeft", "ps", "--format", "{{.Health}}", "server-fedpeft").stdout, 300, "a healthy coordinator")
-    tables = compose("fedpeft", "exec", "--no-TTY", "server-fedpeft", "cat", "/proc/net/tcp", "/proc/net/tcp6").stdout
-    listening = [line.split()[1] for line in tables.splitlines() if len(line.split()) > 3 and line.split()[3] == "0A"]
+    wait(
+        lambda: "healthy" in compose("fedpeft", "ps", "--format", "{{.Health}}", "server-fedpeft").stdout,
+        300,
+        "a healthy coordinator",
+    )
+    tables = compose(
+        "fedpeft", "exec", "--no-TTY", "server-fedpeft", "cat", "/proc/net/tcp", "/proc/net/tcp6"
+    ).stdout
+    listening = [
+        line.split()[1] for line in tables.splitlines() if len(line.split()) > 3 and line.split()[3] == "0A"
+    ]
     assert listening
-    own = ("0100007F", "0B00007F", "00000000000000000000000001000000")  # 127.0.0.1, Docker's resolver at 127.0.0.11, ::1
+    own = (
+        "0100007F",
+        "0B00007F",
+        "00000000000000000000000001000000",
+    )  # 127.0.0.1, Docker's resolver at 127.0.0.11, ::1
     open_ports = {int(where.rpartition(":")[2], 16) for where in listening if not where.startswith(own)}
     assert open_ports == {9443}

@@ -1,4 +1,5 @@
-"""SFPrompt on real sites: each holds two of eight blocks, the body runs beside the exchange, and is killed twice; the bytes are those of one process."""
+"""SFPrompt on real sites: each holds two of eight blocks, the body runs beside the exchange, and is killed
+twice; the bytes are those of one process."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from tests import small, tiny
 from tests.e2e.deploying import SITES, deployed, local
 
 TRAIN = {"lr": 0.01, "steps": 4, "batch": 4, "accumulate": 2}
-SPLIT: dict[str, Any] = {"rounds": 3, "method": {"type": "sfprompt", "head": 1, "tail": 1, "prompts": 3, "codec": "fp32", "train": TRAIN}}
+SPLIT: dict[str, Any] = {
+    "rounds": 3,
+    "method": {"type": "sfprompt", "head": 1, "tail": 1, "prompts": 3, "codec": "fp32", "train": TRAIN},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def test_a_body_killed_twice_changes_no_bit_and_no_site_holds_it(deep: Path, tmp
         found = folder.read_json("result.json")
         assert found["state_sha256"] == result["state_sha256"] and found["left_out"] == 0
         for site in SITES:
-            built = [event for event in federation.worker_events(site) if event["event"] == "WorldBuilt"]
+            built = [event for event in federation.worker_events(site) if event["event"] == "WorkspaceBuilt"]
             assert len(built) == 1 and built[0]["trainable"] == found["trainable"]
             assert found["total"] - built[0]["total"] == 6 * block_of(deep)
 

@@ -1,4 +1,5 @@
-"""The same recipe on Flower: its simulation engine, a real SuperLink with two real SuperNodes, and nodes that fail."""
+"""The same recipe on Flower: its simulation engine, a real SuperLink with two real SuperNodes, and nodes that
+fail."""
 
 from __future__ import annotations
 
@@ -25,21 +26,35 @@ from fedtune.errors import FedtuneError
 from fedtune.events import ClientLeftOut
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.folder import RunFolder, create
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.world import link_of, world_of
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.workspace import link_of, workspace_of
 from fedtune.schema import digest
 from fedtune.types import Round
 from tests import small
 from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
-client_app, server_app = pytest.importorskip("fedtune.flower.client_app"), pytest.importorskip("fedtune.flower.server_app")
-messages, simulation = pytest.importorskip("fedtune.flower.messages"), pytest.importorskip("fedtune.flower.simulation")
+client_app, server_app = (
+    pytest.importorskip("fedtune.flower.client_app"),
+    pytest.importorskip("fedtune.flower.server_app"),
+)
+messages, simulation = (
+    pytest.importorskip("fedtune.flower.messages"),
+    pytest.importorskip("fedtune.flower.simulation"),
+)
 from flwr.app import Context, Error, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("pyproject.toml", "LICENSE", "server", "client", "simulations")  # of a checkout, what Flower's command line reads
-MEMORY = {"chain": [{"step": "sign", "error_feedback": True}]}  # what a client did not get to say, it keeps until the next round
+COPIED = (
+    "pyproject.toml",
+    "LICENSE",
+    "server",
+    "client",
+    "simulations",
+)  # of a checkout, what Flower's command line reads
+MEMORY = {
+    "chain": [{"step": "sign", "error_feedback": True}]
+}  # what a client did not get to say, it keeps until the next round
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +82,49 @@ def inline(value: Any) -> str:
 
 
 def journal(folder: RunFolder) -> list[Any]:
-    """All that a journal says, but for the seconds, and the memories, which a node far away keeps to itself."""
+    """All that a journal says, but for the seconds, and the memories, which a node far away keeps to
+    itself."""
     with closing(sqlite3.connect(folder.journal)) as db:
-        rounds = db.execute("SELECT number, state_sha256, file_sha256, link, metrics FROM rounds ORDER BY number").fetchall()
-        return rounds + db.execute("SELECT round, client, outcome, weight, up_bytes, down_bytes, note FROM answers ORDER BY round, client").fetchall()
+        rounds = db.execute(
+            "SELECT number, state_sha256, file_sha256, link, metrics FROM rounds ORDER BY number"
+        ).fetchall()
+        return (
+            rounds
+            + db.execute(
+                "SELECT round, client, outcome, weight, up_bytes, down_bytes, note FROM answers ORDER BY "
+                "round, client"
+            ).fetchall()
+        )
 
 
-# --- Flower's simulation engine ---------------------------------------------------------------------------------
+# --- Flower's simulation engine
+# ---------------------------------------------------------------------------------
 
 
-def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_actor_is_killed(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_actor_is_killed(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     """From the command line, with clients that remember; one Ray actor gets SIGKILL after the first round."""
     recipe = write_recipe(tmp_path / "small.toml", tiny_bert, data, **MEMORY)
-    command = [sys.executable, "-m", "fedtune", "simulate", str(recipe), "--engine", "flower", "--runs", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedtune",
+        "simulate",
+        str(recipe),
+        "--engine",
+        "flower",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     errors = (tmp_path / "stderr").open("w+")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | {"RAY_AUTH_TOKEN": f"test-{tmp_path}"})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=os.environ | {"RAY_AUTH_TOKEN": f"test-{tmp_path}"},
+    )
     marked = f"RAY_AUTH_TOKEN=test-{tmp_path}"
     try:
         lines = []
@@ -94,7 +137,9 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
     finally:
         process.kill()
         end = time.monotonic() + PATIENCE
-        while (leftover := processes(marked)) and time.monotonic() < end:  # Ray's helpers notice a moment later that they are alone
+        while (
+            leftover := processes(marked)
+        ) and time.monotonic() < end:  # Ray's helpers notice a moment later that they are alone
             time.sleep(0.1)
         for pid in leftover:
             print(command_of(pid))
@@ -108,14 +153,26 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
     assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
     assert journal(folder) == journal(local)
     assert memories(folder) == memories(local) != {}  # so `fedtune resume` would go on with the same bytes
-    assert [line.split()[0] for line in lines if line.strip()][:4] == [f"{folder.path}:", "round", "round", "round"]  # no chatter before or between
-    chatter = [line for line in (tmp_path / "stderr").read_text().splitlines() if "Failed to push error to driver" not in line]
+    assert [line.split()[0] for line in lines if line.strip()][:4] == [
+        f"{folder.path}:",
+        "round",
+        "round",
+        "round",
+    ]  # no chatter before or between
+    chatter = [
+        line
+        for line in (tmp_path / "stderr").read_text().splitlines()
+        if "Failed to push error to driver" not in line
+    ]
     assert not chatter  # Ray's C++ may say that one line of the actor that was killed
 
 
 def memories(folder: RunFolder) -> dict[str, bytes]:
     """What clients remember after the last round, by file."""
-    return {str(path.relative_to(folder.path)): path.read_bytes() for path in sorted((folder.path / "memory").rglob("*.safetensors"))}
+    return {
+        str(path.relative_to(folder.path)): path.read_bytes()
+        for path in sorted((folder.path / "memory").rglob("*.safetensors"))
+    }
 
 
 def processes(mark: str) -> list[int]:
@@ -124,7 +181,11 @@ def processes(mark: str) -> list[int]:
     for path in Path("/proc").glob("[0-9]*"):
         try:
             alive = path.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            if alive and int(path.name) != os.getpid() and mark.encode() in path.joinpath("environ").read_bytes().split(b"\0"):
+            if (
+                alive
+                and int(path.name) != os.getpid()
+                and mark.encode() in path.joinpath("environ").read_bytes().split(b"\0")
+            ):
                 found.append(int(path.name))
         except OSError:  # it has just ended, or is not ours
             continue
@@ -146,7 +207,8 @@ def test_an_engine_that_cannot_start_says_so_at_once() -> None:
         server_app.find_nodes(grid, 1, 60)
 
 
-# --- a SuperLink and two SuperNodes -----------------------------------------------------------------------------
+# --- a SuperLink and two SuperNodes
+# -----------------------------------------------------------------------------
 
 
 class Deployment:
@@ -156,7 +218,10 @@ class Deployment:
         self.root, self.home = root, root / "home"
         self.home.mkdir()
         self.link, *self.nodes = free_ports(3)
-        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "loop"\n[superlink.loop]\naddress = "127.0.0.1:{self.link}"\ninsecure = true\n')
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "loop"\n[superlink.loop]\naddress = "127.0.0.1:{self.link}"\ninsecure = '
+            "true\n"
+        )
         self.env = os.environ | {
             "FLWR_HOME": str(self.home),
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -168,19 +233,53 @@ class Deployment:
 
     def open(self) -> None:
         address = f"127.0.0.1:{self.link}"
-        self.start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.link), "--disable-runtime-dependency-installation")
+        self.start(
+            "flower-superlink",
+            "--insecure",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.link),
+            "--disable-runtime-dependency-installation",
+        )
         wait_for(lambda: healthy(f"http://{address}/health"), "the SuperLink")
         for partition, port in enumerate(self.nodes):
             config = f"partition-id={partition} num-partitions={len(self.nodes)}"
-            self.start("flower-supernode", "--insecure", "--superlink", address, "--host", "127.0.0.1", "--port", str(port), "--node-config", config)
+            self.start(
+                "flower-supernode",
+                "--insecure",
+                "--superlink",
+                address,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--node-config",
+                config,
+            )
 
     def start(self, *command: str) -> None:
         log = (self.root / f"{len(self.running)}-{command[0]}.log").open("wb")
-        self.running.append(subprocess.Popen(command, cwd=self.root, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        self.running.append(
+            subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=self.env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        )
 
     def flwr(self, *arguments: str) -> Any:
         done = subprocess.run(
-            ["flwr", *arguments, "--format", "json"], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=PATIENCE
+            ["flwr", *arguments, "--format", "json"],
+            cwd=self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
@@ -205,7 +304,10 @@ class Deployment:
                 os.kill(pid, signal.SIGKILL)
 
     def logs(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-6000:]}" for path in sorted(self.root.glob("*.log")))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-6000:]}"
+            for path in sorted(self.root.glob("*.log"))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +329,9 @@ def healthy(url: str) -> bool:
         return False
 
 
-def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(deployment: Deployment, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(
+    deployment: Deployment, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     changes = {"partition__clients": 2, **MEMORY}
     recipe = write_recipe(tmp_path / "small.toml", tiny_bert, data, **changes)
     run = deployment.run(recipe=str(recipe), set="rounds=2", runs=str(tmp_path / "runs"))
@@ -240,7 +344,9 @@ def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(deploy
         wait_for(lambda: deployment.state(run)["status"] == "finished:completed", "the end of the run", LONG)
 
 
-def test_a_mistake_in_the_recipe_ends_the_flower_run_with_its_sentence(deployment: Deployment, tmp_path: Path) -> None:
+def test_a_mistake_in_the_recipe_ends_the_flower_run_with_its_sentence(
+    deployment: Deployment, tmp_path: Path
+) -> None:
     run = deployment.run(set="rounds=0", runs=str(tmp_path / "runs"))
     with showing(deployment):
         wait_for(lambda: deployment.state(run)["status"].startswith("finished"), "the end of the run", LONG)
@@ -259,19 +365,28 @@ def showing(deployment: Deployment) -> Iterator[None]:
         raise
 
 
-# --- nodes that fail --------------------------------------------------------------------------------------------
+# --- nodes that fail
+# --------------------------------------------------------------------------------------------
 
 
 class FakeGrid:
-    """Flower's Grid without Flower: nodes are called at once, in this process. `broken` says what a node does instead.
+    """Flower's Grid without Flower: nodes are called at once, in this process. `broken` says what a node does
+    instead.
 
     partitions  node id -> its partition-id, or None
-    broken      (partition-id, round) -> "error" (the node crashed: Flower's error reply), "silent", "refused" (Flower does not take
+    broken      (partition-id, round) -> "error" (the node crashed: Flower's error reply), "silent", "refused"
+                (Flower does not take
                 the message), or a recipe mistake: "data"
     """
 
-    def __init__(self, partitions: dict[int, int | None], broken: dict[tuple[int, int], str] | None = None) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # without them Flower makes no message
+    def __init__(
+        self, partitions: dict[int, int | None], broken: dict[tuple[int, int], str] | None = None
+    ) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
+            1,
+            1,
+            1,
+        )  # without them Flower makes no message
         self.broken: dict[tuple[int, int], str] = broken or {}
         self.replies: dict[str, Message | None] = {}
         config = {node: {} if part is None else {"partition-id": part} for node, part in partitions.items()}
@@ -298,13 +413,18 @@ class FakeGrid:
             case "refused":
                 return ""
             case "data":
-                message.content["ask"]["recipe"] = str(message.content["ask"]["recipe"]).replace("rows.jsonl", "gone.jsonl")
+                message.content["ask"]["recipe"] = str(message.content["ask"]["recipe"]).replace(
+                    "rows.jsonl", "gone.jsonl"
+                )
                 self.replies[name] = client_app.answer(message, context)
         return name
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         ready = [name for name in message_ids if self.replies.get(name)]
-        found, self.replies = [self.replies[name] for name in ready], {n: None if n in ready else r for n, r in self.replies.items()}
+        found, self.replies = (
+            [self.replies[name] for name in ready],
+            {n: None if n in ready else r for n, r in self.replies.items()},
+        )
         return found
 
 
@@ -323,14 +443,16 @@ def test_a_node_that_fails_in_a_round_is_left_out_of_it_and_the_run_goes_on(
     recipe = small.recipe(tiny_bert, data, **MEMORY)
     grid = FakeGrid({90 + part: part for part in range(4)}, {(2, 2): how})
 
-    def carry(link: Any, world: Any) -> Any:
-        return server_app.flower_carrier(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=1)
+    def carry(link: Any, workspace: Any) -> Any:
+        return server_app.flower_transport(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=1)
 
     folder, result, events = small.play(recipe, tmp_path, carry=carry)
     out = [(e.round, e.client, e.code) for e in events if isinstance(e, ClientLeftOut)]
     assert out == [(2, 2, code)] and words in next(e.text for e in events if isinstance(e, ClientLeftOut))
     assert result["rounds"] == 3 and result["left_out"] == 1
-    assert [row[2] for row in journal(folder)[3:]] == ["ok"] * 6 + [code] + ["ok"] * 5  # (round, client), ascending
+    assert [row[2] for row in journal(folder)[3:]] == ["ok"] * 6 + [code] + [
+        "ok"
+    ] * 5  # (round, client), ascending
 
 
 def test_a_run_on_a_grid_without_failures_is_a_local_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -343,20 +465,25 @@ def test_a_run_on_a_grid_without_failures_is_a_local_run(tiny_bert: Path, data: 
 
 def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
-    world = world_of(recipe)
-    link = link_of(world, method_of(recipe))
+    workspace = workspace_of(recipe)
+    link = link_of(workspace, method_of(recipe))
     grid = FakeGrid({90 + part: part for part in range(4)})
-    carriers = {
-        "local": local_carrier(link, world.client, world.done),
-        "flower": server_app.flower_carrier(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=60),
+    transports = {
+        "local": local_transport(link, workspace.client, workspace.done),
+        "flower": server_app.flower_transport(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=60),
     }
-    given, sums = link.method.start(world.bench).shared, {}
-    for name, carrier in carriers.items():
-        cohort = RoundCohort(link, Round(1, recipe.seed, (0, 1, 2, 3)), carrier, lambda event: None, world.names)
+    given, sums = link.method.start(workspace.tunable).shared, {}
+    for name, transport in transports.items():
+        cohort = RoundCohort(
+            link, Round(1, recipe.seed, (0, 1, 2, 3)), transport, lambda event: None, workspace.names
+        )
         sums[name] = cohort.sum_groups("train", given, lambda client: client // 2)
     assert sums["local"].keys() == sums["flower"].keys() == {0, 1}
     for group, total in sums["local"].items():
-        assert digest(total.tensors) == digest(sums["flower"][group].tensors) and total.metrics == sums["flower"][group].metrics
+        assert (
+            digest(total.tensors) == digest(sums["flower"][group].tensors)
+            and total.metrics == sums["flower"][group].metrics
+        )
 
 
 @pytest.mark.parametrize(
@@ -370,7 +497,9 @@ def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> No
         ({5: 0, 6: None}, {}, "F503: a node does not report which client it is"),
     ],
 )
-def test_nodes_that_are_missing_or_doubled_are_named_before_the_first_round(partitions: Any, broken: Any, words: str) -> None:
+def test_nodes_that_are_missing_or_doubled_are_named_before_the_first_round(
+    partitions: Any, broken: Any, words: str
+) -> None:
     with pytest.raises(FedtuneError, match=words):
         server_app.find_nodes(FakeGrid(partitions, broken), 2, 1)
 
@@ -395,21 +524,49 @@ def test_whoever_waits_for_nodes_says_so_once(monkeypatch: pytest.MonkeyPatch) -
     said: list[str] = []
     with pytest.raises(FedtuneError, match=r"F502.*num-supernodes"):
         server_app.find_nodes(FakeGrid({5: 0, 6: 1}), 8, 1, said.append)
-    assert len(said) == 1 and said[0].startswith("waiting for nodes: 2 of 8 clients have one") and "num-supernodes" in said[0]
+    assert (
+        len(said) == 1
+        and said[0].startswith("waiting for nodes: 2 of 8 clients have one")
+        and "num-supernodes" in said[0]
+    )
     assert server_app.find_nodes(FakeGrid({5: 0, 6: 1}), 2, 1, said.append) == {0: 5, 1: 6} and len(said) == 1
 
 
 @pytest.mark.slow
 def test_flwr_run_as_the_readme_prints_it(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """The README's own line, from a checkout with a recipe of as many clients, on Flower's default local SuperLink; no network is asked."""
-    (line,) = [text.partition("    #")[0].strip() for text in (ROOT / "README.md").read_text().splitlines() if "flwr run ." in text]
+    """The README's own line, from a checkout with a recipe of as many clients, on Flower's default local
+    SuperLink; no network is asked."""
+    (line,) = [
+        text.partition("    #")[0].strip()
+        for text in (ROOT / "README.md").read_text().splitlines()
+        if "flwr run ." in text
+    ]
     assert "num-supernodes=8 " in line and Recipe().partition.clients == 8
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=lambda folder, names: set(names) - set(COPIED) if folder == str(ROOT) else ())
+    shutil.copytree(
+        ROOT,
+        tmp_path / "checkout",
+        ignore=lambda folder, names: set(names) - set(COPIED) if folder == str(ROOT) else (),
+    )
     write_recipe(tmp_path / "checkout" / "my.toml", tiny_bert, data, partition__clients=8)
-    env = os.environ | {"FLWR_HOME": str(tmp_path / "flower"), "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(free_ports(1)[0])  # another's SuperLink may have the usual one
+    env = os.environ | {
+        "FLWR_HOME": str(tmp_path / "flower"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(
+        free_ports(1)[0]
+    )  # another's SuperLink may have the usual one
     try:
-        done = subprocess.run(line, shell=True, cwd=tmp_path / "checkout", env=env, capture_output=True, text=True, check=False, timeout=LONG)
+        done = subprocess.run(
+            line,
+            shell=True,
+            cwd=tmp_path / "checkout",
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LONG,
+        )
         assert (tmp_path / "checkout" / "runs" / "my" / "result.json").exists(), done.stdout + done.stderr
         assert "federated: accuracy" in done.stdout
     finally:

@@ -51,32 +51,51 @@ def fresh(config: Path, root: Path) -> RunFolder:
     ("place", "when"),
     [
         ("fedtune.runtime.run:save_state", "arguments[1] == 2"),  # before the state of round 2 is written
-        ("fedtune.runtime.run:digest", "calls == 2"),  # after it and the memories are written, before the row is committed
+        (
+            "fedtune.runtime.run:digest",
+            "calls == 2",
+        ),  # after it and the memories are written, before the row is committed
         ("fedtune.runtime.run:prune_states", "arguments[1] == 3"),  # after the commit of round 3
         ("fedtune.runtime.run:compare", "True"),  # after the last round, before any score
         ("fedtune.runtime.run:summary", "True"),  # after the scores, before adapter and result
         ("fedtune.exports:swap", "True"),  # the adapter is written, but not in its place
     ],
 )
-def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(place: str, when: str, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(
+    place: str, when: str, undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
     config, want = undisturbed
     folder = fresh(config, tmp_path)
     module, _, name = place.partition(":")
     program = DIE_IN.format(module=module, name=name, when=when)
-    died = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True, check=False, timeout=120)
+    died = subprocess.run(
+        [sys.executable, "-c", program, str(folder.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (folder.path / "result.json").exists()
     assert run(recipe_of(folder), folder, lambda event: None)["state_sha256"] == want
-    assert (folder.path / "adapter" / "adapter_model.safetensors").exists() and not list(folder.path.glob("**/*.part"))
+    assert (folder.path / "adapter" / "adapter_model.safetensors").exists() and not list(
+        folder.path.glob("**/*.part")
+    )
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
     """Killed from outside as soon as it has done something new, until it is through."""
     config, want = undisturbed
     folder = fresh(config, tmp_path)
     kills = 0
     for patience in (1, 4, 6):
-        process = subprocess.Popen([sys.executable, "-m", "fedtune", "resume", str(folder.path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedtune", "resume", str(folder.path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         seen = told(folder)
         deadline = time.monotonic() + 60
         while process.poll() is None and told(folder) < seen + patience and time.monotonic() < deadline:
@@ -91,4 +110,6 @@ def told(folder: RunFolder) -> int:
     """Answers that the run has told so far."""
     path = folder.path / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return sum(json.loads(line)["event"] in ("ClientDone", "RoundDone") for line in lines if line.endswith("}"))
+    return sum(
+        json.loads(line)["event"] in ("ClientDone", "RoundDone") for line in lines if line.endswith("}")
+    )

@@ -1,4 +1,5 @@
-"""A federation on loopback for the tests of the exchange: keys, a desk, a server on a real socket, and a proxy that breaks connections."""
+"""A federation on loopback for the tests of the exchange: keys, a server store, a server on a real socket,
+and a proxy that breaks connections."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.events import Event
-from fedtune.exchange import Desk, ExchangeClient, Limits, Server, serve
+from fedtune.exchange import ExchangeClient, Limits, Server, ServerStore, serve
 from fedtune.exchange.client import NAME
 from fedtune.trust import Envelope, Identity, Ticket, envelope, load
 from fedtune.trust.authority import Authority, create
@@ -25,7 +26,8 @@ STATE = b"a state of the model" * 1000
 
 
 class Federation:
-    """One run ("run-1"), one open round (1, "train"), for site-a and site-b; site-c has keys and no part in it."""
+    """One run ("run-1"), one open round (1, "train"), for site-a and site-b; site-c has keys and no part in
+    it."""
 
     def __init__(self, folder: Path, budget: int = 32 << 20, **limits: Any) -> None:
         self.folder, self.budget, self.limits = folder, budget, limits
@@ -33,24 +35,50 @@ class Federation:
         self.sites = {name: load(self.authority.issue(name, 30)) for name in ("site-a", "site-b", "site-c")}
         self.coordinator = load(self.authority.place("coordinator"))
         self.told: list[Event] = []
-        self.desk = Desk(folder / "exchange")
-        self.given = self.desk.offer("run-1", STATE)
+        self.server_store = ServerStore(folder / "exchange")
+        self.given = self.server_store.offer("run-1", STATE)
         self.open(1)
         self.server = self.start()
 
     def start(self, address: str = "localhost:0", **more: Any) -> Server:
-        return serve(self.desk, self.coordinator, address, Limits(**{"free_bytes": 0, **self.limits}), self.told.append, **more)
+        return serve(
+            self.server_store,
+            self.coordinator,
+            address,
+            Limits(**{"free_bytes": 0, **self.limits}),
+            self.told.append,
+            **more,
+        )
 
-    def open(self, number: int, run: str = "run-1", members: tuple[str, ...] = ("site-a", "site-b"), state: bytes = STATE) -> None:
-        given = self.desk.offer(run, state)
-        self.desk.open_round(run, number, "train", BASE, dict.fromkeys(members, given), self.budget)
+    def open(
+        self,
+        number: int,
+        run: str = "run-1",
+        members: tuple[str, ...] = ("site-a", "site-b"),
+        state: bytes = STATE,
+    ) -> None:
+        given = self.server_store.offer(run, state)
+        self.server_store.open_round(run, number, "train", BASE, dict.fromkeys(members, given), self.budget)
 
-    def ticket(self, site: str = "site-a", number: int = 1, run: str = "run-1", state: bytes = STATE, attempt: int = 1) -> Ticket:
+    def ticket(
+        self,
+        site: str = "site-a",
+        number: int = 1,
+        run: str = "run-1",
+        state: bytes = STATE,
+        attempt: int = 1,
+    ) -> Ticket:
         given = hashlib.sha256(state).hexdigest()
-        return Ticket(run, number, site, "train", self.server.address, BASE, given, len(state), self.budget, attempt)
+        return Ticket(
+            run, number, site, "train", self.server.address, BASE, given, len(state), self.budget, attempt
+        )
 
-    def client(self, site: str = "site-a", address: str = "", patience: float = 20.0, **more: Any) -> ExchangeClient:
-        return ExchangeClient(address or self.server.address, self.sites[site], self.folder / "sites" / site, patience, **more)
+    def client(
+        self, site: str = "site-a", address: str = "", patience: float = 20.0, **more: Any
+    ) -> ExchangeClient:
+        return ExchangeClient(
+            address or self.server.address, self.sites[site], self.folder / "sites" / site, patience, **more
+        )
 
     def codes(self) -> list[str]:
         """Codes of the calls that were refused."""
@@ -58,26 +86,44 @@ class Federation:
 
     def close(self) -> None:
         self.server.stop(0)
-        self.desk.close()
+        self.server_store.close()
 
 
 def said(federation: Federation, data: bytes, site: str = "site-a", /, **altered: Any) -> Envelope:
     """An envelope as an honest client would write it, but for what is altered."""
-    values = {"federation": "hospitals", "run": "run-1", "round": 1, "client": site, "verb": "train", "base": BASE, "given": federation.given}
-    values |= {"payload": hashlib.sha256(data).hexdigest(), "size": len(data), "sequence": 1, "nonce": envelope.new_nonce()}
+    values = {
+        "federation": "hospitals",
+        "run": "run-1",
+        "round": 1,
+        "client": site,
+        "verb": "train",
+        "base": BASE,
+        "given": federation.given,
+    }
+    values |= {
+        "payload": hashlib.sha256(data).hexdigest(),
+        "size": len(data),
+        "sequence": 1,
+        "nonce": envelope.new_nonce(),
+    }
     return Envelope(**{**values, **altered})
 
 
-def push(client: ExchangeClient, envelope_: Envelope, pieces: Iterable[pb.Piece], signer: Identity | None = None) -> list[pb.PushReply]:
+def push(
+    client: ExchangeClient, envelope_: Envelope, pieces: Iterable[pb.Piece], signer: Identity | None = None
+) -> list[pb.PushReply]:
     """A stream by hand: what an honest client would never send. Raises grpc.RpcError."""
     data = envelope_.encode()
     offer = pb.Offer(envelope=data, signature=(signer or client.identity).sign(data))
-    requests = itertools.chain([pb.PushRequest(offer=offer)], (pb.PushRequest(piece=piece) for piece in pieces))
+    requests = itertools.chain(
+        [pb.PushRequest(offer=offer)], (pb.PushRequest(piece=piece) for piece in pieces)
+    )
     return list(client._push(requests, timeout=PATIENCE))
 
 
 class Proxy:
-    """TCP between a client and the server; cuts every connection once so many more bytes have gone up, or at a word."""
+    """TCP between a client and the server; cuts every connection once so many more bytes have gone up, or at
+    a word."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = int(upstream.rpartition(":")[2])
@@ -93,7 +139,9 @@ class Proxy:
             while True:
                 near, _ = self.listener.accept()
                 try:
-                    far = socket.create_connection(("localhost", self.upstream), 2)  # of its two addresses gRPC may have got one only
+                    far = socket.create_connection(
+                        ("localhost", self.upstream), 2
+                    )  # of its two addresses gRPC may have got one only
                 except OSError:  # the server is down
                     near.close()
                     continue

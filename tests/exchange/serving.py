@@ -1,6 +1,8 @@
-"""A coordinator's exchange as a process of its own, to be killed: python -m tests.exchange.serving FOLDER KEYS PORT [POINT]
+"""A coordinator's exchange as a process of its own, to be killed: python -m tests.exchange.serving FOLDER
+KEYS PORT [POINT]
 
-POINT names where it kills itself, once: "adopted" (the update is in its place, no row says so) or "counted" (the row is
+POINT names where it kills itself, once: "adopted" (the update is in its place, no row says so) or "counted"
+(the row is
 committed, nobody was told).
 """
 
@@ -13,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtune.exchange import Desk, Limits, serve
-from fedtune.exchange.intake import Intake
-from fedtune.exchange.store import Store
+from fedtune.exchange import Limits, ServerStore, serve
+from fedtune.exchange.objects import Store
+from fedtune.exchange.uploads import Uploads
 from fedtune.trust import load
 
 
@@ -32,8 +34,8 @@ def die_after(owner: Any, name: str) -> None:
 
 def main(folder: str, keys: str, port: str, point: str = "") -> None:
     if point:
-        die_after(*{"adopted": (Store, "adopt"), "counted": (Intake, "take")}[point])
-    server = serve(Desk(Path(folder)), load(Path(keys)), f"localhost:{port}", Limits(free_bytes=0))
+        die_after(*{"adopted": (Store, "adopt"), "counted": (Uploads, "take")}[point])
+    server = serve(ServerStore(Path(folder)), load(Path(keys)), f"localhost:{port}", Limits(free_bytes=0))
     print(server.address, flush=True)
     while True:
         time.sleep(60)

@@ -17,9 +17,9 @@ import grpc
 import pytest
 
 from fedtune.errors import FedtuneError
-from fedtune.exchange import Desk
+from fedtune.exchange import ServerStore
+from fedtune.exchange.grpc_errors import understood
 from fedtune.exchange.limits import CHUNK
-from fedtune.exchange.refusal import understood
 from fedtune.trust import Receipt
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests.exchange.federation import BASE, STATE, Federation, Proxy, push, said
@@ -30,7 +30,8 @@ UPDATE = random.Random(24).randbytes(24 * MIB)
 
 
 class Process:
-    """The exchange of a federation in another process; always on the same port, behind a proxy on a slow line."""
+    """The exchange of a federation in another process; always on the same port, behind a proxy on a slow
+    line."""
 
     def __init__(self, federation: Federation) -> None:
         self.federation, self.port = federation, federation.server.address.rpartition(":")[2]
@@ -40,8 +41,18 @@ class Process:
 
     def start(self, point: str = "") -> None:
         folder, keys = self.federation.folder / "exchange", self.federation.folder / "keys" / "coordinator"
-        command = [sys.executable, "-m", "tests.exchange.serving", str(folder), str(keys), self.port, *([point] if point else [])]
-        self.running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        command = [
+            sys.executable,
+            "-m",
+            "tests.exchange.serving",
+            str(folder),
+            str(keys),
+            self.port,
+            *([point] if point else []),
+        ]
+        self.running = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        )
         assert self.running.stdout and self.running.stdout.readline()
 
     def kill(self) -> None:
@@ -52,7 +63,9 @@ class Process:
     def upload(self, site: str = "site-a") -> tuple[threading.Thread, list[Receipt]]:
         """A client that sends and tries again until it holds its receipt."""
         client, got = self.federation.client(site, self.proxy.address, patience=30.0), list[Receipt]()
-        thread = threading.Thread(target=lambda: got.append(client.send(self.federation.ticket(site), UPDATE)))
+        thread = threading.Thread(
+            target=lambda: got.append(client.send(self.federation.ticket(site), UPDATE))
+        )
         thread.start()
         return thread, got
 
@@ -86,7 +99,9 @@ def test_killed_in_the_middle_of_an_upload_it_goes_on_where_it_was(process: Proc
     process.proxy.pause = 0.0
     thread.join(PATIENCE)
     assert got[0].payload == hashlib.sha256(UPDATE).hexdigest() and got[0].row == 1
-    assert federation.desk.read("run-1", 1, "train", "site-a") == UPDATE and process.proxy.up < 1.7 * len(UPDATE)
+    assert federation.server_store.read(
+        "run-1", 1, "train", "site-a"
+    ) == UPDATE and process.proxy.up < 1.7 * len(UPDATE)
 
 
 @pytest.mark.parametrize("point", ["adopted", "counted"])
@@ -96,32 +111,40 @@ def test_killed_between_disk_and_receipt_an_update_counts_once(point: str, proce
     thread, got = process.upload()
     assert process.running
     process.running.wait(PATIENCE)
-    rows = federation.desk.accepted("run-1", 1, "train")
+    rows = federation.server_store.accepted("run-1", 1, "train")
     assert len(rows) == (point == "counted") and not got
     process.start()
     thread.join(PATIENCE)
-    assert got[0].row == 1 and len(federation.desk.accepted("run-1", 1, "train")) == 1
-    assert federation.desk.read("run-1", 1, "train", "site-a") == UPDATE
+    assert got[0].row == 1 and len(federation.server_store.accepted("run-1", 1, "train")) == 1
+    assert federation.server_store.read("run-1", 1, "train", "site-a") == UPDATE
     client = federation.client()
-    assert push(client, said(federation, UPDATE, sequence=9), [])[-1].HasField("receipt")  # the same receipt for whoever asks again
+    assert push(client, said(federation, UPDATE, sequence=9), [])[-1].HasField(
+        "receipt"
+    )  # the same receipt for whoever asks again
     if rows:
-        assert rows == federation.desk.accepted("run-1", 1, "train")
+        assert rows == federation.server_store.accepted("run-1", 1, "train")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(disk)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(small_disk: Path, federation: Federation) -> None:
+def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(
+    small_disk: Path, federation: Federation
+) -> None:
     federation.server.stop(0)
-    federation.desk = Desk(small_disk / "exchange")
+    federation.server_store = ServerStore(small_disk / "exchange")
     federation.open(1)
     federation.server = federation.start()
     client, data = federation.client(patience=0.3), os.urandom(2 * MIB)
@@ -133,21 +156,33 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
     assert not list((small_disk / "exchange" / "incoming").iterdir())
     filler.unlink()
     (got,) = client.flush()
-    assert got.row == 1 and federation.desk.read("run-1", 1, "train", "site-a") == data
+    assert got.row == 1 and federation.server_store.read("run-1", 1, "train", "site-a") == data
 
-    federation.desk.release("run-1", 1)  # now it fills while an update comes in
-    federation.desk.open_round("run-1", 2, "train", BASE, {"site-a": federation.desk.offer("run-1", STATE)}, federation.budget)
+    federation.server_store.release("run-1", 1)  # now it fills while an update comes in
+    federation.server_store.open_round(
+        "run-1",
+        2,
+        "train",
+        BASE,
+        {"site-a": federation.server_store.offer("run-1", STATE)},
+        federation.budget,
+    )
     envelope, step = said(federation, data, round=2, sequence=50), threading.Event()
 
     def requests() -> Any:
-        yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
+        yield pb.PushRequest(
+            offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode()))
+        )
         yield pb.PushRequest(piece=pb.Piece(data=data[:CHUNK]))
         step.wait(PATIENCE)
         for at in range(CHUNK, len(data), CHUNK):
             yield pb.PushRequest(piece=pb.Piece(data=data[at : at + CHUNK]))
 
     call = client._push(requests(), timeout=PATIENCE)
-    while not (parts := list((small_disk / "exchange" / "incoming").iterdir())) or parts[0].stat().st_size < CHUNK:
+    while (
+        not (parts := list((small_disk / "exchange" / "incoming").iterdir()))
+        or parts[0].stat().st_size < CHUNK
+    ):
         time.sleep(0.01)
     with pytest.raises(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -159,5 +194,7 @@ def test_a_full_disk_takes_nothing_says_when_to_come_again_and_forgets_nothing(s
     assert error.code == "E804" and wait and str(small_disk) not in str(error)
     filler.unlink()
     there = parts[0].stat().st_size
-    replies = push(client, envelope, (pb.Piece(data=data[at : at + CHUNK]) for at in range(there, len(data), CHUNK)))
-    assert replies[0].offset >= CHUNK and federation.desk.read("run-1", 2, "train", "site-a") == data
+    replies = push(
+        client, envelope, (pb.Piece(data=data[at : at + CHUNK]) for at in range(there, len(data), CHUNK))
+    )
+    assert replies[0].offset >= CHUNK and federation.server_store.read("run-1", 2, "train", "site-a") == data

@@ -19,8 +19,8 @@ import pytest
 
 from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.events import UpdateAccepted
+from fedtune.exchange.grpc_errors import understood
 from fedtune.exchange.limits import CHUNK
-from fedtune.exchange.refusal import understood
 from fedtune.trust import receipt
 from fedtune.trust.authority import revoke
 from fedtune.wire.v1 import exchange_pb2 as pb
@@ -49,58 +49,101 @@ def events(federation: Federation) -> list[UpdateAccepted]:
 def test_an_update_is_safe_before_its_receipt_is_given(federation: Federation) -> None:
     client = federation.client()
     got = client.send(federation.ticket(), UPDATE)
-    assert (got.run, got.round, got.client, got.verb, got.size, got.row) == ("run-1", 1, "site-a", "train", len(UPDATE), 1)
+    assert (got.run, got.round, got.client, got.verb, got.size, got.row) == (
+        "run-1",
+        1,
+        "site-a",
+        "train",
+        len(UPDATE),
+        1,
+    )
     assert got.payload == hashlib.sha256(UPDATE).hexdigest() and abs(got.accepted / 1e6 - time.time()) < 60
-    (update,) = federation.desk.accepted("run-1", 1, "train")
+    (update,) = federation.server_store.accepted("run-1", 1, "train")
     assert (update.client, update.payload, update.row) == ("site-a", got.payload, 1)
-    assert federation.desk.read("run-1", 1, "train", "site-a") == UPDATE
+    assert federation.server_store.read("run-1", 1, "train", "site-a") == UPDATE
     assert not list((federation.folder / "exchange" / "incoming").iterdir())
-    assert {path.suffix for path in client.spool.folder.iterdir()} == {".receipt", ""}  # the update itself is no longer kept
+    assert {path.suffix for path in client.outbox.folder.iterdir()} == {
+        ".receipt",
+        "",
+    }  # the update itself is no longer kept
     assert client.held(federation.ticket()) == got  # without a word to the server
     (status,) = client.status().rounds
-    assert (status.run, status.round, status.open, status.asked, status.accepted, status.bytes) == ("run-1", 1, True, 2, 1, len(UPDATE))
+    assert (status.run, status.round, status.open, status.asked, status.accepted, status.bytes) == (
+        "run-1",
+        1,
+        True,
+        2,
+        1,
+        len(UPDATE),
+    )
 
 
-def test_the_same_update_again_has_the_same_receipt_and_another_one_is_refused(federation: Federation) -> None:
+def test_the_same_update_again_has_the_same_receipt_and_another_one_is_refused(
+    federation: Federation,
+) -> None:
     client = federation.client()
     first = said(federation, SMALL)
     answers = [push(client, first, split(SMALL))[-1].receipt for _ in range(2)]
-    assert answers[0] == answers[1] and len(push(client, first, [])) == 1  # no byte is asked for a second time
-    retrained = said(federation, SMALL, sequence=2)  # the same bytes, signed anew by a client that lost its spool
+    assert (
+        answers[0] == answers[1] and len(push(client, first, [])) == 1
+    )  # no byte is asked for a second time
+    retrained = said(
+        federation, SMALL, sequence=2
+    )  # the same bytes, signed anew by a client that lost its outbox
     assert push(client, retrained, [])[-1].receipt == answers[0]
     assert code_of(lambda: push(client, said(federation, b"other", sequence=3), split(b"other"))) == "E805"
-    assert len(events(federation)) == len(federation.desk.accepted("run-1", 1, "train")) == 1
+    assert len(events(federation)) == len(federation.server_store.accepted("run-1", 1, "train")) == 1
 
 
 ALTERED = {
-    "protocol": (2, "W602"), "federation": ("other", "T705"), "run": ("run-2", "E806"), "round": (2, "W604"), "client": ("site-b", "T705"),
-    "verb": ("score", "W604"), "base": ("c" * 64, "W604"), "given": ("d" * 64, "W604"), "size": (1 << 40, "W606"), "sequence": (0, "W605"),
+    "protocol": (2, "W602"),
+    "federation": ("other", "T705"),
+    "run": ("run-2", "E806"),
+    "round": (2, "W604"),
+    "client": ("site-b", "T705"),
+    "verb": ("score", "W604"),
+    "base": ("c" * 64, "W604"),
+    "given": ("d" * 64, "W604"),
+    "size": (1 << 40, "W606"),
+    "sequence": (0, "W605"),
     "payload": ("e" * 64, "W601"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ALTERED)
-def test_an_envelope_that_is_not_what_was_asked_is_refused_and_takes_nothing(name: str, federation: Federation) -> None:
+def test_an_envelope_that_is_not_what_was_asked_is_refused_and_takes_nothing(
+    name: str, federation: Federation
+) -> None:
     """Signed by the client itself: what its signature cannot catch."""
     value, code = ALTERED[name]
     client = federation.client()
     assert code_of(lambda: push(client, said(federation, SMALL, **{name: value}), split(SMALL))) == code
-    assert not federation.desk.accepted("run-1", 1, "train") and not list((federation.folder / "exchange" / "incoming").iterdir())
+    assert not federation.server_store.accepted("run-1", 1, "train") and not list(
+        (federation.folder / "exchange" / "incoming").iterdir()
+    )
     assert client.send(federation.ticket(), SMALL).row == 1  # it may still do it right
 
 
 def test_messages_of_others_and_old_ones_are_refused(federation: Federation) -> None:
     a, b, c = (federation.client(f"site-{name}") for name in "abc")
-    assert code_of(lambda: push(b, said(federation, SMALL), split(SMALL), signer=a.identity)) == "T707"  # stolen from the wire
-    assert code_of(lambda: push(c, said(federation, SMALL, "site-c"), split(SMALL))) == "E806"  # keys, but no part in the run
+    assert (
+        code_of(lambda: push(b, said(federation, SMALL), split(SMALL), signer=a.identity)) == "T707"
+    )  # stolen from the wire
+    assert (
+        code_of(lambda: push(c, said(federation, SMALL, "site-c"), split(SMALL))) == "E806"
+    )  # keys, but no part in the run
     sent = said(federation, SMALL, sequence=7)
     push(a, sent, split(SMALL))
     federation.open(2)
-    assert code_of(lambda: push(a, said(federation, SMALL, round=2, sequence=7), split(SMALL))) == "W605"  # a count is used once
-    federation.desk.close_round("run-1", 2, "train")
-    assert code_of(lambda: push(a, said(federation, SMALL, round=2, sequence=8), split(SMALL))) == "W604"  # closed
-    federation.desk.close_round("run-1", 1, "train")
-    federation.desk.release("run-1", 1)
+    assert (
+        code_of(lambda: push(a, said(federation, SMALL, round=2, sequence=7), split(SMALL))) == "W605"
+    )  # a count is used once
+    federation.server_store.close_round("run-1", 2, "train")
+    assert (
+        code_of(lambda: push(a, said(federation, SMALL, round=2, sequence=8), split(SMALL))) == "W604"
+    )  # closed
+    federation.server_store.close_round("run-1", 1, "train")
+    federation.server_store.release("run-1", 1)
     assert push(a, sent, [])[-1].HasField("receipt")  # whoever lost a receipt gets it even now
     assert code_of(lambda: push(b, said(federation, SMALL, "site-b"), split(SMALL))) in ("W604", "E806")
 
@@ -109,7 +152,10 @@ def test_a_spool_that_was_lost_goes_on_counting(federation: Federation) -> None:
     push(federation.client(), said(federation, SMALL, sequence=500), split(SMALL))
     federation.open(2)
     fresh = federation.client()
-    assert fresh.send(federation.ticket(number=2), SMALL).row == 2 and (fresh.spool.folder / "sequence").read_text() == "501"
+    assert (
+        fresh.send(federation.ticket(number=2), SMALL).row == 2
+        and (fresh.outbox.folder / "sequence").read_text() == "501"
+    )
 
 
 def test_streams_that_are_not_as_declared_are_refused(federation: Federation) -> None:
@@ -123,8 +169,13 @@ def test_streams_that_are_not_as_declared_are_refused(federation: Federation) ->
         ([pb.Piece(data=b"junk", deflated=True)], "W601"),
         ([pb.Piece(data=zlib.compress(SMALL)[:-2], deflated=True)], "W601"),
     ]):  # fmt: skip
-        assert code_of(lambda p=pieces, n=number: push(client, said(federation, SMALL, sequence=n + 1), p)) == code, code  # type: ignore[misc]
-    stub = client.channel.stream_stream("/fedtune.wire.v1.Exchange/Push", pb.PushRequest.SerializeToString, pb.PushReply.FromString)
+        assert (
+            code_of(lambda p=pieces, n=number: push(client, said(federation, SMALL, sequence=n + 1), p))
+            == code
+        ), code  # type: ignore[misc]
+    stub = client.channel.stream_stream(
+        "/fedtune.wire.v1.Exchange/Push", pb.PushRequest.SerializeToString, pb.PushReply.FromString
+    )
     for requests in ([], [pb.PushRequest(piece=pb.Piece(data=b"x"))], [pb.PushRequest()]):
         assert code_of(lambda r=requests: list(stub(iter(r), timeout=PATIENCE))) == "E808"  # type: ignore[misc]
     junk = client.channel.stream_stream("/fedtune.wire.v1.Exchange/Push")
@@ -136,9 +187,15 @@ def test_streams_that_are_not_as_declared_are_refused(federation: Federation) ->
 def test_a_claim_beyond_the_budget_costs_neither_memory_nor_disk(federation: Federation) -> None:
     client = federation.client()
     huge = said(federation, SMALL, size=10 << 30)
-    before, free = psutil.Process().memory_info().rss, federation.desk.store.free()
-    assert code_of(lambda: push(client, huge, itertools.repeat(pb.Piece(data=os.urandom(CHUNK)), 10_000))) == "W606"
-    assert psutil.Process().memory_info().rss - before < 50 << 20 and free - federation.desk.store.free() < 8 << 20
+    before, free = psutil.Process().memory_info().rss, federation.server_store.store.free()
+    assert (
+        code_of(lambda: push(client, huge, itertools.repeat(pb.Piece(data=os.urandom(CHUNK)), 10_000)))
+        == "W606"
+    )
+    assert (
+        psutil.Process().memory_info().rss - before < 50 << 20
+        and free - federation.server_store.store.free() < 8 << 20
+    )
     with pytest.raises(Refused, match="W606"):
         client.send(federation.ticket(), bytes(federation.budget + 1))  # an honest client asks nobody
 
@@ -150,7 +207,11 @@ def test_a_connection_that_breaks_is_continued_where_it_broke(federation: Federa
         client = federation.client(address=proxy.address)
         got = client.send(federation.ticket(), data)
     (event,) = events(federation)
-    assert proxy.cuts == 2 and got.payload == hashlib.sha256(data).hexdigest() and federation.desk.read("run-1", 1, "train", "site-a") == data
+    assert (
+        proxy.cuts == 2
+        and got.payload == hashlib.sha256(data).hexdigest()
+        and federation.server_store.read("run-1", 1, "train", "site-a") == data
+    )
     assert event.resumed > 1 << 20 and proxy.up < 1.6 * len(data)  # what had arrived was not sent again
 
 
@@ -161,17 +222,21 @@ def test_an_update_waits_in_the_spool_while_nobody_answers(federation: Federatio
         with pytest.raises(FedtuneError, match="E801"):
             client.send(federation.ticket(), UPDATE)
         client.close()
-        assert not federation.desk.accepted("run-1", 1, "train")
+        assert not federation.server_store.accepted("run-1", 1, "train")
         proxy.cut_at = []
         again = federation.client(address=proxy.address)  # the process was started anew
         got = again.held(federation.ticket())  # nothing is computed a second time
-    assert got is not None and federation.desk.read("run-1", 1, "train", "site-a") == UPDATE and not list(again.spool.waiting())
+    assert (
+        got is not None
+        and federation.server_store.read("run-1", 1, "train", "site-a") == UPDATE
+        and not list(again.outbox.waiting())
+    )
 
 
 def test_a_spooled_update_that_was_damaged_is_computed_again(federation: Federation) -> None:
     client, ticket = federation.client(), federation.ticket()
     for damage in (UPDATE[:-1] + b"x", UPDATE[:-1]):
-        client.spool.keep(ticket, UPDATE).path.write_bytes(damage)
+        client.outbox.keep(ticket, UPDATE).path.write_bytes(damage)
         assert client.held(ticket) is None
     assert client.send(ticket, UPDATE).row == 1
 
@@ -180,10 +245,10 @@ def test_flush_sends_what_is_wanted_and_drops_what_is_not(federation: Federation
     client = federation.client()
     federation.open(2)
     for number in (1, 2):
-        client.spool.keep(federation.ticket(number=number), SMALL + bytes([number]))
-    federation.desk.close_round("run-1", 1, "train")
+        client.outbox.keep(federation.ticket(number=number), SMALL + bytes([number]))
+    federation.server_store.close_round("run-1", 1, "train")
     assert [got.round for got in client.flush()] == [2] and not client.flush()
-    (reason,) = client.spool.folder.glob("*.refused")
+    (reason,) = client.outbox.folder.glob("*.refused")
     assert "W604" in reason.read_text()
 
 
@@ -191,25 +256,32 @@ def test_renewed_keys_sign_a_spooled_update_again(federation: Federation) -> Non
     from fedtune.trust import load
 
     client = federation.client()
-    client.spool.keep(federation.ticket(), SMALL)
+    client.outbox.keep(federation.ticket(), SMALL)
     client.close()
     federation.sites["site-a"] = load(federation.authority.renew("site-a", 30))
     got = federation.client().held(federation.ticket())
     assert got is not None and got.row == 1
 
 
-def test_one_upload_a_client_and_a_second_connection_replaces_a_dead_one(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.exchange.intake.IDLE", 60.0)  # the machine of the tests may be slow
+def test_one_upload_a_client_and_a_second_connection_replaces_a_dead_one(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.exchange.uploads.IDLE", 60.0)  # the machine of the tests may be slow
     client, gate = federation.client(), threading.Event()
     first = said(federation, UPDATE)
 
     def slowly() -> Any:
-        yield pb.PushRequest(offer=pb.Offer(envelope=first.encode(), signature=client.identity.sign(first.encode())))
+        yield pb.PushRequest(
+            offer=pb.Offer(envelope=first.encode(), signature=client.identity.sign(first.encode()))
+        )
         yield pb.PushRequest(piece=pb.Piece(data=UPDATE[:CHUNK]))
         gate.wait(PATIENCE)
 
     hanging = client._push(slowly())
-    wait_for(lambda: any(upload.written == CHUNK for upload in federation.server.service.intake.active.values()), "a first piece")
+    wait_for(
+        lambda: any(upload.written == CHUNK for upload in federation.server.service.intake.active.values()),
+        "a first piece",
+    )
     federation.open(2)
     other = said(federation, SMALL, round=2, sequence=2)
     assert code_of(lambda: push(federation.client(), other, split(SMALL))) == "E804"
@@ -218,7 +290,7 @@ def test_one_upload_a_client_and_a_second_connection_replaces_a_dead_one(federat
     gate.set()
     with pytest.raises(grpc.RpcError):
         list(hanging)
-    assert federation.desk.read("run-1", 1, "train", "site-a") == UPDATE
+    assert federation.server_store.read("run-1", 1, "train", "site-a") == UPDATE
 
 
 def test_who_is_revoked_during_an_upload_does_not_count(federation: Federation) -> None:
@@ -226,7 +298,9 @@ def test_who_is_revoked_during_an_upload_does_not_count(federation: Federation) 
     envelope = said(federation, UPDATE)
 
     def requests() -> Any:
-        yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
+        yield pb.PushRequest(
+            offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode()))
+        )
         yield pb.PushRequest(piece=pb.Piece(data=UPDATE[:CHUNK]))
         gate.wait(PATIENCE)
         for piece in split(UPDATE[CHUNK:]):
@@ -236,7 +310,7 @@ def test_who_is_revoked_during_an_upload_does_not_count(federation: Federation) 
     wait_for(lambda: federation.server.service.intake.active, "an upload")
     revoke(federation.authority.place("coordinator"), "site-a")
     gate.set()
-    assert code_of(lambda: list(call)) == "T706" and not federation.desk.accepted("run-1", 1, "train")
+    assert code_of(lambda: list(call)) == "T706" and not federation.server_store.accepted("run-1", 1, "train")
 
 
 def test_slots_run_out_and_everybody_gets_a_turn(tmp_path: Path) -> None:
@@ -245,12 +319,16 @@ def test_slots_run_out_and_everybody_gets_a_turn(tmp_path: Path) -> None:
         threads, got = [], []
         clients = [federation.client(name) for name in ("site-a", "site-b")]
         for client, name in zip(clients, ("site-a", "site-b"), strict=True):
-            threads.append(threading.Thread(target=lambda c=client, n=name: got.append(c.send(federation.ticket(n), UPDATE))))
+            threads.append(
+                threading.Thread(
+                    target=lambda c=client, n=name: got.append(c.send(federation.ticket(n), UPDATE))
+                )
+            )
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
-        assert len(got) == 2 and len(federation.desk.accepted("run-1", 1, "train")) == 2
+        assert len(got) == 2 and len(federation.server_store.accepted("run-1", 1, "train")) == 2
     finally:
         federation.close()
 
@@ -262,13 +340,17 @@ def test_who_stalls_loses_the_slot_and_not_the_bytes(tmp_path: Path) -> None:
         envelope = said(federation, UPDATE, "site-b")
 
         def requests() -> Any:
-            yield pb.PushRequest(offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode())))
+            yield pb.PushRequest(
+                offer=pb.Offer(envelope=envelope.encode(), signature=client.identity.sign(envelope.encode()))
+            )
             yield pb.PushRequest(piece=pb.Piece(data=UPDATE[:CHUNK]))
             gate.wait(PATIENCE)
 
         call = client._push(requests())
         wait_for(lambda: federation.server.service.intake.active, "an upload")
-        assert federation.client().send(federation.ticket(), SMALL).row == 1  # the other one waits for the slot, not for ever
+        assert (
+            federation.client().send(federation.ticket(), SMALL).row == 1
+        )  # the other one waits for the slot, not for ever
         with pytest.raises(grpc.RpcError):
             list(call)
         gate.set()
@@ -306,14 +388,19 @@ def test_many_runs_share_one_exchange(federation: Federation) -> None:
     for run in ("run-1", "run-2", "run-3"):
         a.send(federation.ticket(run=run), run.encode())
     c.send(federation.ticket("site-c", run="run-3"), b"c")
-    assert [update.client for update in federation.desk.accepted("run-3", 1, "train")] == ["site-a", "site-c"]
+    assert [update.client for update in federation.server_store.accepted("run-3", 1, "train")] == [
+        "site-a",
+        "site-c",
+    ]
     assert {status.run for status in c.status().rounds} == {"run-2", "run-3"} and len(a.status().rounds) == 3
-    federation.desk.release("run-2", 1)
-    assert federation.desk.read("run-3", 1, "train", "site-a") == b"run-3"
+    federation.server_store.release("run-2", 1)
+    assert federation.server_store.read("run-3", 1, "train", "site-a") == b"run-3"
     assert {status.run for status in federation.client().status("run-1").rounds} == {"run-1"}
 
 
-def test_the_coordinators_own_keys_see_all_runs_and_send_nothing(federation: Federation, tmp_path: Path) -> None:
+def test_the_coordinators_own_keys_see_all_runs_and_send_nothing(
+    federation: Federation, tmp_path: Path
+) -> None:
     from fedtune.exchange import ExchangeClient
 
     federation.open(1, "run-2", ("site-c",))
@@ -328,11 +415,13 @@ def test_a_damaged_update_no_longer_counts_and_may_be_sent_again(federation: Fed
     path = federation.folder / "exchange" / "objects" / got.payload
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     with pytest.raises(FedtuneError, match="E807"):
-        federation.desk.read("run-1", 1, "train", "site-a")
+        federation.server_store.read("run-1", 1, "train", "site-a")
     assert not path.exists() and (federation.folder / "exchange" / "damaged" / got.payload).exists()
-    assert not federation.desk.accepted("run-1", 1, "train")
+    assert not federation.server_store.accepted("run-1", 1, "train")
     again = client.send(federation.ticket(attempt=2), UPDATE)
-    assert again.row == 2 and federation.desk.read("run-1", 1, "train", "site-a") == UPDATE  # a row's number is never used twice
+    assert (
+        again.row == 2 and federation.server_store.read("run-1", 1, "train", "site-a") == UPDATE
+    )  # a row's number is never used twice
     assert client.held(federation.ticket(attempt=2)) == again
 
 
@@ -340,23 +429,26 @@ def test_what_was_released_is_gone_and_receipts_are_not(federation: Federation) 
     client = federation.client()
     got = client.send(federation.ticket(), UPDATE)
     federation.open(2)
-    federation.desk.release("run-1", 1)
+    federation.server_store.release("run-1", 1)
     objects = {path.name for path in (federation.folder / "exchange" / "objects").iterdir()}
     assert objects == {federation.given}  # the state of round 2
-    assert not federation.desk.store.has(got.payload)
-    assert federation.desk.book.receipt("run-1", 1, "train", "site-a") is not None
-    assert receipt.read(client.spool.receipt(federation.ticket()) or pytest.fail(), client.identity.authority) == got
+    assert not federation.server_store.store.has(got.payload)
+    assert federation.server_store.ledger.receipt("run-1", 1, "train", "site-a") is not None
+    assert (
+        receipt.read(client.outbox.receipt(federation.ticket()) or pytest.fail(), client.identity.authority)
+        == got
+    )
     with pytest.raises(FedtuneError, match="E803"):
-        federation.desk.read("run-1", 1, "train", "site-a")
+        federation.server_store.read("run-1", 1, "train", "site-a")
     assert push(client, said(federation, UPDATE, sequence=9), [])[-1].HasField("receipt")
-    federation.desk.release("run-1", 2)
+    federation.server_store.release("run-1", 2)
     assert not list((federation.folder / "exchange" / "objects").iterdir())
     with pytest.raises(FedtuneError, match="E803"):
-        federation.desk.open_round("run-1", 3, "train", BASE, {"site-a": federation.given}, 1)
+        federation.server_store.open_round("run-1", 3, "train", BASE, {"site-a": federation.given}, 1)
 
 
 def test_deflated_pieces_arrive_as_they_were(federation: Federation) -> None:
     data = bytes(2 * CHUNK) + os.urandom(100) + b"ab" * CHUNK
     with proxied(federation) as proxy:
         federation.client(address=proxy.address).send(federation.ticket(), data)
-    assert federation.desk.read("run-1", 1, "train", "site-a") == data and proxy.up < len(data) / 10
+    assert federation.server_store.read("run-1", 1, "train", "site-a") == data and proxy.up < len(data) / 10

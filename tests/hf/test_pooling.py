@@ -1,4 +1,5 @@
-"""Pooling: the vector that the task head reads is the one that the encoder was trained for, in training, scoring, export and stock programs."""
+"""Pooling: the vector that the task head reads is the one that the encoder was trained for, in training,
+scoring, export and stock programs."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def head_input(net: Any, tokenizer: Any, texts: list[str], side: str = "right") 
     head = [module for module in net.modules() if isinstance(module, torch.nn.Linear)][-1]
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     with torch.no_grad():
-        net(**tokenizer(texts, padding=True, padding_side=side, return_tensors="pt", return_token_type_ids=False))
+        net(
+            **tokenizer(
+                texts, padding=True, padding_side=side, return_tensors="pt", return_token_type_ids=False
+            )
+        )
     handle.remove()
     return seen[0]
 
@@ -38,12 +43,18 @@ def head_input(net: Any, tokenizer: Any, texts: list[str], side: str = "right") 
 def states(net: Any, tokenizer: Any, text: str) -> torch.Tensor:
     """The last states of one text alone, (tokens, width), from a network without pooling."""
     with torch.no_grad():
-        return net.base_model(**tokenizer([text], return_tensors="pt", return_token_type_ids=False)).last_hidden_state[0]  # type: ignore[no-any-return]
+        return net.base_model(
+            **tokenizer([text], return_tensors="pt", return_token_type_ids=False)
+        ).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls", "last"])
-def test_the_head_reads_the_mean_the_first_or_the_last_token_whatever_stands_beside_it(mode: Any, tiny_bert: Path) -> None:
-    plain = load(ModelSettings(name=str(tiny_bert), device="cpu", pooling="pooler"), "classify", ("a", "b"), 1)
+def test_the_head_reads_the_mean_the_first_or_the_last_token_whatever_stands_beside_it(
+    mode: Any, tiny_bert: Path
+) -> None:
+    plain = load(
+        ModelSettings(name=str(tiny_bert), device="cpu", pooling="pooler"), "classify", ("a", "b"), 1
+    )
     other = load(ModelSettings(name=str(tiny_bert), device="cpu", pooling=mode), "classify", ("a", "b"), 1)
     got = head_input(other.net, other.tokenizer, TEXTS)
     for text, row in zip(TEXTS, got, strict=True):
@@ -55,7 +66,9 @@ def test_the_head_reads_the_mean_the_first_or_the_last_token_whatever_stands_bes
 
 def test_a_half_padded_batch_is_pooled_as_its_texts_alone(tiny_bert: Path) -> None:
     hidden, mask = torch.randn(2, 4, 3), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    torch.testing.assert_close(pooled(hidden, mask, "mean"), torch.stack([hidden[0, 2:].mean(0), hidden[1, :3].mean(0)]))
+    torch.testing.assert_close(
+        pooled(hidden, mask, "mean"), torch.stack([hidden[0, 2:].mean(0), hidden[1, :3].mean(0)])
+    )
     assert torch.equal(pooled(hidden, mask, "cls"), torch.stack([hidden[0, 2], hidden[1, 0]]))
     assert torch.equal(pooled(hidden, mask, "last"), torch.stack([hidden[0, 3], hidden[1, 2]]))
 
@@ -71,7 +84,9 @@ def test_a_half_padded_batch_is_pooled_as_its_texts_alone(tiny_bert: Path) -> No
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "own"),
     ],
 )
-def test_auto_is_what_the_folder_says(stated: dict[str, Any], mode: str, tiny_bert: Path, tmp_path: Path) -> None:
+def test_auto_is_what_the_folder_says(
+    stated: dict[str, Any], mode: str, tiny_bert: Path, tmp_path: Path
+) -> None:
     place = tmp_path / "model"
     shutil.copytree(tiny_bert, place)
     assert choose_pooling("auto", place, "classify", False) == ("own", "")
@@ -79,7 +94,9 @@ def test_auto_is_what_the_folder_says(stated: dict[str, Any], mode: str, tiny_be
     (place / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **stated}))
     chosen, note = choose_pooling("auto", place, "classify", False)
     assert chosen == mode and "1_Pooling/config.json" in note
-    assert choose_pooling("auto", place, "classify", True)[0] == "own"  # the file's own trained head was trained on its class's vector
+    assert (
+        choose_pooling("auto", place, "classify", True)[0] == "own"
+    )  # the file's own trained head was trained on its class's vector
     assert choose_pooling("pooler", place, "classify", False)[0] == "own"
     assert load(ModelSettings(name=str(place), device="cpu"), "classify", ("a", "b"), 1).pooling == mode
     with pytest.raises(FedtuneError, match=r"M306.*a language model pools nothing"):
@@ -95,38 +112,58 @@ def test_features_of_the_sentence_encoder_are_sentence_transformers_own() -> Non
     base = load(ModelSettings(device="cpu"), "classify", ("a", "b"), 1)
     assert base.pooling == "mean"
     ours = torch.nn.functional.normalize(head_input(base.net, base.tokenizer, TEXTS), dim=-1).numpy()
-    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)  # it ends with a normalisation
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(
+        TEXTS
+    )  # it ends with a normalisation
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "bias", "prompt"])
 @pytest.mark.parametrize("method", ["fedpeft", "fedkseed"])
-def test_an_export_pools_in_a_process_of_its_own_without_fedtune(method: str, kind: str, tiny_bert: Path, tmp_path: Path) -> None:
+def test_an_export_pools_in_a_process_of_its_own_without_fedtune(
+    method: str, kind: str, tiny_bert: Path, tmp_path: Path
+) -> None:
     data = small.write_rows(tmp_path)
     space = {"space": "adapter", "estimator": "gradient", "size": 64} if method == "fedkseed" else {}
-    table = {"type": method, "adapter": {"kind": kind}, "train": {"lr": 0.01, "steps": 2, "batch": 4}, **space}
-    result = fedtune.simulate(small.tree(tiny_bert, data, rounds=1, model__pooling="mean", method=table), runs=tmp_path / "runs")
+    table = {
+        "type": method,
+        "adapter": {"kind": kind},
+        "train": {"lr": 0.01, "steps": 2, "batch": 4},
+        **space,
+    }
+    result = fedtune.simulate(
+        small.tree(tiny_bert, data, rounds=1, model__pooling="mean", method=table), runs=tmp_path / "runs"
+    )
     folder = tmp_path / "out"
-    from fedtune.runtime.after import export_run
+    from fedtune.runtime.finished import export_run
     from fedtune.runtime.folder import existing
 
     export_run(existing(result.folder), "adapter", folder)
     model, tokenizer = fedtune.load(folder)
     with torch.no_grad():
-        want = model(**tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)).logits.tolist()
+        want = model(
+            **tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+        ).logits.tolist()
     batch = f"t({TEXTS!r}, padding=True, return_tensors='pt', return_token_type_ids=False)"
-    code = f"import json\nfrom load import load\nm, t = load()\nprint(json.dumps(m(**{batch}).logits.tolist()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    code = (
+        f"import json\nfrom load import load\nm, t = load()\nprint(json.dumps(m(**{batch}).logits.tolist()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert not done.returncode, done.stderr
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), want, atol=1e-5)
     assert "from load import load" in (folder / "README.md").read_text()
 
 
 def test_a_merged_model_pools_by_the_script_beside_it(tiny_bert: Path, tmp_path: Path) -> None:
-    from fedtune.runtime.after import export_run
+    from fedtune.runtime.finished import export_run
     from fedtune.runtime.folder import existing
 
-    result = fedtune.simulate(small.tree(tiny_bert, small.write_rows(tmp_path), rounds=1, model__pooling="mean"), runs=tmp_path / "runs")
+    result = fedtune.simulate(
+        small.tree(tiny_bert, small.write_rows(tmp_path), rounds=1, model__pooling="mean"),
+        runs=tmp_path / "runs",
+    )
     export_run(existing(result.folder), "merged", tmp_path / "out")
     model, tokenizer = fedtune.load(result.folder)
     spec = importlib.util.spec_from_file_location("merged_load", tmp_path / "out" / "load.py")
@@ -140,5 +177,7 @@ def test_a_merged_model_pools_by_the_script_beside_it(tiny_bert: Path, tmp_path:
 
 
 def test_images_can_be_pooled_too(tiny_vit: Path) -> None:
-    base = load(ModelSettings(name=str(tiny_vit), device="cpu", pooling="mean"), "image-classify", ("a", "b"), 1)
+    base = load(
+        ModelSettings(name=str(tiny_vit), device="cpu", pooling="mean"), "image-classify", ("a", "b"), 1
+    )
     assert tiny.images() and base.pooling == "mean"

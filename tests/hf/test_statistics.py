@@ -13,16 +13,19 @@ from torch import nn
 from fedtune.hf.statistics import freeze_statistics, saved_buffers, unchanged
 from fedtune.model.adapters import adapter_of
 from fedtune.model.base import Base, load
-from fedtune.model.bench import attach, detach
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit
 from fedtune.model.settings import ModelSettings, TrainSettings
+from fedtune.model.tunable import attach, detach
 from tests import tiny
 
 SMALL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 NETS = {
     "resnet": (T.ResNetModel, T.ResNetConfig(**SMALL)),
-    "regnet": (T.RegNetModel, T.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8)),
+    "regnet": (
+        T.RegNetModel,
+        T.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8),
+    ),
     "mobilenet": (T.MobileNetV1Model, T.MobileNetV1Config(depth_multiplier=0.25, min_depth=8)),
 }
 
@@ -30,24 +33,31 @@ NETS = {
 def opened(name: str, folder: Path) -> Base:
     T.ConvNextImageProcessor(size={"shortest_edge": 8}, crop_pct=1.0).save_pretrained(folder)
     net, config = NETS[name]
-    return load(ModelSettings(name=str(tiny.save(net, config, folder)), threads=1, device="cpu"), "image-classify", ("a", "b"), 1)
+    return load(
+        ModelSettings(name=str(tiny.save(net, config, folder)), threads=1, device="cpu"),
+        "image-classify",
+        ("a", "b"),
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize(("kind", "batch"), [("full", 3), ("full", 1), ("head", 1), ("lora", 2)])
-def test_training_leaves_running_statistics_as_they_were(name: str, kind: str, batch: int, tmp_path: Path) -> None:
+def test_training_leaves_running_statistics_as_they_were(
+    name: str, kind: str, batch: int, tmp_path: Path
+) -> None:
     base = opened(name, tmp_path)
     before = {key: value.clone() for key, value in base.buffers.items()}
     assert before
     if kind == "lora" and not any(isinstance(module, nn.Linear) for module in base.net.base_model.modules()):
         return  # convolutions alone: M306
-    bench = attach(base, adapter_of(kind=kind), 0)  # type: ignore[arg-type]
-    start = bench.read()
-    fit(bench, encode(tiny.images(6), base), TrainSettings(steps=3, batch=batch, lr=0.05), 1)
-    assert any((bench.read()[key] != start[key]).any() for key in start)
+    tunable = attach(base, adapter_of(kind=kind), 0)  # type: ignore[arg-type]
+    start = tunable.read()
+    fit(tunable, encode(tiny.images(6), base), TrainSettings(steps=3, batch=batch, lr=0.05), 1)
+    assert any((tunable.read()[key] != start[key]).any() for key in start)
     for key, value in saved_buffers(base.net).items():
         assert torch.equal(value, before[key]), key
-    detach(bench)
+    detach(tunable)
 
 
 def test_the_fingerprint_covers_the_statistics(tmp_path: Path) -> None:
@@ -71,7 +81,12 @@ def test_other_layers_with_memory_are_frozen_or_put_back() -> None:
             self.seen += 1
             return x
 
-    net = nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.utils.spectral_norm(nn.Linear(4, 4)), Counting(), nn.Dropout(0.5)).train()
+    net = nn.Sequential(
+        nn.InstanceNorm1d(3, track_running_stats=True),
+        nn.utils.spectral_norm(nn.Linear(4, 4)),
+        Counting(),
+        nn.Dropout(0.5),
+    ).train()
     before = {key: value.clone() for key, value in saved_buffers(net).items()}
     freeze_statistics(net)
     assert net[3].training and not net[0].training

@@ -1,4 +1,5 @@
-"""A coordinator that was taken over: it holds the coordinator's key and signs whatever it likes; its words are put into a site's real worker."""
+"""A coordinator that was taken over: it holds the coordinator's key and signs whatever it likes; its words
+are put into a site's real worker."""
 
 from __future__ import annotations
 
@@ -24,17 +25,25 @@ class Taken:
     def __init__(self, made: Inside, rows: Path, model: Path) -> None:
         self.made, self.rows, self.model = made, rows, model
         self.identity = load(made.keys)
-        self.given = made.desk.offer(made.run, STATE)
+        self.given = made.server_store.offer(made.run, STATE)
 
     def worker(self, **more: Any) -> Worker:
         """A site as its operator would start it: with rows and a model's folder of its own."""
         return self.made.worker("site-a", **{"data": str(self.rows), "model": str(self.model), **more})
 
     def recipe(self, **changes: Any) -> dict[str, Any]:
-        """A recipe as it would travel; `changes` are dotted paths with __ for the dot, and need not be anything that a recipe could say."""
-        known = {"data__labels": sorted(small.WORDS), "deploy__sites": list(SITES), "model__name": "org/model", "data__path": "elsewhere.jsonl"}
+        """A recipe as it would travel; `changes` are dotted paths with __ for the dot, and need not be
+        anything that a recipe could say."""
+        known = {
+            "data__labels": sorted(small.WORDS),
+            "deploy__sites": list(SITES),
+            "model__name": "org/model",
+            "data__path": "elsewhere.jsonl",
+        }
         plain = {
-            path: changes.pop(path) for path in list(changes) if path.split("__")[0] in ("method", "data", "partition", "deploy", "model") and path in known
+            path: changes.pop(path)
+            for path in list(changes)
+            if path.split("__")[0] in ("method", "data", "partition", "deploy", "model") and path in known
         }
         tree = small.recipe(self.model, self.rows, **(known | plain)).model_dump(mode="json")
         for path, value in changes.items():
@@ -45,13 +54,34 @@ class Taken:
             node[last] = value
         return tree
 
-    def ticket(self, recipe: Mapping[str, Any] | None = None, details: Mapping[str, Any] | None = None, **about: Any) -> bytes:
+    def ticket(
+        self, recipe: Mapping[str, Any] | None = None, details: Mapping[str, Any] | None = None, **about: Any
+    ) -> bytes:
         """A signed ticket, of any words and numbers."""
-        told = {"recipe": json.dumps(recipe or self.recipe()), "number": 0, "seed": 1, "members": [0], "last": 0, "first": True, "told": {}}
+        told = {
+            "recipe": json.dumps(recipe or self.recipe()),
+            "number": 0,
+            "seed": 1,
+            "members": [0],
+            "last": 0,
+            "first": True,
+            "told": {},
+        }
         values = {
-            "protocol": 1, "federation": self.identity.name.federation, "run": self.made.run, "round": 1, "client": "site-a", "verb": "train", "address": "",
-            "base": "b" * 64, "given": self.given, "given_size": len(STATE), "budget": 1 << 20, "attempt": 1, "details": json.dumps(told | dict(details or {})),
-        }  # fmt: skip
+            "protocol": 1,
+            "federation": self.identity.name.federation,
+            "run": self.made.run,
+            "round": 1,
+            "client": "site-a",
+            "verb": "train",
+            "address": "",
+            "base": "b" * 64,
+            "given": self.given,
+            "given_size": len(STATE),
+            "budget": 1 << 20,
+            "attempt": 1,
+            "details": json.dumps(told | dict(details or {})),
+        }
         record = canonical.join(TAG, [(form, (values | about)[name]) for name, form in FORMS.items()])
         return seal(record, self.identity).to_json()
 

@@ -1,4 +1,5 @@
-"""A hostile site's numbers: by default none of them owns the mean, ends the run or steers it. The site is left out and named; honest sites' bytes stay."""
+"""A hostile site's numbers: by default none of them owns the mean, ends the run or steers it. The site is
+left out and named; honest sites' bytes stay."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.deploy import carrier
-from fedtune.deploy.conduct import with_reported_ranks
+from fedtune.deploy import transport
+from fedtune.deploy.coordinator_run import with_reported_ranks
 from fedtune.deploy.declared import declared, heaviest
 from fedtune.errors import Refused
 from fedtune.runtime.bounds import Bounds, too_large
@@ -26,8 +27,8 @@ KSEED = {"method": {"type": "fedkseed", "size": 64, "estimator": "spsa", "steps"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier, "AGAIN", 0.3)
-    monkeypatch.setattr(carrier, "PAUSE", 0.02)
+    monkeypatch.setattr(transport, "AGAIN", 0.3)
+    monkeypatch.setattr(transport, "PAUSE", 0.02)
     monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
 
 
@@ -38,7 +39,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def federation(root: Path, model: Path, rows: Path, **changes: Any) -> Any:
     """Real sites: each has rows of its own, as it says in its greeting."""
-    plain = {"deploy__data": "sites", "deploy__test": str(rows), "data__labels": sorted(small.WORDS), "rounds": 2}
+    plain = {
+        "deploy__data": "sites",
+        "deploy__test": str(rows),
+        "data__labels": sorted(small.WORDS),
+        "rounds": 2,
+    }
     return inside(root, model, rows, **plain, **changes)
 
 
@@ -61,7 +67,9 @@ LIES: dict[str, tuple[Lie, str]] = {
 
 
 @pytest.mark.parametrize("what", sorted(LIES))
-def test_a_liar_is_left_out_and_named_and_nobody_else_is_touched(what: str, tiny_bert: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_liar_is_left_out_and_named_and_nobody_else_is_touched(
+    what: str, tiny_bert: Path, rows: Path, tmp_path: Path
+) -> None:
     lie, code = LIES[what]
     with federation(tmp_path / "lied", tiny_bert, rows) as made:
         got = conduct(made, rows, tiny_bert, lie)
@@ -82,7 +90,11 @@ def test_a_loss_of_one_site_ends_nobodys_run(tiny_bert: Path, rows: Path, tmp_pa
 
 
 def test_the_memory_that_one_site_says_ends_nobodys_run(tiny_bert: Path, rows: Path, tmp_path: Path) -> None:
-    auto = {"method__lora_rank_by_client": "auto", "method__adapter__rank": 4, "aggregate": {"rule": "hetlora"}}
+    auto = {
+        "method__lora_rank_by_client": "auto",
+        "method__adapter__rank": 4,
+        "aggregate": {"rule": "hetlora"},
+    }
     with federation(tmp_path, tiny_bert, rows, **auto) as made:
         said: list[str] = []
 
@@ -91,7 +103,9 @@ def test_the_memory_that_one_site_says_ends_nobodys_run(tiny_bert: Path, rows: P
             tell = staticmethod(said.append)
 
         recipe = with_reported_ranks(made.recipe, Nodes())  # type: ignore[arg-type]
-        assert recipe.method.lora_rank_by_client == (4, 1, 4) and len(said) == 1 and "'site-b' says" in said[0]
+        assert (
+            recipe.method.lora_rank_by_client == (4, 1, 4) and len(said) == 1 and "'site-b' says" in said[0]
+        )
 
 
 def update(norm: float, weight: float = 2.0, loss: float = 1.0) -> Update:
@@ -118,7 +132,12 @@ def test_finite_is_not_enough(weight: float) -> None:
     for value in (3e38, -3e38, 1.1e12, float("nan"), float("inf")):
         with np.errstate(over="ignore"):
             assert too_large({"a": np.zeros(1), "b": np.float64([value]) * weight}, weight) == "b"
-    assert too_large({"a": np.float64([9e11, -9e11]) * min(weight, 1e9), "n": np.int64([1 << 60])}, min(weight, 1e9)) == ""
+    assert (
+        too_large(
+            {"a": np.float64([9e11, -9e11]) * min(weight, 1e9), "n": np.int64([1 << 60])}, min(weight, 1e9)
+        )
+        == ""
+    )
 
 
 def recipes(model: Path, rows: Path) -> Iterator[Any]:
@@ -130,13 +149,20 @@ def recipes(model: Path, rows: Path) -> Iterator[Any]:
 def test_an_honest_answer_weighs_no_more_than_was_declared(tiny_bert: Path, tmp_path: Path) -> None:
     """Rows are counted without being read: as lines, by a table's own count, otherwise a row a byte."""
     rows = small.write_rows(tmp_path)
-    assert declared(str(rows)) == {"rows": 121, "bytes": rows.stat().st_size} and declared("") == {} == declared(str(tmp_path / "none"))
+    assert declared(str(rows)) == {"rows": 121, "bytes": rows.stat().st_size} and declared(
+        ""
+    ) == {} == declared(str(tmp_path / "none"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.json").write_text(json.dumps(small.rows(9)))
     assert declared(str(tmp_path / "folder"))["rows"] >= 9
     report = declared(str(rows))
     for recipe in recipes(tiny_bert, rows):
         most = heaviest(recipe, report, "train")
-        assert most == {"examples": 121.0, "tokens": most, "equal": 1.0}[recipe.method.weight] or recipe.data.task == "causal-lm"
+        assert (
+            most == {"examples": 121.0, "tokens": most, "equal": 1.0}[recipe.method.weight]
+            or recipe.data.task == "causal-lm"
+        )
         assert most >= {"examples": 120, "tokens": 120 * 9, "equal": 1}[recipe.method.weight]
-    assert heaviest(recipe, {}, "train") == float("inf") == heaviest(recipe, {"rows": -1, "bytes": "x"}, "train")
+    assert (
+        heaviest(recipe, {}, "train") == float("inf") == heaviest(recipe, {"rows": -1, "bytes": "x"}, "train")
+    )

@@ -1,4 +1,5 @@
-"""What `fedtune check` says leaves a site is what passes: every word of a real run on real workers, and nothing beside."""
+"""What `fedtune check` says leaves a site is what passes: every word of a real run on real workers, and
+nothing beside."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedtune.config import method_of
-from fedtune.deploy import carrier
-from fedtune.exchange.intake import Intake
+from fedtune.deploy import transport
+from fedtune.exchange.uploads import Uploads
 from fedtune.runtime.exposure import beside, exposure
 from fedtune.transforms import build
 from fedtune.wire.frame import opened
@@ -18,34 +19,54 @@ from tests import small
 from tests.deploy.inside import FakeGrid, answered, inside
 
 GREETING = {  # key of a report -> how the table calls it
-    "device": "device", "memory": "free memory", "speed": "speed", "disk": "disk", "rows": "rows", "bytes": "bytes of its data", "versions": "versions",
-    "protocol": "versions", "cores": "cores", "devices": "how many it has",
-}  # fmt: skip
+    "device": "device",
+    "memory": "free memory",
+    "speed": "speed",
+    "disk": "disk",
+    "rows": "rows",
+    "bytes": "bytes of its data",
+    "versions": "versions",
+    "protocol": "versions",
+    "cores": "cores",
+    "devices": "how many it has",
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "fedpeft": {"chain": [{"step": "auto"}]},
-    "fedkseed": {"method": {"type": "fedkseed", "size": 64, "estimator": "spsa", "steps": 2, "batch": 4, "lr": 1e-3}},
+    "fedkseed": {
+        "method": {"type": "fedkseed", "size": 64, "estimator": "spsa", "steps": 2, "batch": 4, "lr": 1e-3}
+    },
 }
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES))
-def test_the_table_names_all_that_leaves_a_site(name: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier, "PAUSE", 0.02)
+def test_the_table_names_all_that_leaves_a_site(
+    name: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "PAUSE", 0.02)
     monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
     uploads: list[tuple[str, Any, bytes]] = []
-    take = Intake.take
+    take = Uploads.take
 
-    def taken(self: Intake, upload: Any, pieces: Any) -> Any:
+    def taken(self: Uploads, upload: Any, pieces: Any) -> Any:
         signed = take(self, upload, pieces)
-        uploads.append((upload.envelope.verb, upload.envelope, self.desk.store.read(upload.envelope.payload)))
+        uploads.append(
+            (upload.envelope.verb, upload.envelope, self.server_store.store.read(upload.envelope.payload))
+        )
         return signed
 
-    monkeypatch.setattr(Intake, "take", taken)
+    monkeypatch.setattr(Uploads, "take", taken)
     rows = small.write_rows(tmp_path)
-    plain = {"deploy__data": "sites", "data__labels": sorted(small.WORDS), "rounds": 2}  # no deploy.test: sites score, too
+    plain = {
+        "deploy__data": "sites",
+        "data__labels": sorted(small.WORDS),
+        "rounds": 2,
+    }  # no deploy.test: sites score, too
     with inside(tmp_path, tiny_bert, rows, **plain, **CHANGES[name]) as made:
         own = {"data": str(rows), "model": str(tiny_bert)}
         workers = {101 + n: made.worker(site, **own) for n, site in enumerate(("site-a", "site-b"))}
-        workers[103] = made.worker("site-c", data=str(tmp_path / "none.jsonl"), model=str(tiny_bert))  # a mistake, each time
+        workers[103] = made.worker(
+            "site-c", data=str(tmp_path / "none.jsonl"), model=str(tiny_bert)
+        )  # a mistake, each time
         flower: list[tuple[str, Any]] = []
 
         def instead(node: int, message: Any) -> Any:
@@ -56,12 +77,17 @@ def test_the_table_names_all_that_leaves_a_site(name: str, tiny_bert: Path, tmp_
         made.conduct(FakeGrid(workers, instead))
         method = method_of(made.recipe)
         assert workers[101].built
-        table = {row.verb: row.sees for row in exposure(method, build(made.recipe.chain), workers[101].built[1].bench)}
+        table = {
+            row.verb: row.sees
+            for row in exposure(method, build(made.recipe.chain), workers[101].built[1].tunable)
+        }
     words = beside(", ".join(method.facts.metrics))
     assert words.items() <= table.items()
     # over Flower: greetings and outcomes
     reports = [json.loads(_record(c)) for kind, c in flower if kind == "query.site"]
-    assert reports and all(set(said) == {"nonce", "name", "report"} and set(said["report"]) <= set(GREETING) for said in reports)
+    assert reports and all(
+        set(said) == {"nonce", "name", "report"} and set(said["report"]) <= set(GREETING) for said in reports
+    )
     assert all(word in table["greeting"] for word in GREETING.values())
     outcomes = [dict(c["outcome"]) for kind, c in flower if kind == "train.ticket"]
     assert {frozenset(o) for o in outcomes} == {frozenset({"code", "said"}), frozenset({"code", "number"})}
@@ -73,9 +99,17 @@ def test_the_table_names_all_that_leaves_a_site(name: str, tiny_bert: Path, tmp_
         message, _ = opened(payload)
         figures = {metric.name for metric in message.metrics}
         if verb == "score":
-            assert figures <= {"accuracy", "perplexity", "loss"} and not message.entries and all(word in table["scores"] for word in figures)
+            assert (
+                figures <= {"accuracy", "perplexity", "loss"}
+                and not message.entries
+                and all(word in table["scores"] for word in figures)
+            )
         else:
-            assert figures <= set(method.facts.metrics) and all(figure in table["figures"] for figure in figures) and verb in table
+            assert (
+                figures <= set(method.facts.metrics)
+                and all(figure in table["figures"] for figure in figures)
+                and verb in table
+            )
         known = {
             "version",
             "run",
@@ -94,7 +128,9 @@ def test_the_table_names_all_that_leaves_a_site(name: str, tiny_bert: Path, tmp_
             "digest",
             "entries",
         }
-        assert {field.name for field, _ in message.ListFields()} - known <= {"since"} and "weight" in table["figures"]
+        assert {field.name for field, _ in message.ListFields()} - known <= {"since"} and "weight" in table[
+            "figures"
+        ]
 
 
 def _record(content: Any) -> bytes:

@@ -1,4 +1,5 @@
-"""A hostile site with valid keys at the gate's fleet door, and a program on its machine at the passage: nothing but eleven calls of Flower's comes through,
+"""A hostile site with valid keys at the gate's fleet door, and a program on its machine at the fleet proxy:
+nothing but eleven calls of Flower's comes through,
 each exactly once, each in the bytes that the gate makes."""
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
 from fedtune.deploy.fleet import CALLS, PREFIX, admitted
+from fedtune.deploy.fleet_proxy import NAME, FleetProxy, behind
 from fedtune.deploy.members import NODES, Members
-from fedtune.deploy.passage import NAME, Passage, behind
 from fedtune.errors import FedtuneError, Refused
-from fedtune.exchange.refusal import NoRoom
+from fedtune.exchange.grpc_errors import NoRoom
 from fedtune.exchange.tls import secure_channel
 from fedtune.rng import stream
 from fedtune.wire.v1 import fleet_pb2 as pb
@@ -41,23 +42,36 @@ class Gate:
         self.members = Members(folder)
         self.server = self.federation.start(also=[behind(self.link.address, self.members)], threads=4)
         self.channel = secure_channel(self.federation.sites["site-a"], self.server.address)
-        self._call = self.channel.unary_unary(f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString)
-        self.passage = Passage(self.federation.sites["site-b"], self.server.address)
+        self._call = self.channel.unary_unary(
+            f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString
+        )
+        self.fleet_proxy = FleetProxy(self.federation.sites["site-b"], self.server.address)
 
-    def call(self, method: str = "POST", path: str = PULL, content: bytes = body("pull-messages"), more: list[tuple[str, str]] | None = None) -> str:
+    def call(
+        self,
+        method: str = "POST",
+        path: str = PULL,
+        content: bytes = body("pull-messages"),
+        more: list[tuple[str, str]] | None = None,
+    ) -> str:
         """A code, or "" where the call passed."""
         self.members._members.clear()  # these are not about rates
         given = [*headers().items(), *(more or [])]
         try:
-            request = pb.FleetRequest(method=method, path=path, headers=[pb.FleetHeader(name=n, value=v) for n, v in given], body=content)
+            request = pb.FleetRequest(
+                method=method,
+                path=path,
+                headers=[pb.FleetHeader(name=n, value=v) for n, v in given],
+                body=content,
+            )
             self._call(request, timeout=PATIENCE)
         except grpc.RpcError as error:
             return str(error.details())[:4]
         return ""
 
     def raw(self, data: bytes) -> bytes:
-        """To the site's passage, as a program of its machine would."""
-        host, _, port = self.passage.address.partition(":")
+        """To the site's fleet proxy, as a program of its machine would."""
+        host, _, port = self.fleet_proxy.address.partition(":")
         with socket.create_connection((host, int(port)), 10) as call:
             call.sendall(data)
             call.settimeout(0.4)
@@ -70,10 +84,10 @@ class Gate:
         return got
 
     def close(self) -> None:
-        self.passage.close()
+        self.fleet_proxy.close()
         self.channel.close()
         self.server.stop(0)
-        self.federation.desk.close()
+        self.federation.server_store.close()
         self.link.close()
 
 
@@ -129,12 +143,17 @@ def test_a_request_in_a_request_is_one_request(more: list[tuple[str, str]], gate
     head = bytes(gate.link.streams[-1]).partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")[1:]
     names = [line.partition(":")[0] for line in head]
     assert sorted(names) == sorted({*headers(), "host", "content-length", "connection", "accept-encoding"})
-    assert gate.call(content=body("pull-messages") + START, more=more) in ("W601", "W606")  # what follows a body is no part of it
+    assert gate.call(content=body("pull-messages") + START, more=more) in (
+        "W601",
+        "W606",
+    )  # what follows a body is no part of it
 
 
 @pytest.mark.parametrize("name", ["flwr-timestamp", "Flwr-Timestamp", "FLWR-SIGNATURE", "flwr-public-key"])
 @pytest.mark.parametrize("value", ["x\r\nTransfer-Encoding: chunked", "x\n", "\x00", "é", "x" * 600, "again"])
-def test_a_header_of_flowers_that_stands_twice_or_holds_control_characters_is_refused(name: str, value: str, gate: Gate) -> None:
+def test_a_header_of_flowers_that_stands_twice_or_holds_control_characters_is_refused(
+    name: str, value: str, gate: Gate
+) -> None:
     before = len(gate.link.streams)
     assert gate.call(more=[(name, value)]) == "W601" and len(gate.link.streams) == before
 
@@ -180,16 +199,26 @@ def test_no_other_path_and_no_other_method(method: str, path: str, gate: Gate) -
 
 
 CRAFTED = {
-    "more replies than one": PushMessagesRequest(node=NODE, messages_list=[REQUESTS["push-messages"].messages_list[0]] * 2),
-    "a tree without an end": PushMessagesRequest(node=NODE, message_object_trees=[{"object_id": HASH, "children": [{"object_id": HASH}] * 5}]),
-    "a name that is no hash": PushMessagesRequest(node=NODE, message_object_trees=[{"object_id": "../" + "a" * 61}]),
+    "more replies than one": PushMessagesRequest(
+        node=NODE, messages_list=[REQUESTS["push-messages"].messages_list[0]] * 2
+    ),
+    "a tree without an end": PushMessagesRequest(
+        node=NODE, message_object_trees=[{"object_id": HASH, "children": [{"object_id": HASH}] * 5}]
+    ),
+    "a name that is no hash": PushMessagesRequest(
+        node=NODE, message_object_trees=[{"object_id": "../" + "a" * 61}]
+    ),
 }
 
 
 @pytest.mark.parametrize("what", sorted(CRAFTED))
 def test_what_flower_would_unfold_is_bounded(what: str, gate: Gate) -> None:
     before = len(gate.link.streams)
-    assert gate.call(path=PREFIX + "push-messages", content=CRAFTED[what].SerializeToString()) in ("W601", "W606") and len(gate.link.streams) == before
+    assert (
+        gate.call(path=PREFIX + "push-messages", content=CRAFTED[what].SerializeToString())
+        in ("W601", "W606")
+        and len(gate.link.streams) == before
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,9 +238,18 @@ def test_objects_of_other_types_and_of_many_parts_are_refused(content: bytes, ga
     """231 KB of array chunks became 4 GB in the run's process."""
     import hashlib
 
-    said = type(REQUESTS["push-object"])(node=NODE, run_id=RUN, object_id=hashlib.sha256(content).hexdigest(), object_content=content, session_id="s")
+    said = type(REQUESTS["push-object"])(
+        node=NODE,
+        run_id=RUN,
+        object_id=hashlib.sha256(content).hexdigest(),
+        object_content=content,
+        session_id="s",
+    )
     before = len(gate.link.streams)
-    assert gate.call(path=PREFIX + "push-object", content=said.SerializeToString()) in ("W601", "W606") and len(gate.link.streams) == before
+    assert (
+        gate.call(path=PREFIX + "push-object", content=said.SerializeToString()) in ("W601", "W606")
+        and len(gate.link.streams) == before
+    )
     lying = type(said)(node=NODE, run_id=RUN, object_id="0" * 64, object_content=CONTENT)
     assert gate.call(path=PREFIX + "push-object", content=lying.SerializeToString()) == "W601"
 
@@ -246,7 +284,8 @@ def test_requests_behind_one_another_are_each_judged(gate: Gate) -> None:
 
 
 def fuzz(gate: Gate, rounds: int, seed: int) -> int:
-    """Mutated requests at both doors; whatever arrives behind them is whole, plain, and one of the calls. Returns how many did."""
+    """Mutated requests at both doors; whatever arrives behind them is whole, plain, and one of the calls.
+    Returns how many did."""
     draw = stream("smuggling", seed)
     pieces = [
         b"\r\n",
@@ -309,7 +348,9 @@ def fuzz(gate: Gate, rounds: int, seed: int) -> int:
         gate.members._members.clear()
     for held in gate.link.streams[before:]:
         found, whole = requests_in(bytes(held))
-        assert whole and len(found) == 1 and found[0] in {f"POST {PREFIX}{name} HTTP/1.1" for name in CALLS}, bytes(held)
+        assert (
+            whole and len(found) == 1 and found[0] in {f"POST {PREFIX}{name} HTTP/1.1" for name in CALLS}
+        ), bytes(held)
     return len(gate.link.streams) - before
 
 
@@ -340,7 +381,8 @@ def test_shapes_refuse_what_flowers_own_reader_takes() -> None:
     assert np.isfinite(draw.random())
 
 
-# --- one node a member -------------------------------------------------------------------------------------------------
+# --- one node a member
+# -------------------------------------------------------------------------------------------------
 
 
 def call_of(name: str, key: bytes = b"key", node: int = 5, **more: object) -> object:
@@ -370,7 +412,9 @@ def test_a_member_has_one_node_and_no_other_members_node(tmp_path: Path) -> None
     members.admit("site-a", call_of("pull-messages", b"two", 6))  # a SuperNode that was started again
     with pytest.raises(FedtuneError, match="E806"):
         members.admit("site-a", call_of("pull-messages", b"one", 5))
-    assert Members(tmp_path)._members.keys() == {"site-a"} and (tmp_path / NODES).exists()  # a gate that was started again knows it, too
+    assert (
+        Members(tmp_path)._members.keys() == {"site-a"} and (tmp_path / NODES).exists()
+    )  # a gate that was started again knows it, too
     Members(tmp_path).admit("site-a", call_of("pull-messages", b"two", 6))
 
 
@@ -397,7 +441,10 @@ def test_a_clock_that_flower_would_refuse_is_named(gate: Gate) -> None:
     for ahead, word in ((20.0, "20 s ahead"), (-400.0, "400 s behind"), (10.0, "10 s ahead")):
         given = [pb.FleetHeader(name=n, value=v) for n, v in headers(ahead=ahead).items()]
         with pytest.raises(grpc.RpcError) as refused:
-            gate._call(pb.FleetRequest(method="POST", path=PULL, headers=given, body=body("pull-messages")), timeout=PATIENCE)
+            gate._call(
+                pb.FleetRequest(method="POST", path=PULL, headers=given, body=body("pull-messages")),
+                timeout=PATIENCE,
+            )
         assert refused.value.details().startswith("T704") and word in refused.value.details()
 
 

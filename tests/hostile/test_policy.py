@@ -28,12 +28,18 @@ def hostile(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield made
 
 
-LINES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # line -> policy, changes of the recipe, of the ticket, what the site says
+# line -> policy, changes of the recipe, of the ticket, what the site says
+LINES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "coordinators": ('coordinators = ["0123456789abcdef"]', {}, {}, "a coordinator with key"),
     "approved_only": ("approved_only = true", {}, {}, "which nobody here has approved"),
     "recipes": (f'recipes = ["{"0" * 64}"]', {}, {}, "which nobody here has approved"),
     "methods": ('methods = ["fedkseed"]', {}, {}, "method 'fedpeft'"),
-    "adapters": ('adapters = ["lora"]', {"method__adapter": {"kind": "full"}}, {}, "an adapter of kind 'full'"),
+    "adapters": (
+        'adapters = ["lora"]',
+        {"method__adapter": {"kind": "full"}},
+        {},
+        "an adapter of kind 'full'",
+    ),
     "models": ('models = ["org/other"]', {}, {}, "base model"),
     "require": ('require = ["sign"]', {}, {}, "a message chain without 'sign'"),
     "verbs": ('verbs = ["importance"]', {}, {}, "the verb 'train'"),
@@ -41,7 +47,12 @@ LINES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # line ->
     "min_rows": ("min_rows = 1000", {}, {}, "rows that train"),
     "min_rows by default": ("", {"data__limit": 1, "data__client_test_share": 0.0}, {}, "1 rows that train"),
     "min_rows by a share": ("", {"data__client_test_share": 0.99}, {}, "1 rows that train"),
-    "min_examples by default": ("", {"method__train__steps": 1, "method__train__batch": 1}, {}, "an update of 1 examples"),
+    "min_examples by default": (
+        "",
+        {"method__train__steps": 1, "method__train__batch": 1},
+        {},
+        "an update of 1 examples",
+    ),
     "min_examples": ("min_examples = 9", {}, {}, "an update of 8 examples"),
     "min_members": ("min_members = 3", {}, {}, "a round of 1 members"),
     "max_rounds": ("max_rounds = 10", {"rounds": 11}, {}, "a run of 11 rounds"),
@@ -49,7 +60,7 @@ LINES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # line ->
     "bytes_a_day": ("bytes_a_day = 1_048_600", {}, {}, "bytes in 24 hours"),
     "update_bytes": ("update_bytes = 1000", {}, {}, "updates of up to 1048576 bytes"),
     "hours": (f'hours = "{(HERE + 2) % 24:02}-{(HERE + 3) % 24:02}"', {}, {}, "expected work from"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", sorted(LINES))
@@ -65,7 +76,7 @@ def test_a_line_holds(line: str, hostile: Taken, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("fedtune.deploy.worker.respond", lambda *args: trained.append(args))
     base = "" if line.startswith(("min_rows", "scores")) else "b" * 64
     if line.startswith("min_rows"):  # as the coordinator would know it
-        worker.world(read(recipe := hostile.recipe(**changes)), *world_of(worker, recipe))
+        worker.workspace(read(recipe := hostile.recipe(**changes)), *workspace_of(worker, recipe))
         base = worker.built[2].base  # type: ignore[index]
     said = hostile.asks(worker, hostile.recipe(**changes), base=base, **about)
     here = [event.text for event in hostile.made.told["site-a"] if isinstance(event, Noted)]
@@ -78,7 +89,7 @@ def read(tree: dict[str, Any]) -> config.Recipe:
     return config.Recipe.model_validate_json(json.dumps(tree))
 
 
-def world_of(worker: Any, recipe: Any) -> tuple[Any, Any]:
+def workspace_of(worker: Any, recipe: Any) -> tuple[Any, Any]:
     from fedtune.deploy.sites import Details
 
     return worker.own(read(recipe)), Details(json.dumps(recipe), 0, 1, (0,), 0, True, {})
@@ -88,22 +99,30 @@ def test_every_line_of_a_policy_is_tried() -> None:
     assert {name.split()[0] for name in LINES} == set(Policy.model_fields)
 
 
-def test_what_a_policy_names_may_be_done(hostile: Taken, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same ticket, with everything named: it fails for its base model only, which this coordinator made up."""
+def test_what_a_policy_names_may_be_done(
+    hostile: Taken, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same ticket, with everything named: it fails for its base model only, which this coordinator made
+    up."""
     recipe = hostile.recipe(chain=[{"step": "sign", "error_feedback": False}])
     worker = hostile.worker()
     fingerprint = read(recipe).fingerprint
     key = hostile.identity.peer.key
     (tmp_path / "policy.toml").write_text(
-        f'coordinators = ["{key[:16]}"]\nrecipes = ["{fingerprint}"]\nmethods = ["fedpeft"]\nadapters = ["lora"]\nrequire = ["sign"]\nverbs = ["train"]\n'
-        f'models = ["{hostile.model}"]\nmin_rows = 50\nmin_examples = 8\nmax_rounds = 3\nanswers_a_day = 1\nbytes_a_day = 2_000_000\nupdate_bytes = 1048576\n'
+        f'coordinators = ["{key[:16]}"]\nrecipes = ["{fingerprint}"]\nmethods = ["fedpeft"]\nadapters = '
+        '["lora"]\nrequire = ["sign"]\nverbs = ["train"]\n'
+        f'models = ["{hostile.model}"]\nmin_rows = 50\nmin_examples = 8\nmax_rounds = 3\nanswers_a_day = '
+        "1\nbytes_a_day = 2_000_000\nupdate_bytes = 1048576\n"
         'hours = "00-24"\n'
     )
     worker = hostile.worker(policy=str(tmp_path / "policy.toml"))
     assert hostile.asks(worker, recipe)["code"] == "W604"
     (tmp_path / "policy.toml").write_text("approved_only = true\n")
     worker = hostile.worker(policy=str(tmp_path / "policy.toml"))
-    plain, named = hostile.recipe(), {"data__labels": sorted(small.WORDS), "deploy__sites": list(SITES), "model__name": "org/model"}
+    plain, named = (
+        hostile.recipe(),
+        {"data__labels": sorted(small.WORDS), "deploy__sites": list(SITES), "model__name": "org/model"},
+    )
     tree = small.tree(hostile.model, hostile.rows, data__path="elsewhere.jsonl", **named)
     assert hostile.asks(worker, plain)["code"] == "F507"
     (tmp_path / "recipe.toml").write_text(toml(tree))
@@ -119,11 +138,20 @@ def toml(tree: dict[str, Any]) -> str:
 
 
 def test_hours_days_and_examples(tmp_path: Path, tiny_bert: Path) -> None:
-    assert within("20-06", 23) and within("20-06", 5) and not within("20-06", 6) and within("08-17", 8) and not within("08-17", 17) and within("00-24", 23)
+    assert (
+        within("20-06", 23)
+        and within("20-06", 5)
+        and not within("20-06", 6)
+        and within("08-17", 8)
+        and not within("08-17", 17)
+        and within("00-24", 23)
+    )
     note_sent(tmp_path, at=100.0, bytes=7)
     note_sent(tmp_path, at=200.0, bytes=8)
     assert sent_since(tmp_path, 150.0) == (8,) and sent_since(tmp_path / "none", 0) == ()
     recipe = small.recipe(tiny_bert, tmp_path / "x.jsonl")
     assert examples_of(recipe, 120) == 8 and examples_of(recipe, 3) == 3
-    epochs = small.recipe(tiny_bert, tmp_path / "x.jsonl", method__train={"steps": 0, "epochs": 2, "batch": 1, "lr": 0.1})
+    epochs = small.recipe(
+        tiny_bert, tmp_path / "x.jsonl", method__train={"steps": 0, "epochs": 2, "batch": 1, "lr": 0.1}
+    )
     assert examples_of(epochs, 120) == 120

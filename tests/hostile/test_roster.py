@@ -1,4 +1,5 @@
-"""A stolen key of the coordinator is no longer good at a site that has the authority's newer list, and no older list brings it back."""
+"""A stolen key of the coordinator is no longer good at a site that has the authority's newer list, and no
+older list brings it back."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedtune.cli import main
+from fedtune.deploy.fleet_proxy import FleetProxy, behind
 from fedtune.deploy.members import Members
-from fedtune.deploy.passage import Passage, behind
 from fedtune.errors import FedtuneError
 from fedtune.trust import load
 from fedtune.trust.authority import create, open_authority, revoke
@@ -58,12 +59,28 @@ def test_an_older_or_a_forged_list_is_not_taken(tmp_path: Path) -> None:
     made.issue("site-b", 30)
     newer = path.read_bytes()
     version = version_of(path)
-    assert pin(home, newer, site.authority, "hospitals", 0) == version == read(older, site.authority, "hospitals").version + 1
-    assert pin(home, older, site.authority, "hospitals", version) == version and (home / FILE).read_bytes() == newer
+    assert (
+        pin(home, newer, site.authority, "hospitals", 0)
+        == version
+        == read(older, site.authority, "hospitals").version + 1
+    )
+    assert (
+        pin(home, older, site.authority, "hospitals", version) == version
+        and (home / FILE).read_bytes() == newer
+    )
     known = pinned([site.folder, home], site.authority, "hospitals")
-    assert known and known.version == version and set(known.members.values()) == {"coordinator", "site-a", "site-b"}
+    assert (
+        known
+        and known.version == version
+        and set(known.members.values()) == {"coordinator", "site-a", "site-b"}
+    )
     other = create(tmp_path / "other", "hospitals", ["localhost"], 30)
-    for forged in ((other.place("coordinator") / FILE).read_bytes(), newer.replace(b"A", b"B", 3), b"", b"{}"):
+    for forged in (
+        (other.place("coordinator") / FILE).read_bytes(),
+        newer.replace(b"A", b"B", 3),
+        b"",
+        b"{}",
+    ):
         with pytest.raises(FedtuneError, match=r"T70[27]"):
             pin(home, forged, site.authority, "hospitals", version)
     with pytest.raises(FedtuneError, match="T705"):
@@ -82,28 +99,40 @@ def test_the_list_reaches_a_site_with_its_ordinary_calls(tmp_path: Path) -> None
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(listed, federation.sites["site-a"].folder / FILE)
-    passage = Passage(federation.sites["site-a"], gate.address, home=home)
+    fleet_proxy = FleetProxy(federation.sites["site-a"], gate.address, home=home)
     try:
-        before = passage.members
+        before = fleet_proxy.members
         for _ in range(2):
-            passage.pass_on("POST", "/v1/fleet/pull-messages", list(headers().items()), body("pull-messages"))
+            fleet_proxy.pass_on(
+                "POST", "/v1/fleet/pull-messages", list(headers().items()), body("pull-messages")
+            )
         assert not (home / FILE).exists()
         assert open_authority(federation.authority.folder).publish(30) == before + 1
-        passage.pass_on("POST", "/v1/fleet/pull-messages", list(headers().items()), body("pull-messages"))
-        assert passage.members == before + 1 and (home / FILE).read_bytes() == listed.read_bytes()
+        fleet_proxy.pass_on("POST", "/v1/fleet/pull-messages", list(headers().items()), body("pull-messages"))
+        assert fleet_proxy.members == before + 1 and (home / FILE).read_bytes() == listed.read_bytes()
         assert b"fedtune-members" not in bytes(link.streams[-1])  # Flower never sees it
     finally:
-        passage.close()
+        fleet_proxy.close()
         gate.stop(0)
-        federation.desk.close()
+        federation.server_store.close()
         link.close()
 
 
-def test_a_revocation_is_published_where_the_authority_is_at_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_revocation_is_published_where_the_authority_is_at_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = tmp_path / "keys"
     create(keys, "hospitals", ["localhost"], 30).issue("site-a", 30)
     before = version_of(keys / "coordinator" / FILE)
-    assert main(["keys", "revoke", "site-a", "--keys", str(keys)]) == 0 and f"version {before + 1} " in capsys.readouterr().out
+    assert (
+        main(["keys", "revoke", "site-a", "--keys", str(keys)]) == 0
+        and f"version {before + 1} " in capsys.readouterr().out
+    )
     shutil.move(keys / "authority", tmp_path / "offline")
     create(tmp_path / "k2", "hospitals", ["localhost"], 30)
-    assert "site-a" not in read((keys / "coordinator" / FILE).read_bytes(), load(keys / "coordinator").authority, "hospitals").members.values()
+    assert (
+        "site-a"
+        not in read(
+            (keys / "coordinator" / FILE).read_bytes(), load(keys / "coordinator").authority, "hospitals"
+        ).members.values()
+    )

@@ -1,4 +1,5 @@
-"""Nobody holds up the others: not a member that was shut out or has left, not a node that was made up, not a connection that says nothing."""
+"""Nobody holds up the others: not a member that was shut out or has left, not a node that was made up, not a
+connection that says nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy import carrier
+from fedtune.deploy import transport
 from fedtune.deploy.members import NODES
 from fedtune.exchange.tls import SERVER_OPTIONS
 from fedtune.trust.authority import revoke
@@ -22,9 +23,9 @@ from tests.exchange.federation import Federation
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier, "AGAIN", 0.3)
-    monkeypatch.setattr(carrier, "PAUSE", 0.02)
-    monkeypatch.setattr(carrier, "GRACE", 0.5)
+    monkeypatch.setattr(transport, "AGAIN", 0.3)
+    monkeypatch.setattr(transport, "PAUSE", 0.02)
+    monkeypatch.setattr(transport, "GRACE", 0.5)
     monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
 
 
@@ -59,26 +60,44 @@ def test_a_revoked_member_is_out_now(tiny_bert: Path, data: Path, tmp_path: Path
         began = time.monotonic()
         made.conduct(FakeGrid(made.workers(), instead))
         assert time.monotonic() < began + 120
-        assert outcomes(made.folder) == {(1, 0): "ok", (1, 1): "T706", (1, 2): "ok", (2, 0): "ok", (2, 1): "T706", (2, 2): "ok"}
+        assert outcomes(made.folder) == {
+            (1, 0): "ok",
+            (1, 1): "T706",
+            (1, 2): "ok",
+            (2, 0): "ok",
+            (2, 1): "T706",
+            (2, 2): "ok",
+        }
         assert "'site-b' has no valid key" in notes(made.folder)[0]
 
 
-def test_a_member_that_stays_away_is_asked_and_not_waited_for_and_comes_back_by_itself(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_member_that_stays_away_is_asked_and_not_waited_for_and_comes_back_by_itself(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     """Two rounds cost their deadline; the others nothing. In round 5 it answers again, and counts."""
     with inside(tmp_path, tiny_bert, data, rounds=6, deploy__deadline=4.0, **MEMORY) as made:
         made.conduct(grid := FakeGrid(made.workers(), silent_from(102, 1, 5)))
         got = [outcomes(made.folder)[number, 1] for number in range(1, 7)]
         assert got == ["F503"] * 4 + ["ok", "ok"] and grid.pushed.count((102, "train.ticket")) == 6
-        assert "no answer within 4 s" in notes(made.folder)[1] and "no answer to the last 3 questions" in notes(made.folder)[2]
+        assert (
+            "no answer within 4 s" in notes(made.folder)[1]
+            and "no answer to the last 3 questions" in notes(made.folder)[2]
+        )
 
 
-def test_where_nobody_answers_everybody_is_waited_for(tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nobody_answers_everybody_is_waited_for(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fedtune.errors import FedtuneError
 
     with inside(tmp_path, tiny_bert, data, rounds=1, deploy__deadline=2.0, **MEMORY) as made:
         began = time.monotonic()
         with pytest.raises(FedtuneError, match="R405"):
-            made.conduct(FakeGrid(made.workers(), lambda node, m: None if m.metadata.message_type == "train.ticket" else ...))
+            made.conduct(
+                FakeGrid(
+                    made.workers(), lambda node, m: None if m.metadata.message_type == "train.ticket" else ...
+                )
+            )
         assert time.monotonic() > began + 2.0
 
 
@@ -87,10 +106,14 @@ def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_pa
     with inside(tmp_path, tiny_bert, data, rounds=1, **MEMORY) as made:
         workers = made.workers()
         home = made.root / "runs" / ".coordinator"
-        (home / NODES).write_text('{"site-a": ["k1", 101], "site-b": ["k2", 102], "site-c": ["k3", 103], "stranger": ["k4", 7]}')
+        (home / NODES).write_text(
+            '{"site-a": ["k1", 101], "site-b": ["k2", 102], "site-c": ["k3", 103], "stranger": ["k4", 7]}'
+        )
         grid = FakeGrid(workers | dict.fromkeys(range(1000, 2000), workers[101]) | {7: workers[101]})
         made.conduct(grid)
-        assert {node for node, _ in grid.pushed} == {101, 102, 103} and set(outcomes(made.folder).values()) == {"ok"}
+        assert {node for node, _ in grid.pushed} == {101, 102, 103} and set(
+            outcomes(made.folder).values()
+        ) == {"ok"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""A hostile coordinator's tickets: no word of them becomes a path, no recipe says what is read at a site, and whatever is new to a site is a sentence."""
+"""A hostile coordinator's tickets: no word of them becomes a path, no recipe says what is read at a site, and
+whatever is new to a site is a sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def hostile(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def files(root: Path) -> dict[str, bytes]:
     """All that lies under a folder, but for what a site says of its own work."""
     own = ("worker.jsonl", "errors", "lock")
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and not set(path.parts) & set(own)}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not set(path.parts) & set(own)
+    }
 
 
 WORDS = [
@@ -62,11 +67,15 @@ def test_no_word_of_a_ticket_becomes_a_path(field: str, word: str, hostile: Take
     said = hostile.asks(worker, **{field: word})
     assert said["code"] in ("W601", "W602", "W604", "W606", "E806", "F507", "M301", "E801", "E803"), said
     after = files(hostile.made.root)
-    assert after.keys() >= before.keys() and all(after[name] == content for name, content in before.items() if "sequence" not in name)
+    assert after.keys() >= before.keys() and all(
+        after[name] == content for name, content in before.items() if "sequence" not in name
+    )
     assert not {name for name in after.keys() - before.keys() if not name.startswith("home-site-a/")}
 
 
-@pytest.mark.parametrize("about", [{"round": 1 << 63}, {"given_size": 1 << 63}, {"budget": (1 << 64) - 1}, {"attempt": 1 << 63}])
+@pytest.mark.parametrize(
+    "about", [{"round": 1 << 63}, {"given_size": 1 << 63}, {"budget": (1 << 64) - 1}, {"attempt": 1 << 63}]
+)
 def test_numbers_of_a_ticket_are_bounded(about: dict[str, int], hostile: Taken) -> None:
     assert hostile.asks(hostile.worker(), **about)["code"] == "W606"
 
@@ -111,7 +120,8 @@ def test_a_name_that_has_no_form_cannot_be_made(make: Any) -> None:
             make(word)
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------
+# --- rows
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_recipe_cannot_name_rows_at_a_site(hostile: Taken, tmp_path: Path) -> None:
@@ -129,7 +139,17 @@ def test_a_recipe_cannot_name_rows_at_a_site(hostile: Taken, tmp_path: Path) -> 
 def test_a_recipe_cannot_name_a_models_folder_at_a_site(hostile: Taken) -> None:
     """Neither to be read, nor to learn whether it is there; `package:` would import what is installed."""
     worker = hostile.worker(model="")
-    names = [str(hostile.model), "/nowhere", "./model", "../model", "~/model", "package:json", "package:tests.tiny/x", "file:///x", "a/b/c"]
+    names = [
+        str(hostile.model),
+        "/nowhere",
+        "./model",
+        "../model",
+        "~/model",
+        "package:json",
+        "package:tests.tiny/x",
+        "file:///x",
+        "a/b/c",
+    ]
     answers = [hostile.asks(worker, hostile.recipe(model__name=name)) for name in names]
     assert {said["code"] for said in answers} == {"F507"}
 
@@ -141,12 +161,18 @@ def test_a_recipe_cannot_have_rows_made_of_what_is_installed(source: str, hostil
     assert hostile.asks(hostile.worker(), recipe)["code"] == "F507"
 
 
-# --- versions -----------------------------------------------------------------------------------------------------------
+# --- versions
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_settings_and_verbs_of_another_version_are_refused_as_that(hostile: Taken) -> None:
     worker = hostile.worker()
-    for recipe in (hostile.recipe(novelty=1), hostile.recipe(method__novelty=1), hostile.recipe(method__type="later"), hostile.recipe(rounds="many")):
+    for recipe in (
+        hostile.recipe(novelty=1),
+        hostile.recipe(method__novelty=1),
+        hostile.recipe(method__type="later"),
+        hostile.recipe(rounds="many"),
+    ):
         assert hostile.asks(worker, recipe)["code"] == "W602"
     assert hostile.asks(worker, verb="mask.open")["code"] == "W602"
     assert hostile.asks(worker, protocol=9)["code"] == "W602"
@@ -157,38 +183,67 @@ def test_a_recipe_of_two_thousand_labels_travels(hostile: Taken) -> None:
 
     labels = [f"a class with a long name, number {number} of two thousand" for number in range(2000)]
     recipe = hostile.recipe(data__labels=labels)
-    about = Ticket(hostile.made.run, 1, "site-a", "train", "", "b" * 64, hostile.given, 1, 1, details=json.dumps({"recipe": json.dumps(recipe)}))  # type: ignore[arg-type]
+    about = Ticket(
+        hostile.made.run,
+        1,
+        "site-a",
+        "train",
+        "",
+        "b" * 64,
+        hostile.given,
+        1,
+        1,
+        details=json.dumps({"recipe": json.dumps(recipe)}),
+    )  # type: ignore[arg-type]
     assert len(json.dumps(recipe)) > 100_000
-    assert ticket.read(ticket.write(about, hostile.identity), hostile.worker().identity).details == about.details
+    assert (
+        ticket.read(ticket.write(about, hostile.identity), hostile.worker().identity).details == about.details
+    )
     assert hostile.asks(hostile.worker(), recipe, verb="none")["code"] == "W602"
 
 
-# --- the code -----------------------------------------------------------------------------------------------------------
+# --- the code
+# -----------------------------------------------------------------------------------------------------------
 
-JOINED = {  # file -> what is joined to a path there and is no constant: where it comes from, that it may be a name
+# file -> what is joined to a path there and is no constant: where it comes from, that it may be a name
+JOINED = {
     "deploy/app.py": {"name": "FILES, here"},
-    "deploy/processes.py": {"name": "APPS, here"},
-    "deploy/server.py": {"name": "of a recipe, by the coordinator's operator", "recipe.name or stem": "the same", "f'{name}.log'": "a program of ours"},
+    "deploy/supervisor.py": {"name": "APPS, here"},
+    "deploy/server.py": {
+        "name": "of a recipe, by the coordinator's operator",
+        "recipe.name or stem": "the same",
+        "f'{name}.log'": "a program of ours",
+    },
     "deploy/client.py": {"f'{name}.log'": "a program of ours"},
     "deploy/worker.py": {"about.run": "RunName, checked where a ticket is made"},
     "exchange/cache.py": {"sha256": "Sha256", "newest": "Sha256", "f'{sha256}.part'": "Sha256"},
-    "exchange/store.py": {
-        "sha256": "Sha256", "name": "three folders, here", "f'{short(run)}-{round:08d}-{client}-{envelope[:32]}.part'": "hashes and a MemberName",
+    "exchange/objects.py": {
+        "sha256": "Sha256",
+        "name": "three folders, here",
+        "f'{short(run)}-{round:08d}-{client}-{envelope[:32]}.part'": "hashes and a MemberName",
     },
-    "exchange/spool.py": {
+    "exchange/outbox.py": {
         f"f'{{{name}}}.{end}'": "a hash that is made here"
-        for name, ends in {"name": ("update", "envelope"), "finished.name": ("receipt", "refused"), "name_of(ticket)": ("receipt",)}.items()
+        for name, ends in {
+            "name": ("update", "envelope"),
+            "finished.name": ("receipt", "refused"),
+            "name_of(ticket)": ("receipt",),
+        }.items()
         for end in ends
     },
     "trust/authority.py": {"name": "checked(): the form of a member's name", "file": "four files, here"},
-}  # fmt: skip
+}
 
 
 def joins(path: Path) -> Iterator[str]:
     """What is joined to a path by `/` or `joinpath` and is neither a text nor a constant's name."""
     for node in ast.walk(ast.parse(path.read_text())):
         found = [node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else []
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("joinpath", "with_name"):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("joinpath", "with_name")
+        ):
             found = [*node.args] if node.func.attr == "joinpath" else []
         for part in found:
             plain = (
@@ -206,5 +261,9 @@ def test_whatever_is_joined_to_a_path_is_known_to_be_a_name(room: str) -> None:
     numbers = {"self.counts", "weight", "total", "2"}  # a division of numbers
     for path in sorted((ROOT / room).glob("*.py")):
         known = JOINED.get(f"{room}/{path.name}", {})
-        new = {part for part in joins(path) if part not in known and part not in numbers and not part.startswith(("1024", "len("))}
+        new = {
+            part
+            for part in joins(path)
+            if part not in known and part not in numbers and not part.startswith(("1024", "len("))
+        }
         assert not new, f"{room}/{path.name}: {new}"

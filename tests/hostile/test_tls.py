@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.processes import environment
+from fedtune.deploy.supervisor import environment
 from fedtune.exchange import ExchangeClient
-from fedtune.exchange.probe import context
+from fedtune.exchange.tls_diagnosis import context
 from fedtune.trust import load
 from fedtune.trust.authority import create
 
@@ -24,8 +24,17 @@ class Gate:
     def __init__(self, root: Path) -> None:
         made = create(root / "keys", "hospitals", ["localhost"], 30)
         self.site = load(made.issue("site-a", 30))
-        command = [sys.executable, "-m", "tests.exchange.serving", str(root / "exchange"), str(made.place("coordinator")), "0"]
-        self.process = subprocess.Popen(command, env=environment(root / "flower"), stdout=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "tests.exchange.serving",
+            str(root / "exchange"),
+            str(made.place("coordinator")),
+            "0",
+        ]
+        self.process = subprocess.Popen(
+            command, env=environment(root / "flower"), stdout=subprocess.PIPE, text=True
+        )
         assert self.process.stdout
         self.address = self.process.stdout.readline().strip()
 
@@ -46,7 +55,10 @@ def spoken(gate: Gate, version: ssl.TLSVersion, ciphers: str = "") -> str:
         own.set_ciphers(ciphers)
     port = int(gate.address.rpartition(":")[2])
     try:
-        with socket.create_connection(("localhost", port), 10) as plain, own.wrap_socket(plain, server_hostname="localhost") as secure:
+        with (
+            socket.create_connection(("localhost", port), 10) as plain,
+            own.wrap_socket(plain, server_hostname="localhost") as secure,
+        ):
             return str(secure.version()) if secure.recv(1) else ""
     except (ssl.SSLError, OSError):
         return ""
@@ -59,6 +71,9 @@ def test_one_version(gate: Gate, tmp_path: Path) -> None:
     client.close()
 
 
-@pytest.mark.parametrize("ciphers", ["", "ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE+AESGCM", "ALL:@SECLEVEL=0", "ECDHE-RSA-AES128-GCM-SHA256"])
+@pytest.mark.parametrize(
+    "ciphers",
+    ["", "ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE+AESGCM", "ALL:@SECLEVEL=0", "ECDHE-RSA-AES128-GCM-SHA256"],
+)
 def test_no_other(ciphers: str, gate: Gate) -> None:
     assert spoken(gate, ssl.TLSVersion.TLSv1_2, ciphers) == ""

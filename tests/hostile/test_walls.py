@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.deploy.jail import restrict
-from fedtune.deploy.processes import JAIL, bare
+from fedtune.deploy.sandbox import restrict
+from fedtune.deploy.supervisor import JAIL, bare
 from fedtune.deploy.walls import walls
 from fedtune.trust.authority import create
 
-LANDLOCK = subprocess.run([sys.executable, "-SE", str(JAIL), "{}", str(os.getpid()), "true"], capture_output=True, check=False).stderr.find(b"cannot keep") < 0
+LANDLOCK = (
+    subprocess.run(
+        [sys.executable, "-SE", str(JAIL), "{}", str(os.getpid()), "true"], capture_output=True, check=False
+    ).stderr.find(b"cannot keep")
+    < 0
+)
 pytestmark = pytest.mark.skipif(not LANDLOCK, reason="a kernel without Landlock")
 
 
@@ -23,7 +28,12 @@ pytestmark = pytest.mark.skipif(not LANDLOCK, reason="a kernel without Landlock"
 def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("site")
     made = create(root / "authority", "hospitals", ["localhost"], 30)
-    paths = {"keys": made.issue("site-a", 30), "data": root / "rows.jsonl", "home": root / "home", "policy": root / "policy.toml"}
+    paths = {
+        "keys": made.issue("site-a", 30),
+        "data": root / "rows.jsonl",
+        "home": root / "home",
+        "policy": root / "policy.toml",
+    }
     paths["data"].write_text("{}\n")
     paths["policy"].write_text("")
     (paths["home"] / "flower").mkdir(parents=True)
@@ -37,11 +47,15 @@ def inside(site: dict[str, Path], code: str, **env: str) -> str:
     flower = site["home"] / "flower"
     rules = json.dumps(walls(flower, [str(site[name]) for name in ("keys", "data", "home", "policy")]))
     command = [sys.executable, "-SE", str(JAIL), rules, str(os.getpid()), sys.executable, "-c", code]
-    done = subprocess.run(command, env=bare(dict(os.environ), flower) | env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=bare(dict(os.environ), flower) | env, capture_output=True, text=True, check=False
+    )
     return done.stdout + done.stderr[-400:]
 
 
-@pytest.mark.parametrize("what", ["keys/key.pem", "keys/signing-key.pem", "data", "policy", "home/spool/sequence"])
+@pytest.mark.parametrize(
+    "what", ["keys/key.pem", "keys/signing-key.pem", "data", "policy", "home/spool/sequence"]
+)
 def test_nothing_of_the_sites_can_be_opened(what: str, site: dict[str, Path]) -> None:
     name, _, below = what.partition("/")
     path = site[name] / below if below else site[name]
@@ -62,17 +76,22 @@ def test_what_they_need_is_there(site: dict[str, Path]) -> None:
     """Flower, our two doors, names of the network, a folder of their own; and no way to become more."""
     flower = site["home"] / "flower"
     code = (
-        "import flwr.clientapp, fedtune.flower.site_app, socket, tempfile, os; socket.getaddrinfo('localhost', 80); "
+        "import flwr.clientapp, fedtune.flower.site_app, socket, tempfile, os; "
+        "socket.getaddrinfo('localhost', 80); "
         f"open(os.path.join({str(flower)!r}, 'x'), 'w').write('x'); "
         f"tempfile.TemporaryFile().write(b'x'); open('/dev/null', 'w').write('x'); print('all there')"
     )
     assert inside(site, code) == "all there\n"
-    assert "Permission" in inside(site, f"print(open('/proc/{os.getpid()}/environ').read())")  # another program's variables, though of the same user
+    assert "Permission" in inside(
+        site, f"print(open('/proc/{os.getpid()}/environ').read())"
+    )  # another program's variables, though of the same user
     status = inside(site, "print(open('/proc/self/status').read())")
     assert "NoNewPrivs:\t1" in status
 
 
-def test_a_checkout_that_holds_keys_too_gives_its_own_files_only(site: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_holds_keys_too_gives_its_own_files_only(
+    site: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(site["keys"].parent))
     rules = walls(site["home"] / "flower", [str(site["keys"])])
     assert str(site["keys"].parent) in rules["list"] and str(site["keys"].parent) not in rules["read"]

@@ -1,4 +1,5 @@
-"""A SuperLink that keeps every byte it is sent, and reads requests as HTTP/1.1 says: what it sees is what Flower's server would see."""
+"""A SuperLink that keeps every byte it is sent, and reads requests as HTTP/1.1 says: what it sees is what
+Flower's server would see."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import threading
 
 
 class Recorder:
-    """Answers every request that it finds in a stream with 200; `streams` holds each connection's bytes, `requests` the request lines in all of them."""
+    """Answers every request that it finds in a stream with 200; `streams` holds each connection's bytes,
+    `requests` the request lines in all of them."""
 
     def __init__(self, answer: bytes = b"") -> None:
         self.answer, self.streams = answer, list[bytearray]()
@@ -32,7 +34,9 @@ class Recorder:
                 stream += data
                 found, whole = requests_in(bytes(stream))
                 for _ in found[told:]:
-                    call.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(self.answer), self.answer))
+                    call.sendall(
+                        b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(self.answer), self.answer)
+                    )
                 told = len(found)
                 assert whole or told == 0, "bytes after a whole request"
 
@@ -45,14 +49,24 @@ class Recorder:
 
 
 def requests_in(stream: bytes) -> tuple[list[str], bool]:
-    """Request lines of the whole requests in a stream, and whether nothing is left over. A line with a length or a coding that is not plain counts, too."""
+    """Request lines of the whole requests in a stream, and whether nothing is left over. A line with a length
+    or a coding that is not plain counts, too."""
     found: list[str] = []
     while b"\r\n\r\n" in stream:
         head, _, rest = stream.partition(b"\r\n\r\n")
         line, *headers = head.split(b"\r\n")
         names = [header.partition(b":")[0].strip().lower() for header in headers]
-        lengths = [int(header.partition(b":")[2]) for header in headers if header.lower().startswith(b"content-length:")]
-        if len(lengths) != 1 or b"transfer-encoding" in names or len(names) != len(set(names)) or any(name != name.strip() for name in names):
+        lengths = [
+            int(header.partition(b":")[2])
+            for header in headers
+            if header.lower().startswith(b"content-length:")
+        ]
+        if (
+            len(lengths) != 1
+            or b"transfer-encoding" in names
+            or len(names) != len(set(names))
+            or any(name != name.strip() for name in names)
+        ):
             found.append("AMBIGUOUS " + line.decode("latin-1"))
             return found, False
         if len(rest) < lengths[0]:

@@ -20,6 +20,6 @@ def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **
 
 def weights(recipe: Recipe, state: State) -> str:
     """SHA-256 of the model that a state means, rebuilt in a new world."""
-    world, link = small.world_of(recipe)
-    link.method.install(state, world.bench)
-    return digest(world.bench.read())
+    workspace, link = small.workspace_of(recipe)
+    link.method.install(state, workspace.tunable)
+    return digest(workspace.tunable.read())

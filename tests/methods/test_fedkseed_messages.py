@@ -1,4 +1,5 @@
-"""FedKSeed: who does not fit is refused, a message has a few hundred bytes, projections, and a model as a file of kilobytes."""
+"""FedKSeed: who does not fit is refused, a message has a few hundred bytes, projections, and a model as a
+file of kilobytes."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from fedtune.cli import main
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import ClientDone, ClientLeftOut, RoundDone
-from fedtune.model.origin import reset
+from fedtune.model.initial_values import reset
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check, rows
+from fedtune.runtime.checkpoints import load_state
 from fedtune.runtime.client_half import respond
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Ask, Carrier, Link
-from fedtune.runtime.states import load_state
-from fedtune.runtime.world import World
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Ask, Link, Transport
+from fedtune.runtime.workspace import Workspace
 from fedtune.schema import Schema
 from fedtune.types import Round, State, Tensors
 from fedtune.wire import EVERYONE, encode_state
@@ -37,24 +38,36 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
-# --- who does not fit is refused ------------------------------------------------------------------------------------------
+# --- who does not fit is refused
+# ------------------------------------------------------------------------------------------
 
 
-def ask_of(recipe: Recipe, world: World, link: Link, state: State) -> Ask:
+def ask_of(recipe: Recipe, workspace: Workspace, link: Link, state: State) -> Ask:
     now = Round(1, recipe.seed, (0,))
-    return Ask(0, "train", now, encode_state(state.shared, link.header("train", EVERYONE, now, Schema.of(state.shared))))
+    return Ask(
+        0,
+        "train",
+        now,
+        encode_state(state.shared, link.header("train", EVERYONE, now, Schema.of(state.shared))),
+    )
 
 
-def test_a_client_with_another_start_scale_or_base_is_refused_with_a_sentence(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_client_with_another_start_scale_or_base_is_refused_with_a_sentence(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny_bert, data)
-    world, link = small.world_of(recipe)
-    ask = ask_of(recipe, world, link, link.method.start(world.bench))
-    respond(link, world.client_with(0, {}), ask)
+    workspace, link = small.workspace_of(recipe)
+    ask = ask_of(recipe, workspace, link, link.method.start(workspace.tunable))
+    respond(link, workspace.client_with(0, {}), ask)
     for changes in ({"lr": 2e-3}, {"clip": 10.0}, {"pool": "independent"}):
-        other, theirs = small.world_of(recipe_of(tiny_bert, data, changes))
-        with pytest.raises(Refused, match=r"W604: found accumulators of other initial values, another pool or another scale"):
+        other, theirs = small.workspace_of(recipe_of(tiny_bert, data, changes))
+        with pytest.raises(
+            Refused, match=r"W604: found accumulators of other initial values, another pool or another scale"
+        ):
             respond(theirs, other.client_with(0, {}), ask)
-    other, theirs = small.world_of(recipe_of(tiny_bert, data, seed=4))  # another seed: other pools, another head
+    other, theirs = small.workspace_of(
+        recipe_of(tiny_bert, data, seed=4)
+    )  # another seed: other pools, another head
     with pytest.raises(Refused, match="W604"):
         respond(theirs, other.client_with(0, {}), ask)
     with torch.random.fork_rng(devices=[]):
@@ -66,15 +79,17 @@ def test_a_client_with_another_start_scale_or_base_is_refused_with_a_sentence(ti
     with torch.no_grad():
         next(net.parameters())[0, 0] += 1
     net.save_pretrained(tmp_path / "other")
-    other, theirs = small.world_of(recipe_of(tmp_path / "other", data))
+    other, theirs = small.workspace_of(recipe_of(tmp_path / "other", data))
     with pytest.raises(Refused, match=r"W604.*base"):
         respond(theirs, other.client_with(0, {}), ask)
 
 
-def test_a_scalar_that_no_honest_client_sends_is_refused_and_the_run_unharmed(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_scalar_that_no_honest_client_sends_is_refused_and_the_run_unharmed(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny_bert, data)
 
-    def lying(link: Link, world: World) -> Carrier:
+    def lying(link: Link, workspace: Workspace) -> Transport:
         honest_verb = link.method.verbs["train"]
 
         def answer(given: Schema, now: Round) -> Schema:
@@ -83,43 +98,56 @@ def test_a_scalar_that_no_honest_client_sends_is_refused_and_the_run_unharmed(ti
 
         def train(client: Any, given: Tensors, now: Round) -> Any:
             update = honest_verb.work(client, given, now)
-            return replace(update, tensors={"steps": update.tensors["steps"] * 0 + 32000 * int(update.weight)}) if client.id == 2 else update
+            return (
+                replace(update, tensors={"steps": update.tensors["steps"] * 0 + 32000 * int(update.weight)})
+                if client.id == 2
+                else update
+            )
 
         liar_method: Any = WithVerbs(link.method, {"train": replace(honest_verb, work=train, answer=answer)})
 
-        honest = local_carrier(link, world.client, world.done)
-        liar = local_carrier(replace(link, method=liar_method), world.client, world.done)
+        honest = local_transport(link, workspace.client, workspace.done)
+        liar = local_transport(replace(link, method=liar_method), workspace.client, workspace.done)
         return lambda asks: [reply for ask in asks for reply in (liar if ask.client == 2 else honest)([ask])]
 
     _, result, events = small.play(recipe, tmp_path / "a", carry=lying)
     out = [e for e in events if isinstance(e, ClientLeftOut)]
-    assert {(e.client, e.code) for e in out} == {(2, "W603")} and result["left_out"] == 3  # another bound is another schema
+    assert {(e.client, e.code) for e in out} == {(2, "W603")} and result[
+        "left_out"
+    ] == 3  # another bound is another schema
 
-    def without(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
+    def without(link: Link, workspace: Workspace) -> Transport:
+        carry = local_transport(link, workspace.client, workspace.done)
         return lambda asks: [reply for reply in carry(asks) if reply.client != 2]
 
     assert result["state_sha256"] == small.play(recipe, tmp_path / "b", carry=without)[1]["state_sha256"]
 
 
-@pytest.mark.parametrize("changes", [{"lr": 5.0}, {"estimator": "gradient", "train": {"optimizer": "sgd", "lr": 50.0, "steps": 3}}])
-def test_divergence_is_caught_and_named(changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"lr": 5.0}, {"estimator": "gradient", "train": {"optimizer": "sgd", "lr": 50.0, "steps": 3}}]
+)
+def test_divergence_is_caught_and_named(
+    changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny_bert, data, {"steps": 20, **changes})
-    with pytest.raises(FedtuneError, match=r"R408: found a training loss of .* in round \d that began at 1\..*lower method.lr"):
+    with pytest.raises(
+        FedtuneError,
+        match=r"R408: found a training loss of .* in round \d that began at 1\..*lower method.lr",
+    ):
         small.play(recipe, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_client_out(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data)
 
-    def poisoned(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
+    def poisoned(link: Link, workspace: Workspace) -> Transport:
+        carry = local_transport(link, workspace.client, workspace.done)
         real = link.method.rebuild
 
-        def rebuild(bench: Any, given: Tensors) -> None:
-            real(bench, given)
+        def rebuild(tunable: Any, given: Tensors) -> None:
+            real(tunable, given)
             if poisoned_now:
-                bench.parameters()[0].data.fill_(float("nan"))
+                tunable.parameters()[0].data.fill_(float("nan"))
 
         link.method.rebuild = rebuild
 
@@ -135,14 +163,20 @@ def test_a_loss_that_is_not_finite_leaves_the_client_out(tiny_bert: Path, data: 
     poisoned_now: list[int] = []
     _, result, events = small.play(recipe, tmp_path, carry=poisoned)
     out = [e for e in events if isinstance(e, ClientLeftOut)]
-    assert {(e.client, e.code) for e in out} == {(1, "W607")} and result["left_out"] == 3 and "lower method.lr" in out[0].text
+    assert (
+        {(e.client, e.code) for e in out} == {(1, "W607")}
+        and result["left_out"] == 3
+        and "lower method.lr" in out[0].text
+    )
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------------
+# --- what it costs
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_round_costs_under_18_kilobytes(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """The paper's setting, K = 4096 and 200 steps: 17,992 bytes of numbers alone as it counts, at least; whole messages here."""
+    """The paper's setting, K = 4096 and 200 steps: 17,992 bytes of numbers alone as it counts, at least;
+    whole messages here."""
     recipe = recipe_of(tiny_bert, data, {"size": 4096, "steps": 200}, rounds=2, sampling={"count": 1})
     sent = [e for e in small.play(recipe, tmp_path)[2] if isinstance(e, ClientDone)]
     assert len(sent) == 2
@@ -150,15 +184,24 @@ def test_a_round_costs_under_18_kilobytes(tiny_bert: Path, data: Path, tmp_path:
         assert 400 < e.up_bytes < 700 and e.down_bytes < 1200  # the accumulators of 200 directions at most
     assert check(recipe).up_bytes + check(recipe).down_bytes < 17_992  # whatever the accumulators are
     bit = recipe_of(tiny_bert, data, {"size": 4096, "steps": 200, "bits": 1}, rounds=1, sampling={"count": 1})
-    assert [e.up_bytes < 300 for e in small.play(bit, tmp_path / "bit")[2] if isinstance(e, ClientDone)] == [True]
+    assert [e.up_bytes < 300 for e in small.play(bit, tmp_path / "bit")[2] if isinstance(e, ClientDone)] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize("changes", [{}, {"refresh": 1}])
-def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Two of four clients a round, six rounds: some come back after a while. The same model as when everything travels, in fewer bytes."""
+def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(
+    changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Two of four clients a round, six rounds: some come back after a while. The same model as when
+    everything travels, in fewer bytes."""
     many = {"size": 1024, "steps": 40, **changes}
-    _, held, events = small.play(recipe_of(tiny_bert, data, many, rounds=6, sampling={"count": 2}), tmp_path / "a")
-    _, whole_, others = small.play(recipe_of(tiny_bert, data, {**many, "hold": False}, rounds=6, sampling={"count": 2}), tmp_path / "b")
+    _, held, events = small.play(
+        recipe_of(tiny_bert, data, many, rounds=6, sampling={"count": 2}), tmp_path / "a"
+    )
+    _, whole_, others = small.play(
+        recipe_of(tiny_bert, data, {**many, "hold": False}, rounds=6, sampling={"count": 2}), tmp_path / "b"
+    )
     assert held["state_sha256"] == whole_["state_sha256"] and held["left_out"] == 0
     down = {(e.round, e.client): e.down_bytes for e in events if isinstance(e, ClientDone)}
     full = {(e.round, e.client): e.down_bytes for e in others if isinstance(e, ClientDone)}
@@ -167,7 +210,9 @@ def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(changes: 
     assert all(down[key] <= full[key] for key in back) and min(down[key] / full[key] for key in back) < 0.6
 
 
-def test_a_client_that_lost_its_accumulators_is_given_all_in_the_same_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_client_that_lost_its_accumulators_is_given_all_in_the_same_round(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny_bert, data)
 
     _, result, events = small.play(recipe, tmp_path / "a", carry=small.forgetful(1, 3))
@@ -178,39 +223,75 @@ def test_a_client_that_lost_its_accumulators_is_given_all_in_the_same_round(tiny
 
 def test_check_says_what_travels_and_what_is_trained(tiny_bert: Path, data: Path) -> None:
     said = "\n".join(rows(check(recipe_of(tiny_bert, data))))
-    assert "fedkseed / full, hadamard pool of 256" in said and "(100.000 %)" in said and "uses it singly" in said and "spsa: activations" in said
+    assert (
+        "fedkseed / full, hadamard pool of 256" in said
+        and "(100.000 %)" in said
+        and "uses it singly" in said
+        and "spsa: activations" in said
+    )
     pooled = check(recipe_of(tiny_bert, data, {"uplink": "pool", "only": ["*.layer.1.*"]}))
     said = "\n".join(rows(pooled))
-    assert "uses the sum only" in said and "fedkseed / part" in said and pooled.plan.trainable < pooled.plan.total / 2
+    assert (
+        "uses the sum only" in said
+        and "fedkseed / part" in said
+        and pooled.plan.trainable < pooled.plan.total / 2
+    )
 
 
-# --- projections ------------------------------------------------------------------------------------------------------------
+# --- projections
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_with_as_many_directions_as_parameters_a_projection_is_the_update_itself(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """The head has 99 values and the pool 128 orthogonal directions: one round of gradient clients is one round of FedAvg."""
+def test_with_as_many_directions_as_parameters_a_projection_is_the_update_itself(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """The head has 99 values and the pool 128 orthogonal directions: one round of gradient clients is one
+    round of FedAvg."""
     train = {"optimizer": "sgd", "lr": 0.5, "steps": 3, "batch": 4}
-    fine = {"space": "adapter", "adapter": {"kind": "head"}, "size": 128, "lr": 1e-5, "estimator": "gradient", "train": train}
+    fine = {
+        "space": "adapter",
+        "adapter": {"kind": "head"},
+        "size": 128,
+        "lr": 1e-5,
+        "estimator": "gradient",
+        "train": train,
+    }
     recipe = recipe_of(tiny_bert, data, fine, rounds=1)
-    world, link = small.world_of(recipe)
-    start = link.method.start(world.bench)
+    workspace, link = small.workspace_of(recipe)
+    start = link.method.start(workspace.tunable)
     now = Round(1, recipe.seed, (0, 1, 2, 3))
     from fedtune.model.fit import fit
     from fedtune.runtime.cohort import RoundCohort
 
-    got = link.method.round(start, RoundCohort(link, now, local_carrier(link, world.client, world.done), lambda e: None, world.names), now)
-    link.method.install(got, world.bench)
-    tuned = world.bench.read()
+    got = link.method.round(
+        start,
+        RoundCohort(
+            link,
+            now,
+            local_transport(link, workspace.client, workspace.done),
+            lambda e: None,
+            workspace.names,
+        ),
+        now,
+    )
+    link.method.install(got, workspace.tunable)
+    tuned = workspace.tunable.read()
     want = {name: np.zeros(value.shape) for name, value in tuned.items()}
-    total = sum(len(world.train(n)) for n in now.members)
+    total = sum(len(workspace.train(n)) for n in now.members)
     for n in now.members:
-        reset(world.bench)
-        fit(world.bench, world.train(n), recipe.method.train, seed_of("train", recipe.seed, 1, n), progress=(0, 1))
-        for name, value in world.bench.read().items():
-            want[name] += value * (len(world.train(n)) / total)
-    reset(world.bench)
+        reset(workspace.tunable)
+        fit(
+            workspace.tunable,
+            workspace.train(n),
+            recipe.method.train,
+            seed_of("train", recipe.seed, 1, n),
+            progress=(0, 1),
+        )
+        for name, value in workspace.tunable.read().items():
+            want[name] += value * (len(workspace.train(n)) / total)
+    reset(workspace.tunable)
     for name, value in tuned.items():
-        assert float(np.abs(want[name] - world.bench.read()[name]).max()) > 1e-3
+        assert float(np.abs(want[name] - workspace.tunable.read()[name]).max()) > 1e-3
         np.testing.assert_allclose(value, want[name], atol=1e-5)
 
 
@@ -222,16 +303,22 @@ def test_auto_takes_gradients_where_memory_allows(tiny_bert: Path, data: Path, t
 
 def test_a_masked_space_leaves_the_rest_alone(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_bert, data, {"only": ["*.layer.1.*"]})
-    world, _ = small.world_of(recipe)
-    assert all(".layer.1." in name or name.startswith(("classifier", "bert.pooler")) for name in world.bench.named)
+    workspace, _ = small.workspace_of(recipe)
+    assert all(
+        ".layer.1." in name or name.startswith(("classifier", "bert.pooler"))
+        for name in workspace.tunable.named
+    )
     with pytest.raises(FedtuneError, match="M302"):
-        small.world_of(recipe_of(tiny_bert, data, {"only": ["*.layer.7.*"]}))
+        small.workspace_of(recipe_of(tiny_bert, data, {"only": ["*.layer.7.*"]}))
 
 
-# --- the file of kilobytes ------------------------------------------------------------------------------------------------
+# --- the file of kilobytes
+# ------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_file_rebuilds_the_model_to_the_bit_and_refuses_another_base(tiny_bert: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_seed_file_rebuilds_the_model_to_the_bit_and_refuses_another_base(
+    tiny_bert: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     recipe = recipe_of(tiny_bert, data, {"refresh": 2, "curvature": True})
     folder, _, _ = small.play(recipe, tmp_path)
     left = folder.adapter / "seeds.safetensors"
@@ -240,20 +327,37 @@ def test_a_seed_file_rebuilds_the_model_to_the_bit_and_refuses_another_base(tiny
     file = tmp_path / "seeds" / "seeds.safetensors"
     assert file.read_bytes() == left.read_bytes() and file.stat().st_size < 2 * 4 * 256 + 2500
     assert main(["export", str(folder.path), "--as", "merged", "--to", str(tmp_path / "merged")]) == 0
-    assert main(["export", "--from-seeds", str(file), "--base", str(tiny_bert), "--as", "merged", "--to", str(tmp_path / "rebuilt")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--from-seeds",
+                str(file),
+                "--base",
+                str(tiny_bert),
+                "--as",
+                "merged",
+                "--to",
+                str(tmp_path / "rebuilt"),
+            ]
+        )
+        == 0
+    )
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "rebuilt" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes(), name
     merged = load_file(str(tmp_path / "merged" / "model.safetensors"))
     state, _ = load_state(folder, 3, "")
-    world, link = small.world_of(recipe)
-    link.method.install(state, world.bench)
-    for name, value in world.bench.read().items():
+    workspace, link = small.workspace_of(recipe)
+    link.method.install(state, workspace.tunable)
+    for name, value in workspace.tunable.read().items():
         np.testing.assert_array_equal(merged[name], value)
 
     capsys.readouterr()
     other = tiny.bert(tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["zebra"] = tokenizer["model"]["vocab"].pop("zebra", tokenizer["model"]["vocab"].pop("fox"))
+    tokenizer["model"]["vocab"]["zebra"] = tokenizer["model"]["vocab"].pop(
+        "zebra", tokenizer["model"]["vocab"].pop("fox")
+    )
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     for arguments, code in (
         (["--from-seeds", str(file), "--base", str(other)], "M304"),  # the same weights, another tokenizer
@@ -269,14 +373,34 @@ def test_an_adapters_seeds_rebuild_the_adapter(tiny_bert: Path, data: Path, tmp_
     recipe = recipe_of(tiny_bert, data, {"space": "adapter", "adapter": {"kind": "lora", "rank": 2}})
     folder, _, _ = small.play(recipe, tmp_path)
     assert main(["export", str(folder.path), "--as", "adapter", "--to", str(tmp_path / "a")]) == 0
-    assert main(["export", "--from-seeds", str(folder.adapter), "--base", str(tiny_bert), "--as", "adapter", "--to", str(tmp_path / "b")]) == 0
-    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    assert (
+        main(
+            [
+                "export",
+                "--from-seeds",
+                str(folder.adapter),
+                "--base",
+                str(tiny_bert),
+                "--as",
+                "adapter",
+                "--to",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
 
 
-# --- FedKSeed-Pro -----------------------------------------------------------------------------------------------------------
+# --- FedKSeed-Pro
+# -----------------------------------------------------------------------------------------------------------
 
 
-def test_importance_follows_the_scalars_that_the_server_read(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_importance_follows_the_scalars_that_the_server_read(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny_bert, data, {"importance": True, "size": 32, "steps": 40})
     folder, _, events = small.play(recipe, tmp_path)
     state, _ = load_state(folder, 3, "")
@@ -305,7 +429,9 @@ def test_importance_follows_the_scalars_that_the_server_read(tiny_bert: Path, da
         ({"curvature": True, "refresh": 1, "estimator": "gradient"}, "estimator = 'spsa'"),
     ],
 )
-def test_settings_that_cannot_go_together_are_refused(changes: dict[str, Any], sentence: str, tiny_bert: Path, data: Path) -> None:
+def test_settings_that_cannot_go_together_are_refused(
+    changes: dict[str, Any], sentence: str, tiny_bert: Path, data: Path
+) -> None:
     with pytest.raises(FedtuneError, match="C104") as caught:
         recipe_of(tiny_bert, data, changes)
     assert sentence in str(caught.value)

@@ -1,4 +1,5 @@
-"""Scalars of a walk, on a loss that can be done on paper: L = 3 + 2 a - b, where a and b say how far along two directions the model stands."""
+"""Scalars of a walk, on a loss that can be done on paper: L = 3 + 2 a - b, where a and b say how far along
+two directions the model stands."""
 
 from __future__ import annotations
 
@@ -23,11 +24,15 @@ def model() -> tuple[list[float], Go]:
 def test_two_sided_differences_are_slopes_and_leave_the_way_back() -> None:
     at, go = model()
     loss, found, back = two_sided([0], 0.5, go, lambda: 3 + 2 * at[0] - at[1], [(1, 0.25)])
-    assert (loss, found, back) == (2.75, [2.0], [0.5]) and at == [-0.5, 0.25]  # after what was left of the step before
+    assert (loss, found, back) == (2.75, [2.0], [0.5]) and at == [
+        -0.5,
+        0.25,
+    ]  # after what was left of the step before
 
 
 def test_one_sided_differences_are_divided_by_their_spread() -> None:
-    """Losses 3, then 4 and 2.5 half a unit along each: differences 1 and -0.5, standard deviation 1.5 / root of 2."""
+    """Losses 3, then 4 and 2.5 half a unit along each: differences 1 and -0.5, standard deviation 1.5 / root
+    of 2."""
     at, go = model()
     loss, found, back = one_sided([0, 1], 0.5, go, lambda: 3 + 2 * at[0] - at[1], [])
     assert loss == 3 and at == [0.0, 0.5] and back == [0.0, -0.5]

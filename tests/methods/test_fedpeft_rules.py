@@ -19,12 +19,12 @@ from fedtune.aggregate import RULES, Mean
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientDone, Event, RoundDone
 from fedtune.methods.fedpeft import FedPEFT
-from fedtune.model.ranks import resize, stack, training_only, unstack
+from fedtune.model.lora_ranks import resize, stack, training_only, unstack
 from fedtune.rules import check_single_answers
-from fedtune.runtime.after import export_run
+from fedtune.runtime.checkpoints import Memories, load_state
+from fedtune.runtime.finished import export_run
 from fedtune.runtime.run import run
-from fedtune.runtime.states import Memories, load_state
-from fedtune.runtime.world import build_world
+from fedtune.runtime.workspace import build_workspace
 from fedtune.schema import digest
 from fedtune.transforms import Chain, Transform
 from fedtune.types import Round, State, Tensors
@@ -39,9 +39,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
-def played(model: Path, data: Path, root: Path, rule: str, **more: Any) -> tuple[small.RunFolder, list[Event], dict[str, Any]]:
+def played(
+    model: Path, data: Path, root: Path, rule: str, **more: Any
+) -> tuple[small.RunFolder, list[Event], dict[str, Any]]:
     own = {key: more.pop(key) for key in ("extra", "faulty", "by", "bound") if key in more}
-    folder, result, events = small.play(small.recipe(model, data, aggregate={"rule": rule, **own}, **more), root)
+    folder, result, events = small.play(
+        small.recipe(model, data, aggregate={"rule": rule, **own}, **more), root
+    )
     return folder, events, result
 
 
@@ -57,15 +61,23 @@ def test_ffa_never_sends_or_moves_a(tiny_bert: Path, data: Path, tmp_path: Path)
     folder, events, _ = played(tiny_bert, data, tmp_path / "ffa", "ffa")
     assert not factors(states(folder, 3).shared, A) and factors(states(folder, 3).shared, B)
     _, plain, _ = played(tiny_bert, data, tmp_path / "mean", "mean")
-    sizes = [{e.up_bytes for e in run if isinstance(e, ClientDone) and e.client == 1}.pop() for run in (events, plain)]
-    counts = sum(4 * value.size for value in factors(states(small.RunFolder(tmp_path / "mean" / "run"), 3).shared, A).values())
+    sizes = [
+        {e.up_bytes for e in run if isinstance(e, ClientDone) and e.client == 1}.pop()
+        for run in (events, plain)
+    ]
+    counts = sum(
+        4 * value.size
+        for value in factors(states(small.RunFolder(tmp_path / "mean" / "run"), 3).shared, A).values()
+    )
     assert sizes[1] - sizes[0] == pytest.approx(counts, abs=8)
 
 
 def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": "rolora"}, rounds=2)
-    world = build_world(recipe, recipe.method.build(2, recipe.aggregate), Memories(None), lambda event: None)
-    first = recipe.method.build(2, recipe.aggregate).start(world.bench).shared
+    workspace = build_workspace(
+        recipe, recipe.method.build(2, recipe.aggregate), Memories(None), lambda event: None
+    )
+    first = recipe.method.build(2, recipe.aggregate).start(workspace.tunable).shared
     seen: list[Tensors] = []
 
     def look(event: Event) -> None:
@@ -82,41 +94,64 @@ def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones(tiny_bert: Path, data: 
         np.testing.assert_array_equal(two[name], one[name])
 
 
-def test_fedsa_keeps_each_clients_b_at_home_until_the_last_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_fedsa_keeps_each_clients_b_at_home_until_the_last_round(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     folder, events, _ = played(tiny_bert, data, tmp_path, "fedsa")
     state = states(folder, 3)
     assert factors(state.shared, A) and not factors(state.shared, B)
     up = {e.round: e.up_bytes for e in events if isinstance(e, ClientDone) and e.client == 1}
     own = {name.removeprefix("own/"): value for name, value in state.kept.items() if name.startswith("own/")}
-    assert up[1] == up[2] and up[3] - up[1] == pytest.approx(sum(4 * value.size for value in own.values()), abs=8)
+    assert up[1] == up[2] and up[3] - up[1] == pytest.approx(
+        sum(4 * value.size for value in own.values()), abs=8
+    )
     assert any(np.any(value != 0) for value in own.values())
 
 
-def test_clients_of_three_ranks_are_given_and_send_their_own(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    folder, events, _ = played(tiny_bert, data, tmp_path, "flexlora", method__lora_rank_by_client=[1, 2, 4], method__adapter={"kind": "lora", "rank": 4})
+def test_clients_of_three_ranks_are_given_and_send_their_own(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    folder, events, _ = played(
+        tiny_bert,
+        data,
+        tmp_path,
+        "flexlora",
+        method__lora_rank_by_client=[1, 2, 4],
+        method__adapter={"kind": "lora", "rank": 4},
+    )
     done = {e.client: e for e in events if isinstance(e, ClientDone) and e.round == 2}
-    assert done[0].up_bytes < done[1].up_bytes < done[2].up_bytes and done[3].up_bytes == pytest.approx(done[0].up_bytes, abs=4)
+    assert done[0].up_bytes < done[1].up_bytes < done[2].up_bytes and done[3].up_bytes == pytest.approx(
+        done[0].up_bytes, abs=4
+    )
     assert done[0].down_bytes < done[1].down_bytes < done[2].down_bytes
     assert {value.shape[0] for value in factors(states(folder, 3).shared, A).values()} == {4}
     metrics = [e.metrics for e in events if isinstance(e, RoundDone)]
     assert all("error" in m and any(name.startswith("error/") for name in m) for m in metrics)
-    assert all(1 > m["given/rank 1"] >= m["given/rank 2"] >= 0 and "given/rank 4" not in m for m in metrics)  # rank 4 is the server's: nothing is cut
-    assert metrics[0]["given/rank 1"] == 0 < metrics[1]["given/rank 1"]  # an adapter begins with a product of zero
+    assert all(
+        1 > m["given/rank 1"] >= m["given/rank 2"] >= 0 and "given/rank 4" not in m for m in metrics
+    )  # rank 4 is the server's: nothing is cut
+    assert (
+        metrics[0]["given/rank 1"] == 0 < metrics[1]["given/rank 1"]
+    )  # an adapter begins with a product of zero
 
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
-def test_what_would_change_the_base_is_carried_as_rank_of_a_stock_adapter(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_what_would_change_the_base_is_carried_as_rank_of_a_stock_adapter(
+    rule: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     folder, events, _ = played(tiny_bert, data, tmp_path, rule, extra=8)
     state = states(folder, 3)
     assert any(np.any(value != 0) for name, value in state.shared.items() if ".residual_A" in name)
-    assert next(e.metrics["error"] for e in events if isinstance(e, RoundDone)) < 1e-6  # four clients of rank 2 fit into 8
+    assert (
+        next(e.metrics["error"] for e in events if isinstance(e, RoundDone)) < 1e-6
+    )  # four clients of rank 2 fit into 8
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": rule, "extra": 8})
     method = recipe.method.build(3, recipe.aggregate)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    method.install(state, world.bench)
-    batch = {name: value for name, value in world.test().collate([0, 1, 2]).items() if name != "labels"}
+    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    method.install(state, workspace.tunable)
+    batch = {name: value for name, value in workspace.test().collate([0, 1, 2]).items() if name != "labels"}
     with torch.no_grad():
-        want = world.bench.net(**batch).logits
+        want = workspace.tunable.net(**batch).logits
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
     stock = PeftModel.from_pretrained(base, folder.adapter).eval()
     assert stock.peft_config["default"].r == 10
@@ -126,25 +161,25 @@ def test_what_would_change_the_base_is_carried_as_rank_of_a_stock_adapter(rule: 
 
 def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
     """The first three slices of five stay as they are to the bit under AdamW; the others move."""
-    from fedtune.model.bench import attach
     from fedtune.model.fit import fit
+    from fedtune.model.tunable import attach
 
     recipe = small.recipe(tiny_bert, data)
-    world = build_world(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
-    bench = attach(world.base, recipe.method.adapter, 1)  # type: ignore[union-attr]
+    workspace = build_workspace(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
+    tunable = attach(workspace.base, recipe.method.adapter, 1)  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
-    own = bench.read()
+    own = tunable.read()
     residual = {}
     for name in factors(own, A):
         module = name.removesuffix(A)
         residual[f"{module}.residual_A"] = np.float32(rng.normal(size=(3, own[name].shape[1])))
         residual[f"{module}.residual_B"] = np.float32(rng.normal(size=(own[module + B].shape[0], 3)))
-    resize(bench, 5, 2.0)
-    bench.write(stack(own, residual, 2.0))
-    before = bench.read()
-    with training_only(bench, set(bench.named), 3):
-        fit(bench, world.train(0), recipe.method.train, 5)  # type: ignore[union-attr]
-    after = bench.read()
+    resize(tunable, 5, 2.0)
+    tunable.write(stack(own, residual, 2.0))
+    before = tunable.read()
+    with training_only(tunable, set(tunable.named), 3):
+        fit(tunable, workspace.train(0), recipe.method.train, 5)  # type: ignore[union-attr]
+    after = tunable.read()
     for name in factors(before, A):
         np.testing.assert_array_equal(after[name][:3], before[name][:3])
         np.testing.assert_array_equal(after[name.replace(A, B)][:, :3], before[name.replace(A, B)][:, :3])
@@ -153,13 +188,15 @@ def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
 
 def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
-    world = build_world(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
+    workspace = build_workspace(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
     rng = np.random.default_rng(0)
-    resize(world.bench, 3, 0.5)
-    values = {name: np.float32(rng.normal(size=value.shape)) for name, value in world.bench.read().items()}
-    world.bench.write(values)
+    resize(workspace.tunable, 3, 0.5)
+    values = {
+        name: np.float32(rng.normal(size=value.shape)) for name, value in workspace.tunable.read().items()
+    }
+    workspace.tunable.write(values)
     name = next(name for name in sorted(values) if name.endswith("query.lora_A.weight"))
-    layer = world.bench.net.get_submodule(name.removesuffix(A))
+    layer = workspace.tunable.net.get_submodule(name.removesuffix(A))
     x = torch.randn(2, layer.weight.shape[1])
     with torch.no_grad():
         want = (
@@ -168,8 +205,8 @@ def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path)
             + 0.5 * (x @ torch.from_numpy(values[name]).T @ torch.from_numpy(values[name.replace(A, B)]).T)
         )
         torch.testing.assert_close(layer(x), want, rtol=1e-5, atol=1e-5)
-    resize(world.bench, 2, 8.0)
-    assert {value.shape[0] for value in factors(world.bench.read(), A).values()} == {2}
+    resize(workspace.tunable, 2, 8.0)
+    assert {value.shape[0] for value in factors(workspace.tunable.read(), A).values()} == {2}
 
 
 @pytest.mark.parametrize(
@@ -183,10 +220,15 @@ def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path)
         ({"aggregate": {"rule": "mean", "extra": 8}}, "aggregate.extra"),
         ({"aggregate": {"rule": "nonsense"}}, "flexlora"),
         ({"aggregate": {"rule": "krum"}}, "4 answers per round.*at least 5"),
-        ({"aggregate": {"rule": "trimmed"}}, "4 answers per round for aggregate.trim = 0.2.*would be a plain mean"),
+        (
+            {"aggregate": {"rule": "trimmed"}},
+            "4 answers per round for aggregate.trim = 0.2.*would be a plain mean",
+        ),
     ],
 )
-def test_rules_that_do_not_fit_are_refused_with_a_way_out(changes: dict[str, Any], words: str, tiny_bert: Path, data: Path) -> None:
+def test_rules_that_do_not_fit_are_refused_with_a_way_out(
+    changes: dict[str, Any], words: str, tiny_bert: Path, data: Path
+) -> None:
     with pytest.raises(FedtuneError, match=words):
         small.recipe(tiny_bert, data, **changes)
 
@@ -201,25 +243,38 @@ def test_a_rule_that_reads_single_answers_is_refused_beside_a_step_that_hides_th
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed", "krum", "clipped"])
-def test_a_robust_rule_shrugs_off_one_liar_of_five(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """One client sends its move times -10; the honest mean stays nearer to a robust result than to the plain mean."""
-    from fedtune.runtime.local import local_carrier
-    from fedtune.runtime.protocol import Carrier, Link
-    from fedtune.runtime.world import World
+def test_a_robust_rule_shrugs_off_one_liar_of_five(
+    rule: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """One client sends its move times -10; the honest mean stays nearer to a robust result than to the plain
+    mean."""
+    from fedtune.runtime.local import local_transport
+    from fedtune.runtime.protocol import Link, Transport
+    from fedtune.runtime.workspace import Workspace
 
-    def lying(link: Link, world: World) -> Carrier:
+    def lying(link: Link, workspace: Workspace) -> Transport:
         real = link.method
 
         def train(client: Any, given: Tensors, now: Any) -> Any:
             update = real.verbs["train"].work(client, given, now)
             if client.id != 1:
                 return update
-            return replace(update, tensors={n: (given[n] - 10 * (v / update.weight - given[n])) * update.weight for n, v in update.tensors.items()})
+            return replace(
+                update,
+                tensors={
+                    n: (given[n] - 10 * (v / update.weight - given[n])) * update.weight
+                    for n, v in update.tensors.items()
+                },
+            )
 
-        return local_carrier(replace(link, method=with_work(real, lambda work: train)), world.client, world.done)
+        return local_transport(
+            replace(link, method=with_work(real, lambda work: train)), workspace.client, workspace.done
+        )
 
     def final(name: str, liar: bool) -> Tensors:
-        recipe = small.recipe(tiny_bert, data, partition__clients=5, rounds=1, aggregate={"rule": name}, method__weight="equal")
+        recipe = small.recipe(
+            tiny_bert, data, partition__clients=5, rounds=1, aggregate={"rule": name}, method__weight="equal"
+        )
         folder = small.create(tmp_path / f"{name}-{liar}", "", "run")
         folder.write_json("config.json", recipe.model_dump(mode="json"))
         run(recipe, folder, lambda event: None, lying if liar else None)
@@ -236,13 +291,20 @@ def test_a_robust_rule_shrugs_off_one_liar_of_five(rule: str, tiny_bert: Path, d
 
 @pytest.mark.parametrize("rule", ["mean", "ffa", "flexlora", "fair", "hetlora"])
 @pytest.mark.parametrize("ranks", [(), (1, 2, 4)])
-def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(rule: str, ranks: tuple[int, ...], tiny_bert: Path, data: Path) -> None:
-    """DoRA's magnitudes, the head and its bias: the weighted mean. The products: B @ A times alpha / sqrt(rank), each client's own."""
+def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(
+    rule: str, ranks: tuple[int, ...], tiny_bert: Path, data: Path
+) -> None:
+    """DoRA's magnitudes, the head and its bias: the weighted mean. The products: B @ A times alpha /
+    sqrt(rank), each client's own."""
     from fedtune.runtime.cohort import RoundCohort
-    from fedtune.runtime.local import local_carrier
-    from fedtune.runtime.world import link_of
+    from fedtune.runtime.local import local_transport
+    from fedtune.runtime.workspace import link_of
 
-    own = {"method__lora_rank_by_client": list(ranks), "method__lora_alpha_by_client": [3.0, 5.0]} if ranks else {}
+    own = (
+        {"method__lora_rank_by_client": list(ranks), "method__lora_alpha_by_client": [3.0, 5.0]}
+        if ranks
+        else {}
+    )
     adapter = {"kind": "lora", "rank": 4, "alpha": 6.0, "rslora": True, "dora": True}
     if ranks and not RULES[rule].mixed:
         with pytest.raises(FedtuneError, match="flexlora, flora, hetlora"):
@@ -252,10 +314,21 @@ def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(rule: st
     method = recipe.method.build(3, recipe.aggregate)
     assert isinstance(method, FedPEFT)
     scales = [method.seat(client)[1] for client in range(4)]
-    assert scales == pytest.approx([3 / 1, 5 / 2**0.5, 3 / 2, 5 / 1] if ranks else [3.0] * 4)  # 6 / sqrt(4) is the server's
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    link, now, start = link_of(world, method), Round(2, recipe.seed, (0, 1, 2, 3)), method.start(world.bench)
-    learned = State({name: np.float32(value + 0.1 * np.random.default_rng(len(name)).normal(size=value.shape)) for name, value in start.shared.items()})
+    assert scales == pytest.approx(
+        [3 / 1, 5 / 2**0.5, 3 / 2, 5 / 1] if ranks else [3.0] * 4
+    )  # 6 / sqrt(4) is the server's
+    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    link, now, start = (
+        link_of(workspace, method),
+        Round(2, recipe.seed, (0, 1, 2, 3)),
+        method.start(workspace.tunable),
+    )
+    learned = State(
+        {
+            name: np.float32(value + 0.1 * np.random.default_rng(len(name)).normal(size=value.shape))
+            for name, value in start.shared.items()
+        }
+    )
     answers: dict[int, Any] = {}
 
     def train(client: Any, given: Tensors, now: Any) -> Any:
@@ -263,72 +336,115 @@ def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(rule: st
         return answers[client.id]
 
     cohort = RoundCohort(
-        link, now, local_carrier(replace(link, method=with_work(method, lambda work: train)), world.client, world.done), lambda event: None, world.names
+        link,
+        now,
+        local_transport(
+            replace(link, method=with_work(method, lambda work: train)), workspace.client, workspace.done
+        ),
+        lambda event: None,
+        workspace.names,
     )
     made = method.round(learned, cohort, now).shared
     total = sum(update.weight for update in answers.values())
     plain = [name for name in made if not name.endswith((A, B))]
-    assert any("lora_magnitude_vector" in name for name in plain) and any(name.endswith("classifier.bias") for name in plain)
+    assert any("lora_magnitude_vector" in name for name in plain) and any(
+        name.endswith("classifier.bias") for name in plain
+    )
     for name in plain:
-        np.testing.assert_allclose(made[name], sum(update.tensors[name] for update in answers.values()) / total, rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            made[name], sum(update.tensors[name] for update in answers.values()) / total, rtol=1e-6, atol=1e-8
+        )
     if rule != "flexlora":
         return
     for module in (name.removesuffix(A) for name in factors(made, A)):
         wanted = (
             sum(
-                update.weight * scales[client] * update.values()[module + B].astype(np.float64) @ update.values()[module + A]
+                update.weight
+                * scales[client]
+                * update.values()[module + B].astype(np.float64)
+                @ update.values()[module + A]
                 for client, update in answers.items()
             )
             / total
         )
         values = np.linalg.svd(wanted, compute_uv=False)
         lost = np.linalg.norm(3.0 * made[module + B].astype(np.float64) @ made[module + A] - wanted)
-        assert lost == pytest.approx(np.linalg.norm(values[4:]), rel=1e-4, abs=1e-6 * values[0])  # what the best of rank 4 loses
+        assert lost == pytest.approx(
+            np.linalg.norm(values[4:]), rel=1e-4, abs=1e-6 * values[0]
+        )  # what the best of rank 4 loses
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
-def test_a_client_with_nan_counts_like_one_that_did_not_answer(rule: str, tiny_bert: Path, data: Path) -> None:
+def test_a_client_with_nan_counts_like_one_that_did_not_answer(
+    rule: str, tiny_bert: Path, data: Path
+) -> None:
     """One of six: left out by name (W607), and the result is to the bit that of the other five."""
     from fedtune.errors import ClientFailed
     from fedtune.events import ClientLeftOut
     from fedtune.runtime.cohort import RoundCohort
-    from fedtune.runtime.local import local_carrier
+    from fedtune.runtime.local import local_transport
     from fedtune.runtime.protocol import Reply
-    from fedtune.runtime.world import link_of
+    from fedtune.runtime.workspace import link_of
 
     recipe = small.recipe(tiny_bert, data, partition__clients=6, rounds=2, aggregate={"rule": rule})
     method = recipe.method.build(2, recipe.aggregate)
-    world = build_world(recipe, method, Memories(None), lambda event: None)
-    link, now, start = link_of(world, method), Round(1, recipe.seed, tuple(range(6))), method.start(world.bench)
+    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    link, now, start = (
+        link_of(workspace, method),
+        Round(1, recipe.seed, tuple(range(6))),
+        method.start(workspace.tunable),
+    )
 
     def train(client: Any, given: Tensors, now: Any) -> Any:
         update = method.verbs["train"].work(client, given, now)
-        return replace(update, tensors={n: v * np.nan for n, v in update.tensors.items()}) if client.id == 2 else update
+        return (
+            replace(update, tensors={n: v * np.nan for n, v in update.tensors.items()})
+            if client.id == 2
+            else update
+        )
 
-    honest, poisoned = (local_carrier(own, world.client, world.done) for own in (link, replace(link, method=with_work(method, lambda work: train))))
+    honest, poisoned = (
+        local_transport(own, workspace.client, workspace.done)
+        for own in (link, replace(link, method=with_work(method, lambda work: train)))
+    )
     gone = ClientFailed("F503", "no answer", "one", "wait")
     told: list[Event] = []
-    spoiled = method.round(start, RoundCohort(link, now, poisoned, told.append, world.names), now)
-    without = RoundCohort(link, now, lambda asks: [Reply(2, failure=gone) if r.client == 2 else r for r in honest(asks)], lambda event: None, world.names)
+    spoiled = method.round(start, RoundCohort(link, now, poisoned, told.append, workspace.names), now)
+    without = RoundCohort(
+        link,
+        now,
+        lambda asks: [Reply(2, failure=gone) if r.client == 2 else r for r in honest(asks)],
+        lambda event: None,
+        workspace.names,
+    )
     assert digest(spoiled.shared) == digest(method.round(start, without, now).shared) != digest(start.shared)
     assert [(e.client, e.code) for e in told if isinstance(e, ClientLeftOut)] == [(2, "W607")]
 
 
-def test_krum_with_too_few_answers_skips_the_round_and_the_run_goes_on(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """One of five drops out in round 2: four answers are too few where one may be faulty. Nothing is learned there, nobody's memory moves."""
+def test_krum_with_too_few_answers_skips_the_round_and_the_run_goes_on(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """One of five drops out in round 2: four answers are too few where one may be faulty. Nothing is learned
+    there, nobody's memory moves."""
     from fedtune.errors import ClientFailed
     from fedtune.events import Noted
     from fedtune.runtime.journal import Journal
-    from fedtune.runtime.local import local_carrier
-    from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
-    from fedtune.runtime.world import World
+    from fedtune.runtime.local import local_transport
+    from fedtune.runtime.protocol import Ask, Link, Reply, Transport
+    from fedtune.runtime.workspace import Workspace
 
-    recipe = small.recipe(tiny_bert, data, partition__clients=5, aggregate={"rule": "krum"}, chain=[{"step": "quantize", "bits": 4, "error_feedback": True}])
+    recipe = small.recipe(
+        tiny_bert,
+        data,
+        partition__clients=5,
+        aggregate={"rule": "krum"},
+        chain=[{"step": "quantize", "bits": 4, "error_feedback": True}],
+    )
     last: dict[int, set[int]] = {}  # round -> the rounds of whose answers the server says that they counted
     lost = Reply(3, failure=ClientFailed("F503", "no answer", "one", "wait"))
 
-    def absent(link: Link, world: World) -> Carrier:
-        real = local_carrier(link, world.client, world.done)
+    def absent(link: Link, workspace: Workspace) -> Transport:
+        real = local_transport(link, workspace.client, workspace.done)
 
         def carry(asks: Sequence[Ask]) -> list[Reply]:
             last[asks[0].now.number] = {ask.last for ask in asks}
@@ -349,18 +465,31 @@ def test_krum_with_too_few_answers_skips_the_round_and_the_run_goes_on(tiny_bert
         np.testing.assert_array_equal(seen[2].shared[name], value)
     assert any(np.any(seen[3].shared[name] != value) for name, value in seen[2].shared.items())
     done = {event.round: event for event in told if isinstance(event, RoundDone)}
-    assert done[2].metrics == {"skipped": 1.0} and done[2].left_out == 5 and result["left_out"] == 5 and done[3].left_out == 0
+    assert (
+        done[2].metrics == {"skipped": 1.0}
+        and done[2].left_out == 5
+        and result["left_out"] == 5
+        and done[3].left_out == 0
+    )
     assert next(e.text for e in told if isinstance(e, Noted)).startswith(
         "round 2 changes nothing: R410: found 4 answers where 1 may be faulty, expected at least 5"
     )
     journal = Journal(folder.journal)
-    outcomes = [(number, answer.client, answer.outcome) for number, answer in journal.answers() if number == 2]
+    outcomes = [
+        (number, answer.client, answer.outcome) for number, answer in journal.answers() if number == 2
+    ]
     journal.close()
     assert outcomes == [(2, client, "F503" if client == 3 else "R410") for client in range(5)]
-    assert last == {1: {0}, 2: {1}, 3: {1}}  # what error feedback owes in round 3 is what was owed after round 1: round 2 was not received
+    assert last == {
+        1: {0},
+        2: {1},
+        3: {1},
+    }  # what error feedback owes in round 3 is what was owed after round 1: round 2 was not received
 
 
-def test_fedsb_sends_r_squared_numbers_and_leaves_a_stock_adapter(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_fedsb_sends_r_squared_numbers_and_leaves_a_stock_adapter(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     folder, events, _ = played(tiny_bert, data, tmp_path, "fedsb")
     state = states(folder, 3).shared
     cores = factors(state, ".lora_R.weight")
@@ -372,18 +501,25 @@ def test_fedsb_sends_r_squared_numbers_and_leaves_a_stock_adapter(tiny_bert: Pat
     stored = next(iter(folder.adapter.glob("*.safetensors")))
     exported = load_file(stored)
     want = state[module + B].astype(np.float64) @ state[module + ".lora_R.weight"] @ state[module + A]
-    np.testing.assert_allclose(exported[module + B].astype(np.float64) @ exported[module + A], want, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        exported[module + B].astype(np.float64) @ exported[module + A], want, rtol=1e-5, atol=1e-8
+    )
     assert not factors(exported, ".lora_R.weight")
 
 
 @pytest.mark.parametrize("rule", ["mean", "ffa", "fedex", "fedsb"])
-def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(
+    rule: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     """Rank 10 holds all of it; rank 1 loses what the singular values beyond the first say."""
     more = {"extra": 8} if rule == "fedex" else {}
     folder, _, _ = played(tiny_bert, data, tmp_path, rule, **more)
     assert export_run(folder, "adapter", tmp_path / "wide", 10) < 1e-6
     lost = export_run(folder, "adapter", tmp_path / "thin", 1)
-    whole, cut = load_file(tmp_path / "wide" / "adapter_model.safetensors"), load_file(tmp_path / "thin" / "adapter_model.safetensors")
+    whole, cut = (
+        load_file(tmp_path / "wide" / "adapter_model.safetensors"),
+        load_file(tmp_path / "thin" / "adapter_model.safetensors"),
+    )
     assert json.loads((tmp_path / "thin" / "adapter_config.json").read_text())["r"] == 1
     off = total = 0.0
     for name in factors(cut, A):
@@ -391,27 +527,51 @@ def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(rule: s
         off, total = off + float(np.sum(values[1:] ** 2)), total + float(np.sum(values**2))
     assert lost == pytest.approx(np.sqrt(off / total), rel=1e-4, abs=1e-7)
     with pytest.raises(FedtuneError, match="M306"):
-        export_run(played(tiny_bert, data, tmp_path / "bias", "mean", method__adapter={"kind": "bias"})[0], "adapter", tmp_path / "no", 4)
+        export_run(
+            played(tiny_bert, data, tmp_path / "bias", "mean", method__adapter={"kind": "bias"})[0],
+            "adapter",
+            tmp_path / "no",
+            4,
+        )
 
 
 @pytest.mark.parametrize("rule", sorted(name for name in RULES if RULES[name].mixed))
-def test_a_federation_of_ranks_2_and_4_runs_under_every_rule_that_is_allowed_for_it(rule: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Each is given and sends its own rank, both rounds learn, and what is left is a stock adapter of the server's rank (plus what is carried)."""
-    more = {"method__lora_rank_by_client": [2, 4], "method__adapter": {"kind": "lora", "rank": 4}, "partition__clients": 5, "rounds": 2}
-    folder, events, result = played(tiny_bert, data, tmp_path, rule, **more, **({"extra": 8} if RULES[rule].carries else {}))
+def test_a_federation_of_ranks_2_and_4_runs_under_every_rule_that_is_allowed_for_it(
+    rule: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Each is given and sends its own rank, both rounds learn, and what is left is a stock adapter of the
+    server's rank (plus what is carried)."""
+    more = {
+        "method__lora_rank_by_client": [2, 4],
+        "method__adapter": {"kind": "lora", "rank": 4},
+        "partition__clients": 5,
+        "rounds": 2,
+    }
+    folder, events, result = played(
+        tiny_bert, data, tmp_path, rule, **more, **({"extra": 8} if RULES[rule].carries else {})
+    )
     up = {(e.round, e.client): e.up_bytes for e in events if isinstance(e, ClientDone)}
     assert len(up) == 10 and result["left_out"] == 0
-    small_ranks, great_ranks = ({up[number, client] for number in (1, 2) for client in clients} for clients in ((0, 2, 4), (1, 3)))
+    small_ranks, great_ranks = (
+        {up[number, client] for number in (1, 2) for client in clients} for clients in ((0, 2, 4), (1, 3))
+    )
     assert max(small_ranks) < min(great_ranks)
     state = states(folder, 2).shared
     assert {value.shape[0] for value in factors(state, A).values()} == {4}
     assert any(np.any(value != 0) for name, value in state.items() if name.endswith((B, ".residual_B")))
-    rank = {value.shape[0] for name, value in load_file(next(iter(folder.adapter.glob("*.safetensors")))).items() if name.endswith(A)}
+    rank = {
+        value.shape[0]
+        for name, value in load_file(next(iter(folder.adapter.glob("*.safetensors")))).items()
+        if name.endswith(A)
+    }
     assert rank == {12 if RULES[rule].carries else 4}
 
 
 @pytest.mark.parametrize("rule", sorted(name for name in RULES if not RULES[name].mixed))
 def test_other_rules_refuse_clients_of_different_ranks(rule: str, tiny_bert: Path, data: Path) -> None:
-    said = f"C104: found clients of different ranks or alphas with aggregate.rule = '{rule}'.*clipped, fedex, flexlora, flora, hetlora, krum, median, trimmed"
+    said = (
+        f"C104: found clients of different ranks or alphas with aggregate.rule = '{rule}'.*clipped, fedex, "
+        "flexlora, flora, hetlora, krum, median, trimmed"
+    )
     with pytest.raises(FedtuneError, match=said):
         small.recipe(tiny_bert, data, aggregate={"rule": rule}, method__lora_rank_by_client=[2, 4])

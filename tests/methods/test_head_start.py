@@ -1,4 +1,5 @@
-"""A head that starts from the data: the sum over clients is that of one client with all rows, the head says the right class before any training, and
+"""A head that starts from the data: the sum over clients is that of one client with all rows, the head says
+the right class before any training, and
 every method, engine and exported file agrees on it."""
 
 from __future__ import annotations
@@ -21,8 +22,18 @@ from fedtune.runtime.run import run
 from tests import small, tiny
 
 WALK = {"type": "fedkseed", "size": 256, "steps": 2, "batch": 4, "lr": 1e-9, "estimator": "spsa"}
-SPLIT = {"type": "sfprompt", "prompts": 2, "prompt_lr": 1e-9, "codec": "fp32", "train": {"lr": 1e-9, "head_lr": 1e-9, "steps": 1, "batch": 4}}
-STILL = {"type": "fedpeft", "adapter": {"kind": "lora", "rank": 2}, "train": {"lr": 1e-9, "head_lr": 1e-9, "steps": 1, "batch": 4}}
+SPLIT = {
+    "type": "sfprompt",
+    "prompts": 2,
+    "prompt_lr": 1e-9,
+    "codec": "fp32",
+    "train": {"lr": 1e-9, "head_lr": 1e-9, "steps": 1, "batch": 4},
+}
+STILL = {
+    "type": "fedpeft",
+    "adapter": {"kind": "lora", "rank": 2},
+    "train": {"lr": 1e-9, "head_lr": 1e-9, "steps": 1, "batch": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +47,38 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(bert: Path, data: Path, **changes: Any) -> config.Recipe:
-    return small.recipe(bert, data, **{"rounds": 1, "model__pooling": "mean", "evaluate": {"local": False, "centralised": False, "base": True}} | changes)
+    return small.recipe(
+        bert,
+        data,
+        **{
+            "rounds": 1,
+            "model__pooling": "mean",
+            "evaluate": {"local": False, "centralised": False, "base": True},
+        }
+        | changes,
+    )
 
 
 @pytest.mark.parametrize("moments", [False, True])
-def test_the_sum_over_clients_is_that_of_one_client_with_all_rows(moments: bool, bert: Path, data: Path) -> None:
-    world, _ = small.world_of(recipe_of(bert, data))
-    parts = [(len(world.train(n)), class_sums(world.bench, world.train(n), moments)) for n in world.names]
-    whole = class_sums(world.bench, world.pooled(), moments)
+def test_the_sum_over_clients_is_that_of_one_client_with_all_rows(
+    moments: bool, bert: Path, data: Path
+) -> None:
+    workspace, _ = small.workspace_of(recipe_of(bert, data))
+    parts = [
+        (len(workspace.train(n)), class_sums(workspace.tunable, workspace.train(n), moments))
+        for n in workspace.names
+    ]
+    whole = class_sums(workspace.tunable, workspace.pooled(), moments)
     total = sum(count for count, _ in parts)
     for name, value in whole.items():
-        np.testing.assert_allclose(sum(count * means[name] for count, means in parts) / total, value, rtol=1e-6, atol=1e-9)
-    assert whole["shares"].sum() == pytest.approx(1.0) and whole["sums"].shape == (3, 32) and (whole["moments"].shape == (32, 32) if moments else True)
+        np.testing.assert_allclose(
+            sum(count * means[name] for count, means in parts) / total, value, rtol=1e-6, atol=1e-9
+        )
+    assert (
+        whole["shares"].sum() == pytest.approx(1.0)
+        and whole["sums"].shape == (3, 32)
+        and (whole["moments"].shape == (32, 32) if moments else True)
+    )
 
 
 def test_the_heads_are_what_their_formulas_say() -> None:
@@ -57,11 +88,18 @@ def test_the_heads_are_what_their_formulas_say() -> None:
     features = centres[labels] + 0.1 * draw.normal(size=(80, 6))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     hot = np.eye(3)[labels]
-    said = {"sums": hot.T @ unit / 80, "shares": hot.mean(0), "norm": np.array([np.linalg.norm(features, axis=1).mean()]), "moments": unit.T @ unit / 80}
+    said = {
+        "sums": hot.T @ unit / 80,
+        "shares": hot.mean(0),
+        "norm": np.array([np.linalg.norm(features, axis=1).mean()]),
+        "moments": unit.T @ unit / 80,
+    }
     means = means_head(said)
     for number in (0, 1):
         mean = unit[labels == number].mean(0)
-        np.testing.assert_allclose(means[number], TEMPERATURE * mean / np.linalg.norm(mean) / said["norm"], rtol=1e-6)
+        np.testing.assert_allclose(
+            means[number], TEMPERATURE * mean / np.linalg.norm(mean) / said["norm"], rtol=1e-6
+        )
     np.testing.assert_allclose(means[2], means[:2].mean(0))
     ridge = ridge_head(said) * said["norm"] / TEMPERATURE
     penalty = 1e-2 * np.trace(said["moments"]) / 6
@@ -72,7 +110,9 @@ def test_the_heads_are_what_their_formulas_say() -> None:
 
 @pytest.mark.parametrize("method", [STILL, WALK, SPLIT], ids=lambda method: method["type"])
 @pytest.mark.parametrize("kind", ["means", "ridge"])
-def test_a_model_knows_the_classes_before_it_is_trained(method: dict[str, Any], kind: str, bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_model_knows_the_classes_before_it_is_trained(
+    method: dict[str, Any], kind: str, bert: Path, data: Path, tmp_path: Path
+) -> None:
     scores: dict[str, float] = {}
 
     def tell(event: Any) -> None:
@@ -86,19 +126,23 @@ def test_a_model_knows_the_classes_before_it_is_trained(method: dict[str, Any], 
     assert scores["federated"] > 0.8 > 0.55 > scores["base"]  # the rates above move nothing
 
 
-def test_auto_leaves_a_head_that_a_file_has_trained_and_language_models_alone(bert: Path, data: Path, tmp_path: Path) -> None:
+def test_auto_leaves_a_head_that_a_file_has_trained_and_language_models_alone(
+    bert: Path, data: Path, tmp_path: Path
+) -> None:
     import transformers
 
     trained = tmp_path / "trained"
     names = dict(enumerate(sorted(small.WORDS)))
-    net = transformers.AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3, id2label=names, label2id={v: k for k, v in names.items()})
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(
+        bert, num_labels=3, id2label=names, label2id={v: k for k, v in names.items()}
+    )
     net.save_pretrained(trained)
     transformers.AutoTokenizer.from_pretrained(bert).save_pretrained(trained)
-    world, link = small.world_of(recipe_of(trained, data, method=STILL | {"head_start": "auto"}))
-    assert not world.bench.head and not link.method.start(world.bench).kept
+    workspace, link = small.workspace_of(recipe_of(trained, data, method=STILL | {"head_start": "auto"}))
+    assert not workspace.tunable.head and not link.method.start(workspace.tunable).kept
     with pytest.raises(FedtuneError, match=r"M306.*no fresh head of classes"):
-        world, link = small.world_of(recipe_of(trained, data, method=STILL | {"head_start": "means"}))
-        link.method.start(world.bench)
+        workspace, link = small.workspace_of(recipe_of(trained, data, method=STILL | {"head_start": "means"}))
+        link.method.start(workspace.tunable)
     with pytest.raises(FedtuneError, match=r"C104.*method.head_start = 'ridge' with data.task = 'causal-lm'"):
         recipe_of(bert, data, method=STILL | {"head_start": "ridge"}, data__task="causal-lm")
     with pytest.raises(FedtuneError, match=r"C104.*head_start = 'means' with method.start_from"):
@@ -107,17 +151,24 @@ def test_auto_leaves_a_head_that_a_file_has_trained_and_language_models_alone(be
 
 def test_check_says_what_the_question_shows_and_costs(bert: Path, data: Path) -> None:
     said = "\n".join(rows(check(recipe_of(bert, data, method=STILL | {"head_start": "auto"}))))
-    assert "verb 'features': sees each client's answer as it passes, uses the sum only (the share of each class" in said
+    assert (
+        "verb 'features': sees each client's answer as it passes, uses the sum only (the share of each class"
+        in said
+    )
     assert "once before the first round: up" in said and "model     pooling: mean" in said
-    assert "features" not in "\n".join(rows(check(recipe_of(bert, data, method=STILL | {"head_start": "random"}))))
+    assert "features" not in "\n".join(
+        rows(check(recipe_of(bert, data, method=STILL | {"head_start": "random"})))
+    )
 
 
 def test_a_seed_file_rebuilds_the_started_head(bert: Path, data: Path, tmp_path: Path) -> None:
-    from fedtune.runtime.after import export_run, export_seeds
+    from fedtune.runtime.finished import export_run, export_seeds
     from fedtune.runtime.folder import existing
 
     walk = WALK | {"lr": 1e-3, "space": "adapter", "adapter": {"kind": "bias"}}
-    result = fedtune.simulate(small.tree(bert, data, rounds=2, method=walk | {"head_start": "means"}), runs=tmp_path / "runs")
+    result = fedtune.simulate(
+        small.tree(bert, data, rounds=2, method=walk | {"head_start": "means"}), runs=tmp_path / "runs"
+    )
     export_run(existing(result.folder), "seeds", tmp_path / "seeds")
     export_seeds(tmp_path / "seeds", str(bert), "adapter", tmp_path / "rebuilt")
     export_run(existing(result.folder), "adapter", tmp_path / "direct")
@@ -128,5 +179,9 @@ def test_a_seed_file_rebuilds_the_started_head(bert: Path, data: Path, tmp_path:
 
 
 def test_classes_that_no_member_of_the_first_round_has_start_in_the_middle() -> None:
-    said = {"sums": np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), "shares": np.array([0.5, 0.5, 0.0]), "norm": np.array([2.0])}
+    said = {
+        "sums": np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]),
+        "shares": np.array([0.5, 0.5, 0.0]),
+        "norm": np.array([2.0]),
+    }
     np.testing.assert_allclose(means_head(said), np.array([[8.0, 0.0], [0.0, 8.0], [4.0, 4.0]]))

@@ -1,4 +1,5 @@
-"""SFPrompt on tiny real models: split training is training, whatever the wire; what is measured at the cut is what the formula says."""
+"""SFPrompt on tiny real models: split training is training, whatever the wire; what is measured at the cut is
+what the formula says."""
 
 from __future__ import annotations
 
@@ -24,12 +25,12 @@ from fedtune.model.fit import step_batches
 from fedtune.model.loss import summed_loss
 from fedtune.rng import seed_of, stream
 from fedtune.runtime.check import check, rows
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Carrier, Link
-from fedtune.runtime.world import World
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Link, Transport
+from fedtune.runtime.workspace import Workspace
 from fedtune.schema import digest
 from fedtune.split.body import Frozen
-from fedtune.split.body_at import BodyAt
+from fedtune.split.body_address import BodyAddress
 from fedtune.split.channel import Socket
 from fedtune.split.service import Service, serve
 from fedtune.split.session import Tokens
@@ -45,7 +46,10 @@ IMAGES = {"data__source": "images", "data__task": "image-classify", "data__clien
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sentences of 3 to 7 words, so that batches hold padding."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    cut = [{**row, "text": " ".join(row["text"].split()[: 3 + number % 5])} for number, row in enumerate(small.rows())]
+    cut = [
+        {**row, "text": " ".join(row["text"].split()[: 3 + number % 5])}
+        for number, row in enumerate(small.rows())
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in cut))
     return path
 
@@ -58,7 +62,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(40):
         (folder / "ab"[number % 2]).mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, (128, 256)[number % 2], (8, 8), dtype=np.uint8)).save(folder / "ab"[number % 2] / f"{number}.png")
+        Image.fromarray(draw.integers(0, (128, 256)[number % 2], (8, 8), dtype=np.uint8)).save(
+            folder / "ab"[number % 2] / f"{number}.png"
+        )
     return folder
 
 
@@ -68,31 +74,46 @@ def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **
     return small.recipe(model, data, method={**SPLIT, **(changes or {})}, **more)
 
 
-# --- the same numbers as without a cut --------------------------------------------------------------------------------
+# --- the same numbers as without a cut
+# --------------------------------------------------------------------------------
 
 
-CUTS = [{"slim": "auto"}, {"slim": "off"}, {"position": "input", "head": 0}, {"head": 0, "tail": 1}, {"lora_rank": 2}, {"lora_rank": 2, "head": 0, "tail": 1}]
+CUTS = [
+    {"slim": "auto"},
+    {"slim": "off"},
+    {"position": "input", "head": 0},
+    {"head": 0, "tail": 1},
+    {"lora_rank": 2},
+    {"lora_rank": 2, "head": 0, "tail": 1},
+]
 
 
 @pytest.mark.parametrize("changes", CUTS, ids=str)
-def test_one_client_is_ordinary_training_of_the_uncut_model_to_the_bit(changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+def test_one_client_is_ordinary_training_of_the_uncut_model_to_the_bit(
+    changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path
+) -> None:
     recipe = recipe_of(tiny_vit, images, {"head": 1, **changes}, partition__clients=1)
     _, result, _ = small.play(recipe, tmp_path)
     assert result["state_sha256"] == digest(plain_training(recipe))
 
 
 def plain_training(recipe: Any) -> Tensors:
-    """The whole ViT, prompts put in by a hook in front of block k, AdamW made anew every round: no cut, no messages, nothing of fedtune.split."""
-    world, _ = small.world_of(recipe)
-    first = world.bench.read()
-    vit = tiny_vit_of(recipe, world)
+    """The whole ViT, prompts put in by a hook in front of block k, AdamW made anew every round: no cut, no
+    messages, nothing of fedtune.split."""
+    workspace, _ = small.workspace_of(recipe)
+    first = workspace.tunable.read()
+    vit = tiny_vit_of(recipe, workspace)
     prompts = torch.nn.Parameter(torch.from_numpy(first["prompts"]))
     with_prompts(vit, recipe.method.head, prompts)
     if recipe.method.lora_rank:
         vit = with_lora(vit, first)
     named = {
         "prompts": prompts,
-        **{file_name(name): value for name, value in vit.named_parameters() if file_name(name) in first and "original_module" not in name},
+        **{
+            file_name(name): value
+            for name, value in vit.named_parameters()
+            if file_name(name) in first and "original_module" not in name
+        },
     }
     assert named.keys() == first.keys()
     with torch.no_grad():
@@ -100,28 +121,37 @@ def plain_training(recipe: Any) -> Tensors:
             value.copy_(torch.from_numpy(first[name]))
     for value in vit.parameters():
         value.requires_grad_(any(value is one for one in named.values()))
-    encoded, train = world.train(0), recipe.method.train
+    encoded, train = workspace.train(0), recipe.method.train
     for number in range(1, recipe.rounds + 1):
         seed = seed_of("split training", seed_of("train", recipe.seed, number, 0))
         tail = [named[name] for name in sorted(named) if name != "prompts"]
-        optimizer = torch.optim.AdamW([{"params": tail, "lr": train.lr}, {"params": [prompts], "lr": recipe.method.prompt_lr}], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [{"params": tail, "lr": train.lr}, {"params": [prompts], "lr": recipe.method.prompt_lr}],
+            weight_decay=0.0,
+        )
         for micro in step_batches(len(encoded), train, seed):
             optimizer.zero_grad()
             batches = [encoded.collate(numbers) for numbers in micro]
             for batch in batches:
                 logits = vit(pixel_values=batch["pixel_values"]).logits
-                (torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum") / sum(len(one["labels"]) for one in batches)).backward()
+                (
+                    torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+                    / sum(len(one["labels"]) for one in batches)
+                ).backward()
             optimizer.step()
     return {name: named[name].detach().numpy() for name in sorted(named)}
 
 
-def tiny_vit_of(recipe: Recipe, world: World) -> Any:
+def tiny_vit_of(recipe: Recipe, workspace: Workspace) -> Any:
     """The model as transformers gives it, with the head that the run's seed makes."""
     import transformers
 
     torch.manual_seed(seed_of("head", recipe.seed))
     vit = transformers.ViTForImageClassification.from_pretrained(recipe.model.name, num_labels=2).eval()
-    np.testing.assert_array_equal(vit.classifier.weight.detach().numpy(), next(v for n, v in world.bench.read().items() if n.endswith("classifier.weight")))
+    np.testing.assert_array_equal(
+        vit.classifier.weight.detach().numpy(),
+        next(v for n, v in workspace.tunable.read().items() if n.endswith("classifier.weight")),
+    )
     return vit
 
 
@@ -129,20 +159,31 @@ def with_lora(vit: Any, first: Tensors) -> Any:
     """Plain peft on the whole model, where the tensors' names say."""
     import peft
 
-    modules = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in first if name.endswith(".lora_A.weight")]
-    return peft.get_peft_model(vit, peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules, modules_to_save=["classifier"])).eval()
+    modules = [
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        for name in first
+        if name.endswith(".lora_A.weight")
+    ]
+    return peft.get_peft_model(
+        vit, peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules, modules_to_save=["classifier"])
+    ).eval()
 
 
 def with_prompts(vit: Any, k: int, prompts: Any) -> None:
     def insert(module: Any, args: Any) -> Any:
-        return (torch.cat([args[0][:, :1], prompts.expand(len(args[0]), -1, -1), args[0][:, 1:]], 1), *args[1:])
+        return (
+            torch.cat([args[0][:, :1], prompts.expand(len(args[0]), -1, -1), args[0][:, 1:]], 1),
+            *args[1:],
+        )
 
     vit.base_model.layers[k].register_forward_pre_hook(insert)
 
 
 def test_texts_with_padding_learn_the_same_slim_or_not(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """BERT's rows of a class token alone; only the order of float32 sums differs."""
-    slim, whole = (small.play(recipe_of(tiny_bert, data, {"slim": s}), tmp_path / s)[0] for s in ("auto", "off"))
+    slim, whole = (
+        small.play(recipe_of(tiny_bert, data, {"slim": s}), tmp_path / s)[0] for s in ("auto", "off")
+    )
     assert farthest(state_of(slim), state_of(whole)) < 1e-5
 
 
@@ -151,22 +192,31 @@ def farthest(a: Tensors, b: Tensors) -> float:
 
 
 def state_of(folder: Any, number: int = 3) -> Tensors:
-    from fedtune.runtime.states import load_state
+    from fedtune.runtime.checkpoints import load_state
 
     return load_state(folder, number, "")[0].shared
 
 
-def test_a_language_model_sends_only_rows_with_labels_down_and_learns_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_language_model_sends_only_rows_with_labels_down_and_learns_the_same(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text, "response": text[:12]}) + "\n" for text in tiny.SENTENCES * 4))
+    path.write_text(
+        "".join(json.dumps({"prompt": text, "response": text[:12]}) + "\n" for text in tiny.SENTENCES * 4)
+    )
     told, states = {}, {}
     for slim in ("auto", "off"):
-        recipe = recipe_of(tiny_llama, path, {"slim": slim, "codec": "fp32"}, data__task="instruct", data__max_length=40)
+        recipe = recipe_of(
+            tiny_llama, path, {"slim": slim, "codec": "fp32"}, data__task="instruct", data__max_length=40
+        )
         folder, _, events = small.play(recipe, tmp_path / slim)
         told[slim] = [e.metrics for e in events if isinstance(e, ClientDone)]
         states[slim] = state_of(folder)
     assert farthest(states["auto"], states["off"]) < 1e-5
-    assert all(a["cut_down_bytes"] < 0.4 * b["cut_down_bytes"] for a, b in zip(told["auto"], told["off"], strict=True))
+    assert all(
+        a["cut_down_bytes"] < 0.4 * b["cut_down_bytes"]
+        for a, b in zip(told["auto"], told["off"], strict=True)
+    )
 
 
 def test_a_tied_vocabulary_stays_frozen(tmp_path: Path) -> None:
@@ -174,30 +224,35 @@ def test_a_tied_vocabulary_stays_frozen(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny.SENTENCES * 4))
     (tmp_path / "tied").mkdir()
-    world, _ = small.world_of(recipe_of(tiny.llama(tmp_path / "tied", tie=True), path, data__task="causal-lm"))
-    assert sorted(world.bench.named) == ["model.norm.weight", "prompts"]
+    workspace, _ = small.workspace_of(
+        recipe_of(tiny.llama(tmp_path / "tied", tie=True), path, data__task="causal-lm")
+    )
+    assert sorted(workspace.tunable.named) == ["model.norm.weight", "prompts"]
 
 
 def test_the_installed_bench_is_the_uncut_model_with_prompts(tiny_vit: Path, images: Path) -> None:
-    world, _ = small.world_of(recipe_of(tiny_vit, images, {"head": 1}))
-    vit = copy.deepcopy(tiny_vit_of(world.recipe, world))
-    with_prompts(vit, 1, world.bench.named["prompts"])
-    batch = world.train(0).collate(range(5))
+    workspace, _ = small.workspace_of(recipe_of(tiny_vit, images, {"head": 1}))
+    vit = copy.deepcopy(tiny_vit_of(workspace.recipe, workspace))
+    with_prompts(vit, 1, workspace.tunable.named["prompts"])
+    batch = workspace.train(0).collate(range(5))
     with torch.no_grad():
         want = vit(pixel_values=batch["pixel_values"]).logits
-        assert torch.equal(summed_loss(world.bench, batch)[1], want)
+        assert torch.equal(summed_loss(workspace.tunable, batch)[1], want)
 
 
-# --- the body elsewhere -----------------------------------------------------------------------------------------------
+# --- the body elsewhere
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def elsewhere(tiny_vit: Path, images: Path) -> Iterator[tuple[Recipe, str, Service, Tokens]]:
     """A body service with its own copy of the model, on a socket."""
     recipe = recipe_of(tiny_vit, images, {"head": 1})
-    world, _ = small.world_of(recipe)
+    workspace, _ = small.workspace_of(recipe)
     tokens = Tokens()
-    service = Service(Frozen(world.bench.net.part), world.bench.net.own_body.offer, tokens.admit).start()
+    service = Service(
+        Frozen(workspace.tunable.net.part), workspace.tunable.net.own_body.offer, tokens.admit
+    ).start()
     server, port = serve(service, "127.0.0.1:0")
     yield recipe, f"127.0.0.1:{port}", service, tokens
     server.stop(0)
@@ -205,9 +260,11 @@ def elsewhere(tiny_vit: Path, images: Path) -> Iterator[tuple[Recipe, str, Servi
 
 
 def by_socket(address: str, token: Any) -> Any:
-    def carry(link: Link, world: World) -> Carrier:
-        world.body = BodyAt(lambda: Socket(address), world.bench.net.own_body.offer, "run", token)
-        return local_carrier(link, world.client, world.done)
+    def carry(link: Link, workspace: Workspace) -> Transport:
+        workspace.body = BodyAddress(
+            lambda: Socket(address), workspace.tunable.net.own_body.offer, "run", token
+        )
+        return local_transport(link, workspace.client, workspace.done)
 
     return carry
 
@@ -215,27 +272,42 @@ def by_socket(address: str, token: Any) -> Any:
 def test_a_body_behind_a_socket_gives_the_same_state(elsewhere: Any, tmp_path: Path) -> None:
     recipe, address, service, tokens = elsewhere
     here = small.play(recipe, tmp_path / "here")[1]
-    there = small.play(recipe, tmp_path / "there", carry=by_socket(address, lambda number, client: tokens.issue("run", number, client)))[1]
+    there = small.play(
+        recipe,
+        tmp_path / "there",
+        carry=by_socket(address, lambda number, client: tokens.issue("run", number, client)),
+    )[1]
     assert here["state_sha256"] == there["state_sha256"]
-    assert service.merger.counts.jobs == 2 * 4 * 3 * 4 and service.held.size == 0  # forward and backward x clients x rounds x micro-batches
+    assert (
+        service.merger.counts.jobs == 2 * 4 * 3 * 4 and service.held.size == 0
+    )  # forward and backward x clients x rounds x micro-batches
 
 
 def test_a_client_without_a_token_is_left_out_and_named(elsewhere: Any, tmp_path: Path) -> None:
     recipe, address, _, tokens = elsewhere
     events: list[Any] = []
-    carry = by_socket(address, lambda number, client: tokens.issue("run", number, client) if client else "guess")
+    carry = by_socket(
+        address, lambda number, client: tokens.issue("run", number, client) if client else "guess"
+    )
     small.play(recipe, tmp_path, tell=events.append, carry=carry)
     assert [(e.client, e.code) for e in events if isinstance(e, ClientLeftOut)] == [(0, "S712")] * 3
 
 
 def test_another_body_is_refused_before_training(elsewhere: Any, tmp_path: Path) -> None:
     recipe, address, _, tokens = elsewhere
-    world, link = small.world_of(recipe)
-    net: SplitNet = world.bench.net
-    body = BodyAt(lambda: Socket(address), replace(net.own_body.offer, part="0" * 64), "run", lambda number, client: tokens.issue("run", number, client))
+    workspace, link = small.workspace_of(recipe)
+    net: SplitNet = workspace.tunable.net
+    body = BodyAddress(
+        lambda: Socket(address),
+        replace(net.own_body.offer, part="0" * 64),
+        "run",
+        lambda number, client: tokens.issue("run", number, client),
+    )
     now = methods_round(recipe)
     with pytest.raises(ClientFailed, match="S702"):
-        link.method.verbs["train"].work(replace(world.client_with(0, {}), body=body), link.method.start(world.bench).shared, now)
+        link.method.verbs["train"].work(
+            replace(workspace.client_with(0, {}), body=body), link.method.start(workspace.tunable).shared, now
+        )
 
 
 def methods_round(recipe: Recipe) -> Any:
@@ -244,17 +316,23 @@ def methods_round(recipe: Recipe) -> Any:
     return Round(1, recipe.seed, (0,))
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def through_cut(recipe: Recipe, root: Path) -> list[tuple[int, float, float]]:
     """(round, up, down) of client 0."""
     _, _, events = small.play(recipe, root)
-    return [(e.round, e.metrics["cut_up_bytes"], e.metrics["cut_down_bytes"]) for e in events if isinstance(e, ClientDone) and e.client == 0]
+    return [
+        (e.round, e.metrics["cut_up_bytes"], e.metrics["cut_down_bytes"])
+        for e in events
+        if isinstance(e, ClientDone) and e.client == 0
+    ]
 
 
 def test_bytes_at_the_cut_are_those_of_the_formula(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
-    """4 images of 5 tokens and 3 prompts of width 32 in float16, 4 micro-batches: up 4 x 5 x 32 + (3 + 4) x 32 numbers, down (3 + 4) x 32."""
+    """4 images of 5 tokens and 3 prompts of width 32 in float16, 4 micro-batches: up 4 x 5 x 32 + (3 + 4) x
+    32 numbers, down (3 + 4) x 32."""
     recipe = recipe_of(tiny_vit, images, {"head": 1, "codec": "fp16"})
     up, down = 4 * 2 * (4 * 5 * 32 + 7 * 32), 4 * 2 * 7 * 32
     for _, sent, received in through_cut(recipe, tmp_path):
@@ -264,7 +342,9 @@ def test_bytes_at_the_cut_are_those_of_the_formula(tiny_vit: Path, images: Path,
 
 
 @pytest.mark.parametrize("changes", [{"position": "input"}, {"lora_rank": 2}, {"slim": "off"}], ids=str)
-def test_bytes_are_those_of_the_formula_where_gradients_reach_the_head(changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_formula_where_gradients_reach_the_head(
+    changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path
+) -> None:
     """4 x (5 + 3) tokens and their gradient, and 4 rows of a class token (slim off: all rows) and theirs."""
     recipe = recipe_of(tiny_vit, images, {"head": 1, "codec": "fp16", **changes})
     each = 2 * 32 * (4 * 8 + (4 * 8 if "slim" in changes else 4))
@@ -276,7 +356,9 @@ def test_bytes_are_those_of_the_formula_where_gradients_reach_the_head(changes: 
 
 def test_without_prompts_nothing_goes_back(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     """The tail learns alone: up what the head says, down a row an image, no gradients."""
-    recipe = small.recipe(tiny_vit, images, method={"type": "sfprompt", "prompts": 0, "train": TRAIN}, **IMAGES)
+    recipe = small.recipe(
+        tiny_vit, images, method={"type": "sfprompt", "prompts": 0, "train": TRAIN}, **IMAGES
+    )
     line = next(line for line in rows(check(recipe)) if "slim: a micro-batch" in line)
     assert "up 1,280, down 256 bytes" in line
     for _, sent, received in through_cut(recipe, tmp_path):
@@ -290,26 +372,33 @@ def test_what_the_head_says_of_an_image_goes_up_once(tiny_vit: Path, images: Pat
     examples = 8 * 5 * 32 * 4  # of client 0
     assert 0.9 * examples < first - second < 1.1 * examples and second == third
     plain = recipe_of(tiny_vit, images, {**changes, "cache_smashed": False})
-    assert small.play(kept, tmp_path / "a")[1]["state_sha256"] == small.play(plain, tmp_path / "b")[1]["state_sha256"]
+    assert (
+        small.play(kept, tmp_path / "a")[1]["state_sha256"]
+        == small.play(plain, tmp_path / "b")[1]["state_sha256"]
+    )
 
 
 def test_a_service_that_forgot_is_told_again(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Texts of different lengths; after round 1 the service starts anew, as after a crash."""
     recipe = recipe_of(tiny_bert, data, {"cache_smashed": True})
 
-    def forgetful(link: Link, world: World) -> Carrier:
-        carry = local_carrier(link, world.client, world.done)
+    def forgetful(link: Link, workspace: Workspace) -> Transport:
+        carry = local_transport(link, workspace.client, workspace.done)
 
         def each(asks: Any) -> Any:
-            vars(world.bench.net).pop("own_body", None)
+            vars(workspace.tunable.net).pop("own_body", None)
             return carry(asks)
 
         return each
 
-    assert small.play(recipe, tmp_path / "a", carry=forgetful)[1]["state_sha256"] == small.play(recipe, tmp_path / "b")[1]["state_sha256"]
+    assert (
+        small.play(recipe, tmp_path / "a", carry=forgetful)[1]["state_sha256"]
+        == small.play(recipe, tmp_path / "b")[1]["state_sha256"]
+    )
 
 
-# --- phases -----------------------------------------------------------------------------------------------------------
+# --- phases
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -318,37 +407,53 @@ def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, t
     assert (s.head, s.local_update, s.pruning, s.keep) == (1, 2, "el2n", 0.5)
     assert type(s).model_validate_json(s.model_dump_json()) == s  # resolved, it means the same
     method = s.build(3, recipe.aggregate)
-    assert method.facts.title == "sfprompt / k = 1, 0 in the tail, 3 prompts / local update x2, el2n 0.5, split training"
+    assert (
+        method.facts.title
+        == "sfprompt / k = 1, 0 in the tail, 3 prompts / local update x2, el2n 0.5, split training"
+    )
     _, _, events = small.play(recipe, tmp_path)
     told = [e.metrics for e in events if isinstance(e, ClientDone)]
     assert all(set(one) == set(method.facts.metrics) and -1 <= one["el2n_rank"] <= 1 for one in told)
     assert all(one["body_loss_before"] != one["body_loss_after"] for one in told)
 
 
-def test_losses_through_the_body_are_those_of_the_uncut_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Before phase 1 of round 1 the model is the first state; of a client with 24 examples, eight are the probe."""
+def test_losses_through_the_body_are_those_of_the_uncut_model(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Before phase 1 of round 1 the model is the first state; of a client with 24 examples, eight are the
+    probe."""
     recipe = recipe_of(tiny_bert, data, {"local_update": 1})
-    world, link = small.world_of(recipe)
-    drawn = stream("split probe", seed_of("train", recipe.seed, 1, 1)).permutation(len(world.train(1)))[:8].tolist()
+    workspace, link = small.workspace_of(recipe)
+    drawn = (
+        stream("split probe", seed_of("train", recipe.seed, 1, 1))
+        .permutation(len(workspace.train(1)))[:8]
+        .tolist()
+    )
     with torch.no_grad():
-        want = float(summed_loss(world.bench, world.train(1).collate(drawn))[0]) / 8
-    update = link.method.verbs["train"].work(world.client_with(1, {}), link.method.start(world.bench).shared, methods_round(recipe))
+        want = float(summed_loss(workspace.tunable, workspace.train(1).collate(drawn))[0]) / 8
+    update = link.method.verbs["train"].work(
+        workspace.client_with(1, {}), link.method.start(workspace.tunable).shared, methods_round(recipe)
+    )
     assert update.metrics["body_loss_before"] / update.weight == pytest.approx(want, rel=1e-5)
 
 
 def test_pruning_sends_fewer_examples(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     train = {"lr": 0.01, "steps": 0, "epochs": 1, "batch": 4}
     whole, half = (
-        through_cut(recipe_of(tiny_vit, images, {"head": 1, "train": train, **more}), tmp_path / str(len(more)))[0][1]
+        through_cut(
+            recipe_of(tiny_vit, images, {"head": 1, "train": train, **more}), tmp_path / str(len(more))
+        )[0][1]
         for more in ({}, {"pruning": "random", "keep": 0.5})
     )
     assert 0.45 < half / whole < 0.6
 
 
-def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
     for changes in ({"local_update": 1}, {"pruning": "el2n", "keep": 0.5}, {"preset": "sfprompt-paper"}):
         recipe = recipe_of(tiny_bert, data, {"head": 0, **changes})
-        for start in (check, small.world_of):
+        for start in (check, small.workspace_of):
             with pytest.raises(FedtuneError, match=r"S703.*k = 0.*first token"):
                 start(recipe)
     check(recipe_of(tiny_bert, data, {"head": 0, "tail": 1, "local_update": 1}))  # a block in the tail sees
@@ -367,7 +472,9 @@ def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(tiny_be
     ],
     ids=str,
 )
-def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], words: str, tiny_bert: Path, data: Path) -> None:
+def test_settings_that_contradict_each_other_are_refused(
+    changes: dict[str, Any], words: str, tiny_bert: Path, data: Path
+) -> None:
     more = {"aggregate": {"rule": changes.pop("aggregate")}} if "aggregate" in changes else {}
     with pytest.raises(FedtuneError, match="C104") as caught:
         recipe_of(tiny_bert, data, changes, **more)
@@ -391,42 +498,53 @@ def test_a_cut_that_does_not_fit_is_refused(tiny_bert: Path, data: Path) -> None
         check(recipe_of(tiny_bert, data, {"head": 1, "tail": 1}))
 
 
-# --- around a run -----------------------------------------------------------------------------------------------------
+# --- around a run
+# -----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_tail_come_back_from_an_export(tiny_vit: Path, images: Path, tmp_path: Path, tiny_bert: Path, data: Path) -> None:
+def test_prompts_and_tail_come_back_from_an_export(
+    tiny_vit: Path, images: Path, tmp_path: Path, tiny_bert: Path, data: Path
+) -> None:
     recipe = recipe_of(tiny_vit, images, {"head": 1})
     folder, _, _ = small.play(recipe, tmp_path)
-    world, link = small.world_of(recipe)
-    batch = world.train(0).collate(range(4))
-    first = summed_loss(world.bench, batch)[1].detach()
-    bench = load(world.base, folder.adapter)
-    logits = summed_loss(bench, batch)[1].detach()
+    workspace, link = small.workspace_of(recipe)
+    batch = workspace.train(0).collate(range(4))
+    first = summed_loss(workspace.tunable, batch)[1].detach()
+    tunable = load(workspace.base, folder.adapter)
+    logits = summed_loss(tunable, batch)[1].detach()
     assert not torch.equal(first, logits)
-    link.method.install(replace(link.method.start(bench), shared=state_of(folder)), bench)
-    assert torch.equal(summed_loss(bench, batch)[1], logits)
-    other, _ = small.world_of(recipe_of(tiny_bert, data))
+    link.method.install(replace(link.method.start(tunable), shared=state_of(folder)), tunable)
+    assert torch.equal(summed_loss(tunable, batch)[1], logits)
+    other, _ = small.workspace_of(recipe_of(tiny_bert, data))
     with pytest.raises(FedtuneError, match="M304"):
         load(other.base, folder.adapter)
 
 
 def test_training_alone_is_the_training_of_a_single_client(tiny_vit: Path, images: Path) -> None:
-    world, link = small.world_of(recipe_of(tiny_vit, images, {"head": 1}))
-    start = link.method.start(world.bench)
+    workspace, link = small.workspace_of(recipe_of(tiny_vit, images, {"head": 1}))
+    start = link.method.start(workspace.tunable)
     results = []
     for _ in range(2):
-        link.method.alone(world.bench, world.train(0), start, 5)
-        results.append(digest(world.bench.read()))
+        link.method.alone(workspace.tunable, workspace.train(0), start, 5)
+        results.append(digest(workspace.tunable.read()))
     assert results[0] == results[1] != digest(start.shared)
 
 
 def test_check_says_who_can_see_the_inputs(tiny_bert: Path, data: Path) -> None:
     told = "\n".join(rows(check(recipe_of(tiny_bert, data))))
-    assert "body      whoever runs it sees hidden states of every example and can reconstruct the inputs" in told
-    assert "not from the body's operator" in told and "of full fine-tuning's FLOPs" in told and "as much as fedpeft" in told
+    assert (
+        "body      whoever runs it sees hidden states of every example and can reconstruct the inputs" in told
+    )
+    assert (
+        "not from the body's operator" in told
+        and "of full fine-tuning's FLOPs" in told
+        and "as much as fedpeft" in told
+    )
 
 
-def test_leak_test_prints_what_was_recovered(tiny_vit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leak_test_prints_what_was_recovered(
+    tiny_vit: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import tomli_w
 
     path = tmp_path / "recipe.toml"
@@ -435,5 +553,7 @@ def test_leak_test_prints_what_was_recovered(tiny_vit: Path, images: Path, tmp_p
     told = capsys.readouterr().out
     assert told.count("gradient descent on pixels: recovered") == 2 and "of 2 images" in told
     assert "not from the body's operator" in told
-    assert main(["leak-test", str(path), "--client", "9"]) == 2 and main(["leak-test"]) == 2  # the built-in federation has no cut
+    assert (
+        main(["leak-test", str(path), "--client", "9"]) == 2 and main(["leak-test"]) == 2
+    )  # the built-in federation has no cut
     assert "C103" in (err := capsys.readouterr().err) and "C104" in err

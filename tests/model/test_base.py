@@ -1,4 +1,5 @@
-"""Loading: the same head everywhere, a fingerprint of what was pretrained, and one sentence for what cannot be loaded."""
+"""Loading: the same head everywhere, a fingerprint of what was pretrained, and one sentence for what cannot
+be loaded."""
 
 from __future__ import annotations
 
@@ -16,89 +17,104 @@ from fedtune.model.settings import ModelSettings
 from tests import tiny
 
 
-def test_a_fresh_head_depends_on_the_seed_alone(world: Any) -> None:
-    first = world.load("encoder", seed=5)
+def test_a_fresh_head_depends_on_the_seed_alone(workspace: Any) -> None:
+    first = workspace.load("encoder", seed=5)
     torch.rand(3)  # whatever ran before
-    again, other = world.load("encoder", seed=5), world.load("encoder", seed=6)
+    again, other = workspace.load("encoder", seed=5), workspace.load("encoder", seed=6)
     assert first.fresh == {"classifier.weight", "classifier.bias"}
     assert torch.equal(first.weights["classifier.weight"], again.weights["classifier.weight"])
     assert not torch.equal(first.weights["classifier.weight"], other.weights["classifier.weight"])
 
 
-def test_the_fingerprint_names_the_pretrained_part(world: Any, tmp_path: Path) -> None:
-    base = world.load("encoder", seed=5)
-    assert base.fingerprint == world.load("encoder", seed=6).fingerprint  # another head, the same base
+def test_the_fingerprint_names_the_pretrained_part(workspace: Any, tmp_path: Path) -> None:
+    base = workspace.load("encoder", seed=5)
+    assert base.fingerprint == workspace.load("encoder", seed=6).fingerprint  # another head, the same base
     assert len(base.fingerprint) == 64
     changed = tmp_path / "changed"
-    shutil.copytree(world.folders["encoder"], changed)
+    shutil.copytree(workspace.folders["encoder"], changed)
     net = transformers.AutoModel.from_pretrained(changed)
     with torch.no_grad():
         net.encoder.layer[1].output.dense.weight[0, 0] += 1e-3
     net.save_pretrained(changed)
-    assert load(ModelSettings(name=str(changed), threads=1), "classify", ("a", "b"), 5).fingerprint != base.fingerprint
+    assert (
+        load(ModelSettings(name=str(changed), threads=1), "classify", ("a", "b"), 5).fingerprint
+        != base.fingerprint
+    )
 
 
-def test_the_fingerprint_sees_the_tokenizer_but_not_its_last_call(world: Any) -> None:
-    base = world.load("encoder", seed=5)
-    base.tokenizer(["the red fox"], truncation=True, max_length=2, padding="max_length")  # leaves its state in the tokenizer
-    assert base.fingerprint == world.base("encoder").fingerprint
-    other = world.load("encoder", seed=5)
+def test_the_fingerprint_sees_the_tokenizer_but_not_its_last_call(workspace: Any) -> None:
+    base = workspace.load("encoder", seed=5)
+    base.tokenizer(
+        ["the red fox"], truncation=True, max_length=2, padding="max_length"
+    )  # leaves its state in the tokenizer
+    assert base.fingerprint == workspace.base("encoder").fingerprint
+    other = workspace.load("encoder", seed=5)
     other.tokenizer.add_tokens(["zebra"])
     assert other.fingerprint != base.fingerprint
 
 
-def test_everything_is_frozen_and_the_context_known(world: Any) -> None:
+def test_everything_is_frozen_and_the_context_known(workspace: Any) -> None:
     for name, context in (("causal", 64), ("encoder", 32), ("images", None)):
-        base = world.load(name)  # the shared one may have been trained by another test
+        base = workspace.load(name)  # the shared one may have been trained by another test
         assert base.context == context
         assert not any(value.requires_grad for value in base.net.parameters())
         assert not base.net.training
-    assert world.base("causal").tokenizer.pad_token_id == world.base("causal").net.config.pad_token_id == 1  # no padding token: end of text
+    assert (
+        workspace.base("causal").tokenizer.pad_token_id
+        == workspace.base("causal").net.config.pad_token_id
+        == 1
+    )  # no padding token: end of text
 
 
-def test_a_classifier_for_other_labels_is_replaced(world: Any, tmp_path: Path) -> None:
-    five = transformers.AutoModelForSequenceClassification.from_pretrained(world.folders["encoder"], num_labels=5)
+def test_a_classifier_for_other_labels_is_replaced(workspace: Any, tmp_path: Path) -> None:
+    five = transformers.AutoModelForSequenceClassification.from_pretrained(
+        workspace.folders["encoder"], num_labels=5
+    )
     five.save_pretrained(tmp_path)
-    world.base("encoder").tokenizer.save_pretrained(tmp_path)
+    workspace.base("encoder").tokenizer.save_pretrained(tmp_path)
     base = load(ModelSettings(name=str(tmp_path), threads=1), "classify", ("a", "b"), 1)
     assert base.net.classifier.weight.shape == (2, 32)
     assert base.fresh == {"classifier.weight", "classifier.bias"}
-    assert base.fingerprint == world.base("encoder").fingerprint
+    assert base.fingerprint == workspace.base("encoder").fingerprint
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "package:no_such_package/model", "package:json/nowhere", "/nowhere/at/all"])
+@pytest.mark.parametrize(
+    "name", ["no/such-model", "package:no_such_package/model", "package:json/nowhere", "/nowhere/at/all"]
+)
 def test_a_model_that_is_not_there_is_one_sentence(name: str) -> None:
     with pytest.raises(FedtuneError, match="M301") as caught:
         load(ModelSettings(name=name, threads=1), "classify", ("a", "b"), 1)
     assert "\n" not in str(caught.value)
 
 
-def test_a_package_can_carry_a_model(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_can_carry_a_model(workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "carrier_of_bert"
-    shutil.copytree(world.folders["encoder"], package / "model")
+    shutil.copytree(workspace.folders["encoder"], package / "model")
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)
     base = load(ModelSettings(name="package:carrier_of_bert/model", threads=1), "classify", ("a", "b"), 1)
-    assert base.fingerprint == world.base("encoder").fingerprint
+    assert base.fingerprint == workspace.base("encoder").fingerprint
 
 
-def test_a_tokenizer_of_another_model_is_refused(world: Any, tmp_path: Path) -> None:
-    shutil.copytree(world.folders["encoder"], tmp_path / "mixed")
-    transformers.AutoTokenizer.from_pretrained(world.folders["causal"]).save_pretrained(tmp_path / "mixed")
+def test_a_tokenizer_of_another_model_is_refused(workspace: Any, tmp_path: Path) -> None:
+    shutil.copytree(workspace.folders["encoder"], tmp_path / "mixed")
+    transformers.AutoTokenizer.from_pretrained(workspace.folders["causal"]).save_pretrained(
+        tmp_path / "mixed"
+    )
     with pytest.raises(FedtuneError, match="M303"):
         load(ModelSettings(name=str(tmp_path / "mixed"), threads=1), "classify", ("a", "b"), 1)
 
 
-def test_a_language_model_without_its_output_layer_is_refused(world: Any, tmp_path: Path) -> None:
-    shutil.copytree(world.folders["causal"], tmp_path / "half")
+def test_a_language_model_without_its_output_layer_is_refused(workspace: Any, tmp_path: Path) -> None:
+    shutil.copytree(workspace.folders["causal"], tmp_path / "half")
     transformers.AutoModel.from_pretrained(tmp_path / "half").save_pretrained(tmp_path / "half")
     with pytest.raises(FedtuneError, match=r"M301.*lm_head"):
         load(ModelSettings(name=str(tmp_path / "half"), threads=1), "causal-lm", (), 1)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_damaged_files_are_one_sentence(world: Any, tmp_path: Path, file: str) -> None:
-    shutil.copytree(world.folders["encoder"], tmp_path / "damaged")
+def test_damaged_files_are_one_sentence(workspace: Any, tmp_path: Path, file: str) -> None:
+    shutil.copytree(workspace.folders["encoder"], tmp_path / "damaged")
     whole = (tmp_path / "damaged" / file).read_bytes()
     (tmp_path / "damaged" / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FedtuneError, match="M301") as caught:
@@ -106,7 +122,7 @@ def test_damaged_files_are_one_sentence(world: Any, tmp_path: Path, file: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_pickled_weights_are_refused(world: Any, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(workspace: Any, tmp_path: Path) -> None:
     tiny.bert(tmp_path)
     net = transformers.AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -1,4 +1,5 @@
-"""What is exported is what was trained: equal logits through stock peft, stock transformers, and our own loader."""
+"""What is exported is what was trained: equal logits through stock peft, stock transformers, and our own
+loader."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ import transformers
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters import adapter_of
 from fedtune.model.base import load
-from fedtune.model.bench import attach
 from fedtune.model.encode import encode
 from fedtune.model.export import is_stock, load_adapter, save_adapter, save_merged
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
 from fedtune.model.settings import ModelSettings, TrainSettings
+from fedtune.model.tunable import attach
 from fedtune.schema import digest
 from tests import tiny
 from tests.model.cases import ALL, VARIANTS
@@ -41,30 +42,37 @@ def logits_of(net: Any, batch: dict[str, torch.Tensor], causal: bool) -> torch.T
     return logits[:, -labels.shape[1] : -1] if causal else logits
 
 
-def trained(world: Any, model: str, variant: str) -> tuple[Any, Any, torch.Tensor]:
-    bench, encoded = attach(world.base(model), adapter_of(**VARIANTS[variant]), 3), world.encoded(model)
-    fit(bench, encoded, TrainSettings(steps=4, lr=1e-2, batch=6), 5)
+def trained(workspace: Any, model: str, variant: str) -> tuple[Any, Any, torch.Tensor]:
+    tunable, encoded = (
+        attach(workspace.base(model), adapter_of(**VARIANTS[variant]), 3),
+        workspace.encoded(model),
+    )
+    fit(tunable, encoded, TrainSettings(steps=4, lr=1e-2, batch=6), 5)
     batch = encoded.collate(range(3))
     with torch.no_grad():
-        return bench, batch, summed_loss(bench, batch)[1]
+        return tunable, batch, summed_loss(tunable, batch)[1]
 
 
 @pytest.mark.parametrize(("model", "variant"), ALL)
-def test_round_trips(world: Any, model: str, variant: str, tmp_path: Path) -> None:
-    bench, batch, want = trained(world, model, variant)
-    state, causal = bench.read(), model == "causal"
+def test_round_trips(workspace: Any, model: str, variant: str, tmp_path: Path) -> None:
+    tunable, batch, want = trained(workspace, model, variant)
+    state, causal = tunable.read(), model == "causal"
     folder = tmp_path / "adapter"
-    save_adapter(bench, folder, str(world.folders[model]), "# a card\n")
-    assert digest(bench.read()) == digest(state)
+    save_adapter(tunable, folder, str(workspace.folders[model]), "# a card\n")
+    assert digest(tunable.read()) == digest(state)
     assert (folder / "README.md").read_text().startswith("# a card\n")
 
-    if is_stock(bench):
-        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(world.folders[model])
+    if is_stock(tunable):
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            workspace.folders[model]
+        )
         if variant != "p-tuning":  # its network travels, what the network says is exported
             assert safetensors.numpy.load_file(folder / "adapter_model.safetensors").keys() == state.keys()
         torch.manual_seed(99)  # the stock model's own fresh head is another one
-        net = AUTO[model].from_pretrained(world.folders[model], **({} if causal else {"num_labels": 2}))
-        net.config.pad_token_id = world.base(model).net.config.pad_token_id if model == "decoder" else None
+        net = AUTO[model].from_pretrained(workspace.folders[model], **({} if causal else {"num_labels": 2}))
+        net.config.pad_token_id = (
+            workspace.base(model).net.config.pad_token_id if model == "decoder" else None
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             stock = peft.PeftModel.from_pretrained(net, str(folder))
@@ -72,17 +80,21 @@ def test_round_trips(world: Any, model: str, variant: str, tmp_path: Path) -> No
     else:
         assert not (folder / "adapter_config.json").exists()
 
-    if bench.settings.merges:
-        save_merged(bench, tmp_path / "merged", "# a card\n")
+    if tunable.settings.merges:
+        save_merged(tunable, tmp_path / "merged", "# a card\n")
         merged = AUTO[model].from_pretrained(tmp_path / "merged")
         assert torch.allclose(logits_of(merged, batch, causal), want, atol=2e-5)
-        assert not causal or transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == world.base(model).tokenizer.get_vocab()
+        assert (
+            not causal
+            or transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+            == workspace.base(model).tokenizer.get_vocab()
+        )
     else:
         with pytest.raises(FedtuneError, match="M306"):
-            save_merged(bench, tmp_path / "merged", "")
+            save_merged(tunable, tmp_path / "merged", "")
         assert not (tmp_path / "merged").exists()
 
-    elsewhere = world.load(model, seed=77)  # another head, as another run would have
+    elsewhere = workspace.load(model, seed=77)  # another head, as another run would have
     again = load_adapter(elsewhere, folder)
     assert digest(again.read()) == digest(state)
     with torch.no_grad():
@@ -90,36 +102,42 @@ def test_round_trips(world: Any, model: str, variant: str, tmp_path: Path) -> No
 
 
 def test_a_fresh_pooler_travels_with_the_head(tmp_path: Path) -> None:
-    """A masked language model has no pooler: the classifier's is random, so it must be trained and exported."""
+    """A masked language model has no pooler: the classifier's is random, so it must be trained and
+    exported."""
     folder = tiny.bert(tmp_path / "base")
     bert = transformers.BertForMaskedLM(transformers.AutoConfig.from_pretrained(folder))
     bert.save_pretrained(folder)
     base = load(ModelSettings(name=str(folder), threads=1), "classify", ("a", "b"), 1)
     assert "bert.pooler.dense.weight" in base.fresh
-    bench, encoded = attach(base, adapter_of(), 1), encode(tiny.texts(), base, max_length=16)
-    assert "base_model.model.bert.pooler.dense.weight" in bench.named
-    assert not any("pooler" in name and "lora" in name for name in bench.named)
-    fit(bench, encoded, TrainSettings(steps=2), 1)
+    tunable, encoded = attach(base, adapter_of(), 1), encode(tiny.texts(), base, max_length=16)
+    assert "base_model.model.bert.pooler.dense.weight" in tunable.named
+    assert not any("pooler" in name and "lora" in name for name in tunable.named)
+    fit(tunable, encoded, TrainSettings(steps=2), 1)
     batch = encoded.collate(range(4))
     with torch.no_grad():
-        want = summed_loss(bench, batch)[1]
-    save_adapter(bench, tmp_path / "out", str(folder), "")
+        want = summed_loss(tunable, batch)[1]
+    save_adapter(tunable, tmp_path / "out", str(folder), "")
     torch.manual_seed(5)
-    stock = peft.PeftModel.from_pretrained(transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2), str(tmp_path / "out"))
+    stock = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2),
+        str(tmp_path / "out"),
+    )
     assert torch.equal(logits_of(stock, batch, False), want)
 
 
-def test_an_adapter_of_another_base_is_refused(world: Any, tmp_path: Path) -> None:
-    bench, _, _ = trained(world, "encoder", "lora")
-    save_adapter(bench, tmp_path / "a", "x", "")
+def test_an_adapter_of_another_base_is_refused(workspace: Any, tmp_path: Path) -> None:
+    tunable, _, _ = trained(workspace, "encoder", "lora")
+    save_adapter(tunable, tmp_path / "a", "x", "")
     other = tiny.bert(tmp_path / "other")
     net = transformers.AutoModel.from_pretrained(other)
     with torch.no_grad():
         net.pooler.dense.bias += 1
     net.save_pretrained(other)
     with pytest.raises(FedtuneError, match=r"M304.*base model"):
-        load_adapter(load(ModelSettings(name=str(other), threads=1), "classify", ("a", "b"), 1), tmp_path / "a")
+        load_adapter(
+            load(ModelSettings(name=str(other), threads=1), "classify", ("a", "b"), 1), tmp_path / "a"
+        )
     with pytest.raises(FedtuneError, match=r"M304.*labels"):
-        load_adapter(load(world.settings("encoder"), "classify", ("a", "c"), 1), tmp_path / "a")
+        load_adapter(load(workspace.settings("encoder"), "classify", ("a", "c"), 1), tmp_path / "a")
     with pytest.raises(FedtuneError, match=r"M304.*no adapter"):
-        load_adapter(world.base("encoder"), tmp_path / "nothing")
+        load_adapter(workspace.base("encoder"), tmp_path / "nothing")

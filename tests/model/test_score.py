@@ -10,50 +10,53 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters import adapter_of
-from fedtune.model.bench import attach
 from fedtune.model.encode import encode
 from fedtune.model.score import score
+from fedtune.model.tunable import attach
 from tests import tiny
-from tests.benches import bare
+from tests.tunables import bare
 
 
 @pytest.mark.parametrize("kind", ["none", "prompt", "prefix"])
-def test_perplexity_by_hand(world: Any, kind: str) -> None:
+def test_perplexity_by_hand(workspace: Any, kind: str) -> None:
     """One row at a time, one token at a time: exp of the mean of -log p."""
-    base, encoded = world.base("causal"), world.encoded("causal")
-    bench = bare(base) if kind == "none" else attach(base, adapter_of(kind=kind, tokens=3), 1)
+    base, encoded = workspace.base("causal"), workspace.encoded("causal")
+    tunable = bare(base) if kind == "none" else attach(base, adapter_of(kind=kind, tokens=3), 1)
     surprise = []
     with torch.no_grad():
         for example in encoded.examples:
             ids = torch.tensor(example["input_ids"], dtype=torch.long)[None]
-            logits = bench.net(input_ids=ids).logits[0, -ids.shape[1] :]  # virtual tokens stand in front
+            logits = tunable.net(input_ids=ids).logits[0, -ids.shape[1] :]  # virtual tokens stand in front
             surprise += [-float(logits[t].log_softmax(-1)[ids[0, t + 1]]) for t in range(ids.shape[1] - 1)]
     mean = sum(surprise) / len(surprise)
     for batch in (1, 2, 32):
-        got = score(bench, encoded, batch)
+        got = score(tunable, encoded, batch)
         assert (got.name, got.count) == ("perplexity", len(surprise)) == ("perplexity", encoded.tokens)
         assert math.isclose(got.loss, mean, rel_tol=1e-5)
         assert math.isclose(got.metric, math.exp(mean), rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["encoder", "decoder"])
-def test_accuracy_by_hand_with_padding(world: Any, model: str) -> None:
-    base = world.base(model)
-    rows = [{"text": " ".join(tiny.SENTENCES[i % 6].split()[: 2 + i % 4]), "label": "ab"[i % 2]} for i in range(10)]
+def test_accuracy_by_hand_with_padding(workspace: Any, model: str) -> None:
+    base = workspace.base(model)
+    rows = [
+        {"text": " ".join(tiny.SENTENCES[i % 6].split()[: 2 + i % 4]), "label": "ab"[i % 2]}
+        for i in range(10)
+    ]
     encoded = encode(rows, base, max_length=32)
-    bench = bare(base)
+    tunable = bare(base)
     right, loss = 0, 0.0
     with torch.no_grad():
         for i in range(10):
-            logits = bench.net(input_ids=encoded.collate([i])["input_ids"]).logits[0]
+            logits = tunable.net(input_ids=encoded.collate([i])["input_ids"]).logits[0]
             right += int(logits.argmax()) == i % 2
             loss -= float(logits.log_softmax(-1)[i % 2])
     for batch in (1, 3, 10):
-        got = score(bench, encoded, batch)
+        got = score(tunable, encoded, batch)
         assert (got.name, got.count, got.metric) == ("accuracy", 10, right / 10)
         assert math.isclose(got.loss, loss / 10, rel_tol=1e-5)
 
 
-def test_nothing_to_score(world: Any) -> None:
+def test_nothing_to_score(workspace: Any) -> None:
     with pytest.raises(FedtuneError, match="D202"):
-        score(bare(world.base("encoder")), encode([], world.base("encoder"), max_length=8))
+        score(bare(workspace.base("encoder")), encode([], workspace.base("encoder"), max_length=8))

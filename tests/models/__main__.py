@@ -9,8 +9,13 @@ from tests.models.record import FAULT, held, store, tried_all
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.models", description="Try families of models; store what came out (outcomes.json).")
-    parser.add_argument("--dry", action="store_true", help="store nothing; print what differs from what is stored")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.models",
+        description="Try families of models; store what came out (outcomes.json).",
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="store nothing; print what differs from what is stored"
+    )
     parser.add_argument("families", nargs="*", help="only these")
     args = parser.parse_args()
     faults = 0

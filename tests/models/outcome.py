@@ -1,7 +1,10 @@
-"""What becomes of one family with one task: for every kind and method "works", or the sentence in which it is refused.
+"""What becomes of one family with one task: for every kind and method "works", or the sentence in which it is
+refused.
 
-"works" is much: loaded and scored; the adapter attached, trained for two steps that moved it, scored with a finite number, exported and
-loaded again with the same score (by plain peft with the same logits, where it is peft's), and taken off, after which the base and its
+"works" is much: loaded and scored; the adapter attached, trained for two steps that moved it, scored with a
+finite number, exported and
+loaded again with the same score (by plain peft with the same logits, where it is peft's), and taken off,
+after which the base and its
 buffers are what they were, bit for bit. Methods that are no adapter run one round of a whole federation.
 """
 
@@ -22,16 +25,16 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO
 from fedtune.model.adapters import adapter_of
 from fedtune.model.base import Base, load
-from fedtune.model.bench import Bench, attach, detach
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.export import is_stock, load_adapter, save_adapter
 from fedtune.model.fit import fit
 from fedtune.model.score import score
 from fedtune.model.settings import ModelSettings, TrainSettings
+from fedtune.model.tunable import TunableModel, attach, detach
 from tests import small, tiny
-from tests.benches import bare
 from tests.models.families import FAMILIES, make
 from tests.models.record import COLUMNS, FAULT, WORKS
+from tests.tunables import bare
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 2},
@@ -88,7 +91,10 @@ def said(act: Callable[[], None], root: Path) -> str:
         return sorted_sets(str(error).replace(f"{root}/", ""))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{FAULT}: {type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+        return (
+            f"{FAULT}: {type(error).__name__} at {Path(where.filename).name}:{where.lineno}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}"
+        )[:300]
     return WORKS
 
 
@@ -101,28 +107,28 @@ def tried(base: Base, column: str, root: Path) -> None:
     """One kind of adapter, through all that a client and a user do with it."""
     before = {name: value.detach().clone() for name, value in base.net.state_dict().items()}
     examples = rows_for(base.task, base)
-    bench = attach(base, adapter_of(**KINDS[column]), 1)
+    tunable = attach(base, adapter_of(**KINDS[column]), 1)
     try:
-        refused_too_late(lambda: used(bench, examples, root / f"{base.task} {column}"))
+        refused_too_late(lambda: used(tunable, examples, root / f"{base.task} {column}"))
     finally:
-        detach(base.attached or bench)
+        detach(base.attached or tunable)
     check_untouched(base, before)
 
 
-def used(bench: Bench, examples: Encoded, place: Path) -> None:
+def used(tunable: TunableModel, examples: Encoded, place: Path) -> None:
     """Train, score, export, and load what was exported."""
-    start = bench.read()
-    fit(bench, examples, TRAIN, 2)
-    after = bench.read()
+    start = tunable.read()
+    fit(tunable, examples, TRAIN, 2)
+    after = tunable.read()
     if all(np.array_equal(after[name], start[name]) for name in after):
         raise Fault("training left every tensor where it was")
-    trained = score(bench, examples)
+    trained = score(tunable, examples)
     if not np.isfinite(trained.loss):
         raise Fault("a score that is not finite")
-    save_adapter(bench, place, bench.base.name, "a card")
-    if is_stock(bench):
-        check_stock(bench, place, examples)
-    if score(load_adapter(bench.base, place), examples).loss != trained.loss:
+    save_adapter(tunable, place, tunable.base.name, "a card")
+    if is_stock(tunable):
+        check_stock(tunable, place, examples)
+    if score(load_adapter(tunable.base, place), examples).loss != trained.loss:
         raise Fault("another loss after export")
 
 
@@ -134,13 +140,15 @@ def refused_too_late(act: Callable[[], None]) -> None:
         raise Fault(f"refused after it was attached: {error}") from error
 
 
-def check_stock(bench: Bench, place: Path, examples: Encoded) -> None:
+def check_stock(tunable: TunableModel, place: Path, examples: Encoded) -> None:
     """Plain transformers and peft, given the model's folder and the adapter's, say the same."""
     batch = {name: value for name, value in examples.collate([0, 1]).items() if name != "labels"}
-    labels = {"num_labels": len(bench.base.labels)} if bench.base.labels else {}
-    net = peft.PeftModel.from_pretrained(AUTO[bench.base.task].from_pretrained(bench.base.name, **labels), str(place)).eval()
+    labels = {"num_labels": len(tunable.base.labels)} if tunable.base.labels else {}
+    net = peft.PeftModel.from_pretrained(
+        AUTO[tunable.base.task].from_pretrained(tunable.base.name, **labels), str(place)
+    ).eval()
     with torch.no_grad():
-        ours, theirs = bench.net(**batch).logits, net(**batch).logits
+        ours, theirs = tunable.net(**batch).logits, net(**batch).logits
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-4):
         raise Fault("an adapter with which plain peft says something else")
 
@@ -148,24 +156,35 @@ def check_stock(bench: Bench, place: Path, examples: Encoded) -> None:
 def check_untouched(base: Base, before: dict[str, torch.Tensor]) -> None:
     """The base's parameters and buffers, to the bit."""
     now = base.net.state_dict()
-    odd = sorted(now.keys() ^ before.keys()) or [name for name in before if not torch.equal(now[name], before[name])]
+    odd = sorted(now.keys() ^ before.keys()) or [
+        name for name in before if not torch.equal(now[name], before[name])
+    ]
     if odd:
         raise Fault(f"the base's '{odd[0]}' is another one after the adapter was taken off")
 
 
 def played(folder: Path, task: str, column: str, root: Path) -> None:
     """One round of a federation of two clients."""
-    changes: dict[str, Any] = {"rounds": 1, "partition__clients": 2, "data__task": task, "data__max_length": 16, "data__client_test_share": 0}
+    changes: dict[str, Any] = {
+        "rounds": 1,
+        "partition__clients": 2,
+        "data__task": task,
+        "data__max_length": 16,
+        "data__client_test_share": 0,
+    }
     if task == "image-classify":
         changes["data__source"] = "images"
     place = root / f"run {column} {task}"
     place.mkdir()
-    _, result, _ = small.play(small.recipe(folder, data_for(task, root), method=METHODS[column], **changes), place)
+    _, result, _ = small.play(
+        small.recipe(folder, data_for(task, root), method=METHODS[column], **changes), place
+    )
     if not np.isfinite(result["federated"]):
         raise Fault("a score that is not finite")
 
 
-# --- rows -------------------------------------------------------------------------------------------------------
+# --- rows
+# -------------------------------------------------------------------------------------------------------
 
 
 def labels_of(task: str) -> tuple[str, ...]:

@@ -14,7 +14,21 @@ from tests.models.families import FAMILIES, TASKS
 Rows = dict[str, dict[str, str]]
 FILE = Path(__file__).with_name("outcomes.json")
 WORKS, FAULT = "works", "FAULT"
-COLUMNS = ("lora", "bias", "adapter", "prompt", "prompt, deep", "prefix", "p-tuning", "ia3", "layernorm", "head", "full", "fedkseed", "sfprompt")
+COLUMNS = (
+    "lora",
+    "bias",
+    "adapter",
+    "prompt",
+    "prompt, deep",
+    "prefix",
+    "p-tuning",
+    "ia3",
+    "layernorm",
+    "head",
+    "full",
+    "fedkseed",
+    "sfprompt",
+)
 PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -45,4 +59,7 @@ def store(name: str, rows: Rows) -> None:
     kept = read()["families"] | {name: rows}
     versions = {package: version(package).partition("+")[0] for package in PACKAGES}
     ordered = {family: kept[family] for family in FAMILIES if family in kept}
-    FILE.write_text(json.dumps({"versions": versions, "families": ordered}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    FILE.write_text(
+        json.dumps({"versions": versions, "families": ordered}, indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )

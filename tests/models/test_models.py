@@ -10,7 +10,8 @@ from tests.models.families import FAMILIES, TASKS
 from tests.models.outcome import KINDS, METHODS, outcomes
 from tests.models.record import COLUMNS, FAULT, held
 
-HANDFUL = [  # families that differ in what they are: side of the class token, padding, cache, stages, batch norm
+# families that differ in what they are: side of the class token, padding, cache, stages, batch norm
+HANDFUL = [
     ("BERT", "classify", ("lora", "prefix", "prompt, deep")),
     ("RoBERTa", "classify", ("lora", "p-tuning")),
     ("DeBERTa v2", "classify", ("lora", "prompt, deep", "sfprompt")),
@@ -35,20 +36,32 @@ def short(outcome: str) -> str:
     return outcome.partition(":")[0]
 
 
-@pytest.mark.parametrize(("name", "task", "columns"), HANDFUL, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "task", "columns"), HANDFUL, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_the_recorded_outcomes_hold(name: str, task: str, columns: tuple[str, ...], tmp_path: Path) -> None:
     found = outcomes(name, task, tmp_path, columns)
-    assert {column: short(outcome) for column, outcome in found.items()} == {column: short(held()[name][task][column]) for column in columns}, found
+    assert {column: short(outcome) for column, outcome in found.items()} == {
+        column: short(held()[name][task][column]) for column in columns
+    }, found
 
 
 def test_the_record_is_whole() -> None:
     assert (*KINDS, *METHODS) == COLUMNS
-    assert {name: set(rows) for name, rows in held().items()} == {name: set(TASKS[family.side]) for name, family in FAMILIES.items()}
+    assert {name: set(rows) for name, rows in held().items()} == {
+        name: set(TASKS[family.side]) for name, family in FAMILIES.items()
+    }
     assert all(tuple(row) == COLUMNS for rows in held().values() for row in rows.values())
 
 
 def test_whatever_is_refused_is_refused_in_a_sentence() -> None:
-    faults = [(name, task, column) for name, rows in held().items() for task, row in rows.items() for column in row if row[column].startswith(FAULT)]
+    faults = [
+        (name, task, column)
+        for name, rows in held().items()
+        for task, row in rows.items()
+        for column in row
+        if row[column].startswith(FAULT)
+    ]
     assert not faults
 
 
@@ -59,6 +72,6 @@ def test_all_recorded_outcomes_hold(name: str, tmp_path: Path) -> None:
         place = tmp_path / f"{number}"
         place.mkdir()
         found = outcomes(name, task, place)
-        assert {column: short(outcome) for column, outcome in found.items()} == {column: short(outcome) for column, outcome in held()[name][task].items()}, (
-            found
-        )
+        assert {column: short(outcome) for column, outcome in found.items()} == {
+            column: short(outcome) for column, outcome in held()[name][task].items()
+        }, found

@@ -1,6 +1,8 @@
-"""Files that are generated and committed: `python -m tests.regen` writes them, `--check` names those that are stale (exit 1).
+"""Files that are generated and committed: `python -m tests.regen` writes them, `--check` names those that are
+stale (exit 1).
 
-A generator is a function without arguments that gives {path from the repository's root: text}. Adding one is one line in
+A generator is a function without arguments that gives {path from the repository's root: text}. Adding one is
+one line in
 GENERATORS.
 """
 
@@ -33,7 +35,9 @@ def stale(names: Sequence[str] = ()) -> dict[str, str]:
 def held(path: str, text: str) -> bool:
     """Whether the file holds the text; versions of the stub generator are no difference."""
     file = ROOT / path
-    return file.exists() and stubs.without_versions(file.read_text(encoding="utf-8")) == stubs.without_versions(text)
+    return file.exists() and stubs.without_versions(
+        file.read_text(encoding="utf-8")
+    ) == stubs.without_versions(text)
 
 
 def write(files: dict[str, str]) -> None:

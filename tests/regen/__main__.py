@@ -9,7 +9,9 @@ from tests.regen import GENERATORS, stale, write
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.regen", description="Write the generated files, or check that they are fresh.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.regen", description="Write the generated files, or check that they are fresh."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is stale")
     parser.add_argument("names", nargs="*", help=f"only these: {', '.join(GENERATORS)}")
     args = parser.parse_args()

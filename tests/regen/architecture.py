@@ -1,4 +1,5 @@
-"""docs/architecture.md: its table of packages and its picture of imports, from the imports that are there and the floors that .importlinter enforces."""
+"""docs/architecture.md: its table of packages and its picture of imports, from the imports that are there and
+the floors that .importlinter enforces."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def generate() -> dict[str, str]:
     path = "docs/architecture.md"
     text = (ROOT / path).read_text(encoding="utf-8")
     floors, ground = layers()
-    graph = grimp.build_graph("fedtune", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None)
+    graph = grimp.build_graph(
+        "fedtune", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+    )
     rooms = between_rooms(graph)
     text = block(text, "rooms", "\n".join(table(floors, ground, rooms)))
     text = block(text, "picture", "\n".join(picture(floors, rooms)))
@@ -33,7 +36,9 @@ def layers() -> tuple[list[list[str]], list[str]]:
     parser = configparser.ConfigParser()
     parser.read(ROOT / ".importlinter")
     lines = parser["importlinter:contract:floors"]["layers"].split("\n")
-    *floors, ground = [[word.strip() for word in line.replace("|", ":").split(":")] for line in lines if line.strip()]
+    *floors, ground = [
+        [word.strip() for word in line.replace("|", ":").split(":")] for line in lines if line.strip()
+    ]
     return floors, ground
 
 
@@ -65,12 +70,17 @@ def about(name: str) -> str:
     """The first sentence of a package's or a file's docstring."""
     place = ROOT / "fedtune" / name
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n\n")[0].replace("\n", " ")
+    text = (
+        (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
+        .partition("\n\n")[0]
+        .replace("\n", " ")
+    )
     return text.partition(". ")[0].rstrip(".")
 
 
 def picture(floors: list[list[str]], rooms: Graph) -> Iterator[str]:
-    """A Mermaid flowchart of the packages above the ground; an arrow that follows from two others is left out."""
+    """A Mermaid flowchart of the packages above the ground; an arrow that follows from two others is left
+    out."""
     shown = [name for names in floors for name in names]
     arrows = {name: rooms.get(name, set()) & set(shown) for name in shown}
     yield from ("```mermaid", "flowchart TD")

@@ -44,7 +44,11 @@ def errors() -> dict[str, str]:
         if code[0] != letter:
             letter = code[0]
             lines += [f"## {letter}: {LETTERS[letter]}\n", "| code | |", "|---|---|"]
-            lines += [f"| [{own}](#{own.lower()}) | {cell(said)} |" for own, said in CATALOGUE.items() if own[0] == letter]
+            lines += [
+                f"| [{own}](#{own.lower()}) | {cell(said)} |"
+                for own, said in CATALOGUE.items()
+                if own[0] == letter
+            ]
             lines.append("")
         page = known[code]
         lines.append(f"### {code}\n\n{page.what}\n\nUsual causes:\n")
@@ -54,13 +58,15 @@ def errors() -> dict[str, str]:
 
 
 def recipe() -> dict[str, str]:
-    """docs/recipe.md: one table of keys for each settings class, in the order in which the recipe reaches them."""
+    """docs/recipe.md: one table of keys for each settings class, in the order in which the recipe reaches
+    them."""
     from fedtune.config import Recipe
 
     lines = [
         NOTE,
         "# The recipe\n",
-        "One TOML file. What it leaves out has the default below; `--set path=value` overrides one key, for example `--set rounds=3`.\n",
+        "One TOML file. What it leaves out has the default below; `--set path=value` overrides one key, for "
+        "example `--set rounds=3`.\n",
     ]
     known: dict[str, list[type[BaseModel]]] = {}  # what one method's table and another's share is said once
     for path, owner, cls in tables("", "", Recipe):
@@ -68,19 +74,32 @@ def recipe() -> dict[str, str]:
             continue
         known[path].append(cls)
         heading = f"{path} {owner}" if len(known[path]) > 1 else path
-        said = tag_of(cls)[0] if tag(cls) and tag(cls) in heading else ""  # the key that the heading already names
-        fields = [(name, field) for name, field in cls.model_fields.items() if name != said and not inner(field.annotation)]
-        about = re.sub(r"^(\[.*?|\w+ = \"[^\"]*\"): ", "", inspect.getdoc(cls) or "")  # the docstring repeats the heading
+        said = (
+            tag_of(cls)[0] if tag(cls) and tag(cls) in heading else ""
+        )  # the key that the heading already names
+        fields = [
+            (name, field)
+            for name, field in cls.model_fields.items()
+            if name != said and not inner(field.annotation)
+        ]
+        about = re.sub(
+            r"^(\[.*?|\w+ = \"[^\"]*\"): ", "", inspect.getdoc(cls) or ""
+        )  # the docstring repeats the heading
         lines.append(f"## {heading or 'Top level'}\n\n{about[:1].upper()}{about[1:]}\n")
         if fields:
             lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-            lines += [f"| `{name}` | {cell(kind(field))} | {cell(default(field))} | {cell(field.description or '')} |" for name, field in fields]
+            lines += [
+                f"| `{name}` | {cell(kind(field))} | {cell(default(field))} | "
+                f"{cell(field.description or '')} |"
+                for name, field in fields
+            ]
             lines.append("")
     return {"docs/recipe.md": "\n".join(lines)}
 
 
 def tables(path: str, owner: str, cls: type[BaseModel]) -> Iterator[tuple[str, str, type[BaseModel]]]:
-    """Every settings class below a class, with its place in the recipe and the member of a union that it belongs to; members of a union once each."""
+    """Every settings class below a class, with its place in the recipe and the member of a union that it
+    belongs to; members of a union once each."""
     yield path, owner, cls
     for name, field in cls.model_fields.items():
         below = inner(field.annotation)
@@ -88,7 +107,11 @@ def tables(path: str, owner: str, cls: type[BaseModel]) -> Iterator[tuple[str, s
         for sub in below:
             place = f"{path.partition(']')[0].strip('[')}.{name}".strip(".")
             own = tag(sub) if len(below) > 1 else owner
-            yield from tables(f"[[{place}]] {tag(sub)}" if many else f"[{place}]{' ' + tag(sub) if len(below) > 1 else ''}", own, sub)
+            yield from tables(
+                f"[[{place}]] {tag(sub)}" if many else f"[{place}]{' ' + tag(sub) if len(below) > 1 else ''}",
+                own,
+                sub,
+            )
 
 
 def inner(annotation: Any) -> list[type[BaseModel]]:
@@ -107,7 +130,12 @@ def tag(cls: type[BaseModel]) -> str:
 def kind(field: FieldInfo) -> str:
     """The type in words, with its bounds."""
     bounds = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    limits = [f"{sign} {getattr(rule, word)}" for rule in field.metadata for word, sign in bounds.items() if getattr(rule, word, None) is not None]
+    limits = [
+        f"{sign} {getattr(rule, word)}"
+        for rule in field.metadata
+        for word, sign in bounds.items()
+        if getattr(rule, word, None) is not None
+    ]
     return ", ".join([words(field.annotation), *limits])
 
 
@@ -121,7 +149,9 @@ def words(annotation: Any) -> str:
         return f"list of {words(args[0])}"
     if origin in (Union, types.UnionType):
         return " or ".join(words(arg) for arg in args)
-    return {str: "text", int: "integer", float: "number", bool: "true / false"}.get(annotation, str(getattr(annotation, "__name__", annotation)))
+    return {str: "text", int: "integer", float: "number", bool: "true / false"}.get(
+        annotation, str(getattr(annotation, "__name__", annotation))
+    )
 
 
 def default(field: FieldInfo) -> str:

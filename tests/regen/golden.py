@@ -1,6 +1,8 @@
-"""Messages of today, as hex: every later version must read them. An existing file is never rewritten by a changed encoder.
+"""Messages of today, as hex: every later version must read them. An existing file is never rewritten by a
+changed encoder.
 
-One file a message: what `tests/golden/` holds is read from there if it is there, so that regenerating cannot break the promise.
+One file a message: what `tests/golden/` holds is read from there if it is there, so that regenerating cannot
+break the promise.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ HEADER = Header(run="golden", round=7, client=3, verb="train", base="b" * 64)
 
 def values() -> Update:
     """Two tensors with numbers that float32 holds exactly."""
-    return Update.of({"b": np.float32([[0.5, -1.25], [3.0, 0.0]]), "a": np.float32([1e-3, -2.0])}, 12.0, {"loss": 0.75, "seconds": 2.0})
+    return Update.of(
+        {"b": np.float32([[0.5, -1.25], [3.0, 0.0]]), "a": np.float32([1e-3, -2.0])},
+        12.0,
+        {"loss": 0.75, "seconds": 2.0},
+    )
 
 
 def levels() -> Update:
@@ -44,7 +50,11 @@ def messages() -> dict[str, bytes]:
 
 
 def generate() -> dict[str, str]:
-    return {path: kept(path) or data.hex() + "\n" for name, data in messages().items() for path in [f"tests/golden/message-v1-{name}.hex"]}
+    return {
+        path: kept(path) or data.hex() + "\n"
+        for name, data in messages().items()
+        for path in [f"tests/golden/message-v1-{name}.hex"]
+    }
 
 
 def kept(path: str) -> str:

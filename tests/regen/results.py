@@ -14,7 +14,8 @@ ABOUT = {
     "demo": ("The built-in federation", "fedtune simulate"),
     "shakespeare": (
         "Tinyshakespeare by speaker: pooled test perplexity (lower is better)",
-        "python simulations/record.py shakespeare --set model.name=FOLDER/stories260K-fp32 --set data.path=FOLDER/input.txt",
+        "python simulations/record.py shakespeare --set model.name=FOLDER/stories260K-fp32 --set "
+        "data.path=FOLDER/input.txt",
     ),
     "shakespeare-codes": (
         "The message chain on tinyshakespeare: perplexity against bits a parameter",
@@ -37,7 +38,8 @@ ABOUT = {
         "python simulations/record.py clinc150-kinds-dirichlet --set data.path=FOLDER",
     ),
     "fedkseed-clinc150": (
-        "FedKSeed and FedPEFT on the ten domains of CLINC150, 2,000 rows at four sites, accuracy (the largest class has a tenth of the rows)",
+        "FedKSeed and FedPEFT on the ten domains of CLINC150, 2,000 rows at four sites, accuracy (the "
+        "largest class has a tenth of the rows)",
         "python simulations/record.py fedkseed-clinc150 --set data.path=FOLDER",
     ),
     "clinc150-codes": (
@@ -47,29 +49,39 @@ ABOUT = {
 }
 
 
-SMALL: dict[str, tuple[str, str, dict[str, str]]] = {  # tables of scripts of their own: title, command, column -> heading
+SMALL: dict[
+    str, tuple[str, str, dict[str, str]]
+] = {  # tables of scripts of their own: title, command, column -> heading
     "byzantine": (
         "Two of ten clients lie: their move ten times, backwards (tinyshakespeare, six rounds)",
         "python simulations/byzantine.py --set model.name=... --set data.path=...",
         {"loss": "test loss, nats", "share": "share of what the mean gains where nobody lies"},
     ),
     "merging": (
-        "Six experts that never met become one adapter: pooled test perplexity; one random start for all, a base that never saw a play",
+        "Six experts that never met become one adapter: pooled test perplexity; one random start for all, a "
+        "base that never saw a play",
         "python simulations/merging.py --set model.name=... --set data.path=...",
         {"": "perplexity"},
     ),
     "merging-strangers": (
-        "The same as strangers: a random start of its own for each, and a base that was first tuned on six other speakers",
+        "The same as strangers: a random start of its own for each, and a base that was first tuned on six "
+        "other speakers",
         "python simulations/merging.py --case strangers --set model.name=... --set data.path=...",
         {"": "perplexity"},
     ),
     "sfprompt-digits": (
-        "Split learning: a small vision transformer that knows the digits 0 to 4 learns 5 to 9 at eight clients",
+        "Split learning: a small vision transformer that knows the digits 0 to 4 learns 5 to 9 at eight "
+        "clients",
         "python simulations/sfprompt.py FOLDER",
-        {"accuracy": "accuracy, mean of rounds 16 to 20", "cut_bytes": "bytes over the cut, a client and round", "message_bytes": "bytes of messages"},
+        {
+            "accuracy": "accuracy, mean of rounds 16 to 20",
+            "cut_bytes": "bytes over the cut, a client and round",
+            "message_bytes": "bytes of messages",
+        },
     ),
     "sfprompt-clinc150": (
-        "Split learning on text: CLINC150, ten domains are ten clients, ten rounds of six steps of 8; learning rates tuned on seed 11",
+        "Split learning on text: CLINC150, ten domains are ten clients, ten rounds of six steps of 8; "
+        "learning rates tuned on seed 11",
         "python simulations/sfprompt.py FOLDER --text",
         {
             "accuracy": "accuracy on all 150 intents",
@@ -84,29 +96,55 @@ SMALL: dict[str, tuple[str, str, dict[str, str]]] = {  # tables of scripts of th
 
 def generate() -> dict[str, str]:
     """Both files."""
-    tables = {name: json.loads(path.read_text()) for name in ABOUT if (path := ROOT / "simulations" / "results" / f"{name}.json").exists()}
+    tables = {
+        name: json.loads(path.read_text())
+        for name in ABOUT
+        if (path := ROOT / "simulations" / "results" / f"{name}.json").exists()
+    }
     front = (ROOT / "README.md").read_text(encoding="utf-8")
     front = block(front, "demo", "```\n" + demo(tables["demo"]) + "\n```" if "demo" in tables else "")
-    front = block(front, "kinds", "\n".join(rows(tables["clinc150-kinds-dirichlet"])) if "clinc150-kinds-dirichlet" in tables else "")
+    front = block(
+        front,
+        "kinds",
+        "\n".join(rows(tables["clinc150-kinds-dirichlet"])) if "clinc150-kinds-dirichlet" in tables else "",
+    )
     return {"simulations/README.md": page(tables), "README.md": front}
 
 
 def block(text: str, name: str, content: str) -> str:
     """Replace what stands between <!-- begin name --> and <!-- end name -->."""
-    return re.sub(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", lambda found: f"{found[1]}{content}\n{found[2]}", text, flags=re.S)
+    return re.sub(
+        rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)",
+        lambda found: f"{found[1]}{content}\n{found[2]}",
+        text,
+        flags=re.S,
+    )
 
 
 def page(tables: dict[str, Any]) -> str:
     lines = [
         NOTE,
         "# Recorded results\n",
-        "Recipes here, results in `results/`; every table is one command. A cell is the mean over seeds, with the lowest and highest.\n",
+        "Recipes here, results in `results/`; every table is one command. A cell is the mean over seeds, "
+        "with the lowest and highest.\n",
     ]
-    lines.append("No setting was tuned on the seeds that are shown (seed 11 served for that). What was learned on the way is in LOG.md.\n")
+    lines.append(
+        "No setting was tuned on the seeds that are shown (seed 11 served for that). What was learned on the "
+        "way is in LOG.md.\n"
+    )
     for name, table in tables.items():
         title, command = ABOUT[name]
-        lines += [f"## {title}\n", f"    {command}\n", *rows(table), "", f"{table['hardware']}; recipe `{table['recipe']}`.\n", *drifts(table)]
-    return "\n".join([*lines, *(line for name in SMALL for line in small(name)), *seeds(), *kills(), *cost(), *claims()])
+        lines += [
+            f"## {title}\n",
+            f"    {command}\n",
+            *rows(table),
+            "",
+            f"{table['hardware']}; recipe `{table['recipe']}`.\n",
+            *drifts(table),
+        ]
+    return "\n".join(
+        [*lines, *(line for name in SMALL for line in small(name)), *seeds(), *kills(), *cost(), *claims()]
+    )
 
 
 def small(name: str) -> list[str]:
@@ -116,7 +154,12 @@ def small(name: str) -> list[str]:
         return []
     title, command, columns = SMALL[name]
     table = json.loads(path.read_text())
-    lines = [f"## {title}\n", f"    {command}\n", "| | " + " | ".join(columns.values()) + " | seeds |", "|" + "---|" * (len(columns) + 2)]
+    lines = [
+        f"## {title}\n",
+        f"    {command}\n",
+        "| | " + " | ".join(columns.values()) + " | seeds |",
+        "|" + "---|" * (len(columns) + 2),
+    ]
     for row, runs in table["rows"].items():
         cells = [figure([run[key] if key else run for run in runs.values()]) for key in columns]
         lines.append("| " + " | ".join([row, *cells, str(len(runs))]) + " |")
@@ -135,17 +178,30 @@ def seeds() -> list[str]:
     if not path.exists():
         return []
     table = json.loads(path.read_text())
-    lines = ["## FedKSeed: a story model of 260,032 parameters on Dolly-15K, held-out loss in nats (lower is better)\n"]
-    lines += ["    python simulations/dolly.py --model FOLDER/stories260K-fp32 --data FOLDER/dolly15k.jsonl\n"]
-    lines += ["| | seen categories | unseen category | seeds | up, bytes a client and round | down | CPU seconds |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "## FedKSeed: a story model of 260,032 parameters on Dolly-15K, held-out loss in nats (lower is "
+        "better)\n"
+    ]
+    lines += [
+        "    python simulations/dolly.py --model FOLDER/stories260K-fp32 --data FOLDER/dolly15k.jsonl\n"
+    ]
+    lines += [
+        "| | seen categories | unseen category | seeds | up, bytes a client and round | down | CPU seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, runs in table["rows"].items():
         ended = [run for run in runs.values() if "seen" in run]
         if not ended:
-            lines.append(f"| {name} | stopped: {next(iter(runs.values()))['stopped'].partition(',')[0]} | | {len(runs)} | | | |")
+            lines.append(
+                f"| {name} | stopped: {next(iter(runs.values()))['stopped'].partition(',')[0]} | | "
+                f"{len(runs)} | | | |"
+            )
             continue
         values = [fine([run[key] for run in ended]) for key in ("seen", "unseen")]
         numbers = [mean_of(ended, f"{way}_bytes_per_client_round") for way in ("up", "down")]
-        lines.append("| " + " | ".join([name, *values, str(len(runs)), *numbers, mean_of(ended, "cpu_seconds")]) + " |")
+        lines.append(
+            "| " + " | ".join([name, *values, str(len(runs)), *numbers, mean_of(ended, "cpu_seconds")]) + " |"
+        )
     return [*lines, "", f"{table['hardware']}; recipe `{table['recipe']}`.\n"]
 
 
@@ -167,22 +223,33 @@ def kills() -> list[str]:
     kept = json.loads(path.read_text())
     by_role = ", ".join(f"{role} {count}" for role, count in kept["by_role"].items())
     wrong = ", ".join(f"{one['run']}: {one['what']}" for one in kept["mismatches"])
-    ended = wrong or "all with the bytes and the journal of an undisturbed one, and one receipt for each update"
+    ended = (
+        wrong or "all with the bytes and the journal of an undisturbed one, and one receipt for each update"
+    )
     return [
         "## Processes of a deployment killed at random (SIGKILL), a coordinator and three sites\n",
         "    python simulations/faults.py\n",
-        f"{kept['kills']} kills ({by_role}) in {kept['runs']} runs of {kept['rounds']} rounds, {kept['seconds'] / 60:.0f} minutes; {ended}.\n",
+        f"{kept['kills']} kills ({by_role}) in {kept['runs']} runs of {kept['rounds']} rounds, "
+        f"{kept['seconds'] / 60:.0f} minutes; {ended}.\n",
         f"{kept['hardware']}.\n",
     ]
 
 
 def cost() -> list[str]:
-    """What a federation in one process costs over the training itself, as benchmarks/simulation.py measured it."""
+    """What a federation in one process costs over the training itself, as benchmarks/simulation.py measured
+    it."""
     kept = json.loads((ROOT / "simulations" / "results" / "benchmark-simulation.json").read_text())
     lines = ["## What a federation costs over the training itself\n", f"    {kept['benchmark']}\n"]
-    lines += ["| | a torch loop over the same batches | local cohort | Flower's engine |", "|---|---|---|---|"]
+    lines += [
+        "| | a torch loop over the same batches | local cohort | Flower's engine |",
+        "|---|---|---|---|",
+    ]
     for name, kinds in kept["rows"].items():
-        cells = [f"{k['round_seconds']:.1f} s of rounds, {k['process_seconds']:.1f} s in all, {k['peak_mib']:,} MiB" for k in kinds.values()]
+        cells = [
+            f"{k['round_seconds']:.1f} s of rounds, {k['process_seconds']:.1f} s in all, {k['peak_mib']:,} "
+            "MiB"
+            for k in kinds.values()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, "", f"{kept['hardware']}. {kept['note']}\n"]
 
@@ -201,7 +268,11 @@ def claims() -> list[str]:
     known = json.loads(path.read_text())
     for kept in known.values():
         for claim in kept["claims"]:
-            cells = [claim["claim"], *(short(claim.get(key)) for key in ("ours", "other", "ratio", "goal")), "yes" if claim.get("met") else "no"]
+            cells = [
+                claim["claim"],
+                *(short(claim.get(key)) for key in ("ours", "other", "ratio", "goal")),
+                "yes" if claim.get("met") else "no",
+            ]
             lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return [*lines, "", f"{'; '.join(sorted({kept['hardware'] for kept in known.values()}))}.\n"]
 
@@ -214,45 +285,93 @@ def short(value: Any) -> str:
 def rows(table: dict[str, Any]) -> list[str]:
     """A markdown table of one results file."""
     first = next(iter(next(iter(table["rows"].values())).values()))
-    compared = [key for key in ("base", "local", "centralised") if any(seed.get(key) is not None for row in table["rows"].values() for seed in row.values())]
-    head = ["", f"federated {first['metric']}", "seeds", *compared, "trained", "up, KiB a client and round", "down", "bits a parameter up"]
+    compared = [
+        key
+        for key in ("base", "local", "centralised")
+        if any(seed.get(key) is not None for row in table["rows"].values() for seed in row.values())
+    ]
+    head = [
+        "",
+        f"federated {first['metric']}",
+        "seeds",
+        *compared,
+        "trained",
+        "up, KiB a client and round",
+        "down",
+        "bits a parameter up",
+    ]
     timed = all("cpu_seconds" in seed for row in table["rows"].values() for seed in row.values())
     head += ["CPU seconds of the run", "peak memory, MiB"] if timed else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, seeds in table["rows"].items():
         runs = list(seeds.values())
-        up, down = (statistics.mean(run[f"{way}_bytes_per_client_round"] for run in runs) for way in ("up", "down"))
+        up, down = (
+            statistics.mean(run[f"{way}_bytes_per_client_round"] for run in runs) for way in ("up", "down")
+        )
         others = [spread([run[key] for run in runs if run.get(key) is not None]) for key in compared]
         trained = runs[0]["trainable"]
         cells = [name, spread([run["federated"] for run in runs]), str(len(runs)), *others]
-        costs = [mean_of(runs, "cpu_seconds"), f"{statistics.mean(run['peak_rss_bytes'] for run in runs) / 2**20:,.0f}"] if timed else []
-        cells += [f"{trained:,}", f"{up / 1024:,.1f}", f"{down / 1024:,.1f}", f"{8 * up / trained:.2f}", *costs]
+        costs = (
+            [
+                mean_of(runs, "cpu_seconds"),
+                f"{statistics.mean(run['peak_rss_bytes'] for run in runs) / 2**20:,.0f}",
+            ]
+            if timed
+            else []
+        )
+        cells += [
+            f"{trained:,}",
+            f"{up / 1024:,.1f}",
+            f"{down / 1024:,.1f}",
+            f"{8 * up / trained:.2f}",
+            *costs,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 FIGURES = {  # of rules that read single answers, by round
-    "drift": "Drift by round: what averaging the factors would get wrong, ||mean(B) mean(A) - mean(BA)|| / ||mean(BA)||, in percent",
+    "drift": "Drift by round: what averaging the factors would get wrong, ||mean(B) mean(A) - mean(BA)|| / "
+    "||mean(BA)||, in percent",
     "error": "Error by round: what the rule's own result misses of mean(BA), relative to it, in percent",
 }
 
 
 def drifts(table: dict[str, Any]) -> list[str]:
-    """A markdown table of each figure by round, mean over seeds; rows without figures (sums hide them) are left out."""
+    """A markdown table of each figure by round, mean over seeds; rows without figures (sums hide them) are
+    left out."""
     lines: list[str] = []
     for key, title in FIGURES.items():
-        runs = {name: [[now[key] for now in run["by_round"]] for run in seeds.values() if all(key in now for now in run.get("by_round") or [{}])]
-                for name, seeds in table["rows"].items()}  # fmt: skip
+        runs = {
+            name: [
+                [now[key] for now in run["by_round"]]
+                for run in seeds.values()
+                if all(key in now for now in run.get("by_round") or [{}])
+            ]
+            for name, seeds in table["rows"].items()
+        }
         kept = {name: series for name, series in runs.items() if series}
         if not kept:
             continue
         last = max(len(series) for many in kept.values() for series in many)
-        lines += [f"{title}.\n", "| | seeds | " + " | ".join(f"{number}" for number in range(1, last + 1)) + " |", "|" + "---|" * (last + 2)]
+        lines += [
+            f"{title}.\n",
+            "| | seeds | " + " | ".join(f"{number}" for number in range(1, last + 1)) + " |",
+            "|" + "---|" * (last + 2),
+        ]
         for name, many in kept.items():
-            cells = [f"{100 * statistics.mean(values):.1f}" if (values := [series[at] for series in many if at < len(series)]) else "" for at in range(last)]
+            cells = [
+                f"{100 * statistics.mean(values):.1f}"
+                if (values := [series[at] for series in many if at < len(series)])
+                else ""
+                for at in range(last)
+            ]
             lines.append("| " + " | ".join([name, str(len(many)), *cells]) + " |")
         lines.append("")
-    note = "Rules that need only the sum of the answers (mean, ffa, rolora, fedsa, fedsb) leave no figures: nobody sees a single answer.\n"
+    note = (
+        "Rules that need only the sum of the answers (mean, ffa, rolora, fedsa, fedsb) leave no figures: "
+        "nobody sees a single answer.\n"
+    )
     return [*lines, note] if lines else []
 
 

@@ -18,10 +18,20 @@ def generate() -> dict[str, str]:
     files: dict[str, str] = {}
     sources = sorted((ROOT / "protos").rglob("*.proto"))
     for source in sources:
-        flags = ["--grpc_python_out"] if re.search(r"^service ", source.read_text(encoding="utf-8"), re.M) else []
+        flags = (
+            ["--grpc_python_out"] if re.search(r"^service ", source.read_text(encoding="utf-8"), re.M) else []
+        )
         with tempfile.TemporaryDirectory() as folder:
             outs = [f"{flag}={folder}" for flag in ["--python_out", "--pyi_out", *flags]]
-            code = protoc.main(["protoc", f"-I{ROOT / 'protos'}", f"-I{Path(protoc.__file__).parent / '_proto'}", *outs, str(source)])
+            code = protoc.main(
+                [
+                    "protoc",
+                    f"-I{ROOT / 'protos'}",
+                    f"-I{Path(protoc.__file__).parent / '_proto'}",
+                    *outs,
+                    str(source),
+                ]
+            )
             if code:
                 raise RuntimeError(f"protoc failed on {source}")
             for made in sorted(Path(folder).rglob("*.py*")):

@@ -1,4 +1,5 @@
-"""Anything that goes wrong at one client is that client's failure, on every engine; scores that cannot be made are null, and the run has a result."""
+"""Anything that goes wrong at one client is that client's failure, on every engine; scores that cannot be
+made are null, and the run has a result."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def data(tmp_path: Path) -> Path:
     return small.write_rows(tmp_path)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a broken kernel"), KeyError("label"), MemoryError(), FedtuneError("M309", "x", "y", "z")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a broken kernel"), KeyError("label"), MemoryError(), FedtuneError("M309", "x", "y", "z")],
+)
 def test_an_exception_at_one_client_leaves_it_out_on_every_engine(
     error: Exception, tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,13 +49,15 @@ def test_an_exception_at_one_client_leaves_it_out_on_every_engine(
     folder, here, told = small.play(recipe, tmp_path / "local")
     grid = FakeGrid({90 + part: part for part in range(4)})
 
-    def carry(link: Any, world: Any) -> Any:
-        return server_app.flower_carrier(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=5)
+    def carry(link: Any, workspace: Any) -> Any:
+        return server_app.flower_transport(grid, recipe, server_app.find_nodes(grid, 4, 5), seconds=5)
 
     _, there, told_too = small.play(recipe, tmp_path / "flower", carry=carry)
     code = error.code if isinstance(error, FedtuneError) else "R411"
     for events in (told, told_too):
-        assert [(e.round, e.name, e.code) for e in events if isinstance(e, ClientLeftOut)] == [(2, "client-2", code)]
+        assert [(e.round, e.name, e.code) for e in events if isinstance(e, ClientLeftOut)] == [
+            (2, "client-2", code)
+        ]
     assert here["state_sha256"] == there["state_sha256"] and here["left_out"] == there["left_out"] == 1
     if code == "R411":
         assert type(error).__name__ in (folder.path / "errors" / "client-2.txt").read_text()
@@ -64,32 +70,64 @@ def test_what_is_about_the_whole_run_is_raised_again() -> None:
     assert failure_of(known, "a") is known
 
 
-def test_comparisons_that_fail_are_null_and_the_run_ends(tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparisons_that_fail_are_null_and_the_run_ends(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def alone(self: Any, *args: Any) -> None:
         raise ClientFailed("W607", "a loss of nan", "a finite number", "lower it")
 
     monkeypatch.setattr(FedPEFT, "alone", alone)
     folder, result, told = small.play(small.recipe(tiny_bert, data, **COMPARED), tmp_path)
-    assert result["local"] is None and result["centralised"] is None and result["federated"] > 0 and result["base"] > 0
+    assert (
+        result["local"] is None
+        and result["centralised"] is None
+        and result["federated"] > 0
+        and result["base"] > 0
+    )
     assert (folder.adapter / "adapter_config.json").exists()
-    assert [e.text.partition(".")[0] for e in told if isinstance(e, Noted)] == ["not scored: centralised", *(f"not scored: local:{n}" for n in range(4))]
+    assert [e.text.partition(".")[0] for e in told if isinstance(e, Noted)] == [
+        "not scored: centralised",
+        *(f"not scored: local:{n}" for n in range(4)),
+    ]
     monkeypatch.undo()
     assert json.loads((folder.path / "result.json").read_text()) == json.loads(json_text(result))
 
 
-def test_scores_of_nan_are_no_scores(world: Any, tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "summed_loss", lambda bench, batch, honest=scores.summed_loss: (honest(bench, batch)[0] * math.nan, *honest(bench, batch)[1:]))
+def test_scores_of_nan_are_no_scores(
+    workspace: Any, tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        scores,
+        "summed_loss",
+        lambda tunable, batch, honest=scores.summed_loss: (
+            honest(tunable, batch)[0] * math.nan,
+            *honest(tunable, batch)[1:],
+        ),
+    )
     from fedtune.model.adapters import adapter_of
-    from fedtune.model.bench import attach
+    from fedtune.model.tunable import attach
 
-    bench = attach(world.base("encoder"), adapter_of(kind="head"), 0)
+    tunable = attach(workspace.base("encoder"), adapter_of(kind="head"), 0)
     with pytest.raises(FedtuneError, match=r"W607.*a loss of nan on the 6 examples to score"):
-        score(bench, world.encoded("encoder"))
-    folder, result, _ = small.play(small.recipe(tiny_bert, data, evaluate__every=1, evaluate__base=True, evaluate__clients=True), tmp_path)
-    assert result["federated"] is None and result["base"] is None and set(result["phases"]["clients_metric"].values()) == {None}
+        score(tunable, workspace.encoded("encoder"))
+    folder, result, _ = small.play(
+        small.recipe(tiny_bert, data, evaluate__every=1, evaluate__base=True, evaluate__clients=True),
+        tmp_path,
+    )
+    assert (
+        result["federated"] is None
+        and result["base"] is None
+        and set(result["phases"]["clients_metric"].values()) == {None}
+    )
     for name in ("result.json", "events.jsonl"):
         path = folder.path / name
-        for line in path.read_text().splitlines() if name.endswith("l") and path.exists() else [path.read_text()] if path.exists() else []:
+        for line in (
+            path.read_text().splitlines()
+            if name.endswith("l") and path.exists()
+            else [path.read_text()]
+            if path.exists()
+            else []
+        ):
             json.loads(line, parse_constant=lambda word: pytest.fail(word))
 
 
@@ -98,12 +136,27 @@ def test_json_knows_no_nan() -> None:
     assert json_text(content) == '{"a": null, "b": [null, 1.5], "c": {"d": null}, "e": [1, true, null]}'
 
 
-def test_a_client_whose_texts_are_all_cut_is_left_out_by_name_and_checked(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_client_whose_texts_are_all_cut_is_left_out_by_name_and_checked(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     words = "the red fox runs over the green hill"
-    rows = [{"prompt": words, "response": words, "site": f"s{n % 3}"} for n in range(30)] + [{"prompt": (words + " ") * 9, "response": "x", "site": "bad"}] * 6
+    rows = [{"prompt": words, "response": words, "site": f"s{n % 3}"} for n in range(30)] + [
+        {"prompt": (words + " ") * 9, "response": "x", "site": "bad"}
+    ] * 6
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {"data__task": "instruct", "data__max_length": 60, "partition": {"by": "column", "column": "site", "clients": 4}, **COMPARED}
-    for number, method in enumerate(({}, {"method": {"type": "fedkseed", "steps": 2, "size": 64}}, {"method": {"type": "sfprompt"}})):
-        _, result, told = small.play(small.recipe(tiny_llama, path, rounds=1, **changes, **method), tmp_path / str(number))
-        assert [(e.name, e.code) for e in told if isinstance(e, ClientLeftOut)] == [("bad", "D205")] and result["rounds"] == 1
+    changes = {
+        "data__task": "instruct",
+        "data__max_length": 60,
+        "partition": {"by": "column", "column": "site", "clients": 4},
+        **COMPARED,
+    }
+    for number, method in enumerate(
+        ({}, {"method": {"type": "fedkseed", "steps": 2, "size": 64}}, {"method": {"type": "sfprompt"}})
+    ):
+        _, result, told = small.play(
+            small.recipe(tiny_llama, path, rounds=1, **changes, **method), tmp_path / str(number)
+        )
+        assert [(e.name, e.code) for e in told if isinstance(e, ClientLeftOut)] == [
+            ("bad", "D205")
+        ] and result["rounds"] == 1

@@ -1,4 +1,5 @@
-"""Sums by group: one question, a sum for each group, to the bit that of a cohort of the group's members alone, and never a single answer."""
+"""Sums by group: one question, a sum for each group, to the bit that of a cohort of the group's members
+alone, and never a single answer."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ import pytest
 from fedtune.errors import ClientFailed, FedtuneError, Paused
 from fedtune.events import Event, Noted
 from fedtune.runtime.cohort import RoundCohort
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
-from fedtune.runtime.world import World
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Ask, Link, Reply, Transport
+from fedtune.runtime.workspace import Workspace
 from fedtune.schema import digest
 from fedtune.transforms.base import Chain, Transform
 from fedtune.types import Round, Tensors, Update
@@ -45,33 +46,42 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def made(tiny_bert: Path, data: Path) -> tuple[World, Link]:
-    return small.world_of(small.recipe(tiny_bert, data, partition__clients=5))
+def made(tiny_bert: Path, data: Path) -> tuple[Workspace, Link]:
+    return small.workspace_of(small.recipe(tiny_bert, data, partition__clients=5))
 
 
 def parity(client: int) -> str:
     return "odd" if client % 2 else "even"
 
 
-Wrap = Callable[[Carrier], Carrier]
+Wrap = Callable[[Transport], Transport]
 
 
 def cohort_of(
-    made: tuple[World, Link], members: Sequence[int] = MEMBERS, wrap: Wrap = lambda carrier: carrier, tell: Callable[[Event], None] = lambda event: None
+    made: tuple[Workspace, Link],
+    members: Sequence[int] = MEMBERS,
+    wrap: Wrap = lambda transport: transport,
+    tell: Callable[[Event], None] = lambda event: None,
 ) -> RoundCohort:
     """A round of clients that remember nothing."""
-    world, link = made
-    carrier = wrap(local_carrier(link, lambda ask: world.client_with(ask.client, {}), lambda ask, client: None))
-    return RoundCohort(link, Round(1, 3, tuple(members)), carrier, tell, world.names)
+    workspace, link = made
+    transport = wrap(
+        local_transport(link, lambda ask: workspace.client_with(ask.client, {}), lambda ask, client: None)
+    )
+    return RoundCohort(link, Round(1, 3, tuple(members)), transport, tell, workspace.names)
 
 
 def failing(*clients: int) -> Wrap:
     """Some members fail instead of answering."""
 
-    def wrap(carrier: Carrier) -> Carrier:
+    def wrap(transport: Transport) -> Transport:
         def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
-            yield from (Reply(ask.client, failure=ClientFailed("F503", "no answer", "one", "wait")) for ask in asks if ask.client in clients)
-            yield from carrier([ask for ask in asks if ask.client not in clients])
+            yield from (
+                Reply(ask.client, failure=ClientFailed("F503", "no answer", "one", "wait"))
+                for ask in asks
+                if ask.client in clients
+            )
+            yield from transport([ask for ask in asks if ask.client not in clients])
 
         return carry
 
@@ -79,30 +89,50 @@ def failing(*clients: int) -> Wrap:
 
 
 def same(one: Update, other: Update) -> bool:
-    return digest(one.tensors) == digest(other.tensors) and (one.weight, one.metrics) == (other.weight, other.metrics)
+    return digest(one.tensors) == digest(other.tensors) and (one.weight, one.metrics) == (
+        other.weight,
+        other.metrics,
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, CODED, DELTA, "sum"], ids=["plain", "coded", "delta", "undone on the sum"])
-def test_a_groups_sum_is_that_of_a_cohort_of_its_members_alone(changes: Any, tiny_bert: Path, data: Path) -> None:
-    world, link = small.world_of(small.recipe(tiny_bert, data, partition__clients=5, **({} if changes == "sum" else changes)))
-    link = replace(link, chain=Chain([Doubled()])) if changes == "sum" else replace(link, downlink=world.recipe.downlink)
-    given = link.method.start(world.bench).shared
-    whole = cohort_of((world, link))
+@pytest.mark.parametrize(
+    "changes", [{}, CODED, DELTA, "sum"], ids=["plain", "coded", "delta", "undone on the sum"]
+)
+def test_a_groups_sum_is_that_of_a_cohort_of_its_members_alone(
+    changes: Any, tiny_bert: Path, data: Path
+) -> None:
+    workspace, link = small.workspace_of(
+        small.recipe(tiny_bert, data, partition__clients=5, **({} if changes == "sum" else changes))
+    )
+    link = (
+        replace(link, chain=Chain([Doubled()]))
+        if changes == "sum"
+        else replace(link, downlink=workspace.recipe.downlink)
+    )
+    given = link.method.start(workspace.tunable).shared
+    whole = cohort_of((workspace, link))
     sums = whole.sum_groups("train", given, parity)
     assert list(sums) == ["even", "odd"]
     for name, members in (("even", (0, 2, 4)), ("odd", (1, 3))):
-        assert same(sums[name], cohort_of((world, link), members).sum("train", given))
-    assert {client: answer.outcome for client, answer in whole.answers.items()} == dict.fromkeys(MEMBERS, "ok")
-    everyone = cohort_of((world, link))
+        assert same(sums[name], cohort_of((workspace, link), members).sum("train", given))
+    assert {client: answer.outcome for client, answer in whole.answers.items()} == dict.fromkeys(
+        MEMBERS, "ok"
+    )
+    everyone = cohort_of((workspace, link))
     everyone.sum("train", given)
-    assert whole.metrics == everyone.metrics and [a.up_bytes for a in whole.answers.values()] == [a.up_bytes for a in everyone.answers.values()]
+    assert whole.metrics == everyone.metrics and [a.up_bytes for a in whole.answers.values()] == [
+        a.up_bytes for a in everyone.answers.values()
+    ]
 
 
 @pytest.mark.parametrize("changes", [{}, CODED], ids=["plain", "coded"])
 def test_groups_may_be_given_tensors_of_their_own(changes: Any, tiny_bert: Path, data: Path) -> None:
-    made = small.world_of(small.recipe(tiny_bert, data, partition__clients=5, **changes))
-    start = made[1].method.start(made[0].bench).shared
-    own = {"even": start, "odd": {name: np.asarray(value + np.float32(0.01)) for name, value in start.items()}}
+    made = small.workspace_of(small.recipe(tiny_bert, data, partition__clients=5, **changes))
+    start = made[1].method.start(made[0].tunable).shared
+    own = {
+        "even": start,
+        "odd": {name: np.asarray(value + np.float32(0.01)) for name, value in start.items()},
+    }
     asked: list[str] = []
 
     def given(group: str) -> Tensors:
@@ -115,64 +145,90 @@ def test_groups_may_be_given_tensors_of_their_own(changes: Any, tiny_bert: Path,
         assert same(sums[name], cohort_of(made, members).sum("train", own[name]))
 
 
-def test_every_member_is_asked_once(made: tuple[World, Link]) -> None:
+def test_every_member_is_asked_once(made: tuple[Workspace, Link]) -> None:
     asked: list[int] = []
 
-    def counting(carrier: Carrier) -> Carrier:
+    def counting(transport: Transport) -> Transport:
         def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
             asked.extend(ask.client for ask in asks)
-            yield from carrier(asks)
+            yield from transport(asks)
 
         return carry
 
-    cohort_of(made, wrap=counting).sum_groups("train", made[1].method.start(made[0].bench).shared, parity)
+    cohort_of(made, wrap=counting).sum_groups("train", made[1].method.start(made[0].tunable).shared, parity)
     assert asked == list(MEMBERS)
 
 
-def test_a_group_that_is_too_small_is_refused_before_anybody_is_asked(made: tuple[World, Link]) -> None:
-    def nobody(carrier: Carrier) -> Carrier:
+def test_a_group_that_is_too_small_is_refused_before_anybody_is_asked(made: tuple[Workspace, Link]) -> None:
+    def nobody(transport: Transport) -> Transport:
         return lambda asks: pytest.fail("somebody was asked")
 
-    given = made[1].method.start(made[0].bench).shared
-    with pytest.raises(FedtuneError, match="R412: found 1 members of group 'True' in round 1, expected at least 2"):
+    given = made[1].method.start(made[0].tunable).shared
+    with pytest.raises(
+        FedtuneError, match="R412: found 1 members of group 'True' in round 1, expected at least 2"
+    ):
         cohort_of(made, wrap=nobody).sum_groups("train", given, lambda client: client == 3)
-    with pytest.raises(FedtuneError, match="R412: found 2 members of group 'odd' in round 1, expected at least 3"):
+    with pytest.raises(
+        FedtuneError, match="R412: found 2 members of group 'odd' in round 1, expected at least 3"
+    ):
         cohort_of(made, wrap=nobody).sum_groups("train", given, parity, min_group=3)
     with pytest.raises(RuntimeError, match="without declaring it in reads_each"):
         cohort_of(made, wrap=nobody).sum_groups("train", given, lambda client: client, min_group=1)
 
 
-def test_groups_of_one_are_single_answers_for_a_method_that_says_that_it_reads_them(tiny_bert: Path, data: Path) -> None:
-    made = small.world_of(small.recipe(tiny_bert, data, aggregate={"rule": "median"}))
+def test_groups_of_one_are_single_answers_for_a_method_that_says_that_it_reads_them(
+    tiny_bert: Path, data: Path
+) -> None:
+    made = small.workspace_of(small.recipe(tiny_bert, data, aggregate={"rule": "median"}))
     assert made[1].tasks["train"].reads_each
-    given = made[1].method.start(made[0].bench).shared
+    given = made[1].method.start(made[0].tunable).shared
     sums = cohort_of(made, (0, 1, 2)).sum_groups("train", given, lambda client: client, min_group=1)
     for client, update in cohort_of(made, (0, 1, 2)).each("train", given):
         assert same(sums[client], update)
 
 
-def test_a_group_of_which_too_few_answered_is_left_out_and_its_answers_do_not_count(made: tuple[World, Link]) -> None:
-    given = made[1].method.start(made[0].bench).shared
+def test_a_group_of_which_too_few_answered_is_left_out_and_its_answers_do_not_count(
+    made: tuple[Workspace, Link],
+) -> None:
+    given = made[1].method.start(made[0].tunable).shared
     told: list[Event] = []
-    cohort = cohort_of(made, wrap=failing(3), tell=told.append)  # of 1 and 3, one answer came: its sum would be that answer
+    cohort = cohort_of(
+        made, wrap=failing(3), tell=told.append
+    )  # of 1 and 3, one answer came: its sum would be that answer
     sums = cohort.sum_groups("train", given, parity)
     even = cohort_of(made, (0, 2, 4))
     assert list(sums) == ["even"] and same(sums["even"], even.sum("train", given))
-    assert {client: answer.outcome for client, answer in cohort.answers.items()} == {0: "ok", 1: "R412", 2: "ok", 3: "F503", 4: "ok"}
+    assert {client: answer.outcome for client, answer in cohort.answers.items()} == {
+        0: "ok",
+        1: "R412",
+        2: "ok",
+        3: "F503",
+        4: "ok",
+    }
     assert cohort.answers[1].weight == 0 and cohort.answers[1].up_bytes > 0 and cohort.metrics == even.metrics
-    assert ["left out: group 'odd'. R412: found 1 usable answers" in event.text for event in told if isinstance(event, Noted)] == [True]
+    assert [
+        "left out: group 'odd'. R412: found 1 usable answers" in event.text
+        for event in told
+        if isinstance(event, Noted)
+    ] == [True]
 
 
-def test_a_group_of_which_nobody_answered_is_left_out_and_told(made: tuple[World, Link]) -> None:
+def test_a_group_of_which_nobody_answered_is_left_out_and_told(made: tuple[Workspace, Link]) -> None:
     told: list[Event] = []
     cohort = cohort_of(made, wrap=failing(0, 2, 4), tell=told.append)
-    assert list(cohort.sum_groups("train", made[1].method.start(made[0].bench).shared, parity)) == ["odd"]
+    assert list(cohort.sum_groups("train", made[1].method.start(made[0].tunable).shared, parity)) == ["odd"]
     notes = [event.text for event in told if isinstance(event, Noted)]
-    assert len(notes) == 1 and "found 0 usable answers from the 3 members of group 'even'" in notes[0] and cohort.answers[0].outcome == "F503"
+    assert (
+        len(notes) == 1
+        and "found 0 usable answers from the 3 members of group 'even'" in notes[0]
+        and cohort.answers[0].outcome == "F503"
+    )
 
 
-def test_without_any_group_the_round_fails_and_below_the_quorum_it_pauses(made: tuple[World, Link]) -> None:
-    given = made[1].method.start(made[0].bench).shared
+def test_without_any_group_the_round_fails_and_below_the_quorum_it_pauses(
+    made: tuple[Workspace, Link],
+) -> None:
+    given = made[1].method.start(made[0].tunable).shared
     with pytest.raises(FedtuneError, match="R405: found no usable answer from 5 clients"):
         cohort_of(made, wrap=failing(*MEMBERS)).sum_groups("train", given, parity)
     cohort = cohort_of(made, wrap=failing(3))

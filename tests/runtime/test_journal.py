@@ -1,4 +1,5 @@
-"""The journal and the run folder: a round counts once it is committed, and nothing damaged is taken for good."""
+"""The journal and the run folder: a round counts once it is committed, and nothing damaged is taken for
+good."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import pytest
 
 from fedtune.errors import FedtuneError
 from fedtune.runtime import folder as folders
+from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.folder import RunFolder
-from fedtune.runtime.journal import Answer, Journal, chain
-from fedtune.runtime.states import Memories, load_state, prune_states, save_state, sweep
+from fedtune.runtime.journal import AnswerRecord, Journal, chain
 from fedtune.types import State
 
 STATE = State({"a": np.float32([1, 2])}, {"momentum/a": np.float64([0.5])})
@@ -28,7 +29,14 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def commit(journal: Journal, number: int, state: str = "s") -> None:
-    journal.commit(number, f"{state}{number}", "f", 0.1, {"loss": 1.0}, [Answer(0, "ok", 3.0, 10, 20), Answer(1, "W607", note="NaN")])
+    journal.commit(
+        number,
+        f"{state}{number}",
+        "f",
+        0.1,
+        {"loss": 1.0},
+        [AnswerRecord(0, "ok", 3.0, 10, 20), AnswerRecord(1, "W607", note="NaN")],
+    )
 
 
 def test_rounds_and_answers_come_back_in_order(folder: RunFolder) -> None:
@@ -38,7 +46,7 @@ def test_rounds_and_answers_come_back_in_order(folder: RunFolder) -> None:
     journal.close()
     again = Journal(folder.journal)
     assert [r.number for r in again.rounds()] == [1, 2]
-    assert again.answers()[1] == (1, Answer(1, "W607", note="NaN"))
+    assert again.answers()[1] == (1, AnswerRecord(1, "W607", note="NaN"))
     again.check()
 
 
@@ -55,7 +63,9 @@ def test_links_are_the_chained_hash_and_a_changed_row_breaks_them(folder: RunFol
     commit(journal, 1)
     commit(journal, 2)
     assert journal.rounds()[1].link == chain(chain("", 1, "s1"), 2, "s2")
-    sqlite3.connect(folder.journal).execute("UPDATE rounds SET state_sha256 = 'x' WHERE number = 1").connection.commit()
+    sqlite3.connect(folder.journal).execute(
+        "UPDATE rounds SET state_sha256 = 'x' WHERE number = 1"
+    ).connection.commit()
     with pytest.raises(FedtuneError, match=r"R403.*round 1"):
         journal.check()
 
@@ -108,7 +118,10 @@ def test_states_that_no_commit_names_are_removed(folder: RunFolder) -> None:
     for number in (1, 2, 3, 4):
         save_state(folder, number, STATE)
     prune_states(folder, 3)
-    assert sorted(p.name for p in (folder.path / "state").iterdir()) == ["round-0002.safetensors", "round-0003.safetensors"]
+    assert sorted(p.name for p in (folder.path / "state").iterdir()) == [
+        "round-0002.safetensors",
+        "round-0003.safetensors",
+    ]
 
 
 def test_memories_follow_the_answers_that_count(folder: RunFolder) -> None:
@@ -124,7 +137,11 @@ def test_memories_follow_the_answers_that_count(folder: RunFolder) -> None:
     crashed = Memories(folder)  # round 3 was never committed
     crashed.restore({7: (2, digests[2][7]), 8: (2, "")})
     assert crashed.of(7)[2]["residual"].tolist() == [2] and not crashed.of(8)
-    assert not folder.memory(7, 1).exists() and not folder.memory(7, 3).exists() and not folder.memory(8, 1).exists()
+    assert (
+        not folder.memory(7, 1).exists()
+        and not folder.memory(7, 3).exists()
+        and not folder.memory(8, 1).exists()
+    )
 
 
 @pytest.mark.parametrize("harm", ["lost", "altered"])
@@ -188,7 +205,9 @@ def test_one_process_per_run_and_a_killed_one_lets_go(folder: RunFolder) -> None
 def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "result.json"
     target.write_text("old")
-    (tmp_path / ".result.json.part").symlink_to("/dev/full")  # every write to it fails with ENOSPC, as on a full disk
+    (tmp_path / ".result.json.part").symlink_to(
+        "/dev/full"
+    )  # every write to it fails with ENOSPC, as on a full disk
     with pytest.raises(FedtuneError, match=r"R404.*no space left"):
         RunFolder(tmp_path).write_json("result.json", {"a": 1})
     assert target.read_text() == "old"

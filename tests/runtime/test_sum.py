@@ -16,7 +16,10 @@ from fedtune.types import Update, summed
 def answer(seed: int, kind: str = "float64") -> Update:
     rng = np.random.default_rng(seed)
     drawn = {"w": rng.normal(size=(7, 5)) * 10.0 ** rng.integers(-8, 8, (7, 5)), "t": rng.normal(size=())}
-    tensors = {name: np.asarray(value if kind == "float64" else np.int64(value * 2**31), kind) for name, value in drawn.items()}
+    tensors = {
+        name: np.asarray(value if kind == "float64" else np.int64(value * 2**31), kind)
+        for name, value in drawn.items()
+    }
     return Update(tensors, 1.0 + seed, {"loss": float(seed)})
 
 
@@ -34,7 +37,8 @@ def test_it_is_what_adding_gives(kind: str, count: int) -> None:
 
 
 def test_the_sum_of_many_lies_where_the_sum_of_two_lay() -> None:
-    """Two sums in one memory are one: had the third answer made a new array, the fourth would not change the third's."""
+    """Two sums in one memory are one: had the third answer made a new array, the fourth would not change the
+    third's."""
     seen: list[np.ndarray] = []
 
     class Watched(Update):
@@ -45,14 +49,22 @@ def test_the_sum_of_many_lies_where_the_sum_of_two_lay() -> None:
 
     first = answer(0)
     summed([Watched(first.tensors, first.weight, first.metrics), *(answer(seed) for seed in range(1, 6))])
-    assert len(seen) == 5 and all(np.shares_memory(one, seen[0]) for one in seen) and not np.shares_memory(seen[0], first.tensors["w"])
+    assert (
+        len(seen) == 5
+        and all(np.shares_memory(one, seen[0]) for one in seen)
+        and not np.shares_memory(seen[0], first.tensors["w"])
+    )
 
 
 def test_types_and_shapes_that_grow_are_added_as_ever() -> None:
     small = Update({"w": np.ones(3, np.float32)}, 1.0)
     big = Update({"w": np.full(3, 2.0)}, 1.0)
     total = summed([small, small, big])
-    assert total is not None and total.tensors["w"].dtype == np.float64 and total.tensors["w"].tolist() == [4.0, 4.0, 4.0]
+    assert (
+        total is not None
+        and total.tensors["w"].dtype == np.float64
+        and total.tensors["w"].tolist() == [4.0, 4.0, 4.0]
+    )
     assert summed([]) is None
     with pytest.raises(ValueError, match="different names"):
         summed([small, Update({"v": np.ones(3)}, 1.0)])

@@ -1,4 +1,5 @@
-"""Every task from a file to a result, with the local engine: tiny models, a few rows, the numbers that must hold."""
+"""Every task from a file to a result, with the local engine: tiny models, a few rows, the numbers that must
+hold."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def test_responses_to_prompts(shape: str, tiny_llama: Path, tmp_path: Path) -> N
         lines.append({"messages": chat} if shape == "chat" else {"prompt": prompt[:12], "response": answer})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"source": "jsonl", "path": str(tmp_path / "rows.jsonl"), "task": "instruct", "max_length": 40}
-    result, events = play(tree(tiny_llama, data | ({"messages": "messages"} if shape == "chat" else {})), tmp_path)
+    result, events = play(
+        tree(tiny_llama, data | ({"messages": "messages"} if shape == "chat" else {})), tmp_path
+    )
     assert result["metric"] == "perplexity" and result["federated"] < 0.8 * result["base"]
     assert not [e for e in events if isinstance(e, Truncated)]
 
@@ -64,15 +67,27 @@ def test_a_recipes_template_system_and_date_reach_the_texts(tiny_llama: Path, tm
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text("{{ strftime_now('%Y') }}" + template.read_text())
     rows = [
-        {"prompt": "2+2?", "response": "four", "messages": [{"role": "user", "content": "2+2?", "name": "Ann"}, {"role": "assistant", "content": "four"}]}
+        {
+            "prompt": "2+2?",
+            "response": "four",
+            "messages": [
+                {"role": "user", "content": "2+2?", "name": "Ann"},
+                {"role": "assistant", "content": "four"},
+            ],
+        }
     ] * 20
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"source": "jsonl", "path": str(tmp_path / "rows.jsonl"), "task": "instruct", "max_length": 60}
 
     def text(**settings: Any) -> str:
-        world, _ = small.world_of(config.parse(tree(tmp_path / "model", data | settings)))
-        encoded = [world.train(0)[0], world.test()[0], world.held_out(1)[0], world.pooled()[0]]
-        shown = {world.base.tokenizer.decode(example["input_ids"]) for example in encoded}
+        workspace, _ = small.workspace_of(config.parse(tree(tmp_path / "model", data | settings)))
+        encoded = [
+            workspace.train(0)[0],
+            workspace.test()[0],
+            workspace.held_out(1)[0],
+            workspace.pooled()[0],
+        ]
+        shown = {workspace.base.tokenizer.decode(example["input_ids"]) for example in encoded}
         assert len(shown) == 1
         return shown.pop()
 
@@ -81,7 +96,9 @@ def test_a_recipes_template_system_and_date_reach_the_texts(tiny_llama: Path, tm
     assert text(date="2031-05-06", system="add") == "2031<|system|>\nadd</s>\n" + chat
     assert text(template="plain") == "2+2?four</s>"
     assert text(template="Q: {prompt}\nA: ") == "Q: 2+2?\nA: four</s>"
-    lines = checked_rows(check(config.parse(tree(tmp_path / "model", data | {"messages": "messages", "max_length": 16}))))
+    lines = checked_rows(
+        check(config.parse(tree(tmp_path / "model", data | {"messages": "messages", "max_length": 16})))
+    )
     said = [line.split(None, 1)[1] for line in lines if line.startswith("texts")]
     n = 12  # of 20 rows, 4 are the test set, 2 of each client's 8 are held out
     assert said == [
@@ -94,7 +111,9 @@ def test_what_is_cut_is_said(tiny_bert: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, small.write_rows(tmp_path), data__max_length=6)
     _, _, events = small.play(recipe, tmp_path)
     said = [e for e in events if isinstance(e, Truncated)]
-    assert sum(e.cut for e in said if e.whose.startswith("client")) == sum(e.rows for e in said if e.whose.startswith("client"))
+    assert sum(e.cut for e in said if e.whose.startswith("client")) == sum(
+        e.rows for e in said if e.whose.startswith("client")
+    )
 
 
 def test_classes_of_images_in_folders(tiny_vit: Path, tmp_path: Path) -> None:
@@ -116,7 +135,9 @@ def test_classes_of_rows_in_csv_and_parquet_give_the_same_run(tiny_bert: Path, t
     rows = small.rows(60)
     columns = {key: [row[key] for row in rows] for key in ("text", "label")}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
-    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows))
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in rows)
+    )
     digests = set()
     for source in ("csv", "parquet"):
         data = {"source": source, "path": str(tmp_path / f"rows.{source}"), "task": "classify"}

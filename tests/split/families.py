@@ -9,23 +9,70 @@ import transformers as T
 
 VOCABULARY, WIDTH, LAYERS, LABELS = 97, 32, 6, 5
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": LABELS}
 DECODER = SIZES | TOKENS | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
 ENCODER = SIZES | STILL | {"intermediate_size": 64, "pad_token_id": 0}
-IMAGE = STILL | {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 16, "patch_size": 4}
+IMAGE = STILL | {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+}
 DINO = {name: value for name, value in IMAGE.items() if name != "intermediate_size"}
 SLIDING = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
 GEMMA = {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
 MOE = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 NEOX = SIZES | TOKENS | {"intermediate_size": 64, "max_position_embeddings": 128}
-OPT = SIZES | TOKENS | {"ffn_dim": 64, "max_position_embeddings": 128, "dropout": 0.0, "word_embed_proj_dim": WIDTH}
+OPT = (
+    SIZES
+    | TOKENS
+    | {"ffn_dim": 64, "max_position_embeddings": 128, "dropout": 0.0, "word_embed_proj_dim": WIDTH}
+)
 FALCON = SIZES | TOKENS
-MODERN = SIZES | TOKENS | {"intermediate_size": 64, "num_labels": LABELS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6}
-GPT2 = TOKENS | {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128}
+MODERN = (
+    SIZES
+    | TOKENS
+    | {
+        "intermediate_size": 64,
+        "num_labels": LABELS,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "local_attention": 6,
+    }
+)
+GPT2 = TOKENS | {
+    "vocab_size": VOCABULARY,
+    "n_embd": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 128,
+}
 GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-BLOOM = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 0}
-DISTIL = {"vocab_size": VOCABULARY, "dim": WIDTH, "hidden_dim": 64, "n_layers": LAYERS, "n_heads": 4, "num_labels": LABELS}
+BLOOM = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "pad_token_id": 0,
+}
+DISTIL = {
+    "vocab_size": VOCABULARY,
+    "dim": WIDTH,
+    "hidden_dim": 64,
+    "n_layers": LAYERS,
+    "n_heads": 4,
+    "num_labels": LABELS,
+}
 DISTIL |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
 
 # name -> (kind of model, name of its class, name of its configuration, settings)
@@ -35,7 +82,12 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "gpt2": ("lm", "GPT2LMHeadModel", "GPT2Config", GPT2),
     "bert": ("text", "BertForSequenceClassification", "BertConfig", ENCODER),
     "vit": ("image", "ViTForImageClassification", "ViTConfig", IMAGE),
-    "llama classifier": ("last", "LlamaForSequenceClassification", "LlamaConfig", DECODER | {"num_labels": LABELS}),
+    "llama classifier": (
+        "last",
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        DECODER | {"num_labels": LABELS},
+    ),
     "mistral": ("lm", "MistralForCausalLM", "MistralConfig", DECODER | {"sliding_window": 8}),
     "qwen2": ("lm", "Qwen2ForCausalLM", "Qwen2Config", DECODER),
     "gemma2": ("lm", "Gemma2ForCausalLM", "Gemma2Config", DECODER | GEMMA),
@@ -49,7 +101,12 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "qwen3_moe": ("lm", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", DECODER | MOE),
     "roberta": ("text", "RobertaForSequenceClassification", "RobertaConfig", ENCODER),
     "distilbert": ("text", "DistilBertForSequenceClassification", "DistilBertConfig", DISTIL),
-    "electra": ("text", "ElectraForSequenceClassification", "ElectraConfig", ENCODER | {"embedding_size": WIDTH}),
+    "electra": (
+        "text",
+        "ElectraForSequenceClassification",
+        "ElectraConfig",
+        ENCODER | {"embedding_size": WIDTH},
+    ),
     "modernbert": ("text", "ModernBertForSequenceClassification", "ModernBertConfig", MODERN),
     "deit": ("image", "DeiTForImageClassification", "DeiTConfig", IMAGE),
     "dinov2": ("image", "Dinov2ForImageClassification", "Dinov2Config", DINO),
@@ -82,4 +139,8 @@ def batch(name: str, rows: int = 3, tokens: int = 12) -> dict[str, torch.Tensor]
     mask[0, -4:] = 0
     mask[-1, -1:] = 0
     ids[mask == 0] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100) if kind == "lm" else classes}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": ids.masked_fill(mask == 0, -100) if kind == "lm" else classes,
+    }

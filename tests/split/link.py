@@ -9,7 +9,8 @@ import time
 
 
 class Link:
-    """Between a client and `port` on this machine; `self.port` is where to connect. Seconds one way, bytes per second each way."""
+    """Between a client and `port` on this machine; `self.port` is where to connect. Seconds one way, bytes
+    per second each way."""
 
     def __init__(self, port: int, delay: float = 0.0, rate: float = 0.0) -> None:
         self.target, self.delay, self.rate = port, delay, rate

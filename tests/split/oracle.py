@@ -1,4 +1,5 @@
-"""The whole model with prompts, in one autograd graph, without anything of fedtune.split: what a split run must equal."""
+"""The whole model with prompts, in one autograd graph, without anything of fedtune.split: what a split run
+must equal."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from tests.split.families import FAMILIES
 
 
 def block_list(net: Any) -> Any:
-    return next(m for m in net.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == net.config.num_hidden_layers)
+    return next(
+        m
+        for m in net.base_model.modules()
+        if isinstance(m, torch.nn.ModuleList) and len(m) == net.config.num_hidden_layers
+    )
 
 
 def put_in(hidden: torch.Tensor, prompts: torch.Tensor, place: int) -> torch.Tensor:
@@ -23,13 +28,19 @@ def longer(name: str, batch: dict[str, torch.Tensor], count: int) -> dict[str, t
     out = dict(batch)
     if "attention_mask" in batch:
         mask = batch["attention_mask"]
-        out["attention_mask"] = torch.cat([mask[:, :place], mask.new_ones(len(mask), count), mask[:, place:]], 1)
+        out["attention_mask"] = torch.cat(
+            [mask[:, :place], mask.new_ones(len(mask), count), mask[:, place:]], 1
+        )
     if FAMILIES[name][0] == "lm":
-        out["labels"] = torch.cat([batch["labels"].new_full((len(batch["labels"]), count), -100), batch["labels"]], 1)
+        out["labels"] = torch.cat(
+            [batch["labels"].new_full((len(batch["labels"]), count), -100), batch["labels"]], 1
+        )
     return out
 
 
-def at_input(name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def at_input(
+    name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, logits) with prompts in front of the text's embeddings, or behind the class token's."""
     kind, full = FAMILIES[name][0], longer(name, batch, len(prompts))
     if kind in ("lm", "last"):
@@ -43,7 +54,9 @@ def at_input(name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch
         return torch.nn.functional.cross_entropy(logits, labels), logits
     if name == "modernbert":
         full["position_ids"] = torch.arange(batch["input_ids"].shape[1] + len(prompts))[None]
-    hook = net.base_model.embeddings.register_forward_hook(lambda module, args, output: put_in(output, prompts, 1))
+    hook = net.base_model.embeddings.register_forward_hook(
+        lambda module, args, output: put_in(output, prompts, 1)
+    )
     try:
         output = net(**full)
     finally:
@@ -51,8 +64,11 @@ def at_input(name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch
     return output.loss, output.logits
 
 
-def at_cut(name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, logits) with prompts in front of block k: a run over the text gives what enters that block, a second run, longer, goes on from there."""
+def at_cut(
+    name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, logits) with prompts in front of block k: a run over the text gives what enters that block, a
+    second run, longer, goes on from there."""
     kind, full = FAMILIES[name][0], longer(name, batch, len(prompts))
     place, count, blocks = int(kind in ("text", "image")), len(prompts), block_list(net)
     seen: list[torch.Tensor] = []
@@ -70,11 +86,17 @@ def at_cut(name: str, net: Any, batch: dict[str, torch.Tensor], prompts: torch.T
 
     if kind == "image":  # the second run's embeddings are lengthened with rubbish; they are not used
         base = net.base_model.embeddings.register_forward_hook(
-            lambda m, a, o: put_in(o, prompts.detach(), place) if not isinstance(o, tuple) else (put_in(o[0], prompts.detach(), place), *o[1:])
+            lambda m, a, o: (
+                put_in(o, prompts.detach(), place)
+                if not isinstance(o, tuple)
+                else (put_in(o[0], prompts.detach(), place), *o[1:])
+            )
         )
     else:
         rubbish = full["input_ids"].new_full((len(full["input_ids"]), count), 3)
-        full["input_ids"] = torch.cat([full["input_ids"][:, :place], rubbish, full["input_ids"][:, place:]], 1)
+        full["input_ids"] = torch.cat(
+            [full["input_ids"][:, :place], rubbish, full["input_ids"][:, place:]], 1
+        )
     hook = blocks[k].register_forward_pre_hook(swap, with_kwargs=True)
     try:
         output = net(**full)

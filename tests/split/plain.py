@@ -1,4 +1,5 @@
-"""A small model of three plain parts, whose unsplit run is the oracle of the stream's tests; and ways to reach its body."""
+"""A small model of three plain parts, whose unsplit run is the oracle of the stream's tests; and ways to
+reach its body."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.split.batching import MERGING, Merging
 from fedtune.split.channel import Dial, Local, Socket
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
-from fedtune.split.merge import MERGING, Merging
 from fedtune.split.pipeline import train
 from fedtune.split.service import TERMS, Service, Terms, serve
 from fedtune.split.session import Offer, Tokens
@@ -44,7 +45,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embeddings and a block, two blocks, a linear tail over the mean of real tokens: 20 tokens, 4 classes."""
+    """Embeddings and a block, two blocks, a linear tail over the mean of real tokens: 20 tokens, 4
+    classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,14 +104,23 @@ def batches(count: int, seed: int = 0, rows: int = 2, length: int = 6) -> list[B
         lengths[0] = length
         mask = (torch.arange(PROMPTS + length) < PROMPTS + lengths[:, None]).to(torch.uint8)
         positions = torch.arange(PROMPTS + length).expand(rows, -1) + 1
-        made.append((torch.randint(0, VOCABULARY, (rows, length), generator=draw), Side(mask, positions), torch.randint(0, 4, (rows,), generator=draw)))
+        made.append(
+            (
+                torch.randint(0, VOCABULARY, (rows, length), generator=draw),
+                Side(mask, positions),
+                torch.randint(0, 4, (rows,), generator=draw),
+            )
+        )
     return made
 
 
 def split_step(model: Model, stream: Stream, todo: list[Batch]) -> list[float]:
     """Gradients of a step through the cut; the losses."""
     return train(
-        stream, todo, lambda batch: Micro(model.head(batch[0], batch[1]), batch[1]), lambda batch, hidden: model.loss(hidden, batch[1], batch[2]) / len(todo)
+        stream,
+        todo,
+        lambda batch: Micro(model.head(batch[0], batch[1]), batch[1]),
+        lambda batch, hidden: model.loss(hidden, batch[1], batch[2]) / len(todo),
     )
 
 
@@ -123,7 +134,9 @@ def whole_step(model: Model, todo: list[Batch]) -> list[float]:
     return losses
 
 
-def run(stream: Stream | None, steps: int = 3, micros: int = 4, seed: int = 0, model: Model | None = None) -> tuple[list[float], list[torch.Tensor]]:
+def run(
+    stream: Stream | None, steps: int = 3, micros: int = 4, seed: int = 0, model: Model | None = None
+) -> tuple[list[float], list[torch.Tensor]]:
     """A little training: losses, and the parameters it ends with. Without a stream it is the oracle."""
     model = model or Model()
     optimizer, losses = torch.optim.Adam(model.trained, 0.01), []
@@ -162,7 +175,9 @@ class Door:
 
 
 @contextmanager
-def listening(terms: Terms = TERMS, merging: Merging | None = MERGING, body: Any = None) -> Iterator[tuple[Service, Door]]:
+def listening(
+    terms: Terms = TERMS, merging: Merging | None = MERGING, body: Any = None
+) -> Iterator[tuple[Service, Door]]:
     """A service on a real socket, and how to dial it."""
     service = served(terms, merging, body).start()
     server, port = serve(service, "127.0.0.1:0")

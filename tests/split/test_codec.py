@@ -1,4 +1,5 @@
-"""Numbers on the wire: what they cost, how long they are, when a coding gives way to a finer one; frames cut and joined."""
+"""Numbers on the wire: what they cost, how long they are, when a coding gives way to a finer one; frames cut
+and joined."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def test_length_and_error_of_a_coding(coding: Coding, share: float, most: float)
     coded, used = encode(pb.ROLE_HIDDEN, value, coding)
     assert used == coding.name and len(coded.data) == size_of(coded.header) == share * value.numel() * 4
     assert error(value, coded) <= most
-    assert torch.equal(decode(example(coded, 2, 64)), decode(coded)[2]) and torch.equal(decode(example(coded, 3, 5)), decode(coded)[3, :5])
+    assert torch.equal(decode(example(coded, 2, 64)), decode(coded)[2]) and torch.equal(
+        decode(example(coded, 3, 5)), decode(coded)[3, :5]
+    )
 
 
 def test_int8_is_between_25_and_28_percent() -> None:
@@ -44,15 +47,23 @@ def test_int8_is_between_25_and_28_percent() -> None:
 
 
 def test_int8_by_hand() -> None:
-    """127 / 127 = 1, so levels are the numbers; 2 / 127 is rounded up to a bfloat16, so that no level passes 127."""
+    """127 / 127 = 1, so levels are the numbers; 2 / 127 is rounded up to a bfloat16, so that no level passes
+    127."""
     coded, _ = encode(pb.ROLE_HIDDEN, torch.tensor([[[127.0, -63, 1, 0], [0, 0, 0, 0]]]), Coding("int8", 4))
     assert list(memoryview(coded.data)[:8].cast("b")) == [127, -63, 1, 0, 0, 0, 0, 0]
     assert bytes(coded.data[8:]) == b"\x80\x3f\x00\x00"  # bfloat16 1 and 0, little-endian
-    assert error(torch.tensor([[[2.0, -2.0]]]), encode(pb.ROLE_HIDDEN, torch.tensor([[[2.0, -2.0]]]), Coding("int8", 2))[0]) < 0.008
+    assert (
+        error(
+            torch.tensor([[[2.0, -2.0]]]),
+            encode(pb.ROLE_HIDDEN, torch.tensor([[[2.0, -2.0]]]), Coding("int8", 2))[0],
+        )
+        < 0.008
+    )
 
 
 def test_an_outlier_channel_makes_int8_give_way() -> None:
-    """One channel at +100: a token's scale is then 0.8, and the other channels drown, though most of the norm is right."""
+    """One channel at +100: a token's scale is then 0.8, and the other channels drown, though most of the norm
+    is right."""
     value = noise(4, 64, 256)
     value[..., 3] += 100
     assert [encode(pb.ROLE_HIDDEN, value, Coding("int8", group))[1] for group in (0, 32)] == ["fp16", "fp16"]
@@ -60,8 +71,12 @@ def test_an_outlier_channel_makes_int8_give_way() -> None:
 
 def test_float16_gives_way_to_what_it_cannot_hold() -> None:
     assert encode(pb.ROLE_GRADIENT, noise(2, 3, 8) * 1e6, Coding("fp16"))[1] == "bf16"  # above 65504
-    assert encode(pb.ROLE_GRADIENT, noise(2, 3, 8) * 1e-7, Coding("fp16"))[1] == "bf16"  # below 6e-8 everything is 0
-    coded, used = encode(pb.ROLE_GRADIENT, torch.full((1, 1, 2), 3.4e38), Coding("bf16"))  # rounds up to infinity
+    assert (
+        encode(pb.ROLE_GRADIENT, noise(2, 3, 8) * 1e-7, Coding("fp16"))[1] == "bf16"
+    )  # below 6e-8 everything is 0
+    coded, used = encode(
+        pb.ROLE_GRADIENT, torch.full((1, 1, 2), 3.4e38), Coding("bf16")
+    )  # rounds up to infinity
     assert used == "fp32" and decode(coded)[0, 0, 0] == torch.tensor(3.4e38)
     assert encode(pb.ROLE_GRADIENT, torch.zeros(1, 2, 4), Coding("int8"))[1] == "int8"
 
@@ -79,7 +94,8 @@ def test_masks_and_rows_are_as_they_were() -> None:
 
 
 def test_a_parcel_of_several_parts_is_the_same_at_the_other_end() -> None:
-    """5 x 280 x 512 numbers of 4 bytes are 2.92 times 983,040 bytes: 3 parts; the mask travels in the last."""
+    """5 x 280 x 512 numbers of 4 bytes are 2.92 times 983,040 bytes: 3 parts; the mask travels in the
+    last."""
     value, mask = noise(5, 280, 512), torch.ones(5, 280, dtype=torch.uint8)
     tensors = [encode(pb.ROLE_HIDDEN, value, Coding("fp32"))[0], encode_whole(pb.ROLE_MASK, mask)]
     messages, digest, forward = packed(pb.Frame(kind=pb.FRAME_FORWARD, sequence=7), tensors)
@@ -88,11 +104,16 @@ def test_a_parcel_of_several_parts_is_the_same_at_the_other_end() -> None:
     parcels = [joiner.add(parsed(message)) for message in messages]
     assert parcels[:2] == [None, None] and parcels[2] is not None
     assert parcels[2].digest == digest == forward == parcels[2].forward
-    assert torch.equal(decode(parcels[2].tensors[pb.ROLE_HIDDEN]), value) and torch.equal(decode(parcels[2].tensors[pb.ROLE_MASK]), mask)
+    assert torch.equal(decode(parcels[2].tensors[pb.ROLE_HIDDEN]), value) and torch.equal(
+        decode(parcels[2].tensors[pb.ROLE_MASK]), mask
+    )
 
 
 def test_a_backward_that_says_its_forward_again_has_its_digest() -> None:
-    tensors = [encode(pb.ROLE_HIDDEN, noise(1, 2, 4), Coding("fp32"))[0], encode(pb.ROLE_GRADIENT, noise(1, 2, 4, seed=1), Coding("fp32"))[0]]
+    tensors = [
+        encode(pb.ROLE_HIDDEN, noise(1, 2, 4), Coding("fp32"))[0],
+        encode(pb.ROLE_GRADIENT, noise(1, 2, 4, seed=1), Coding("fp32"))[0],
+    ]
     _, first, _ = packed(pb.Frame(kind=pb.FRAME_FORWARD), tensors[:1])
     _, whole, forward = packed(pb.Frame(kind=pb.FRAME_BACKWARD), tensors)
     assert first == forward != whole
@@ -101,9 +122,15 @@ def test_a_backward_that_says_its_forward_again_has_its_digest() -> None:
 @pytest.mark.parametrize(
     ("code", "header"),
     [
-        ("W606", {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [1, 16384, 16384]}),  # a gigabyte
+        (
+            "W606",
+            {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [1, 16384, 16384]},
+        ),  # a gigabyte
         ("W606", {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [2**31, 2**31, 2**31]}),
-        ("W606", {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [200, 200, 4]}),  # 40,000 tokens
+        (
+            "W606",
+            {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [200, 200, 4]},
+        ),  # 40,000 tokens
         ("W606", {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [1, 0, 4]}),
         ("W603", {"role": pb.ROLE_HIDDEN, "number": pb.NUMBER_FLOAT32, "shape": [4, 4, 4, 4]}),
         ("W603", {"role": pb.ROLE_HIDDEN, "number": 99, "shape": [1, 4, 4]}),
@@ -120,7 +147,10 @@ def test_a_header_is_refused_before_its_numbers_come(code: str, header: dict[str
 
 
 def test_parts_out_of_order_are_refused_and_dropped() -> None:
-    messages, _, _ = packed(pb.Frame(kind=pb.FRAME_FORWARD, sequence=1), [encode(pb.ROLE_HIDDEN, noise(5, 300, 512), Coding("fp32"))[0]])
+    messages, _, _ = packed(
+        pb.Frame(kind=pb.FRAME_FORWARD, sequence=1),
+        [encode(pb.ROLE_HIDDEN, noise(5, 300, 512), Coding("fp32"))[0]],
+    )
     joiner = Joiner(Limits())
     assert joiner.add(parsed(messages[0])) is None
     with pytest.raises(Refused, match=r"W601: found part 2 .* out of order"):

@@ -38,7 +38,9 @@ def counted(work: Any) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "llama classifier", "gpt_neox", "distilbert", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "bert", "vit", "llama classifier", "gpt_neox", "distilbert", "qwen3_moe"]
+)
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     net, inputs = make(name, attn_implementation="eager"), batch(name, rows=1)
     if name == "qwen3_moe":
@@ -61,13 +63,20 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
         assert counted(lambda: part.tail(hidden, Side())) - angles == sizes["tail"].forward
     net.requires_grad_(False)
     leaf = hidden.clone().requires_grad_()
-    assert counted(lambda: part.body(leaf, Side()).backward(hidden)) - angles == sizes["body"].forward + sizes["body"].through
+    assert (
+        counted(lambda: part.body(leaf, Side()).backward(hidden)) - angles
+        == sizes["body"].forward + sizes["body"].through
+    )
     net.requires_grad_(True)
-    assert counted(lambda: part.tail(leaf, Side())[1].sum().backward()) - angles == sizes["tail"].forward + sizes["tail"].trained
+    assert (
+        counted(lambda: part.tail(leaf, Side())[1].sum().backward()) - angles
+        == sizes["tail"].forward + sizes["tail"].trained
+    )
 
 
 def test_a_client_of_the_vit_for_digits_does_a_sixth_of_the_work() -> None:
-    """Prompts at the input; against full fine-tuning without prompts. By the formula and by torch's counter, both."""
+    """Prompts at the input; against full fine-tuning without prompts. By the formula and by torch's counter,
+    both."""
     for cut, share in ((Cut(1, 6), 0.172), (Cut(1, 5), 0.422)):
         config = T.ViTConfig(**DIGITS, attn_implementation="eager")
         known = costs(ViT, config, cut, tokens=17, batch=32, prompts=8, position="input")
@@ -89,27 +98,40 @@ def test_a_client_of_the_vit_for_digits_does_a_sixth_of_the_work() -> None:
 
 
 def test_a_client_without_blocks_does_next_to_nothing_on_vit_b() -> None:
-    """0.2 % a pass, which is how SFPrompt's 0.46 % can be; one block makes it 6 %, and prompts at the cut, which need no backward there, halve that."""
+    """0.2 % a pass, which is how SFPrompt's 0.46 % can be; one block makes it 6 %, and prompts at the cut,
+    which need no backward there, halve that."""
     config = T.ViTConfig(num_labels=100)
-    known = {k: costs(ViT, config, Cut(k, 12), tokens=197, batch=32, prompts=5, position=at) for k, at in ((0, "input"), (1, "input"))}
+    known = {
+        k: costs(ViT, config, Cut(k, 12), tokens=197, batch=32, prompts=5, position=at)
+        for k, at in ((0, "input"), (1, "input"))
+    }
     assert 0.002 < known[0].share_flops < 0.003 and 0.055 < known[1].share_flops < 0.061
     lean = costs(ViT, config, Cut(1, 12), tokens=197, batch=32, prompts=5, position="cut")
     assert 0.029 < lean.share_flops < 0.031
-    assert abs(known[0].share_parameters - 0.0095) < 0.001 and known[0].sizes["body"].parameters == 12 * 7_087_872
+    assert (
+        abs(known[0].share_parameters - 0.0095) < 0.001
+        and known[0].sizes["body"].parameters == 12 * 7_087_872
+    )
 
 
 def test_break_even_with_federated_fine_tuning_of_vit_b() -> None:
-    """85.9 M values of 4 bytes down and up, 344 MB each, against 2.48 MB a sample: 277 samples; 1,000 or so where rows alone come down."""
+    """85.9 M values of 4 bytes down and up, 344 MB each, against 2.48 MB a sample: 277 samples; 1,000 or so
+    where rows alone come down."""
     config = T.ViTConfig(num_labels=100)
     whole = 2 * 344_000_000
 
     def samples(mode: Mode) -> float:
-        cost = costs(ViT, config, Cut(0, 12), tokens=197, batch=32, prompts=5, position="cut", mode=mode, number=4)
+        cost = costs(
+            ViT, config, Cut(0, 12), tokens=197, batch=32, prompts=5, position="cut", mode=mode, number=4
+        )
         return cost.break_even(32, whole, 2 * 4 * cost.trained)
 
     assert abs(samples("naive") - 277) < 2
     assert 1000 < samples("slim") < 1150
-    assert costs(ViT, config, Cut(0, 12), tokens=197, batch=32, prompts=10, mode="cached", number=4).up == 129_024
+    assert (
+        costs(ViT, config, Cut(0, 12), tokens=197, batch=32, prompts=10, mode="cached", number=4).up
+        == 129_024
+    )
     assert sum(step_bytes("naive", 32, 197, 768, 4, 10, 32)) == 81_395_712  # 315 times 2 * 129,024
 
 

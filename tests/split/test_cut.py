@@ -31,8 +31,11 @@ def some_prompts() -> torch.Tensor:
     return torch.randn(P, WIDTH, generator=torch.Generator().manual_seed(9)) * 0.5
 
 
-def split_step(part: Part, inputs: dict[str, torch.Tensor], prompts: torch.Tensor, position: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One training step as it goes over a wire -> (loss, logits, the prompts' gradient); the tail's gradients stay in its parameters."""
+def split_step(
+    part: Part, inputs: dict[str, torch.Tensor], prompts: torch.Tensor, position: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One training step as it goes over a wire -> (loss, logits, the prompts' gradient); the tail's gradients
+    stay in its parameters."""
     labels = inputs["labels"]
     given = {key: value for key, value in inputs.items() if key != "labels"}
     leaf = prompts.clone().requires_grad_()
@@ -65,17 +68,26 @@ def check(name: str, k: int, m: int, position: str) -> None:
     net, inputs, prompts = make(name), batch(name), some_prompts()
     reference = make(name)
     leaf = prompts.clone().requires_grad_()
-    loss, logits = oracle.at_input(name, reference, inputs, leaf) if position == "input" else oracle.at_cut(name, reference, inputs, leaf, k)
+    loss, logits = (
+        oracle.at_input(name, reference, inputs, leaf)
+        if position == "input"
+        else oracle.at_cut(name, reference, inputs, leaf, k)
+    )
     loss.backward()
     part = Part(net, Cut(k, m))
     got = split_step(part, inputs, prompts, position)
     assert torch.equal(got[0], loss) and torch.equal(got[1], logits)
     assert leaf.grad.norm() > 0 and torch.equal(got[2], leaf.grad)
-    tied = reference.get_output_embeddings() is not None and reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
+    tied = (
+        reference.get_output_embeddings() is not None
+        and reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
+    )
     wanted, mine = grads(reference), grads(net)
     compared = 0
     for key in part.parameters("tail"):
-        if key in wanted and not (tied and wanted[key] is not None and wanted[key].shape[0] == reference.config.vocab_size):
+        if key in wanted and not (
+            tied and wanted[key] is not None and wanted[key].shape[0] == reference.config.vocab_size
+        ):
             assert torch.equal(mine[key], wanted[key]), key
             compared += 1
     assert compared >= 2 or tied
@@ -141,7 +153,8 @@ def test_left_padding_with_positions() -> None:
 
 
 def test_a_generative_classifier_reads_the_token_that_it_would_read_whole() -> None:
-    """Padding is the end-of-text token, which also ends a text: the whole model then reads the token before it, whatever the mask says."""
+    """Padding is the end-of-text token, which also ends a text: the whole model then reads the token before
+    it, whatever the mask says."""
     net, inputs = make("llama classifier"), batch("llama classifier")
     inputs["input_ids"][1, -1] = 0
     with torch.no_grad():
@@ -177,7 +190,9 @@ def test_the_body_never_drops_out_and_the_tail_may() -> None:
         assert not torch.equal(part.tail(hidden, side)[1], part.tail(hidden, side)[1])
         last = Part(make("bert", hidden_dropout_prob=0.5), Cut(1, LAYERS))
         last.train()
-        assert not torch.equal(last.tail(hidden, side)[1], last.tail(hidden, side)[1])  # the classifier's own dropout
+        assert not torch.equal(
+            last.tail(hidden, side)[1], last.tail(hidden, side)[1]
+        )  # the classifier's own dropout
         last.train(False)
         assert torch.equal(last.tail(hidden, side)[1], last.tail(hidden, side)[1])
         net.train()
@@ -191,7 +206,9 @@ def test_blockwise_keeps_one_block_and_gives_the_same_gradient() -> None:
     kept = []
     for blockwise in (False, True):
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
             kept.append((part.body_backward(hidden, Side(), hidden, blockwise), sum(sizes)))
     assert torch.equal(kept[0][0], kept[1][0])
     assert kept[1][1] < kept[0][1] / 10
@@ -201,8 +218,15 @@ def test_blockwise_keeps_one_block_and_gives_the_same_gradient() -> None:
 
 
 def test_lora_in_head_and_tail_trains_as_in_the_whole_model() -> None:
-    """peft's wrapper is looked through; adapters put on after the part was made work as well, hooks of whole blocks among them."""
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 3], init_lora_weights=False, task_type="CAUSAL_LM")
+    """peft's wrapper is looked through; adapters put on after the part was made work as well, hooks of whole
+    blocks among them."""
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=[0, 3],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     inputs, results = batch("llama"), []
     for late in (False, True):
         torch.manual_seed(0)
@@ -217,7 +241,12 @@ def test_lora_in_head_and_tail_trains_as_in_the_whole_model() -> None:
         loss, _ = part.tail(down, side, inputs["labels"])
         loss.backward()
         hidden.backward(part.body_backward(hidden.detach(), side, down.grad))
-        results.append((loss.detach(), {name: value.grad for name, value in wrapped.named_parameters() if "lora" in name}))
+        results.append(
+            (
+                loss.detach(),
+                {name: value.grad for name, value in wrapped.named_parameters() if "lora" in name},
+            )
+        )
     torch.manual_seed(0)
     net = make("llama")
     whole = peft.get_peft_model(net, config)
@@ -249,7 +278,10 @@ def test_a_cut_outside_the_blocks_is_refused(k: int, m: int) -> None:
 
 def test_models_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(FedtuneError, match=r"S701.*deberta"):
-        look(T.DebertaV2ForSequenceClassification, T.DebertaV2Config(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=50))
+        look(
+            T.DebertaV2ForSequenceClassification,
+            T.DebertaV2Config(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, vocab_size=50),
+        )
     with pytest.raises(FedtuneError, match=r"S704.*capacity"):
         look(T.SwitchTransformersForConditionalGeneration, T.SwitchTransformersConfig())
     with pytest.raises(FedtuneError, match=r"S701.*with 1 blocks"):
@@ -257,7 +289,7 @@ def test_models_that_cannot_be_cut_are_refused() -> None:
 
 
 def test_the_part_survives_adapters_that_come_and_go() -> None:
-    """fedtune's bench puts every module's attributes back when it takes an adapter off."""
+    """fedtune's tunable model puts every module's attributes back when it takes an adapter off."""
     net = make("bert")
     before = [(module, dict(vars(module))) for module in net.modules()]
     part = Part(net, Cut(1, 3))

@@ -1,4 +1,5 @@
-"""A thousand frames that nobody should have sent: each is answered by an ERROR frame, the service lives, its memory is flat."""
+"""A thousand frames that nobody should have sent: each is answered by an ERROR frame, the service lives, its
+memory is flat."""
 
 from __future__ import annotations
 
@@ -23,7 +24,18 @@ from fedtune.split.frames import CHUNK, packed
 from fedtune.split.service import OPTIONS, Terms, handler
 from fedtune.split.stream import Micro
 from fedtune.wire.v1 import split_pb2 as pb
-from tests.split.plain import WIDTH, Model, PlainBody, batches, listening, near, opened, run, served, split_step
+from tests.split.plain import (
+    WIDTH,
+    Model,
+    PlainBody,
+    batches,
+    listening,
+    near,
+    opened,
+    run,
+    served,
+    split_step,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +43,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def micro(sequence: int, rows: int = 2, tokens: int = 5, width: int = WIDTH, mask: bool = True, value: float = 1.0, kind: Any = pb.FRAME_FORWARD) -> pb.Frame:
+def micro(
+    sequence: int,
+    rows: int = 2,
+    tokens: int = 5,
+    width: int = WIDTH,
+    mask: bool = True,
+    value: float = 1.0,
+    kind: Any = pb.FRAME_FORWARD,
+) -> pb.Frame:
     """A good micro-batch, of one part."""
     tensors = [encode(pb.ROLE_HIDDEN, torch.full((rows, tokens, width), value), Coding("fp32"))[0]]
     if mask:
@@ -154,7 +174,9 @@ def test_more_in_flight_than_granted_is_refused() -> None:
     for number in range(9):
         connection.receive(micro(number).SerializeToString())
     messages = [pb.Frame.FromString(connection.next(0) or b"") for _ in range(2)]
-    assert [message.kind for message in messages] == [pb.FRAME_HELLO, pb.FRAME_ERROR] and messages[1].failure.code == "S715"
+    assert [message.kind for message in messages] == [pb.FRAME_HELLO, pb.FRAME_ERROR] and messages[
+        1
+    ].failure.code == "S715"
     assert service.live == 8
 
 
@@ -167,7 +189,8 @@ def hello_of(stream: Any, **changes: Any) -> bytes:
 
 
 def thousand(stream: Any) -> list[bytes]:
-    """Bad messages of every sort, HELLOs of strangers among them, in a shuffled order that is always the same."""
+    """Bad messages of every sort, HELLOs of strangers among them, in a shuffled order that is always the
+    same."""
     draw, messages = random.Random(0), []
     for number in range(1000 - 200):
         frame = micro(100 + number)
@@ -194,7 +217,11 @@ def test_a_thousand_bad_frames_over_a_socket() -> None:
             for message in thousand(stream):
                 channel.send(message)
                 answer = pb.Frame.FromString(channel.receive())
-                assert answer.kind == pb.FRAME_ERROR and answer.failure.code in CATALOGUE and answer.failure.advice
+                assert (
+                    answer.kind == pb.FRAME_ERROR
+                    and answer.failure.code in CATALOGUE
+                    and answer.failure.advice
+                )
                 codes[answer.failure.code] += 1
             gc.collect()
             memory.append(psutil.Process().memory_info().rss)
@@ -224,13 +251,16 @@ def mutated(draw: random.Random, message: bytes) -> bytes:
 
 @pytest.mark.parametrize("wishes", [{}, {"lean": True, "cache": True}], ids=["stateless", "lean"])
 def test_three_thousand_mutations_meet_no_defect(wishes: dict[str, Any]) -> None:
-    """Every message is answered once, by an error with a code or by a result; S714 would be an exception that nobody foresaw."""
+    """Every message is answered once, by an error with a code or by a result; S714 would be an exception that
+    nobody foresaw."""
     draw, service, codes = random.Random(1), served(), Counter[str]()
     stream = opened(near(service), **wishes)
     for number in range(3000):
         if stream.channel is None or stream.channel.connection.closed:  # type: ignore[attr-defined]  # a mutation made it a BYE
             stream = opened(near(service), **wishes)
-        frame = micro(number, mask=draw.random() < 0.5, kind=draw.choice([pb.FRAME_FORWARD, pb.FRAME_BACKWARD]))
+        frame = micro(
+            number, mask=draw.random() < 0.5, kind=draw.choice([pb.FRAME_FORWARD, pb.FRAME_BACKWARD])
+        )
         frame.samples.extend([1, 2])
         message = mutated(draw, frame.SerializeToString())
         connection = stream.channel.connection  # type: ignore[union-attr]
@@ -239,7 +269,11 @@ def test_three_thousand_mutations_meet_no_defect(wishes: dict[str, Any]) -> None
         answers = [pb.Frame.FromString(answer) for answer in iter(lambda c=connection: c.next(0), None)]
         codes.update(answer.failure.code or pb.FrameKind.Name(answer.kind) for answer in answers)
         assert len(answers) == 1 or pb.Frame.FromString(message).kind in (pb.FRAME_CREDIT, pb.FRAME_BYE)
-    assert "S714" not in codes and service.live == 0 and {"W601", "W603", "W607", "FRAME_GRADIENT"} <= codes.keys()
+    assert (
+        "S714" not in codes
+        and service.live == 0
+        and {"W601", "W603", "W607", "FRAME_GRADIENT"} <= codes.keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +305,8 @@ def test_a_bad_hello_is_answered_and_a_good_one_may_follow(code: str, changes: d
 
 
 def test_one_who_sends_and_never_reads_is_read_no_further() -> None:
-    """Errors pile up to a bound; then the service stops reading that stream, and the others' answers come as ever."""
+    """Errors pile up to a bound; then the service stops reading that stream, and the others' answers come as
+    ever."""
     with listening() as (service, dial):
         flood, other = Socket(dial.address), opened(dial, 1)
         for _ in range(20_000):
@@ -286,7 +321,8 @@ def test_one_who_sends_and_never_reads_is_read_no_further() -> None:
 
 @pytest.mark.slow
 def test_a_step_of_two_minutes_survives_the_pings() -> None:
-    """The real intervals: pings every 20 s on a stream that is silent otherwise. A server with gRPC's own settings ends it, ours does not."""
+    """The real intervals: pings every 20 s on a stream that is silent otherwise. A server with gRPC's own
+    settings ends it, ours does not."""
 
     class Slow(PlainBody):
         def forward(self, hidden: torch.Tensor, side: Side) -> torch.Tensor:
@@ -318,4 +354,7 @@ def test_a_step_of_two_minutes_survives_the_pings() -> None:
 def test_the_service_takes_pings_of_its_clients_every_twenty_seconds() -> None:
     """A server that allows fewer answers ENHANCE_YOUR_CALM and ends the stream during a long step."""
     options = dict(OPTIONS)
-    assert options["grpc.http2.min_ping_interval_without_data_ms"] < options["grpc.keepalive_time_ms"] and options["grpc.keepalive_permit_without_calls"]
+    assert (
+        options["grpc.http2.min_ping_interval_without_data_ms"] < options["grpc.keepalive_time_ms"]
+        and options["grpc.keepalive_permit_without_calls"]
+    )

@@ -18,8 +18,12 @@ from fedtune.split.load import load_part
 from fedtune.split.parts import Part
 from tests.split.families import FAMILIES, LAYERS, WIDTH, batch, make
 
-AUTO = {"lm": T.AutoModelForCausalLM, "text": T.AutoModelForSequenceClassification, "last": T.AutoModelForSequenceClassification,
-        "image": T.AutoModelForImageClassification}  # fmt: skip
+AUTO = {
+    "lm": T.AutoModelForCausalLM,
+    "text": T.AutoModelForSequenceClassification,
+    "last": T.AutoModelForSequenceClassification,
+    "image": T.AutoModelForImageClassification,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +43,20 @@ def check(name: str, folder: Path, k: int = 1, m: int = 3, **saved: Any) -> None
     given = {key: value for key, value in inputs.items() if key != "labels"}
     reference, auto = Part(whole, Cut(k, m)), AUTO[FAMILIES[name][0]]
     parts = {role: load_part(str(folder), auto, Cut(k, m), [role]) for role in ROLES}
-    tied = whole.get_output_embeddings() is not None and whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
+    tied = (
+        whole.get_output_embeddings() is not None
+        and whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
+    )
     doubled = whole.get_input_embeddings().weight.numel() if tied else 0
     assert sum(size(part.net) for part in parts.values()) == size(whole) + doubled
     for role, part in parts.items():
         wanted = reference.parameters(role)
         got = dict(part.net.named_parameters())
         assert set(got) == set(wanted), role
-        assert all(torch.equal(got[key], wanted[key]) and not got[key].requires_grad and not got[key].is_meta for key in got)
+        assert all(
+            torch.equal(got[key], wanted[key]) and not got[key].requires_grad and not got[key].is_meta
+            for key in got
+        )
         assert not any(value.is_meta for value in part.net.buffers())
         assert type(part.net) is type(whole)
     with torch.no_grad():
@@ -82,13 +92,17 @@ def test_head_and_tail_of_a_client_are_one_network(tmp_path: Path) -> None:
     whole.save_pretrained(tmp_path)
     client = load_part(str(tmp_path), AUTO["lm"], Cut(1, 3), ["head", "tail"])
     assert client.net.lm_head.weight is client.net.transformer.wte.weight  # tied as in the whole model
-    assert size(client.net) == size(whole) - sum(v.numel() for v in Part(whole, Cut(1, 3)).parameters("body").values())
+    assert size(client.net) == size(whole) - sum(
+        v.numel() for v in Part(whole, Cut(1, 3)).parameters("body").values()
+    )
     given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     short = make("gpt2")
     short.transformer.h = torch.nn.ModuleList([short.transformer.h[0], *short.transformer.h[3:]])
     with torch.no_grad():
         assert torch.equal(client.shortcut(given), short(**given).logits)
-        assert torch.equal(client.net(**given).logits, short(**given).logits)  # its plain forward is the shortcut
+        assert torch.equal(
+            client.net(**given).logits, short(**given).logits
+        )  # its plain forward is the shortcut
     with pytest.raises(RuntimeError, match="holds head, tail, not the body"):
         client.body(torch.zeros(1, 2, WIDTH), Side())
 
@@ -131,11 +145,19 @@ print(sum(v.numel() * 4 for v in part.net.parameters()), me.memory_info().rss - 
 
 
 def test_a_client_never_holds_the_body(tmp_path: Path) -> None:
-    """12 blocks of 2.9 MB, of which the client keeps two: its memory grows by its own bytes, not by the 35 MB of the model."""
+    """12 blocks of 2.9 MB, of which the client keeps two: its memory grows by its own bytes, not by the 35 MB
+    of the model."""
     small, large = tmp_path / "small", tmp_path / "large"
     make("llama").save_pretrained(small)
-    make("llama", hidden_size=256, intermediate_size=704, num_hidden_layers=12, num_key_value_heads=4).save_pretrained(large)
-    out = subprocess.run([sys.executable, "-c", SCRIPT, str(large), str(small), "head,tail"], capture_output=True, text=True, check=True)
+    make(
+        "llama", hidden_size=256, intermediate_size=704, num_hidden_layers=12, num_key_value_heads=4
+    ).save_pretrained(large)
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(large), str(small), "head,tail"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     own, grown = (int(number) for number in out.stdout.split())
     total = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     assert own < total / 5

@@ -1,4 +1,5 @@
-"""Real processes on a real socket, killed: the training ends with the same bits, and what a dead client had is freed."""
+"""Real processes on a real socket, killed: the training ends with the same bits, and what a dead client had
+is freed."""
 
 from __future__ import annotations
 
@@ -45,13 +46,20 @@ def one_thread() -> None:
 
 
 def body_service(port: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.split.plain", "--port", str(port)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.split.plain", "--port", str(port)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None and process.stdout.readline().strip() == str(port)
     return process
 
 
 def test_a_service_killed_twice_changes_no_bit() -> None:
-    """Two clients, one of them lean. SIGKILL after the 10th and the 30th message of the first, with micro-batches in flight; the service
+    """Two clients, one of them lean. SIGKILL after the 10th and the 30th message of the first, with
+    micro-batches in flight; the service
     is there again some seconds later, in a new process."""
     port = free_ports(1)[0]
     processes = [body_service(port)]
@@ -69,7 +77,9 @@ def test_a_service_killed_twice_changes_no_bit() -> None:
                 processes.append(body_service(port))
 
     def train(client: int) -> tuple[int, tuple[list[float], list[torch.Tensor]]]:
-        stream = opened(lambda: (Socket if client else Fatal)(f"127.0.0.1:{port}"), client, lean=bool(client), window=2)
+        stream = opened(
+            lambda: (Socket if client else Fatal)(f"127.0.0.1:{port}"), client, lean=bool(client), window=2
+        )
         trained = run(stream, steps=6, seed=client, model=models[client])
         stream.close()
         return stream.again, trained
@@ -89,7 +99,8 @@ def test_a_service_killed_twice_changes_no_bit() -> None:
 
 @pytest.mark.slow
 def test_a_service_that_stands_still_is_noticed_and_waited_for() -> None:
-    """SIGSTOP for 75 s, no reset, no farewell: a ping is not answered within 30 s, the client dials until the service is back."""
+    """SIGSTOP for 75 s, no reset, no farewell: a ping is not answered within 30 s, the client dials until the
+    service is back."""
     port = free_ports(1)[0]
     process = body_service(port)
 
@@ -135,14 +146,25 @@ def test_connections_that_break_change_no_bit() -> None:
         stream.close()
         link.close()
     wanted, parameters = run(None, steps=150)
-    assert cuts == 12 and losses == wanted and all(torch.equal(a, b) for a, b in zip(values, parameters, strict=True))
+    assert (
+        cuts == 12
+        and losses == wanted
+        and all(torch.equal(a, b) for a, b in zip(values, parameters, strict=True))
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_what_a_dead_client_had_is_freed_and_the_others_go_on(how: signal.Signals) -> None:
-    """A kill is noticed by its reset, long before its lease of ten minutes; a stopped process when its lease is over; the other's losses are as ever."""
+    """A kill is noticed by its reset, long before its lease of ten minutes; a stopped process when its lease
+    is over; the other's losses are as ever."""
     with listening(Terms(lease=600.0 if how == signal.SIGKILL else 2.0)) as (service, dial):
-        doomed = subprocess.Popen([sys.executable, "-c", DOOMED, dial.address], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        doomed = subprocess.Popen(
+            [sys.executable, "-c", DOOMED, dial.address],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         try:
             assert doomed.stdout is not None and doomed.stdout.readline() == "held\n"
             other = opened(lambda: Socket(dial.address, beat=0.1), 1)
@@ -156,7 +178,9 @@ def test_what_a_dead_client_had_is_freed_and_the_others_go_on(how: signal.Signal
                 doomed.send_signal(signal.SIGCONT)
             doomed.kill()
             doomed.wait()
-        assert [session.hello.client for session in service.sessions.values() if session.connection is not None] == [1]
+        assert [
+            session.hello.client for session in service.sessions.values() if session.connection is not None
+        ] == [1]
         other.close()
     wanted, _ = run(None, steps=3)
     assert half[0] == wanted

@@ -58,7 +58,8 @@ def test_another_revision_is_refused_even_where_its_answer_is_close() -> None:
 
 
 def test_right_weights_with_wrong_buffers_are_refused() -> None:
-    """The trap of loading by hand: rotary frequencies are in no file, and a part with others computes something else."""
+    """The trap of loading by hand: rotary frequencies are in no file, and a part with others computes
+    something else."""
     card = selftest.make(Part(make("gpt_neox"), Cut(1, 3)))
     net = make("gpt_neox")
     net.gpt_neox.rotary_emb.inv_freq.mul_(1.5)

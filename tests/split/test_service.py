@@ -12,15 +12,28 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.split.batching import Merging
 from fedtune.split.channel import Socket
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
-from fedtune.split.merge import Merging
 from fedtune.split.service import Terms, local
-from fedtune.split.session import Held
+from fedtune.split.session import HeldSamples
 from fedtune.split.stream import Micro, Stream, Wishes
 from fedtune.wire.v1 import split_pb2 as pb
-from tests.split.plain import OFFER, WIDTH, Model, PlainBody, batches, listening, near, opened, run, served, split_step, turn
+from tests.split.plain import (
+    OFFER,
+    WIDTH,
+    Model,
+    PlainBody,
+    batches,
+    listening,
+    near,
+    opened,
+    run,
+    served,
+    split_step,
+    turn,
+)
 from tests.waiting import PATIENCE
 
 
@@ -36,7 +49,8 @@ def until(true: Any, seconds: float = PATIENCE) -> bool:
     return bool(true())
 
 
-# --- admission --------------------------------------------------------------------------------------------------------
+# --- admission
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -73,7 +87,8 @@ def test_an_address_of_this_machine() -> None:
     assert not any(map(local, ["0.0.0.0:5", "[::]:5", "10.0.0.1:5", "localhost.example.org:5"]))
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+# --- numbers
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_number_said_twice_gets_the_same_answer_and_with_other_bytes_none() -> None:
@@ -111,7 +126,12 @@ def test_a_gradient_under_another_number_is_refused(lean: bool) -> None:
 
 @pytest.mark.parametrize(
     ("wishes", "side"),
-    [({"masked": True}, Side()), ({"positioned": True}, Side(torch.ones(1, 4))), ({}, Side(torch.ones(1, 5))), ({}, Side(torch.full((1, 4), 2)))],
+    [
+        ({"masked": True}, Side()),
+        ({"positioned": True}, Side(torch.ones(1, 4))),
+        ({}, Side(torch.ones(1, 5))),
+        ({}, Side(torch.full((1, 4), 2))),
+    ],
 )
 def test_a_side_that_is_missing_or_does_not_fit_is_refused(wishes: dict[str, Any], side: Side) -> None:
     stream = opened(near(served()), **wishes)
@@ -120,16 +140,21 @@ def test_a_side_that_is_missing_or_does_not_fit_is_refused(wishes: dict[str, Any
         stream.answer()
 
 
-# --- holding ----------------------------------------------------------------------------------------------------------
+# --- holding
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_whoever_holds_most_gives_way_first() -> None:
-    held = Held(100, 60)
+    held = HeldSamples(100, 60)
     for number in range(9):
         held.put("greedy", number, number, 10)
     held.put("modest", 0, "x", 10)
     held.put("modest", 1, "y", 20)
-    assert held.get("greedy", range(9)) == [None, None, *range(2, 9)] and held.get("modest", [0, 1]) == ["x", "y"] and held.size == 100
+    assert (
+        held.get("greedy", range(9)) == [None, None, *range(2, 9)]
+        and held.get("modest", [0, 1]) == ["x", "y"]
+        and held.size == 100
+    )
     held.put("modest", 2, "far too large", 101)
     assert held.get("modest", [2]) == [None]
     held.drop("greedy")
@@ -137,7 +162,7 @@ def test_whoever_holds_most_gives_way_first() -> None:
 
 
 def test_what_is_held_ends_with_its_time() -> None:
-    held = Held(100, 0.05)
+    held = HeldSamples(100, 0.05)
     held.put("client", 1, "x", 10)
     time.sleep(0.06)
     assert held.get("client", [1]) == [None] and held.size == 10
@@ -157,16 +182,20 @@ def test_samples_of_one_client_are_not_another_ones() -> None:
     assert torch.equal(stream.answer().value, sent[0])
 
 
-# --- several clients --------------------------------------------------------------------------------------------------
+# --- several clients
+# --------------------------------------------------------------------------------------------------
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone() -> None:
-    """Concurrent streams on a real socket, merged: parameters equal those of eight runs without a cut, to the bit."""
+    """Concurrent streams on a real socket, merged: parameters equal those of eight runs without a cut, to the
+    bit."""
     alone = [run(None, seed=client) for client in range(8)]
     with listening(merging=Merging(padding=0, wait=0.01)) as (service, dial), ThreadPoolExecutor(8) as pool:
         streams = [opened(dial, client) for client in range(8)]
         models = [Model() for _ in range(8)]  # here: torch's seed is one for all threads
-        together = list(pool.map(lambda client: run(streams[client], seed=client, model=models[client]), range(8)))
+        together = list(
+            pool.map(lambda client: run(streams[client], seed=client, model=models[client]), range(8))
+        )
         counts = service.merger.counts
         assert counts.jobs == 8 * 3 * 4 * 2 and counts.passes < 0.7 * counts.jobs
         for stream in streams:
@@ -198,11 +227,13 @@ def test_a_body_that_fails_on_one_micro_batch_serves_the_next() -> None:
         stream.close()
 
 
-# --- leases -----------------------------------------------------------------------------------------------------------
+# --- leases
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_client_that_says_nothing_is_freed_and_one_that_is_slow_is_not() -> None:
-    """A lease of a second. The silent one's sign of life is switched off; the slow one's comes every 0.1 s."""
+    """A lease of a second. The silent one's sign of life is switched off; the slow one's comes every 0.1
+    s."""
     with listening(Terms(lease=1.0)) as (service, dial):
         silent = opened(lambda: Socket(dial.address, beat=1000), 0, lean=True)
         slow = opened(lambda: Socket(dial.address, beat=0.1), 1, lean=True)
@@ -213,7 +244,11 @@ def test_a_client_that_says_nothing_is_freed_and_one_that_is_slow_is_not() -> No
         assert until(lambda: len(service.sessions) == 1)
         time.sleep(1.2)
         (left,) = service.sessions.values()
-        assert left.hello.client == 1 and left.connection is not None and set(service.held.entries) == {slow.hello.session}
+        assert (
+            left.hello.client == 1
+            and left.connection is not None
+            and set(service.held.entries) == {slow.hello.session}
+        )
         assert len(split_step(PlainBody().model, slow, batches(2))) == 2
         # the silent one is not lost either: it notices, and comes back
         assert len(split_step(PlainBody().model, silent, batches(2))) == 2
@@ -236,7 +271,8 @@ def test_without_memory_nothing_is_promised() -> None:
 
 
 def test_a_defect_of_the_service_is_an_error_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is raised, in the thread that reads or in the one that computes, the stream and the service go on."""
+    """Whatever is raised, in the thread that reads or in the one that computes, the stream and the service go
+    on."""
     from fedtune.split import service as module
 
     with listening() as (_, dial):
@@ -253,7 +289,8 @@ def test_a_defect_of_the_service_is_an_error_frame(monkeypatch: pytest.MonkeyPat
 
 
 def test_where_too_much_waits_streams_are_read_no_further() -> None:
-    """Micro-batches of 64 KiB, room for 128: of sixteen that four clients send at once, two wait and at most one more of each; all are answered."""
+    """Micro-batches of 64 KiB, room for 128: of sixteen that four clients send at once, two wait and at most
+    one more of each; all are answered."""
     body, most, gate = PlainBody(), 0, threading.Event()
     real = body.forward
 

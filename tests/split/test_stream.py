@@ -1,4 +1,5 @@
-"""A client and the body service: the same numbers as the whole model, on a socket or in one process, and the bytes that the formula says."""
+"""A client and the body service: the same numbers as the whole model, on a socket or in one process, and the
+bytes that the formula says."""
 
 from __future__ import annotations
 
@@ -22,7 +23,22 @@ from fedtune.split.session import Tokens
 from fedtune.split.stream import Micro, Stream, Wishes
 from fedtune.wire.v1 import split_pb2 as pb
 from tests.split.link import Link
-from tests.split.plain import KEY, OFFER, PROMPTS, WIDTH, Batch, Model, batches, listening, near, opened, run, served, split_step, turn
+from tests.split.plain import (
+    KEY,
+    OFFER,
+    PROMPTS,
+    WIDTH,
+    Batch,
+    Model,
+    batches,
+    listening,
+    near,
+    opened,
+    run,
+    served,
+    split_step,
+    turn,
+)
 
 ROWS, LENGTH, MICROS = 4, 61, 4
 TOKENS = ROWS * (LENGTH + PROMPTS)  # 256 of width 16: 16 KiB of float32
@@ -37,7 +53,9 @@ def equal(a: tuple[list[float], list[torch.Tensor]], b: tuple[list[float], list[
     return a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))
 
 
-@pytest.mark.parametrize("wishes", [{}, {"lean": True}, {"window": 1}, {"masked": True, "positioned": True}], ids=str)
+@pytest.mark.parametrize(
+    "wishes", [{}, {"lean": True}, {"window": 1}, {"masked": True, "positioned": True}], ids=str
+)
 def test_training_over_a_socket_and_in_one_process_equals_the_whole_model(wishes: dict[str, Any]) -> None:
     oracle = run(None)
     stream = opened(near(served()), **wishes)
@@ -50,7 +68,9 @@ def test_training_over_a_socket_and_in_one_process_equals_the_whole_model(wishes
         assert not service.errors and service.live == 0 and service.held.size == 0
 
 
-@pytest.mark.parametrize(("coding", "most"), [(Coding("fp16"), 1e-3), (Coding("bf16"), 5e-3), (Coding("int8", 16), 1e-2)])
+@pytest.mark.parametrize(
+    ("coding", "most"), [(Coding("fp16"), 1e-3), (Coding("bf16"), 5e-3), (Coding("int8", 16), 1e-2)]
+)
 def test_a_coarser_coding_is_close(coding: Coding, most: float) -> None:
     (losses, _), (wanted, _) = run(opened(near(served()), coding=coding)), run(None)
     assert 0 < max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) < most
@@ -60,7 +80,11 @@ def step_bytes(wishes: dict[str, Any]) -> tuple[int, int, int, int]:
     """Bytes of a step of four micro-batches: of frames up and down, and of the socket up and down."""
     with listening() as (_, dial):
         link = Link(dial.port)
-        stream, model, todo = opened(lambda: Socket(f"127.0.0.1:{link.port}"), **wishes), Model(), batches(MICROS, rows=ROWS, length=LENGTH)
+        stream, model, todo = (
+            opened(lambda: Socket(f"127.0.0.1:{link.port}"), **wishes),
+            Model(),
+            batches(MICROS, rows=ROWS, length=LENGTH),
+        )
         split_step(model, stream, todo)
         before = stream.sent, stream.received, link.up, link.down
         split_step(model, stream, todo)
@@ -71,11 +95,19 @@ def step_bytes(wishes: dict[str, Any]) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("lean", "coding", "width"), [(False, Coding("fp32"), 4), (True, Coding("fp32"), 4), (True, Coding("fp16"), 2), (False, Coding("int8", 0), 1 + 2 / WIDTH)]
+    ("lean", "coding", "width"),
+    [
+        (False, Coding("fp32"), 4),
+        (True, Coding("fp32"), 4),
+        (True, Coding("fp16"), 2),
+        (False, Coding("int8", 0), 1 + 2 / WIDTH),
+    ],
 )
 def test_bytes_are_those_of_the_formula(lean: bool, coding: Coding, width: float) -> None:
-    """Up: hidden states and gradients, and the hidden states again unless lean, with a byte a token for the mask and 4 for positions each
-    time. Down: activations and gradients. 100 bytes a frame are 0.1 % of the 100 KB that a real micro-batch has."""
+    """Up: hidden states and gradients, and the hidden states again unless lean, with a byte a token for the
+    mask and 4 for positions each
+    time. Down: activations and gradients. 100 bytes a frame are 0.1 % of the 100 KB that a real micro-batch
+    has."""
     up, down, socket_up, socket_down = step_bytes({"lean": lean, "coding": coding})
     side, hidden = TOKENS * (1 + 4), TOKENS * WIDTH * width
     says = 1 if lean else 2
@@ -96,7 +128,8 @@ class Wide:
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_bytes_of_a_real_size_are_within_a_thousandth(lean: bool) -> None:
-    """Four micro-batches of 8 x 205 tokens of width 768, like a ViT-B's with prompts: 5 MB each, in parts of 1 MiB."""
+    """Four micro-batches of 8 x 205 tokens of width 768, like a ViT-B's with prompts: 5 MB each, in parts of
+    1 MiB."""
     offer = replace(OFFER, width=768)
     service = Service(Wide(), offer, Tokens(KEY).admit)
     stream = Stream(near(service), offer, turn(), Wishes(Coding("fp32"), 4, lean=lean))
@@ -104,10 +137,14 @@ def test_bytes_of_a_real_size_are_within_a_thousandth(lean: bool) -> None:
     train(stream, micros, lambda micro: micro, lambda micro, hidden: hidden.sum())
     formula = 4 * 2 * 8 * 205 * 768 * 4
     again = 0 if lean else formula // 2
-    assert 0 <= stream.sent - formula - again < 0.001 * formula and 0 <= stream.received - formula < 0.001 * formula
+    assert (
+        0 <= stream.sent - formula - again < 0.001 * formula
+        and 0 <= stream.received - formula < 0.001 * formula
+    )
 
 
-# --- slim -------------------------------------------------------------------------------------------------------------
+# --- slim
+# ------------------------------------------------------------------------------------------------------------
 
 
 def smashed(model: Model, ids: torch.Tensor) -> torch.Tensor:
@@ -120,7 +157,13 @@ def slim_parts(model: Model, rows: str, ids: list[int] | None = None) -> tuple[A
 
     def head(batch: Batch) -> Micro:
         tokens = batch[0].shape[1] + PROMPTS
-        chosen = {"row": 0} if rows == "row" else {"rows": torch.arange(len(batch[0])) * tokens} if rows == "rows" else {}
+        chosen = (
+            {"row": 0}
+            if rows == "row"
+            else {"rows": torch.arange(len(batch[0])) * tokens}
+            if rows == "rows"
+            else {}
+        )
         named = [int(value) for value in batch[0][:, 0] * 100 + batch[0][:, 1]] if ids is not None else ()
         if ids is not None:
             ids.extend(named)
@@ -158,7 +201,8 @@ def test_prompts_at_the_cut_and_rows_that_come_down(rows: str, lean: bool) -> No
 
 
 def test_samples_are_sent_once_and_again_where_they_were_lost() -> None:
-    """Twelve samples: 12 x 6 x 16 numbers once; then each step sends prompts and 12 gradient rows, and the gradients are the same."""
+    """Twelve samples: 12 x 6 x 16 numbers once; then each step sends prompts and 12 gradient rows, and the
+    gradients are the same."""
     todo, model, whole = batches(MICROS, rows=3), Model(), Model()
     service, ids = served(), list[int]()
     stream = opened(near(service), prompts=PROMPTS, lean=True, cache=True)
@@ -170,7 +214,10 @@ def test_samples_are_sent_once_and_again_where_they_were_lost() -> None:
     second, down = stream.sent - before[0] - first, (stream.received - before[1]) // 2
     assert len(set(ids)) == 12 and first - second == 12 * 6 * WIDTH * 4 + MICROS * 11  # 11: a header
     side, frames = 3 * 9 * 5, 8 * 60
-    assert 0 < second - MICROS * (PROMPTS + 3) * WIDTH * 4 - MICROS * side < frames and 0 < down - MICROS * (PROMPTS + 3) * WIDTH * 4 < frames
+    assert (
+        0 < second - MICROS * (PROMPTS + 3) * WIDTH * 4 - MICROS * side < frames
+        and 0 < down - MICROS * (PROMPTS + 3) * WIDTH * 4 < frames
+    )
     stream.close()
     stream = Stream(near(service), OFFER, turn(), stream.wishes, held=stream.held)  # the next round's
     before = stream.sent, stream.received
@@ -183,25 +230,43 @@ def test_samples_are_sent_once_and_again_where_they_were_lost() -> None:
     for _ in range(4):
         wanted = naive(whole, todo)
     assert wanted == train(opened(near(service), prompts=PROMPTS), todo, *slim_parts(Model(), "row"))
-    assert all(torch.equal(mine.grad, theirs.grad) for mine, theirs in zip(model.trained, whole.trained, strict=True))
+    assert all(
+        torch.equal(mine.grad, theirs.grad) for mine, theirs in zip(model.trained, whole.trained, strict=True)
+    )
 
 
-def text_micro(model: Model, ids: torch.Tensor, lengths: list[int], samples: list[int], told: list[int]) -> Micro:
+def text_micro(
+    model: Model, ids: torch.Tensor, lengths: list[int], samples: list[int], told: list[int]
+) -> Micro:
     """Texts of these lengths, padded to the longest; what the head computes is noted in `told`."""
     longest = max(lengths)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).to(torch.uint8)
-    own = torch.stack([torch.cat([ids[n, :length], torch.zeros(longest - length, dtype=torch.long)]) for n, length in enumerate(lengths)])
+    own = torch.stack(
+        [
+            torch.cat([ids[n, :length], torch.zeros(longest - length, dtype=torch.long)])
+            for n, length in enumerate(lengths)
+        ]
+    )
 
     def hidden() -> torch.Tensor:
         told.extend(samples)
         return model.first(model.embed(own), Side(mask)).detach()
 
-    return Micro(hidden, Side(torch.cat([mask.new_ones(len(mask), PROMPTS), mask], 1)), model.prompts, 0, row=0, samples=samples)
+    return Micro(
+        hidden,
+        Side(torch.cat([mask.new_ones(len(mask), PROMPTS), mask], 1)),
+        model.prompts,
+        0,
+        row=0,
+        samples=samples,
+    )
 
 
 def test_padded_samples_come_back_in_other_company() -> None:
-    """Texts of 6, 3 and 5 tokens, sent two by two, then in a batch of the two shorter ones: padded to 5, no longer to 6, nothing is sent again
-    and the answer is that of the text sent whole. A text that changed its length under the same id is asked for again."""
+    """Texts of 6, 3 and 5 tokens, sent two by two, then in a batch of the two shorter ones: padded to 5, no
+    longer to 6, nothing is sent again
+    and the answer is that of the text sent whole. A text that changed its length under the same id is asked
+    for again."""
     model, told, service = Model(), list[int](), served()
     ids = torch.randint(1, 20, (3, 6), generator=torch.Generator().manual_seed(1))
     stream = opened(near(service), prompts=PROMPTS, cache=True)
@@ -217,7 +282,9 @@ def test_padded_samples_come_back_in_other_company() -> None:
     assert told == [0, 1, 2, 0]
     again = ask([3, 5], [1, 2])
     assert told == [0, 1, 2, 0] and not service.errors
-    assert torch.allclose(again, ask([3, 5], [1, 2], opened(near(served()), prompts=PROMPTS)), rtol=0, atol=1e-6)
+    assert torch.allclose(
+        again, ask([3, 5], [1, 2], opened(near(served()), prompts=PROMPTS)), rtol=0, atol=1e-6
+    )
     told.clear()
     ask([4, 5], [1, 2])
     assert told == [1, 2] and service.errors == {"S713": 1}
@@ -232,7 +299,8 @@ def test_without_its_consent_nothing_of_a_client_is_held() -> None:
     assert not seen
 
 
-# --- window, order, evaluation ----------------------------------------------------------------------------------------
+# --- window, order, evaluation
+# ----------------------------------------------------------------------------------------
 
 
 def test_no_more_micro_batches_are_in_flight_than_were_granted() -> None:
@@ -294,10 +362,18 @@ def test_evaluation_brings_activations_in_order() -> None:
     model, todo, seen = Model(), batches(6), []
     with listening() as (service, dial):
         stream = opened(dial)
-        infer(stream, todo, lambda b: Micro(model.head(b[0], b[1]), b[1]), lambda b, hidden: seen.append((b, hidden)))
+        infer(
+            stream,
+            todo,
+            lambda b: Micro(model.head(b[0], b[1]), b[1]),
+            lambda b, hidden: seen.append((b, hidden)),
+        )
         assert service.merger.counts.jobs == 6 and not stream.flights
         stream.close()
-    assert all(torch.equal(hidden, model.body(model.head(b[0], b[1]), b[1])) and b is todo[i] for i, (b, hidden) in enumerate(seen))
+    assert all(
+        torch.equal(hidden, model.body(model.head(b[0], b[1]), b[1])) and b is todo[i]
+        for i, (b, hidden) in enumerate(seen)
+    )
 
 
 def test_a_frozen_head_needs_no_gradient() -> None:
@@ -308,12 +384,14 @@ def test_a_frozen_head_needs_no_gradient() -> None:
     assert service.merger.counts.jobs == 4 and model.tail.weight.grad is not None
 
 
-# --- what arrives is what was sent ------------------------------------------------------------------------------------
+# --- what arrives is what was sent
+# ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["mask", "positions", "sequence", "answer"])
 def test_a_message_changed_under_way_is_caught(change: str) -> None:
-    """A mask dropped, positions shifted, two numbers swapped, an answer to another micro-batch: each ends the step with a sentence."""
+    """A mask dropped, positions shifted, two numbers swapped, an answer to another micro-batch: each ends the
+    step with a sentence."""
 
     class Spoiled:
         def __init__(self, inner: Channel) -> None:
@@ -334,8 +412,18 @@ def test_a_message_changed_under_way_is_caught(change: str) -> None:
             for place, header in enumerate(frame.tensors):
                 size = size_of(header)
                 if header.role == role:
-                    values = torch.frombuffer(bytearray(frame.payload[at : at + size]), dtype=torch.int32 if shift else torch.uint8) + 1
-                    frame.payload = frame.payload[:at] + (bytes(values.numpy().data) if shift else b"") + frame.payload[at + size :]
+                    values = (
+                        torch.frombuffer(
+                            bytearray(frame.payload[at : at + size]),
+                            dtype=torch.int32 if shift else torch.uint8,
+                        )
+                        + 1
+                    )
+                    frame.payload = (
+                        frame.payload[:at]
+                        + (bytes(values.numpy().data) if shift else b"")
+                        + frame.payload[at + size :]
+                    )
                     if not shift:
                         del frame.tensors[place]
                     return
@@ -356,7 +444,8 @@ def test_a_message_changed_under_way_is_caught(change: str) -> None:
         run(stream)
 
 
-# --- TLS --------------------------------------------------------------------------------------------------------------
+# --- TLS
+# ------------------------------------------------------------------------------------------------------------
 
 
 def authority() -> Iterator[tuple[bytes, bytes]]:
@@ -370,14 +459,26 @@ def authority() -> Iterator[tuple[bytes, bytes]]:
     signer = None
     while True:
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = name if signer is None else x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "member")])
-        made = x509.CertificateBuilder().subject_name(subject).issuer_name(name).public_key(key.public_key()).serial_number(x509.random_serial_number())
-        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(now + datetime.timedelta(hours=1))
+        subject = (
+            name if signer is None else x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "member")])
+        )
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+        )
+        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(
+            now + datetime.timedelta(hours=1)
+        )
         made = made.add_extension(x509.BasicConstraints(signer is None, None), True)
         made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
         certificate = made.sign(signer or key, hashes.SHA256())
         signer = signer or key
-        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
         yield pem, certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -393,14 +494,21 @@ def test_mutual_tls() -> None:
     admit = service.admit
     service.admit = lambda hello, peer: (peers.append(peer), admit(hello, peer))[1]
     service.start()
-    server, port = serve(service, "localhost:0", grpc.ssl_server_credentials([(server_key, server_cert)], root, True))
+    server, port = serve(
+        service, "localhost:0", grpc.ssl_server_credentials([(server_key, server_cert)], root, True)
+    )
     address = f"localhost:{port}"
     try:
         member = grpc.ssl_channel_credentials(root, client_key, client_cert)
-        stream = Stream(lambda: Socket(address, member), OFFER, turn(peer="member"), Wishes(Coding("fp32"), 4))
+        stream = Stream(
+            lambda: Socket(address, member), OFFER, turn(peer="member"), Wishes(Coding("fp32"), 4)
+        )
         assert equal(run(stream), run(None)) and peers == ["member"]
         stream.close()
-        for credentials in (grpc.ssl_channel_credentials(root, odd_key, odd_cert), grpc.ssl_channel_credentials(root)):
+        for credentials in (
+            grpc.ssl_channel_credentials(root, odd_key, odd_cert),
+            grpc.ssl_channel_credentials(root),
+        ):
             with pytest.raises(FedtuneError, match="S711"):
                 opened(lambda c=credentials: Socket(address, c), patience=0.0)
         assert len(peers) == 1

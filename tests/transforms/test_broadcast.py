@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.errors import Refused
 from fedtune.schema import Schema, digest
-from fedtune.transforms.downlink import DOWNLINKS, Held, downlink_of, hold, holding
+from fedtune.transforms.downlink import DOWNLINKS, HeldState, downlink_of, hold, holding
 from fedtune.types import Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, encode
 
@@ -30,7 +30,7 @@ def wired(message: Update) -> Update:
 @pytest.mark.parametrize("step", DOWNLINKS)
 def test_both_sides_hold_the_same_bits(step: str) -> None:
     settings = downlink_of(step)
-    server: Held | None = None
+    server: HeldState | None = None
     memory: dict[str, np.ndarray] = {}  # a client that is there in every round
     for round in range(1, 6):
         made = settings.pack(state(round), server, round)
@@ -39,7 +39,7 @@ def test_both_sides_hold_the_same_bits(step: str) -> None:
         tensors = settings.unpack(wired(message), mine.tensors if mine else None)
         newcomer = settings.unpack(wired(made.full), None)
         assert digest(tensors) == digest(newcomer) == digest(made.held.tensors)
-        hold(memory, Held(round, tensors))
+        hold(memory, HeldState(round, tensors))
         server = made.held
     assert (made.delta is not None) == (step == "delta")
 
@@ -59,7 +59,7 @@ def test_what_a_delta_leaves_out_is_sent_later() -> None:
     """A state that stands still is reached: the server's copy is its residual."""
     settings, goal = downlink_of(step="delta", keep=0.2), state(3)
 
-    def away(held: Held) -> float:
+    def away(held: HeldState) -> float:
         return float(np.sqrt(sum(np.sum((held.tensors[name] - value) ** 2) for name, value in goal.items())))
 
     held = settings.pack(state(0), None, 1).held
@@ -91,6 +91,8 @@ def test_the_estimates_are_near_what_travels() -> None:
         settings = downlink_of(step)
         first = settings.pack(big, None, 1)
         second = settings.pack({"w": big["w"] * np.float32(1.01)}, first.held, 2)
-        for told, message in zip(settings.bits(Schema.of(big)), (second.full, second.delta or second.full), strict=True):
+        for told, message in zip(
+            settings.bits(Schema.of(big)), (second.full, second.delta or second.full), strict=True
+        ):
             sent = 8 * len(encode(message, Header("run", 2, EVERYONE, "train"))) / big["w"].size
             assert sent == pytest.approx(told, rel=0.05)

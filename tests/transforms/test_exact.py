@@ -1,16 +1,17 @@
-"""The way down of whole numbers, against a twin that compares whole states: clients that come and go hold what the server sent last."""
+"""The way down of whole numbers, against a twin that compares whole states: clients that come and go hold
+what the server sent last."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fedtune.transforms.downlink import Held
+from fedtune.transforms.downlink import HeldState
 from fedtune.transforms.exact import changed_since, not_zero, recorded
 
 
 def test_clients_that_were_away_for_any_number_of_rounds_hold_the_state() -> None:
     draw = np.random.default_rng(0)
-    record: Held | None = None
+    record: HeldState | None = None
     state: dict[str, np.ndarray] = {}
     clients: dict[int, tuple[int, dict[str, np.ndarray]]] = {}  # round, what it holds
     sent = plain = 0
@@ -33,8 +34,13 @@ def test_clients_that_were_away_for_any_number_of_rounds_hold_the_state() -> Non
 
 
 def test_a_record_begun_late_marks_everything_as_changed() -> None:
-    """A run that was begun without one: nobody knows what its clients hold, a zero that was none before included."""
+    """A run that was begun without one: nobody knows what its clients hold, a zero that was none before
+    included."""
     record = recorded(None, {"a": np.int32([0, 3])}, 5)
-    assert changed_since(record, 4)["a"].tolist() == [True, True] and changed_since(record, 5)["a"].tolist() == [False, False]
+    assert changed_since(record, 4)["a"].tolist() == [True, True] and changed_since(record, 5)[
+        "a"
+    ].tolist() == [False, False]
     record = recorded(record, {"a": np.int32([0, 0]), "b": np.int32([0, 1])}, 6)
-    assert changed_since(record, 5)["a"].tolist() == [False, True] and changed_since(record, 5)["b"].tolist() == [False, True]
+    assert changed_since(record, 5)["a"].tolist() == [False, True] and changed_since(record, 5)[
+        "b"
+    ].tolist() == [False, True]

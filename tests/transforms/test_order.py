@@ -58,7 +58,10 @@ def test_legal_chains_say_what_travels(steps: list[Transform], kinds: str) -> No
     [
         ([mask()], "'mask' after a step that gives real numbers, expected ring numbers before 'mask'"),
         ([packed(), mask()], "'mask' after a step that gives packed numbers"),
-        ([seal(), private()], "'private', which is undone on the sum, after 'seal', which is undone on each reply"),
+        (
+            [seal(), private()],
+            "'private', which is undone on the sum, after 'seal', which is undone on each reply",
+        ),
         ([ring(), packed()], "'sign' after a step that gives ring numbers, expected real numbers"),
         ([packed(), private()], "'private' after a step that gives packed numbers"),
         ([packed(), packed()], "'sign' after a step that gives packed numbers"),

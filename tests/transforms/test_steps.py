@@ -32,7 +32,9 @@ def step(**fields: object) -> Packed:
 
 
 def test_two_bits_round_to_the_blocks_largest() -> None:
-    values = {"w": np.array([4.0, -1.9, 2.1, 0.0] + [0.0] * 60 + [0.5, -0.5])}  # blocks with 4 and 0.5 as largest
+    values = {
+        "w": np.array([4.0, -1.9, 2.1, 0.0] + [0.0] * 60 + [0.5, -0.5])
+    }  # blocks with 4 and 0.5 as largest
     levels, scales = block_levels(values, RNG, 1, random=False)
     assert levels["w"].tolist() == [1, 0, 1, 0] + [0] * 60 + [1, -1]
     assert scales["w"].tolist() == [4.0, 0.5]
@@ -43,22 +45,35 @@ def test_blocks_equal_a_naive_twin(top: int) -> None:
     value = RNG.normal(0, 1e-4, (5, 77))
     levels, scales = block_levels({"w": value}, RNG, top, random=False)
     flat, got = value.reshape(-1), levels["w"].reshape(-1)
-    largest = rounded({"w": np.array([max(abs(x) for x in flat[i : i + 64]) / top for i in range(0, flat.size, 64)])})["w"]
+    largest = rounded(
+        {"w": np.array([max(abs(x) for x in flat[i : i + 64]) / top for i in range(0, flat.size, 64)])}
+    )["w"]
     assert np.array_equal(scales["w"], largest)
-    assert got.tolist() == [max(-top, min(top, round(x / float(largest[i // 64])))) for i, x in enumerate(flat)]
+    assert got.tolist() == [
+        max(-top, min(top, round(x / float(largest[i // 64])))) for i, x in enumerate(flat)
+    ]
 
 
 def test_stochastic_rounding_is_right_on_average() -> None:
     value = np.full(64, 0.3)
     value[0] = 1.0
-    draws = [block_levels({"w": value}, np.random.default_rng(seed), 1, random=True)[0]["w"][1:].mean() for seed in range(200)]
+    draws = [
+        block_levels({"w": value}, np.random.default_rng(seed), 1, random=True)[0]["w"][1:].mean()
+        for seed in range(200)
+    ]
     assert np.mean(draws) == pytest.approx(0.3, abs=4 * np.sqrt(0.3 * 0.7 / (63 * 200)))
 
 
 def test_stochastic_draws_differ_by_client_and_round() -> None:
-    chain = build([TypeAdapter(ChainStep).validate_python({"step": "quantize", "bits": 2, "rounding": "stochastic"})])
+    chain = build(
+        [TypeAdapter(ChainStep).validate_python({"step": "quantize", "bits": 2, "rounding": "stochastic"})]
+    )
     update = Update.of({"w": RNG.normal(size=200).astype(np.float32)})
-    sent = {(c, r): chain.send(update, Client(c, "", None, None), Round(r, 1, ())).tensors["w"].tobytes() for c in (0, 1) for r in (1, 2)}
+    sent = {
+        (c, r): chain.send(update, Client(c, "", None, None), Round(r, 1, ())).tensors["w"].tobytes()
+        for c in (0, 1)
+        for r in (1, 2)
+    }
     assert len(set(sent.values())) == 4
 
 
@@ -69,7 +84,9 @@ def test_sign_by_hand() -> None:
 
 
 def test_deadzone_by_hand() -> None:
-    values = {"w": np.array([1.0, -1.0, 5.0, 0.0, 0.0, 0.0])}  # root mean square 2.1213, step the same: 1 is in the dead zone
+    values = {
+        "w": np.array([1.0, -1.0, 5.0, 0.0, 0.0, 0.0])
+    }  # root mean square 2.1213, step the same: 1 is in the dead zone
     levels, scales = step_levels(values, 1.0)
     assert levels["w"].tolist() == [0, 0, 2, 0, 0, 0]
     assert scales["w"] == 2.5  # fits 2 levels to 5
@@ -131,7 +148,8 @@ def test_float32_is_the_end() -> None:
         rounded({"a": 3.4028e38 * 1.01})
 
 
-# --- auto -------------------------------------------------------------------------------------------------------------
+# --- auto
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_kurtosis_of_known_shapes() -> None:
@@ -153,7 +171,9 @@ def test_kurtosis_of_known_shapes() -> None:
         (2.0, 40.0, "ternary", 0.40, True),
     ],
 )
-def test_auto_picks_the_most_faithful_that_fits(measured: float, ratio: float, name: str, rate: float, feedback: bool) -> None:
+def test_auto_picks_the_most_faithful_that_fits(
+    measured: float, ratio: float, name: str, rate: float, feedback: bool
+) -> None:
     pick = choose(measured, AutoSettings(step="auto", ratio=ratio))
     assert (pick.name, pick.feedback) == (name, feedback)
     assert pick.rate == pytest.approx(rate, abs=0.01)
@@ -162,8 +182,13 @@ def test_auto_picks_the_most_faithful_that_fits(measured: float, ratio: float, n
 
 def test_auto_says_what_it_chose_and_why() -> None:
     auto = step(step="auto", ratio=15.0)
-    sent = auto.on_client(Update.of({"w": np.float32([1, -1, 1, 1])}), Client(0, "", None, None), Round(1, 1, (0,)))
-    assert sent.notes == ("auto: sign at about 1.00 bits with error feedback, because the kurtosis is 1.00 and the target 15 times smaller than bfloat16",)
+    sent = auto.on_client(
+        Update.of({"w": np.float32([1, -1, 1, 1])}), Client(0, "", None, None), Round(1, 1, (0,))
+    )
+    assert sent.notes == (
+        "auto: sign at about 1.00 bits with error feedback, because the kurtosis is 1.00 and the target 15 "
+        "times smaller than bfloat16",
+    )
 
 
 class Meet(Transform):
@@ -208,7 +233,8 @@ def test_density_inverts_the_entropy() -> None:
         assert density(1.008 * ternary_bits(share)) == pytest.approx(share, rel=1e-6)
 
 
-# --- registry and estimates -------------------------------------------------------------------------------------------
+# --- registry and estimates
+# -------------------------------------------------------------------------------------------
 
 
 def test_every_step_can_be_named_in_a_recipe() -> None:
@@ -247,7 +273,8 @@ def test_the_dithers_rate_is_that_of_normal_numbers() -> None:
 
 
 def test_the_dithers_errors_are_uniform_and_average_out_over_clients() -> None:
-    """Sixteen clients that all say the same: plain rounding errs alike on each, dither's errors have a sixteenth of the variance."""
+    """Sixteen clients that all say the same: plain rounding errs alike on each, dither's errors have a
+    sixteenth of the variance."""
     step, now = Dither(DitherSettings(step="dither", sigma=2.0)), Round(1, 5, tuple(range(16)))
     values = {"w": np.float32(RNG.normal(size=20_000))}
     errors = []

@@ -1,4 +1,5 @@
-"""Laws of every step that a recipe can name. A newcomer is enrolled by being in STEPS; VARIANTS adds settings worth the same laws."""
+"""Laws of every step that a recipe can name. A newcomer is enrolled by being in STEPS; VARIANTS adds settings
+worth the same laws."""
 
 from __future__ import annotations
 
@@ -44,12 +45,18 @@ def words(settings: Settings) -> str:
 
 
 every = pytest.mark.parametrize("settings", ALL, ids=words)
-codes = pytest.mark.parametrize("settings", [s for s in ALL if s.build().tolerance is not None], ids=words)  # steps that say numbers with fewer bits
-feeding = pytest.mark.parametrize("settings", [s for s in ALL if getattr(s, "error_feedback", False)], ids=words)
+codes = pytest.mark.parametrize(
+    "settings", [s for s in ALL if s.build().tolerance is not None], ids=words
+)  # steps that say numbers with fewer bits
+feeding = pytest.mark.parametrize(
+    "settings", [s for s in ALL if getattr(s, "error_feedback", False)], ids=words
+)
 
 
 def client(number: int = 0, memory: dict[str, np.ndarray] | None = None, base: str = "base") -> Client:
-    model = SimpleNamespace(base=SimpleNamespace(fingerprint=base))  # stands for a Bench, of which only the base's fingerprint is read
+    model = SimpleNamespace(
+        base=SimpleNamespace(fingerprint=base)
+    )  # stands for a TunableModel, of which only the base's fingerprint is read
     return Client(number, f"site-{number}", model, None, {} if memory is None else memory)
 
 
@@ -57,7 +64,10 @@ def difference(seed: int, scale: float = 1e-3) -> dict[str, np.ndarray]:
     """Tensors of different sizes and spreads, one of them a single number, one untouched."""
     rng = np.random.default_rng(seed)
     sizes = {"a": (40, 8), "b": (8, 30), "bias": (70,), "gate": ()}
-    out = {name: np.float32(rng.normal(0, scale * (1 + number), shape)) for number, (name, shape) in enumerate(sizes.items())}
+    out = {
+        name: np.float32(rng.normal(0, scale * (1 + number), shape))
+        for number, (name, shape) in enumerate(sizes.items())
+    }
     return out | {"untouched": np.zeros((5, 3), np.float32)}
 
 
@@ -73,7 +83,9 @@ def over_the_wire(chain: Chain, update: Update) -> Update:
 def there(settings: Settings, values: Tensors, site: Client, weight: float = 1.0, now: Round = NOW) -> Update:
     """One answer through both halves and the wire, as the server adds it."""
     chain = build([settings])  # type: ignore[list-item]
-    return chain.receive(over_the_wire(chain, chain.send(Update.of(values, weight, {"loss": 2.0}), site, now)), site.id, now)
+    return chain.receive(
+        over_the_wire(chain, chain.send(Update.of(values, weight, {"loss": 2.0}), site, now)), site.id, now
+    )
 
 
 @every
@@ -137,7 +149,9 @@ def test_one_element(settings: Settings, number: float) -> None:
     if isinstance(settings, DitherSettings):  # anywhere within half a step
         assert abs(got[0] - number) <= settings.sigma / 2 * 1.001 * abs(number)
         return
-    waits = getattr(settings, "scale", "") == "sigma" or getattr(settings, "sigma", 0) > 1  # one number has no spread; it is 1 root mean square
+    waits = (
+        getattr(settings, "scale", "") == "sigma" or getattr(settings, "sigma", 0) > 1
+    )  # one number has no spread; it is 1 root mean square
     assert got[0] == (0 if waits else pytest.approx(number, rel=1e-3))
 
 
@@ -169,7 +183,8 @@ def test_the_estimate_is_near_what_travels(settings: Settings) -> None:
     assert 0.8 * told < sent < 1.25 * told + 0.05  # 0.05: 250 bytes of header in so short a message
 
 
-# --- error feedback ---------------------------------------------------------------------------------------------------
+# --- error feedback
+# ---------------------------------------------------------------------------------------------------
 
 
 def residual(memory: dict[str, np.ndarray]) -> np.ndarray:
@@ -195,7 +210,9 @@ def test_the_residual_survives_a_restart(settings: Settings) -> None:
 
     kept: dict[str, np.ndarray] = {}
     there(settings, difference(1), client(memory=kept))
-    copied = {name: np.frombuffer(value.tobytes(), value.dtype).reshape(value.shape) for name, value in kept.items()}
+    copied = {
+        name: np.frombuffer(value.tobytes(), value.dtype).reshape(value.shape) for name, value in kept.items()
+    }
     assert digest(second(kept)) == digest(second(copied))
 
 

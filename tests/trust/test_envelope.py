@@ -18,27 +18,53 @@ from fedtune.trust.authority import create
 
 UPDATE = b"an update"
 ENVELOPE = Envelope(
-    "hospitals", "run-1", 3, "site-a", "train", "b" * 64, "c" * 64, hashlib.sha256(UPDATE).hexdigest(), len(UPDATE), 7, bytes(range(16))
-)  # fmt: skip
-OTHER = {str: "x", int: 2, bytes: b"\xff" * 16, RunName: "x", MemberName: "x", VerbName: "x", Sha256: "d" * 64}
+    "hospitals",
+    "run-1",
+    3,
+    "site-a",
+    "train",
+    "b" * 64,
+    "c" * 64,
+    hashlib.sha256(UPDATE).hexdigest(),
+    len(UPDATE),
+    7,
+    bytes(range(16)),
+)
+OTHER = {
+    str: "x",
+    int: 2,
+    bytes: b"\xff" * 16,
+    RunName: "x",
+    MemberName: "x",
+    VerbName: "x",
+    Sha256: "d" * 64,
+}
 
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
     authority = create(tmp_path_factory.mktemp("trust") / "keys", "hospitals", ["localhost"], 30)
-    return {"coordinator": load(authority.place("coordinator")), **{name: load(authority.issue(name, 30)) for name in ("site-a", "site-b")}}
+    return {
+        "coordinator": load(authority.place("coordinator")),
+        **{name: load(authority.issue(name, 30)) for name in ("site-a", "site-b")},
+    }
 
 
 def test_an_envelope_is_read_back_and_its_signature_holds(members: dict[str, Identity]) -> None:
     data = ENVELOPE.encode()
     assert envelope.decode(data) == ENVELOPE and data.startswith(b"fedtune envelope v1\0")
-    assert envelope.verified(data, envelope.sign(ENVELOPE, members["site-a"]), members["site-a"].peer) == ENVELOPE
+    assert (
+        envelope.verified(data, envelope.sign(ENVELOPE, members["site-a"]), members["site-a"].peer)
+        == ENVELOPE
+    )
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Envelope)])
 def test_every_field_is_signed(name: str, members: dict[str, Identity]) -> None:
     site, signature = members["site-a"], envelope.sign(ENVELOPE, members["site-a"])
-    altered = replace(ENVELOPE, **{name: "d" * 64 if name == "base" else OTHER[type(getattr(ENVELOPE, name))]})
+    altered = replace(
+        ENVELOPE, **{name: "d" * 64 if name == "base" else OTHER[type(getattr(ENVELOPE, name))]}
+    )
     assert altered != ENVELOPE and altered.digest != ENVELOPE.digest
     with pytest.raises(FedtuneError, match="T707"):
         envelope.verified(altered.encode(), signature, site.peer)
@@ -52,7 +78,9 @@ def test_every_flipped_bit_and_every_cut_is_refused(members: dict[str, Identity]
     signature = envelope.sign(ENVELOPE, site)
     for at in range(0, len(data), 3):
         with pytest.raises(FedtuneError, match="T707"):
-            envelope.verified(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :], signature, site.peer)
+            envelope.verified(
+                data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :], signature, site.peer
+            )
         with pytest.raises(Refused, match="W60"):
             envelope.decode(data[:at])
     for bad in (b"", signature[:-1], bytes(64), signature[::-1]):
@@ -78,7 +106,12 @@ def test_another_protocol_and_numbers_out_of_range_are_refused() -> None:
         envelope.decode(replace(ENVELOPE, sequence=1 << 63).encode())
     with pytest.raises(Refused, match="W601"):
         envelope.decode(replace(ENVELOPE, nonce=b"short").encode())
-    for odd in ({"round": -1}, {"size": 1 << 64}, {"federation": "r" * (canonical.LONGEST + 1)}, {"nonce": "text"}):
+    for odd in (
+        {"round": -1},
+        {"size": 1 << 64},
+        {"federation": "r" * (canonical.LONGEST + 1)},
+        {"nonce": "text"},
+    ):
         with pytest.raises(ValueError):
             replace(ENVELOPE, **odd).encode()  # type: ignore[arg-type]
 
@@ -86,26 +119,38 @@ def test_another_protocol_and_numbers_out_of_range_are_refused() -> None:
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 numbers = st.integers(0, 2**64 - 1)
 values = st.one_of(
-    st.tuples(st.just("text"), texts), st.tuples(st.just("number"), numbers), st.tuples(st.just("bytes"), st.binary(max_size=12))
-)  # fmt: skip
+    st.tuples(st.just("text"), texts),
+    st.tuples(st.just("number"), numbers),
+    st.tuples(st.just("bytes"), st.binary(max_size=12)),
+)
 records = st.tuples(st.sampled_from([b"a", b"ab", b"fedtune envelope v1"]), st.lists(values, max_size=5))
 
 
 @given(records, records)
 def test_two_records_never_share_bytes(
-    one: tuple[bytes, list[tuple[canonical.Form, canonical.Value]]], two: tuple[bytes, list[tuple[canonical.Form, canonical.Value]]]
+    one: tuple[bytes, list[tuple[canonical.Form, canonical.Value]]],
+    two: tuple[bytes, list[tuple[canonical.Form, canonical.Value]]],
 ) -> None:
     """Equal bytes mean an equal tag and equal contents, field by field."""
-    contents = [(tag, [canonical.to_bytes(form, value) for form, value in items]) for tag, items in (one, two)]
+    contents = [
+        (tag, [canonical.to_bytes(form, value) for form, value in items]) for tag, items in (one, two)
+    ]
     assert (canonical.join(*one) == canonical.join(*two)) == (contents[0] == contents[1])
 
 
 @given(texts, texts, numbers, st.binary(max_size=12), st.integers(0, 12))
-def test_moving_a_border_between_fields_changes_the_bytes(a: str, b: str, number: int, raw: bytes, at: int) -> None:
+def test_moving_a_border_between_fields_changes_the_bytes(
+    a: str, b: str, number: int, raw: bytes, at: int
+) -> None:
     """The classic mistake: ("ab", "c") and ("a", "bc")."""
     both = a + b
     moved = [("text", both[:at]), ("text", both[at:]), ("number", number), ("bytes", raw)]
-    fields: list[tuple[canonical.Form, canonical.Value]] = [("text", a), ("text", b), ("number", number), ("bytes", raw)]
+    fields: list[tuple[canonical.Form, canonical.Value]] = [
+        ("text", a),
+        ("text", b),
+        ("number", number),
+        ("bytes", raw),
+    ]
     assert (canonical.join(b"t", moved) == canonical.join(b"t", fields)) == ((both[:at], both[at:]) == (a, b))  # type: ignore[arg-type]
     forms: dict[str, canonical.Form] = {"a": "text", "b": "text", "n": "number", "r": "bytes"}
     assert list(canonical.part(b"t", canonical.join(b"t", fields), forms).values()) == [a, b, number, raw]
@@ -138,7 +183,9 @@ def test_every_field_of_a_receipt_is_signed(name: str, members: dict[str, Identi
     signed = receipt.write(ENVELOPE, 41, NOW, members["coordinator"])
     read = receipt.read(signed, members["site-a"].authority)
     value = getattr(read, name)
-    altered = replace(read, **{name: value + 1 if isinstance(value, int) else "d" * 64 if len(value) == 64 else value + "x"})
+    altered = replace(
+        read, **{name: value + 1 if isinstance(value, int) else "d" * 64 if len(value) == 64 else value + "x"}
+    )
     with pytest.raises(FedtuneError, match="T707"):
         receipt.read(replace(signed, record=altered.encode()), members["site-a"].authority)
 
@@ -151,12 +198,28 @@ def test_receipts_of_others_are_refused(members: dict[str, Identity], tmp_path: 
     with pytest.raises(FedtuneError, match="T705"):
         receipt.read(receipt.write(ENVELOPE, 1, NOW, load(other.place("coordinator"))), site.authority)
     with pytest.raises(FedtuneError, match="T704"):
-        receipt.read(receipt.write(ENVELOPE, 1, NOW + timedelta(days=31), members["coordinator"]), site.authority)
-    for odd in ({"round": 4}, {"payload": "d" * 64}, {"client": "site-b"}, {"run": "run-2"}, {"verb": "score"}, {"size": 1}):
+        receipt.read(
+            receipt.write(ENVELOPE, 1, NOW + timedelta(days=31), members["coordinator"]), site.authority
+        )
+    for odd in (
+        {"round": 4},
+        {"payload": "d" * 64},
+        {"client": "site-b"},
+        {"run": "run-2"},
+        {"verb": "score"},
+        {"size": 1},
+    ):
         with pytest.raises(Refused, match="W604"):
-            receipt.read(receipt.write(replace(ENVELOPE, **odd), 1, NOW, members["coordinator"]), site.authority, ENVELOPE)  # type: ignore[arg-type]
+            receipt.read(
+                receipt.write(replace(ENVELOPE, **odd), 1, NOW, members["coordinator"]),
+                site.authority,
+                ENVELOPE,
+            )  # type: ignore[arg-type]
     again = replace(ENVELOPE, nonce=bytes(16))  # the same update, signed a second time
-    assert receipt.read(receipt.write(ENVELOPE, 1, NOW, members["coordinator"]), site.authority, again).envelope == ENVELOPE.digest
+    assert (
+        receipt.read(receipt.write(ENVELOPE, 1, NOW, members["coordinator"]), site.authority, again).envelope
+        == ENVELOPE.digest
+    )
     for junk in (b"", b"{}", b'{"record": "!", "signature": "", "certificate": ""}', b"[]", b"\xff"):
         with pytest.raises(Refused, match="W601"):
             Signed.from_json(junk)
@@ -170,10 +233,23 @@ def test_an_envelope_is_never_a_receipt(members: dict[str, Identity]) -> None:
         receipt.read(Signed(data, coordinator.sign(data), coordinator.certificate), coordinator.authority)
 
 
-TICKET = Ticket("run-1", 3, "site-a", "train", "fed.example.org:9443", "b" * 64, "c" * 64, 10, 1 << 20, details='{"seed": 7}')
+TICKET = Ticket(
+    "run-1",
+    3,
+    "site-a",
+    "train",
+    "fed.example.org:9443",
+    "b" * 64,
+    "c" * 64,
+    10,
+    1 << 20,
+    details='{"seed": 7}',
+)
 
 
-def test_a_client_acts_on_what_its_coordinator_signed_only(members: dict[str, Identity], tmp_path: Path) -> None:
+def test_a_client_acts_on_what_its_coordinator_signed_only(
+    members: dict[str, Identity], tmp_path: Path
+) -> None:
     signed = ticket.write(TICKET, members["coordinator"])
     assert ticket.read(signed, members["site-a"]) == replace(TICKET, federation="hospitals")
     with pytest.raises(Refused, match="W604"):
@@ -184,18 +260,38 @@ def test_a_client_acts_on_what_its_coordinator_signed_only(members: dict[str, Id
     with pytest.raises(FedtuneError, match="T705"):
         ticket.read(ticket.write(TICKET, load(other.place("coordinator"))), members["site-a"])
     kept = Signed.from_json(signed)
-    for name in ("run", "round", "verb", "address", "base", "given", "given_size", "budget", "attempt", "details"):
+    for name in (
+        "run",
+        "round",
+        "verb",
+        "address",
+        "base",
+        "given",
+        "given_size",
+        "budget",
+        "attempt",
+        "details",
+    ):
         value = getattr(TICKET, name)
-        altered = replace(TICKET, federation="hospitals", **{name: value + 1 if isinstance(value, int) else "d" * 64 if len(value) == 64 else value + "x"})
+        altered = replace(
+            TICKET,
+            federation="hospitals",
+            **{name: value + 1 if isinstance(value, int) else "d" * 64 if len(value) == 64 else value + "x"},
+        )
         record = Signed.from_json(ticket.write(altered, members["coordinator"])).record
         with pytest.raises(FedtuneError, match="T707"):
             ticket.read(replace(kept, record=record).to_json(), members["site-a"])
 
 
-def test_a_version_and_the_one_before_it_understand_each_other_and_no_others(members: dict[str, Identity], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_and_the_one_before_it_understand_each_other_and_no_others(
+    members: dict[str, Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A coordinator of protocol 2 asks a site of protocol 1 in protocol 1; the site's answer is in it too."""
     old = ENVELOPE.encode()
-    asked = ticket.write(Ticket("run-1", 1, "site-a", "train", "", "b" * 64, "c" * 64, 1, 10, protocol=1), members["coordinator"])
+    asked = ticket.write(
+        Ticket("run-1", 1, "site-a", "train", "", "b" * 64, "c" * 64, 1, 10, protocol=1),
+        members["coordinator"],
+    )
     monkeypatch.setattr(envelope, "PROTOCOL", 2)
     assert envelope.decode(old).protocol == 1 and ticket.read(asked, members["site-a"]).protocol == 1
     assert envelope.decode(replace(ENVELOPE, protocol=2).encode()).protocol == 2

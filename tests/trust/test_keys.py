@@ -33,22 +33,35 @@ def code_of(call: object, *arguments: object, **more: object) -> str:
 
 def test_a_member_is_who_its_certificate_says(authority: Authority) -> None:
     site = load(authority.issue("site-a", 30))
-    assert site.name == Name("hospitals", "site-a") and site.name.uri == "spiffe://fedtune/hospitals/client/site-a"
+    assert (
+        site.name == Name("hospitals", "site-a")
+        and site.name.uri == "spiffe://fedtune/hospitals/client/site-a"
+    )
     assert load(authority.place("coordinator")).name.uri == "spiffe://fedtune/hospitals/coordinator"
     assert site.peer.ends - site.peer.starts == timedelta(days=30, hours=1)
     assert "PRIVATE" not in repr(site) and Name.from_uri(site.name.uri) == site.name
-    for odd in ("spiffe://fedtune/hospitals/client/coordinator", "spiffe://fedtune/hospitals/site-a", "spiffe://other/hospitals/client/a", site.name.uri + "/"):
+    for odd in (
+        "spiffe://fedtune/hospitals/client/coordinator",
+        "spiffe://fedtune/hospitals/site-a",
+        "spiffe://other/hospitals/client/a",
+        site.name.uri + "/",
+    ):
         assert Name.from_uri(odd) is None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are a POSIX matter")
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o601])
-def test_a_key_that_others_can_read_is_refused_with_the_command_that_mends_it(authority: Authority, mode: int) -> None:
+def test_a_key_that_others_can_read_is_refused_with_the_command_that_mends_it(
+    authority: Authority, mode: int
+) -> None:
     folder = authority.issue("site-a", 30)
     for name in ("key.pem", "signing-key.pem"):
         assert (folder / name).stat().st_mode & 0o777 == 0o600
         (folder / name).chmod(mode)
-        with pytest.raises(FedtuneError, match=rf"T701: found mode {mode:04o} of .*{name}', expected 0600.*; run: chmod 600 .*{name}\."):
+        with pytest.raises(
+            FedtuneError,
+            match=rf"T701: found mode {mode:04o} of .*{name}', expected 0600.*; run: chmod 600 .*{name}\.",
+        ):
             load(folder)
         (folder / name).chmod(0o600)
     folder.chmod(0o750)
@@ -59,7 +72,9 @@ def test_a_key_that_others_can_read_is_refused_with_the_command_that_mends_it(au
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are a POSIX matter")
-def test_keys_are_private_from_their_first_byte_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_private_from_their_first_byte_whatever_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     fsync = os.fsync
 
@@ -73,10 +88,15 @@ def test_keys_are_private_from_their_first_byte_whatever_the_umask(tmp_path: Pat
         create(tmp_path / "keys", "f", ["localhost"], 1)
     finally:
         os.umask(before)
-    assert seen.count(0o600) == 3 and all((tmp_path / "keys" / name).stat().st_mode & 0o777 == 0o700 for name in (".", "authority", "coordinator"))
+    assert seen.count(0o600) == 3 and all(
+        (tmp_path / "keys" / name).stat().st_mode & 0o777 == 0o700
+        for name in (".", "authority", "coordinator")
+    )
 
 
-def test_passphrases_come_from_the_environment_or_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passphrases_come_from_the_environment_or_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("FEDTUNE_PASSPHRASE", raising=False)
     made = create(tmp_path / "keys", "f", ["localhost"], 1, authority_passphrase="anchor", passphrase="ship")
     folder = made.issue("a", 1, passphrase="boat")
@@ -110,7 +130,10 @@ def test_what_does_not_belong_together_is_refused(authority: Authority, tmp_path
 
 def test_dates_are_judged_with_the_reason(authority: Authority) -> None:
     folder = authority.issue("a", 30)
-    for shift, word in ((timedelta(days=31), "keys renew a"), (timedelta(hours=-2), "set this machine's clock")):
+    for shift, word in (
+        (timedelta(days=31), "keys renew a"),
+        (timedelta(hours=-2), "set this machine's clock"),
+    ):
         with pytest.raises(FedtuneError, match=f"T704.*{word}"):
             load(folder, now=utc_now() + shift)
     assert load(folder, now=utc_now() - timedelta(minutes=50)).name.name == "a"  # a clock that is behind
@@ -131,7 +154,10 @@ def test_rotation_leaves_both_keys_valid_until_one_ends_or_is_revoked(authority:
     assert code_of(revoke, authority.place("coordinator"), "a", old.peer.key[:12]) == "T708"  # once
     revoke(authority.place("coordinator"), "a")
     assert code_of(allowed.check, new.peer) == "T706"
-    assert load(authority.issue("a", 30)).peer.key not in (old.peer.key, new.peer.key)  # a revoked name may come back
+    assert load(authority.issue("a", 30)).peer.key not in (
+        old.peer.key,
+        new.peer.key,
+    )  # a revoked name may come back
 
 
 def test_the_coordinator_is_renewed_with_its_hosts_and_its_list(authority: Authority) -> None:
@@ -147,7 +173,9 @@ def test_the_coordinator_is_renewed_with_its_hosts_and_its_list(authority: Autho
     assert hosts_of(read_certificate(after.certificate, "")) == ["localhost"]
 
 
-def test_a_key_of_the_authority_that_is_not_on_the_list_is_nobody(authority: Authority, tmp_path: Path) -> None:
+def test_a_key_of_the_authority_that_is_not_on_the_list_is_nobody(
+    authority: Authority, tmp_path: Path
+) -> None:
     shutil.copytree(authority.folder, tmp_path / "thief")
     stolen: Identity = load(open_authority(tmp_path / "thief").issue("mallory", 30))
     assert code_of(AllowList(authority.allowed).check, stolen.peer) == "T706"
@@ -172,7 +200,11 @@ def test_names_that_are_taken_or_not_in_their_form_are_refused(authority: Author
     authority.issue("a", 30)
     for name in ("a", "coordinator", "", "A", "-a", "a/b", "..", "a" * 64, "a b", "a\n"):
         assert code_of(authority.issue, name, 30) == "T708"
-    assert code_of(authority.renew, "nobody", 30) == "T708" == code_of(revoke, authority.place("coordinator"), "nobody")
+    assert (
+        code_of(authority.renew, "nobody", 30)
+        == "T708"
+        == code_of(revoke, authority.place("coordinator"), "nobody")
+    )
     for host in ("", "https://x", "x:80", "a b"):
         assert code_of(create, authority.folder.parent / "fresh", "f", [host], 1) == "T708"
     assert code_of(create, authority.folder, "f", ["localhost"], 1) == "T708"
@@ -186,10 +218,14 @@ def test_a_crash_between_two_renames_is_mended_by_the_next_command(authority: Au
     assert load(authority.place("a")).peer.key == first and load(authority.place("coordinator"))
 
 
-def test_a_write_that_fails_leaves_the_list_as_it_was(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_list_as_it_was(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     authority.issue("a", 30)
     before = authority.allowed.read_bytes()
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     assert code_of(revoke, authority.place("coordinator"), "a") == "R404"
     assert authority.allowed.read_bytes() == before and not list(authority.allowed.parent.glob(".*.part"))
 
@@ -200,10 +236,20 @@ def test_private_files_elsewhere_are_missing_with_a_sentence(tmp_path: Path) -> 
 
 def test_the_first_process_makes_a_shared_key_and_nobody_else_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "gate" / "split.key"
-    script = "import sys; from pathlib import Path; from fedtune.trust.private import shared_key; print(shared_key(Path(sys.argv[1])).hex())"
-    racers = [subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert {one.communicate()[0].strip() for one in racers} == {private.shared_key(path).hex()} and len(private.shared_key(path)) == 32
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [one.name for one in path.parent.iterdir()] == ["split.key"]
+    script = (
+        "import sys; from pathlib import Path; from fedtune.trust.private import shared_key; "
+        "print(shared_key(Path(sys.argv[1])).hex())"
+    )
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    assert {one.communicate()[0].strip() for one in racers} == {private.shared_key(path).hex()} and len(
+        private.shared_key(path)
+    ) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [one.name for one in path.parent.iterdir()] == [
+        "split.key"
+    ]
     path.chmod(0o640)
     with pytest.raises(FedtuneError, match="T701"):
         private.shared_key(path)

@@ -1,4 +1,5 @@
-"""Keys made at the site: no private key on the operator's machine, no certificate for somebody else's keys."""
+"""Keys made at the site: no private key on the operator's machine, no certificate for somebody else's
+keys."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def authority(tmp_path: Path) -> Authority:
     return create(tmp_path / "operator", "hospitals", ["localhost"], 30)
 
 
-def test_a_site_gets_its_certificate_and_keeps_its_keys(authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_site_gets_its_certificate_and_keeps_its_keys(
+    authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     site, operator = tmp_path / "site", str(authority.folder)
     site.mkdir()
     assert main(["keys", "request", "site-a", "--federation", "hospitals", "--to", str(site / "site-a")]) == 0
@@ -33,15 +36,31 @@ def test_a_site_gets_its_certificate_and_keeps_its_keys(authority: Authority, tm
     assert identity.name.name == "site-a" and identity.name.federation == "hospitals"
     AllowList(authority.allowed).check(identity.peer)
     secrets = [(site / "site-a" / name).read_bytes() for name in ("key.pem", "signing-key.pem")]
-    elsewhere = [path.read_bytes() for path in [*authority.folder.rglob("*"), site / "site-a.request", site / "site-a.answer"] if path.is_file()]
-    assert not any(secret in content or secret.split(b"\n")[1] in content for secret in secrets for content in elsewhere)
+    elsewhere = [
+        path.read_bytes()
+        for path in [*authority.folder.rglob("*"), site / "site-a.request", site / "site-a.answer"]
+        if path.is_file()
+    ]
+    assert not any(
+        secret in content or secret.split(b"\n")[1] in content for secret in secrets for content in elsewhere
+    )
     assert not (authority.folder / "clients").exists()
-    assert all(stat.S_IMODE((site / "site-a" / name).stat().st_mode) == 0o600 for name in ("key.pem", "signing-key.pem"))
-    assert main(["keys", "sign", str(site / "site-a.request"), "--keys", operator]) == 2 and "signed before" in capsys.readouterr().err
-    assert main(["keys", "request", "site-a", "--federation", "hospitals", "--to", str(site / "site-a")]) == 2  # keys are not made over
+    assert all(
+        stat.S_IMODE((site / "site-a" / name).stat().st_mode) == 0o600
+        for name in ("key.pem", "signing-key.pem")
+    )
+    assert (
+        main(["keys", "sign", str(site / "site-a.request"), "--keys", operator]) == 2
+        and "signed before" in capsys.readouterr().err
+    )
+    assert (
+        main(["keys", "request", "site-a", "--federation", "hospitals", "--to", str(site / "site-a")]) == 2
+    )  # keys are not made over
 
 
-def test_a_request_is_good_for_its_own_keys_and_its_own_federation_only(authority: Authority, tmp_path: Path) -> None:
+def test_a_request_is_good_for_its_own_keys_and_its_own_federation_only(
+    authority: Authority, tmp_path: Path
+) -> None:
     mine, _ = requests.make(tmp_path / "a" / "site-a", "hospitals", "site-a")
     other, _ = requests.make(tmp_path / "b" / "site-b", "hospitals", "site-b")
     one, two = (json.loads(path.read_bytes()) for path in (mine, other))
@@ -58,7 +77,13 @@ def test_a_request_is_good_for_its_own_keys_and_its_own_federation_only(authorit
     stranger, _ = requests.make(tmp_path / "d" / "site-a", "banks", "site-a")
     with pytest.raises(FedtuneError, match="T708"):
         authority.sign(stranger.read_bytes(), 30)
-    for nonsense in (b"", b"{}", b"[]", b'{"record": "eA==", "signature": "eA==", "proof": "eA=="}', b'{"record": 1}'):
+    for nonsense in (
+        b"",
+        b"{}",
+        b"[]",
+        b'{"record": "eA==", "signature": "eA==", "proof": "eA=="}',
+        b'{"record": 1}',
+    ):
         with pytest.raises(FedtuneError, match="T702"):
             authority.sign(nonsense, 30)
 

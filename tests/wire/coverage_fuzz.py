@@ -1,4 +1,5 @@
-"""The coverage-guided fuzzer: python -m tests.wire.coverage_fuzz -runs=20000 [CORPUS FOLDER]. Needs atheris."""
+"""The coverage-guided fuzzer: python -m tests.wire.coverage_fuzz -runs=20000 [CORPUS FOLDER]. Needs
+atheris."""
 
 from __future__ import annotations
 

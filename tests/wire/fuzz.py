@@ -25,24 +25,51 @@ def packed(kind: str) -> Update:
     levels["a"][[3, 60]] = 1, -1
     if kind == "dense":
         levels["a"][:] = np.arange(70) % 9 - 4
-    sizes = {"tensor": lambda v: (), "dense": lambda v: (-(-v.size // 64),), "kept": lambda v: (np.count_nonzero(v), 1)}
-    return Update(levels, 2.0, {}, rounded({name: np.full(sizes[kind](value), 1e-3) for name, value in levels.items()}))
+    sizes = {
+        "tensor": lambda v: (),
+        "dense": lambda v: (-(-v.size // 64),),
+        "kept": lambda v: (np.count_nonzero(v), 1),
+    }
+    return Update(
+        levels, 2.0, {}, rounded({name: np.full(sizes[kind](value), 1e-3) for name, value in levels.items()})
+    )
 
 
 def corpus() -> list[tuple[bytes, Expect]]:
     """One message of each kind and what its receiver expects."""
-    updates = [Update.of(TENSORS, 7.0, {"loss": 1.5}), Update({"w": np.uint32([1, 2**31])}, 1.0), packed("tensor"), packed("dense"), packed("kept")]
+    updates = [
+        Update.of(TENSORS, 7.0, {"loss": 1.5}),
+        Update({"w": np.uint32([1, 2**31])}, 1.0),
+        packed("tensor"),
+        packed("dense"),
+        packed("kept"),
+    ]
     kinds = ["values", "ring", "levels", "levels", "levels"]
     out = [
-        (encode(u, HEADER), Expect("run", 3, 2, "train", "base", Schema.of(u.tensors), frozenset({kind}), max_norm=1e6))
+        (
+            encode(u, HEADER),
+            Expect("run", 3, 2, "train", "base", Schema.of(u.tensors), frozenset({kind}), max_norm=1e6),
+        )
         for u, kind in zip(updates, kinds, strict=True)
     ]
     state = {"w": TENSORS["a"], "n": np.int64([4])}
-    out.append((encode_state(state, HEADER), Expect("run", 3, 2, "train", "base", Schema.of(state), frozenset({"state"}))))
+    out.append(
+        (
+            encode_state(state, HEADER),
+            Expect("run", 3, 2, "train", "base", Schema.of(state), frozenset({"state"})),
+        )
+    )
     whole = {"a": np.arange(-9, 60, dtype=np.int32), "b": np.int64([2**40, 0])}
     changes = encode_changes(whole, {name: value != 0 for name, value in whole.items()}, HEADER)
-    out.append((changes, Expect("run", 3, 2, "train", "base", Schema.of(whole), frozenset({"state", "changes"}))))
-    out.append((encode(updates[0], HEADER, named=True), Expect("run", 3, 2, "train", "base", None, frozenset({"values"}), max_values=64)))
+    out.append(
+        (changes, Expect("run", 3, 2, "train", "base", Schema.of(whole), frozenset({"state", "changes"})))
+    )
+    out.append(
+        (
+            encode(updates[0], HEADER, named=True),
+            Expect("run", 3, 2, "train", "base", None, frozenset({"values"}), max_values=64),
+        )
+    )
     return out
 
 
@@ -78,21 +105,32 @@ def mutated(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def judge(data: bytes, expect: Expect) -> bool:
-    """Whether a message was taken. What is taken must be within what was asked; anything but a refusal is a failure."""
+    """Whether a message was taken. What is taken must be within what was asked; anything but a refusal is a
+    failure."""
     try:
         if "state" in expect.kinds:
             _, state = decode_state(data, expect)
-            assert Schema.of(state) == expect.schema and all(np.isfinite(value).all() for value in state.values())
+            assert Schema.of(state) == expect.schema and all(
+                np.isfinite(value).all() for value in state.values()
+            )
             return True
         header, update = decode(data, expect)
     except Refused as refusal:
         assert refusal.code in {f"W60{n}" for n in (1, 2, 3, 4, 6, 7)}
         assert len(str(refusal)) < 1000
         return False
-    assert (header.run, header.round, header.client, header.verb, header.base) == ("run", 3, 2, "train", "base")
+    assert (header.run, header.round, header.client, header.verb, header.base) == (
+        "run",
+        3,
+        2,
+        "train",
+        "base",
+    )
     assert expect.schema is None or Schema.of(update.tensors) == expect.schema
     assert sum(value.size for value in update.tensors.values()) <= expect.count
-    assert 0 < update.weight <= expect.max_weight and all(np.isfinite(number) for number in update.metrics.values())
+    assert 0 < update.weight <= expect.max_weight and all(
+        np.isfinite(number) for number in update.metrics.values()
+    )
     assert all(np.isfinite(value).all() for value in (*update.tensors.values(), *update.scales.values()))
     return True
 

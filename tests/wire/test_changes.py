@@ -11,16 +11,32 @@ from hypothesis import strategies as st
 
 from fedtune.errors import Refused
 from fedtune.schema import Schema
-from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode_changes, encode_state, is_whole, rice
+from fedtune.wire import (
+    EVERYONE,
+    Expect,
+    Header,
+    decode,
+    decode_state,
+    encode_changes,
+    encode_state,
+    is_whole,
+    rice,
+)
 
 HEADER = Header("run", 3, EVERYONE, "train", "base")
-STATE = {"a": np.int32([0, 7, -300_000, 0, 2]), "b": np.uint32([[5, 2**32 - 1]]), "c": np.int64([-(2**60), 1]), "d": np.zeros((0, 3), np.int8)}
+STATE = {
+    "a": np.int32([0, 7, -300_000, 0, 2]),
+    "b": np.uint32([[5, 2**32 - 1]]),
+    "c": np.int64([-(2**60), 1]),
+    "d": np.zeros((0, 3), np.int8),
+}
 EXPECT = Expect("run", 3, EVERYONE, "train", "base", Schema.of(STATE), frozenset({"state", "changes"}))
 ALL = {name: np.ones(value.shape, bool) for name, value in STATE.items()}
 
 
 def test_a_rice_code_on_paper() -> None:
-    """5, 0, 10 with b = 2: quotients 1, 0, 2 in unary 01 1 001, remainders 1, 0, 2 in two bits each; bits fill bytes from the lowest."""
+    """5, 0, 10 with b = 2: quotients 1, 0, 2 in unary 01 1 001, remainders 1, 0, 2 in two bits each; bits
+    fill bytes from the lowest."""
     code = rice.pack(np.uint64([5, 0, 10]))
     assert code == bytes([2, 1, 0b00100110, 0b00100001])
     assert rice.unpack(code, 0, 3)[0].tolist() == [5, 0, 10]
@@ -36,7 +52,8 @@ def test_rice_codes_come_back(numbers: list[int]) -> None:
 
 
 def test_numbers_of_a_normal_shape_cost_what_they_hold() -> None:
-    """The entropy of a rounded normal of deviation s is log2(s sqrt(2 pi e)) bits; the code is within 2 % of it here."""
+    """The entropy of a rounded normal of deviation s is log2(s sqrt(2 pi e)) bits; the code is within 2 % of
+    it here."""
     deviation = 2.0**18
     numbers = np.rint(np.random.default_rng(0).normal(size=4096) * deviation).astype(np.int64)
     data = encode_changes({"x": numbers.astype(np.int32)}, {"x": np.ones(4096, bool)}, HEADER)
@@ -46,8 +63,14 @@ def test_numbers_of_a_normal_shape_cost_what_they_hold() -> None:
 
 def test_changes_arrive_exactly_and_the_rest_is_what_was_held() -> None:
     _, got = decode_state(encode_changes(STATE, ALL, HEADER), EXPECT)
-    assert {n: (v.dtype, v.shape, v.tobytes()) for n, v in got.items()} == {n: (v.dtype, v.shape, v.tobytes()) for n, v in STATE.items()}
-    held = {"a": np.int64([0, 8, -300_000, 0, 9]), "b": np.uint32([[5, 0]]), "c": STATE["c"]}  # no d: zeros, of which there are none
+    assert {n: (v.dtype, v.shape, v.tobytes()) for n, v in got.items()} == {
+        n: (v.dtype, v.shape, v.tobytes()) for n, v in STATE.items()
+    }
+    held = {
+        "a": np.int64([0, 8, -300_000, 0, 9]),
+        "b": np.uint32([[5, 0]]),
+        "c": STATE["c"],
+    }  # no d: zeros, of which there are none
     marked = {n: held.get(n, np.zeros(v.shape)) != v for n, v in STATE.items()}
     data = encode_changes(STATE, marked, replace(HEADER, since=2))
     _, got = decode_state(data, EXPECT, (2, held))
@@ -67,7 +90,12 @@ def test_changes_are_no_answer_and_only_whole_numbers_can_be_them() -> None:
         decode(encode_changes(STATE, ALL, HEADER), EXPECT)
     with pytest.raises(Refused, match="W603"):
         decode_state(encode_changes(STATE, ALL, HEADER), replace(EXPECT, kinds=frozenset({"state"})))
-    assert is_whole(STATE) and not is_whole({}) and not is_whole({"x": np.float32([1])}) and not is_whole({"x": np.int64([2**62])})
+    assert (
+        is_whole(STATE)
+        and not is_whole({})
+        and not is_whole({"x": np.float32([1])})
+        and not is_whole({"x": np.int64([2**62])})
+    )
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_taken() -> None:

@@ -1,4 +1,5 @@
-"""The lossless coder: what went in comes out, at the rate that entropy allows, and nothing else is accepted."""
+"""The lossless coder: what went in comes out, at the rate that entropy allows, and nothing else is
+accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ from hypothesis.extra import numpy as hnp
 from fedtune.errors import Refused
 from fedtune.wire import coder
 
-LEVELS = hnp.arrays(np.int8, st.integers(0, 700), elements=st.one_of(st.just(0), st.sampled_from([-1, 1]), st.integers(-127, 127)))
+LEVELS = hnp.arrays(
+    np.int8,
+    st.integers(0, 700),
+    elements=st.one_of(st.just(0), st.sampled_from([-1, 1]), st.integers(-127, 127)),
+)
 
 
 def ternary(share: float, count: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""10**5 messages that nobody should have sent: every one is refused with a code or is what was asked for, within the memory declared."""
+"""10**5 messages that nobody should have sent: every one is refused with a code or is what was asked for,
+within the memory declared."""
 
 from __future__ import annotations
 
@@ -59,7 +60,12 @@ def test_any_fields(data: st.DataObject) -> None:
     original, expect = CORPUS[data.draw(st.integers(0, len(CORPUS) - 1))]
     message = pb.Message.FromString(original)
     message.ClearField("digest")
-    for name in data.draw(st.lists(st.sampled_from(["payload", "scales", "dtypes", "kind", "scaling", "exponent", "weight"]), max_size=3)):
+    for name in data.draw(
+        st.lists(
+            st.sampled_from(["payload", "scales", "dtypes", "kind", "scaling", "exponent", "weight"]),
+            max_size=3,
+        )
+    ):
         kind = type(getattr(message, name))
         drawn = {
             bytes: st.binary(max_size=200),
@@ -74,13 +80,33 @@ def test_any_fields(data: st.DataObject) -> None:
 def test_memory_stays_within_twice_the_bound(kind: str) -> None:
     rng, count = np.random.default_rng(0), 400_000
     if kind in ("values", "ring"):
-        update = Update.of({"w": rng.normal(size=count).astype(np.float32)}) if kind == "values" else Update({"w": rng.integers(0, 2**32, count, np.uint32)})
+        update = (
+            Update.of({"w": rng.normal(size=count).astype(np.float32)})
+            if kind == "values"
+            else Update({"w": rng.integers(0, 2**32, count, np.uint32)})
+        )
     else:
         top, share = {"sparse": (1, 0.05), "half": (1, 0.5), "dense": (7, 0.9), "kept": (1, 0.2)}[kind]
-        levels = (rng.integers(1, top + 1, count) * rng.choice([-1, 1], count) * (rng.random(count) < share)).astype(np.int8)
-        update = Update({"w": levels}, 1.0, {}, rounded({"w": np.ones((np.count_nonzero(levels), 1)) if kind == "kept" else 1.0}))
+        levels = (
+            rng.integers(1, top + 1, count) * rng.choice([-1, 1], count) * (rng.random(count) < share)
+        ).astype(np.int8)
+        update = Update(
+            {"w": levels},
+            1.0,
+            {},
+            rounded({"w": np.ones((np.count_nonzero(levels), 1)) if kind == "kept" else 1.0}),
+        )
     data = encode(update, HEADER)
-    expect = Expect("run", 3, 2, "train", "base", Schema.of(update.tensors), frozenset({kind if kind in ("values", "ring") else "levels"}), max_norm=1e9)
+    expect = Expect(
+        "run",
+        3,
+        2,
+        "train",
+        "base",
+        Schema.of(update.tensors),
+        frozenset({kind if kind in ("values", "ring") else "levels"}),
+        max_norm=1e9,
+    )
     assert len(data) <= expect.max_message
     del update
     tracemalloc.start()

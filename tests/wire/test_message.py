@@ -1,4 +1,5 @@
-"""Messages: what arrives is what was sent, to the bit; equal updates are equal bytes; everything else is refused with a code."""
+"""Messages: what arrives is what was sent, to the bit; equal updates are equal bytes; everything else is
+refused with a code."""
 
 from __future__ import annotations
 
@@ -31,7 +32,12 @@ def same(a: Update, b: Update) -> bool:
     """Equal to the bit, types included."""
     pairs = [(a.tensors, b.tensors), (a.scales, b.scales)]
     return (a.weight, dict(a.metrics)) == (b.weight, dict(b.metrics)) and all(
-        x.keys() == y.keys() and all(x[n].dtype == y[n].dtype and x[n].shape == y[n].shape and x[n].tobytes() == y[n].tobytes() for n in x) for x, y in pairs
+        x.keys() == y.keys()
+        and all(
+            x[n].dtype == y[n].dtype and x[n].shape == y[n].shape and x[n].tobytes() == y[n].tobytes()
+            for n in x
+        )
+        for x, y in pairs
     )
 
 
@@ -64,8 +70,16 @@ def test_values_arrive_to_the_bit() -> None:
 @pytest.mark.parametrize("shape", ["tensor", "block", "kept"])
 def test_levels_arrive_to_the_bit(shape: str) -> None:
     rng = np.random.default_rng(0)
-    levels = {"a": rng.integers(-3, 4, 150).astype(np.int8), "b": rng.integers(-1, 2, (7, 9)).astype(np.int8), "z": np.zeros(3, np.int8)}
-    sizes = {"tensor": lambda v: (), "block": lambda v: (-(-v.size // 64),), "kept": lambda v: (np.count_nonzero(v), 1)}
+    levels = {
+        "a": rng.integers(-3, 4, 150).astype(np.int8),
+        "b": rng.integers(-1, 2, (7, 9)).astype(np.int8),
+        "z": np.zeros(3, np.int8),
+    }
+    sizes = {
+        "tensor": lambda v: (),
+        "block": lambda v: (-(-v.size // 64),),
+        "kept": lambda v: (np.count_nonzero(v), 1),
+    }
     scales = rounded({name: rng.random(sizes[shape](value)) * 1e-6 for name, value in levels.items()})
     update = Update(levels, 3.0, {"loss": 6.0}, scales)
     expect = replace(EXPECT, schema=Schema.of(levels), kinds=frozenset({"levels"}))
@@ -79,23 +93,36 @@ def test_ring_numbers_arrive() -> None:
 
 
 def test_a_state_keeps_its_types_and_can_name_itself() -> None:
-    state = {"w": np.float32([[1, 2]]), "seeds": np.int64([5, -(2**60)]), "d": np.float64(0.1), "n": np.zeros((0, 4), np.uint8)}
+    state = {
+        "w": np.float32([[1, 2]]),
+        "seeds": np.int64([5, -(2**60)]),
+        "d": np.float64(0.1),
+        "n": np.zeros((0, 4), np.uint8),
+    }
     data = encode_state(state, replace(HEADER, client=EVERYONE), named=True)
     _, got = decode_state(data, replace(EXPECT, client=EVERYONE, schema=None, kinds=frozenset({"state"})))
     assert {name: (v.dtype, v.shape, v.tobytes()) for name, v in got.items()} == {
-        name: (v.dtype, v.shape, v.tobytes()) for name, v in ((name, np.asarray(value)) for name, value in state.items())
+        name: (v.dtype, v.shape, v.tobytes())
+        for name, v in ((name, np.asarray(value)) for name, value in state.items())
     }
     assert all(value.flags.writeable and value.flags.aligned for value in got.values())
 
 
 def test_equal_updates_are_equal_bytes() -> None:
-    turned = Update.of({name: VALUES[name].copy(order="F") for name in reversed(list(VALUES))}, 7.3, {"acc": 0.3, "loss": 1.1})
+    turned = Update.of(
+        {name: VALUES[name].copy(order="F") for name in reversed(list(VALUES))},
+        7.3,
+        {"acc": 0.3, "loss": 1.1},
+    )
     assert encode(turned, HEADER) == encode(UPDATE, HEADER)
 
 
 def test_size_is_four_bytes_a_number_and_a_header() -> None:
     big = Update.of({"w": np.zeros(10_000, np.float32)})
-    assert len(encode(big, HEADER)) - 40_000 == len(encode(Update.of({"w": np.zeros(0, np.float32)}), HEADER)) + 5  # tag and length of the payload
+    assert (
+        len(encode(big, HEADER)) - 40_000
+        == len(encode(Update.of({"w": np.zeros(0, np.float32)}), HEADER)) + 5
+    )  # tag and length of the payload
 
 
 @pytest.mark.parametrize("name", ["values", "levels", "ring", "state", "changes"])
@@ -112,7 +139,11 @@ def test_messages_of_version_1_can_be_read_for_ever(name: str) -> None:
         _, state = decode_state(data, expect)
         assert state["seeds"].tolist() == [-1, 2**40] and state["w"].tolist() == [0.5]
         return
-    tensors = {"values": golden.values(), "levels": golden.levels(), "ring": Update({"w": np.uint32([[0, 1], [2**31, 2**32 - 1]])}, 1.0)}[name]
+    tensors = {
+        "values": golden.values(),
+        "levels": golden.levels(),
+        "ring": Update({"w": np.uint32([[0, 1], [2**31, 2**32 - 1]])}, 1.0),
+    }[name]
     assert same(decode(data, replace(expect, schema=Schema.of(tensors.tensors)))[1], tensors)
 
 

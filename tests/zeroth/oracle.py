@@ -1,4 +1,5 @@
-"""What the kernels are held against: formulas one parameter at a time, in Python's own integers, and the rounding of a weight."""
+"""What the kernels are held against: formulas one parameter at a time, in Python's own integers, and the
+rounding of a weight."""
 
 from __future__ import annotations
 

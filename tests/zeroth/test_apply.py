@@ -1,4 +1,5 @@
-"""Perturb, replay and project over the tensors of a model: the oracle's bits, whatever the device's code, threads, tiling, shard, order or type."""
+"""Perturb, replay and project over the tensors of a model: the oracle's bits, whatever the device's code,
+threads, tiling, shard, order or type."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ LAYOUT = Layout.of(SHAPES)
 
 def values(dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(seed)
-    return {name: torch.from_numpy(rng.standard_normal(shape, np.float32) * np.float32(0.02)).to(dtype) for name, shape in SHAPES.items()}
+    return {
+        name: torch.from_numpy(rng.standard_normal(shape, np.float32) * np.float32(0.02)).to(dtype)
+        for name, shape in SHAPES.items()
+    }
 
 
 def joined(named: dict[str, Any]) -> np.ndarray:
@@ -82,7 +86,9 @@ def test_a_walk_is_its_moves_one_by_one(pool: Pool, road: str) -> None:
 @pytest.mark.parametrize("pool", oracle.POOLS)
 def test_replay_is_the_oracle_from_a_base_or_in_place(pool: Pool, road: str) -> None:
     accumulators, scale = some(pool), 3e-9
-    expected = oracle.weight(joined(values()), combine(pool, accumulators, 0, LAYOUT.count), scale * pool.unit)
+    expected = oracle.weight(
+        joined(values()), combine(pool, accumulators, 0, LAYOUT.count), scale * pool.unit
+    )
     named = values()
     replay(named, [(pool, accumulators.astype(np.int32))], scale)
     assert oracle.same(joined(named), expected)
@@ -102,12 +108,17 @@ def test_pools_are_added_as_whole_numbers_in_one_pass(pool: Pool, road: str) -> 
     if pool.directions == "rademacher":  # and pools of both kinds together
         third = Pool(7, 64, "independent" if pool.kind == "hadamard" else "hadamard")
         replay(named, [*sums, (third, some(third, 2))], 1e-9, base=values())
-        assert oracle.same(joined(named), oracle.weight(joined(values()), whole + combine(third, some(third, 2), 0, LAYOUT.count), 1e-9))
+        assert oracle.same(
+            joined(named),
+            oracle.weight(joined(values()), whole + combine(third, some(third, 2), 0, LAYOUT.count), 1e-9),
+        )
 
 
 @given(st.sampled_from(oracle.POOLS), st.integers(0, 2**45), st.integers(1, 9000), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_compiled_and_torch_agree_at_any_offset_and_length(pool: Pool, offset: int, count: int, seed: int) -> None:
+def test_compiled_and_torch_agree_at_any_offset_and_length(
+    pool: Pool, offset: int, count: int, seed: int
+) -> None:
     layout = Layout({"x": offset}, {"x": count}, offset + count)
     base = np.random.default_rng(seed).standard_normal(count, np.float32)
     accumulators, k = some(pool, seed), seed % pool.size
@@ -122,7 +133,10 @@ def test_compiled_and_torch_agree_at_any_offset_and_length(pool: Pool, offset: i
     named = {"x": base.copy()}
     perturb(named, pool, k, 0.1, layout=layout)
     assert oracle.same(named["x"], oracle.weight(base, pool.direction(k, offset, count), 0.1 * pool.unit))
-    assert np.array_equal(cpu.gathered(pool, base, offset, 2.0**20), device.gathered(pool, torch.from_numpy(base), offset, 2.0**20))
+    assert np.array_equal(
+        cpu.gathered(pool, base, offset, 2.0**20),
+        device.gathered(pool, torch.from_numpy(base), offset, 2.0**20),
+    )
 
 
 @pytest.mark.parametrize("pool", oracle.POOLS)
@@ -166,7 +180,9 @@ def test_a_working_copy_of_half_the_bytes_is_a_cast(pool: Pool, dtype: torch.dty
     working = values(dtype)
     perturb(working, pool, 3, 1e-2, base=values())
     assert all(torch.equal(working[name], exact[name].to(dtype)) for name in SHAPES)
-    replay(exact, [(pool, some(pool))], 1e-8, base=values(dtype))  # first values of half the bytes, as many checkpoints have, to float32
+    replay(
+        exact, [(pool, some(pool))], 1e-8, base=values(dtype)
+    )  # first values of half the bytes, as many checkpoints have, to float32
     wide = {name: value.float() for name, value in values(dtype).items()}
     replay(wide, [(pool, some(pool))], 1e-8)
     assert oracle.same(joined(exact), joined(wide))
@@ -194,9 +210,13 @@ def test_a_term_of_zero_leaves_every_bit(road: str) -> None:
 
 @pytest.mark.parametrize("pool", oracle.POOLS)
 def test_project_is_the_transpose_of_replay(pool: Pool, road: str) -> None:
-    """<A, v> = sum_k A_k <z_k, x> = <S, x>: exact in whole numbers, for x that are whole multiples of 1/64."""
+    """<A, v> = sum_k A_k <z_k, x> = <S, x>: exact in whole numbers, for x that are whole multiples of
+    1/64."""
     rng = np.random.default_rng(3)
-    named = {name: torch.from_numpy(rng.integers(-640, 640, shape).astype(np.float32) / 64) for name, shape in SHAPES.items()}
+    named = {
+        name: torch.from_numpy(rng.integers(-640, 640, shape).astype(np.float32) / 64)
+        for name, shape in SHAPES.items()
+    }
     found = project(named, pool)
     accumulators = some(pool)
     whole = [round(64 * float(v) / pool.unit) for v in found]
@@ -204,7 +224,9 @@ def test_project_is_the_transpose_of_replay(pool: Pool, road: str) -> None:
     assert np.allclose(np.asarray(whole) * pool.unit / 64, found, rtol=1e-14)
     total = combine(pool, accumulators, 0, LAYOUT.count)
     x = (64 * joined(named)).astype(int)
-    assert sum(int(a) * v for a, v in zip(accumulators, whole, strict=True)) == sum(int(s) * int(n) for s, n in zip(total, x, strict=True))
+    assert sum(int(a) * v for a, v in zip(accumulators, whole, strict=True)) == sum(
+        int(s) * int(n) for s, n in zip(total, x, strict=True)
+    )
 
 
 @pytest.mark.parametrize("pool", oracle.POOLS)
@@ -216,7 +238,11 @@ def test_project_is_each_direction_times_the_update(pool: Pool) -> None:
     assert not project({"x": torch.zeros(100)}, pool).any()
     for size in (1e-42, 1e30):  # any size that float32 has
         tiny = project({"x": torch.full((100,), size)}, pool)
-        assert tiny[0] == pytest.approx(float(np.float32(size)) * pool.unit * int(pool.direction(0, 0, 100).astype(int).sum()), rel=1e-6, abs=0)
+        assert tiny[0] == pytest.approx(
+            float(np.float32(size)) * pool.unit * int(pool.direction(0, 0, 100).astype(int).sum()),
+            rel=1e-6,
+            abs=0,
+        )
 
 
 def test_replay_is_linear_in_the_accumulators() -> None:
@@ -229,9 +255,14 @@ def test_replay_is_linear_in_the_accumulators() -> None:
 
 
 def test_a_walk_is_what_replay_rebuilds() -> None:
-    """Steps of whole scalars, one after the other, and their sums by seed: the same weights up to the rounding of each step; exactly where that is exact."""
+    """Steps of whole scalars, one after the other, and their sums by seed: the same weights up to the
+    rounding of each step; exactly where that is exact."""
     pool, unit = Pool(8, 64), 2.0**-20
-    start = {"x": torch.from_numpy(np.random.default_rng(0).integers(-(2**9), 2**9, 5000).astype(np.float32) / 2**10)}
+    start = {
+        "x": torch.from_numpy(
+            np.random.default_rng(0).integers(-(2**9), 2**9, 5000).astype(np.float32) / 2**10
+        )
+    }
     walked = {"x": start["x"].clone()}
     accumulators = np.zeros(64, np.int64)
     for step in range(20):
@@ -244,7 +275,8 @@ def test_a_walk_is_what_replay_rebuilds() -> None:
 
 
 def test_nothing_of_a_tensors_size_is_allocated() -> None:
-    """4M parameters, 16 MB: what numpy allocates stays below half a megabyte (torch's scratch is CAST or less and is not traced)."""
+    """4M parameters, 16 MB: what numpy allocates stays below half a megabyte (torch's scratch is CAST or less
+    and is not traced)."""
     pool = Pool(1, 4096)
     named, base = {"x": torch.zeros(1 << 22)}, {"x": torch.ones(1 << 22)}
     accumulators = some(pool)

@@ -1,4 +1,5 @@
-"""Steps times a curvature: against formulas in numpy, on both sides, in any split, and replayed as they were walked."""
+"""Steps times a curvature: against formulas in numpy, on both sides, in any split, and replayed as they were
+walked."""
 
 from __future__ import annotations
 
@@ -10,13 +11,20 @@ import torch
 
 from fedtune.zeroth import Layout, Pool, curvature, replay, walk
 
-KINDS: list[tuple[Any, Any]] = [("hadamard", "rademacher"), ("independent", "rademacher"), ("independent", "gaussian")]
+KINDS: list[tuple[Any, Any]] = [
+    ("hadamard", "rademacher"),
+    ("independent", "rademacher"),
+    ("independent", "gaussian"),
+]
 SHAPES = {"b": (70_000,), "a": (3, 50)}  # more than a tile; and an offset that is no multiple of anything
 
 
 def pools(kind: Any, directions: Any) -> list[tuple[Pool, np.ndarray]]:
     draw = np.random.default_rng(0)
-    return [(Pool(key, 64, kind, directions), draw.integers(-500, 500, 64) * draw.integers(0, 2, 64)) for key in (3, 4, 5)]
+    return [
+        (Pool(key, 64, kind, directions), draw.integers(-500, 500, 64) * draw.integers(0, 2, 64))
+        for key in (3, 4, 5)
+    ]
 
 
 def values() -> dict[str, np.ndarray]:
@@ -29,7 +37,9 @@ def sums(pool: Pool, accumulators: np.ndarray, count: int) -> np.ndarray:
     return sum(a * pool.direction(k, 0, count).astype(np.int64) for k, a in enumerate(accumulators.tolist()))  # type: ignore[return-value]
 
 
-def expected(parts: list[tuple[Pool, np.ndarray]], scale: float) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def expected(
+    parts: list[tuple[Pool, np.ndarray]], scale: float
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The rebuilt model and the factor of what would come next, over the whole flat vector."""
     layout = Layout.of(SHAPES)
     flat = np.concatenate([value.reshape(-1) for _, value in sorted(values().items())])
@@ -41,16 +51,26 @@ def expected(parts: list[tuple[Pool, np.ndarray]], scale: float) -> tuple[dict[s
         v, m = v + s * s, m + sum(a * a for a in accumulators.tolist()) / pool.unit**2
         factor = np.sqrt(2 * m / (v + m)).astype(np.float32).astype(np.float64)
     cut = {name: slice(layout.offsets[name], layout.offsets[name] + layout.sizes[name]) for name in SHAPES}
-    return {n: flat[c].reshape(SHAPES[n]) for n, c in cut.items()}, {n: factor[c].reshape(SHAPES[n]).astype(np.float32) for n, c in cut.items()}
+    return {n: flat[c].reshape(SHAPES[n]) for n, c in cut.items()}, {
+        n: factor[c].reshape(SHAPES[n]).astype(np.float32) for n, c in cut.items()
+    }
 
 
 @pytest.mark.parametrize(("kind", "directions"), KINDS)
 @pytest.mark.parametrize("where", ["cpu", "device", "two threads"])
-def test_a_bent_replay_and_its_factors_are_the_formula_to_the_bit(kind: Any, directions: Any, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bent_replay_and_its_factors_are_the_formula_to_the_bit(
+    kind: Any, directions: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fedtune.zeroth import apply, cpu, device
 
     if where == "device":
-        monkeypatch.setattr(cpu, "adder", lambda pool, numbers: lambda at, piece: device.adder(pool, numbers)(at, torch.from_numpy(piece)).numpy())
+        monkeypatch.setattr(
+            cpu,
+            "adder",
+            lambda pool, numbers: (
+                lambda at, piece: device.adder(pool, numbers)(at, torch.from_numpy(piece)).numpy()
+            ),
+        )
     if where == "two threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         monkeypatch.setattr(apply, "SPLIT", 1 << 16)
@@ -80,12 +100,15 @@ def test_the_other_side_has_the_same_operations() -> None:
     named = {name: torch.from_numpy(value.copy()) for name, value in values().items()}
     replay(named, parts, 1e-4, bent=True)
     walk(named, parts[0][0], [(7, 0.25), (8, -0.5)], by=curvature(named, parts))
-    np.testing.assert_array_equal(out.numpy(), np.concatenate([named[name].reshape(-1).numpy() for name in sorted(named)]))
+    np.testing.assert_array_equal(
+        out.numpy(), np.concatenate([named[name].reshape(-1).numpy() for name in sorted(named)])
+    )
 
 
 @pytest.mark.parametrize(("kind", "directions"), KINDS)
 def test_a_walk_along_one_direction_is_what_its_replay_says(kind: Any, directions: Any) -> None:
-    """Three pools, then one step of 300 units along direction 9 of a fourth: in place, or rebuilt with an accumulator of 300."""
+    """Three pools, then one step of 300 units along direction 9 of a fourth: in place, or rebuilt with an
+    accumulator of 300."""
     parts, scale, pool = pools(kind, directions), 2.0**-20, Pool(6, 64, kind, directions)
     named = {name: torch.from_numpy(value) for name, value in values().items()}
     replay(named, parts, scale, bent=True)

@@ -39,7 +39,9 @@ def test_the_transform_is_sylvesters_matrix() -> None:
 def test_claim_1_a_direction_alone_is_independent_signs(k: int) -> None:
     pool = Pool(4, 1024)
     z = pool.direction(k, 0, COUNT)
-    fixed = 1 - 2 * (np.bitwise_count(pool.places(0, COUNT) & np.uint64(k)) % 2).astype(int)  # a function of the rotations: nothing of r is in it
+    fixed = 1 - 2 * (np.bitwise_count(pool.places(0, COUNT) & np.uint64(k)) % 2).astype(
+        int
+    )  # a function of the rotations: nothing of r is in it
     assert np.array_equal(z * fixed, 1 - 2 * bits(4, 0, 0, 0, COUNT).astype(int))
     assert abs(z.mean()) < 4 / COUNT**0.5
     for lag in (1, 2, 31, 32, 128, 1024):
@@ -61,14 +63,21 @@ def test_claim_2_directions_are_exactly_orthogonal_over_whole_spans(size: int, o
 
 @given(st.sampled_from(oracle.POOLS), st.integers(0, 2**45), st.integers(1, 300), st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
-def test_claim_3_a_sum_of_all_directions_is_one_transform_and_one_pass(pool: Pool, offset: int, count: int, seed: int) -> None:
+def test_claim_3_a_sum_of_all_directions_is_one_transform_and_one_pass(
+    pool: Pool, offset: int, count: int, seed: int
+) -> None:
     accumulators = np.random.default_rng(seed).integers(-(2**30), 2**30, pool.size)
     total = combine(pool, accumulators, offset, count)
     for i in (0, count // 2, count - 1):
         if pool.size <= 256:
-            assert total[i] == sum(int(a) * oracle.value(pool, k, offset + i) for k, a in enumerate(accumulators))
+            assert total[i] == sum(
+                int(a) * oracle.value(pool, k, offset + i) for k, a in enumerate(accumulators)
+            )
     few = np.where(np.arange(pool.size) < 5, accumulators, 0)
-    assert np.array_equal(combine(pool, few, offset, count), sum(int(few[k]) * pool.direction(k, offset, count).astype(int) for k in range(5)))
+    assert np.array_equal(
+        combine(pool, few, offset, count),
+        sum(int(few[k]) * pool.direction(k, offset, count).astype(int) for k in range(5)),
+    )
 
 
 def test_rotations_are_uniform_and_differ_between_pools() -> None:
@@ -78,7 +87,10 @@ def test_rotations_are_uniform_and_differ_between_pools() -> None:
     assert not np.array_equal(Pool(1, 64).places(0, 6400), Pool(2, 64).places(0, 6400))
 
 
-@pytest.mark.parametrize(("pool", "kurtosis"), [(Pool(1, 64), 1.0), (Pool(1, 64, "independent"), 1.0), (Pool(1, 64, "independent", "gaussian"), 2.9175)])
+@pytest.mark.parametrize(
+    ("pool", "kurtosis"),
+    [(Pool(1, 64), 1.0), (Pool(1, 64, "independent"), 1.0), (Pool(1, 64, "independent", "gaussian"), 2.9175)],
+)
 def test_mean_variance_and_kurtosis_of_each_family(pool: Pool, kurtosis: float) -> None:
     z = pool.unit * np.concatenate([pool.direction(k, 0, COUNT) for k in (0, 7, 63)])
     assert abs(z.mean()) < 4 / z.size**0.5
@@ -110,7 +122,12 @@ def test_a_direction_of_a_slice_is_the_slice(pool: Pool) -> None:
 
 
 def test_what_a_pool_cannot_be_and_what_it_cannot_sum() -> None:
-    for wrong in ({"key": -1, "size": 64}, {"key": 0, "size": 16}, {"key": 0, "size": 96}, {"key": 0, "size": 64, "directions": "gaussian"}):
+    for wrong in (
+        {"key": -1, "size": 64},
+        {"key": 0, "size": 16},
+        {"key": 0, "size": 96},
+        {"key": 0, "size": 64, "directions": "gaussian"},
+    ):
         with pytest.raises(ValueError, match="pool"):
             Pool(**wrong)
     with pytest.raises(ValueError, match="direction 64"):

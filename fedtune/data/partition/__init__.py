@@ -1,4 +1,5 @@
-"""Partitions, one file each: settings and code. A partition is registered by its place in `PartitionSettings`."""
+"""Partitions, one file each: settings and code. A partition is registered by its place in
+`PartitionSettings`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ PARTITIONS: dict[str, type[Partition]] = classes_by_tag(PartitionSettings, "by")
 
 
 def partition_of(by: str = "dirichlet", **options: Any) -> Partition:
-    """The partition of that name with these options, as a recipe's [partition] would give it. Raises pydantic's ValidationError."""
+    """The partition of that name with these options, as a recipe's [partition] would give it. Raises
+    pydantic's ValidationError."""
     settings: Partition = TypeAdapter(PartitionSettings).validate_python({"by": by, **options})
     return settings
 

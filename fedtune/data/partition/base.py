@@ -1,4 +1,5 @@
-"""What every partition is: a table of settings that makes clients of one set of rows. Simulation only: a real site has its own rows."""
+"""What every partition is: a table of settings that makes clients of one set of rows. Simulation only: a real
+site has its own rows."""
 
 from __future__ import annotations
 
@@ -42,14 +43,21 @@ class Partition(Settings):
         return False
 
     def values(self, sizes: Mapping[str, int]) -> list[str]:
-        """by_value: the values that become clients, in their order, from how much each has (characters or rows)."""
+        """by_value: the values that become clients, in their order, from how much each has (characters or
+        rows)."""
         return []
 
     def groups(self, keys: Sequence[str], seed: int, kept: Sequence[str] = ()) -> Groups:
-        """Every client's row numbers: disjoint, rising, together all rows. `keys` has one entry a row; `kept` is what `values` said. Raises D205."""
+        """Every client's row numbers: disjoint, rising, together all rows. `keys` has one entry a row; `kept`
+        is what `values` said. Raises D205."""
         if len(keys) < self.clients:
             expected = "at least one row per client"
-            raise FedtuneError("D205", f"{len(keys)} rows for {self.clients} clients", expected, "lower partition.clients or use more data")
+            raise FedtuneError(
+                "D205",
+                f"{len(keys)} rows for {self.clients} clients",
+                expected,
+                "lower partition.clients or use more data",
+            )
         return [(f"client-{number}", sorted(rows)) for number, rows in enumerate(self.divide(keys, seed))]
 
     def divide(self, keys: Sequence[str], seed: int) -> list[list[int]]:
@@ -58,7 +66,12 @@ class Partition(Settings):
 
     def too_few(self, name: str, rows: int) -> FedtuneError:
         """D205 for one client, with what would help."""
-        return FedtuneError("D205", f"{rows} training rows at client '{name}'", f"at least partition.min_rows = {self.min_rows}", self.help_)
+        return FedtuneError(
+            "D205",
+            f"{rows} training rows at client '{name}'",
+            f"at least partition.min_rows = {self.min_rows}",
+            self.help_,
+        )
 
 
 class KeyedPartition(Partition):
@@ -73,11 +86,18 @@ class KeyedPartition(Partition):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if not self.column and recipe.data.task in ("causal-lm", "instruct"):
-            yield f"partition.by = '{self.by}' for a task without labels", "a column to skew", "set partition.column, or partition.by = 'iid'"
+            yield (
+                f"partition.by = '{self.by}' for a task without labels",
+                "a column to skew",
+                "set partition.column, or partition.by = 'iid'",
+            )
 
 
-def load_partitions(partitioner: Any, order: np.ndarray, clients: int, keys: Sequence[str] | None = None) -> list[list[int]]:
-    """Row numbers of each client of a flwr-datasets partitioner, which sees a table of row numbers (and keys): no data is copied through Arrow."""
+def load_partitions(
+    partitioner: Any, order: np.ndarray, clients: int, keys: Sequence[str] | None = None
+) -> list[list[int]]:
+    """Row numbers of each client of a flwr-datasets partitioner, which sees a table of row numbers (and
+    keys): no data is copied through Arrow."""
     from datasets import Dataset
 
     columns: dict[str, list[Any]] = {"row": order.tolist()}

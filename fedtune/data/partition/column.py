@@ -1,4 +1,5 @@
-"""Clients by a column. flwr-datasets' own partitioner draws a progress bar and keeps no order of size, so the few lines are here."""
+"""Clients by a column. flwr-datasets' own partitioner draws a progress bar and keeps no order of size, so the
+few lines are here."""
 
 from __future__ import annotations
 
@@ -20,14 +21,19 @@ class Column(Partition):
     column: str = ""
     """The column that names the client."""
     clients: int = Field(8, ge=1)
-    """Number of clients: the values with most characters (classes: most rows) are kept, and the rows of the others left out and counted.
+    """Number of clients: the values with most characters (classes: most rows) are kept, and the rows of the
+    others left out and counted.
     A recipe that does not say it takes all values."""
     all_values: bool = False
     """Every value becomes a client, whatever `clients` says."""
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if not self.column:
-            yield "partition.by = 'column' without partition.column", "the column that names the client", "set partition.column"
+            yield (
+                "partition.by = 'column' without partition.column",
+                "the column that names the client",
+                "set partition.column",
+            )
 
     @property
     def key_column(self) -> str:

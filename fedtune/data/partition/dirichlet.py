@@ -13,7 +13,8 @@ from fedtune.rng import seed_of
 
 
 class Dirichlet(KeyedPartition):
-    """by = "dirichlet": for each label, shares drawn from Dirichlet(alpha) (Hsu et al. 2019, arXiv:1909.06335)."""
+    """by = "dirichlet": for each label, shares drawn from Dirichlet(alpha) (Hsu et al. 2019,
+    arXiv:1909.06335)."""
 
     by: Literal["dirichlet"] = "dirichlet"
     help_: ClassVar[str] = "raise partition.alpha, lower partition.clients, or choose another seed"
@@ -24,5 +25,15 @@ class Dirichlet(KeyedPartition):
         """Drawn once: a client without rows is told, not redrawn."""
         from flwr_datasets.partitioner import DirichletPartitioner
 
-        drawn = {"min_partition_size": 0, "self_balancing": False, "shuffle": False, "seed": seed_of("partition", seed)}
-        return load_partitions(DirichletPartitioner(self.clients, "key", self.alpha, **drawn), np.arange(len(keys)), self.clients, keys)
+        drawn = {
+            "min_partition_size": 0,
+            "self_balancing": False,
+            "shuffle": False,
+            "seed": seed_of("partition", seed),
+        }
+        return load_partitions(
+            DirichletPartitioner(self.clients, "key", self.alpha, **drawn),
+            np.arange(len(keys)),
+            self.clients,
+            keys,
+        )

@@ -17,4 +17,6 @@ class Iid(Partition):
     def divide(self, keys: Sequence[str], seed: int) -> list[list[int]]:
         from flwr_datasets.partitioner import IidPartitioner
 
-        return load_partitions(IidPartitioner(self.clients), stream("partition", seed).permutation(len(keys)), self.clients)
+        return load_partitions(
+            IidPartitioner(self.clients), stream("partition", seed).permutation(len(keys)), self.clients
+        )

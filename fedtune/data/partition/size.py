@@ -18,6 +18,10 @@ class Size(Partition):
         from flwr_datasets.partitioner import LinearPartitioner
 
         try:
-            return load_partitions(LinearPartitioner(self.clients), stream("partition", seed).permutation(len(keys)), self.clients)
+            return load_partitions(
+                LinearPartitioner(self.clients),
+                stream("partition", seed).permutation(len(keys)),
+                self.clients,
+            )
         except ValueError:  # the first client's share of so few rows is none
             raise self.too_few("client-0", 0) from None

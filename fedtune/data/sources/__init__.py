@@ -1,4 +1,5 @@
-"""Sources of data, one file each: settings, flags and code. A source is registered by its place in `DataSettings`."""
+"""Sources of data, one file each: settings, flags and code. A source is registered by its place in
+`DataSettings`."""
 
 from __future__ import annotations
 
@@ -30,13 +31,15 @@ SOURCES: dict[str, type[Source]] = classes_by_tag(DataSettings, "source")
 
 
 def data_of(source: str = "docstrings", **options: Any) -> Source:
-    """The source of that name with these options, as a recipe's [data] would give it. Raises pydantic's ValidationError."""
+    """The source of that name with these options, as a recipe's [data] would give it. Raises pydantic's
+    ValidationError."""
     settings: Source = TypeAdapter(DataSettings).validate_python({"source": source, **options})
     return settings
 
 
 def data_at(data: Source, path: str, **changes: Any) -> Source:
-    """What `data` says about columns and rows, read from another path: by the source that the file's suffix tells, if that is not its own."""
+    """What `data` says about columns and rows, read from another path: by the source that the file's suffix
+    tells, if that is not its own."""
     plain = path.lower().removesuffix(".gz")
     told = next((cls for cls in SOURCES.values() if plain.endswith(cls.suffixes or "\n")), type(data))
     cls = type(data) if plain.endswith(data.suffixes or "\n") else told

@@ -16,7 +16,8 @@ from fedtune.errors import FedtuneError
 
 
 class Csv(TextFileSource):
-    """source = "csv": values with a heading, separated by commas, semicolons or tabs as the heading is; every cell is a text."""
+    """source = "csv": values with a heading, separated by commas, semicolons or tabs as the heading is; every
+    cell is a text."""
 
     source: Literal["csv"] = "csv"
     suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
@@ -29,17 +30,27 @@ class Csv(TextFileSource):
         text = read_text(path, self.encoding)
         heading = text.partition("\n")[0]
         delimiter = max(",;\t", key=lambda sign: (heading.count(sign), sign == ","))
-        usual = csv.field_size_limit(sys.maxsize)  # 131,072 characters, less than a long document; the limit is the process's, so it is put back
+        usual = csv.field_size_limit(
+            sys.maxsize
+        )  # 131,072 characters, less than a long document; the limit is the process's, so it is put back
         try:
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
             for row in reader:
                 if None in row or None in row.values():
                     found = f"line {reader.line_num} of '{path}' with too many or too few fields"
-                    raise FedtuneError("D203", found, f"{len(reader.fieldnames or ())} fields as in the header", "correct the line")
+                    raise FedtuneError(
+                        "D203",
+                        found,
+                        f"{len(reader.fieldnames or ())} fields as in the header",
+                        "correct the line",
+                    )
                 rows.append(dict(row))
         except csv.Error as error:
             raise FedtuneError(
-                "D203", f"'{path}' after row {len(rows)} ({error})", "values separated by commas, semicolons or tabs", "correct the file"
+                "D203",
+                f"'{path}' after row {len(rows)} ({error})",
+                "values separated by commas, semicolons or tabs",
+                "correct the file",
             ) from error
         finally:
             csv.field_size_limit(usual)

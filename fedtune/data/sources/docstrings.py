@@ -1,7 +1,9 @@
 """The built-in data: docstrings of packages that every installation has, labelled by package.
 
-The files are parsed, never imported. A row is a docstring's first paragraph without markup; whatever names a package is
-masked, so that a classifier must know what the packages are about. The rows depend on the installed versions only.
+The files are parsed, never imported. A row is a docstring's first paragraph without markup; whatever names a
+package is
+masked, so that a classifier must know what the packages are about. The rows depend on the installed versions
+only.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from fedtune.errors import FedtuneError
 from fedtune.rng import stream
 
 PACKAGES: dict[str, tuple[str, ...]] = {
-    # package (a dependency of fedtune or of its dependencies) -> other names by which texts call it, as whole words
+    # package (a dependency of fedtune or of its dependencies) -> other names by which texts call it, as whole
+    # words
     "fontTools": ("font tools", "ttlib", "ttx"),
     "matplotlib": ("mpl", "plt", "pyplot", "pylab"),
     "networkx": ("nx",),
@@ -40,12 +43,16 @@ SKIPPED = {"tests", "test", "testing", "_vendor", "__pycache__"}
 MASK = "library"
 
 ALIASES = [alias for aliases in PACKAGES.values() for alias in aliases]
-# a package's name inside any longer name or dotted path ("torch.nn.Module", "PyTorch", "numpydoc"), or another name as a word
+# a package's name inside any longer name or dotted path ("torch.nn.Module", "PyTorch", "numpydoc"), or
+# another name as a word
 NAMES = re.compile(
     rf"[\w.\-]*(?:{'|'.join(PACKAGES)})(?:[\w.\-]*\w)?|\b(?:{'|'.join(ALIASES)})\b(?:\.\w+)*",
     re.IGNORECASE,
 )
-SECTION = re.compile(r"\n\s*(?:Args?|Arguments|Parameters|Returns?|Raises|Yields|Notes?|Examples?)\s*:?\s*(?:\n.*)?\Z", re.DOTALL)  # not parted by a blank line
+SECTION = re.compile(
+    r"\n\s*(?:Args?|Arguments|Parameters|Returns?|Raises|Yields|Notes?|Examples?)\s*:?\s*(?:\n.*)?\Z",
+    re.DOTALL,
+)  # not parted by a blank line
 WORD = re.compile(r"[A-Za-z]{2}")
 MARKUP: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), into)
@@ -69,7 +76,9 @@ class Docstrings(Source):
 
     def table(self) -> Table:
         """The same rows in every process. Raises D208 (a package is not installed)."""
-        return Table([{self.text: text, self.label: label} for text, label in collect()], "the built-in docstrings")
+        return Table(
+            [{self.text: text, self.label: label} for text, label in collect()], "the built-in docstrings"
+        )
 
 
 @cache
@@ -91,10 +100,15 @@ def collect() -> tuple[tuple[str, str], ...]:
 
 
 def paragraphs(package: str, number: int) -> Iterator[str]:
-    """First paragraphs of a package's docstrings, its files in a fixed random order: a sample of the whole package, read only as far as needed."""
+    """First paragraphs of a package's docstrings, its files in a fixed random order: a sample of the whole
+    package, read only as far as needed."""
     spec = find_spec(package)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise FedtuneError("D208", sentence=f"the built-in data is made from the package '{package}', which is not installed", do=f"run: pip install {package}")
+        raise FedtuneError(
+            "D208",
+            sentence=f"the built-in data is made from the package '{package}', which is not installed",
+            do=f"run: pip install {package}",
+        )
     root = Path(next(iter(spec.submodule_search_locations)))
     files = []
     for folder, folders, names in os.walk(root):

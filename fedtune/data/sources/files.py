@@ -1,7 +1,9 @@
 """Reading a path: a file, several, or a folder.
 
-`path` is a file, a list of files, a pattern such as "data/*.jsonl", or a folder. Of a folder, all files of the source are read in the order
-of their names; names that tell a split are respected (splits.py). A folder without such files but with subfolders is read with a column
+`path` is a file, a list of files, a pattern such as "data/*.jsonl", or a folder. Of a folder, all files of
+the source are read in the order
+of their names; names that tell a split are respected (splits.py). A folder without such files but with
+subfolders is read with a column
 `folder`, the subfolder's name: by = "column", column = "folder" makes each of them a client.
 """
 
@@ -29,7 +31,9 @@ def existing(data: PathSource) -> Path:
 
 def missing(data: PathSource, path: str) -> FedtuneError:
     found = f"nothing at '{path}' for data.source = '{data.source}'"
-    return FedtuneError("D201", found, "a file or folder", "correct data.path (relative paths start in the working directory)")
+    return FedtuneError(
+        "D201", found, "a file or folder", "correct data.path (relative paths start in the working directory)"
+    )
 
 
 def read(data: PathSource, rows_of: RowsOf) -> Table:
@@ -50,7 +54,11 @@ def matching(data: PathSource, path: str) -> list[Path]:
     file = Path(path).expanduser()
     if file.exists():
         return [file]
-    found = sorted(file.parent.glob(file.name)) if any(sign in file.name for sign in "*?[") and file.parent.is_dir() else []
+    found = (
+        sorted(file.parent.glob(file.name))
+        if any(sign in file.name for sign in "*?[") and file.parent.is_dir()
+        else []
+    )
     kept = [one for one in found if one.is_file() and not is_hidden(one)]
     if not kept:
         raise missing(data, path)
@@ -58,7 +66,8 @@ def matching(data: PathSource, path: str) -> list[Path]:
 
 
 def read_folder(data: PathSource, folder: Path, rows_of: RowsOf) -> Table:
-    """A folder's files, or those of its subfolders with the subfolder's name beside each row. Hidden files are no data."""
+    """A folder's files, or those of its subfolders with the subfolder's name beside each row. Hidden files
+    are no data."""
     seen = sorted(folder.iterdir())
     visible = [path for path in seen if not is_hidden(path)]
     files, subfolders = of_source(visible, data.suffixes), [path for path in visible if path.is_dir()]
@@ -69,10 +78,17 @@ def read_folder(data: PathSource, folder: Path, rows_of: RowsOf) -> Table:
         splits, notes = assign(files, folder)
         parts = [(path, split, "") for path, split in splits.items()]
         if ignored := [sub.name for sub in subfolders if of_source(sub.iterdir(), data.suffixes)]:
-            notes.append(f"{len(ignored)} subfolders of {folder} with files of their own are not read ({', '.join(ignored[:3])}), since it holds files itself")
+            notes.append(
+                f"{len(ignored)} subfolders of {folder} with files of their own are not read "
+                f"({', '.join(ignored[:3])}), since it holds files itself"
+            )
     elif subfolders and all(split_of(sub.name) for sub in subfolders):
         splits, notes = assign(subfolders, folder)
-        parts = [(path, split, "") for sub, split in splits.items() for path in of_source(sub.iterdir(), data.suffixes)]
+        parts = [
+            (path, split, "")
+            for sub, split in splits.items()
+            for path in of_source(sub.iterdir(), data.suffixes)
+        ]
     else:
         for sub in subfolders:
             splits, said = assign(of_source(sub.iterdir(), data.suffixes), sub)
@@ -80,7 +96,10 @@ def read_folder(data: PathSource, folder: Path, rows_of: RowsOf) -> Table:
             parts += [(path, split, sub.name) for path, split in splits.items()]
     if not parts:
         raise FedtuneError(
-            "D202", f"no *{data.suffixes[0]} files in '{folder}'", f"at least one file for data.source = '{data.source}'", "correct data.path or data.source"
+            "D202",
+            f"no *{data.suffixes[0]} files in '{folder}'",
+            f"at least one file for data.source = '{data.source}'",
+            "correct data.path or data.source",
         )
     rows: dict[Split, Rows] = {"train": [], "validation": [], "test": []}
     for path, split, name in parts:
@@ -95,8 +114,12 @@ def read_folder(data: PathSource, folder: Path, rows_of: RowsOf) -> Table:
 
 
 def of_source(paths: object, suffixes: Sequence[str]) -> list[Path]:
-    """Visible files with one of the suffixes, also compressed, by name. A .json counts only where there is nothing else."""
+    """Visible files with one of the suffixes, also compressed, by name. A .json counts only where there is
+    nothing else."""
     plain = [path for path in sorted(paths) if path.is_file() and not is_hidden(path)]  # type: ignore[call-overload]
-    ends = {suffix: [path for path in plain if path.name.lower().endswith((suffix, suffix + ".gz"))] for suffix in suffixes}
+    ends = {
+        suffix: [path for path in plain if path.name.lower().endswith((suffix, suffix + ".gz"))]
+        for suffix in suffixes
+    }
     found = [path for suffix, some in ends.items() if suffix != ".json" for path in some]
     return sorted(found or ends.get(".json", []))

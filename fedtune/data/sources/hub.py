@@ -21,19 +21,24 @@ class Hub(PathSource):
         return self  # a data set's name, or a folder that is meant as it stands
 
     def table(self) -> Table:
-        """The split `data.split`; classes kept as numbers with names become their names. Raises D201 and D202."""
+        """The split `data.split`; classes kept as numbers with names become their names. Raises D201 and
+        D202."""
         import datasets
 
         path = str(self.path)
         if path.startswith("~"):
             path = str(Path(path).expanduser())
         try:
-            if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():  # written by save_to_disk
+            if (Path(path) / "state.json").is_file() or (
+                Path(path) / "dataset_dict.json"
+            ).is_file():  # written by save_to_disk
                 loaded = datasets.load_from_disk(path)
                 found = loaded if isinstance(loaded, datasets.Dataset) else loaded[self.split]
             else:
                 found = datasets.load_dataset(path, split=self.split)
-        except Exception as error:  # loaders, file formats and the network raise what they like; all of it means: no data
+        except (
+            Exception
+        ) as error:  # loaders, file formats and the network raise what they like; all of it means: no data
             said = " ".join(str(error).split())[:160]
             raise FedtuneError(
                 "D201",
@@ -41,12 +46,21 @@ class Hub(PathSource):
                 "a data set that can be loaded",
                 "correct data.path and data.split, or run once with a network",
             ) from error
-        names = {column: feature.names for column, feature in found.features.items() if isinstance(feature, datasets.ClassLabel)}
+        names = {
+            column: feature.names
+            for column, feature in found.features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        }
         rows: Rows = [dict(row) for row in found]
         for row in rows:
             for column, classes in names.items():
                 if row[column] is not None and row[column] >= 0:  # -1 marks a hidden label
                     row[column] = classes[row[column]]
         if not rows:
-            raise FedtuneError("D202", f"no rows in split '{self.split}' of '{self.path}'", "at least one", "correct data.split")
+            raise FedtuneError(
+                "D202",
+                f"no rows in split '{self.split}' of '{self.path}'",
+                "at least one",
+                "correct data.split",
+            )
         return Table(rows, f"{self.path} ({self.split})")

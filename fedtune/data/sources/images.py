@@ -21,19 +21,26 @@ class Images(PathSource):
     def table(self) -> Table:
         """The class is the subfolder's name; images are opened when they are encoded. Raises D201 and D202.
 
-        train/CLASS and test/CLASS are respected as splits; SITE/CLASS gives a column `folder`, by which each site can be a client.
+        train/CLASS and test/CLASS are respected as splits; SITE/CLASS gives a column `folder`, by which each
+        site can be a client.
         """
         folder = existing(self)
         if not folder.is_dir():
-            raise FedtuneError("D201", f"the file '{folder}'", "a folder with one subfolder per class", "correct data.path")
+            raise FedtuneError(
+                "D201", f"the file '{folder}'", "a folder with one subfolder per class", "correct data.path"
+            )
         seen = sorted(folder.iterdir())
         subfolders = [path for path in seen if path.is_dir() and not is_hidden(path)]
         others = len(seen) - len(subfolders)
         if not subfolders:
-            raise FedtuneError("D202", f"no subfolders in '{folder}'", "one subfolder per class", "correct data.path")
+            raise FedtuneError(
+                "D202", f"no subfolders in '{folder}'", "one subfolder per class", "correct data.path"
+            )
         rows: dict[Split, Rows] = {"train": [], "validation": [], "test": []}
         notes: list[str] = []
-        nested = all(any(inner.is_dir() and not is_hidden(inner) for inner in sub.iterdir()) for sub in subfolders)
+        nested = all(
+            any(inner.is_dir() and not is_hidden(inner) for inner in sub.iterdir()) for sub in subfolders
+        )
         if nested and all(split_of(sub.name) for sub in subfolders):
             splits, notes = assign(subfolders, folder)
             for sub, split in splits.items():
@@ -65,10 +72,19 @@ def classes_in(data: Images, folder: Path) -> tuple[Rows, int]:
     others = len(seen) - len(subfolders)
     for sub in subfolders:
         files = sorted(sub.iterdir())
-        found = [path for path in files if path.is_file() and not is_hidden(path) and path.suffix.lower() in suffixes]
+        found = [
+            path
+            for path in files
+            if path.is_file() and not is_hidden(path) and path.suffix.lower() in suffixes
+        ]
         if not found:
             expected = "one subfolder per class, with its images directly in it"
-            raise FedtuneError("D202", f"no images in '{sub}'", expected, "fill or remove the subfolder, or correct data.path")
+            raise FedtuneError(
+                "D202",
+                f"no images in '{sub}'",
+                expected,
+                "fill or remove the subfolder, or correct data.path",
+            )
         others += len(files) - len(found)
         rows += [{data.image: str(path.absolute()), data.label: sub.name} for path in found]
     return rows, others

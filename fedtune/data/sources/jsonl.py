@@ -28,16 +28,26 @@ class Jsonl(TextFileSource):
             try:
                 made = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise FedtuneError("D203", f"'{path}' ({error})", "an array of JSON objects", "correct the file") from error
+                raise FedtuneError(
+                    "D203", f"'{path}' ({error})", "an array of JSON objects", "correct the file"
+                ) from error
             numbered = list(enumerate(made if isinstance(made, list) else [made], 1))
-            return [checked(row, f"entry {number} of '{path}'", "a JSON object in every entry") for number, row in numbered]
+            return [
+                checked(row, f"entry {number} of '{path}'", "a JSON object in every entry")
+                for number, row in numbered
+            ]
         rows: Rows = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise FedtuneError("D203", f"line {number} of '{path}' ({error})", "a JSON object on every line", "correct or remove the line") from error
+                    raise FedtuneError(
+                        "D203",
+                        f"line {number} of '{path}' ({error})",
+                        "a JSON object on every line",
+                        "correct or remove the line",
+                    ) from error
                 rows.append(checked(row, f"line {number} of '{path}'", "a JSON object on every line"))
         return rows
 

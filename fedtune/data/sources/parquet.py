@@ -29,6 +29,9 @@ class Parquet(PathSource):
             rows: Rows = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path))).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise FedtuneError(
-                "D203", f"'{path}', which is not readable as Parquet ({str(error)[:120]})", "a Parquet file", "correct data.path or data.source"
+                "D203",
+                f"'{path}', which is not readable as Parquet ({str(error)[:120]})",
+                "a Parquet file",
+                "correct data.path or data.source",
             ) from error
         return rows

@@ -13,7 +13,8 @@ from fedtune.data.text_files import read_text
 
 
 class Text(TextFileSource):
-    """source = "text": one row a paragraph (blank lines separate them), with columns text and file: by = "column", column = "file" makes each file a client."""
+    """source = "text": one row a paragraph (blank lines separate them), with columns text and file: by =
+    "column", column = "file" makes each file a client."""
 
     source: Literal["text"] = "text"
     tasks: ClassVar[frozenset[str]] = frozenset({"causal-lm"})
@@ -24,4 +25,8 @@ class Text(TextFileSource):
 
     def rows_of(self, path: Path) -> Rows:
         paragraphs = re.split(r"\n\s*\n", read_text(path, self.encoding))
-        return [{"text": paragraph.strip("\n"), "file": path.name} for paragraph in paragraphs if paragraph.strip()]
+        return [
+            {"text": paragraph.strip("\n"), "file": path.name}
+            for paragraph in paragraphs
+            if paragraph.strip()
+        ]

@@ -1,4 +1,5 @@
-"""Kinds of adapters, one file each: settings, flags and code. A kind is registered by its place in `AdapterSettings`. No torch at import."""
+"""Kinds of adapters, one file each: settings, flags and code. A kind is registered by its place in
+`AdapterSettings`. No torch at import."""
 
 from __future__ import annotations
 
@@ -32,15 +33,29 @@ ADAPTERS: dict[str, type[Adapter]] = classes_by_tag(AdapterSettings, "kind")
 
 
 def adapter_of(kind: str = "lora", **options: Any) -> Adapter:
-    """The adapter of that kind with these options, as a recipe's [method.adapter] would give it. Raises pydantic's ValidationError."""
+    """The adapter of that kind with these options, as a recipe's [method.adapter] would give it. Raises
+    pydantic's ValidationError."""
     settings: Adapter = TypeAdapter(AdapterSettings).validate_python({"kind": kind, **options})
     return settings
 
 
 def read_adapter(table: Mapping[str, Any]) -> Adapter:
-    """The adapter that a file of this or an earlier version describes; version 0.1 wrote the keys of all kinds. Raises KeyError, ValueError."""
+    """The adapter that a file of this or an earlier version describes; version 0.1 wrote the keys of all
+    kinds. Raises KeyError, ValueError."""
     cls = ADAPTERS[table["kind"]]
-    return cls.model_validate_json(json.dumps({key: value for key, value in table.items() if key in cls.model_fields}))
+    return cls.model_validate_json(
+        json.dumps({key: value for key, value in table.items() if key in cls.model_fields})
+    )
 
 
-__all__ = ["ADAPTERS", "Adapter", "AdapterSettings", "Full", "LayerAdapter", "Lora", "PromptAdapter", "adapter_of", "read_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "AdapterSettings",
+    "Full",
+    "LayerAdapter",
+    "Lora",
+    "PromptAdapter",
+    "adapter_of",
+    "read_adapter",
+]

@@ -21,7 +21,8 @@ class Adapter(Settings):
 
     merges   whether a merged model can be exported: the kind adds no layers and no tokens
     caches   whether the adapter lives in the model's cache of keys and values
-    has_encoder  whether its tokens come from a network of its own, of which peft's file keeps what it says and not the network
+    has_encoder  whether its tokens come from a network of its own, of which peft's file keeps what it says
+                 and not the network
     """
 
     kind: str
@@ -37,7 +38,8 @@ class Adapter(Settings):
     def attach(self, base: Base) -> tuple[Any, Named]:
         """Put the adapter on the base's network: the network to call, and the tensors to train by name.
 
-        Names are those of peft's own adapter file where peft has the kind, the network's own names otherwise. Draws come from
+        Names are those of peft's own adapter file where peft has the kind, the network's own names otherwise.
+        Draws come from
         torch's generator, which the caller has seeded. Raises M302, M306.
         """
         raise NotImplementedError(f"kind '{self.kind}' cannot be attached")
@@ -51,7 +53,8 @@ class LayerAdapter(Adapter):
     last: int = Field(0, ge=0)
     """Adapt the last so many blocks only, which also ends the backward pass there; 0 means all."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules beside the task head that are trained whole and travel, by the ends of their names, such as "embed_tokens"."""
+    """Modules beside the task head that are trained whole and travel, by the ends of their names, such as
+    "embed_tokens"."""
 
 
 class PromptAdapter(Adapter):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Bias(Adapter):
-    """kind = "bias": every parameter named bias, and the task head (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199)."""
+    """kind = "bias": every parameter named bias, and the task head (BitFit, Ben Zaken et al. 2021,
+    arXiv:2106.10199)."""
 
     kind: Literal["bias"] = "bias"
     merges: ClassVar[bool] = True
@@ -24,9 +25,13 @@ class Bias(Adapter):
 
         own = {name for name in base.weights if name.rpartition(".")[2] == "bias" and not in_head(base, name)}
         if not own:
-            raise unfit(base, self.kind, "a model whose layers have biases", "choose another method.adapter.kind")
+            raise unfit(
+                base, self.kind, "a model whose layers have biases", "choose another method.adapter.kind"
+            )
         named = open_for_training(base, own) | head_parameters(base)
-        for module in base.net.modules():  # a norm wants gain and offset in one type; a linear's are brought together by autocast
+        for module in (
+            base.net.modules()
+        ):  # a norm wants gain and offset in one type; a linear's are brought together by autocast
             gain = module._parameters.get("weight")
             if gain is not None and gain.ndim == 1 and module._parameters.get("bias") is not None:
                 module._parameters["weight"] = nn.Parameter(gain.detach().float(), requires_grad=False)

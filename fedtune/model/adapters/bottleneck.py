@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class Bottleneck(Adapter):
-    """kind = "adapter": a bottleneck after every block, shared by all blocks or one each (Houlsby et al. 2019, arXiv:1902.00751, as in FedPEFT's code)."""
+    """kind = "adapter": a bottleneck after every block, shared by all blocks or one each (Houlsby et al.
+    2019, arXiv:1902.00751, as in FedPEFT's code)."""
 
     kind: Literal["adapter"] = "adapter"
     reduction: int = Field(8, ge=1)
@@ -26,4 +27,6 @@ class Bottleneck(Adapter):
         from fedtune.model.adapters.layers import head_parameters
         from fedtune.model.blocks import add_bottleneck
 
-        return base.net, add_bottleneck(base.net, self.reduction, self.shared, base.device) | head_parameters(base)
+        return base.net, add_bottleneck(base.net, self.reduction, self.shared, base.device) | head_parameters(
+            base
+        )

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 class Full(Adapter):
-    """kind = "full": every parameter, or those that a pattern names; costs a float32 copy of them while attached."""
+    """kind = "full": every parameter, or those that a pattern names; costs a float32 copy of them while
+    attached."""
 
     kind: Literal["full"] = "full"
     merges: ClassVar[bool] = True
     only: tuple[str, ...] = ()
-    """Names of parameters, shell patterns such as "*.layers.4.*"; the task head is always trained; empty means all."""
+    """Names of parameters, shell patterns such as "*.layers.4.*"; the task head is always trained; empty
+    means all."""
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         """Tied parameters once. Raises M302."""
@@ -31,7 +33,16 @@ class Full(Adapter):
             if not matching(base.weights, pattern):
                 some = ", ".join(sorted(base.weights)[:3])
                 raise FedtuneError(
-                    "M302", f"the pattern '{pattern}', which matches no parameter of {base.name}", f"names such as {some}", "correct the pattern"
+                    "M302",
+                    f"the pattern '{pattern}', which matches no parameter of {base.name}",
+                    f"names such as {some}",
+                    "correct the pattern",
                 )
-        chosen = {name for name in base.weights if not self.only or in_head(base, name) or any(fnmatchcase(name, pattern) for pattern in self.only)}
+        chosen = {
+            name
+            for name in base.weights
+            if not self.only
+            or in_head(base, name)
+            or any(fnmatchcase(name, pattern) for pattern in self.only)
+        }
         return base.net, open_for_training(base, chosen)

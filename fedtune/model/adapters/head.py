@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Head(Adapter):
-    """kind = "head": the task head alone; for language models the output layer, if it is not tied to the embeddings."""
+    """kind = "head": the task head alone; for language models the output layer, if it is not tied to the
+    embeddings."""
 
     kind: Literal["head"] = "head"
     merges: ClassVar[bool] = True
@@ -25,6 +26,13 @@ class Head(Adapter):
             return base.net, head_parameters(base)
         output = base.net.get_output_embeddings()
         if output.weight is base.net.get_input_embeddings().weight:
-            raise unfit(base, self.kind, "an output layer of its own (here it is tied to the embeddings)", "choose another method.adapter.kind")
+            raise unfit(
+                base,
+                self.kind,
+                "an output layer of its own (here it is tied to the embeddings)",
+                "choose another method.adapter.kind",
+            )
         own = {id(value) for value in output.parameters()}
-        return base.net, open_for_training(base, {name for name, value in base.weights.items() if id(value) in own})
+        return base.net, open_for_training(
+            base, {name for name, value in base.weights.items() if id(value) in own}
+        )

@@ -1,4 +1,5 @@
-"""Which parts of a network an adapter may touch: the task head, the linear layers, and parameters opened for training."""
+"""Which parts of a network an adapter may touch: the task head, the linear layers, and parameters opened for
+training."""
 
 from __future__ import annotations
 
@@ -20,13 +21,20 @@ Named = dict[str, nn.Parameter]
 
 
 def heads(base: Base) -> tuple[str, ...]:
-    """Modules that start fresh: the children of a classifier beside its backbone, and a pooler that the pretrained file lacks.
+    """Modules that start fresh: the children of a classifier beside its backbone, and a pooler that the
+    pretrained file lacks.
 
     Whatever is fresh is trained and travels; a frozen random layer would be lost in an export.
     """
     children = [] if base.task in LM_TASKS else list(base.net.named_children())
-    beside = [name for name, module in children if name != base.net.base_model_prefix and any(True for _ in module.parameters())]
-    missing = sorted({".".join(name.split(".")[:2]) for name in base.fresh if name.partition(".")[0] not in beside})
+    beside = [
+        name
+        for name, module in children
+        if name != base.net.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    missing = sorted(
+        {".".join(name.split(".")[:2]) for name in base.fresh if name.partition(".")[0] not in beside}
+    )
     return (*beside, *missing)
 
 
@@ -40,8 +48,12 @@ def head_parameters(base: Base) -> Named:
 
 
 def open_for_training(base: Base, names: set[str]) -> Named:
-    """Replace parameters by float32 copies to train, everywhere they are tied; the base's own stay untouched."""
-    copies = {id(base.weights[name]): nn.Parameter(base.weights[name].detach().to(torch.float32, copy=True)) for name in names}
+    """Replace parameters by float32 copies to train, everywhere they are tied; the base's own stay
+    untouched."""
+    copies = {
+        id(base.weights[name]): nn.Parameter(base.weights[name].detach().to(torch.float32, copy=True))
+        for name in names
+    }
     for module in base.net.modules():
         for key, value in module._parameters.items():
             if id(value) in copies:
@@ -50,24 +62,48 @@ def open_for_training(base: Base, names: set[str]) -> Named:
 
 
 def linear_layers(base: Base) -> list[str]:
-    """Names of the linear layers that peft adapts (quantised ones as well), without the task head and the output layer.
+    """Names of the linear layers that peft adapts (quantised ones as well), without the task head and the
+    output layer.
 
-    torch's own attention module reads the weights of its output layer without calling it, so an adapter there would never be seen.
+    torch's own attention module reads the weights of its output layer without calling it, so an adapter there
+    would never be seen.
     """
     output = base.net.get_output_embeddings()
-    uncalled = {id(module.out_proj) for module in base.net.modules() if isinstance(module, nn.MultiheadAttention)}
-    found = [(name, module) for name, module in base.net.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    return [name for name, module in found if module is not output and id(module) not in uncalled and not in_head(base, name)]
+    uncalled = {
+        id(module.out_proj) for module in base.net.modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    found = [
+        (name, module) for name, module in base.net.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    return [
+        name
+        for name, module in found
+        if module is not output and id(module) not in uncalled and not in_head(base, name)
+    ]
 
 
 def target_layers(base: Base, s: LayerAdapter) -> list[str]:
-    """Full names of the modules that the settings mean: all-linear or endings of names, in the last blocks or all. Raises M302."""
-    known = [name for name in linear_layers(base) if not any(name == whole or name.endswith("." + whole) for whole in s.modules_to_save)]
+    """Full names of the modules that the settings mean: all-linear or endings of names, in the last blocks or
+    all. Raises M302."""
+    known = [
+        name
+        for name in linear_layers(base)
+        if not any(name == whole or name.endswith("." + whole) for whole in s.modules_to_save)
+    ]
     if not known:
-        raise unfit(base, s.kind, "a model with linear layers (torch's Linear, or GPT-2's Conv1D) outside its task head", "choose another method.adapter.kind")
+        raise unfit(
+            base,
+            s.kind,
+            "a model with linear layers (torch's Linear, or GPT-2's Conv1D) outside its task head",
+            "choose another method.adapter.kind",
+        )
     found: set[str] = set()
     for target in s.targets:
-        hits = known if target == "all-linear" else [name for name in known if name == target or name.endswith("." + target)]
+        hits = (
+            known
+            if target == "all-linear"
+            else [name for name in known if name == target or name.endswith("." + target)]
+        )
         if not hits:
             have = sorted({name.rpartition(".")[2] for name in known})
             raise FedtuneError(
@@ -80,13 +116,19 @@ def target_layers(base: Base, s: LayerAdapter) -> list[str]:
     blocks_of = {name: int(number.group(1)) for name in known if (number := re.search(r"\.(\d+)\.", name))}
     count = max(blocks_of.values(), default=-1) + 1
     if s.last > count:
-        raise FedtuneError("M302", f"method.adapter.last = {s.last}", f"at most the {count} blocks of {base.name}", "lower it, or set it to 0 for all")
+        raise FedtuneError(
+            "M302",
+            f"method.adapter.last = {s.last}",
+            f"at most the {count} blocks of {base.name}",
+            "lower it, or set it to 0 for all",
+        )
     first = count - s.last if s.last else 0
     return [name for name in known if name in found and blocks_of.get(name, 0 if not s.last else -1) >= first]
 
 
 def narrows(base: Base, name: str) -> bool:
-    """Whether a linear layer outside the attention has more inputs than outputs: the second half of a feed-forward part."""
+    """Whether a linear layer outside the attention has more inputs than outputs: the second half of a
+    feed-forward part."""
     layer = base.net.get_submodule(name)
     if isinstance(layer, Conv1D):
         columns, rows = layer.weight.shape  # (in, out)

@@ -26,7 +26,14 @@ class PTuning(PromptAdapter):
         from fedtune.model.blocks import is_encoder
 
         if base.task == "image-classify" or (base.task == "classify" and not is_encoder(base)):
-            raise unfit(base, self.kind, "a text encoder or a causal language model", 'choose kind = "prompt"')
+            raise unfit(
+                base, self.kind, "a text encoder or a causal language model", 'choose kind = "prompt"'
+            )
         sizes = prompt_sizes(base)
         width = sizes["token_dim"]
-        return with_peft(base, peft.PromptEncoderConfig(num_virtual_tokens=self.tokens, encoder_hidden_size=width, **sizes, **peft_arguments(base)))
+        return with_peft(
+            base,
+            peft.PromptEncoderConfig(
+                num_virtual_tokens=self.tokens, encoder_hidden_size=width, **sizes, **peft_arguments(base)
+            ),
+        )

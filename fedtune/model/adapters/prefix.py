@@ -26,5 +26,12 @@ class Prefix(PromptAdapter):
         from fedtune.model.blocks import is_encoder
 
         if base.task == "image-classify" or is_encoder(base):
-            raise unfit(base, self.kind, "a decoder, which takes a cache of keys and values", 'choose kind = "prompt" with deep = true')
-        return with_peft(base, peft.PrefixTuningConfig(num_virtual_tokens=self.tokens, **peft_arguments(base)))
+            raise unfit(
+                base,
+                self.kind,
+                "a decoder, which takes a cache of keys and values",
+                'choose kind = "prompt" with deep = true',
+            )
+        return with_peft(
+            base, peft.PrefixTuningConfig(num_virtual_tokens=self.tokens, **peft_arguments(base))
+        )

@@ -18,24 +18,44 @@ PEFT_TASK = {"classify": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "instruct": "CAUSA
 
 
 def peft_arguments(base: Base, whole: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Settings of every peft config: the task, the head that travels with the adapter, and other modules that are trained whole. Raises M302, M306."""
+    """Settings of every peft config: the task, the head that travels with the adapter, and other modules that
+    are trained whole. Raises M302, M306."""
     for name in whole:
         found = [path for path, _ in base.net.named_modules() if path == name or path.endswith("." + name)]
         if not found:
-            some = ", ".join(sorted({path.rpartition(".")[2] for path, _ in base.net.named_modules() if path})[:8])
-            raise FedtuneError("M302", f"the module '{name}' to save, which {base.name} does not have", f"names such as {some}", "correct modules_to_save")
+            some = ", ".join(
+                sorted({path.rpartition(".")[2] for path, _ in base.net.named_modules() if path})[:8]
+            )
+            raise FedtuneError(
+                "M302",
+                f"the module '{name}' to save, which {base.name} does not have",
+                f"names such as {some}",
+                "correct modules_to_save",
+            )
         tied = base.net.get_output_embeddings()
         embeddings = base.net.get_input_embeddings()
-        if tied is not None and tied.weight is embeddings.weight and any(base.net.get_submodule(path) in (tied, embeddings) for path in found):
-            found_ = f"modules_to_save = '{name}' with {base.name}, whose output layer is tied to its embeddings"
-            raise FedtuneError("M306", found_, "a module with weights of its own", 'leave it out, or choose kind = "full"')
+        if (
+            tied is not None
+            and tied.weight is embeddings.weight
+            and any(base.net.get_submodule(path) in (tied, embeddings) for path in found)
+        ):
+            found_ = (
+                f"modules_to_save = '{name}' with {base.name}, whose output layer is tied to its embeddings"
+            )
+            raise FedtuneError(
+                "M306", found_, "a module with weights of its own", 'leave it out, or choose kind = "full"'
+            )
     return {"task_type": PEFT_TASK[base.task], "modules_to_save": [*heads(base), *whole] or None}
 
 
 def prompt_sizes(base: Base) -> dict[str, int]:
     """What peft's prompts ask of a model; it guesses them for some models only (not for DistilBERT)."""
     text = base.net.config.get_text_config()
-    return {"token_dim": base.net.get_input_embeddings().weight.shape[1], "num_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads}
+    return {
+        "token_dim": base.net.get_input_embeddings().weight.shape[1],
+        "num_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+    }
 
 
 def with_peft(base: Base, config: Any) -> tuple[Any, Named]:
@@ -44,7 +64,9 @@ def with_peft(base: Base, config: Any) -> tuple[Any, Named]:
         warnings.simplefilter("ignore")  # about inference with a fresh head, which the federation trains
         net = peft.get_peft_model(base.net, config)
     named = {file_name(name): value for name, value in net.named_parameters() if value.requires_grad}
-    if isinstance(config, (peft.PromptTuningConfig, peft.PrefixTuningConfig)):  # p-tuning's file holds what its network says, not the network
+    if isinstance(
+        config, (peft.PromptTuningConfig, peft.PrefixTuningConfig)
+    ):  # p-tuning's file holds what its network says, not the network
         named["prompt_embeddings"] = named.pop("prompt_encoder.embedding.weight")
     return net, named
 

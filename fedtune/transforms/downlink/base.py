@@ -1,6 +1,8 @@
-"""The way down: what the server sends to its clients, and what they then hold, which both sides compute to the same bits.
+"""The way down: what the server sends to its clients, and what they then hold, which both sides compute to
+the same bits.
 
-Clients of a lossy way down do not hold the server's state, so their answers must be differences (a chain with a step): the
+Clients of a lossy way down do not hold the server's state, so their answers must be differences (a chain with
+a step): the
 server adds them to its own state, and nothing that the way down left out is lost.
 """
 
@@ -18,8 +20,9 @@ from fedtune.types import Tensors, Update
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a client that took the broadcast of `round` holds: float32, or whole numbers (exact.py). The server keeps it from round to round."""
+class HeldState:
+    """What a client that took the broadcast of `round` holds: float32, or whole numbers (exact.py). The
+    server keeps it from round to round."""
 
     round: int
     tensors: Tensors
@@ -37,7 +40,7 @@ class Broadcast:
     full: Update
     delta: Update | None
     since: int
-    held: Held
+    held: HeldState
 
 
 class DownlinkCode(Settings):
@@ -54,14 +57,20 @@ class DownlinkCode(Settings):
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.lossy and not recipe.chain:
             expected = "a chain with a step, so that clients answer with differences"
-            yield f"downlink.step = '{self.step}' without a [[chain]]", expected, "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]"
+            yield (
+                f"downlink.step = '{self.step}' without a [[chain]]",
+                expected,
+                "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]",
+            )
 
-    def pack(self, state: Tensors, before: Held | None, round: int) -> Broadcast:
-        """This round's messages for a state (float32). `before` is the `held` of an earlier round, None before the first."""
+    def pack(self, state: Tensors, before: HeldState | None, round: int) -> Broadcast:
+        """This round's messages for a state (float32). `before` is the `held` of an earlier round, None
+        before the first."""
         raise NotImplementedError(f"'{self.step}' packs nothing")
 
     def unpack(self, message: Update, before: Tensors | None) -> dict[str, np.ndarray]:
-        """What the receiver of a message holds now, float32. Raises Refused W604 for a change to something that it does not hold."""
+        """What the receiver of a message holds now, float32. Raises Refused W604 for a change to something
+        that it does not hold."""
         return message.values()
 
     def bits(self, schema: Schema) -> tuple[float, float]:
@@ -69,7 +78,7 @@ class DownlinkCode(Settings):
         return 32.0, 32.0
 
 
-def hold(memory: dict[str, np.ndarray], held: Held) -> None:
+def hold(memory: dict[str, np.ndarray], held: HeldState) -> None:
     """Keep a broadcast in a client's memory, in place of the one before."""
     for key in [key for key in memory if key.startswith("held/")]:
         del memory[key]
@@ -77,8 +86,11 @@ def hold(memory: dict[str, np.ndarray], held: Held) -> None:
     memory["held.round"] = np.asarray(held.round, np.int64)
 
 
-def holding(memory: dict[str, np.ndarray]) -> Held | None:
+def holding(memory: dict[str, np.ndarray]) -> HeldState | None:
     """The broadcast that a client's memory holds."""
     if "held.round" not in memory:
         return None
-    return Held(int(memory["held.round"]), {key.removeprefix("held/"): value for key, value in memory.items() if key.startswith("held/")})
+    return HeldState(
+        int(memory["held.round"]),
+        {key.removeprefix("held/"): value for key, value in memory.items() if key.startswith("held/")},
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fedtune.transforms.downlink.base import Broadcast, DownlinkCode, Held
+from fedtune.transforms.downlink.base import Broadcast, DownlinkCode, HeldState
 from fedtune.types import Tensors, Update
 
 
@@ -14,6 +14,6 @@ class Plain(DownlinkCode):
     step: Literal["none"] = "none"
     lossy: ClassVar[bool] = False
 
-    def pack(self, state: Tensors, before: Held | None, round: int) -> Broadcast:
+    def pack(self, state: Tensors, before: HeldState | None, round: int) -> Broadcast:
         full = Update.of(state)
-        return Broadcast(full, None, 0, Held(round, full.values()))
+        return Broadcast(full, None, 0, HeldState(round, full.values()))

@@ -1,4 +1,5 @@
-"""Slow by nature: every fault is a run of real processes. Those that are not marked `slow` belong to the default tests."""
+"""Slow by nature: every fault is a run of real processes. Those that are not marked `slow` belong to the
+default tests."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Oracle:
         return federation.recipe(name, self.model, self.data, **{**MEMORY, **changes})
 
     def same(self, federation: Deployment, name: str = "run", **changes: Any) -> None:
-        """The bytes and the journal of the undisturbed run; every update once in the exchange's book; no traceback for any user."""
+        """The bytes and the journal of the undisturbed run; every update once in the exchange's book; no
+        traceback for any user."""
         alone, result = self(**{**MEMORY, **changes})
         folder = federation.folder(name)
         assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
@@ -56,8 +58,10 @@ class Oracle:
 
 def counts(federation: Deployment) -> int:
     """Updates that the exchange gave a receipt for; none may be there twice."""
-    with closing(sqlite3.connect(federation.root / "runs" / ".coordinator" / "exchange" / "book.db")) as book:
-        rows = book.execute("SELECT run, round, verb, client FROM accepted").fetchall()
+    with closing(
+        sqlite3.connect(federation.root / "runs" / ".coordinator" / "exchange" / "book.db")
+    ) as ledger:
+        rows = ledger.execute("SELECT run, round, verb, client FROM accepted").fetchall()
     assert len(set(rows)) == len(rows)
     return len(rows)
 

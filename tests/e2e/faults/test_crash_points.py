@@ -1,6 +1,8 @@
-"""SIGKILL at named points of a round, for every process that can be there; somebody starts it again, and the bytes are those of an undisturbed run.
+"""SIGKILL at named points of a round, for every process that can be there; somebody starts it again, and the
+bytes are those of an undisturbed run.
 
-The points are in the process that conducts the run (flwr-serverapp) and in the gate; at each, all processes of one role are killed.
+The points are in the process that conducts the run (flwr-serverapp) and in the gate; at each, all processes
+of one role are killed.
 """
 
 from __future__ import annotations
@@ -15,25 +17,44 @@ from tests.e2e.faults.conftest import Oracle
 from tests.waiting import LONG, wait_for
 
 POINTS = {  # one a round, so that one run shows them all: name -> where, when
-    "before-open": ("fedtune.exchange.desk:Desk.open_round", "before", "args[2] == 1"),
-    "after-open": ("fedtune.exchange.desk:Desk.open_round", "after", "args[2] == 2"),
-    "mid-upload": ("fedtune.exchange.intake:Intake.take", "before", "args[1].envelope.round == 3"),  # the gate has said yes, nothing is there
-    "after-last-update": ("fedtune.exchange.desk:Desk.close_round", "before", "args[2] == 4"),
-    "mid-aggregate": ("fedtune.runtime.cohort:decode", "before", "args[1].round == 5 and args[1].client == 1"),
-    "mid-checkpoint": ("fedtune.runtime.journal:Journal.commit", "before", "args[1] == 6"),  # the state is in its place, no row says so
+    "before-open": ("fedtune.exchange.server_store:Desk.open_round", "before", "args[2] == 1"),
+    "after-open": ("fedtune.exchange.server_store:Desk.open_round", "after", "args[2] == 2"),
+    "mid-upload": (
+        "fedtune.exchange.uploads:Intake.take",
+        "before",
+        "args[1].envelope.round == 3",
+    ),  # the gate has said yes, nothing is there
+    "after-last-update": ("fedtune.exchange.server_store:Desk.close_round", "before", "args[2] == 4"),
+    "mid-aggregate": (
+        "fedtune.runtime.cohort:decode",
+        "before",
+        "args[1].round == 5 and args[1].client == 1",
+    ),
+    "mid-checkpoint": (
+        "fedtune.runtime.journal:Journal.commit",
+        "before",
+        "args[1] == 6",
+    ),  # the state is in its place, no row says so
     "after-commit": ("fedtune.runtime.journal:Journal.commit", "after", "args[1] == 7"),
 }
 ROUNDS = len(POINTS)
 
 
 def points(folder: Path, victims: list[str]) -> list[dict[str, Any]]:
-    return [point(at, folder / name, moment, when, kill=victims) for name, (at, moment, when) in POINTS.items()]
+    return [
+        point(at, folder / name, moment, when, kill=victims) for name, (at, moment, when) in POINTS.items()
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", ["serverapp", "gate", "superlink", "superexec", "supernode", "worker", "clientapp", "server", "client"])
-def test_a_process_killed_at_every_point_of_a_round_changes_no_byte(victim: str, federation: Deployment, oracle: Oracle, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "victim",
+    ["serverapp", "gate", "superlink", "superexec", "supernode", "worker", "clientapp", "server", "client"],
+)
+def test_a_process_killed_at_every_point_of_a_round_changes_no_byte(
+    victim: str, federation: Deployment, oracle: Oracle, tmp_path: Path
+) -> None:
     recipe = oracle.recipe(federation, rounds=ROUNDS)
     (tmp_path / "points").mkdir()
     told = points(tmp_path / "points", [victim])
@@ -41,7 +62,8 @@ def test_a_process_killed_at_every_point_of_a_round_changes_no_byte(victim: str,
     federation.join_all()
 
     def done() -> bool:
-        """Started again by hand are those whom nobody looks after; on a real machine that is systemd's work."""
+        """Started again by hand are those whom nobody looks after; on a real machine that is systemd's
+        work."""
         if victim == "client":
             for site in SITES:
                 if federation.running[site].poll() is not None:

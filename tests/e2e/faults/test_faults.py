@@ -1,4 +1,5 @@
-"""Faults of processes, networks, disks and people; each ends with the bytes of an undisturbed run, or of one without whom it cost the round."""
+"""Faults of processes, networks, disks and people; each ends with the bytes of an undisturbed run, or of one
+without whom it cost the round."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ import pytest
 import transformers
 
 from fedtune.errors import ClientFailed
-from fedtune.runtime.local import local_carrier
-from fedtune.runtime.protocol import Ask, Carrier, Link, Reply
-from fedtune.runtime.world import World
+from fedtune.runtime.local import local_transport
+from fedtune.runtime.protocol import Ask, Link, Reply, Transport
+from fedtune.runtime.workspace import Workspace
 from tests import small, tiny
 from tests.e2e.deploying import MEMORY, SITES, Deployment, held, lines_of, local, point
 from tests.e2e.faults.conftest import Oracle, counts
@@ -34,10 +35,13 @@ def noted(federation: Deployment, name: str = "run") -> list[str]:
     return [row[6] for row in journal(federation.folder(name)) if len(row) == 7 and row[6]]
 
 
-def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(federation: Deployment, oracle: Oracle, tmp_path: Path) -> None:
-    """The short form of this folder: a site's worker is killed after training, the run before it commits round 2, and then the operator stops it all."""
+def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(
+    federation: Deployment, oracle: Oracle, tmp_path: Path
+) -> None:
+    """The short form of this folder: a site's worker is killed after training, the run before it commits
+    round 2, and then the operator stops it all."""
     dies = point("fedtune.runtime.journal:Journal.commit", tmp_path / "commit", when="args[1] == 2")
-    with held("fedtune.exchange.desk:Desk.open_round", tmp_path, when="args[2] == 3") as stands:
+    with held("fedtune.exchange.server_store:Desk.open_round", tmp_path, when="args[2] == 3") as stands:
         federation.serve(oracle.recipe(federation), points=[dies, stands])
         for site in SITES:
             federation.join(site, points=[point(TRAINED, tmp_path / "trained")])  # whoever comes first
@@ -46,14 +50,19 @@ def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(federatio
         assert federation.leave("server") == 0
     assert f"stopped; go on with: fedtune resume {federation.folder('run').path}" in federation.said("server")
     assert not federation.pids("gate") + federation.pids("superlink")
-    federation.wait(lambda: not federation.pids("serverapp"), "the end of the run's process, which looks once a second")
+    federation.wait(
+        lambda: not federation.pids("serverapp"), "the end of the run's process, which looks once a second"
+    )
     federation.resume("run")
     assert federation.ended() == 0
     oracle.same(federation)
-    assert f"{federation.folder('run').path}: 3 clients, 3 rounds, going on after round 2" in federation.said("server")
+    assert f"{federation.folder('run').path}: 3 clients, 3 rounds, going on after round 2" in federation.said(
+        "server"
+    )
 
 
-# --- people -----------------------------------------------------------------------------------------------------
+# --- people
+# -----------------------------------------------------------------------------------------------------
 
 
 @slow
@@ -70,13 +79,18 @@ def test_clients_that_are_stopped_and_started_again(federation: Deployment, orac
 
 
 @slow
-def test_below_the_quorum_the_run_pauses_with_exit_code_75_until_it_is_resumed(federation: Deployment, oracle: Oracle) -> None:
+def test_below_the_quorum_the_run_pauses_with_exit_code_75_until_it_is_resumed(
+    federation: Deployment, oracle: Oracle
+) -> None:
     federation.serve(oracle.recipe(federation, deploy__quorum=1.0, deploy__deadline=90.0))
     federation.join("site-a")
     federation.join("site-b")
     assert federation.ended() == 75
     said = federation.said("server")
-    assert "R409: found 2 usable answers in round 1 (missing: client-2), expected 3 (deploy.quorum)" in said and "fedtune resume" in said
+    assert (
+        "R409: found 2 usable answers in round 1 (missing: client-2), expected 3 (deploy.quorum)" in said
+        and "fedtune resume" in said
+    )
     assert counts(federation) == 2 and not federation.pids("gate")
     federation.join("site-c")
     federation.resume("run")
@@ -86,7 +100,8 @@ def test_below_the_quorum_the_run_pauses_with_exit_code_75_until_it_is_resumed(f
 
 @slow
 def test_a_coordinator_that_is_away_for_two_minutes(federation: Deployment, oracle: Oracle) -> None:
-    """SIGKILL to the one process that looks after all others, in the middle of round 2; its children end with it, the clients wait."""
+    """SIGKILL to the one process that looks after all others, in the middle of round 2; its children end with
+    it, the clients wait."""
     recipe = oracle.recipe(federation)
     federation.serve(recipe)
     federation.join_all()
@@ -94,19 +109,29 @@ def test_a_coordinator_that_is_away_for_two_minutes(federation: Deployment, orac
     federation.running["server"].kill()
     federation.running.pop("server").wait()
     time.sleep(120)
-    assert {who for role in ("gate", "superlink", "serverapp", "superexec") for who in federation.pids(role, "server")} == set()
-    assert all("the coordinator is away" in federation.said(site) and federation.running[site].poll() is None for site in SITES)
+    assert {
+        who
+        for role in ("gate", "superlink", "serverapp", "superexec")
+        for who in federation.pids(role, "server")
+    } == set()
+    assert all(
+        "the coordinator is away" in federation.said(site) and federation.running[site].poll() is None
+        for site in SITES
+    )
     federation.serve(recipe)
     assert federation.ended() == 0
     oracle.same(federation)
 
 
-# --- slow ones --------------------------------------------------------------------------------------------------
+# --- slow ones
+# --------------------------------------------------------------------------------------------------
 
 
 @slow
 @pytest.mark.parametrize("role", ["supernode", "worker", "superlink", "serverapp", "gate"])
-def test_a_process_that_stands_still_for_75_seconds(role: str, federation: Deployment, oracle: Oracle) -> None:
+def test_a_process_that_stands_still_for_75_seconds(
+    role: str, federation: Deployment, oracle: Oracle
+) -> None:
     """Longer than Flower's patience of 60 s with a node or a run."""
     federation.serve(oracle.recipe(federation))
     federation.join_all()
@@ -120,14 +145,18 @@ def test_a_process_that_stands_still_for_75_seconds(role: str, federation: Deplo
 
 
 def without(client: int, number: int, code: str) -> Any:
-    """A local carrier in which one client fails in one round."""
+    """A local transport in which one client fails in one round."""
 
-    def carry(link: Link, world: World) -> Carrier:
-        real = local_carrier(link, world.client, world.done)
+    def carry(link: Link, workspace: Workspace) -> Transport:
+        real = local_transport(link, workspace.client, workspace.done)
 
         def asked(asks: Sequence[Ask]) -> Iterable[Reply]:
             yield from real([ask for ask in asks if (ask.client, ask.now.number) != (client, number)])
-            yield from (Reply(ask.client, failure=ClientFailed(code, "a", "b", "c")) for ask in asks if (ask.client, ask.now.number) == (client, number))
+            yield from (
+                Reply(ask.client, failure=ClientFailed(code, "a", "b", "c"))
+                for ask in asks
+                if (ask.client, ask.now.number) == (client, number)
+            )
 
         return asked
 
@@ -144,16 +173,22 @@ def left_out(federation: Deployment, oracle: Oracle, root: Path, client: int, nu
 
 
 @slow
-def test_a_client_beyond_the_deadline_is_left_out_of_that_round_only(federation: Deployment, oracle: Oracle, tmp_path: Path) -> None:
+def test_a_client_beyond_the_deadline_is_left_out_of_that_round_only(
+    federation: Deployment, oracle: Oracle, tmp_path: Path
+) -> None:
     federation.serve(oracle.recipe(federation, deploy__deadline=100.0))
     sleepy = point(TRAINED, tmp_path / "slept", when="calls == 2", do="__import__('time').sleep(130)")
     for site in SITES:
         federation.join(site, points=[sleepy] if site == "site-c" else [])
     assert federation.ended() == 0
     left_out(federation, oracle, tmp_path / "local", 2, 2, "F503")
-    assert noted(federation)[0].startswith("F503: found no answer within 100 s (its ticket is out), expected an answer")
+    assert noted(federation)[0].startswith(
+        "F503: found no answer within 100 s (its ticket is out), expected an answer"
+    )
     refused = [path.read_text() for path in (federation.root / "home-site-c" / "spool").glob("*.refused")]
-    assert len(refused) == 1 and refused[0].startswith(("W604: found an update for round 2, which is closed", "W604: found 'train' of round 2"))
+    assert len(refused) == 1 and refused[0].startswith(
+        ("W604: found an update for round 2, which is closed", "W604: found 'train' of round 2")
+    )
     assert counts(federation) == 8
 
 
@@ -161,8 +196,18 @@ def test_a_client_beyond_the_deadline_is_left_out_of_that_round_only(federation:
 @pytest.mark.parametrize(
     ("at", "do", "code", "words"),
     [
-        (TRAINED, "[value.fill(float('nan')) for value in args[0].tensors.values()]", "W607", "W607: found NaN or Inf in"),  # an honest client
-        ("fedtune.wire.message:sealed", "setattr(args[0], 'weight', float('nan'))", "W607", "W607: found"),  # one that is not
+        (
+            TRAINED,
+            "[value.fill(float('nan')) for value in args[0].tensors.values()]",
+            "W607",
+            "W607: found NaN or Inf in",
+        ),  # an honest client
+        (
+            "fedtune.wire.message:sealed",
+            "setattr(args[0], 'weight', float('nan'))",
+            "W607",
+            "W607: found",
+        ),  # one that is not
     ],
 )
 def test_a_client_that_trained_to_nothing_is_left_out_of_that_round_only(
@@ -170,14 +215,17 @@ def test_a_client_that_trained_to_nothing_is_left_out_of_that_round_only(
 ) -> None:
     federation.serve(oracle.recipe(federation))
     for site in SITES:
-        federation.join(site, points=[point(at, tmp_path / "nan", when="calls == 2", do=do)] if site == "site-b" else [])
+        federation.join(
+            site, points=[point(at, tmp_path / "nan", when="calls == 2", do=do)] if site == "site-b" else []
+        )
     assert federation.ended() == 0
     found = next(row[2] for row in journal(federation.folder("run"))[3:] if row[2] != "ok")
     assert found.startswith(code) and noted(federation)[0].startswith(words)
     left_out(federation, oracle, tmp_path / "local", 1, 2, found)
 
 
-# --- networks ---------------------------------------------------------------------------------------------------
+# --- networks
+# ---------------------------------------------------------------------------------------------------
 
 
 class Cable(Proxy):
@@ -218,7 +266,9 @@ def test_a_network_that_is_cut_and_healed(seconds: int, federation: Deployment, 
     federation.wait_round("run", 1)
     cable.cut()
     time.sleep(seconds)
-    assert "the coordinator is away" in federation.said("site-a").rpartition("there")[2] or "away" in federation.said("site-a")
+    assert "the coordinator is away" in federation.said("site-a").rpartition("there")[
+        2
+    ] or "away" in federation.said("site-a")
     cable.heal()
     assert federation.ended() == 0
     oracle.same(federation)
@@ -235,23 +285,32 @@ def wide_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @slow
-@pytest.mark.parametrize("at", ["fedtune.exchange.intake:write", "fedtune.exchange.client:packed"])
-def test_an_upload_that_breaks_in_its_middle_goes_on_from_there(at: str, federation: Deployment, wide_bert: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["fedtune.exchange.uploads:write", "fedtune.exchange.client:packed"])
+def test_an_upload_that_breaks_in_its_middle_goes_on_from_there(
+    at: str, federation: Deployment, wide_bert: Path, data: Path, tmp_path: Path
+) -> None:
     """The gate dies at a piece that it has written, or the worker at a piece that it is about to send."""
     changes: dict[str, Any] = {"method__adapter": {"kind": "full"}, "rounds": 2}
     broken = point(at, tmp_path / "broken", "after" if "intake" in at else "before", when="calls == 4")
-    federation.serve(federation.recipe("run", wide_bert, data, **changes), points=[broken] if "intake" in at else [])
+    federation.serve(
+        federation.recipe("run", wide_bert, data, **changes), points=[broken] if "intake" in at else []
+    )
     for site in SITES:
         federation.join(site, points=[broken] if "client" in at and site == "site-b" else [])
     assert federation.ended() == 0 and (tmp_path / "broken").exists()
     alone, result = local(tmp_path / "local", wide_bert, data, **changes)
     assert federation.folder("run").read_json("result.json")["state_sha256"] == result["state_sha256"]
     assert journal(federation.folder("run")) == journal(alone) and counts(federation) == 6
-    taken = [e for e in lines_of(federation.root / "runs" / ".coordinator" / "gate.jsonl") if e["event"] == "UpdateAccepted"]
+    taken = [
+        e
+        for e in lines_of(federation.root / "runs" / ".coordinator" / "gate.jsonl")
+        if e["event"] == "UpdateAccepted"
+    ]
     assert [e["resumed"] > 0 for e in taken].count(True) >= 1
 
 
-# --- disks ------------------------------------------------------------------------------------------------------
+# --- disks
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -274,23 +333,34 @@ def small_disk(federation: Deployment) -> Iterator[Any]:
 
 
 @slow
-def test_a_disk_for_updates_that_is_full_and_then_freed(small_disk: Any, federation: Deployment, oracle: Oracle) -> None:
-    """The exchange keeps 64 MiB free; with less it takes nothing, and what sites have finished waits with them."""
+def test_a_disk_for_updates_that_is_full_and_then_freed(
+    small_disk: Any, federation: Deployment, oracle: Oracle
+) -> None:
+    """The exchange keeps 64 MiB free; with less it takes nothing, and what sites have finished waits with
+    them."""
     exchange = small_disk(federation.root / "runs" / ".coordinator" / "exchange", "80m")
     filler = exchange / "filler"
     filler.write_bytes(bytes(20 << 20))
     federation.serve(oracle.recipe(federation))
     federation.join_all()
     refused = federation.root / "runs" / ".coordinator" / "gate.jsonl"
-    federation.wait(lambda: sum(e.get("code") == "E804" for e in lines_of(refused)) >= 3, "three sites that are told to wait")
-    assert "room for 0 bytes of updates on the coordinator's disk" in lines_of(refused)[0]["text"] and counts(federation) == 0
+    federation.wait(
+        lambda: sum(e.get("code") == "E804" for e in lines_of(refused)) >= 3,
+        "three sites that are told to wait",
+    )
+    assert (
+        "room for 0 bytes of updates on the coordinator's disk" in lines_of(refused)[0]["text"]
+        and counts(federation) == 0
+    )
     filler.unlink()
     assert federation.ended() == 0
     oracle.same(federation)
 
 
 @slow
-def test_a_disk_for_the_run_that_is_full_ends_it_with_a_sentence_and_resume_goes_on(small_disk: Any, federation: Deployment, oracle: Oracle) -> None:
+def test_a_disk_for_the_run_that_is_full_ends_it_with_a_sentence_and_resume_goes_on(
+    small_disk: Any, federation: Deployment, oracle: Oracle
+) -> None:
     run = small_disk(federation.root / "runs" / "run", "2m")
     federation.serve(oracle.recipe(federation))
     federation.join_all()
@@ -299,7 +369,13 @@ def test_a_disk_for_the_run_that_is_full_ends_it_with_a_sentence_and_resume_goes
     (run / "filler").write_bytes(bytes(free - 8192))
     code = federation.ended()
     said = federation.said("server")
-    assert code == 2 and "R404" in said and "no space left" in said and "fedtune resume" in said and "Traceback" not in said
+    assert (
+        code == 2
+        and "R404" in said
+        and "no space left" in said
+        and "fedtune resume" in said
+        and "Traceback" not in said
+    )
     (run / "filler").unlink()
     federation.resume("run")
     assert federation.ended() == 0
@@ -309,14 +385,27 @@ def test_a_disk_for_the_run_that_is_full_ends_it_with_a_sentence_and_resume_goes
 
 @slow
 @pytest.mark.parametrize("what", ["update", "state"])
-def test_an_object_that_rots_on_the_coordinators_disk(what: str, federation: Deployment, oracle: Oracle, tmp_path: Path) -> None:
-    """A flipped byte in an update that was accepted, or in the state that is laid out for round 2: put aside, and made again."""
+def test_an_object_that_rots_on_the_coordinators_disk(
+    what: str, federation: Deployment, oracle: Oracle, tmp_path: Path
+) -> None:
+    """A flipped byte in an update that was accepted, or in the state that is laid out for round 2: put aside,
+    and made again."""
     flip = "(lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])))"
     if what == "update":
-        rot = point("fedtune.exchange.book:Book.accept", tmp_path / "rot", "after", do=f"{flip}(args[0].path.parent / 'objects' / args[1].payload)")
+        rot = point(
+            "fedtune.exchange.round_ledger:Book.accept",
+            tmp_path / "rot",
+            "after",
+            do=f"{flip}(args[0].path.parent / 'objects' / args[1].payload)",
+        )
     else:
-        rot = point("fedtune.exchange.desk:Desk.open_round", tmp_path / "rot", "after", "args[2] == 2",
-                    do=f"{flip}(args[0].store.path(next(iter(args[5].values()))))")  # fmt: skip
+        rot = point(
+            "fedtune.exchange.server_store:Desk.open_round",
+            tmp_path / "rot",
+            "after",
+            "args[2] == 2",
+            do=f"{flip}(args[0].store.path(next(iter(args[5].values()))))",
+        )
     federation.serve(oracle.recipe(federation), points=[rot])
     federation.join_all()
     assert federation.ended() == 0 and (tmp_path / "rot").exists()

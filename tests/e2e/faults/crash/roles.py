@@ -1,4 +1,5 @@
-"""The processes of a federation under test, by what they are there for. Standard library only: sitecustomize.py imports it before anything else."""
+"""The processes of a federation under test, by what they are there for. Standard library only:
+sitecustomize.py imports it before anything else."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from pathlib import Path
 ROOT, WHO = (
     "FLWR_TEST_ROOT",
     "FLWR_TEST_WHO",
-)  # in the environment of every process (FLWR_: Flower's programs see no others): which federation, and whose machine it plays
-MODULES = {"fedtune.deploy.gate": "gate", "fedtune.deploy.worker": "worker"}
+    # in the environment of every process (FLWR_: Flower's programs see no others): which federation, and
+    # whose
+    # machine it plays
+)
+MODULES = {"fedtune.deploy.gateway": "gate", "fedtune.deploy.worker": "worker"}
 SCRIPTS = {
     "flower-superlink": "superlink", "flower-superexec": "superexec", "flower-supernode": "supernode",
     "flwr-serverapp": "serverapp", "flwr-clientapp": "clientapp", "flwr": "flwr",
@@ -18,7 +22,8 @@ SCRIPTS = {
 
 
 def role_of(command: list[str]) -> str:
-    """gate, worker, superlink, superexec, supernode, serverapp, clientapp, flwr; server or client for who looks after them; "" for others."""
+    """gate, worker, superlink, superexec, supernode, serverapp, clientapp, flwr; server or client for who
+    looks after them; "" for others."""
     match command[1:]:
         case ["-m", "fedtune", ("server" | "resume"), *_]:
             return "server"
@@ -37,7 +42,8 @@ def mine() -> str:
 
 
 def processes(root: str, role: str = "", who: str = "") -> Iterator[tuple[int, str, str]]:
-    """Process id, role and machine of every living process of a federation; the asking one is not among them."""
+    """Process id, role and machine of every living process of a federation; the asking one is not among
+    them."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
             environment = path.joinpath("environ").read_bytes().split(b"\0")
@@ -46,7 +52,14 @@ def processes(root: str, role: str = "", who: str = "") -> Iterator[tuple[int, s
             if path.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 continue
             found = role_of(path.joinpath("cmdline").read_text().split("\0"))
-            whose = next((pair.decode().partition("=")[2] for pair in environment if pair.startswith(f"{WHO}=".encode())), "")
+            whose = next(
+                (
+                    pair.decode().partition("=")[2]
+                    for pair in environment
+                    if pair.startswith(f"{WHO}=".encode())
+                ),
+                "",
+            )
         except (OSError, ValueError):  # it has just ended, or is not ours
             continue
         if (not role or found == role) and (not who or whose == who):

@@ -1,4 +1,5 @@
-"""Named crash points without hooks in the product: Python imports this file at the start of every process that has its folder on PYTHONPATH.
+"""Named crash points without hooks in the product: Python imports this file at the start of every process
+that has its folder on PYTHONPATH.
 
 FLWR_TEST_CRASH is a JSON list of points:
 
@@ -6,7 +7,8 @@ at      "module:Class.method" or "module:function", as the caller finds it there
 moment  "before" or "after" the call
 when    an expression over `args` (with self) and `calls` (of this process); "" for the first call
 kill    roles that get SIGKILL; empty for the process itself
-do      an expression over `args` that is evaluated instead of a kill, for faults that are not deaths; `gone(path)` waits until a file is gone
+do      an expression over `args` that is evaluated instead of a kill, for faults that are not deaths;
+        `gone(path)` waits until a file is gone
 marker  a file that is made then, so that it happens once
 """
 
@@ -100,7 +102,9 @@ class Arming(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         arm(module, self.points[module.__name__])
 
 
-faulthandler.register(signal.SIGUSR1)  # `kill -USR1` writes every thread's stack to the process's log: where does it hang?
+faulthandler.register(
+    signal.SIGUSR1
+)  # `kill -USR1` writes every thread's stack to the process's log: where does it hang?
 
 if told := os.environ.get("FLWR_TEST_CRASH"):
     by_module: dict[str, list[dict[str, Any]]] = {}

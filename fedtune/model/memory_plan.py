@@ -1,0 +1,145 @@
+"""What a recipe would train, from config.json alone: the network is built without memory (torch's meta
+device)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.hf.config import AUTO, load_config, locate
+from fedtune.hf.pooling import choose_pooling, set_pooling
+from fedtune.hf.tokenizer import load_tokenizer
+from fedtune.model.adapters import Adapter
+from fedtune.model.base import Base, context_of, pick_device, reading
+from fedtune.model.encode import Encoded, encode
+from fedtune.model.settings import ModelSettings, TrainSettings
+from fedtune.model.tunable import TunableModel, attach
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be trained, and the sizes that memory estimates need.
+
+    trainable, total      counts of values
+    shapes                tensor name -> shape, as `TunableModel.named`
+    weights_bytes         the frozen base in memory
+    layers, hidden, heads of the transformer
+    """
+
+    trainable: int
+    total: int
+    shapes: dict[str, tuple[int, ...]]
+    weights_bytes: int
+    context: int | None  # most tokens of an input, as far as config.json says
+    layers: int
+    hidden: int
+    heads: int
+    wide: int  # bytes of a value of the base, over 2
+    head: str = ""  # as TunableModel.head
+
+    @property
+    def named(self) -> dict[str, np.ndarray]:
+        """Arrays of zeros with the shapes of `TunableModel.named` and without memory."""
+        return {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}
+
+
+def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
+    """The base from its config.json alone, on torch's meta device. Raises M301."""
+    pick_device(model.device)
+    labels: Sequence[str] = [f"label {number}" for number in range(n_labels)]
+    known = {"revision": model.revision} if model.revision else {}
+    with reading(model.name):
+        place = locate(model.name)
+        config, chosen = load_config(place, task, labels, known)
+        pooling, _ = choose_pooling(model.pooling, place, task, chosen.kept, **known)
+        with torch.device("meta"):
+            net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
+    set_pooling(net, pooling)
+    if task != "image-classify" and net.config.pad_token_id is None:
+        net.config.pad_token_id = (
+            0  # loading takes one from the tokenizer; a generative classifier will not run without any
+        )
+    return Base(
+        net.requires_grad_(False).eval(),
+        None,
+        task,
+        tuple(labels),
+        torch.device("meta"),
+        model.name,
+        None,
+        frozenset(),
+        kept_head=chosen.kept,
+        pooling=pooling,
+    )
+
+
+def encoded_without_weights(
+    model: ModelSettings, task: str, rows: Sequence[Mapping[str, Any]], **how: Any
+) -> Encoded:
+    """Rows of a task without labels, encoded by the model's tokenizer; `how` as in `encode`. Raises M301, and
+    what `encode` raises."""
+    base = weightless(model, task, 0)
+    with reading(model.name):
+        base.tokenizer = load_tokenizer(
+            locate(model.name), task, {"revision": model.revision} if model.revision else {}
+        )
+    return encode(rows, base, **how)
+
+
+def plan(model: ModelSettings, adapter: Adapter, task: str, n_labels: int) -> Plan:
+    """Attach the adapter to a weightless model. No weights are read, so a pretrained file that lacks a pooler
+    is not noticed.
+
+    Raises what `load` and `attach` raise: M301, M302, M306.
+    """
+    return plan_of(attach(weightless(model, task, n_labels), adapter, 0))
+
+
+def plan_of(tunable: TunableModel) -> Plan:
+    """The sizes of a bench."""
+    text = tunable.base.net.config.get_text_config()
+    weights = sum(value.numel() * value.element_size() for value in tunable.base.weights.values())
+    shapes = {name: tuple(value.shape) for name, value in tunable.named.items()}
+    context = None if tunable.base.task == "image-classify" else context_of(tunable.base.net)
+    wide = 2 if next(iter(tunable.base.weights.values())).dtype == torch.float32 else 1
+    return Plan(
+        tunable.trainable,
+        tunable.total,
+        shapes,
+        weights,
+        context,
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.num_attention_heads,
+        wide,
+        tunable.head,
+    )
+
+
+def training_bytes(plan: Plan, train: TrainSettings, length: int) -> dict[str, int]:
+    """A client that trains with gradients. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32
+    bits; with checkpointing
+    every layer's input and one layer's activations (their section 5)."""
+    moments = 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
+    layer = 34 * plan.hidden + 5 * plan.heads * length
+    kept = layer + 2 * plan.hidden * plan.layers if train.checkpointing else layer * plan.layers
+    return {
+        "base model": plan.weights_bytes,
+        "trained tensors, gradients, optimiser": 4 * plan.trainable * (2 + moments),
+        "activations (estimate)": plan.wide * train.batch * length * kept,
+    }
+
+
+def inference_bytes(plan: Plan, batch: int, length: int) -> dict[str, int]:
+    """A client that only asks for losses: trained tensors beside the base's, and one layer's activations with
+    the logits' place left out."""
+    layer = plan.wide * batch * length * (34 * plan.hidden + 5 * plan.heads * length)
+    return {
+        "base model": plan.weights_bytes,
+        "trained tensors": 4 * plan.trainable,
+        "activations of one layer (estimate)": layer,
+    }

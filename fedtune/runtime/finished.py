@@ -1,0 +1,183 @@
+"""What can be done with a run's committed state: score it again, export it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedtune.aggregate import Mean
+from fedtune.config import method_of, read_method
+from fedtune.data import Federation, load_slice
+from fedtune.data.sources import data_at
+from fedtune.errors import FedtuneError
+from fedtune.events import Event
+from fedtune.exports import card, check_target, seeds_card, whole_folder
+from fedtune.methods import MethodTable
+from fedtune.methods.seeds import Seeds, read_seeds
+from fedtune.model.settings import ModelSettings
+from fedtune.runtime.baselines import own_scores, score_test
+from fedtune.runtime.checkpoints import Memories, load_state
+from fedtune.runtime.folder import RunFolder, recipe_of
+from fedtune.runtime.journal import Journal
+from fedtune.runtime.paths import located
+from fedtune.runtime.workspace import Workspace, build_workspace
+from fedtune.types import State
+
+
+def evaluate_run(folder: RunFolder) -> dict[str, Any]:
+    """Scores of the last committed state on the test set and on each client's own held-out rows. Raises R406
+    where the data has changed since.
+
+    A test set drawn anew from other rows would hold rows that were trained on.
+    """
+    workspace, state, number = installed(folder, data=True)
+    recipe = workspace.recipe
+    final = score_test(workspace, "federated", number, nobody)
+    method = method_of(recipe)
+    return {"round": number, **final, "clients": own_scores(recipe, workspace, method, state, nobody)}
+
+
+def evaluate_file(folder: RunFolder, path: str) -> dict[str, Any]:
+    """Scores of the last committed state on all rows of a file or folder, in the form of the recipe's [data];
+    the run's own data is not read."""
+    workspace, _, number = installed(folder)
+    data = workspace.recipe.data
+    asked_data = data_at(data, path, labels=workspace.federation.labels, client_test_share=0.0, limit=0)
+    mine, dropped = load_slice(asked_data, workspace.recipe.seed, 0, path)
+    rows = [*mine.train, *mine.test]
+    asked = replace(workspace, federation=replace(workspace.federation, test=rows), _encoded={})
+    return {
+        "round": number,
+        "rows": len(rows),
+        "left_out": dropped,
+        **score_test(asked, "federated", number, nobody),
+    }
+
+
+def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
+    """Write the last committed state in a form of its method ("": the first); the folder appears whole or not
+    at all. Raises M306, R401.
+
+    `rank` cuts a LoRA adapter, and what it carries beside itself, to the best one of that rank; returns the
+    share of its norm that is lost.
+    """
+    target = check_target(to)
+    recipe = recipe_of(folder)
+    method = method_of(recipe)
+    facts, shrink = method.facts, method.capabilities.shrink
+    form = form or facts.forms[0]
+    if form not in facts.forms:
+        raise FedtuneError(
+            "M306",
+            f"--as {form} for a run of {facts.title}",
+            f"one of {', '.join(facts.forms)}",
+            "choose another --as",
+        )
+    if rank and shrink is None:
+        raise FedtuneError("M306", f"--rank for a run of {facts.title}", "a LoRA adapter", "leave --rank out")
+    workspace, state, number = installed(folder)
+    lost = shrink(state, workspace.tunable, rank) if rank and shrink else 0.0
+    text = card(recipe, facts.title, workspace.base.fingerprint, number, form=form)
+    with whole_folder(target) as temporary:
+        method.export(form, state, workspace.tunable, temporary, text, recipe.seed)
+    return lost
+
+
+def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
+    """Rebuild the model of a seed file on a base model, to the bit, and write it. Raises M304 where the base
+    is another one, R403, M306, R401."""
+    from fedtune.model.base import load as load_base
+
+    target = check_target(to)
+    seeds = read_seeds(file)
+    method = table_of(seeds).build(seeds.rounds, Mean())
+    forms = [known for known in method.facts.forms if known != "seeds"]
+    if form not in forms:
+        raise FedtuneError(
+            "M306", f"--as {form} from a seed file", f"one of {', '.join(forms)}", "choose another --as"
+        )
+    model = ModelSettings.model_validate({"name": base, "dtype": seeds.dtype, "pooling": seeds.pooling})
+    loaded = load_base(model, seeds.task, seeds.labels, seeds.seed)
+    if loaded.fingerprint != seeds.base_fingerprint:
+        found, expected = (
+            f"base model {loaded.fingerprint[:12]} at '{base}'",
+            f"{seeds.base_fingerprint[:12]}, which the seeds were made for",
+        )
+        raise FedtuneError("M304", found, expected, f"give the model that was called '{seeds.base}'")
+    tunable = method.prepare(loaded, seeds.seed)
+    state = State(seeds.tensors)
+    if method.capabilities.verify:
+        method.capabilities.verify(state, tunable)
+    method.install(state, tunable)
+    text = seeds_card(seeds, method.facts.title)
+    with whole_folder(target) as temporary:
+        method.export(form, state, tunable, temporary, text, seeds.seed)
+
+
+def table_of(seeds: Seeds) -> MethodTable:
+    """The [method] table in a seed file. Raises R403."""
+    try:
+        return read_method(seeds.method)
+    except (KeyError, ValidationError) as error:
+        found = f"settings in a seed file that cannot be read ({type(error).__name__})"
+        raise FedtuneError(
+            "R403", found, "settings of a method of this version", "export it again"
+        ) from error
+
+
+def installed(folder: RunFolder, data: bool = False) -> tuple[Workspace, State, int]:
+    """The run's workspace with its last committed state in the bench. Raises R402 where no round was
+    committed, M304 for another base.
+
+    data  read the run's data, and refuse data that has changed (R406); otherwise the labels that the journal
+          knows are enough
+    """
+    recipe = recipe_of(folder)
+    journal = Journal(folder.journal)
+    try:
+        journal.check()
+        committed = journal.rounds()
+        facts = journal.facts()
+    finally:
+        journal.close()
+    if not committed:
+        raise FedtuneError(
+            "R402",
+            f"no committed round in '{folder.path}'",
+            "a run with at least one",
+            f"go on with: fedtune resume {folder.path}",
+        )
+    state, _ = load_state(
+        folder, committed[-1].number, committed[-1].file_sha256
+    )  # now: a run that is still going on prunes old ones
+    place = folder.origin()
+    method = method_of(located(recipe, place))
+    known = None if data or "labels" not in facts else Federation((), [], tuple(json.loads(facts["labels"])))
+    workspace = build_workspace(recipe, method, Memories(None), nobody, known, place=place)
+    if data and facts.get("data", workspace.federation.fingerprint) != workspace.federation.fingerprint:
+        found = (
+            f"data that has changed since the run began ({workspace.federation.fingerprint[:12]} now, "
+            f"{facts['data'][:12]} then)"
+        )
+        raise FedtuneError(
+            "R406",
+            found,
+            "the rows of the run, so that none that was trained on is scored",
+            "score a file with: fedtune eval RUN --data FILE",
+        )
+    if workspace.base.fingerprint != facts.get("base", ""):
+        found, expected = (
+            f"base model {workspace.base.fingerprint[:12]}",
+            f"{facts.get('base', '')[:12]}, which this run was trained on",
+        )
+        raise FedtuneError("M304", found, expected, "point model.name at the same weights")
+    method.install(state, workspace.tunable)
+    return workspace, state, committed[-1].number
+
+
+def nobody(event: Event) -> None:
+    """A sink for work that is not a run."""

@@ -1,0 +1,183 @@
+"""One process's share of a federation: data and model once, whatever the number of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune import transforms
+from fedtune.config import Recipe, method_of
+from fedtune.data import Federation, load
+from fedtune.data.settings import Source
+from fedtune.events import Event, Noted, Truncated
+from fedtune.methods import Method
+from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.client_half import memory_after, memory_before
+from fedtune.runtime.paths import located
+from fedtune.runtime.protocol import Ask, Link
+from fedtune.runtime.site_scores import SCORE, score_task
+from fedtune.types import Client
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
+    from fedtune.model.encode import Encoded
+    from fedtune.model.tunable import TunableModel
+
+
+@dataclass
+class Workspace:
+    """Slices of data, the shared base with the method's tensors, and the clients' memories."""
+
+    recipe: Recipe
+    federation: Federation
+    base: Base
+    tunable: TunableModel
+    memories: Memories
+    tell: Callable[[Event], None]
+    body: Any = None  # the way to a body service, for methods that split the model; None: in this process
+    _encoded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[int, str]:
+        return {slice_.id: slice_.name for slice_ in self.federation.clients}
+
+    def client(self, ask: Ask) -> Client:
+        """A client at work: the shared tunable model, its own data, and its memory as the server counts
+        it."""
+        return self.client_with(ask.client, memory_before(self.memories.of(ask.client), ask))
+
+    def client_with(self, number: int, memory: dict[str, np.ndarray]) -> Client:
+        return Client(
+            number,
+            self.names[number],
+            self.tunable,
+            self.train(number),
+            memory,
+            self.body,
+            lambda: self.held_out(number),
+        )
+
+    def done(self, ask: Ask, client: Client) -> None:
+        """Keep what the client remembers after an answer."""
+        self.memories.held[ask.client] = memory_after(self.memories.of(ask.client), ask, client.memory)
+
+    def train(self, number: int) -> Encoded:
+        slice_ = self.federation.clients[number]
+        return self._encode(f"train:{number}", slice_.train, f"client {slice_.name}")
+
+    def encode_all(self) -> None:
+        """Every client's training rows and the test set: what is wrong with a text shows before the first
+        round, on every engine."""
+        for slice_ in self.federation.clients:
+            if slice_.train:  # of a real site, nobody but itself has rows
+                self.train(slice_.id)
+        if self.federation.test:
+            self.test()
+
+    def held_out(self, number: int) -> Encoded:
+        slice_ = self.federation.clients[number]
+        return self._encode(f"test:{number}", slice_.test, f"client {slice_.name} (held out)", scored=True)
+
+    def test(self) -> Encoded:
+        return self._encode("test", self.federation.test, "the test set", scored=True)
+
+    def pooled(self) -> Encoded:
+        """All clients' training rows in one place: what a federation exists to avoid, for comparison only."""
+        rows = [row for slice_ in self.federation.clients for row in slice_.train]
+        return self._encode("pooled", rows, "the pooled data")
+
+    def _encode(self, key: str, rows: list[dict[str, Any]], whose: str, scored: bool = False) -> Encoded:
+        if key not in self._encoded:
+            from fedtune.model.encode import encode
+
+            data = self.recipe.data
+            encoded = encode(rows, self.base, **how_to_encode(data, scored))
+            for name, count in encoded.unshown.items():
+                self.tell(
+                    Noted(
+                        f"{whose}: {count} of {len(rows)} rows have messages with '{name}', which the "
+                        "model's chat template does not show"
+                    )
+                )
+            if encoded.truncated or encoded.dropped:
+                self.tell(Truncated(whose, len(rows), encoded.truncated, encoded.dropped, data.max_length))
+            self._encoded[key] = encoded
+        result: Encoded = self._encoded[key]
+        return result
+
+
+def how_to_encode(data: Source, scored: bool = False) -> dict[str, Any]:
+    """What [data] says to `encode`; rows that are scored do not overlap."""
+    same = {
+        name: getattr(data, name) for name in ("max_length", "separator", "overlong", "template", "system")
+    }
+    return same | {"stride": 0 if scored else data.stride, "day": data.date}
+
+
+def build_workspace(
+    recipe: Recipe,
+    method: Method,
+    memories: Memories,
+    tell: Callable[[Event], None],
+    federation: Federation | None = None,
+    base_of: Callable[[Federation], Base] | None = None,
+    place: Path | None = None,
+) -> Workspace:
+    """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show
+    before the model's seconds are spent.
+
+    base_of  loads the base, where a site does not hold the whole of it
+    place    where the recipe's relative paths are meant from; None: from the working directory
+    """
+    here = located(recipe, place)
+    federation = federation or load(here.data, recipe.partition, recipe.seed)
+    for note in recipe.notes:
+        tell(Noted(note))
+    for reason, count in federation.dropped.items():
+        tell(Noted(f"{count} rows left out: {reason}"))
+    for note in federation.notes:
+        tell(Noted(note))
+    from fedtune.model.base import load as load_base
+
+    base = (
+        base_of(federation)
+        if base_of
+        else load_base(here.model, recipe.data.task, federation.labels, recipe.seed)
+    )
+    base.name = recipe.model.name  # what exports call it
+    from fedtune.model.encode import check_length
+
+    check_length(base, recipe.data.max_length)
+    for note in base.notes:
+        tell(Noted(note))
+    return Workspace(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
+
+
+def workspace_of(recipe: Recipe, place: Path | None = None) -> Workspace:
+    """A workspace to look at outside of any run: nothing is remembered, nothing is told."""
+    return build_workspace(
+        recipe, method_of(located(recipe, place)), Memories(None), lambda event: None, place=place
+    )
+
+
+def link_of(workspace: Workspace, method: Method, agreed: Recipe | None = None) -> Link:
+    """What server and clients agree on. A run's identity is its recipe: the same recipe, the same bytes,
+    messages included, wherever it runs.
+
+    agreed  the coordinator's recipe, where this workspace was built from a site's own version of it
+    """
+    recipe = agreed or workspace.recipe
+    more = {SCORE: score_task(method, recipe.evaluate.batch)}
+    return Link(
+        recipe.fingerprint[:16],
+        workspace.base.fingerprint,
+        method,
+        transforms.build(recipe.chain),
+        recipe.downlink,
+        recipe.limits,
+        more,
+    )
