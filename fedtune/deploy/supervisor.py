@@ -46,7 +46,7 @@ LEASH = (
 # TLS 1.2 alone (those of 1.3 are not chosen), and what stands in it needs an RSA certificate, which nobody
 # here has: no such handshake comes about.
 NEWEST_TLS = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES128-GCM-SHA256"}
-JAIL = Path(__file__).with_name("jail.py")
+JAIL = Path(__file__).with_name("sandbox.py")
 APPS = ("flwr-clientapp", "flwr-serverapp")
 
 
@@ -115,7 +115,7 @@ class Program:
     """One program; its output goes to a log that is begun anew with its first life.
 
     own    whether it is one of ours: a mistake that ends its first life would end every other
-    walls  rules that keep it from the rest of the disk (jail.py, JSON), "" for none
+    walls  rules that keep it from the rest of the disk (sandbox.py, JSON), "" for none
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What Flower's programs at a site may reach of the disk (jail.py): Python, the system's libraries, one
+"""What Flower's programs at a site may reach of the disk (sandbox.py): Python, the system's libraries, one
 folder of their own. No keys, no data, no home."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESOLVERS = ("/run/systemd/resolve", "/run/resolvconf")
 
 
 def walls(own: Path, private: Sequence[str]) -> dict[str, list[str]]:
-    """Rules for jail.py. `own`: the folder that is theirs; `private`: keys, data, home and policy of the
+    """Rules for sandbox.py. `own`: the folder that is theirs; `private`: keys, data, home and policy of the
     site."""
     secret = [Path(path).resolve() for path in private if path]
     package = Path(fedtune.__file__).resolve().parent

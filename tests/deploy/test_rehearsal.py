@@ -67,7 +67,7 @@ def test_a_site_that_can_take_part(
         "recipe",
     ]
     assert (
-        "108 that train, 12 held out" in lines[6]
+        "108 to train on, 12 held out" in lines[6]
         and "'site-a' of 'hospitals'" in lines[0]
         and not (tmp_path / "home").exists()
     )

@@ -19,7 +19,7 @@ from fedtune.runtime.bounds import Bounds, too_large
 from fedtune.types import Update
 from tests import small
 from tests.deploy.inside import SITES, FakeGrid, Inside, inside
-from tests.deploy.test_conduct import notes, outcomes
+from tests.deploy.test_coordinator_run import notes, outcomes
 from tests.hostile.site import Liar, Lie, times
 
 KSEED = {"method": {"type": "fedkseed", "size": 64, "estimator": "spsa", "steps": 2, "batch": 4, "lr": 1e-3}}

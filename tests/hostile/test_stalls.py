@@ -16,7 +16,7 @@ from fedtune.exchange.tls import SERVER_OPTIONS
 from fedtune.trust.authority import revoke
 from tests import small
 from tests.deploy.inside import FakeGrid, inside
-from tests.deploy.test_conduct import notes, outcomes
+from tests.deploy.test_coordinator_run import notes, outcomes
 from tests.e2e.deploying import MEMORY
 from tests.exchange.federation import Federation
 
