@@ -51,6 +51,6 @@ def beside(figures: str) -> dict[str, str]:
         "scores": "where the server has no rows to score on: each client's sums over its held-out rows, of "
         "accuracy or loss, and how many those are",
         "mistakes": "of a client that cannot answer: a code and a number; a real site keeps the sentence",
-        "greeting": "of a real site, signed: its device and how many it has, cores, free memory and disk, speed, "
-        "rows and bytes of its data, versions",
+        "greeting": "of a real site, signed: its device and how many it has, cores, free memory and disk, "
+        "speed, rows and bytes of its data, versions",
     }

@@ -25,7 +25,7 @@ from tests.e2e.test_flower import journal
 from tests.waiting import PATIENCE, free_ports
 
 pytestmark = pytest.mark.timeout(900)
-OPEN = "fedtune.exchange.server_store:Desk.open_round"
+OPEN = "fedtune.exchange.server_store:ServerStore.open_round"
 KSEED: dict[str, Any] = {
     "method": {"type": "fedkseed", "size": 256, "estimator": "spsa", "steps": 4, "batch": 4, "lr": 1e-3},
     "rounds": 2,

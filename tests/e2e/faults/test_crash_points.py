@@ -17,14 +17,14 @@ from tests.e2e.faults.conftest import Oracle
 from tests.waiting import LONG, wait_for
 
 POINTS = {  # one a round, so that one run shows them all: name -> where, when
-    "before-open": ("fedtune.exchange.server_store:Desk.open_round", "before", "args[2] == 1"),
-    "after-open": ("fedtune.exchange.server_store:Desk.open_round", "after", "args[2] == 2"),
+    "before-open": ("fedtune.exchange.server_store:ServerStore.open_round", "before", "args[2] == 1"),
+    "after-open": ("fedtune.exchange.server_store:ServerStore.open_round", "after", "args[2] == 2"),
     "mid-upload": (
-        "fedtune.exchange.uploads:Intake.take",
+        "fedtune.exchange.uploads:Uploads.take",
         "before",
         "args[1].envelope.round == 3",
     ),  # the gate has said yes, nothing is there
-    "after-last-update": ("fedtune.exchange.server_store:Desk.close_round", "before", "args[2] == 4"),
+    "after-last-update": ("fedtune.exchange.server_store:ServerStore.close_round", "before", "args[2] == 4"),
     "mid-aggregate": (
         "fedtune.runtime.cohort:decode",
         "before",

@@ -41,7 +41,7 @@ def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(
     """The short form of this folder: a site's worker is killed after training, the run before it commits
     round 2, and then the operator stops it all."""
     dies = point("fedtune.runtime.journal:Journal.commit", tmp_path / "commit", when="args[1] == 2")
-    with held("fedtune.exchange.server_store:Desk.open_round", tmp_path, when="args[2] == 3") as stands:
+    with held("fedtune.exchange.server_store:ServerStore.open_round", tmp_path, when="args[2] == 3") as stands:
         federation.serve(oracle.recipe(federation), points=[dies, stands])
         for site in SITES:
             federation.join(site, points=[point(TRAINED, tmp_path / "trained")])  # whoever comes first
@@ -393,14 +393,14 @@ def test_an_object_that_rots_on_the_coordinators_disk(
     flip = "(lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])))"
     if what == "update":
         rot = point(
-            "fedtune.exchange.round_ledger:Book.accept",
+            "fedtune.exchange.round_ledger:RoundLedger.accept",
             tmp_path / "rot",
             "after",
             do=f"{flip}(args[0].path.parent / 'objects' / args[1].payload)",
         )
     else:
         rot = point(
-            "fedtune.exchange.server_store:Desk.open_round",
+            "fedtune.exchange.server_store:ServerStore.open_round",
             tmp_path / "rot",
             "after",
             "args[2] == 2",
