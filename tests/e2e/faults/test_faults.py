@@ -41,7 +41,9 @@ def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(
     """The short form of this folder: a site's worker is killed after training, the run before it commits
     round 2, and then the operator stops it all."""
     dies = point("fedtune.runtime.journal:Journal.commit", tmp_path / "commit", when="args[1] == 2")
-    with held("fedtune.exchange.server_store:ServerStore.open_round", tmp_path, when="args[2] == 3") as stands:
+    with held(
+        "fedtune.exchange.server_store:ServerStore.open_round", tmp_path, when="args[2] == 3"
+    ) as stands:
         federation.serve(oracle.recipe(federation), points=[dies, stands])
         for site in SITES:
             federation.join(site, points=[point(TRAINED, tmp_path / "trained")])  # whoever comes first
