@@ -189,7 +189,8 @@ def test_server_clients_late_joiners_and_other_processes_hold_the_same_model(
         "import sys, torch; from pathlib import Path; from fedtune.runtime.finished import installed; from "
         "fedtune.runtime.folder import RunFolder; "
         "from fedtune.schema import digest; torch.set_num_threads(2); "
-        "world, state, _ = installed(RunFolder(Path(sys.argv[1]))); print(digest(world.bench.read()))"
+        "workspace, state, _ = installed(RunFolder(Path(sys.argv[1]))); "
+        "print(digest(workspace.tunable.read()))"
     )
     environment = {
         "PATH": "/usr/bin:/bin",
