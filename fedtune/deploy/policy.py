@@ -1,7 +1,6 @@
 """What a site allows, in a file of its own: the coordinator cannot change it.
 
-coordinators = ["3f9a..."]       # keys that may ask, by their hash or its beginning (fedtune keys list);
-empty: every one of the federation
+coordinators = ["3f9a..."]       # keys that may ask, by their hash or its beginning; empty: the federation's
 approved_only = true             # only recipes that this site's operator has approved: fedtune approve RECIPE
 recipes = ["c0ffee..."]          # or these, by their whole hash
 methods = ["fedpeft"]            # what may be done here; empty: everything
@@ -11,8 +10,7 @@ require = ["sign"]               # chain steps without which nothing leaves the 
 verbs = ["train"]                # what may be asked; empty: all that the method asks
 scores = false                   # whether figures of held-out rows may leave (the verb `score`)
 min_rows = 100                   # least rows that train; 8 where nothing is said
-min_examples = 64                # least examples behind one update: steps times batch; 8 where nothing is
-said
+min_examples = 64                # least steps times batch behind one update; 8 where nothing is said
 min_members = 3                  # least members in a round
 max_rounds = 50                  # most rounds of a run
 answers_a_day = 100              # most answers in 24 hours

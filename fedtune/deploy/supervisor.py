@@ -46,7 +46,7 @@ LEASH = (
 # TLS 1.2 alone (those of 1.3 are not chosen), and what stands in it needs an RSA certificate, which nobody
 # here has: no such handshake comes about.
 NEWEST_TLS = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES128-GCM-SHA256"}
-JAIL = Path(__file__).with_name("sandbox.py")
+SANDBOX = Path(__file__).with_name("sandbox.py")
 APPS = ("flwr-clientapp", "flwr-serverapp")
 
 
@@ -160,7 +160,7 @@ class Program:
         if not self.lives:
             self.log.write_bytes(b"")
         with self.log.open("ab") as out:  # whoever shortens it finds the end again
-            first = ["-SE", str(JAIL), self.walls] if self.walls else ["-SEc", LEASH]
+            first = ["-SE", str(SANDBOX), self.walls] if self.walls else ["-SEc", LEASH]
             command = (
                 [sys.executable, *first, str(os.getpid()), *self.command]
                 if sys.platform == "linux"

@@ -1,13 +1,12 @@
 """The coordinator's side of the exchange: states are laid out, rounds opened, updates picked up.
 
-    server store = ServerStore(folder)                                         # the runtime; any number of
-    runs, in this process or another
-    given = desk.offer(run, encoded_state)                      # -> hash for the ticket
-    desk.open_round(run, 7, "train", base, {"site-a": given}, budget)
-    ...  # the service (service.py) gives states and takes updates
-    for update in desk.accepted(run, 7, "train"): desk.read(...)
-    desk.close_round(run, 7, "train")                           # updates that come later are refused as stale
-    desk.release(run, 6)                                        # after the journal's commit
+    store = ServerStore(folder)             # the runtime; any number of runs, in this process or another
+    given = store.offer(run, encoded_state)                     # -> hash for the ticket
+    store.open_round(run, 7, "train", base, {"site-a": given}, budget)
+    ...                                     # the service (service.py) gives states and takes updates
+    for update in store.accepted(run, 7, "train"): store.read(...)
+    store.close_round(run, 7, "train")      # updates that come later are refused as stale
+    store.release(run, 6)                   # after the journal's commit
 
 Everything is in the folder: a process that dies goes on where it was.
 """

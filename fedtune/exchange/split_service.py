@@ -1,10 +1,9 @@
 """The body service behind the exchange's door: the same port, mutual TLS and allow list, and clients' names
 from their certificates.
 
-tokens = Tokens(private.shared_key(folder / "split.key"))  # the run and the service, two processes, read one
-key
-service = body_service(recipe, tokens, over(desk.book))    # started; holds the body's blocks and nothing else
-serve(server store, coordinator, address, **alongside(service))
+tokens = Tokens(private.shared_key(folder / "split.key"))  # one key for the run and for the service
+service = body_service(recipe, tokens, over(store.ledger))  # started; holds the body's blocks, nothing else
+serve(store, coordinator, address, **alongside(service))
 ...
 client.body = body_address(identity, address, run, told)  # at a site; run and told come in its signed ticket
 """

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,20 +33,18 @@ from fedtune.aggregate import (
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import FedtuneError
-from fedtune.methods.base import weight_of
+from fedtune.methods.base import AdapterMethod, weight_of
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.model.adapters import Lora
-from fedtune.model.settings import whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
-    from fedtune.model.encode import Encoded
     from fedtune.model.memory_plan import Plan
     from fedtune.model.tunable import TunableModel
 
@@ -56,9 +53,11 @@ CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
 OWN = "own/"
 
 
-class FedPEFT:
+class FedPEFT(AdapterMethod):
     """State: the adapter's tensors and, for rules that carry one, a residual of extra rank (shared with
     clients); the server optimiser's moments (kept)."""
+
+    settings: FedPEFTSettings
 
     def __init__(self, settings: FedPEFTSettings, rounds: int, rule: Rule | None = None) -> None:
         if settings.lora_rank_by_client == "auto":
@@ -181,7 +180,7 @@ class FedPEFT:
         self.write(tunable, {**state.shared, **own}, self.seat())
 
     def write(self, tunable: TunableModel, tensors: Tensors, seat: tuple[int, float]) -> None:
-        """Put an adapter of some rank, behind its residual, into the bench."""
+        """Put an adapter of some rank, behind its residual, into the tunable model."""
         from fedtune.model.lora_ranks import resize, stack
 
         rank, scale = seat
@@ -286,12 +285,6 @@ class FedPEFT:
         ranks = RanksByClient(self.seat) if self.settings.mixed else None
         return Capabilities(FedPEFTCosts(self.settings, self.extra), ranks, self.shrink if lora else None)
 
-    def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
-        from fedtune.model.fit import fit
-
-        self.install(state, tunable)
-        fit(tunable, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
-
     def shrink(self, state: State, tunable: TunableModel, rank: int) -> float:
         """Put the best adapter of a rank into the tunable model, whatever the rule carries beside it; the
         share of its norm that this loses."""
@@ -311,13 +304,6 @@ class FedPEFT:
         resize(tunable, rank, scale)
         tunable.write({name: cut[name] for name in tunable.named})
         return lost
-
-    def export(
-        self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int
-    ) -> None:
-        from fedtune.model.export import save
-
-        save(form, tunable, folder, card)
 
 
 class FedPEFTTable(FedPEFTSettings):

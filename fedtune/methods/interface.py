@@ -134,7 +134,7 @@ class Capabilities:
 
     costs     memory and bytes before a run
     ranks     clients of different ranks
-    shrink    state, tunable model, rank -> the best adapter of that rank in the tunable model; returns the
+    shrink    state, tunable, rank -> the best adapter of that rank in the tunable model; returns the
               share of the norm that is lost
     split     the model is held in parts by different parties
     verify    refuse to install a state that was made from another start (M304)
@@ -176,7 +176,7 @@ class Method(Protocol):
 
     def alone(self, tunable: Any, data: Any, state: State, seed: int) -> None:
         """Train from a state on one client's data, for the steps of a client that takes part in every round;
-        the result stays in the bench."""
+        the result stays in the tunable model."""
 
     def export(self, form: str, state: State, tunable: Any, folder: Path, card: str, seed: int) -> None:
         """Write an installed state in one of the forms, with its card; `seed` is the run's."""

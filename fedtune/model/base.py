@@ -119,50 +119,29 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     with reading(settings.name):
         pooling, note = choose_pooling(settings.pooling, place, task, chosen.kept, **known)
     said = (*said_of(chosen), *((note,) if note else ()))
-    if task == "image-classify":
-        if net.main_input_name != "pixel_values":
-            found, expected = (
-                f"a {type(net).__name__}, which reads images as {net.main_input_name}",
-                "a model of pixels, such as ViT or ResNet",
-            )
-            raise FedtuneError("M306", found, expected, "choose another model")
-        set_pooling(net, pooling)
-        return Base(
-            net,
-            tokenizer,
-            task,
-            chosen.labels,
-            device,
-            settings.name,
-            None,
-            fresh,
-            notes=said,
-            kept_head=chosen.kept,
-            pooling=pooling,
-        )
+    if task == "image-classify" and net.main_input_name != "pixel_values":
+        found = f"a {type(net).__name__}, which reads images as {net.main_input_name}"
+        raise FedtuneError("M306", found, "a model of pixels, such as ViT or ResNet", "choose another model")
+    base = Base(
+        net, tokenizer, task, chosen.labels, device, settings.name, None, fresh,
+        notes=said, kept_head=chosen.kept, pooling=pooling,
+    )  # fmt: skip
+    if task != "image-classify":
+        fit_text(base, settings.name)
+    set_pooling(net, pooling)  # last: the probes look at single tokens
+    return base
+
+
+def fit_text(base: Base, name: str) -> None:
+    """Fit tokenizer and network to one another, and try how texts are padded and read. Raises M303, M306."""
+    net, tokenizer, task = base.net, base.tokenizer, base.task
     stated = net.config.get_text_config().pad_token_id
-    fit_tokenizer(net, tokenizer, settings.name)
-    context = context_of(net, tokenizer)
-    with reading(settings.name):
-        refuse_conflict(net, tokenizer, stated, task, context, settings.name)
-        side = padding_side(net, tokenizer, task, context, settings.name)
-        causal = task in LM_TASKS or is_causal(net, tokenizer, context)
-    set_pooling(net, pooling)
-    return Base(
-        net,
-        tokenizer,
-        task,
-        chosen.labels,
-        device,
-        settings.name,
-        context,
-        fresh,
-        said,
-        side,
-        chosen.kept,
-        pooling,
-        causal,
-    )
+    fit_tokenizer(net, tokenizer, name)
+    base.context = context_of(net, tokenizer)
+    with reading(name):
+        refuse_conflict(net, tokenizer, stated, task, base.context, name)
+        base.pad_side = padding_side(net, tokenizer, task, base.context, name)
+        base.causal = task in LM_TASKS or is_causal(net, tokenizer, base.context)
 
 
 def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:

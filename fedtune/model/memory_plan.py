@@ -100,7 +100,7 @@ def plan(model: ModelSettings, adapter: Adapter, task: str, n_labels: int) -> Pl
 
 
 def plan_of(tunable: TunableModel) -> Plan:
-    """The sizes of a bench."""
+    """The sizes of a tunable model."""
     text = tunable.base.net.config.get_text_config()
     weights = sum(value.numel() * value.element_size() for value in tunable.base.weights.values())
     shapes = {name: tuple(value.shape) for name, value in tunable.named.items()}

@@ -21,7 +21,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def start_from(tunable: TunableModel, folder: str) -> None:
-    """Write an adapter's tensors into the bench. Raises M304 where it is not this base's or not this kind's,
+    """Write an adapter's tensors into the tunable model. Raises M304 where it is not this base's or not this
+    kind's,
     M305 for other names or shapes."""
     place = Path(folder).expanduser()
     place = place / "adapter" if (place / "adapter").is_dir() else place

@@ -87,7 +87,7 @@ class TunableModel:
         """A tunable model whose adapter was taken off shares its network with whatever came after it: using
         it is a programmer's mistake."""
         if self.base.attached is not (self if self.settings else None):
-            raise RuntimeError("this bench was taken off its base; attach it again")
+            raise RuntimeError("this tunable model was taken off its base; attach it again")
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Trained parameters in name order."""

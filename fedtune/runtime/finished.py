@@ -130,7 +130,7 @@ def table_of(seeds: Seeds) -> MethodTable:
 
 
 def installed(folder: RunFolder, data: bool = False) -> tuple[Workspace, State, int]:
-    """The run's workspace with its last committed state in the bench. Raises R402 where no round was
+    """The run's workspace with its last committed state in its tunable model. Raises R402 where no round was
     committed, M304 for another base.
 
     data  read the run's data, and refuse data that has changed (R406); otherwise the labels that the journal

@@ -14,8 +14,8 @@ import pytest
 from fedtune import config
 from fedtune.data.chats import messages, tools
 from fedtune.data.rows import clean
-from fedtune.data.sources import data_of
 from fedtune.errors import FedtuneError
+from tests.tables import data_of
 
 WANT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fedtune.data import Federation, Slice, histogram, load, load_slice
-from fedtune.data.partition import PARTITIONS, Partition, partition_of
+from fedtune.data.partition import PARTITIONS, Partition
 from fedtune.data.settings import Source
-from fedtune.data.sources import data_of
 from fedtune.errors import FedtuneError
+from tests.tables import data_of, partition_of
 from tests.waiting import PATIENCE
 
 IID = partition_of(by="iid", clients=4)

@@ -17,10 +17,10 @@ from PIL import Image
 
 from fedtune import config
 from fedtune.data import Federation, load
-from fedtune.data.partition import Partition, partition_of
-from fedtune.data.sources import data_of
+from fedtune.data.partition import Partition
 from fedtune.errors import FedtuneError
 from fedtune.images import to_eight_bits
+from tests.tables import data_of, partition_of
 
 IID = partition_of(by="iid", clients=1)
 WHOLE = {"test_share": 0.0, "client_test_share": 0.0}

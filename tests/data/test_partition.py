@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedtune.data.partition import PARTITIONS, partition_of
+from fedtune.data.partition import PARTITIONS
 from fedtune.errors import FedtuneError
 from fedtune.rng import seed_of
+from tests.tables import partition_of
 
 KEYS = [str(number % 10) for number in range(1003)]  # ten labels, in turn; 1003 divides by nothing here
 

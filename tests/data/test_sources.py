@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from fedtune.data.rows import Rows, Table, clean
-from fedtune.data.sources import SOURCES, data_at, data_of
+from fedtune.data.sources import SOURCES, data_at
 from fedtune.errors import FedtuneError
+from tests.tables import data_of
 
 LETTERS = [{"text": "alpha beta", "label": "a"}, {"text": "gamma delta", "label": "b"}]
 

@@ -11,13 +11,13 @@ import transformers as T
 from torch import nn
 
 from fedtune.hf.statistics import freeze_statistics, saved_buffers, unchanged
-from fedtune.model.adapters import adapter_of
 from fedtune.model.base import Base, load
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit
 from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.tunable import attach, detach
 from tests import tiny
+from tests.tables import adapter_of
 
 SMALL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 NETS = {

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy.sandbox import restrict
-from fedtune.deploy.supervisor import JAIL, bare
+from fedtune.deploy.supervisor import SANDBOX, bare
 from fedtune.deploy.walls import walls
 from fedtune.trust.authority import create
 
 LANDLOCK = (
     subprocess.run(
-        [sys.executable, "-SE", str(JAIL), "{}", str(os.getpid()), "true"], capture_output=True, check=False
+        [sys.executable, "-SE", str(SANDBOX), "{}", str(os.getpid()), "true"],
+        capture_output=True,
+        check=False,
     ).stderr.find(b"cannot keep")
     < 0
 )
@@ -46,7 +48,7 @@ def inside(site: dict[str, Path], code: str, **env: str) -> str:
     """What a program behind the walls says."""
     flower = site["home"] / "flower"
     rules = json.dumps(walls(flower, [str(site[name]) for name in ("keys", "data", "home", "policy")]))
-    command = [sys.executable, "-SE", str(JAIL), rules, str(os.getpid()), sys.executable, "-c", code]
+    command = [sys.executable, "-SE", str(SANDBOX), rules, str(os.getpid()), sys.executable, "-c", code]
     done = subprocess.run(
         command, env=bare(dict(os.environ), flower) | env, capture_output=True, text=True, check=False
     )

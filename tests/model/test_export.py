@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
-from fedtune.model.adapters import adapter_of
 from fedtune.model.base import load
 from fedtune.model.encode import encode
 from fedtune.model.export import is_stock, load_adapter, save_adapter, save_merged
@@ -26,6 +25,7 @@ from fedtune.model.tunable import attach
 from fedtune.schema import digest
 from tests import tiny
 from tests.model.cases import ALL, VARIANTS
+from tests.tables import adapter_of
 
 AUTO = {
     "causal": transformers.AutoModelForCausalLM,

@@ -13,13 +13,13 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import ClientFailed, FedtuneError
-from fedtune.model.adapters import adapter_of
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit, schedule_factor, step_batches
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import attach
 from fedtune.schema import digest
 from tests import tiny
+from tests.tables import adapter_of
 
 
 def plain_loop(net: Any, parameters: list[Any], encoded: Any, settings: TrainSettings, seed: int) -> None:

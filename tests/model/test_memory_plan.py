@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fedtune.errors import FedtuneError
-from fedtune.model.adapters import adapter_of
 from fedtune.model.memory_plan import plan
 from fedtune.model.settings import ModelSettings
 from fedtune.model.tunable import attach
 from tests.model.cases import ALL, REFUSED, VARIANTS
+from tests.tables import adapter_of
 
 
 @pytest.mark.parametrize(("model", "variant"), ALL)

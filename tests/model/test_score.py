@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.adapters import adapter_of
 from fedtune.model.encode import encode
 from fedtune.model.score import score
 from fedtune.model.tunable import attach
 from tests import tiny
+from tests.tables import adapter_of
 from tests.tunables import bare
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.adapters import ADAPTERS, adapter_of
+from fedtune.model.adapters import ADAPTERS
 from fedtune.model.encode import encode
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
@@ -18,6 +18,7 @@ from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import attach, detach
 from fedtune.schema import digest
 from tests.model.cases import ALL, REFUSED, VARIANTS
+from tests.tables import adapter_of
 from tests.tunables import bare
 
 

@@ -12,13 +12,13 @@ import transformers as T
 from torch import nn
 
 from fedtune.errors import FedtuneError
-from fedtune.model.adapters import adapter_of
 from fedtune.model.adapters.layers import linear_layers
 from fedtune.model.base import Base, load
 from fedtune.model.blocks import is_encoder
 from fedtune.model.settings import ModelSettings
 from fedtune.model.tunable import attach
 from tests import tiny
+from tests.tables import adapter_of
 
 BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -14,12 +14,12 @@ import peft
 import pytest
 import torch
 
-from fedtune.model.adapters import adapter_of
 from fedtune.model.export import is_stock, load_adapter, save
 from fedtune.model.fit import fit
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel, attach
 from tests.model.cases import ALL, VARIANTS
+from tests.tables import adapter_of
 
 
 def tuned(workspace: Any, model: str, **settings: Any) -> TunableModel:

@@ -23,7 +23,6 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import AUTO
-from fedtune.model.adapters import adapter_of
 from fedtune.model.base import Base, load
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.export import is_stock, load_adapter, save_adapter
@@ -34,6 +33,7 @@ from fedtune.model.tunable import TunableModel, attach, detach
 from tests import small, tiny
 from tests.models.families import FAMILIES, make
 from tests.models.record import COLUMNS, FAULT, WORKS
+from tests.tables import adapter_of
 from tests.tunables import bare
 
 KINDS: dict[str, dict[str, Any]] = {

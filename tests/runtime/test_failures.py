@@ -104,8 +104,8 @@ def test_scores_of_nan_are_no_scores(
             *honest(tunable, batch)[1:],
         ),
     )
-    from fedtune.model.adapters import adapter_of
     from fedtune.model.tunable import attach
+    from tests.tables import adapter_of
 
     tunable = attach(workspace.base("encoder"), adapter_of(kind="head"), 0)
     with pytest.raises(FedtuneError, match=r"W607.*a loss of nan on the 6 examples to score"):

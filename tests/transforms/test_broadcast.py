@@ -7,9 +7,10 @@ import pytest
 
 from fedtune.errors import Refused
 from fedtune.schema import Schema, digest
-from fedtune.transforms.downlink import DOWNLINKS, HeldState, downlink_of, hold, holding
+from fedtune.transforms.downlink import DOWNLINKS, HeldState, hold, holding
 from fedtune.types import Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, encode
+from tests.tables import downlink_of
 
 
 def state(round: int) -> dict[str, np.ndarray]:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from fedtune.data.partition.base import Partition
 from fedtune.data.partition.column import Column
@@ -22,11 +22,4 @@ if not TYPE_CHECKING:
 PARTITIONS: dict[str, type[Partition]] = classes_by_tag(PartitionSettings, "by")
 
 
-def partition_of(by: str = "dirichlet", **options: Any) -> Partition:
-    """The partition of that name with these options, as a recipe's [partition] would give it. Raises
-    pydantic's ValidationError."""
-    settings: Partition = TypeAdapter(PartitionSettings).validate_python({"by": by, **options})
-    return settings
-
-
-__all__ = ["PARTITIONS", "Dirichlet", "Partition", "PartitionSettings", "partition_of"]
+__all__ = ["PARTITIONS", "Dirichlet", "Partition", "PartitionSettings"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from fedtune.data.settings import Source
 from fedtune.data.sources.clinc150 import Clinc150
@@ -30,13 +30,6 @@ if not TYPE_CHECKING:
 SOURCES: dict[str, type[Source]] = classes_by_tag(DataSettings, "source")
 
 
-def data_of(source: str = "docstrings", **options: Any) -> Source:
-    """The source of that name with these options, as a recipe's [data] would give it. Raises pydantic's
-    ValidationError."""
-    settings: Source = TypeAdapter(DataSettings).validate_python({"source": source, **options})
-    return settings
-
-
 def data_at(data: Source, path: str, **changes: Any) -> Source:
     """What `data` says about columns and rows, read from another path: by the source that the file's suffix
     tells, if that is not its own."""
@@ -47,4 +40,4 @@ def data_at(data: Source, path: str, **changes: Any) -> Source:
     return cls(**known | {"path": path} | changes)
 
 
-__all__ = ["SOURCES", "DataSettings", "Docstrings", "Source", "data_at", "data_of"]
+__all__ = ["SOURCES", "DataSettings", "Docstrings", "Source", "data_at"]

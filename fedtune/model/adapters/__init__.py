@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from fedtune.model.adapters.base import Adapter, LayerAdapter, PromptAdapter
 from fedtune.model.adapters.bias import Bias
@@ -32,13 +32,6 @@ if not TYPE_CHECKING:
 ADAPTERS: dict[str, type[Adapter]] = classes_by_tag(AdapterSettings, "kind")
 
 
-def adapter_of(kind: str = "lora", **options: Any) -> Adapter:
-    """The adapter of that kind with these options, as a recipe's [method.adapter] would give it. Raises
-    pydantic's ValidationError."""
-    settings: Adapter = TypeAdapter(AdapterSettings).validate_python({"kind": kind, **options})
-    return settings
-
-
 def read_adapter(table: Mapping[str, Any]) -> Adapter:
     """The adapter that a file of this or an earlier version describes; version 0.1 wrote the keys of all
     kinds. Raises KeyError, ValueError."""
@@ -56,6 +49,5 @@ __all__ = [
     "LayerAdapter",
     "Lora",
     "PromptAdapter",
-    "adapter_of",
     "read_adapter",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
@@ -19,13 +19,6 @@ if not TYPE_CHECKING:
 DOWNLINKS: dict[str, type[DownlinkCode]] = classes_by_tag(DownlinkSettings, "step")
 
 
-def downlink_of(step: str = "none", **options: Any) -> DownlinkCode:
-    """The code of that name with these options, as a recipe's [downlink] would give it. Raises pydantic's
-    ValidationError."""
-    settings: DownlinkCode = TypeAdapter(DownlinkSettings).validate_python({"step": step, **options})
-    return settings
-
-
 __all__ = [
     "DOWNLINKS",
     "Broadcast",
@@ -33,7 +26,6 @@ __all__ = [
     "DownlinkSettings",
     "HeldState",
     "Plain",
-    "downlink_of",
     "hold",
     "holding",
 ]
