@@ -210,7 +210,8 @@ def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, step
     if now < s.warmup:
         return min(1.0, after / s.warmup)
     rest = (now - s.warmup) / (1 - s.warmup)
-    return {"constant": 1.0, "linear": 1 - rest, "cosine": 0.5 * (1 + math.cos(math.pi * rest))}[s.schedule]
+    falls = {"constant": 1.0, "linear": 1 - rest, "cosine": 0.5 * (1 + math.cos(math.pi * rest))}[s.schedule]
+    return falls + s.floor * (1 - falls)
 
 
 @contextmanager

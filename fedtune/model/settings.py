@@ -71,6 +71,8 @@ class TrainSettings(Settings):
     """FedProx's mu: adds mu/2 * ||w - w_round||^2 to the loss (Li et al. 2020, eq. 2)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate over all rounds of the run."""
+    floor: float = Field(0.0, ge=0, lt=1)
+    """linear, cosine: what is left of the learning rate at the end, as a share of it."""
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of all steps over which the rate rises from 0."""
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
@@ -106,6 +108,12 @@ class TrainSettings(Settings):
                 "method.train.epochs together with method.train.steps",
                 "one of them",
                 "set steps = 0 to train whole epochs",
+            )
+        if self.floor and self.schedule == "constant":
+            yield (
+                f"method.train.floor = {self.floor} with method.train.schedule = 'constant'",
+                "a schedule that falls",
+                "set method.train.schedule = 'cosine' or 'linear', or remove it",
             )
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"

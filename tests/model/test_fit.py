@@ -264,8 +264,8 @@ def test_batches_are_epochs_of_permutations() -> None:
 def test_schedules_run_over_all_rounds() -> None:
     """4 rounds of 5 steps: 20 steps; a warm-up over a quarter of them."""
 
-    def factors(schedule: str, warmup: float) -> list[float]:
-        settings = TrainSettings(schedule=schedule, warmup=warmup)  # type: ignore[arg-type]
+    def factors(schedule: str, warmup: float, floor: float = 0.0) -> list[float]:
+        settings = TrainSettings(schedule=schedule, warmup=warmup, floor=floor)  # type: ignore[arg-type]
         return [schedule_factor(settings, (done, 4), step, 5) for done in range(4) for step in range(5)]
 
     assert factors("constant", 0.0) == [1.0] * 20
@@ -275,6 +275,10 @@ def test_schedules_run_over_all_rounds() -> None:
         factors("cosine", 0.0), [0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(20)]
     )
     np.testing.assert_allclose(factors("linear", 0.25)[5:], [1 - k / 15 for k in range(15)])
+    np.testing.assert_allclose(factors("linear", 0.0, 0.2), [1 - 0.8 * k / 20 for k in range(20)])
+    np.testing.assert_allclose(
+        factors("cosine", 0.0, 0.1), [0.1 + 0.45 * (1 + math.cos(math.pi * k / 20)) for k in range(20)]
+    )
 
 
 def test_bfloat16_autocast_trains_close_to_float32(workspace: Any) -> None:
