@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from fedtune.errors import Refused
 from fedtune.wire.v1 import message_pb2 as pb
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2: levels in planes; a message says the first version whose readers know it
 PAYLOAD, SEAL = b"\x8a\x01", b"\x7a\x20"  # tag of field 17; tag of field 15 and its length, 32
 METRICS, ENTRIES = 64, 4096  # most metrics, most tensors of a named message
 PART = 1024  # most bytes of one metric or entry
@@ -63,11 +63,11 @@ def opened(data: bytes) -> tuple[pb.Message, memoryview]:
         message = pb.Message.FromString(b"".join((view[:before], view[end:])))
     except DecodeError:
         raise damaged("bytes that are no protobuf message") from None
-    if message.version != VERSION:
+    if message.version not in VERSIONS:
         raise refuse(
             "W602",
             f"version {message.version}",
-            f"version {VERSION}",
+            f"version {VERSIONS[0]} to {VERSIONS[-1]}",
             "install the same version of fedtune on both sides",
         )
     return message, view[start:end]

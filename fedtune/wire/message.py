@@ -21,7 +21,7 @@ from fedtune.schema import Schema
 from fedtune.types import Tensors, Update
 from fedtune.wire import coder
 from fedtune.wire.changes import pack_changes, unpack_changes
-from fedtune.wire.frame import METRICS, VERSION, refuse, sealed
+from fedtune.wire.frame import METRICS, VERSIONS, refuse, sealed
 from fedtune.wire.guard import Expect, accepted, check_norm
 from fedtune.wire.integers import pack_whole, unpack_whole
 from fedtune.wire.scales import blocks, expand, to_halves
@@ -222,7 +222,7 @@ def decode_state(
 def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool) -> pb.Message:
     """A message with everything but its numbers."""
     message = pb.Message(
-        version=VERSION,
+        version=VERSIONS[0],
         run=header.run,
         round=header.round,
         client=header.client,
@@ -267,13 +267,22 @@ def fill_levels(message: pb.Message, update: Update) -> bytes:
         np.concatenate([update.scales[name].reshape(-1) for name in names]).astype(np.float32, copy=False)
     )
     message.scales = halves.tobytes()
-    return coder.pack(np.concatenate([update.tensors[name].reshape(-1) for name in names]))
+    packed = coder.pack(np.concatenate([update.tensors[name].reshape(-1) for name in names]))
+    message.version = coder.version_of(packed)
+    return packed
 
 
 def read_levels(
     message: pb.Message, payload: memoryview, schema: Schema
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Levels (int8) and scales (float32) of every tensor; `check_sizes` has seen the scales."""
+    if coder.version_of(payload) > message.version:
+        raise refuse(
+            "W601",
+            f"levels of a later version than the message's, {message.version}",
+            f"version {coder.version_of(payload)}",
+            "the message is dropped; the sender should send it again",
+        )
     levels = split(coder.unpack(payload, schema.count), schema)
     flat = np.ldexp(np.frombuffer(message.scales, "<f2").astype(np.float64), message.exponent).astype(
         np.float32

@@ -34,6 +34,13 @@ def levels() -> Update:
     return Update(tensors, 5.0, {"loss": 2.5}, {"a": np.float32(0.125), "b": np.float32(3 * 2.0**-30)})
 
 
+def steep() -> Update:
+    """Few levels above 1 among many that are not: planes, the second of them as gaps."""
+    wave = np.arange(90) % 3 - 1
+    wave[[4, 50]] = 2, -9
+    return Update({"w": np.int8(wave).reshape(9, 10)}, 2.0, {}, {"w": np.float32(0.5)})
+
+
 def accumulators() -> dict[str, np.ndarray]:
     """A state of whole numbers whose second is as the receiver has it: 0."""
     return {"pool": np.int32([-(2**20), 0, 5])}
@@ -50,11 +57,9 @@ def messages() -> dict[str, bytes]:
 
 
 def generate() -> dict[str, str]:
-    return {
-        path: kept(path) or data.hex() + "\n"
-        for name, data in messages().items()
-        for path in [f"tests/golden/message-v1-{name}.hex"]
-    }
+    files = {f"tests/golden/message-v1-{name}.hex": data for name, data in messages().items()}
+    files["tests/golden/message-v2-levels.hex"] = encode(steep(), HEADER)
+    return {path: kept(path) or data.hex() + "\n" for path, data in files.items()}
 
 
 def kept(path: str) -> str:

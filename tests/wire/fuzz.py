@@ -25,8 +25,11 @@ def packed(kind: str) -> Update:
     levels["a"][[3, 60]] = 1, -1
     if kind == "dense":
         levels["a"][:] = np.arange(70) % 9 - 4
+    if kind == "planes":
+        levels["a"][[9, 20, 61]] = 2, -7, 1
     sizes = {
         "tensor": lambda v: (),
+        "planes": lambda v: (),
         "dense": lambda v: (-(-v.size // 64),),
         "kept": lambda v: (np.count_nonzero(v), 1),
     }
@@ -43,8 +46,9 @@ def corpus() -> list[tuple[bytes, Expect]]:
         packed("tensor"),
         packed("dense"),
         packed("kept"),
+        packed("planes"),
     ]
-    kinds = ["values", "ring", "levels", "levels", "levels"]
+    kinds = ["values", "ring", "levels", "levels", "levels", "levels"]
     out = [
         (
             encode(u, HEADER),

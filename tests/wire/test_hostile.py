@@ -76,7 +76,7 @@ def test_any_fields(data: st.DataObject) -> None:
     judge(reseal(message.SerializeToString(deterministic=True)), expect)
 
 
-@pytest.mark.parametrize("kind", ["values", "ring", "sparse", "half", "dense", "kept"])
+@pytest.mark.parametrize("kind", ["values", "ring", "sparse", "half", "dense", "planes", "kept"])
 def test_memory_stays_within_twice_the_bound(kind: str) -> None:
     rng, count = np.random.default_rng(0), 400_000
     if kind in ("values", "ring"):
@@ -86,7 +86,9 @@ def test_memory_stays_within_twice_the_bound(kind: str) -> None:
             else Update({"w": rng.integers(0, 2**32, count, np.uint32)})
         )
     else:
-        top, share = {"sparse": (1, 0.05), "half": (1, 0.5), "dense": (7, 0.9), "kept": (1, 0.2)}[kind]
+        top, share = {"sparse": (1, 0.05), "half": (1, 0.5), "dense": (7, 0.9), "kept": (1, 0.2)}.get(
+            kind, (2, 0.4)
+        )
         levels = (
             rng.integers(1, top + 1, count) * rng.choice([-1, 1], count) * (rng.random(count) < share)
         ).astype(np.int8)

@@ -14,7 +14,7 @@ from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.schema import Schema
 from fedtune.types import Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode, encode_state
-from fedtune.wire.frame import SEAL
+from fedtune.wire.frame import SEAL, opened
 from fedtune.wire.scales import rounded
 from fedtune.wire.v1 import message_pb2 as pb
 
@@ -147,6 +147,26 @@ def test_messages_of_version_1_can_be_read_for_ever(name: str) -> None:
     assert same(decode(data, replace(expect, schema=Schema.of(tensors.tensors)))[1], tensors)
 
 
+def test_messages_of_version_2_can_be_read_for_ever() -> None:
+    from tests.regen import golden
+
+    data = bytes.fromhex((GOLDEN / "message-v2-levels.hex").read_text())
+    schema = Schema.of(golden.steep().tensors)
+    expect = Expect("golden", 7, 3, "train", "b" * 64, schema, frozenset({"levels"}))
+    assert same(decode(data, expect)[1], golden.steep())
+    refused(changed(data, version=1), expect, "W601")  # planes in a message that says it has none
+
+
+def test_a_message_says_the_first_version_whose_readers_know_it() -> None:
+    """Sites of different releases go on understanding each other for as long as they can."""
+    from tests.regen import golden
+
+    flat = replace(PACKED, tensors={"w": np.int8([[1, 0], [-1, 1]])})
+    messages = {"values": UPDATE, "flat": flat, "steep": golden.steep()}
+    versions = {name: opened(encode(update, HEADER))[0].version for name, update in messages.items()}
+    assert versions == {"values": 1, "flat": 1, "steep": 2}
+
+
 def test_fields_of_later_versions_are_ignored() -> None:
     body = encode(UPDATE, HEADER)[: -len(SEAL) - 32] + b"\xaa\x06\x03new"  # field 101
     assert same(decode(body + SEAL + hashlib.sha256(body).digest(), EXPECT)[1], UPDATE)
@@ -155,7 +175,7 @@ def test_fields_of_later_versions_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("fields", "code"),
     [
-        ({"version": 2}, "W602"),
+        ({"version": 3}, "W602"),
         ({"version": 0}, "W602"),
         ({"run": "other"}, "W604"),
         ({"round": 2}, "W604"),
