@@ -40,11 +40,13 @@ from fedtune.split.body import Frozen
 from fedtune.split.channel import Socket
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Cut, Side
+from fedtune.split.grpc_server import serve
+from fedtune.split.micro import Micro, Turn, Wishes
 from fedtune.split.parts import Part
 from fedtune.split.pipeline import train
-from fedtune.split.service import Service, Terms, serve
+from fedtune.split.service import Service, Terms
 from fedtune.split.session import Offer, Tokens
-from fedtune.split.stream import Micro, Stream, Turn, Wishes
+from fedtune.split.stream import Stream
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

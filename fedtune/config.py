@@ -6,15 +6,13 @@ recipe = read("my.toml", ["rounds=3", "method.adapter.rank=4"])
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
@@ -24,10 +22,12 @@ from fedtune.data.sources import DataSettings, Docstrings
 from fedtune.errors import FedtuneError
 from fedtune.methods import METHODS, FedPEFTTable, Method, MethodSettings, MethodTable
 from fedtune.model.settings import ModelSettings
+from fedtune.overrides import apply_override, drop_unused
 from fedtune.rules import check_rules
-from fedtune.settings import Settings, path_below, tag_of, union_of
+from fedtune.settings import Settings, path_below, union_of
 from fedtune.transforms import ChainStep
 from fedtune.transforms.downlink import DownlinkSettings, Plain
+from fedtune.validation import sentence
 from fedtune.wire.settings import LimitSettings
 
 
@@ -187,7 +187,7 @@ def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
 def parse_with(tree: dict[str, Any], overrides: Sequence[str], stem: str) -> Recipe:
     """A recipe from a parsed tree, which is changed, and overrides. Raises C101 to C104."""
     paths = [apply_override(tree, override) for override in overrides]
-    dropped = [key for path in sorted(paths, key=len) for key in drop_unused(tree, path, set(paths))]
+    dropped = [key for path in sorted(paths, key=len) for key in drop_unused(tree, Recipe, path, set(paths))]
     recipe = parse(tree, stem)
     recipe._notes = tuple(
         f"--set left out {key} of the recipe, which the chosen {key.rpartition('.')[0]} does not have"
@@ -203,7 +203,7 @@ def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
             json.dumps(with_all_values(with_defaults(tree, Recipe)), default=str)
         )
     except ValidationError as error:
-        raise sentence(error) from None
+        raise sentence(error, Recipe) from None
     check_rules(recipe)
     return recipe
 
@@ -234,99 +234,6 @@ def with_defaults(tree: Any, cls: type[BaseModel]) -> Any:
     return made
 
 
-def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set one dotted path, which is returned; the value is read as TOML, and as a bare string where it is
-    none."""
-    path, equals, raw = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise FedtuneError(
-            "C103",
-            f"--set '{override}'",
-            "path=value such as rounds=3",
-            "write the path, an equals sign and the value",
-        )
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    node: Any = tree
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise FedtuneError(
-                    "C103",
-                    f"--set '{override}'",
-                    f"a number below {len(node)} after '{'.'.join(keys[:depth])}'",
-                    "count the tables from 0",
-                )
-            node[int(key)] = value if last else node[int(key)]
-            node = node[int(key)]
-        elif isinstance(node, dict):
-            node[key] = value if last else node.get(key, {})
-            node = node[key]
-        else:
-            raise FedtuneError(
-                "C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path"
-            )
-    return tuple(keys)
-
-
-def drop_unused(tree: dict[str, Any], keys: Sequence[str], overridden: set[tuple[str, ...]]) -> list[str]:
-    """Where an override chose another class for a table, the file's keys that the class does not use go;
-    returns their paths.
-
-    What another override has set stays: if the class does not know it, that is an error.
-    """
-    table: Any = tree
-    cls: type[BaseModel] | None = Recipe
-    for key in keys[:-1]:
-        table = table.get(key, {}) if isinstance(table, dict) else {}
-        cls = class_at(cls, key, table) if cls else None
-    chooses = cls is not None and issubclass(cls, Settings) and keys[-1] in (tag_of(cls)[0], cls.selector)
-    return (
-        prune(table, cls, tuple(keys[:-1]), overridden) if cls and chooses and isinstance(table, dict) else []
-    )
-
-
-def class_at(cls: type[BaseModel], key: str, table: Any) -> type[BaseModel] | None:
-    """The class that reads the table under a key; None where there is none, or its discriminator says nothing
-    known."""
-    if union := union_of(cls, key):
-        return (
-            union.classes.get(str(table.get(union.discriminator, union.default)))
-            if isinstance(table, dict)
-            else None
-        )
-    inner = leaves(cls.model_fields[key].annotation) if key in cls.model_fields else []
-    return (
-        inner[0]
-        if len(inner) == 1 and isinstance(inner[0], type) and issubclass(inner[0], BaseModel)
-        else None
-    )
-
-
-def prune(
-    table: dict[str, Any], cls: type[BaseModel], path: tuple[str, ...], overridden: set[tuple[str, ...]]
-) -> list[str]:
-    """Take out what a class does not use, in its tables as well; returns the paths of what went."""
-    idle = cls.unused(table) if issubclass(cls, Settings) else set()
-    gone = [
-        key
-        for key in sorted((table.keys() - cls.model_fields.keys()) | (table.keys() & idle))
-        if not any(over[: len(path) + 1] == (*path, key) for over in overridden)
-    ]
-    for key in gone:
-        del table[key]
-    dropped = [".".join((*path, key)) for key in gone]
-    for key, below in table.items():
-        chosen = class_at(cls, key, below)
-        if chosen and isinstance(below, dict):
-            dropped += prune(below, chosen, (*path, key), overridden)
-    return dropped
-
-
 def without_idle(tree: Any, cls: type[BaseModel]) -> Any:
     """A recipe that version 0.1 wrote into a run's folder, without the keys that it kept for the classes that
     a table did not choose."""
@@ -347,119 +254,3 @@ def without_idle(tree: Any, cls: type[BaseModel]) -> Any:
             below = without_idle({name: value for name, value in below.items() if name not in others}, chosen)
         made[key] = below
     return made
-
-
-def sentence(error: ValidationError) -> FedtuneError:
-    """The first mistake of a validation as one sentence."""
-    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    place, owner, siblings = resolve(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return unknown_key(place, str(first["loc"][-1]), owner, siblings)
-    if first["type"] == "union_tag_invalid":
-        place, known = (
-            f"{place}.{first['ctx']['discriminator'].strip(chr(39))}",
-            first["ctx"]["expected_tags"],
-        )
-        return FedtuneError(
-            "C102",
-            f'{place} = "{first["ctx"]["tag"]}"',
-            f"one of {known}",
-            f"change {place} in the recipe or with --set",
-        )
-    if first["type"] in ("missing", "union_tag_not_found"):
-        key = (
-            place if first["type"] == "missing" else f"{place}.{first['ctx']['discriminator'].strip(chr(39))}"
-        )
-        return FedtuneError("C102", sentence=f"{key} is missing", do="add it to the recipe or with --set")
-    value = json.dumps(first.get("input"), default=str)
-    words = first["msg"][0].lower() + first["msg"][1:]
-    for begins, better in PYDANTIC.items():
-        words = re.sub(f"^{begins}", better, words)
-    return FedtuneError(
-        "C102", f"{place} = {value[:80]}", words, f"change {place} in the recipe or with --set"
-    )
-
-
-PYDANTIC = {  # how its messages begin, and what reads well behind "expected"
-    "input should be ": "",
-    "(?=greater|less)": "a number ",
-    "string should match pattern ": "text of the form ",
-    "string should have ": "text with ",
-    "(list|tuple) should have ": "a list with ",
-    "a valid (list|tuple|array)": "a list",
-    "an object|a valid dictionary.*": "a table",
-    "a valid string": "text",
-}
-
-
-def unknown_key(
-    place: str, key: str, owner: type[BaseModel] | None, siblings: Sequence[type[BaseModel]]
-) -> FedtuneError:
-    """A key that a table does not have: a near miss (C101), or a key of another class of the same union
-    (C104)."""
-    known = list(owner.model_fields) if owner else []
-    others = [value for cls in siblings if key in cls.model_fields for value in tag_of(cls)[1]]
-    if owner and others:
-        selector, (own, *_) = tag_of(owner)
-        chooser = f"{place.rpartition('.')[0]}.{selector}"
-        return FedtuneError(
-            "C104",
-            f"{place} with {chooser} = '{own}'",
-            f"one of {', '.join(known)}",
-            f"remove it, or set {chooser} to {' or '.join(others)}",
-        )
-    near = difflib.get_close_matches(key, known, 1)
-    homes = sorted(home for home in places_of(key, Recipe) if home != place)
-    hint = (
-        f"write {homes[0]}, where that key stands" if homes else f"write '{near[0]}'" if near else "remove it"
-    )
-    return FedtuneError("C101", f"unknown key '{place}'", f"one of {', '.join(known)}", hint)
-
-
-def places_of(key: str, cls: type[BaseModel], path: str = "") -> set[str]:
-    """Dotted paths of all keys of that name in any table of a recipe."""
-    found = {f"{path}{key}"} if key in cls.model_fields else set()
-    for name, field in cls.model_fields.items():
-        for below in leaves(field.annotation):
-            if isinstance(below, type) and issubclass(below, BaseModel):
-                found |= places_of(key, below, f"{path}{name}.")
-    return found
-
-
-def resolve(loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Sequence[type[BaseModel]]]:
-    """A pydantic location as a dotted recipe path, the settings class that holds its last key, and the
-    classes of the union that this one is of."""
-    words: list[str] = []
-    options: list[type[BaseModel]] = [Recipe]
-    siblings: list[type[BaseModel]] = []
-    holder: type[BaseModel] | None = None
-    for part in loc:
-        tagged = [c for c in options if part in tags(c)]
-        if (
-            len(options) > 1 and tagged
-        ):  # the tag of a union ("fedpeft", "quantize"), which is no key of the recipe
-            siblings, options = options, tagged
-            continue
-        words.append(str(part))
-        if isinstance(part, str) and options:
-            holder = options[0]
-            siblings = siblings if holder in siblings else []
-            field = holder.model_fields.get(part)
-            options = (
-                [c for c in leaves(field.annotation) if isinstance(c, type) and issubclass(c, BaseModel)]
-                if field
-                else []
-            )
-    return ".".join(words), holder, siblings
-
-
-def leaves(annotation: Any) -> list[Any]:
-    """All plain types inside an annotation."""
-    inner = get_args(annotation)
-    return [leaf for part in inner for leaf in leaves(part)] if inner else [annotation]
-
-
-def tags(cls: type[BaseModel]) -> tuple[str, ...]:
-    """The values of a class's discriminator (`type` of methods, `step` of transforms, `rule` of
-    aggregation)."""
-    return tag_of(cls)[1]

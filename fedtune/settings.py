@@ -87,3 +87,9 @@ def tag_of(cls: type[BaseModel]) -> tuple[str, tuple[str, ...]]:
         if get_origin(field.annotation) is Literal and (name in DISCRIMINATORS):
             return name, get_args(field.annotation)
     return "", ()
+
+
+def leaves(annotation: Any) -> list[Any]:
+    """All plain types inside an annotation."""
+    inner = get_args(annotation)
+    return [leaf for part in inner for leaf in leaves(part)] if inner else [annotation]

@@ -36,6 +36,16 @@ def test_type_checkers_see_the_annotations() -> None:
     assert (ROOT / "fedtune" / "py.typed").exists()
 
 
+def test_no_file_of_the_library_is_long() -> None:
+    """At 400 lines a file is split by subject."""
+    long = [
+        f"{path.relative_to(ROOT)}: {lines} lines"
+        for path in sorted((ROOT / "fedtune").rglob("*.py"))
+        if "_pb2" not in path.name and (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    ]
+    assert long == []
+
+
 def test_no_library_code_changes_the_working_directory() -> None:
     """It belongs to the whole process, and several runs may be in it."""
     files = sorted((ROOT / "fedtune").rglob("*.py"))

@@ -201,9 +201,9 @@ def client(options: argparse.Namespace) -> int:
     """Take part until ended by Ctrl-C or SIGTERM."""
     from fedtune.deploy.client import attend
     from fedtune.deploy.ports import split_address
+    from fedtune.deploy.site_config import SiteConfig
     from fedtune.deploy.sites import columns_of
     from fedtune.deploy.supervisor import Stopped, stop_on_signals
-    from fedtune.deploy.worker import SiteConfig
 
     quiet()
     split_address(options.server, "--server")

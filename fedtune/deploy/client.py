@@ -22,9 +22,9 @@ from pathlib import Path
 
 from fedtune.deploy.fleet_proxy import FleetProxy
 from fedtune.deploy.policy import read_policy
+from fedtune.deploy.site_config import SiteConfig
 from fedtune.deploy.supervisor import Program, alone, bare, environment, free_port, stop_all
 from fedtune.deploy.walls import walls
-from fedtune.deploy.worker import SiteConfig
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.worker_socket import through

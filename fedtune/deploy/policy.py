@@ -32,11 +32,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from fedtune.config import Recipe, sentence
+from fedtune.config import Recipe
 from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
 from fedtune.runtime.site_scores import SCORE
 from fedtune.settings import Settings
+from fedtune.validation import sentence
 
 DAY = 24 * 3600.0
 LEDGER, APPROVED = (
@@ -196,7 +197,7 @@ def read_policy(path: str) -> Policy:
             "C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line"
         ) from None
     except ValidationError as error:
-        raise sentence(error) from None
+        raise sentence(error, Policy) from None
 
 
 # --- a site's own books

@@ -11,8 +11,8 @@ from pathlib import Path
 from fedtune.config import Recipe
 from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import Asked, approved, read_policy
+from fedtune.deploy.site_config import SiteConfig, require_own
 from fedtune.deploy.sites import at_site, columns_of
-from fedtune.deploy.worker import SiteConfig, require_own
 from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
 from fedtune.exchange.tls_diagnosis import reason, unreachable

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ from fedtune.data import Federation
 from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import DAY, Asked, approved, note_sent, read_policy, sent_since
 from fedtune.deploy.resources import require_disk, require_memory
-from fedtune.deploy.sites import Details, at_site, called, columns_of
+from fedtune.deploy.site_config import SiteConfig, require_own
+from fedtune.deploy.sites import Details, at_site, columns_of
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
@@ -60,35 +61,6 @@ UPDATE = "install the same version of fedtune on both sides"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 IDLE = 5.0  # seconds without work after which old updates are tried again
 PATIENCE = 600.0  # seconds to go on trying to send before Flower is told
-
-
-@dataclass(frozen=True)
-class SiteConfig:
-    """What the site's operator says; not a word of it comes from the coordinator.
-
-    model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own
-    device
-    columns        --map as it was given: the recipe's names of columns and this site's
-    partition      for demos: the recipe may say which rows and which model's folder are read here
-    """
-
-    keys: str
-    coordinator: str
-    home: str
-    socket: str
-    data: str = ""
-    model: str = ""
-    device: str = ""
-    policy: str = ""
-    partition: bool = False
-    columns: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> SiteConfig:
-        return cls(**json.loads(path.read_text()))
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -329,22 +301,6 @@ def understood(details: Details, verb: str) -> Recipe:
     if verb not in known:
         raise Refused("W602", f"the verb '{verb}'", f"one of {', '.join(sorted(known))}", UPDATE)
     return recipe
-
-
-def require_own(config: SiteConfig) -> None:
-    """What the site's operator named has to be there before anybody asks for it. Raises M301 for --device and
-    --model. Reads no weights."""
-    if config.device:
-        from fedtune.model.base import pick_device
-
-        with called("model.device", "--device"):
-            pick_device(config.device)
-    if config.model:
-        from fedtune.hf.config import require_model
-        from fedtune.model.base import reading
-
-        with called("model.name", "--model"), reading(config.model):
-            require_model(config.model)
 
 
 def serve(worker: Worker, path: Path) -> None:

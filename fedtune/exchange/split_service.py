@@ -25,8 +25,9 @@ from fedtune.split.body_address import BodyAddress
 from fedtune.split.channel import Dial, Socket
 from fedtune.split.facts import SplitFacts
 from fedtune.split.frames import CHUNK, LONGEST
+from fedtune.split.grpc_server import handler
 from fedtune.split.selftest import digest
-from fedtune.split.service import TERMS, Service, Terms, handler
+from fedtune.split.service import TERMS, Service, Terms
 from fedtune.split.session import Offer, Tokens
 from fedtune.trust import Identity
 

@@ -28,12 +28,13 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.methods import integers
 from fedtune.methods.base import weight_of
 from fedtune.methods.fedkseed_costs import FedKSeedCosts
+from fedtune.methods.fedkseed_gradient import projected, takes_gradients
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
-from fedtune.methods.fedkseed_walk import FEW, Walk, diverged, walked
+from fedtune.methods.fedkseed_walk import Walk, first_loss, require_converging, walked
 from fedtune.methods.head_start import MARK, features_verbs, head_of, kept_until_started, starts
 from fedtune.methods.interface import Capabilities, Facts, Verb
-from fedtune.methods.seeds import Seeds, save_seeds
-from fedtune.model.settings import TrainSettings, whole_run
+from fedtune.methods.seeds import save_seeds, seeds_of
+from fedtune.model.settings import whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
@@ -109,7 +110,9 @@ class FedKSeed:
         total, answers = np.zeros(self.settings.size, np.int64), Update({}, 0.0)
         for client, update in cohort.each("train", state.shared):
             weight = int(update.weight)
-            sent = self.unpacked(update.tensors["steps"] // weight)
+            sent = integers.unpacked(
+                update.tensors["steps"] // weight, self.settings.bits, self.settings.steps
+            )
             seeds = self.draw(state.shared, now, client)
             np.add.at(total, seeds, sent * weight)
             if self.settings.importance:
@@ -123,16 +126,7 @@ class FedKSeed:
         one ends nobody's run."""
         loss = cohort.typical("loss")
         kept.setdefault("first", np.asarray(cohort.typical("start")))
-        first, most = float(kept["first"]), self.settings.guard
-        if most and loss > most * first:
-            found = f"a training loss of {loss:.4g} in round {now.number} that began at {first:.4g}"
-            lower = "method.lr" if self.settings.walks_only else "method.lr, method.gain or method.train.lr"
-            raise FedtuneError(
-                "R408",
-                found,
-                f"at most {most:g} times as much",
-                f"lower {lower}, or raise method.guard if this is expected",
-            )
+        require_converging(loss, float(kept["first"]), now.number, self.settings)
 
     def state(self, pools: Mapping[str, np.ndarray], kept: Mapping[str, np.ndarray]) -> State:
         """Pools, with their fingerprint and, for FedKSeed-Pro, the importance of the seeds (four to a
@@ -216,11 +210,14 @@ class FedKSeed:
         self.rebuild(tunable, given)
         seed = seed_of("train", now.seed, now.number, client.id)
         start = (
-            self.first_loss(tunable, client.data, seed) if now.number == 1 else None
+            first_loss(tunable, client.data, self.settings.batch, seed) if now.number == 1 else None
         )  # the server compares all rounds with the first
-        gradient = self.estimator(client.id, tunable, client.data) == "gradient"
+        gradient = takes_gradients(self.settings, client.id, tunable, client.data)
         if gradient:
-            found_out = self.project(tunable, client.data, now.number, seed)
+            pool, progress = self.pool(tunable, self.epoch(now.number)), (now.number - 1, self.rounds)
+            found_out = projected(
+                tunable, client.data, pool, seed, self.settings, self.scale.unit, self.most, progress
+            )
         else:
             seeds = self.draw(given, now, client.id)
             found_out = self.walk(
@@ -228,7 +225,7 @@ class FedKSeed:
             )
         weight = int(weight_of(self.settings.weight, client.data))
         if self.settings.sends_steps:
-            tensors = {"steps": self.packed(found_out.scalars)}
+            tensors = {"steps": integers.packed(found_out.scalars, self.settings.bits)}
         else:
             tensors = {
                 "pool": found_out.scalars
@@ -264,35 +261,6 @@ class FedKSeed:
         """Steps by forward passes alone along these seeds (steps,), in place; `by` is the curvature's factor
         of each parameter."""
         return walked(tunable, data, self.pool(tunable, epoch), seeds, seed, self.settings, self.scale, by)
-
-    def project(self, tunable: TunableModel, data: Encoded, number: int, seed: int) -> Walk:
-        """Train with gradients from where the model stands; send the update's coordinates, gain / K * (z_k .
-        update), in units of lr * scalar."""
-        from fedtune.model.fit import fit
-        from fedtune.zeroth import project
-
-        s = self.settings
-        before = {name: value.detach().clone() for name, value in tunable.named.items()}
-        report = fit(tunable, data, s.train, seed, progress=(number - 1, self.rounds))
-        for name, value in tunable.named.items():
-            before[name].sub_(value.detach())  # first minus last: w moves against the scalars
-        try:
-            coordinates = project(before, self.pool(tunable, self.epoch(number))) * (
-                s.gain / (s.size * s.lr * self.scale.unit)
-            )
-        except FedtuneError as error:  # W607: a value that is not finite
-            raise diverged(report.loss, report.steps, "method.train.lr") from error
-        scalars = np.rint(np.clip(coordinates, -self.most, self.most)).astype(np.int64)
-        return Walk(scalars, report.loss, report.loss, float((np.abs(coordinates) > self.most).mean()))
-
-    def first_loss(self, tunable: TunableModel, data: Encoded, seed: int) -> float:
-        """Mean loss of the first few batches before anything has moved."""
-        from fedtune.model.fit import step_batches
-        from fedtune.model.forward import batch_of, forward_only, mean_loss
-
-        with forward_only(tunable, data):
-            batches = step_batches(len(data), TrainSettings(steps=FEW, batch=self.settings.batch), seed)
-            return sum(mean_loss(tunable, batch_of(tunable, data, list(micro[0]))) for micro in batches) / FEW
 
     def belongs(self, given: Tensors, tunable: TunableModel) -> bool:
         """Whether accumulators were made for the values that this tunable model starts from, and for these
@@ -350,31 +318,6 @@ class FedKSeed:
         """What a unit of an accumulator moves a weight by."""
         return -self.settings.lr * self.scale.unit / (1 << integers.FRACTION)
 
-    def packed(self, scalars: np.ndarray) -> np.ndarray:
-        """A walk's scalars as they travel: whole numbers, or eight signs a byte (zero counts as down)."""
-        return scalars if self.settings.bits > 1 else np.packbits(scalars > 0).astype(np.int64)
-
-    def unpacked(self, sent: np.ndarray) -> np.ndarray:
-        if self.settings.bits > 1:
-            return sent
-        return 2 * np.unpackbits(sent.astype(np.uint8), count=self.settings.steps).astype(np.int64) - 1
-
-    def estimator(self, client: int, tunable: TunableModel, data: Encoded) -> str:
-        """spsa or gradient: as declared, or by the memory that is declared or there."""
-        s = self.settings
-        if s.estimators:
-            return s.estimators[client % len(s.estimators)]
-        if s.estimator != "auto":
-            return s.estimator
-        from fedtune.model.forward import device_bytes
-        from fedtune.model.memory_plan import plan_of, training_bytes
-
-        room = s.memory[client % len(s.memory)] * 2**30 if s.memory else device_bytes(tunable) / 2
-        longest = max((data.length(i) for i in range(len(data))), default=1)
-        return (
-            "gradient" if sum(training_bytes(plan_of(tunable), s.train, longest).values()) <= room else "spsa"
-        )
-
     # --- around a run
     # -------------------------------------------------------------------------------------------
 
@@ -424,27 +367,8 @@ class FedKSeed:
         if form != "seeds":
             save(form, tunable, folder, card)
             return
-        from fedtune.hf.pooling import stated
-
-        base = tunable.base
-        stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
         method = self.settings.model_dump(mode="json")
-        save_seeds(
-            folder,
-            Seeds(
-                base.name,
-                base.fingerprint,
-                stored,
-                base.task,
-                base.labels,
-                seed,
-                self.rounds,
-                method,
-                state.shared,
-                stated(base.pooling),
-            ),
-            card,
-        )
+        save_seeds(folder, seeds_of(tunable.base, seed, self.rounds, method, state.shared), card)
 
 
 class FedKSeedTable(FedKSeedSettings):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.errors import ClientFailed
+from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.integers import Scale
 from fedtune.model.settings import TrainSettings
@@ -114,3 +114,25 @@ def one_sided(
 def diverged(loss: float, step: int, lower: str = "method.lr") -> ClientFailed:
     found = f"a loss of {loss} and a model that is not finite at local step {step}"
     return ClientFailed("W607", found, "finite numbers", f"lower {lower} or look at this client's data")
+
+
+def first_loss(tunable: TunableModel, data: Encoded, batch: int, seed: int) -> float:
+    """Mean loss of the first few batches before anything has moved."""
+    from fedtune.model.fit import step_batches
+    from fedtune.model.forward import batch_of, forward_only, mean_loss
+
+    with forward_only(tunable, data):
+        batches = step_batches(len(data), TrainSettings(steps=FEW, batch=batch), seed)
+        return sum(mean_loss(tunable, batch_of(tunable, data, list(micro[0]))) for micro in batches) / FEW
+
+
+def require_converging(loss: float, first: float, number: int, s: FedKSeedSettings) -> None:
+    """Raises R408 where a round's loss is far above the first."""
+    if s.guard and loss > s.guard * first:
+        lower = "method.lr" if s.walks_only else "method.lr, method.gain or method.train.lr"
+        raise FedtuneError(
+            "R408",
+            f"a training loss of {loss:.4g} in round {number} that began at {first:.4g}",
+            f"at most {s.guard:g} times as much",
+            f"lower {lower}, or raise method.guard if this is expected",
+        )

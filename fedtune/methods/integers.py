@@ -99,3 +99,14 @@ def fingerprint(start: bytes, settings: Mapping[str, Any], pools: Mapping[str, n
     accumulators."""
     text = json.dumps([start.hex(), settings, digest(pools)], sort_keys=True)
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8).copy()
+
+
+def packed(scalars: np.ndarray, bits: int) -> np.ndarray:
+    """A walk's scalars as they travel: whole numbers, or eight signs a byte (zero counts as down)."""
+    return scalars if bits > 1 else np.packbits(scalars > 0).astype(np.int64)
+
+
+def unpacked(sent: np.ndarray, bits: int, steps: int) -> np.ndarray:
+    if bits > 1:
+        return sent
+    return 2 * np.unpackbits(sent.astype(np.uint8), count=steps).astype(np.int64) - 1

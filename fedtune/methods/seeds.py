@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,9 @@ from safetensors.numpy import save_file
 
 from fedtune.errors import FedtuneError
 from fedtune.types import Tensors
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
 
 FILE = "seeds.safetensors"
 FORMAT = 1
@@ -49,6 +52,17 @@ class Seeds:
     method: Mapping[str, Any]
     tensors: Tensors
     pooling: str = "pooler"
+
+
+def seeds_of(base: Base, seed: int, rounds: int, method: Mapping[str, Any], tensors: Tensors) -> Seeds:
+    """What a run with this base has reached, as a seed file holds it."""
+    from fedtune.hf.pooling import stated
+
+    stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
+    pooling = stated(base.pooling)
+    return Seeds(
+        base.name, base.fingerprint, stored, base.task, base.labels, seed, rounds, method, tensors, pooling
+    )
 
 
 def save_seeds(folder: Path, seeds: Seeds, card: str) -> None:

@@ -22,13 +22,13 @@ from fedtune.split.channel import Local
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Cut, Side
 from fedtune.split.el2n import check_sees
+from fedtune.split.micro import Micro, Wishes
 from fedtune.split.parts import Part
 from fedtune.split.prompts import insert, insert_labels, longer
 from fedtune.split.row_selection import Kind, pick, pooling, rows_needed, tail_rows, targets
 from fedtune.split.selftest import digest
 from fedtune.split.service import Service
 from fedtune.split.session import Offer
-from fedtune.split.stream import Micro, Wishes
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
 from fedtune.split import el2n, pipeline
 from fedtune.split.body_address import BodyAddress
+from fedtune.split.micro import Micro
 from fedtune.split.row_selection import Kind
-from fedtune.split.stream import Micro, Stream
+from fedtune.split.stream import Stream
 
 # Examples of a client on which the shortcut is compared with the truth, at least and at most; they go through
 # the cut too, and count in its bytes,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from fedtune.split.channel import Dial
 from fedtune.split.codec import Coding
+from fedtune.split.micro import Micro, Turn, Wishes
 from fedtune.split.selftest import Card, canary, verify
 from fedtune.split.session import Offer
-from fedtune.split.stream import Micro, Stream, Turn, Wishes
+from fedtune.split.stream import Stream
 
 TRIAL = Wishes(Coding("fp32"), 1)  # a session for a self-test
 

@@ -12,7 +12,8 @@ import grpc
 
 from fedtune.errors import FedtuneError
 from fedtune.split.frames import CALL, CHUNK, LONGEST
-from fedtune.split.service import KEEPALIVE, Service, local
+from fedtune.split.grpc_server import KEEPALIVE, local
+from fedtune.split.service import Service
 from fedtune.wire.v1 import split_pb2 as pb
 
 SIGN = pb.Frame(

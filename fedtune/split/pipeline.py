@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from fedtune.split.stream import Micro, Stream
+from fedtune.split.micro import Micro
+from fedtune.split.stream import Stream
 
 Batch = TypeVar("Batch")
 

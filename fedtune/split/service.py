@@ -9,49 +9,24 @@ fedtune/split/frames.py.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import torch
 
 from fedtune.errors import FedtuneError, Refused
 from fedtune.split.batching import MERGING, Job, Merger, Merging
 from fedtune.split.body import Body
 from fedtune.split.codec import NAMES, Coding, encode
-from fedtune.split.frames import CALL, CHUNK, LIMITS, LONGEST, Joiner, Limits, Parcel, failed, packed, parsed
+from fedtune.split.frames import LIMITS, Joiner, Limits, Parcel, failed, packed, parsed
 from fedtune.split.session import Admit, HeldSamples, Offer, Session, check
 from fedtune.split.work import Missing, Work, keep, prepared
 from fedtune.wire.v1 import split_pb2 as pb
 
-# A default server ends connections whose client pings more often than every 5 minutes during a long step
-# (ENHANCE_YOUR_CALM, too_many_pings).
-KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 30_000),  # on a slow uplink a ping waits behind megabytes in the socket
-    (
-        "grpc.http2.ping_timeout_ms",
-        30_000,
-    ),  # the pings that measure bandwidth come first, and would be waited for a minute
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-OPTIONS = [
-    *KEEPALIVE,
-    (
-        "grpc.http2.min_ping_interval_without_data_ms",
-        5_000,
-    ),  # its name in gRPC's C core is MIN_RECV_PING_INTERVAL_WITHOUT_DATA
-    ("grpc.max_receive_message_length", LONGEST + CHUNK),
-    ("grpc.max_send_message_length", LONGEST + CHUNK),
-    ("grpc.so_reuseport", 0),
-]
 GREETING = 10.0  # seconds within which a stream says a HELLO that is accepted
 BACKLOG = 256  # frames that wait for a slow reader before its own frames are read no further
 
@@ -415,79 +390,4 @@ def failure(error: Exception) -> FedtuneError:
         "S714",
         sentence=f"the body failed with {type(error).__name__}: {str(error)[:200]}",
         do="see the log of the body service",
-    )
-
-
-# --- gRPC
-# ------------------------------------------------------------------------------------------------------------
-
-
-def serve(
-    service: Service, address: str, credentials: grpc.ServerCredentials | None = None
-) -> tuple[grpc.Server, int]:
-    """Listen for clients; the server and its port. Without credentials only on this machine itself (S716).
-    `service` must have been started."""
-    if credentials is None and not local(address):
-        raise FedtuneError(
-            "S716",
-            f"no certificate for {address}",
-            "mutual TLS, or a loopback address",
-            "run 'fedtune keys init', or listen on 127.0.0.1",
-        )
-    streams = service.terms.sessions + 8  # some for those who are told that there is no room
-    server = grpc.server(
-        ThreadPoolExecutor(streams, "split"), options=OPTIONS, maximum_concurrent_rpcs=streams
-    )
-    server.add_generic_rpc_handlers((handler(service),))
-    port = (
-        server.add_insecure_port(address)
-        if credentials is None
-        else server.add_secure_port(address, credentials)
-    )
-    server.start()
-    return server, port
-
-
-def handler(service: Service, name_of: Callable[[Any], str] | None = None) -> grpc.GenericRpcHandler:
-    """The call of split.proto, for any gRPC server; each stream takes a thread of its pool. `name_of` a
-    call's
-    context is what `admit` is told; by default the common name in the client's certificate."""
-
-    def train(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        connection = service.connect((name_of or common_name)(context), context.cancel)
-        context.add_callback(connection.close)
-
-        def read() -> None:
-            try:
-                for data in requests:
-                    connection.receive(data)
-            except (
-                Exception
-            ):  # gRPC raises a bare Exception when the peer is gone; the stream is over either way
-                pass
-            connection.close()
-
-        threading.Thread(target=read, daemon=True).start()
-        return connection.outgoing()
-
-    name, method = CALL.strip("/").split("/")
-    # no deserializer: a message that cannot be parsed is answered by a frame
-    return grpc.method_handlers_generic_handler(name, {method: grpc.stream_stream_rpc_method_handler(train)})
-
-
-def local(address: str) -> bool:
-    """Whether an address is this machine's own, HOST:PORT or a unix socket."""
-    host = address.rsplit(":", 1)[0].strip("[]")
-    if address.startswith("unix:") or host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def common_name(context: grpc.ServicerContext) -> str:
-    """The common name in the client's certificate; "" without TLS."""
-    return next(
-        (name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())), ""
     )

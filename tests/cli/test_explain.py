@@ -13,10 +13,11 @@ import pytest
 
 from fedtune.cli import build_parser, main
 from fedtune.cli.explain import pages
-from fedtune.config import Recipe, places_of
+from fedtune.config import Recipe
 from fedtune.deploy.supervisor import read_sentence
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.plain import plain
+from fedtune.validation import places_of
 
 ROOT = Path(__file__).parents[2] / "fedtune"
 TEXT = (ROOT / "error_pages.toml").read_text(encoding="utf-8")

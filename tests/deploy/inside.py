@@ -13,7 +13,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.deploy.coordinator_run import Deployed, conduct
 from fedtune.deploy.server import begin
-from fedtune.deploy.worker import SiteConfig, Worker
+from fedtune.deploy.site_config import SiteConfig
+from fedtune.deploy.worker import Worker
 from fedtune.events import Event
 from fedtune.exchange import Limits, Server, ServerStore, serve
 from fedtune.runtime.folder import RunFolder, recipe_of

@@ -9,8 +9,8 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.deploy.preflight import check_at_coordinator, remarks
+from fedtune.deploy.site_config import SiteConfig, require_own
 from fedtune.deploy.sites import at_site
-from fedtune.deploy.worker import SiteConfig, require_own
 from fedtune.errors import FedtuneError
 from tests import small
 from tests.waiting import free_ports

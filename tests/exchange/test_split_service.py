@@ -27,9 +27,10 @@ from fedtune.split.body_address import BodyAddress
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
 from fedtune.split.facts import SplitFacts
+from fedtune.split.micro import Micro, Wishes
 from fedtune.split.service import Service
 from fedtune.split.session import Tokens
-from fedtune.split.stream import Micro, Stream, Wishes
+from fedtune.split.stream import Stream
 from fedtune.trust import private
 from fedtune.trust.authority import revoke
 from fedtune.types import Client, Round

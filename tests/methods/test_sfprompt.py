@@ -32,7 +32,8 @@ from fedtune.schema import digest
 from fedtune.split.body import Frozen
 from fedtune.split.body_address import BodyAddress
 from fedtune.split.channel import Socket
-from fedtune.split.service import Service, serve
+from fedtune.split.grpc_server import serve
+from fedtune.split.service import Service
 from fedtune.split.session import Tokens
 from fedtune.types import Tensors
 from tests import small, tiny

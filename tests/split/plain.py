@@ -17,10 +17,12 @@ from fedtune.split.batching import MERGING, Merging
 from fedtune.split.channel import Dial, Local, Socket
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
+from fedtune.split.grpc_server import serve
+from fedtune.split.micro import Micro, Turn, Wishes
 from fedtune.split.pipeline import train
-from fedtune.split.service import TERMS, Service, Terms, serve
+from fedtune.split.service import TERMS, Service, Terms
 from fedtune.split.session import Offer, Tokens
-from fedtune.split.stream import Micro, Stream, Turn, Wishes
+from fedtune.split.stream import Stream
 
 WIDTH, VOCABULARY, PROMPTS = 16, 20, 3
 OFFER = Offer("plain", "ab" * 32, 1, 3, WIDTH)

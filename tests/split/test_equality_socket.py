@@ -15,12 +15,14 @@ from fedtune.split.body import Frozen
 from fedtune.split.channel import Local, Socket
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Cut, Side
+from fedtune.split.grpc_server import serve
+from fedtune.split.micro import Micro, Turn, Wishes
 from fedtune.split.parts import Part
 from fedtune.split.pipeline import infer, train
 from fedtune.split.prompts import insert_labels, longer
-from fedtune.split.service import Service, serve
+from fedtune.split.service import Service
 from fedtune.split.session import Offer, Tokens
-from fedtune.split.stream import Micro, Stream, Turn, Wishes
+from fedtune.split.stream import Stream
 from tests.split import oracle
 from tests.split.families import WIDTH, batch, make
 

@@ -21,8 +21,9 @@ from fedtune.split.channel import Broken, Socket
 from fedtune.split.codec import Coding, encode, encode_whole
 from fedtune.split.cut import Side
 from fedtune.split.frames import CHUNK, packed
-from fedtune.split.service import OPTIONS, Terms, handler
-from fedtune.split.stream import Micro
+from fedtune.split.grpc_server import OPTIONS, handler
+from fedtune.split.micro import Micro
+from fedtune.split.service import Terms
 from fedtune.wire.v1 import split_pb2 as pb
 from tests.split.plain import (
     WIDTH,

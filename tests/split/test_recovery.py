@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 DOOMED = """
 import sys, threading, torch
 from fedtune.split.channel import Socket
-from fedtune.split.stream import Micro
+from fedtune.split.micro import Micro
 from tests.split.plain import WIDTH, opened
 torch.set_num_threads(1)
 stream = opened(lambda: Socket(sys.argv[1], beat=0.1), 7, lean=True)

@@ -16,9 +16,11 @@ from fedtune.split.batching import Merging
 from fedtune.split.channel import Socket
 from fedtune.split.codec import Coding
 from fedtune.split.cut import Side
-from fedtune.split.service import Terms, local
+from fedtune.split.grpc_server import local
+from fedtune.split.micro import Micro, Wishes
+from fedtune.split.service import Terms
 from fedtune.split.session import HeldSamples
-from fedtune.split.stream import Micro, Stream, Wishes
+from fedtune.split.stream import Stream
 from fedtune.wire.v1 import split_pb2 as pb
 from tests.split.plain import (
     OFFER,

@@ -17,10 +17,12 @@ from fedtune.errors import FedtuneError
 from fedtune.split.channel import Broken, Channel, Socket
 from fedtune.split.codec import Coding, size_of
 from fedtune.split.cut import Side
+from fedtune.split.grpc_server import serve
+from fedtune.split.micro import Micro, Wishes
 from fedtune.split.pipeline import infer, train
-from fedtune.split.service import Service, Terms, serve
+from fedtune.split.service import Service, Terms
 from fedtune.split.session import Tokens
-from fedtune.split.stream import Micro, Stream, Wishes
+from fedtune.split.stream import Stream
 from fedtune.wire.v1 import split_pb2 as pb
 from tests.split.link import Link
 from tests.split.plain import (

@@ -1,0 +1,54 @@
+"""What a site's operator decides, as the file that its programs read it from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedtune.deploy.sites import called
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """What the site's operator says; not a word of it comes from the coordinator.
+
+    model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own
+    device
+    columns        --map as it was given: the recipe's names of columns and this site's
+    partition      for demos: the recipe may say which rows and which model's folder are read here
+    """
+
+    keys: str
+    coordinator: str
+    home: str
+    socket: str
+    data: str = ""
+    model: str = ""
+    device: str = ""
+    policy: str = ""
+    partition: bool = False
+    columns: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> SiteConfig:
+        return cls(**json.loads(path.read_text()))
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+
+def require_own(config: SiteConfig) -> None:
+    """What the site's operator named has to be there before anybody asks for it. Raises M301 for --device and
+    --model. Reads no weights."""
+    if config.device:
+        from fedtune.model.base import pick_device
+
+        with called("model.device", "--device"):
+            pick_device(config.device)
+    if config.model:
+        from fedtune.hf.config import require_model
+        from fedtune.model.base import reading
+
+        with called("model.name", "--model"), reading(config.model):
+            require_model(config.model)
