@@ -4,13 +4,14 @@ reply.
 A step is a function from values to (levels, scales); this file gives it both halves and, if asked, error
 feedback:
 
-    to be sent = difference + residual        residual = to be sent - what was sent
+    to be sent = difference + decay * residual        residual = to be sent - what was sent
 
 The residual is a plain difference, not times any weight: a client whose weight changes still owes the same
 correction. It
 lives in the client's memory, and goes when the tensors or the base model change. What was sent plus the
 residual is what was
-to be sent, over any number of rounds (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847).
+to be sent, over any number of rounds, where nothing decays (Seide et al. 2014;
+Karimireddy et al. 2019, arXiv:1901.09847).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Packed(Transform):
                bits, 0: one a tensor
     tolerance  the decoded mean differs from the mean sent by at most this share of its L2 norm, residual left
                out
-    feedback   whether the residual is kept and sent later
+    feedback   whether the residual is kept and sent later; decay: what is left of it each round
     """
 
     undone: ClassVar[Literal["reply", "sum"]] = "reply"
@@ -57,21 +58,22 @@ class Packed(Transform):
     gives: ClassVar[Kind] = "packed"
 
     def __init__(
-        self, name: str, code: Code, rate: float, tolerance: float, feedback: bool, scale_every: int = 0
+        self,
+        name: str,
+        code: Code,
+        rate: float,
+        tolerance: float,
+        feedback: bool,
+        scale_every: int = 0,
+        decay: float = 1.0,
     ) -> None:
-        self.name = name
-        self.code, self.rate, self.tolerance, self.feedback, self.scale_every = (
-            code,
-            rate,
-            tolerance,
-            feedback,
-            scale_every,
-        )
+        self.name, self.code, self.rate, self.tolerance = name, code, rate, tolerance
+        self.feedback, self.scale_every, self.decay = feedback, scale_every, decay
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         values = means(update, client)
         if self.feedback:
-            values = owed(values, client)
+            values = owed(values, client, self.decay)
         levels, scales = self.code(values, stream(self.name, now.seed, now.number, client.id))
         if self.feedback:
             remember(values, levels, scales, client)
@@ -144,13 +146,13 @@ def owner(tensors: Tensors, client: Client) -> NDArray[np.uint8]:
     )
 
 
-def owed(values: Values, client: Client) -> dict[str, NDArray[np.float64]]:
-    """What is to be sent: the values plus what earlier rounds still owe; the residual of another schema or
-    base is dropped."""
+def owed(values: Values, client: Client, decay: float) -> dict[str, NDArray[np.float64]]:
+    """What is to be sent: the values plus what is left of what earlier rounds owe; the residual of another
+    schema or base is dropped."""
     if not np.array_equal(client.memory.get(MARK, np.zeros(0)), owner(values, client)):
         forget(client)
         return dict(values)
-    return {name: value + client.memory[f"residual/{name}"] for name, value in values.items()}
+    return {name: value + decay * client.memory[f"residual/{name}"] for name, value in values.items()}
 
 
 def remember(values: Values, levels: Tensors, scales: Tensors, client: Client) -> None:

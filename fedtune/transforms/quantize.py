@@ -18,6 +18,8 @@ from fedtune.wire.scales import BLOCK, blocks
 
 # a level is taken from 0.6 of a step on instead of 0.5: fewer levels, and small ones are the noisy ones
 ROUND_UP_FROM = 0.6
+BLOCK_BITS = {8: 8.0, 4: 3.9, 2: 1.5}  # entropy of uniform numbers by blocks; bell-shaped ones need less
+SKEWED = 3.0  # error of the unbiased sign, as a share of the norm: .76 for normal numbers, 1 for Laplace's
 
 
 class QuantizeSettings(StepSettings):
@@ -37,11 +39,10 @@ class QuantizeSettings(StepSettings):
         top = 2 ** (self.bits - 1) - 1
         random = self.rounding == "stochastic"
         tolerance = (8.1 if random else min(4.05 / top, 1.01)) / (top if random else 1)
-        rate = {8: 8.0, 4: 3.9, 2: 1.5}[self.bits]  # entropy of uniform numbers; bell-shaped ones need less
         return Packed(
             "quantize",
             partial(block_levels, top=top, random=random),
-            rate,
+            BLOCK_BITS[self.bits],
             tolerance,
             self.error_feedback,
             BLOCK,
@@ -49,14 +50,22 @@ class QuantizeSettings(StepSettings):
 
 
 class SignSettings(StepSettings):
-    """[[chain]] step = "sign": one bit a number, the tensor's mean magnitude as scale."""
+    """[[chain]] step = "sign": one bit a number, and one scale for each tensor."""
 
     step: Literal["sign"]
+    scale: Literal["mean", "unbiased"] = "mean"
+    """mean: the mean magnitude, which errs least and is too short by a third on bell-shaped numbers;
+    unbiased: |x|^2 / |x|_1, with which what is sent is as long along the numbers as they are."""
     error_feedback: bool = True
     """Keep what rounding lost and send it later; without it, accuracy suffers."""
 
     def build(self) -> Packed:
-        return Packed("sign", lambda values, rng: sign_levels(values), 1.0, 1.01, self.error_feedback)
+        """The unbiased scale has no bound on its error but the numbers' own shape: n |x|^2 / |x|_1^2 - 1."""
+        unbiased = self.scale == "unbiased"
+        tolerance = SKEWED if unbiased else 1.01
+        return Packed(
+            "sign", lambda values, rng: sign_levels(values, unbiased), 1.0, tolerance, self.error_feedback
+        )
 
 
 class DeadzoneSettings(StepSettings):
@@ -102,10 +111,22 @@ def block_levels(values: Values, rng: np.random.Generator, top: int, random: boo
     return levels, scales
 
 
-def sign_levels(values: Values) -> Coded:
-    """Levels -1 and 1 (0 stays 0), scale = mean magnitude of the tensor's numbers that are not 0."""
+def sign_levels(values: Values, unbiased: bool = False) -> Coded:
+    """Levels -1 and 1 (0 stays 0), scale = mean magnitude of the tensor's numbers that are not 0, or the
+    unbiased one, with which <x, decoded> = |x|^2 (EDEN without its rotation, Vargaftik et al. 2022,
+    arXiv:2108.08842)."""
     levels = {name: np.asarray(np.sign(value), np.int8) for name, value in values.items()}
-    return levels, scaled({name: mean_kept(value, levels[name]) for name, value in values.items()})
+    scale = along if unbiased else mean_kept
+    return levels, scaled({name: scale(value, levels[name]) for name, value in values.items()})
+
+
+def along(value: NDArray[np.float64], levels: NDArray[np.int8]) -> float:
+    """|x|^2 / |x|_1 of the numbers whose level is not 0; scaled so that 1e30 does not overflow."""
+    largest = float(np.abs(value).max(initial=0.0))
+    if not largest:
+        return 0.0
+    sizes = np.abs(value[levels != 0]) / largest
+    return float(np.sum(sizes * sizes)) / float(np.sum(sizes)) * largest
 
 
 def step_levels(values: Values, sigma: float) -> Coded:

@@ -59,7 +59,8 @@ def pack(levels: NDArray[np.int8]) -> bytes:
         high = values[np.flatnonzero(above)]
         if dense_is_shorter(levels.size, high, count, int(np.count_nonzero(negative))):
             return pack_dense(levels)
-        sizes = deflate((np.abs(high) - 2).astype(np.uint8).tobytes())
+        rest = (np.abs(high) - 2).astype(np.uint8)
+        sizes = deflate(rest.tobytes()) if rest.any() else b""
         parts = pack_plane(held), pack_plane(above), SIZE.pack(len(sizes)), sizes
         return b"".join((bytes([PLANES]), *parts, np.packbits(negative).tobytes()))
     road = NONZEROS if 2 * count <= levels.size else ZEROS
@@ -74,14 +75,15 @@ def pack_dense(levels: NDArray[np.int8]) -> bytes:
 
 
 def dense_is_shorter(size: int, high: NDArray[np.int8], count: int, negative: int) -> bool:
-    """Whether a Huffman code of whole levels takes fewer bits than planes. high: the levels above 1; count and
-    negative: how many of `size` are not 0, and below it."""
+    """Whether a Huffman code of whole levels takes fewer bits than planes. high: the levels above 1;
+    count and negative: how many of `size` are not 0, and below it."""
     zeros, ones = size - count, count - high.size
     tall = np.bincount(high.view(np.uint8), minlength=256)
     below = negative - int(tall[128:].sum())
     whole = huffman_bits([zeros, below, ones - below, *tall.tolist()])
-    sizes = huffman_bits((tall[2:128] + tall[254:128:-1]).tolist())
-    return whole < WORTH * (bits_of(count, size) + bits_of(high.size, count) + sizes + count)
+    sizes = (tall[2:128] + tall[254:128:-1]).tolist()  # of 2, 3, ...
+    third = huffman_bits(sizes) if any(sizes[1:]) else 0
+    return whole < WORTH * (bits_of(count, size) + bits_of(high.size, count) + third + count)
 
 
 def bits_of(marks: int, count: int) -> float:
@@ -93,7 +95,7 @@ def bits_of(marks: int, count: int) -> float:
 
 
 def huffman_bits(counts: list[int]) -> int:
-    """Bits of the best prefix code for symbols that occur so often; one symbol alone takes a bit each time."""
+    """Bits of the best prefix code for symbols that occur so often; one symbol alone takes a bit each."""
     heap = [count for count in counts if count]
     if len(heap) < 2:
         return sum(heap)
@@ -151,11 +153,13 @@ def unpack_planes(data: memoryview, count: int) -> NDArray[np.int8]:
     if len(data) < SIZE.size:
         raise broken("no room for the length of magnitudes")
     end = SIZE.size + SIZE.unpack_from(data)[0]
-    sizes = np.frombuffer(inflate(data[SIZE.size : end], above.size), np.uint8)
-    if end > len(data) or sizes.size != above.size or (sizes.size and int(sizes.max()) > 125):
-        raise broken("magnitudes that do not fit their levels")
-    values = signs_of(data[end:], held.size)
-    values[above] *= (sizes + 2).view(np.int8)
+    values, times = signs_of(data[end:], held.size), np.full(above.size, 2, np.int8)
+    if end > SIZE.size:  # nothing lies here where no level is above 2
+        sizes = np.frombuffer(inflate(data[SIZE.size : end], above.size), np.uint8)
+        if sizes.size != above.size or not 1 <= int(sizes.max(initial=0)) <= 125:
+            raise broken("magnitudes that do not fit their levels")
+        times = (sizes + 2).view(np.int8)
+    values[above] *= times
     levels = np.zeros(count, np.int8)
     levels[held] = values
     return levels

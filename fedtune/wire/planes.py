@@ -36,8 +36,8 @@ def pack_plane(marked: NDArray[np.bool_]) -> bytes:
 
 
 def unpack_plane(data: memoryview, count: int) -> tuple[NDArray[np.int64], memoryview]:
-    """The marked ones of `count` places, ascending, and what follows them. Raises W601; allocates no more than
-    `count` and the length of `data` warrant."""
+    """The marked ones of `count` places, ascending, and what follows them. Raises W601; allocates no
+    more than `count` and the length of `data` warrant."""
     if len(data) < PLANE.size:
         raise broken("no room for the head of a plane")
     form, marks, size = PLANE.unpack_from(data)

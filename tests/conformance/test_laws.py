@@ -52,6 +52,16 @@ METHODS: dict[
         "downlink": {"step": "delta"},
         "sampling": {"count": 3},
     },
+    "fedpeft-sparse-both-ways": {
+        "chain": [{"step": "topk", "keep": 0.05, "bits": 2, "chunk": 512, "decay": 0.95}],
+        "downlink": {"step": "delta", "keep": 0.05, "width": 2, "chunk": 512, "start": "int8"},
+        "sampling": {"count": 3},
+    },
+    "fedpeft-sign-unbiased": {
+        "chain": [{"step": "sign", "scale": "unbiased", "error_feedback": False}],
+        "downlink": {"step": "delta", "keep": 1.0, "width": 4},
+        "sampling": {"count": 3},
+    },
     "fedpeft-ffa": {"aggregate": {"rule": "ffa"}},
     "fedpeft-rolora": {"aggregate": {"rule": "rolora"}},
     "fedpeft-fedsa": {"aggregate": {"rule": "fedsa"}},

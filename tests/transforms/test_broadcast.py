@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from fedtune.errors import Refused
 from fedtune.schema import Schema, digest
-from fedtune.transforms.downlink import DOWNLINKS, HeldState, hold, holding
+from fedtune.transforms.downlink import DOWNLINKS, DownlinkCode, HeldState, hold, holding
 from fedtune.types import Tensors, Update
 from fedtune.wire import EVERYONE, Expect, Header, decode, encode
 from tests.tables import downlink_of
@@ -28,9 +31,23 @@ def wired(message: Update) -> Update:
     return decode(data, Expect("run", 1, EVERYONE, "train", "", Schema.of(message.tensors), kinds))[1]
 
 
-@pytest.mark.parametrize("step", DOWNLINKS)
-def test_both_sides_hold_the_same_bits(step: str) -> None:
-    settings = downlink_of(step)
+VARIANTS: list[dict[str, Any]] = [  # of DOWNLINKS, worth the same laws
+    {"step": "delta", "start": "int8"},
+    {"step": "delta", "keep": 0.05, "width": 2, "chunk": 64},
+    {"step": "delta", "keep": 1.0},
+    {"step": "delta", "keep": 1.0, "width": 2, "start": "int8"},
+    {"step": "delta", "keep": 1.0, "width": 4, "start": "int8"},
+    {"step": "delta", "keep": 1.0, "width": 8},
+]
+every = pytest.mark.parametrize(
+    "settings",
+    [downlink_of(**fields) for fields in [*({"step": name} for name in DOWNLINKS), *VARIANTS]],
+    ids=repr,
+)
+
+
+@every
+def test_both_sides_hold_the_same_bits(settings: DownlinkCode) -> None:
     server: HeldState | None = None
     memory: dict[str, np.ndarray] = {}  # a client that is there in every round
     for round in range(1, 6):
@@ -42,7 +59,7 @@ def test_both_sides_hold_the_same_bits(step: str) -> None:
         assert digest(tensors) == digest(newcomer) == digest(made.held.tensors)
         hold(memory, HeldState(round, tensors))
         server = made.held
-    assert (made.delta is not None) == (step == "delta")
+    assert (made.delta is not None) == settings.remembers
 
 
 def test_the_first_delta_broadcast_is_the_state_itself() -> None:
@@ -56,18 +73,32 @@ def test_int8_is_within_half_a_step() -> None:
         assert np.abs(made.held.tensors[name] - value).max() <= np.abs(value).max() / 254 * 1.01
 
 
-def test_what_a_delta_leaves_out_is_sent_later() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, *({k: v for k, v in fields.items() if k != "step"} for fields in VARIANTS)]
+)
+def test_what_a_delta_leaves_out_is_sent_later(options: dict[str, Any]) -> None:
     """A state that stands still is reached: the server's copy is its residual."""
-    settings, goal = downlink_of(step="delta", keep=0.2), state(3)
+    settings, goal = downlink_of("delta", **options), state(3)
 
     def away(held: HeldState) -> float:
         return float(np.sqrt(sum(np.sum((held.tensors[name] - value) ** 2) for name, value in goal.items())))
 
     held = settings.pack(state(0), None, 1).held
     first = away(held)
-    for round in range(2, 40):
+    for round in range(2, 150):
         held = settings.pack(goal, held, round).held
     assert away(held) < 0.02 * first
+
+
+def test_more_than_two_bits_are_of_all_numbers() -> None:
+    recipe = SimpleNamespace(chain=["a step"])
+    assert [found for found, _, _ in downlink_of("delta", width=4).conflicts(recipe)] == [
+        "downlink.width = 4 with downlink.keep = 0.2"
+    ]
+    assert not [
+        *downlink_of("delta", width=4, keep=1.0).conflicts(recipe),
+        *downlink_of("delta").conflicts(recipe),
+    ]
 
 
 def test_another_schema_makes_no_delta() -> None:
@@ -86,14 +117,13 @@ def test_a_delta_to_something_else_is_refused(before: Tensors | None) -> None:
         settings.unpack(delta, before)
 
 
-def test_the_estimates_are_near_what_travels() -> None:
+@every
+def test_the_estimates_are_near_what_travels(settings: DownlinkCode) -> None:
     big = {"w": np.random.default_rng(0).uniform(-1, 1, (300, 300)).astype(np.float32)}
-    for step in DOWNLINKS:
-        settings = downlink_of(step)
-        first = settings.pack(big, None, 1)
-        second = settings.pack({"w": big["w"] * np.float32(1.01)}, first.held, 2)
-        for told, message in zip(
-            settings.bits(Schema.of(big)), (second.full, second.delta or second.full), strict=True
-        ):
-            sent = 8 * len(encode(message, Header("run", 2, EVERYONE, "train"))) / big["w"].size
-            assert sent == pytest.approx(told, rel=0.05)
+    first = settings.pack(big, None, 1)
+    second = settings.pack({"w": big["w"] * np.float32(1.1)}, first.held, 2)
+    for told, message in zip(
+        settings.bits(Schema.of(big)), (first.full, second.delta or second.full), strict=True
+    ):
+        sent = 8 * len(encode(message, Header("run", 2, EVERYONE, "train"))) / big["w"].size
+        assert sent == pytest.approx(told, rel=0.06)

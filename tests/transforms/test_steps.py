@@ -18,7 +18,7 @@ from fedtune.transforms.base import Chain, Kind, Transform
 from fedtune.transforms.dither import Dither, DitherSettings, dither_rate, nearest
 from fedtune.transforms.levels import Packed
 from fedtune.transforms.quantize import block_levels, deadzone_rate, sign_levels, step_levels
-from fedtune.transforms.sparsify import ternary_bits, ternary_levels, topk_levels
+from fedtune.transforms.sparsify import ternary_bits, ternary_levels, topk_levels, two_bit_levels
 from fedtune.types import Client, Round, Update
 from fedtune.wire.scales import expand, rounded
 
@@ -83,6 +83,16 @@ def test_sign_by_hand() -> None:
     assert (scales["w"], scales["b"]) == (2.0, 5.0)
 
 
+def test_the_unbiased_sign_is_as_long_along_the_numbers_as_they_are() -> None:
+    levels, scales = sign_levels({"w": np.array([3.0, -1.0, 0.0]), "b": np.zeros(2)}, unbiased=True)
+    assert (scales["w"], scales["b"]) == (2.5, 0.0) and levels["w"].tolist() == [1, -1, 0]  # 10 / 4
+    value = RNG.standard_t(3, 5000) * 1e30
+    levels, scales = sign_levels({"w": value}, unbiased=True)
+    assert (value / 1e30) @ (expand(levels["w"], scales["w"]) / 1e30) == pytest.approx(
+        (value / 1e30) @ (value / 1e30), rel=1e-3
+    )
+
+
 def test_deadzone_by_hand() -> None:
     values = {
         "w": np.array([1.0, -1.0, 5.0, 0.0, 0.0, 0.0])
@@ -125,6 +135,42 @@ def test_topk_sends_the_values() -> None:
     values = {"w": np.array([[0.1, -4.0], [3.0, 0.2]])}
     levels, scales = topk_levels(values, 0.5)
     assert expand(levels["w"], scales["w"]).tolist() == [[0.0, -4.0], [3.0, 0.0]]
+
+
+def test_each_chunk_sends_its_largest() -> None:
+    """Chunks run through all tensors in name order; the last may be shorter, and sends one number at least."""
+    values = {"b": np.array([[5.0, 0.5], [0.4, -0.6]]), "a": np.array([1.0, -9.0, 2.0])}
+    levels, _ = ternary_levels(values, 0.34, chunk=3)
+    assert levels["a"].tolist() == [0, -1, 0] and levels["b"].tolist() == [[1, 0], [0, -1]]
+
+
+@pytest.mark.parametrize(("chunk", "count"), [(1, 200), (7, 29), (64, 10), (200, 10), (201, 10), (0, 10)])
+def test_chunks_equal_a_naive_twin(chunk: int, count: int) -> None:
+    value = RNG.normal(size=200)
+    got = np.flatnonzero(ternary_levels({"w": value}, 0.05, chunk=chunk)[0]["w"]).tolist()
+    want: list[int] = []
+    for start in range(0, 200, chunk or 200):
+        part = list(range(start, min(200, start + (chunk or 200))))
+        want += sorted(part, key=lambda i: -abs(value[i]))[: max(1, round(0.05 * len(part)))]
+    assert got == sorted(want) and len(got) == count
+
+
+def test_two_bits_say_the_sign_and_which_half() -> None:
+    levels, scales = two_bit_levels({"w": np.array([0.1, -2.0, 0.2, 4.0, 2.0]), "z": np.zeros(2)}, 0.43)
+    assert levels["w"].tolist() == [0, -2, 0, 3, 2]  # the mean of what is sent is 2.67
+    assert scales["w"] == pytest.approx((2 * 2 + 2 * 2 + 4 * 3) / (4 + 4 + 9), rel=2**-11)
+    assert scales["z"] == 0
+
+
+def test_two_bits_err_less_than_signs() -> None:
+    values = {"w": RNG.laplace(size=50_000)}
+    for keep in (0.02, 0.05, 0.2):
+        errors = {
+            code: float(np.sum((expand(levels["w"], scales["w"]) - values["w"])[levels["w"] != 0] ** 2))
+            for code in (ternary_levels, two_bit_levels)
+            for levels, scales in [code(values, keep)]
+        }
+        assert errors[two_bit_levels] < 0.6 * errors[ternary_levels]
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-12, 1e-6, 1.0, 65504.0, 1e30])
@@ -256,6 +302,7 @@ def test_estimates_are_the_entropies_of_the_facts() -> None:
     for keep, entropy in ((0.05, 0.336), (0.1, 0.569), (0.2, 0.922)):
         assert bits(step="ternary", keep=keep) == pytest.approx(entropy, rel=0.01)
         assert bits(step="topk", keep=keep) == pytest.approx(entropy + 16 * keep, rel=0.01)
+        assert bits(step="topk", keep=keep, bits=2) == pytest.approx(entropy + keep, rel=0.01)
 
 
 def test_the_deadzones_rate_is_that_of_normal_numbers() -> None:

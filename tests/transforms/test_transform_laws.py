@@ -26,11 +26,17 @@ VARIANTS: list[dict[str, Any]] = [
     {"step": "quantize", "bits": 2, "rounding": "stochastic", "error_feedback": True},
     {"step": "dither", "sigma": 0.3},
     {"step": "sign", "error_feedback": False},
+    {"step": "sign", "scale": "unbiased"},
+    {"step": "sign", "scale": "unbiased", "error_feedback": False},
     {"step": "deadzone", "sigma": 0.5, "error_feedback": False},
     {"step": "ternary", "keep": 0.05},
     {"step": "ternary", "keep": 0.2, "scale": "sigma", "alpha": 3.0},
     {"step": "ternary", "error_feedback": False},
     {"step": "topk", "error_feedback": False},
+    {"step": "topk", "keep": 0.05, "bits": 2, "chunk": 64, "decay": 0.95},
+    {"step": "topk", "keep": 0.1, "bits": 2, "error_feedback": False},
+    {"step": "topk", "keep": 0.1, "chunk": 4096, "decay": 0.5},
+    {"step": "ternary", "keep": 0.05, "chunk": 100, "decay": 0.9},
     {"step": "auto", "ratio": 4.0},
     {"step": "auto", "ratio": 16.0},
     {"step": "auto", "ratio": 40.0},
@@ -193,11 +199,12 @@ def residual(memory: dict[str, np.ndarray]) -> np.ndarray:
 
 @feeding
 def test_what_was_sent_and_the_residual_are_what_was_to_be_sent(settings: Settings) -> None:
-    site, sent, wanted = client(), 0.0, 0.0
+    """Over any number of rounds; of what was owed, `decay` is left each round."""
+    site, sent, wanted, decay = client(), 0.0, 0.0, settings.model_dump().get("decay", 1.0)
     for number in range(1, 7):
         values, weight = difference(number), float(number)  # the weight changes and must not matter
+        wanted = wanted + flat(values) - (1 - decay) * (residual(site.memory) if site.memory else 0.0)
         sent = sent + flat(there(settings, values, site, weight, replace(NOW, number=number)).mean().tensors)
-        wanted = wanted + flat(values)
     if not site.memory:
         pytest.skip("auto chose a code without memory")
     np.testing.assert_allclose(sent + residual(site.memory), wanted, atol=1e-6 * np.abs(wanted).max())

@@ -100,7 +100,8 @@ def test_the_shorter_form_is_taken(step: float) -> None:
 def planes_of(levels: np.ndarray) -> bytes:
     """The form by its definition."""
     values = levels[levels != 0]
-    sizes = planes.deflate((np.abs(values[np.abs(values) > 1]) - 2).astype(np.uint8).tobytes())
+    rest = (np.abs(values[np.abs(values) > 1]) - 2).astype(np.uint8)
+    sizes = planes.deflate(rest.tobytes()) if rest.any() else b""
     parts = planes.pack_plane(levels != 0), planes.pack_plane(np.abs(values) > 1)
     signs = np.packbits(values < 0).tobytes()
     return b"".join((bytes([coder.PLANES]), *parts, coder.SIZE.pack(len(sizes)), sizes, signs))
@@ -175,13 +176,13 @@ def layered(held: bytes, above: bytes, sizes: bytes, signs: bytes) -> bytes:
         layered(plane(2, 1, bytes(1)), plane(0, 0), b"", b""),  # bits that are counted
         layered(plane(0, 1, bytes(1)), plane(0, 2, bytes(2)), b"\0\0", b"\0"),  # more above 1 than above 0
         layered(plane(0, 1, bytes(1)), plane(2, 0, b"\xc0"), b"\0", b"\0"),  # padding that is not 0
-        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"", b"\0"),  # no magnitude
-        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\0\0", b"\0"),
+        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\0", b"\0"),  # magnitudes of 2, said twice
+        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\1\1", b"\0"),
         layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), bytes([126]), b"\0"),  # a magnitude of 128
-        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\0", b""),
-        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\0", b"\0\0"),
-        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\0", b"\1"),
-        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\0", b"\0")[:-4],
+        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\1", b""),
+        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\1", b"\0\0"),
+        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\1", b"\1"),
+        layered(plane(0, 1, bytes(1)), plane(0, 1, bytes(1)), b"\1", b"\0")[:-4],
         layered(plane(0, 1, bytes(1))[:-1], b"", b"", b""),
     ],
 )
