@@ -81,6 +81,45 @@ CODES: dict[str, list[str]] = {
     "sign + EF, delta down": [*chain("sign", error_feedback=True), "downlink.step=delta"],
     "int4, int8 down": [*chain("quantize", bits=4), "downlink.step=int8"],
 }
+BEST = [  # the best rate and outer step that were found for the shakespeare recipe
+    "method.train.lr=1e-2",
+    "method.train.schedule=cosine",
+    "method.train.floor=0.05",
+    "method.server.optimizer=sgd",
+    "method.server.lr=1.0",
+    "method.server.momentum=0.5",
+    "method.server.nesterov=true",
+]
+INT8_DOWN = ["downlink.step=int8"]
+INT4_CHANGE = ['downlink={step = "delta", keep = 1.0, width = 4, start = "int8"}']
+INT2_CHANGE = ['downlink={step = "delta", keep = 1.0, width = 2, start = "int8"}']
+
+
+def sparse(share: float, *, outer: bool = False, down: bool = True) -> list[str]:
+    """SparseLoCo's rule, with the same share down; its mean is the next state, unless `outer`."""
+    rule = chain("topk", keep=share, bits=2, chunk=4096, decay=0.95)
+    way = f'downlink={{step = "delta", keep = {share}, width = 2, chunk = 4096, start = "int8"}}'
+    return [*rule, *([way] if down else []), *([] if outer else ['method.server={optimizer = "none"}'])]
+
+
+BITS: dict[str, list[str]] = {  # up and down together
+    "fp32": ALONE,
+    "int8, int8 down": [*chain("quantize", bits=8), *INT8_DOWN],
+    "int4, int4 change down": [*chain("quantize", bits=4), *INT4_CHANGE],
+    "int2, int4 change down": [*chain("quantize", bits=2), *INT4_CHANGE],
+    "dither": chain("dither"),
+    "dither, int8 down": [*chain("dither"), *INT8_DOWN],
+    "dither, int4 change down": [*chain("dither"), *INT4_CHANGE],
+    "dither, int2 change down": [*chain("dither"), *INT2_CHANGE],
+    "sign": chain("sign", error_feedback=False),
+    "sign + EF": chain("sign"),
+    "sign unbiased": chain("sign", scale="unbiased", error_feedback=False),
+    "sign unbiased + EF": chain("sign", scale="unbiased"),
+    "SparseLoCo 1 %": sparse(0.01),
+    "SparseLoCo 3 %": sparse(0.03),
+    "SparseLoCo 3 %, outer Nesterov": sparse(0.03, outer=True),
+    "SparseLoCo 3 %, fp32 down": sparse(0.03, down=False),
+}
 KINDS: dict[str, list[str]] = {
     "full": ["method.adapter.kind=full", "method.train.lr=2e-4"],
     "head": ["method.adapter.kind=head"],
@@ -149,6 +188,11 @@ TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "demo": ("", {"built-in": []}),
     "shakespeare": ("shakespeare.toml", {"federated": [], "outer Nesterov": [*OUTER, *ALONE]}),
     "shakespeare-codes": ("shakespeare.toml", CODES),
+    "shakespeare-bits": ("shakespeare.toml", {name: [*BEST, *sets] for name, sets in BITS.items()}),
+    "shakespeare-bits-long": (
+        "shakespeare.toml",
+        {name: [*BEST, "rounds=60", "method.train.steps=30", *sets] for name, sets in BITS.items()},
+    ),
     "shakespeare-rules": ("shakespeare.toml", RULES),
     "clinc150-ranks": ("clinc150.toml", MIXED),
     "clinc150-kinds-domains": ("clinc150.toml", KINDS),
@@ -220,12 +264,15 @@ def show(table: dict[str, Any]) -> None:
     """Mean and spread over seeds."""
     for name, seeds in table["rows"].items():
         finals = [run["federated"] for run in seeds.values()]
-        up = statistics.mean(run["up_bytes_per_client_round"] for run in seeds.values())
-        bits = 8 * up / next(iter(seeds.values()))["trainable"]
+        up, down = (
+            statistics.mean(run[f"{way}_bytes_per_client_round"] for run in seeds.values())
+            for way in ("up", "down")
+        )
+        count = next(iter(seeds.values()))["trainable"] / 8
         spread = f"{min(finals):.4f} to {max(finals):.4f}"
         print(
             f"{name:<26} {statistics.mean(finals):9.4f}  ({spread}, {len(finals)} seeds)  up "
-            f"{up / 1024:9.1f} KiB  {bits:6.3f} bits/parameter"
+            f"{up / 1024:9.1f} KiB  {up / count:6.3f} bits/parameter, down {down / count:6.3f}"
         )
 
 

@@ -21,6 +21,14 @@ ABOUT = {
         "The message chain on tinyshakespeare: perplexity against bits a parameter",
         "python simulations/record.py shakespeare-codes --set model.name=... --set data.path=...",
     ),
+    "shakespeare-bits": (
+        "Bits against loss on tinyshakespeare, up and down, ten rounds of ten steps with the best outer step",
+        "python simulations/record.py shakespeare-bits --set model.name=... --set data.path=...",
+    ),
+    "shakespeare-bits-long": (
+        "The same, sixty rounds of thirty steps",
+        "python simulations/record.py shakespeare-bits-long --set model.name=... --set data.path=...",
+    ),
     "shakespeare-rules": (
         "Rules of [aggregate] on tinyshakespeare: perplexity",
         "python simulations/record.py shakespeare-rules --set model.name=... --set data.path=...",
@@ -299,6 +307,7 @@ def rows(table: dict[str, Any]) -> list[str]:
         "up, KiB a client and round",
         "down",
         "bits a parameter up",
+        "down",
     ]
     timed = all("cpu_seconds" in seed for row in table["rows"].values() for seed in row.values())
     head += ["CPU seconds of the run", "peak memory, MiB"] if timed else []
@@ -324,6 +333,7 @@ def rows(table: dict[str, Any]) -> list[str]:
             f"{up / 1024:,.1f}",
             f"{down / 1024:,.1f}",
             f"{8 * up / trained:.2f}",
+            f"{8 * down / trained:.2f}",
             *costs,
         ]
         lines.append("| " + " | ".join(cells) + " |")
