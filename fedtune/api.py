@@ -107,19 +107,14 @@ def simulate(
     """
     from fedtune.disk import json_text
     from fedtune.runtime.folder import create, discard_if_empty
-    from fedtune.sinks.jsonl import jsonl_sink
+    from fedtune.sinks import sink_of
 
     known = config.decided(recipe(source, **changes))
     stem = stem or (
         Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
     )
     folder = create(Path(runs).expanduser(), known.name, stem)
-    write = jsonl_sink(folder.path / "events.jsonl")
-
-    def tell(event: Event) -> None:
-        write(event)
-        if on_event:
-            on_event(event)
+    tell = sink_of(folder.path, known.sinks, *([on_event] if on_event else []))
 
     try:
         folder.begin(known)

@@ -25,6 +25,7 @@ from fedtune.model.settings import ModelSettings
 from fedtune.overrides import apply_override, drop_unused
 from fedtune.rules import check_rules
 from fedtune.settings import Settings, path_below, union_of
+from fedtune.sinks import SinkTable
 from fedtune.transforms import ChainStep
 from fedtune.transforms.downlink import DownlinkSettings, Plain
 from fedtune.validation import sentence
@@ -116,6 +117,8 @@ class Recipe(Settings):
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     deploy: DeploySettings = DeploySettings()
+    sinks: tuple[SinkTable, ...] = ()
+    """Where the run's events go beside its folder and the console; a run's identity does not depend on it."""
 
     _notes: tuple[str, ...] = PrivateAttr(())  # what a run says about how its recipe was read
 
@@ -124,14 +127,16 @@ class Recipe(Settings):
         return self._notes
 
     def canonical(self) -> str:
-        """The resolved recipe as canonical JSON."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """The resolved recipe as canonical JSON, as clients get it: without [[sinks]], which are only for the
+        process that runs the rounds."""
+        known = self.model_dump(mode="json", exclude={"sinks"})
+        return json.dumps(known, sort_keys=True, separators=(",", ":"))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, without the name and [deploy], as hex: the same recipe, the same
-        bytes, wherever it runs."""
-        known = self.model_dump(mode="json", exclude={"deploy"}) | {"name": ""}
+        """SHA-256 of the canonical JSON, without the name, [deploy] and [[sinks]], as hex: the same recipe,
+        the same bytes, wherever it runs."""
+        known = self.model_dump(mode="json", exclude={"deploy", "sinks"}) | {"name": ""}
         return hashlib.sha256(json.dumps(known, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -1,5 +1,5 @@
 """Classes that other installed packages add: their own methods, rules, steps, adapters, sources, partitions,
-by the name that a recipe says.
+sinks, by the name that a recipe says.
 
 A package registers the settings class of its newcomer as an entry point, under the newcomer's name:
 
@@ -21,7 +21,17 @@ from pydantic import Field
 from fedtune.errors import FedtuneError
 from fedtune.settings import Settings, classes_by_tag
 
-GROUPS = ("methods", "rules", "steps", "adapters", "sources", "partitions", "downlinks", "server_optimizers")
+GROUPS = (
+    "methods",
+    "rules",
+    "steps",
+    "adapters",
+    "sources",
+    "partitions",
+    "downlinks",
+    "server_optimizers",
+    "sinks",
+)
 
 
 @cache

@@ -18,6 +18,7 @@ DISCRIMINATORS = (
     "kind",
     "by",
     "source",
+    "sink",
 )  # keys that choose the class of a table
 
 

@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,30 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("site-packages"), {**files, "my_fedtune/__init__.py": ""}, points)
 
 
-def test_every_example_of_the_page_runs(package: Path, tiny_bert: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def posted() -> Iterator[tuple[int, list[bytes]]]:
+    """A port, and what is posted to it."""
+    bodies: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, bodies
+        server.shutdown()
+
+
+def test_every_example_of_the_page_runs(
+    package: Path, tiny_bert: Path, tmp_path: Path, posted: tuple[int, list[bytes]]
+) -> None:
+    port, bodies = posted
     data, tab = small.write_rows(tmp_path), tmp_path / "rows.tab"
     tab.write_text("".join(f"{row['label']}\t{row['text']}\n" for row in small.rows()))
 
@@ -85,7 +111,7 @@ def test_every_example_of_the_page_runs(package: Path, tiny_bert: Path, tmp_path
     def peft(**adapter: Any) -> dict[str, Any]:
         return {"type": "fedpeft", "adapter": adapter, "train": {"lr": 0.01, "steps": 2, "batch": 4}}
 
-    plain, rule, clipped, bias, own, lines, halves, babu = played(
+    plain, rule, clipped, bias, own, lines, halves, babu, told, deaf = played(
         package,
         tmp_path / "runs",
         tree(),
@@ -104,7 +130,15 @@ def test_every_example_of_the_page_runs(package: Path, tiny_bert: Path, tmp_path
         ),
         tree(partition={"by": "halves"}),
         tree(method=peft(kind="lora", rank=2) | {"type": "fedbabu"}),
+        tree(sinks=[{"sink": "webhook", "url": f"http://127.0.0.1:{port}"}]),
+        tree(sinks=[{"sink": "webhook", "url": "http://127.0.0.1:1"}]),  # where nobody listens
     )
+    assert [json.loads(body)["round"] for body in bodies] == [1, 2]
+    assert told["state"] == deaf["state"] == plain["state"] and told.get("rounds") == 2
+    noted = [
+        line for line in Path(deaf["folder"], "events.jsonl").read_text().splitlines() if "webhook" in line
+    ]
+    assert len(noted) == 1 and "is told nothing more" in noted[0]
     ran = [plain, rule, clipped, bias, lines, halves, babu]
     assert [one.get("error") for one in ran] == [None] * len(ran)
     assert (

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedtune.events import Event, Sink
+    from fedtune.config import Recipe
+    from fedtune.events import Sink
     from fedtune.runtime.folder import RunFolder
 
 
@@ -22,15 +23,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sinks(folder: RunFolder) -> Sink:
-    """The console and events.jsonl."""
+def sinks(folder: RunFolder, recipe: Recipe) -> Sink:
+    """The console, events.jsonl and what the recipe adds."""
+    from fedtune.sinks import sink_of
     from fedtune.sinks.console import console_sink
-    from fedtune.sinks.jsonl import jsonl_sink
 
-    write = jsonl_sink(folder.path / "events.jsonl")
-
-    def tell(event: Event) -> None:
-        write(event)
-        console_sink(event)
-
-    return tell
+    return sink_of(folder.path, recipe.sinks, console_sink)

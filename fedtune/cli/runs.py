@@ -92,7 +92,7 @@ def resume(options: argparse.Namespace) -> int:
         return go_on(folder)
     from fedtune.runtime.run import run
 
-    run(recipe, folder, sinks(folder))
+    run(recipe, folder, sinks(folder, recipe))
     return 0
 
 
@@ -144,7 +144,7 @@ def export(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     from fedtune.runtime.folder import existing
-    from fedtune.sinks.report import write_report
+    from fedtune.runtime.report import write_report
 
     print(write_report(existing(Path(options.run).expanduser())))
     return 0

@@ -26,8 +26,8 @@ from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.run import run
 from fedtune.runtime.sampling import wanted
 from fedtune.runtime.workspace import Workspace
+from fedtune.sinks import sink_of
 from fedtune.sinks.console import size
-from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import AllowList, Identity, Signed, load
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.identity import ALLOWED
@@ -69,7 +69,7 @@ def conduct(grid: Any, folder: RunFolder) -> None:
     raised."""
     end_with_parent()
     (folder.path / FAILED).unlink(missing_ok=True)
-    tell = jsonl_sink(folder.path / "events.jsonl")
+    tell = sink_of(folder.path, recipe_of(folder).sinks)
     try:
         carried(grid, folder, tell)
     except FedtuneError as error:

@@ -116,7 +116,10 @@ def serve(
 
 
 def serve_context(
-    grid: Grid, context: Context, app_folder: Path, sinks: Callable[[RunFolder], Callable[[Event], None]]
+    grid: Grid,
+    context: Context,
+    app_folder: Path,
+    sinks: Callable[[RunFolder, config.Recipe], Callable[[Event], None]],
 ) -> None:
     """`flwr run`: recipe, overrides and runs folder from the run config; relative paths count from the
     SuperLink's folder, a recipe's also from the app's."""
@@ -127,4 +130,4 @@ def serve_context(
     recipe = config.decided(config.read(path or None, options["set"].split()))
     folder = create(Path(options["runs"] or "runs"), recipe.name, Path(path).stem if path else "demo")
     folder.begin(recipe)
-    serve(grid, recipe, folder, sinks(folder))
+    serve(grid, recipe, folder, sinks(folder, recipe))

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from fedtune.disk import disk_errors, json_text
 from fedtune.events import Event, Sink
+from fedtune.sinks.base import SinkSettings
+
+
+class JSONLines(SinkSettings):
+    """sink = "jsonl": every event once more, beside the run folder's own events.jsonl."""
+
+    sink: Literal["jsonl"] = "jsonl"
+    path: str
+    """Where to append; relative to the run's folder."""
+
+    def open(self, folder: Path) -> Sink:
+        return jsonl_sink(folder / Path(self.path).expanduser())
 
 
 def jsonl_sink(path: Path, most: int = 0) -> Sink:

@@ -15,8 +15,8 @@ from fedtune.events import ClientLeftOut, Noted, RoundDone
 from fedtune.plain import plain
 from fedtune.runtime.failures import heard
 from fedtune.runtime.folder import RunFolder
+from fedtune.runtime.report import write_report
 from fedtune.sinks.console import console_sink
-from fedtune.sinks.report import write_report
 from tests.hostile.coordinator import Taken, taken
 
 SECRET = "KowalskiHIV"
