@@ -40,6 +40,7 @@ CATALOGUE: dict[str, str] = {
     "M308": "A client's memory cannot hold the model and an adapter of rank 1.",
     "M309": "A device has too little memory for one example.",
     "M310": "A site has too little free memory for the model and its training.",
+    "M311": "A model, tokenizer or chat template took more time or memory than a site gives it.",
     # R: runs
     "R401": "The run folder already exists.",
     "R402": "The run folder does not exist, holds no run, or has no finished round.",
@@ -99,6 +100,7 @@ CATALOGUE: dict[str, str] = {
     "E806": "The coordinator does not have this run, round or member, or it may not be asked for.",
     "E807": "A stored file does not match its checksum.",
     "E808": "Client and coordinator do not understand each other.",
+    "E809": "A ticket is older than another one that the site has had.",
     # X: defects
     "X900": "fedtune met an error that it does not know.",
 }

@@ -25,6 +25,7 @@ from fedtune.deploy.policy import read_policy
 from fedtune.deploy.site_config import SiteConfig
 from fedtune.deploy.supervisor import Program, alone, bare, environment, free_port, stop_all
 from fedtune.deploy.walls import walls
+from fedtune.deploy.watchdog import overdue
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.worker_socket import through
@@ -82,6 +83,9 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                         "nothing to do: "
                         "it is started again")  # fmt: skip
                     programs[1].restart()
+                if why := overdue(private):
+                    say(f"this site's worker is ended and started again: {why}")
+                    programs[0].restart()
                 line.look(fleet_proxy)
                 for text in told.lines():
                     say(text)

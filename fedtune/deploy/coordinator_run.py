@@ -35,6 +35,7 @@ from fedtune.trust.private import shared_key
 from fedtune.trust.signed import signer
 
 DEPLOY, FAILED, CRASH = "deploy.json", "failed.json", "crash.log"
+GIVEN_UP = ("R405", "R409", "R412")  # too few answers: when the run goes on, the round is asked anew
 SPLIT_KEY = "split.key"  # in the coordinator's home: what the runs and the gate know of each other
 
 
@@ -134,6 +135,10 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
     try:
         run(recipe, folder, tell, carry, at_coordinator(located(recipe, folder.origin())))
         server_store.release(where.run, recipe.rounds)
+    except FedtuneError as error:
+        if error.code in GIVEN_UP:
+            server_store.let_in(where.run)
+        raise
     finally:
         server_store.close()
 

@@ -16,6 +16,7 @@ max_rounds = 50                  # most rounds of a run
 answers_a_day = 100              # most answers in 24 hours
 bytes_a_day = 1_000_000_000      # and their bytes
 update_bytes = 50_000_000        # most bytes of one update; 0: the coordinator's budget
+minutes = 120                    # most minutes of work for one answer; a day where nothing is said
 hours = "20-06"                  # of the day, by this machine's clock, from the first to before the second
 """
 
@@ -86,6 +87,7 @@ class Policy(Settings):
     answers_a_day: int = Field(0, ge=0)
     bytes_a_day: int = Field(0, ge=0)
     update_bytes: int = Field(0, ge=0)
+    minutes: int = Field(24 * 60, ge=1)
     hours: str = Field("", pattern=r"^$|^([01]\d|2[0-3])-([01]\d|2[0-4])$")
 
     def check(self, recipe: Recipe, asked: Asked) -> None:

@@ -36,6 +36,7 @@ ABSENT, GRACE = (
     # in any case
 )
 GONE = ("E803", "E807")  # what the exchange should have is not there, or is damaged
+LOST = "W604"  # of a broadcast that a member no longer has: it is asked again with the whole
 LATER = ("E", "R404", "S711", "S712", "F505")  # codes, or their letters, of mistakes that may mend themselves
 
 
@@ -92,12 +93,13 @@ class Exchanged:
         )  # a round that is asked about follows one that was committed
         hashes = {ask.client: self.server_store.offer(self.run, ask.payload) for ask in asks}
         budget = self.budget(asks)
+        out = self.server_store.left_out(self.run, now.number, verb)
         self.server_store.open_round(
             self.run,
             now.number,
             verb,
             self.link.base,
-            {self.sites[client]: sha256 for client, sha256 in hashes.items()},
+            {self.sites[number]: hashes[number] for number in hashes if self.sites[number] not in out},
             budget,
         )
         # an update may be here before Flower says that its ticket is done: that word is not about the next
@@ -105,6 +107,7 @@ class Exchanged:
         self.members.over()
         question = Question(self, {self.sites[ask.client]: ask for ask in asks}, hashes, budget)
         wanted, end = self.enough(len(asks)), time.monotonic() + self.deadline
+        yield from question.closed_without(out)
         while (
             question.open
             and question.counted < wanted
@@ -118,7 +121,13 @@ class Exchanged:
             question.ask(end - time.monotonic())
             if question.open and question.counted < wanted:
                 time.sleep(PAUSE)
-        self.server_store.close_round(self.run, now.number, verb)
+        self.server_store.close_round(
+            self.run,
+            now.number,
+            verb,
+            {name: str(failure) for name, failure in question.failed.items()},
+            [name for name, failure in question.failed.items() if failure.code == LOST],
+        )
         # what came in between the last look and the close was given a receipt, so it counts
         yield from question.accepted()
         yield from question.missing(wanted)
@@ -148,6 +157,7 @@ class Question:
         default_factory=dict
     )  # name -> why it could not work when it was last asked
     began: float = field(default_factory=time.monotonic)
+    failed: dict[str, FedtuneError] = field(default_factory=dict)  # who is left out, and why
     alone: float = 0.0  # since when nobody is left but members that have been absent
 
     def is_waited_for(self) -> bool:
@@ -307,5 +317,14 @@ class Question:
                 )
             yield self._failed(name, ClientFailed("F503", found, expected, do))
 
+    def closed_without(self, out: Mapping[str, str]) -> Iterator[Reply]:
+        """Members that this question was closed without before the run's process was started again: a set
+        that was closed stays what it was."""
+        for name in [name for name in self.open if name in out]:
+            said = out[name] or "no answer when the question was closed"
+            sentence = f"'{name}' was left out before this run's process was started again ({said[:300]})"
+            yield self._failed(name, ClientFailed("F503", sentence=sentence, do="nothing to do"))
+
     def _failed(self, name: str, failure: FedtuneError) -> Reply:
+        self.failed[name] = failure
         return Reply(self.open.pop(name).client, failure=failure)

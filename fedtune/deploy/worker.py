@@ -33,6 +33,8 @@ from fedtune.deploy.policy import DAY, Asked, approved, note_sent, read_policy, 
 from fedtune.deploy.resources import require_disk, require_memory
 from fedtune.deploy.site_config import SiteConfig, require_own
 from fedtune.deploy.sites import Details, at_site, columns_of
+from fedtune.deploy.ticket_window import TicketWindow
+from fedtune.deploy.watchdog import PACE, STILL, Watchdog, first_to_go, weights_at
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
@@ -82,6 +84,8 @@ class Worker:
         self.identity = load(Path(config.keys))
         self.policy = read_policy(config.policy)
         self.exchange = ExchangeClient(config.coordinator, self.identity, self.home, PATIENCE)
+        self.window = TicketWindow(self.home)
+        self.watchdog = Watchdog(Path(config.socket).parent)
         self.lock = threading.Lock()
         self.built: tuple[str, Workspace, Link] | None = None
         self.callers, self.left = (
@@ -143,13 +147,14 @@ class Worker:
         details = Details.decode(about.details)
         details.require_open(time.time())
         self.speaker(content)
+        self.window.take(about.run, details.issued, time.time())
         recipe = understood(details, about.verb)
         mine = self.own(recipe)
         if self.exchange.held(about):
             return ""
         self.policy.check(mine, self.asked(content, about, details, recipe))
         require_disk(self.home, about)
-        workspace, link = self.workspace(recipe, mine, details)
+        workspace, link = self.prepared(recipe, mine, details, about.verb)
         if link.base != about.base:
             found = f"base model {link.base[:12]} at this site (weights, tokenizer and chat template)"
             raise Refused(
@@ -160,7 +165,23 @@ class Worker:
             )
         if link.tasks[about.verb].trains:
             self.policy.check_rows(workspace.recipe, len(workspace.train(details.number)))
-        return self.computed(about, details, workspace, link)
+        with self.watchdog.bounded(f"an answer to run '{about.run}'", 60.0 * self.policy.minutes):
+            return self.computed(about, details, workspace, link)
+
+    def prepared(self, recipe: Recipe, mine: Recipe, details: Details, verb: str) -> tuple[Workspace, Link]:
+        """Model, data and rows as tokens, within bounds of time and memory. Raises ClientFailed M311."""
+        from fedtune.model.hardware import free_memory
+
+        weights = weights_at(Path(mine.model.name).expanduser())
+        with self.watchdog.bounded(
+            f"model '{mine.model.name}'", STILL + weights / PACE, free_memory() + 2 * weights
+        ):
+            workspace, link = self.workspace(recipe, mine, details)
+            if link.tasks[verb].trains:
+                workspace.train(details.number)
+            elif verb == SCORE:
+                workspace.held_out(details.number)
+        return workspace, link
 
     def asked(self, content: bytes, about: Ticket, details: Details, recipe: Recipe) -> Asked:
         """For the policy: who asks for what, and what has left this house lately."""
@@ -262,7 +283,13 @@ class Worker:
             return split.load_site(mine.model, mine.data.task, known.labels, mine.seed, facts)
 
         workspace = build_workspace(
-            mine, method, Memories(None), self.tell, federation, load_ends if split else None
+            mine,
+            method,
+            Memories(None),
+            self.tell,
+            federation,
+            load_ends if split else None,
+            alive=self.watchdog.alive,
         )
         self.built = model, workspace, link_of(workspace, method, recipe)
         self.tell(
@@ -344,6 +371,7 @@ def main() -> None:
 
     quiet()
     end_with_parent()
+    first_to_go()
     config = SiteConfig.read(Path(sys.argv[1]))
     tell = jsonl_sink(Path(config.home) / "worker.jsonl", LOG)
     try:

@@ -21,7 +21,8 @@ class Limits:
     waiting              streams of each kind that may wait for one of those to end (a thread each, no bytes);
                          more are told when to come again
     wait_seconds         how long they wait before they are told so too
-    calls                of one member at once, whatever they do
+    calls, fetches       of one member at once: whatever they do; states that it is given
+    connections          of one address at once
     stall_seconds        a stream that moves nothing for so long is cut (its bytes are kept)
     free_bytes           of the disk that stay free
     """
@@ -31,6 +32,8 @@ class Limits:
     waiting: int = 256
     wait_seconds: float = 30.0
     calls: int = 16
+    fetches: int = 2
+    connections: int = 256
     stall_seconds: float = 30.0
     free_bytes: int = 64 << 20
 

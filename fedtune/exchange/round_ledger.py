@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,8 @@ CREATE TABLE IF NOT EXISTS accepted (row INTEGER PRIMARY KEY AUTOINCREMENT, run 
                                      signature BLOB NOT NULL, signer TEXT NOT NULL, record BLOB NOT NULL, seal BLOB NOT NULL, sealer TEXT NOT NULL,
                                      released INTEGER NOT NULL, UNIQUE (run, round, verb, client)) STRICT;
 CREATE INDEX IF NOT EXISTS accepted_payload ON accepted (payload);
+CREATE TABLE IF NOT EXISTS left_out (run TEXT NOT NULL, round INTEGER NOT NULL, verb TEXT NOT NULL, client TEXT NOT NULL, why TEXT NOT NULL,
+                                     PRIMARY KEY (run, round, verb, client)) STRICT;
 CREATE TABLE IF NOT EXISTS certificates (sha256 TEXT PRIMARY KEY, pem BLOB NOT NULL) STRICT;
 """
 
@@ -146,11 +148,33 @@ class RoundLedger:
                 [(run, round, verb, client, state) for client, state in given.items()],
             )
 
-    def close_round(self, run: str, round: int, verb: str) -> None:
+    def close_round(
+        self, run: str, round: int, verb: str, why: Mapping[str, str], again: Collection[str] = ()
+    ) -> None:
+        """Who was asked and is not accepted by now is left out of this question for good, whatever happens to
+        the process that asks; but for those in `again`."""
+        about = (run, round, verb)
         with self.transaction():
-            self.db.execute(
-                "UPDATE rounds SET open = 0 WHERE run = ? AND round = ? AND verb = ?", (run, round, verb)
+            self.db.execute("UPDATE rounds SET open = 0 WHERE run = ? AND round = ? AND verb = ?", about)
+            late = self.db.execute(
+                "SELECT client FROM asked WHERE run = ? AND round = ? AND verb = ? EXCEPT "
+                "SELECT client FROM accepted WHERE run = ? AND round = ? AND verb = ?",
+                about * 2,
+            ).fetchall()
+            self.db.executemany(
+                "INSERT OR IGNORE INTO left_out VALUES (?, ?, ?, ?, ?)",
+                [(*about, client, why.get(client, "")) for (client,) in late if client not in again],
             )
+
+    def left_out(self, run: str, round: int, verb: str) -> dict[str, str]:
+        """Clients that a question was closed without, and why."""
+        text = "SELECT client, why FROM left_out WHERE run = ? AND round = ? AND verb = ?"
+        return dict(self.query(text, run, round, verb))
+
+    def let_in(self, run: str) -> None:
+        """A round was given up before it was committed: when it is asked anew, everybody may answer."""
+        with self.transaction():
+            self.db.execute("DELETE FROM left_out WHERE run = ?", (run,))
 
     def accepted(self, run: str, round: int, verb: str) -> list[Accepted]:
         rows = self.query(
@@ -184,6 +208,7 @@ class RoundLedger:
             self.db.execute("UPDATE accepted SET released = 1 WHERE run = ? AND round <= ?", past)
             self.db.execute("DELETE FROM asked WHERE run = ? AND round <= ?", past)
             self.db.execute("DELETE FROM rounds WHERE run = ? AND round <= ?", past)
+            self.db.execute("DELETE FROM left_out WHERE run = ? AND round <= ?", past)
             for (sha256,) in freed:
                 if not self.db.execute(
                     "SELECT 1 FROM asked WHERE run = ? AND given = ?", (run, sha256)

@@ -14,7 +14,7 @@ Everything is in the folder: a process that dies goes on where it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fedtune.errors import FedtuneError
@@ -52,9 +52,24 @@ class ServerStore:
                 raise absent(sha256)
         self.ledger.open_round(run, round, verb, base, given, budget)
 
-    def close_round(self, run: str, round: int, verb: str) -> None:
-        """Take no more updates."""
-        self.ledger.close_round(run, round, verb)
+    def close_round(
+        self,
+        run: str,
+        round: int,
+        verb: str,
+        why: Mapping[str, str] | None = None,
+        again: Collection[str] = (),
+    ) -> None:
+        """Take no more updates: who has not answered is left out for good, but for those in `again`."""
+        self.ledger.close_round(run, round, verb, why or {}, again)
+
+    def left_out(self, run: str, round: int, verb: str) -> dict[str, str]:
+        """Whom a question was closed without, and why."""
+        return self.ledger.left_out(run, round, verb)
+
+    def let_in(self, run: str) -> None:
+        """After a round that was given up: everybody may answer when it is asked anew."""
+        self.ledger.let_in(run)
 
     def accepted(self, run: str, round: int, verb: str) -> list[Accepted]:
         """The updates that count, by client's name."""

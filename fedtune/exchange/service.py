@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,8 @@ import grpc
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event
 from fedtune.exchange.chunks import packed, unpacked
+from fedtune.exchange.connections import Connections
+from fedtune.exchange.grpc_errors import NoRoom
 from fedtune.exchange.limiter import Turns
 from fedtune.exchange.limits import FRAME, Limits
 from fedtune.exchange.server_store import ServerStore
@@ -48,7 +51,7 @@ class Service:
         self.server_store, self.door, self.limits, self.runs = server_store, door, limits, runs
         self.intake = Uploads(server_store, coordinator, door.allowed, limits, tell)
         self._watched: dict[int, tuple[float, Callable[[], object]]] = {}
-        self._lock = threading.Lock()
+        self._lock, self._fetching = threading.Lock(), Counter[str]()
         self._turns = Turns(limits.downloads, limits.waiting, limits.wait_seconds, "downloads")
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -80,7 +83,7 @@ class Service:
             raise Refused(
                 "W601", f"offset {request.offset}", f"at most {total}", "fetch it from the beginning"
             )
-        with self._turns.turn(context.is_active), self._watch(context):
+        with self._own(peer.name.name), self._turns.turn(context.is_active), self._watch(context):
             for piece in self.server_store.store.stream(sha256, request.offset):
                 yield packed(piece, total)
                 total = 0
@@ -144,6 +147,20 @@ class Service:
         return reply
 
     @contextlib.contextmanager
+    def _own(self, name: str) -> Iterator[None]:
+        """A site fetches one state, and one more while it does not know that a connection broke; no member
+        takes all places. Raises NoRoom."""
+        with self._lock:
+            if self._fetching[name] >= self.limits.fetches:
+                raise NoRoom(f"{self.limits.fetches} downloads of '{name}' at the same time", "fewer", 2.0)
+            self._fetching[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._fetching[name] -= 1
+
+    @contextlib.contextmanager
     def _watch(self, context: Any) -> Iterator[None]:
         with self._lock:
             self._watched[id(context)] = (time.monotonic(), context.cancel)
@@ -185,12 +202,15 @@ class Server:
     def __init__(self, server: grpc.Server, service: Service, address: str, door: Door) -> None:
         self.server, self.service, self.address, self.door = server, service, address, door
         self._stopped = threading.Event()
+        self.connections = Connections(int(address.rpartition(":")[2]), service.limits.connections)
+        threading.Thread(target=self.connections.watch, args=(self._stopped,), daemon=True).start()
         self._watch = threading.Thread(target=self._look, daemon=True)
         self._watch.start()
 
     def _look(self) -> None:
         while not self._stopped.wait(min(1.0, self.service.limits.stall_seconds / 2)):
             self.service.cut_stalled()
+            self.door.cut_silent(self.service.limits.stall_seconds)
 
     def stop(self, grace: float = 5.0) -> None:
         """Take no more calls, give those under way `grace` seconds; what has arrived stays."""

@@ -103,6 +103,7 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
     ) -> None:
         self.allowed, self.tell, self.calls = allowed, tell, calls
         self._lock, self._busy = threading.Lock(), Counter[str]()
+        self._silent: dict[int, tuple[float, Callable[[], object]]] = {}  # calls that have said nothing yet
         self._seen: dict[str, float] = {}
         self._read = functools.lru_cache(4096)(lambda pem: peer_from_tls(pem, federation))
 
@@ -126,15 +127,42 @@ class Door(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
         if handler is None:
             return None
         call = details.method.rpartition("/")[2]
-        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
-            if behavior := getattr(handler, kind):
-                guarded = (
-                    self._stream(behavior, call) if kind.endswith("stream") else self._single(behavior, call)
+        shapes = (handler.request_deserializer, handler.response_serializer)
+        # a request of one message is taken as a stream, too: gRPC would wait for that message before anybody
+        # is asked who calls, in a thread for each call, for ever
+        if behavior := handler.unary_unary:
+            return grpc.stream_unary_rpc_method_handler(self._single(self._first(behavior), call), *shapes)
+        if behavior := handler.unary_stream:
+            return grpc.stream_stream_rpc_method_handler(self._stream(self._first(behavior), call), *shapes)
+        if behavior := handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(self._single(behavior, call), *shapes)
+        return grpc.stream_stream_rpc_method_handler(self._stream(handler.stream_stream, call), *shapes)
+
+    def _first(self, behavior: Any) -> Any:
+        """For a handler of one message: wait for that, and not for long. Raises E808 where none comes."""
+
+        def run(requests: Iterator[Any], context: Any) -> Any:
+            with self._lock:
+                self._silent[id(context)] = (time.monotonic(), context.cancel)
+            try:
+                request = next(requests, None)
+            finally:
+                with self._lock:
+                    del self._silent[id(context)]
+            if request is None:
+                raise FedtuneError(
+                    "E808", "a call without a message", "one", "install the same version on both sides"
                 )
-                return getattr(grpc, f"{kind}_rpc_method_handler")(
-                    guarded, handler.request_deserializer, handler.response_serializer
-                )
-        return None
+            return behavior(request, context)
+
+        return run
+
+    def cut_silent(self, seconds: float) -> None:
+        """End calls that have said nothing for so long."""
+        with self._lock:
+            late = [cancel for began, cancel in self._silent.values() if time.monotonic() - began > seconds]
+        for cancel in late:
+            cancel()
 
     def _single(self, behavior: Any, call: str) -> Any:
         def run(request: Any, context: Any) -> Any:

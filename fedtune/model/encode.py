@@ -19,9 +19,15 @@ from fedtune.model.base import Base
 from fedtune.model.template import THE_DATE
 
 LOOKED_AT = 64  # examples in which unknown tokens are counted
+PART = 1024  # texts that a tokenizer is given at once
 IGNORED = -100  # the label that torch's cross entropy leaves out
 Example = dict[str, np.ndarray]
 Row = Mapping[str, Any]
+Alive = Callable[[], None]  # called while it gets on
+
+
+def unwatched() -> None:
+    """Nobody asks for signs of life."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ def encode(
     template: str = "plain",
     system: str = "",
     day: date = THE_DATE,
+    alive: Alive = unwatched,
 ) -> Encoded:
     """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages, tools},
     {image, label}. Settings as in [data].
@@ -90,14 +97,14 @@ def encode(
             len(examples),
         )
     if base.task == "classify":
-        examples, truncated = encode_classify(rows, base, max_length, overlong)
+        examples, truncated = encode_classify(rows, base, max_length, overlong, alive)
         tokens = sum(len(e["input_ids"]) for e in examples)
     elif base.task == "causal-lm":
-        examples = encode_stream(rows, base, max_length, stride or max_length, separator)
+        examples = encode_stream(rows, base, max_length, stride or max_length, separator, alive)
         tokens = sum(len(e["input_ids"]) - 1 for e in examples)
     else:
         talks = partial(talk, base=base, template=template, system=system, day=day, unshown=unshown)
-        examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong, talks)
+        examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong, talks, alive)
         tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
     refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
     pad, side = base.tokenizer.pad_token_id, base.pad_side
@@ -122,18 +129,18 @@ def check_length(base: Base, max_length: int) -> None:
 
 
 def encode_classify(
-    rows: Sequence[Row], base: Base, max_length: int, overlong: str
+    rows: Sequence[Row], base: Base, max_length: int, overlong: str, alive: Alive
 ) -> tuple[list[Example], int]:
     """Texts with the tokenizer's special tokens; a text that is cut keeps its last special token."""
     classes = [class_of(row, number, base.labels) for number, row in enumerate(rows, 1)]
     texts = [str(cell(row, number, "text")) for number, row in enumerate(rows, 1)]
-    ids = base.tokenizer(texts)["input_ids"] if texts else []
+    ids = tokens_of(base.tokenizer, texts, alive)
     long = [number for number, line in enumerate(ids) if len(line) > max_length]
     if long:
         refuse_overlong(overlong, long[0] + 1, len(ids[long[0]]), max_length)
-        cut = base.tokenizer([texts[number] for number in long], truncation=True, max_length=max_length)[
-            "input_ids"
-        ]
+        cut = tokens_of(
+            base.tokenizer, [texts[number] for number in long], alive, truncation=True, max_length=max_length
+        )
         for number, line in zip(long, cut, strict=True):
             ids[number] = line
     return [
@@ -141,8 +148,17 @@ def encode_classify(
     ], len(long)
 
 
+def tokens_of(tokenizer: Any, texts: Sequence[str], alive: Alive, **how: Any) -> list[list[int]]:
+    """Ids of each text, a thousand texts at a time: one alone says nothing of whether it gets on."""
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), PART):
+        ids += tokenizer(list(texts[start : start + PART]), **how)["input_ids"]
+        alive()
+    return ids
+
+
 def encode_stream(
-    rows: Sequence[Row], base: Base, max_length: int, stride: int, separator: str
+    rows: Sequence[Row], base: Base, max_length: int, stride: int, separator: str, alive: Alive
 ) -> list[Example]:
     """All rows as one stream of tokens, in blocks of max_length that start every `stride` tokens; the last
     block may be shorter."""
@@ -157,7 +173,7 @@ def encode_stream(
             )
         end = [base.tokenizer.eos_token_id]
     texts = [str(cell(row, number, "text")) for number, row in enumerate(rows, 1)]
-    ids = base.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = tokens_of(base.tokenizer, texts, alive, add_special_tokens=False)
     stream = np.asarray([token for line in ids for token in line + end], np.int32)
     blocks: list[Example] = []
     for start in range(0, len(stream), stride):
@@ -170,13 +186,19 @@ def encode_stream(
 
 
 def encode_instruct(
-    rows: Sequence[Row], base: Base, max_length: int, overlong: str, talks: Callable[[Row, int], chat.Marked]
+    rows: Sequence[Row],
+    base: Base,
+    max_length: int,
+    overlong: str,
+    talks: Callable[[Row, int], chat.Marked],
+    alive: Alive,
 ) -> tuple[list[Example], int, int]:
     """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out
     and counted."""
     examples, truncated, dropped = [], 0, 0
     for number, row in enumerate(rows, 1):
         ids, answered = talks(row, number)
+        alive()
         if len(ids) > max_length:
             refuse_overlong(overlong, number, len(ids), max_length)
             truncated += 1

@@ -38,6 +38,7 @@ class Workspace:
     tunable: TunableModel
     memories: Memories
     tell: Callable[[Event], None]
+    alive: Callable[[], None] = lambda: None  # called while rows are encoded
     body: Any = None  # the way to a body service, for methods that split the model; None: in this process
     _encoded: dict[str, Any] = field(default_factory=dict)
 
@@ -95,7 +96,7 @@ class Workspace:
             from fedtune.model.encode import encode
 
             data = self.recipe.data
-            encoded = encode(rows, self.base, **how_to_encode(data, scored))
+            encoded = encode(rows, self.base, **how_to_encode(data, scored), alive=self.alive)
             for name, count in encoded.unshown.items():
                 self.tell(
                     Noted(
@@ -126,12 +127,14 @@ def build_workspace(
     federation: Federation | None = None,
     base_of: Callable[[Federation], Base] | None = None,
     place: Path | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> Workspace:
     """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show
     before the model's seconds are spent.
 
     base_of  loads the base, where a site does not hold the whole of it
     place    where the recipe's relative paths are meant from; None: from the working directory
+    alive    called while rows are encoded, now and later
     """
     here = located(recipe, place)
     federation = federation or load(here.data, recipe.partition, recipe.seed)
@@ -154,7 +157,7 @@ def build_workspace(
     check_length(base, recipe.data.max_length)
     for note in base.notes:
         tell(Noted(note))
-    return Workspace(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell)
+    return Workspace(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell, alive)
 
 
 def workspace_of(recipe: Recipe, place: Path | None = None) -> Workspace:

@@ -3,8 +3,12 @@ connection that says nothing."""
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,18 @@ import pytest
 
 from fedtune.deploy import transport
 from fedtune.deploy.members import NODES
-from fedtune.exchange.tls import SERVER_OPTIONS
+from fedtune.exchange.client import NAME
+from fedtune.exchange.connections import network
+from fedtune.exchange.tls import SERVER_OPTIONS, secure_channel
+from fedtune.runtime.journal import Journal
 from fedtune.trust.authority import revoke
+from fedtune.wire.v1 import exchange_pb2 as pb
 from tests import small
 from tests.deploy.inside import FakeGrid, inside
 from tests.deploy.test_coordinator_run import notes, outcomes
 from tests.e2e.deploying import MEMORY
 from tests.exchange.federation import Federation
+from tests.waiting import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +110,27 @@ def test_where_nobody_answers_everybody_is_waited_for(
         assert time.monotonic() > began + 2.0
 
 
+def test_a_set_that_was_closed_stays_closed(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator dies between the end of a question and its commit; a member that was late may not come
+    in by that: whoever can end a process could choose who is in a sum."""
+    with inside(tmp_path, tiny_bert, data, rounds=2, deploy__deadline=4.0, **MEMORY) as made:
+        with monkeypatch.context() as dying:
+
+            def dies(*args: Any) -> None:
+                raise RuntimeError("the power is gone")
+
+            dying.setattr(Journal, "commit", dies)
+            with pytest.raises(RuntimeError, match="power"):
+                made.conduct(FakeGrid(made.workers(), silent_from(102, 1)))
+        made.conduct(FakeGrid(made.workers()))
+        got = outcomes(made.folder)
+        assert [got[1, client] for client in range(3)] == ["ok", "F503", "ok"]
+        assert [got[2, client] for client in range(3)] == ["ok", "ok", "ok"]
+        assert "was left out before this run's process was started again" in notes(made.folder)[0]
+
+
 def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """The gate has written down which node is whose; a thousand others are neither greeted nor told of."""
     with inside(tmp_path, tiny_bert, data, rounds=1, **MEMORY) as made:
@@ -114,6 +144,88 @@ def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_pa
         assert {node for node, _ in grid.pushed} == {101, 102, 103} and set(
             outcomes(made.folder).values()
         ) == {"ok"}
+
+
+# --- connections and calls that say nothing
+# ----------------------------------------------------------------------------------
+
+
+def test_one_address_has_so_many_connections_and_the_others_come_in(tmp_path: Path) -> None:
+    """A flood of silent connections from 127.0.0.2, with fewer descriptors than a real gate has."""
+    federation = Federation(tmp_path, connections=8)
+    flood: list[socket.socket] = []
+    try:
+        port = int(federation.server.address.rpartition(":")[2])
+        there = federation.client("site-a")
+        assert there.status().newest_protocol
+        for _ in range(100):
+            flood.append(socket.create_connection(("127.0.0.1", port), 30, ("127.0.0.2", 0)))
+        wait_for(lambda: federation.server.connections.refused >= 92, "what is too much is shut down")
+        assert federation.server.connections.look()["127.0.0.2"] <= 8
+        assert there.status().newest_protocol  # who was there
+        new = federation.client("site-b")
+        assert new.status().newest_protocol  # and who comes
+        new.close(), there.close()
+    finally:
+        for silent in flood:
+            silent.close()
+        federation.close()
+
+
+def test_addresses_of_one_customer_are_one() -> None:
+    assert network("192.0.2.7") == network("::ffff:192.0.2.7") != network("192.0.2.8")
+    assert network("2001:db8:1:2::7") == network("2001:db8:1:2:ffff::1") != network("2001:db8:1:3::7")
+    assert network("fe80::1%eth0") == network("fe80::2")
+
+
+def test_calls_that_say_nothing_hold_no_threads(tmp_path: Path) -> None:
+    """gRPC waits for the message of a call in a thread of its own before it asks anybody: 600 such calls of
+    one member would be all threads."""
+    federation = Federation(tmp_path, stall_seconds=3.0)
+    silence = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        silence.wait(120)
+        yield from ()
+
+    channel = secure_channel(federation.sites["site-a"], federation.server.address, alone=True)
+    try:
+        calls = []
+        for method in ("Status", "Fetch"):
+            say = channel.stream_unary(f"/{NAME}/{method}", bytes, bytes)
+            calls += [say.future(nothing()) for _ in range(300)]
+        other = federation.client("site-b")
+        began = time.monotonic()
+        assert other.status().newest_protocol and time.monotonic() < began + 20
+        wait_for(lambda: all(call.done() for call in calls), "all of them to be ended")
+        assert federation.codes().count("E804") > 500  # told at once that it asks too much
+        other.close()
+    finally:
+        silence.set()
+        channel.close()
+        federation.close()
+
+
+def test_one_member_does_not_take_all_places_for_downloads(tmp_path: Path) -> None:
+    """It begins sixteen downloads and reads none of them."""
+    federation, state = Federation(tmp_path), secrets.token_bytes(16 << 20)
+    federation.open(2, state=state)
+    channel = secure_channel(federation.sites["site-a"], federation.server.address, alone=True)
+    fetch = channel.unary_stream(f"/{NAME}/Fetch", pb.FetchRequest.SerializeToString, pb.Piece.FromString)
+    try:
+        request = pb.FetchRequest(run="run-1", sha256=hashlib.sha256(state).digest())
+        held = [fetch(request) for _ in range(16)]
+        wait_for(lambda: federation.codes().count("E804") >= 14, "the ones that are too many")
+        other = federation.client("site-b")
+        began = time.monotonic()
+        assert other.fetch(federation.ticket("site-b", 2, state=state)) == state
+        assert time.monotonic() < began + 25
+        for one in held:
+            one.cancel()
+        other.close()
+    finally:
+        channel.close()
+        federation.close()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.deploy.worker import Worker
 from fedtune.errors import FedtuneError
 from fedtune.events import Noted
 from fedtune.forms import MemberName, RunName, Sha256, VerbName
@@ -29,7 +30,7 @@ def hostile(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def files(root: Path) -> dict[str, bytes]:
     """All that lies under a folder, but for what a site says of its own work."""
-    own = ("worker.jsonl", "errors", "lock")
+    own = ("worker.jsonl", "errors", "lock", "tickets.json")
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
@@ -108,6 +109,30 @@ def test_a_ticket_that_has_ended_is_not_done_again(hostile: Taken) -> None:
     assert "a ticket that ended" in told[-1]
     open_ = hostile.asks(worker, None, {"ends": int((time.time() + 60) * 1e6)})
     assert open_["code"] == "W604" and "base model" in hostile.made.told["site-a"][-1].text  # type: ignore[attr-defined]
+
+
+def test_an_older_ticket_is_not_done_after_a_newer_one(hostile: Taken) -> None:
+    """Somebody keeps a ticket that the coordinator signed, waits, and sends it again; also to another life of
+    the worker, and one of a run that was forgotten."""
+    worker, now = hostile.worker(), int(time.time() * 1e6)
+
+    def at(number: int, run: str = hostile.made.run, who: Worker = worker) -> str:
+        return str(hostile.asks(who, None, {"issued": number}, run=run)["code"])
+
+    assert at(now) == "W604" == at(now)  # the base is made up; so far it gets each time
+    assert at(now - 1) == "E809" == at(0)
+    assert at(now + 1) == "W604"
+    assert at(now, who=hostile.worker()) == "E809"
+    assert (
+        at(now + int(3600e6)) == "E809" and at(now + 2) == "W604"
+    )  # of next hour: it is not taken for newest
+    for other in range(70):
+        assert at(now + 10 + other, f"run-{other}") == "W604"
+    assert at(now + 3, "run-0") == "E809" and at(now, "run-of-last-year") == "E809"
+    assert len(json.loads((worker.home / "tickets.json").read_text())["newest"]) <= 64
+    (worker.home / "tickets.json").write_text("{")
+    assert at(now, who=hostile.worker()) == "W604"  # a home that was damaged: the site goes on
+    (worker.home / "tickets.json").unlink()
 
 
 @pytest.mark.parametrize("make", [Sha256, RunName, VerbName, MemberName])
