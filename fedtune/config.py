@@ -66,8 +66,10 @@ class EvaluateSettings(Settings):
     """Compare with clients that train alone, each for the steps of a client that takes part in every
     round."""
     centralised: bool = True
-    """Compare with one training on the pooled data, for the same number of steps (or epochs, where steps =
-    0)."""
+    """Compare with one training on the pooled data, for as many examples as all clients in all rounds
+    together."""
+    seeds: int = Field(1, ge=1)
+    """Train each comparison so many times, with different seeds; the result has the means."""
 
 
 class DeploySettings(Settings):

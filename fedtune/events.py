@@ -40,6 +40,13 @@ class Noted(Event):
 
 
 @dataclass(frozen=True)
+class Waiting(Event):
+    """What the run is busy with now, where that may take longer than a moment."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Truncated(Event):
     """Texts longer than the recipe's max_length: `cut` were shortened, `left_out` kept nothing that could be
     learned from."""

@@ -149,6 +149,10 @@ class Source(Settings):
                 "end data.template where the response begins",
             )
 
+    def begin(self) -> bool:
+        """Begin to read, where that goes on by itself; whether it does."""
+        return False
+
     def table(self) -> Table:
         """All rows, and the test set where the source has one. Raises D201, D202, D203, D208."""
         raise NotImplementedError(f"'{self.source}' reads no rows")

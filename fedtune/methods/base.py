@@ -42,6 +42,10 @@ class AdapterTable(MethodTable):
     adapter: AdapterSettings = Lora()
     train: TrainSettings = TrainSettings()
 
+    @property
+    def by_steps(self) -> bool:
+        return bool(self.train.steps)
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from start_conflicts(self.head_start, recipe)
 

@@ -193,6 +193,11 @@ class MethodTable(Settings):
         raise NotImplementedError(f"'{self.type}' builds no method")
 
     @property
+    def by_steps(self) -> bool:
+        """Whether a client's work in a round is the same whatever number of rows it has."""
+        return True
+
+    @property
     def undecided(self) -> str:
         """What has to be known of the clients before the run begins, as a key; "" where the table says
         everything."""

@@ -75,6 +75,10 @@ class SFPromptSettings(MethodTable):
             return PAPER | given
         return given
 
+    @property
+    def by_steps(self) -> bool:
+        return bool(self.train.steps)
+
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
 

@@ -91,11 +91,7 @@ def encode(
             }
             for n, row in enumerate(rows, 1)
         ]
-        return Encoded(
-            examples,
-            lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer),
-            len(examples),
-        )
+        return Encoded(examples, collation(examples, base), len(examples))
     if base.task == "classify":
         examples, truncated = encode_classify(rows, base, max_length, overlong, alive)
         tokens = sum(len(e["input_ids"]) for e in examples)
@@ -107,14 +103,26 @@ def encode(
         examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong, talks, alive)
         tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
     refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
+    return Encoded(examples, collation(examples, base), tokens, truncated, dropped, dict(unshown))
+
+
+def collation(examples: Sequence[Example], base: Base) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
+    """Numbers of examples -> their batch."""
+    if base.task == "image-classify":
+        return lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer)
     pad, side = base.tokenizer.pad_token_id, base.pad_side
+    return lambda indices: collate_text([examples[i] for i in indices], pad, side)
+
+
+def joined(parts: Sequence[Encoded], base: Base) -> Encoded:
+    """Several clients' examples as those of one."""
+    examples = [example for part in parts for example in part.examples]
     return Encoded(
         examples,
-        lambda indices: collate_text([examples[i] for i in indices], pad, side),
-        tokens,
-        truncated,
-        dropped,
-        dict(unshown),
+        collation(examples, base),
+        sum(part.tokens for part in parts),
+        sum(part.truncated for part in parts),
+        sum(part.dropped for part in parts),
     )
 
 

@@ -84,3 +84,8 @@ def fields(path: str | Path) -> dict[str, int]:
         for line in Path(path).read_text().splitlines()
         if len(words := line.split()) > 1
     }
+
+
+def use_threads(count: int) -> None:
+    """So many threads for torch, from here on."""
+    torch.set_num_threads(count)

@@ -4,6 +4,7 @@ NaN is no score."""
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.encode import Encoded
+from fedtune.model.frozen_front import FrozenFront
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
 from fedtune.model.tunable import TunableModel
 
@@ -28,9 +30,14 @@ class Score:
     count: int
 
 
-def score(tunable: TunableModel, encoded: Encoded, batch: int = 32) -> Score:
+def score(
+    tunable: TunableModel, encoded: Encoded, batch: int = 32, front: FrozenFront | None = None
+) -> Score:
     """Score in eval mode, without mixed precision on float32 models. Examples are sorted by length, so that
-    batches hold little padding."""
+    batches hold little padding.
+
+    front  remembers what the frozen blocks say of these examples, from one score to the next
+    """
     tunable.check_live()
     if not len(encoded):
         raise FedtuneError(
@@ -44,7 +51,8 @@ def score(tunable: TunableModel, encoded: Encoded, batch: int = 32) -> Score:
     with torch.no_grad():
         for start in range(0, len(order), batch):
             examples = encoded.collate(order[start : start + batch])
-            with autocast(tunable, "off"):
+            known = front.of(tunable, (batch, start)) if front else nullcontext()
+            with autocast(tunable, "off"), known:
                 part, logits, labels = summed_loss(tunable, examples)
             loss += part.item()
             count += carries(tunable.base.task, examples)

@@ -1,22 +1,18 @@
-"""What the federation is measured against: the base, every client alone, everything in one place; same steps
-each."""
+"""The scores of a run: the base, the federation, and what it is measured against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored
 from fedtune.methods import Method
-from fedtune.rng import seed_of
+from fedtune.runtime.alone import NOT_SCORED, reason_of, trained_alone
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.workspace import Workspace
 from fedtune.types import State
-
-NOT_SCORED: dict[str, Any] = {"metric": "", "value": None, "loss": None}
 
 
 def compare(
@@ -52,19 +48,12 @@ def compare(
         scores["clients_metric"] = phase(
             "clients", lambda: own_scores(recipe, workspace, method, state, tell)
         )
-    if recipe.evaluate.centralised:
-        pooled = phase(
-            "centralised", lambda: alone(recipe, workspace, method, start, -1, "centralised", tell)
-        )
-        scores["centralised"] = pooled["value"]
-        scores["loss"]["centralised"] = pooled["loss"]
-    if recipe.evaluate.local:
-        each = [
-            phase(f"local:{n}", partial(alone, recipe, workspace, method, start, n, f"local:{n}", tell))
-            for n in workspace.names
-        ]
-        scores["local"] = mean_of(one["value"] for one in each)
-        scores["loss"]["local"] = mean_of(one["loss"] for one in each)
+    found = trained_alone(recipe, workspace, start, journal, tell)
+    for name in ("centralised", "local"):
+        values = [one for key, one in found.items() if key.partition(":")[0] == name]
+        if values:
+            scores[name] = mean_of(one["value"] for one in values)
+            scores["loss"][name] = mean_of(one["loss"] for one in values)
     return scores
 
 
@@ -78,11 +67,7 @@ def finished_phase(
         try:
             done = work()
         except Exception as error:
-            reason = (
-                str(error)
-                if isinstance(error, FedtuneError)
-                else f"{type(error).__name__}: {str(error)[:200]}"
-            )
+            reason = reason_of(error)
             tell(Noted(f"not scored: {name}. {reason}"))
             done = {**NOT_SCORED, "reason": reason}
         journal.finish(name, done)
@@ -99,7 +84,7 @@ def score_test(workspace: Workspace, name: str, number: int, tell: Callable[[Eve
     """Score the installed state on the global test set."""
     from fedtune.model.score import score
 
-    got = score(workspace.tunable, workspace.test(), workspace.recipe.evaluate.batch)
+    got = score(workspace.tunable, workspace.test(), workspace.recipe.evaluate.batch, workspace.front)
     tell(Scored(name, number, got.name, got.metric, got.loss))
     return {"metric": got.name, "value": got.metric, "loss": got.loss}
 
@@ -123,23 +108,3 @@ def own_scores(
             tell(Noted(f"not scored: the rows held out at client {name}. {error}"))
             own[name] = None
     return own
-
-
-def alone(
-    recipe: Recipe,
-    workspace: Workspace,
-    method: Method,
-    start: State,
-    number: int,
-    name: str,
-    tell: Callable[[Event], None],
-) -> dict[str, Any]:
-    """Train from the first state on one client's data (-1: on all clients' data), as many steps as a client
-    made in the run."""
-    method.alone(
-        workspace.tunable,
-        workspace.pooled() if number < 0 else workspace.train(number),
-        start,
-        seed_of("alone", recipe.seed, number + 1),
-    )
-    return score_test(workspace, name, recipe.rounds, tell)

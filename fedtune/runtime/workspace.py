@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedtune.types import Client
 if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.encode import Encoded
+    from fedtune.model.frozen_front import FrozenFront
     from fedtune.model.tunable import TunableModel
 
 
@@ -41,6 +43,7 @@ class Workspace:
     alive: Callable[[], None] = lambda: None  # called while rows are encoded
     body: Any = None  # the way to a body service, for methods that split the model; None: in this process
     _encoded: dict[str, Any] = field(default_factory=dict)
+    _front: Any = None
 
     @property
     def names(self) -> dict[int, str]:
@@ -86,10 +89,24 @@ class Workspace:
     def test(self) -> Encoded:
         return self._encode("test", self.federation.test, "the test set", scored=True)
 
+    @property
+    def front(self) -> FrozenFront:
+        """What the model's frozen blocks say of the test set, which is scored many times."""
+        from fedtune.model.frozen_front import FrozenFront
+
+        self._front = self._front or FrozenFront()
+        front: FrozenFront = self._front
+        return front
+
     def pooled(self) -> Encoded:
         """All clients' training rows in one place: what a federation exists to avoid, for comparison only."""
-        rows = [row for slice_ in self.federation.clients for row in slice_.train]
-        return self._encode("pooled", rows, "the pooled data")
+        if "pooled" not in self._encoded:
+            from fedtune.model.encode import joined
+
+            parts = [self.train(slice_.id) for slice_ in self.federation.clients]
+            self._encoded["pooled"] = joined(parts, self.base)
+        pooled: Encoded = self._encoded["pooled"]
+        return pooled
 
     def _encode(self, key: str, rows: list[dict[str, Any]], whose: str, scored: bool = False) -> Encoded:
         if key not in self._encoded:
@@ -137,6 +154,8 @@ def build_workspace(
     alive    called while rows are encoded, now and later
     """
     here = located(recipe, place)
+    if federation is None and here.data.begin():
+        importlib.import_module("fedtune.model.fit")  # torch and transformers, which take as long as the data
     federation = federation or load(here.data, recipe.partition, recipe.seed)
     for note in recipe.notes:
         tell(Noted(note))

@@ -16,6 +16,7 @@ from fedtune.events import (
     RunStarted,
     Scored,
     Truncated,
+    Waiting,
 )
 from fedtune.plain import plain
 
@@ -46,6 +47,8 @@ def line(event: Event) -> str:
                 f"{event.folder}: {event.clients} clients, {event.rounds} rounds{again}; trained: "
                 f"{share}{threads}"
             )
+        case Waiting():
+            return f"... {event.text}"
         case Noted():
             return f"note: {event.text}"
         case Truncated() if event.whose.startswith("the "):
@@ -92,6 +95,7 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
     out += [
+        *legend(result),
         "",
         f"{'bytes per client and round':<34}up {size(result['up_bytes_per_client_round'])}, down "
         f"{size(result['down_bytes_per_client_round'])}",
@@ -99,6 +103,16 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'adapter':<34}{result['adapter']}",
     ]
     return "\n".join(out)
+
+
+def legend(result: Mapping[str, Any]) -> list[str]:
+    """A line that says what the rows of comparisons are."""
+    said = {
+        "local": "local only: each client by itself, for its own steps",
+        "centralised": "centralised: all rows in one place, for as many examples as the federation",
+    }
+    shown = [text for key, text in said.items() if result.get(key) is not None]
+    return [f"({'; '.join(shown)})"] if shown else []
 
 
 def size(count: float) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.model.encode import encode
+from fedtune.model.frozen_front import FrozenFront
 from fedtune.model.score import score
 from fedtune.model.tunable import attach
 from tests import tiny
@@ -60,3 +62,35 @@ def test_accuracy_by_hand_with_padding(workspace: Any, model: str) -> None:
 def test_nothing_to_score(workspace: Any) -> None:
     with pytest.raises(FedtuneError, match="D202"):
         score(bare(workspace.base("encoder")), encode([], workspace.base("encoder"), max_length=8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "skips"),
+    [
+        ("lora", {"last": 1}, True),
+        ("head", {}, True),
+        ("lora", {}, False),
+        ("full", {}, False),
+        ("prompt", {}, False),
+        ("adapter", {"shared": True, "reduction": 4}, False),
+    ],
+)
+@pytest.mark.parametrize("model", ["encoder", "decoder"])
+def test_what_frozen_blocks_say_is_computed_once_and_changes_no_score(
+    workspace: Any, model: str, kind: str, more: dict[str, Any], skips: bool
+) -> None:
+    base, front = workspace.base(model), FrozenFront()
+    rows = [{"text": sentence, "label": "ab"[i % 2]} for i, sentence in enumerate(tiny.SENTENCES[:6] * 2)]
+    encoded, tunable = encode(rows, base, max_length=32), attach(base, adapter_of(kind=kind, **more), 1)
+    for step in range(3):
+        assert score(tunable, encoded, 4, front) == score(tunable, encoded, 4)
+        tunable.write({name: value + np.float32(0.1 * step) for name, value in tunable.read().items()})
+    assert bool(front.kept) == skips
+    frozen = next(iter(base.weights.values()))
+    with torch.no_grad():  # somebody writes into the base
+        frozen.mul_(1.5)
+    try:
+        assert score(tunable, encoded, 4, front) == score(tunable, encoded, 4)
+    finally:
+        with torch.no_grad():
+            frozen.div_(1.5)

@@ -1,0 +1,107 @@
+"""What a federation is measured against: every client by itself, and all rows in one place, from its first
+state.
+
+A client alone trains for the steps of one that takes part in every round; the one place for as many examples
+as all clients of all rounds together. Where the model is small, these trainings run side by side, one a core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from fedtune.config import Recipe
+from fedtune.errors import FedtuneError
+from fedtune.events import Event, Noted, Scored, Waiting
+from fedtune.forks import Forks
+from fedtune.rng import seed_of
+from fedtune.runtime.journal import Journal
+from fedtune.runtime.sampling import wanted
+from fedtune.runtime.workspace import Workspace
+from fedtune.threads import threads_for
+from fedtune.types import State
+
+NOT_SCORED: dict[str, Any] = {"metric": "", "value": None, "loss": None}
+SMALL = 50_000_000  # parameters of a model up to which one core per training is better than all for each
+MOST = 8  # forks, each with its own gradients and activations
+
+
+def trained_alone(
+    recipe: Recipe, workspace: Workspace, start: State, journal: Journal, tell: Callable[[Event], None]
+) -> dict[str, dict[str, Any]]:
+    """Score of each training that the recipe asks for: "centralised", and "local:<client>". Those that the
+    journal knows are not repeated after a crash."""
+    wants = recipe.evaluate
+    numbers = {"centralised": -1} if wants.centralised else {}
+    numbers |= {f"local:{n}": n for n in workspace.names} if wants.local else {}
+    numbers = {again(name, k): n for name, n in numbers.items() for k in range(wants.seeds)}
+    found = {name: done for name in numbers if (done := journal.phase(name)) is not None}
+    left = [name for name in numbers if name not in found]
+    if not left:
+        return {name: found[name] for name in numbers}
+    prepare(workspace, [numbers[name] for name in left])
+    tell(Waiting(f"comparisons: {len(left)} trainings from the same start, without federation"))
+    jobs = [partial(attempt, recipe, workspace, start, name, numbers[name]) for name in left]
+    forks = Forks(jobs, side_by_side(workspace), one_thread)
+    for place, done in forks.results():
+        name = left[place]
+        if done["value"] is None:
+            tell(Noted(f"not scored: {name}. {done['reason']}"))
+        else:
+            tell(Scored(name, recipe.rounds, done["metric"], done["value"], done["loss"]))
+        journal.finish(name, done)
+        found[name] = done
+    return {name: found[name] for name in numbers}
+
+
+def again(name: str, repeat: int) -> str:
+    """The name of a comparison with its second, third, ... seed."""
+    return f"{name}:seed{repeat + 1}" if repeat else name
+
+
+def prepare(workspace: Workspace, numbers: list[int]) -> None:
+    """Encode once, here, what all of them read."""
+    workspace.test()
+    for number in numbers:
+        workspace.pooled() if number < 0 else workspace.train(number)
+
+
+def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, number: int) -> dict[str, Any]:
+    """A training and its score; one that fails is null and says why: a comparison must not cost the run its
+    result."""
+    from fedtune.model.score import score
+
+    repeat = int(name.rpartition(":seed")[2]) - 1 if ":seed" in name else 0
+    seed = seed_of("alone", recipe.seed, number + 1, *([repeat] if repeat else []))
+    try:
+        method = recipe.method.build(rounds_of(recipe, workspace, number), recipe.aggregate)
+        method.alone(
+            workspace.tunable, workspace.pooled() if number < 0 else workspace.train(number), start, seed
+        )
+        got = score(workspace.tunable, workspace.test(), recipe.evaluate.batch, workspace.front)
+    except Exception as error:
+        return {**NOT_SCORED, "reason": reason_of(error)}
+    return {"metric": got.name, "value": got.metric, "loss": got.loss}
+
+
+def rounds_of(recipe: Recipe, workspace: Workspace, number: int) -> int:
+    """So many rounds of one client: of all clients of all rounds, for the one place (number -1)."""
+    clients = wanted(recipe.sampling, len(workspace.names)) if number < 0 and recipe.method.by_steps else 1
+    return recipe.rounds * clients
+
+
+def side_by_side(workspace: Workspace) -> int:
+    """How many trainings go on at once: as many as threads are allowed, where each can do with one."""
+    small = workspace.base.device.type == "cpu" and workspace.tunable.total <= SMALL
+    return min(threads_for(workspace.recipe.model.threads)[0], MOST) if small else 1
+
+
+def one_thread() -> None:
+    from fedtune.model.hardware import use_threads
+
+    use_threads(1)
+
+
+def reason_of(error: Exception) -> str:
+    return str(error) if isinstance(error, FedtuneError) else f"{type(error).__name__}: {str(error)[:200]}"
