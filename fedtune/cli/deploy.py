@@ -87,6 +87,20 @@ def add_commands(commands: Any) -> None:
         "--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)"
     )
     parser.add_argument(
+        "--cache-gib",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="of states that are kept, so that they need not be sent again (default: 4)",
+    )
+    parser.add_argument(
+        "--keep-days",
+        type=int,
+        default=0,
+        metavar="N",
+        help="for how long receipts and the ledger are kept (default: for good)",
+    )
+    parser.add_argument(
         "--check",
         nargs="?",
         const="",
@@ -113,6 +127,7 @@ def add_commands(commands: Any) -> None:
         metavar="DIR",
         help="the site's home, as fedtune client has it (default: site)",
     )
+    parser.add_argument("--show", action="store_true", help="only say in words what the recipe does")
     parser.set_defaults(command=approve)
 
     parser = commands.add_parser("status", help="rounds, bytes and time of a run, here or at a coordinator")
@@ -230,6 +245,8 @@ def client(options: argparse.Namespace) -> int:
         policy,
         options.partition,
         options.map,
+        int(max(0.0, options.cache_gib) * (1 << 30)),
+        max(0, options.keep_days),
     )
     if options.check is not None:
         from fedtune.config import read
@@ -247,15 +264,18 @@ def client(options: argparse.Namespace) -> int:
 
 
 def approve(options: argparse.Namespace) -> int:
-    """Write the recipe's hash into the site's home; what it does is what `fedtune check` says."""
+    """Say in words what the recipe does, and write down that this user approves it."""
     from fedtune.config import read
-    from fedtune.deploy import policy
+    from fedtune.deploy import approval
 
     recipe = read(options.recipe, options.set)
     stem = Path(options.recipe).stem if options.recipe else "demo"
-    print(plain(f"approved {policy.approve(Path(options.home).expanduser(), recipe, recipe.name or stem)}: "
-        f"{recipe.method.type} on {recipe.model.name}, "
-                f"{recipe.rounds} rounds; whatever else it says, see: fedtune check"))  # fmt: skip
+    for line in approval.in_words(recipe):
+        print(plain(line))
+    if options.show:
+        return 0
+    by = approval.approve(Path(options.home).expanduser(), recipe, recipe.name or stem)
+    print(plain(f"approved {recipe.fingerprint} by {', '.join(sorted(by))}"))
     return 0
 
 

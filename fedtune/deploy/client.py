@@ -83,8 +83,8 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                         "nothing to do: "
                         "it is started again")  # fmt: skip
                     programs[1].restart()
-                if why := overdue(private):
-                    say(f"this site's worker is ended and started again: {why}")
+                if still := overdue(private):
+                    say(f"this site's worker is ended and started again: {still}")
                     programs[0].restart()
                 line.look(fleet_proxy)
                 for text in told.lines():

@@ -2,6 +2,7 @@
 
 coordinators = ["3f9a..."]       # keys that may ask, by their hash or its beginning; empty: the federation's
 approved_only = true             # only recipes that this site's operator has approved: fedtune approve RECIPE
+approvals = 2                    # by so many of this machine's users (four eyes); 1 where nothing is said
 recipes = ["c0ffee..."]          # or these, by their whole hash
 methods = ["fedpeft"]            # what may be done here; empty: everything
 adapters = ["lora"]              # what may be trained; empty: everything
@@ -11,6 +12,8 @@ verbs = ["train"]                # what may be asked; empty: all that the method
 scores = false                   # whether figures of held-out rows may leave (the verb `score`)
 min_rows = 100                   # least rows that train; 8 where nothing is said
 min_examples = 64                # least steps times batch behind one update; 8 where nothing is said
+min_steps = 10                   # least steps of an update, where the recipe counts them
+min_batch = 4                    # least rows in a batch
 min_members = 3                  # least members in a round
 max_rounds = 50                  # most rounds of a run
 answers_a_day = 100              # most answers in 24 hours
@@ -22,7 +25,6 @@ hours = "20-06"                  # of the day, by this machine's clock, from the
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,17 +36,10 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedtune.config import Recipe
-from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
 from fedtune.runtime.site_scores import SCORE
 from fedtune.settings import Settings
 from fedtune.validation import sentence
-
-DAY = 24 * 3600.0
-LEDGER, APPROVED = (
-    "ledger.jsonl",
-    "approved.txt",
-)  # in a site's home: what has left; which recipes its operator approved
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,7 @@ class Policy(Settings):
 
     coordinators: tuple[str, ...] = ()
     approved_only: bool = False
+    approvals: int = Field(1, ge=1)
     recipes: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
@@ -82,6 +78,8 @@ class Policy(Settings):
     scores: bool = True
     min_rows: int = Field(8, ge=1)
     min_examples: int = Field(8, ge=1)
+    min_steps: int = Field(1, ge=1)
+    min_batch: int = Field(1, ge=1)
     min_members: int = Field(1, ge=1)
     max_rounds: int = Field(0, ge=0)
     answers_a_day: int = Field(0, ge=0)
@@ -115,6 +113,9 @@ class Policy(Settings):
             raise forbidden(f"a run of {recipe.rounds} rounds", f"at most {self.max_rounds}")
         if asked.verb != SCORE and (seen := examples_of(recipe, 1 << 30)) < self.min_examples:
             raise forbidden(f"an update of {seen} examples", f"at least {self.min_examples}")
+        for name, least in (("steps", self.min_steps), ("batch", self.min_batch)):
+            if asked.verb != SCORE and (found := least_of(recipe, name)) < least:
+                raise forbidden(f"a recipe with {name} = {found}", f"at least {least}")
 
     def _who(self, recipe: Recipe, asked: Asked) -> None:
         """By whom, with which recipe, when, and how often."""
@@ -169,6 +170,14 @@ def examples_of(recipe: Recipe, rows: int) -> int:
     return min(counts, default=rows)
 
 
+def least_of(recipe: Recipe, name: str) -> int:
+    """The smallest number of steps, or of rows in a batch, that a recipe names; a recipe of passes over all
+    rows has as many steps as they make."""
+    method = recipe.method.model_dump()
+    found = [table.get(name) for table in (method, method.get("train", {})) if "batch" in table]
+    return min((int(number) for number in found if number), default=1 << 30)
+
+
 def within(hours: str, hour: int) -> bool:
     """Whether an hour is inside a span that may go over midnight."""
     first, last = map(int, hours.split("-"))
@@ -200,41 +209,3 @@ def read_policy(path: str) -> Policy:
         ) from None
     except ValidationError as error:
         raise sentence(error, Policy) from None
-
-
-# --- a site's own books
-# ------------------------------------------------------------------------------------------------
-
-
-def approved(home: Path) -> frozenset[str]:
-    """Hashes that `approve` has written."""
-    path = home / APPROVED
-    return (
-        frozenset(line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.split())
-        if path.exists()
-        else frozenset()
-    )
-
-
-def approve(home: Path, recipe: Recipe, name: str) -> str:
-    """Write a recipe's hash down, with when and what it was called; the hash. Raises R404."""
-    with disk_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-        if recipe.fingerprint not in approved(home):
-            with (home / APPROVED).open("a", encoding="utf-8") as file:
-                file.write(f"{recipe.fingerprint} {datetime.now():%Y-%m-%dT%H:%M} {name}\n")
-    return recipe.fingerprint
-
-
-def sent_since(home: Path, since: float) -> tuple[int, ...]:
-    """Bytes of each answer that has left since a time."""
-    path = home / LEDGER
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    known = (json.loads(line) for line in lines if line.endswith("}"))
-    return tuple(int(entry["bytes"]) for entry in known if entry["at"] >= since)
-
-
-def note_sent(home: Path, **about: Any) -> None:
-    """A line of the ledger: what leaves the house, before it does. Raises R404."""
-    with disk_errors(home / LEDGER), (home / LEDGER).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(about, sort_keys=True) + "\n")

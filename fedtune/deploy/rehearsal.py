@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.config import Recipe
+from fedtune.deploy.approval import approved
 from fedtune.deploy.declared import declared
-from fedtune.deploy.policy import Asked, approved, read_policy
+from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.site_config import SiteConfig, require_own
 from fedtune.deploy.sites import at_site, columns_of
 from fedtune.errors import FedtuneError
@@ -54,7 +55,7 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
             Asked(
                 recipe=recipe.fingerprint,
                 key=policy.coordinators[0] if policy.coordinators else "",
-                approved=approved(Path(config.home)),
+                approved=approved(Path(config.home), policy.approvals),
             ),
         )
         policy.check_rows(recipe, len(mine.train))

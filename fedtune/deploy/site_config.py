@@ -17,6 +17,8 @@ class SiteConfig:
     device
     columns        --map as it was given: the recipe's names of columns and this site's
     partition      for demos: the recipe may say which rows and which model's folder are read here
+    cache_bytes    of states that are kept, so that they need not be sent again
+    keep_days      for which receipts and lines of the ledger are kept; 0: for good
     """
 
     keys: str
@@ -29,6 +31,8 @@ class SiteConfig:
     policy: str = ""
     partition: bool = False
     columns: str = ""
+    cache_bytes: int = 4 << 30
+    keep_days: int = 0
 
     @classmethod
     def read(cls, path: Path) -> SiteConfig:

@@ -11,11 +11,10 @@ that dies goes on where it was, and never computes twice what it has finished.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import os
 import re
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -28,13 +27,16 @@ from pydantic import ValidationError
 
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
+from fedtune.deploy.approval import approved
 from fedtune.deploy.declared import declared
-from fedtune.deploy.policy import DAY, Asked, approved, note_sent, read_policy, sent_since
+from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.resources import require_disk, require_memory
+from fedtune.deploy.site_books import DAY, Sent, forget, note_sent, sent_since
 from fedtune.deploy.site_config import SiteConfig, require_own
 from fedtune.deploy.sites import Details, at_site, columns_of
 from fedtune.deploy.ticket_window import TicketWindow
 from fedtune.deploy.watchdog import PACE, STILL, Watchdog, first_to_go, weights_at
+from fedtune.deploy.worker_listener import serve
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
@@ -58,10 +60,8 @@ from fedtune.versions import versions
 if TYPE_CHECKING:
     from fedtune.model.base import Base
 
-LONGEST = 4 << 20  # bytes of a request: a ticket with its recipe
 UPDATE = "install the same version of fedtune on both sides"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-IDLE = 5.0  # seconds without work after which old updates are tried again
 PATIENCE = 600.0  # seconds to go on trying to send before Flower is told
 
 
@@ -83,7 +83,10 @@ class Worker:
         self.home = Path(config.home)
         self.identity = load(Path(config.keys))
         self.policy = read_policy(config.policy)
-        self.exchange = ExchangeClient(config.coordinator, self.identity, self.home, PATIENCE)
+        self.exchange = ExchangeClient(
+            config.coordinator, self.identity, self.home, PATIENCE, config.cache_bytes
+        )
+        self.tidied = -DAY
         self.window = TicketWindow(self.home)
         self.watchdog = Watchdog(Path(config.socket).parent)
         self.lock = threading.Lock()
@@ -188,7 +191,13 @@ class Worker:
         key = self.speaker(content).key
         sent = sent_since(self.home, time.time() - DAY)
         return Asked(
-            recipe.fingerprint, about.verb, about.budget, len(details.members), key, approved(self.home), sent
+            recipe.fingerprint,
+            about.verb,
+            about.budget,
+            len(details.members),
+            key,
+            approved(self.home, self.policy.approvals),
+            sent,
         )
 
     def speaker(self, content: bytes) -> Peer:
@@ -218,22 +227,31 @@ class Worker:
             body = body_address(
                 self.identity, self.config.coordinator, about.run, SplitFacts.from_words(details.told)
             )
-        self.tell(Noted(f"asked: '{about.verb}' in round {about.round} of run {about.run}"))
+        rows = len(
+            workspace.held_out(details.number) if about.verb == SCORE else workspace.train(details.number)
+        )
+        self.tell(
+            Noted(
+                f"asked: '{about.verb}' in round {about.round} of run {about.run}, recipe {link.run}, of "
+                f"{rows:,} rows"
+            )
+        )
         held = load_versions(place, ask.client)
         client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body)
         reply = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
+        size, sha256 = len(reply.payload), hashlib.sha256(reply.payload).hexdigest()
         note_sent(
             self.home,
-            at=time.time(),
-            run=about.run,
-            round=about.round,
-            verb=about.verb,
-            bytes=len(reply.payload),
-            recipe=link.run,
+            Sent(time.time(), size, about.run, about.round, about.verb, link.run, rows, sha256),
         )
         self.exchange.send(about, reply.payload)
-        self.tell(Noted(f"sent: {len(reply.payload):,} bytes for round {about.round} of run {about.run}"))
+        self.tell(
+            Noted(
+                f"sent: {size:,} bytes for round {about.round} of run {about.run}, sha256 {sha256[:16]}, and "
+                "its receipt is held"
+            )
+        )
         return reply.said
 
     def own(self, recipe: Recipe) -> Recipe:
@@ -302,6 +320,15 @@ class Worker:
         )
         return self.built[1:]
 
+    def idle(self) -> None:
+        """What there is time for while nobody asks anything."""
+        if any(True for _ in self.exchange.outbox.waiting()):
+            self.flush()
+        if self.config.keep_days and time.monotonic() > self.tidied + DAY:
+            self.tidied = time.monotonic()
+            with contextlib.suppress(FedtuneError):  # a full disk, which a ticket says
+                forget(self.home, self.config.keep_days)
+
     def flush(self) -> None:
         """Updates of before that have no receipt yet; what cannot be sent now is kept."""
         if self.lock.acquire(blocking=False):
@@ -328,41 +355,6 @@ def understood(details: Details, verb: str) -> Recipe:
     if verb not in known:
         raise Refused("W602", f"the verb '{verb}'", f"one of {', '.join(sorted(known))}", UPDATE)
     return recipe
-
-
-def serve(worker: Worker, path: Path) -> None:
-    """Answer on a Unix socket until the process ends; a thread a caller, because ClientApps may overlap."""
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(path))
-        os.chmod(path, 0o600)
-        listener.listen(8)
-        listener.settimeout(IDLE)
-        while True:
-            try:
-                caller, _ = listener.accept()
-            except TimeoutError:
-                if any(True for _ in worker.exchange.outbox.waiting()):
-                    worker.flush()
-                continue
-            threading.Thread(target=attend, args=(worker, caller), daemon=True).start()
-
-
-def attend(worker: Worker, caller: socket.socket) -> None:
-    """One request and its answer, a line of JSON each. A defect ends the worker: what it left half-done is
-    done again by its next life."""
-    caller.settimeout(None)
-    with caller, contextlib.suppress(OSError), caller.makefile("rwb") as file:
-        try:
-            line = file.readline(LONGEST)
-            file.write(json.dumps(worker.answer(json.loads(line))).encode() + b"\n")
-            file.flush()
-        except (OSError, ValueError):
-            return
-        except BaseException as error:
-            sys.stderr.write(f"worker: {type(error).__name__}: {error}\n")
-            sys.stderr.flush()
-            os._exit(1)
 
 
 def main() -> None:

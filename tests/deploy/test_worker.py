@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy import client
-from fedtune.deploy.worker import Worker, serve
+from fedtune.deploy.worker import Worker
+from fedtune.deploy.worker_listener import serve
 from fedtune.errors import FedtuneError
 from fedtune.flower.worker_socket import through
 from fedtune.trust import Signed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -13,7 +14,10 @@ import pytest
 
 from fedtune import config
 from fedtune.cli import main
-from fedtune.deploy.policy import LEDGER, Policy, examples_of, note_sent, sent_since, within
+from fedtune.deploy import watchdog
+from fedtune.deploy.approval import approve, approved, approvers
+from fedtune.deploy.policy import Policy, examples_of, within
+from fedtune.deploy.site_books import LEDGER, Sent, note_sent, sent_since
 from fedtune.events import Noted
 from tests import small
 from tests.deploy.inside import SITES
@@ -54,6 +58,9 @@ LINES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "an update of 1 examples",
     ),
     "min_examples": ("min_examples = 9", {}, {}, "an update of 8 examples"),
+    "min_steps": ("min_steps = 3", {}, {}, "a recipe with steps = 2"),
+    "min_batch": ("min_batch = 5", {}, {}, "a recipe with batch = 4"),
+    "approvals": ("approved_only = true\napprovals = 2", {}, {}, "which nobody here has approved"),
     "min_members": ("min_members = 3", {}, {}, "a round of 1 members"),
     "max_rounds": ("max_rounds = 10", {"rounds": 11}, {}, "a run of 11 rounds"),
     "answers_a_day": ("answers_a_day = 2", {}, {}, "one more than 2 answers"),
@@ -71,7 +78,7 @@ def test_a_line_holds(line: str, hostile: Taken, tmp_path: Path, monkeypatch: py
     (worker.home / LEDGER).unlink(missing_ok=True)
     if line.endswith("a_day"):
         for ago in (10.0, 20.0, 3 * 86400.0):
-            note_sent(worker.home, at=time.time() - ago, bytes=50)
+            note_sent(worker.home, Sent(time.time() - ago, 50))
     trained: list[Any] = []
     monkeypatch.setattr("fedtune.deploy.worker.respond", lambda *args: trained.append(args))
     base = "" if line.startswith(("min_rows", "scores")) else "b" * 64
@@ -96,7 +103,70 @@ def workspace_of(worker: Any, recipe: Any) -> tuple[Any, Any]:
 
 
 def test_every_line_of_a_policy_is_tried() -> None:
-    assert {name.split()[0] for name in LINES} == set(Policy.model_fields)
+    elsewhere = {"minutes"}  # below: of work that is under way
+    assert {name.split()[0] for name in LINES} | elsewhere == set(Policy.model_fields)
+
+
+def test_an_answer_takes_no_longer_than_the_site_allows(
+    hostile: Taken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe of a billion steps: whoever looks after the worker sees that its time is over."""
+    (tmp_path / "policy.toml").write_text("minutes = 30\n")
+    worker = hostile.worker(policy=str(tmp_path / "policy.toml"))
+    seen: list[str] = []
+
+    def fetch(about: Any) -> Any:
+        attempt = worker.home / watchdog.ATTEMPT
+        for ago in (1700.0, 1900.0):
+            os.utime(attempt, (time.time() - ago, time.time() - ago))
+            seen.append(watchdog.overdue(worker.home))
+        raise KeyboardInterrupt  # as if it had been killed
+
+    monkeypatch.setattr(worker.exchange, "fetch", fetch)
+    worker.workspace(read(recipe := hostile.recipe()), *workspace_of(worker, recipe))
+    base = worker.built[2].base  # type: ignore[index]
+    with pytest.raises(KeyboardInterrupt):
+        hostile.asks(worker, recipe, base=base)
+    assert seen[0] == "" and "no progress in 1900 s" in seen[1]
+    monkeypatch.undo()
+    assert (
+        hostile.asks(hostile.worker(policy=str(tmp_path / "policy.toml")), recipe, base=base)["code"]
+        == "M311"
+    )
+    (worker.home / watchdog.REFUSED).unlink()
+
+
+def test_four_eyes_are_two_people(tmp_path: Path, hostile: Taken) -> None:
+    recipe = read(hostile.recipe())
+    for _ in range(3):
+        approve(tmp_path, recipe, "note", "anna")
+    assert approved(tmp_path) == {recipe.fingerprint} and approved(tmp_path, 2) == frozenset()
+    assert approve(tmp_path, recipe, "note\tbert x", "carla") == {"anna", "carla"}
+    assert approved(tmp_path, 2) == {recipe.fingerprint} and approved(tmp_path, 3) == frozenset()
+    other = recipe.model_copy(update={"rounds": 99})
+    approve(tmp_path, other, f"{recipe.fingerprint} later", "dora")  # a name that looks like a hash is none
+    assert approved(tmp_path, 3) == frozenset() and approvers(tmp_path)[other.fingerprint] == {"dora"}
+
+
+def test_who_approves_reads_a_page_in_words(
+    hostile: Taken, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"data__labels": sorted(small.WORDS), "deploy__sites": list(SITES), "model__name": "org/model"}
+    tree = small.tree(hostile.model, hostile.rows, chain=[{"step": "sign"}], **named)
+    (tmp_path / "recipe.toml").write_text(toml(tree))
+    assert main(["approve", str(tmp_path / "recipe.toml"), "--home", str(tmp_path / "home"), "--show"]) == 0
+    page = capsys.readouterr().out
+    for word in (
+        "org/model",
+        "lora",
+        "3; in each, 2 steps of 4 rows",
+        "sign",
+        "text 'text'",
+        "label 'label'",
+        "site-a",
+    ):
+        assert word in page, word
+    assert not (tmp_path / "home").exists()
 
 
 def test_what_a_policy_names_may_be_done(
@@ -146,8 +216,8 @@ def test_hours_days_and_examples(tmp_path: Path, tiny_bert: Path) -> None:
         and not within("08-17", 17)
         and within("00-24", 23)
     )
-    note_sent(tmp_path, at=100.0, bytes=7)
-    note_sent(tmp_path, at=200.0, bytes=8)
+    note_sent(tmp_path, Sent(100.0, 7))
+    note_sent(tmp_path, Sent(200.0, 8))
     assert sent_since(tmp_path, 150.0) == (8,) and sent_since(tmp_path / "none", 0) == ()
     recipe = small.recipe(tiny_bert, tmp_path / "x.jsonl")
     assert examples_of(recipe, 120) == 8 and examples_of(recipe, 3) == 3
