@@ -22,9 +22,14 @@ from tests import tiny
 from tests.tables import adapter_of
 
 
-def plain_loop(net: Any, parameters: list[Any], encoded: Any, settings: TrainSettings, seed: int) -> None:
+def adamw(parameters: list[Any], settings: TrainSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def plain_loop(
+    net: Any, optimizer: torch.optim.Optimizer, encoded: Any, settings: TrainSettings, seed: int
+) -> None:
     """Ordinary training, as anybody would write it."""
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     net.train()
     for (indices,) in step_batches(len(encoded), settings, seed):
         batch = encoded.collate(indices)
@@ -53,7 +58,7 @@ def test_full_equals_a_plain_torch_loop_bit_for_bit(workspace: Any, model: str) 
     )
     net = auto.from_pretrained(workspace.folders[model])
     net.load_state_dict({name: torch.from_numpy(value) for name, value in start.items()}, strict=False)
-    plain_loop(net, list(net.parameters()), encoded, SETTINGS, 9)
+    plain_loop(net, adamw(list(net.parameters()), SETTINGS), encoded, SETTINGS, 9)
     theirs = {name: value.detach().numpy() for name, value in net.named_parameters()}
     assert digest(tunable.read()) == digest(theirs)
 
@@ -71,7 +76,8 @@ def test_lora_equals_a_plain_peft_loop_bit_for_bit(workspace: Any) -> None:
     assert digest(peft_state(net)) == digest(
         start
     )  # peft's own initialisation from the same seed, under peft's own file names
-    plain_loop(net, [value for value in net.parameters() if value.requires_grad], encoded, SETTINGS, 9)
+    trained = [value for value in net.parameters() if value.requires_grad]
+    plain_loop(net, adamw(trained, SETTINGS), encoded, SETTINGS, 9)
     assert digest(peft_state(net)) == digest(tunable.read())
 
 
@@ -185,6 +191,40 @@ def test_fedprox_by_hand(workspace: Any) -> None:
     assert digest(one) == digest(after(1, 0.5))
     for name in start:
         np.testing.assert_allclose(pulled[name], two[name] - 0.1 * 0.5 * (one[name] - start[name]), atol=1e-7)
+
+
+def test_the_head_and_named_tensors_have_rates_of_their_own(workspace: Any) -> None:
+    """One step of plain SGD moves a tensor by its rate times its gradient."""
+    base, encoded = workspace.base("encoder"), workspace.encoded("encoder")
+    start = attach(base, adapter_of(kind="bias"), 1).read()
+    own = next(name for name in start if "classifier" not in name)
+
+    def moved(rates: dict[str, float] | None = None, **settings: Any) -> dict[str, np.ndarray]:
+        tunable = attach(base, adapter_of(kind="bias"), 1)
+        known = TrainSettings(optimizer="sgd", lr=0.125, steps=1, batch=6, **settings)
+        fit(tunable, encoded, known, 3, rates=rates)
+        return {name: value - start[name] for name, value in tunable.read().items()}
+
+    plain, faster, named = moved(), moved(head_lr=0.5), moved({own: 0.25}, head_lr=0.5)
+    assert all(np.abs(value).max() > 0 for value in plain.values())
+    for name, value in plain.items():
+        head = 4 if "classifier" in name else 1
+        np.testing.assert_allclose(faster[name], head * value, rtol=1e-3, atol=1e-8)
+        np.testing.assert_allclose(named[name], (2 if name == own else head) * value, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_has_torchs_momentum_and_decay(workspace: Any, nesterov: bool) -> None:
+    base, encoded = workspace.base("encoder"), workspace.encoded("encoder")
+    more = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
+    tunable = attach(base, adapter_of(kind="full"), 1)
+    start = tunable.read()
+    settings = TrainSettings(optimizer="sgd", lr=0.1, steps=3, batch=4, **more)
+    fit(tunable, encoded, settings, 9)
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(workspace.folders["encoder"])
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in start.items()}, strict=False)
+    plain_loop(net, torch.optim.SGD(net.parameters(), lr=0.1, **more), encoded, settings, 9)
+    assert digest(tunable.read()) == digest({n: v.detach().numpy() for n, v in net.named_parameters()})
 
 
 def test_clipping_limits_the_step(workspace: Any) -> None:
