@@ -182,8 +182,8 @@ class Cohort(Protocol):
         `min_group` answers.
 
         Groups may be given different tensors: then `given` says what, by group. A sum of one is a single
-        answer: for `min_group` = 1 the
-        method must list `verb` in `reads_each`. Groups from which too few answers came are left out.
+        answer: for `min_group` = 1 the verb must say `reads_each`, otherwise `by_group`, because the exposure
+        table tells users. Groups from which too few answers came are left out.
         """
 
     def typical(self, name: str) -> float:

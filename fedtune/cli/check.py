@@ -12,7 +12,7 @@ from fedtune.quiet import quiet
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
-        help="resolved recipe, clients, bytes, memory, who sees what; reads no weights",
+        help="show the resolved recipe, clients, bytes, memory and who sees what; reads no weights",
         description=__doc__,
     )
     add_recipe(parser)

@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "recipe",
         nargs="*",
-        help="recipes (TOML), a run each, at the same time; without one, the built-in federation",
+        help="recipes (TOML), one run each, all at the same time; without one, the built-in federation",
     )
     parser.add_argument(
         "--set",
@@ -53,14 +53,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--metrics", default="", metavar="HOST:PORT", help="a Prometheus endpoint")
     parser.set_defaults(command=server)
 
-    parser = commands.add_parser("client", help="take part in a federation with this site's data")
+    parser = commands.add_parser("client", help="join a federation with this site's data")
     parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator")
     parser.add_argument("--data", default="", metavar="FILE", help="this site's rows")
     parser.add_argument(
         "--map",
         default="",
         metavar="NAME=COLUMN,...",
-        help="this site's columns, by the recipe's names of them; a recipe then reaches no other column",
+        help="the recipe's names for this site's columns; a recipe can then read no other column",
     )
     parser.add_argument(
         "--partition",
@@ -77,12 +77,12 @@ def add_commands(commands: Any) -> None:
         "--home",
         default="site",
         metavar="DIR",
-        help="where this site keeps what it has finished (default: site)",
+        help="where this site keeps its work (default: site)",
     )
     parser.add_argument(
-        "--model", default="", metavar="NAME", help="the base model's folder here, in place of the recipe's"
+        "--model", default="", metavar="NAME", help="the base model's folder here, instead of the recipe's"
     )
-    parser.add_argument("--device", default="", help="in place of the recipe's: cpu, cuda, cuda:1")
+    parser.add_argument("--device", default="", help="the device, instead of the recipe's: cpu, cuda, cuda:1")
     parser.add_argument(
         "--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)"
     )
@@ -106,7 +106,7 @@ def add_commands(commands: Any) -> None:
         const="",
         default=None,
         metavar="RECIPE",
-        help="take no part: say what would keep this site out, with a recipe also of it",
+        help="do not join: report what would keep this site out, in general and for this RECIPE",
     )
     parser.add_argument(
         "--set",
@@ -118,19 +118,19 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(command=client)
 
     parser = commands.add_parser(
-        "approve", help="at a site: allow a recipe, where its policy wants approved recipes only"
+        "approve", help="at a site: allow a recipe, if its policy accepts approved recipes only"
     )
     add_recipe(parser)
     parser.add_argument(
         "--home",
         default="site",
         metavar="DIR",
-        help="the site's home, as fedtune client has it (default: site)",
+        help="the site's home, as given to fedtune client (default: site)",
     )
     parser.add_argument("--show", action="store_true", help="only say in words what the recipe does")
     parser.set_defaults(command=approve)
 
-    parser = commands.add_parser("status", help="rounds, bytes and time of a run, here or at a coordinator")
+    parser = commands.add_parser("status", help="a run's rounds, bytes and time, here or at a coordinator")
     parser.add_argument(
         "run",
         nargs="?",

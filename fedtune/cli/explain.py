@@ -26,10 +26,12 @@ class Page:
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
-        "explain", help="what an error code means, its usual causes, and how to fix it", description=__doc__
+        "explain",
+        help="what an error code means, its usual causes, and how to fix it",
+        description=__doc__,
     )
     parser.add_argument(
-        "code", nargs="?", help="the code of an error, such as C101; without one, all codes are listed"
+        "code", nargs="?", help="an error code, such as C101; without one, all codes are listed"
     )
     parser.set_defaults(command=run)
 

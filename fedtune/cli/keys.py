@@ -30,12 +30,12 @@ def add_commands(commands: Any) -> None:
         "--host",
         action="append",
         default=[],
-        help="a name or address by which clients call the coordinator; may be repeated",
+        help="a host name or address that clients use for the coordinator; may be repeated",
     )
     action.add_argument(
         "--authority-passphrase",
         action="store_true",
-        help="encrypt the authority's key; asked for, or FEDTUNE_AUTHORITY_PASSPHRASE",
+        help="encrypt the authority's key; prompted for, or taken from FEDTUNE_AUTHORITY_PASSPHRASE",
     )
     add_made(action)
     action.set_defaults(command=init)
@@ -47,7 +47,7 @@ def add_commands(commands: Any) -> None:
 
     action = actions.add_parser(
         "request",
-        help="at a site: make its keys, which never leave it, and a request to be carried to the operator",
+        help="at a site: make its keys, which never leave it, and a request for the operator",
     )
     action.add_argument("name", help="the site's name, as the operator knows it")
     action.add_argument(
@@ -58,14 +58,15 @@ def add_commands(commands: Any) -> None:
     )
     action.add_argument("--to", default="", metavar="DIR", help="the folder of the keys (default: the name)")
     action.add_argument(
-        "--passphrase", action="store_true", help="encrypt the keys; asked for, or FEDTUNE_PASSPHRASE"
+        "--passphrase",
+        action="store_true",
+        help="encrypt the keys; prompted for, or FEDTUNE_PASSPHRASE",
     )
     action.set_defaults(command=request)
 
     action = actions.add_parser(
         "sign",
-        help="at the operator: sign a site's request; whoever has the answer can do nothing without the "
-        "site's keys",
+        help="for the operator: sign a site's request; the answer is useless without the site's keys",
     )
     action.add_argument("request", help="the file that fedtune keys request made")
     action.add_argument(
@@ -74,7 +75,7 @@ def add_commands(commands: Any) -> None:
     add_folder(action)
     action.set_defaults(command=sign)
 
-    action = actions.add_parser("accept", help="at a site: take the operator's answer to its request")
+    action = actions.add_parser("accept", help="at a site: install the operator's answer to its request")
     action.add_argument("answer", help="the file that fedtune keys sign made")
     action.add_argument(
         "--to", required=True, metavar="DIR", help="the folder of the keys that were requested"
@@ -82,37 +83,40 @@ def add_commands(commands: Any) -> None:
     action.set_defaults(command=accept)
 
     action = actions.add_parser(
-        "renew", help="make new keys for a member; the old ones stay valid until they end or are revoked"
+        "renew", help="make new keys for a member; the old ones stay valid until they expire or are revoked"
     )
     action.add_argument("name", help="a client's name, or coordinator")
     action.add_argument(
         "--host",
         action="append",
         default=[],
-        help="of the coordinator: its names and addresses from now on (default: as before)",
+        help="for the coordinator: its names and addresses from now on (default: unchanged)",
     )
     add_made(action)
     action.set_defaults(command=renew)
 
     action = actions.add_parser(
-        "revoke", help="take a member's keys off the allow list; a running coordinator obeys at once"
+        "revoke", help="remove a member's keys from the allow list; a running coordinator obeys at once"
     )
     action.add_argument("name", help="the member's name")
     action.add_argument(
-        "--key", default="", metavar="HASH", help="only the key whose hash begins so, see: fedtune keys list"
+        "--key",
+        default="",
+        metavar="HASH",
+        help="only the key whose hash starts so; see fedtune keys list",
     )
     add_folder(action)
     action.set_defaults(command=revoke)
 
     action = actions.add_parser(
         "publish",
-        help="sign the list of members anew: after a revocation, or before the one that sites have ends",
+        help="sign the list of members again: after a revocation, or before the current one expires",
     )
     action.add_argument("--days", type=days, default=DAYS, help=f"how long it is valid (default: {DAYS})")
     add_folder(action)
     action.set_defaults(command=publish)
 
-    action = actions.add_parser("list", help="all keys that were issued, and until when they are valid")
+    action = actions.add_parser("list", help="list all issued keys, and when they expire")
     add_folder(action)
     action.set_defaults(command=listed)
 
@@ -129,7 +133,7 @@ def add_made(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passphrase",
         action="store_true",
-        help="encrypt the member's new keys; asked for, or FEDTUNE_PASSPHRASE",
+        help="encrypt the member's new keys; prompted for, or taken from FEDTUNE_PASSPHRASE",
     )
 
 

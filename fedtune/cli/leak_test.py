@@ -13,7 +13,7 @@ from fedtune.quiet import quiet
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "leak-test",
-        help="what the body's operator can reconstruct of a client's batch (method sfprompt)",
+        help="show what the body's operator can reconstruct from a client's batch (method sfprompt)",
         description=__doc__,
     )
     add_recipe(parser)

@@ -13,7 +13,7 @@ RULES = ("mean", "selma", "task", "ties", "dare", "breadcrumbs", "lines", "pcb",
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
-        "merge", help="make one LoRA adapter of several of one base, on the products B A"
+        "merge", help="merge several LoRA adapters of one base into one, on the products B A"
     )
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER", help="folders of PEFT adapters, or of finished runs"
@@ -43,19 +43,19 @@ def add_commands(commands: Any) -> None:
         type=float,
         default=[],
         metavar="W",
-        help="how much each adapter counts; without them all count alike",
+        help="how much each adapter counts (default: all the same)",
     )
     parser.add_argument(
-        "--rank", type=int, metavar="R", help="cut to this rank (SVD); without it the sum of ranks"
+        "--rank", type=int, metavar="R", help="reduce to this rank (SVD); default: the sum of the ranks"
     )
     parser.add_argument(
         "--base",
         default="",
         metavar="MODEL",
-        help="the base of all, whatever the adapters call it; their layers are checked against it",
+        help="the base of all adapters, whatever they call it; their layers are checked against it",
     )
     parser.add_argument(
-        "--eval", metavar="RUN", help="score base, adapters and result on this run's test set"
+        "--eval", metavar="RUN", help="score the base, the adapters and the result on this run's test set"
     )
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=merge)

@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="go on until N rounds, more than the run was begun with",
+        help="continue to N rounds in all, more than the run was started with",
     )
     parser.set_defaults(command=resume)
 
@@ -44,11 +44,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("run", nargs="?", help="the run's folder")
     forms = (
         "adapter: stock PEFT; merged: the whole model; seeds: fedkseed's accumulators, a few kilobytes; "
-        "without it, what the run left itself"
+        "default: what the run left behind"
     )
     parser.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
     parser.add_argument(
-        "--from-seeds", metavar="FILE", help="instead of a run: a file that --as seeds wrote; needs --base"
+        "--from-seeds", metavar="FILE", help="instead of a run: a file written by --as seeds; needs --base"
     )
     parser.add_argument(
         "--base", metavar="MODEL", help="with --from-seeds: the base model that the seeds were made for"
@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
         type=int,
         default=None,
         metavar="R",
-        help="cut a LoRA adapter to this rank (SVD), and say what that loses",
+        help="reduce a LoRA adapter to this rank (SVD), and report what is lost",
     )
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)

@@ -30,12 +30,12 @@ def require_ready(recipe: Recipe) -> None:
 
 def check_at_coordinator(recipe: Recipe) -> None:
     """The same, here."""
-    labels = len(at_coordinator(recipe).labels)
+    labels = at_coordinator(recipe).labels
     method = method_of(recipe.model_copy(update={"method": recipe.method.provisional}))
     transforms.build(recipe.chain)
     check_context(recipe, labels)
     if costs := method.capabilities.costs:
-        costs.plan(recipe.model, recipe.data.task, labels)
+        costs.plan(recipe.model, recipe.data.task, len(labels))
 
 
 def remarks(recipe: Recipe) -> list[str]:

@@ -53,11 +53,29 @@ class AdapterTable(MethodTable):
         return self.train.depends_on_rounds()
 
 
-class AdapterMethod:
+class AveragedTensors:
+    """State: the tensors of the tunable model. A round's are the mean of the answers to `train`."""
+
+    def __init__(self, head_start: HeadStart, rounds: int) -> None:
+        self.head_start, self.rounds = head_start, rounds
+
+    def start(self, tunable: TunableModel) -> State:
+        return State(tunable.read(), kept_until_started(self.head_start, tunable))
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        state = started(self.head_start, state, cohort)
+        return State(cohort.sum("train", state.shared).values(), state.kept)
+
+    def install(self, state: State, tunable: TunableModel) -> None:
+        tunable.write(state.shared)
+
+
+class AdapterMethod(AveragedTensors):
     """FedAvg of an adapter."""
 
     def __init__(self, settings: AdapterTable, rounds: int) -> None:
-        self.settings, self.rounds = settings, rounds
+        super().__init__(settings.head_start, rounds)
+        self.settings = settings
 
     @property
     def facts(self) -> Facts:
@@ -82,13 +100,6 @@ class AdapterMethod:
 
         return attach(base, self.settings.adapter, seed_of("adapter", seed))
 
-    def start(self, tunable: TunableModel) -> State:
-        return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
-
-    def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        state = started(self.settings.head_start, state, cohort)
-        return State(cohort.sum("train", state.shared).values(), state.kept)
-
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit
 
@@ -97,9 +108,6 @@ class AdapterMethod:
         seed = seed_of("train", now.seed, now.number, client.id)
         report = fit(tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
         return Update.of(tunable.read(), weight_of(self.settings.weight, client.data), {"loss": report.loss})
-
-    def install(self, state: State, tunable: TunableModel) -> None:
-        tunable.write(state.shared)
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit

@@ -69,6 +69,7 @@ class Verb:
                 can refuse anything else before it allocates
     answer      schema given, round -> the schema of the answer, for the same reason on the server
     reads_each  the server reads single answers, not only their sum
+    by_group    the server adds up answers group by group (`Cohort.sum_groups`), and sees each group's sum
     moves       the answer is the given tensors, moved: under a chain, the difference travels, and the
                 downlink may be lossy
     holds       clients keep the whole numbers that they are given, so that later only changes need travel
@@ -81,6 +82,7 @@ class Verb:
     given: Callable[[Any, int, Round], Schema]
     answer: Callable[[Schema, Round], Schema]
     reads_each: bool = False
+    by_group: bool = False
     moves: bool = False
     holds: bool = False
     shows: str = ""

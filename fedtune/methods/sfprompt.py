@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
-from fedtune.methods.base import weight_of
-from fedtune.methods.head_start import features_verbs, kept_until_started, started
+from fedtune.methods.base import AveragedTensors, weight_of
+from fedtune.methods.head_start import features_verbs
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -37,30 +37,18 @@ if TYPE_CHECKING:
 TENSORS, SIDECAR = "fedtune_adapter.safetensors", "fedtune.json"
 
 
-class SFPrompt:
+class SFPrompt(AveragedTensors):
     """State: prompts and tail (shared). Clients remember which of their examples the body service may hold,
     where it may."""
 
     def __init__(self, settings: SFPromptSettings, rounds: int) -> None:
-        self.settings, self.rounds = settings, rounds
+        super().__init__(settings.head_start, rounds)
+        self.settings = settings
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.methods.sfprompt_net import cut_bench
 
         return cut_bench(base, self.settings, seed)
-
-    # --- on the server
-    # ------------------------------------------------------------------------------------------
-
-    def start(self, tunable: TunableModel) -> State:
-        return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
-
-    def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        state = started(self.settings.head_start, state, cohort)
-        return State(cohort.sum("train", state.shared).values(), state.kept)
-
-    def install(self, state: State, tunable: TunableModel) -> None:
-        tunable.write(state.shared)
 
     # --- on each client
     # -----------------------------------------------------------------------------------------

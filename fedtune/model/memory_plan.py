@@ -14,7 +14,7 @@ from fedtune.hf.config import AUTO, load_config, locate
 from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import load_tokenizer
 from fedtune.model.adapters import Adapter
-from fedtune.model.base import Base, context_of, pick_device, reading
+from fedtune.model.base import Base, context_of, pick_device, reading, said_of
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.tunable import TunableModel, attach
@@ -47,15 +47,17 @@ class Plan:
         return {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}
 
 
-def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
-    """The base from its config.json alone, on torch's meta device. Raises M301."""
+def weightless(model: ModelSettings, task: str, labels: int | Sequence[str]) -> Base:
+    """The base from its config.json alone, on torch's meta device; of the labels, the number may do. Raises
+    M301."""
     pick_device(model.device)
-    labels: Sequence[str] = [f"label {number}" for number in range(n_labels)]
+    if isinstance(labels, int):
+        labels = [f"label {number}" for number in range(labels)]
     known = {"revision": model.revision} if model.revision else {}
     with reading(model.name):
         place = locate(model.name)
         config, chosen = load_config(place, task, labels, known)
-        pooling, _ = choose_pooling(model.pooling, place, task, chosen.kept, **known)
+        pooling, note = choose_pooling(model.pooling, place, task, chosen.kept, **known)
         with torch.device("meta"):
             net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
     set_pooling(net, pooling)
@@ -72,6 +74,7 @@ def weightless(model: ModelSettings, task: str, n_labels: int) -> Base:
         model.name,
         None,
         frozenset(),
+        notes=(*said_of(chosen), *((note,) if note else ())),
         kept_head=chosen.kept,
         pooling=pooling,
     )

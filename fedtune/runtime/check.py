@@ -3,6 +3,7 @@ downloaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from fedtune.types import Round, Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
 if TYPE_CHECKING:
+    from fedtune.model.base import Base
     from fedtune.model.memory_plan import Plan
 
 MIB = 2**20
@@ -80,7 +82,7 @@ def check(recipe: Recipe) -> Checked:
             "a method that declares its costs",
             "run it with fedtune simulate",
         )
-    check_context(recipe, len(federation.labels))
+    base = check_context(recipe, federation.labels)
     plan = costs.plan(recipe.model, recipe.data.task, len(federation.labels))
     table, ranks = recipe.method.explain(recipe, [client.name for client in federation.clients], plan)
     recipe = recipe.model_copy(update={"method": table})
@@ -91,7 +93,7 @@ def check(recipe: Recipe) -> Checked:
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
     said = [
-        *remarks_on_head(recipe, federation),
+        *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
     ]
@@ -149,9 +151,9 @@ def conversations(recipe: Recipe, federation: Federation) -> list[str]:
     ]
 
 
-def check_context(recipe: Recipe, labels: int) -> None:
+def check_context(recipe: Recipe, labels: Sequence[str]) -> Base:
     """Raises D207 for texts longer than config.json and the tables of positions allow; the tokenizer may
-    allow less."""
+    allow less. Returns the base without weights."""
     from fedtune.hf.config import locate, refuse_missing_weights
     from fedtune.model.base import context_of
     from fedtune.model.encode import check_length
@@ -161,21 +163,7 @@ def check_context(recipe: Recipe, labels: int) -> None:
     refuse_missing_weights(locate(recipe.model.name))
     if recipe.data.task != "image-classify":
         check_length(replace(base, context=context_of(base.net)), recipe.data.max_length)
-
-
-def remarks_on_head(recipe: Recipe, federation: Federation) -> list[str]:
-    """Whether the model file's own task head is used, in which order its classes count, and what it reads."""
-    from fedtune.hf.config import load_config, locate
-    from fedtune.hf.pooling import choose_pooling
-    from fedtune.model.base import reading
-
-    known = {"revision": recipe.model.revision} if recipe.model.revision else {}
-    with reading(recipe.model.name):
-        place = locate(recipe.model.name)
-        chosen = load_config(place, recipe.data.task, federation.labels, known)[1]
-        _, pooling = choose_pooling(recipe.model.pooling, place, recipe.data.task, chosen.kept, **known)
-    labels = [f"labels    {chosen.note}"] if chosen.note else []
-    return labels + ([f"model     {pooling}"] if pooling else [])
+    return base
 
 
 def traffic(

@@ -75,10 +75,11 @@ class RoundCohort:
     ) -> dict[Group, Update]:
         """Groups in the order of their first members. Raises R412 where one has fewer than `min_group`, R405
         where no group is left."""
-        if min_group < 2 and not self.link.tasks[verb].reads_each:
+        task = self.link.tasks[verb]
+        if not (task.reads_each or (task.by_group and min_group > 1)):
             raise RuntimeError(
-                f"{self.link.method.facts.type} reads sums of single answers to '{verb}' without declaring "
-                "it in reads_each"
+                f"{self.link.method.facts.type} reads sums of {'groups of' if min_group > 1 else 'single'} "
+                f"answers to '{verb}' without declaring it in {'by_group' if min_group > 1 else 'reads_each'}"
             )
         group = {client: group_of(client) for client in self.now.members}
         sizes = Counter(group.values())
@@ -96,7 +97,7 @@ class RoundCohort:
             verb, (lambda client: tensors[group[client]]) if callable(given) else given
         ):
             sums[group[client]].add(update)
-        task, settled = self.link.tasks[verb], dict[Group, Update]()
+        settled = dict[Group, Update]()
         for name, running in sums.items():
             if running.total is None or running.count < min_group:
                 self._leave_out(

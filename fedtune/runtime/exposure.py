@@ -30,10 +30,10 @@ def exposure(method: Method, chain: Chain, tunable: Any) -> list[Exposure]:
         steps = [s for s in chain.steps if not alone or s.undone == "reply"]
         if alone:
             sees = "each client's answer, and uses it singly"
-        elif any(s.hides for s in steps):
-            sees = "the sum only"
         else:
-            sees = "each client's answer as it passes, uses the sum only"
+            total = "each group's sum" if about.by_group else "the sum"
+            hidden = any(s.hides for s in steps)
+            sees = f"{total} only" if hidden else f"each client's answer as it passes, uses {total} only"
         sees += f" ({about.shows})" if about.shows else ""
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
     figures = ", ".join(method.facts.metrics)

@@ -69,6 +69,7 @@ class Task:
     holds   clients keep the whole numbers that they are given, so that later only changes need travel
     trains  the client's half needs training rows
     reads_each  the server reads single answers
+    by_group    the server reads sums of groups
     """
 
     work: Work
@@ -79,6 +80,7 @@ class Task:
     holds: bool = False
     trains: bool = True
     reads_each: bool = False
+    by_group: bool = False
 
     def kinds(self, answer: Schema) -> frozenset[str]:
         """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them
@@ -104,6 +106,7 @@ def tasks_of(method: Method, chain: Chain) -> dict[str, Task]:
             verb.moves,
             verb.holds,
             reads_each=verb.reads_each,
+            by_group=verb.by_group,
         )
 
     return {name: task(verb) for name, verb in method.verbs.items()}

@@ -4,9 +4,8 @@ before memory is taken.
     data = encode(update, Header(run, round, client, verb, base))
     header, update = decode(data, Expect(run, round, client, verb, base, schema=asked))
 
-What each field means stands in protos/fedtune/wire/v1/message.proto. Names and shapes travel only where the
-receiver cannot know
-them (`named=True`); otherwise the schema's fingerprint says that both sides mean the same tensors.
+What each field means stands in protos/fedtune/wire/v1/message.proto. Names and shapes do not travel: the
+schema's fingerprint says that both sides mean the same tensors. A message that does name them can be read.
 """
 
 from __future__ import annotations
@@ -93,13 +92,13 @@ def kind_of(update: Update) -> str:
     raise TypeError(f"no message kind for tensors of type {sorted(types)} with {len(update.scales)} scales")
 
 
-def encode(update: Update, header: Header, named: bool = False) -> bytes:
+def encode(update: Update, header: Header) -> bytes:
     """An answer as bytes: float32 means, integer levels with scales, ring numbers, or whole means
     (`header.whole`). Raises ClientFailed W607."""
     check_weight(update)
     kind = kind_of(update)
     numbers = pack_whole(update, header.whole) if kind == "whole" else {}
-    message = headed(header, kind, Schema.of(update.tensors), update.weight, named)
+    message = headed(header, kind, Schema.of(update.tensors), update.weight)
     if len(update.metrics) > METRICS or any(len(name) > 64 for name in update.metrics):
         raise ValueError(f"at most {METRICS} metrics with names of at most 64 characters can travel")
     for name in sorted(update.metrics):
@@ -118,7 +117,7 @@ def encode(update: Update, header: Header, named: bool = False) -> bytes:
     return sealed(message, raw(tensors))
 
 
-def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes:
+def encode_state(tensors: Tensors, header: Header) -> bytes:
     """A state as bytes, every tensor of its own type. Raises FedtuneError W607, TypeError for types that
     cannot travel."""
     types = [np.asarray(tensors[name]).dtype.name for name in sorted(tensors)]
@@ -131,7 +130,7 @@ def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes
             "finite numbers",
             "lower method.train.lr or the server's learning rate",
         )
-    message = headed(header, "state", Schema.of(tensors), 1.0, named)
+    message = headed(header, "state", Schema.of(tensors), 1.0)
     message.dtypes = bytes(DTYPES[name] for name in types)
     return sealed(message, raw(tensors))
 
@@ -139,7 +138,7 @@ def encode_state(tensors: Tensors, header: Header, named: bool = False) -> bytes
 def encode_changes(tensors: Tensors, changed: Tensors, header: Header) -> bytes:
     """A state of whole numbers as the numbers that are marked in `changed`: all others are as in the
     broadcast of round `header.since`, or 0 (since 0)."""
-    message = headed(header, "changes", Schema.of(tensors), 1.0, False)
+    message = headed(header, "changes", Schema.of(tensors), 1.0)
     message.dtypes = bytes(DTYPES[tensors[name].dtype.name] for name in sorted(tensors))
     return sealed(message, [pack_changes(tensors, changed)])
 
@@ -219,7 +218,7 @@ def decode_state(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool) -> pb.Message:
+def headed(header: Header, kind: str, schema: Schema, weight: float) -> pb.Message:
     """A message with everything but its numbers."""
     message = pb.Message(
         version=VERSIONS[0],
@@ -232,8 +231,6 @@ def headed(header: Header, kind: str, schema: Schema, weight: float, named: bool
     )
     message.kind, message.weight = KINDS[kind], weight
     message.schema = bytes.fromhex(header.schema or schema.fingerprint)
-    if named:
-        message.entries.extend(pb.Entry(name=name, shape=shape) for name, shape in schema.entries)
     return message
 
 

@@ -7,7 +7,9 @@ run is an undisturbed one; what is sent is what the shapes say. The Flower half 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
+Played = tuple[small.RunFolder, dict[str, Any], list[Event]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_bert: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Played]:
+    """The run of a method that nothing happens to, made once: what every law's own run is compared with."""
+
+    @cache
+    def played(name: str) -> Played:
+        return small.play(small.recipe(tiny_bert, data, **METHODS[name]), tmp_path_factory.mktemp(name))
+
+    return played
+
+
 def sha(recipe: Recipe, root: Path, **more: Any) -> str:
     return str(small.play(recipe, root, **more)[1]["state_sha256"])
 
@@ -188,7 +206,7 @@ def plain_training(recipe: Recipe) -> Tensors:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_answers_in_any_order_twice_or_late_do_not_change_the_result(
-    name: str, tiny_bert: Path, data: Path, tmp_path: Path
+    name: str, tiny_bert: Path, data: Path, tmp_path: Path, undisturbed: Callable[[str], Played]
 ) -> None:
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
 
@@ -196,7 +214,7 @@ def test_answers_in_any_order_twice_or_late_do_not_change_the_result(
         carry = local_transport(link, workspace.client, workspace.done)
         return lambda asks: reversed(list(carry(list(reversed(asks)))))
 
-    want = sha(recipe, tmp_path / "a")
+    want = undisturbed(name)[1]["state_sha256"]
     assert sha(recipe, tmp_path / "b", carry=backwards) == want
     kept: list[Disturbed] = []
     _, result, events = small.play(recipe, tmp_path / "c", carry=disturbed(len(name), kept))
@@ -267,7 +285,12 @@ def clones(recipe: Recipe, count: int) -> Tensors:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_resumed_run_equals_an_undisturbed_one(
-    name: str, after: int, tiny_bert: Path, data: Path, tmp_path: Path
+    name: str,
+    after: int,
+    tiny_bert: Path,
+    data: Path,
+    tmp_path: Path,
+    undisturbed: Callable[[str], Played],
 ) -> None:
     recipe = small.recipe(tiny_bert, data, **METHODS[name])
 
@@ -281,18 +304,19 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     told: list[Event] = []
     result = run(recipe, cut, told.append)
     assert [e.round for e in told if isinstance(e, RoundDone)] == list(range(after + 1, 4))
-    whole, undisturbed, _ = small.play(recipe, tmp_path / "whole")
-    assert result["state_sha256"] == undisturbed["state_sha256"]
+    whole, other, _ = undisturbed(name)
+    assert result["state_sha256"] == other["state_sha256"]
     assert cut.state(3).read_bytes() == whole.state(3).read_bytes()
     for path in sorted(p for p in whole.adapter.iterdir() if p.suffix == ".safetensors"):
         assert (cut.adapter / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", UNCODED)
-def test_bytes_sent_are_what_the_shapes_say(name: str, tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    recipe = small.recipe(tiny_bert, data, **METHODS[name])
-    predicted = check(recipe)
-    _, result, events = small.play(recipe, tmp_path)
+def test_bytes_sent_are_what_the_shapes_say(
+    name: str, tiny_bert: Path, data: Path, undisturbed: Callable[[str], Played]
+) -> None:
+    predicted = check(small.recipe(tiny_bert, data, **METHODS[name]))
+    _, result, events = undisturbed(name)
     sent = [e for e in events if isinstance(e, ClientDone)]
     left_out = [
         2 * (e.client == 0) + 9 * list(e.metrics.values()).count(0) for e in sent

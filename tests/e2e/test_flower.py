@@ -31,6 +31,7 @@ from fedtune.runtime.workspace import link_of, workspace_of
 from fedtune.schema import digest
 from fedtune.types import Round
 from tests import small
+from tests.runtime.test_groups import grouped
 from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
 client_app, server_app = (
@@ -466,7 +467,7 @@ def test_a_run_on_a_grid_without_failures_is_a_local_run(tiny_bert: Path, data: 
 def test_sums_by_group_are_the_same_on_a_grid(tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
     workspace = workspace_of(recipe)
-    link = link_of(workspace, method_of(recipe))
+    link = grouped(link_of(workspace, method_of(recipe)))
     grid = FakeGrid({90 + part: part for part in range(4)})
     transports = {
         "local": local_transport(link, workspace.client, workspace.done),

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.schema import Schema
 from fedtune.types import Update
 from fedtune.wire import Header, encode, encode_changes, encode_state
+from tests.wire.fuzz import named
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = Header(run="golden", round=7, client=3, verb="train", base="b" * 64)
@@ -47,11 +49,12 @@ def accumulators() -> dict[str, np.ndarray]:
 
 
 def messages() -> dict[str, bytes]:
+    seeds = {"seeds": np.int64([-1, 2**40]), "w": np.float32([0.5])}
     return {
         "values": encode(values(), HEADER),
         "levels": encode(levels(), HEADER),
         "ring": encode(Update({"w": np.uint32([[0, 1], [2**31, 2**32 - 1]])}, 1.0), HEADER),
-        "state": encode_state({"seeds": np.int64([-1, 2**40]), "w": np.float32([0.5])}, HEADER, named=True),
+        "state": named(encode_state(seeds, HEADER), Schema.of(seeds)),
         "changes": encode_changes(accumulators(), {"pool": np.bool_([True, False, True])}, HEADER),
     }
 

@@ -3,7 +3,7 @@ alone, and never a single answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,7 +13,10 @@ import pytest
 
 from fedtune.errors import ClientFailed, FedtuneError, Paused
 from fedtune.events import Event, Noted
+from fedtune.methods import Verb
+from fedtune.methods.fedpeft import FedPEFT
 from fedtune.runtime.cohort import RoundCohort
+from fedtune.runtime.exposure import exposure
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.protocol import Ask, Link, Reply, Transport
 from fedtune.runtime.workspace import Workspace
@@ -40,6 +43,11 @@ class Doubled(Transform):
         return replace(total, tensors={name: value / 2 for name, value in total.tensors.items()})
 
 
+class Hidden(Transform):
+    name = "hidden"
+    hides: ClassVar[bool] = True
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"))
@@ -54,6 +62,20 @@ def parity(client: int) -> str:
     return "odd" if client % 2 else "even"
 
 
+class Grouped(FedPEFT):
+    """FedPEFT, if it summed by group."""
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        return {name: replace(verb, by_group=True) for name, verb in super().verbs.items()}
+
+
+def grouped(link: Link) -> Link:
+    method = link.method
+    assert isinstance(method, FedPEFT)
+    return replace(link, method=Grouped(method.settings, method.rounds, method.rule))
+
+
 Wrap = Callable[[Transport], Transport]
 
 
@@ -64,7 +86,7 @@ def cohort_of(
     tell: Callable[[Event], None] = lambda event: None,
 ) -> RoundCohort:
     """A round of clients that remember nothing."""
-    workspace, link = made
+    workspace, link = made[0], grouped(made[1])
     transport = wrap(
         local_transport(link, lambda ask: workspace.client_with(ask.client, {}), lambda ask, client: None)
     )
@@ -172,8 +194,37 @@ def test_a_group_that_is_too_small_is_refused_before_anybody_is_asked(made: tupl
         FedtuneError, match="R412: found 2 members of group 'odd' in round 1, expected at least 3"
     ):
         cohort_of(made, wrap=nobody).sum_groups("train", given, parity, min_group=3)
-    with pytest.raises(RuntimeError, match="without declaring it in reads_each"):
+    with pytest.raises(
+        RuntimeError, match="sums of single answers to 'train' without declaring it in reads_each"
+    ):
         cohort_of(made, wrap=nobody).sum_groups("train", given, lambda client: client, min_group=1)
+
+
+def test_who_reads_sums_of_groups_says_so_and_users_are_told(made: tuple[Workspace, Link]) -> None:
+    workspace, link = made
+    given = link.method.start(workspace.tunable).shared
+    silent = RoundCohort(
+        link,
+        Round(1, 3, MEMBERS),
+        lambda asks: pytest.fail("somebody was asked"),
+        lambda event: None,
+        workspace.names,
+    )
+    with pytest.raises(
+        RuntimeError, match="sums of groups of answers to 'train' without declaring it in by_group"
+    ):
+        silent.sum_groups("train", given, parity)
+
+    def seen(link: Link, *steps: Transform) -> str:
+        return next(
+            row.sees
+            for row in exposure(link.method, Chain(list(steps)), workspace.tunable)
+            if row.verb == "train"
+        )
+
+    assert seen(link).endswith("uses the sum only") and seen(link, Hidden()) == "the sum only"
+    assert seen(grouped(link)).endswith("uses each group's sum only")
+    assert seen(grouped(link), Hidden()) == "each group's sum only"
 
 
 def test_groups_of_one_are_single_answers_for_a_method_that_says_that_it_reads_them(

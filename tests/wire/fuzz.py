@@ -13,10 +13,19 @@ from fedtune.types import Update
 from fedtune.wire import Expect, Header, decode, decode_state, encode, encode_changes, encode_state
 from fedtune.wire.frame import SEAL
 from fedtune.wire.scales import rounded
+from fedtune.wire.v1 import message_pb2 as pb
 
 HEADER = Header("run", 3, 2, "train", "base")
 TENSORS = {"b": np.float32([[1.5, -2.0, 0.1]]), "a": np.arange(9, dtype=np.float32)}
 TAIL = len(SEAL) + 32
+
+
+def named(data: bytes, schema: Schema) -> bytes:
+    """A message that names its tensors: receivers without a schema read it, and nothing of ours writes it."""
+    message = pb.Message.FromString(data)
+    message.ClearField("digest")
+    message.entries.extend(pb.Entry(name=name, shape=shape) for name, shape in schema.entries)
+    return reseal(message.SerializeToString(deterministic=True))
 
 
 def packed(kind: str) -> Update:
@@ -70,14 +79,11 @@ def corpus() -> list[tuple[bytes, Expect]]:
     )
     out.append(
         (
-            encode(updates[0], HEADER, named=True),
+            named(encode(updates[0], HEADER), Schema.of(updates[0].tensors)),
             Expect("run", 3, 2, "train", "base", None, frozenset({"values"}), max_values=64),
         )
     )
     return out
-
-
-CORPUS = corpus()
 
 
 def reseal(body: bytes) -> bytes:
@@ -144,3 +150,6 @@ def one(data: bytes) -> None:
     for _, expect in CORPUS:
         judge(data, expect)
         judge(reseal(data), expect)
+
+
+CORPUS = corpus()

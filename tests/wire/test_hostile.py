@@ -32,18 +32,18 @@ def test_fifty_thousand_mutations(dishonest: bool) -> None:
     rng, taken, originals = random.Random(dishonest), 0, {data for data, _ in CORPUS}
     bound = min(expect.bound for _, expect in CORPUS)
     peak = 0
-    tracemalloc.start()
     for turn in range(50_000):
+        if traced := turn // len(CORPUS) % 5 == 0:  # tracing takes several times as long as what is traced
+            tracemalloc.start()
         data, expect = CORPUS[turn % len(CORPUS)]
         other = CORPUS[rng.randrange(len(CORPUS))][0]
         altered = reseal(mutated(rng, data[:-TAIL], other)) if dishonest else mutated(rng, data, other)
-        before = tracemalloc.get_traced_memory()[0]
-        tracemalloc.reset_peak()
         if judge(altered, expect):
             taken += 1
             assert dishonest or altered in originals  # no altered payload is ever taken for a whole one
-        peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
-    tracemalloc.stop()
+        if traced:
+            peak = max(peak, tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
     assert peak < 2 * bound
     assert not dishonest or taken > 100  # the mutations reach what lies behind the digest
 

@@ -17,6 +17,7 @@ from fedtune.wire import EVERYONE, Expect, Header, decode, decode_state, encode,
 from fedtune.wire.frame import SEAL, opened
 from fedtune.wire.scales import rounded
 from fedtune.wire.v1 import message_pb2 as pb
+from tests.wire.fuzz import named
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEADER = Header("run", 3, 2, "train", "base")
@@ -99,7 +100,7 @@ def test_a_state_keeps_its_types_and_can_name_itself() -> None:
         "d": np.float64(0.1),
         "n": np.zeros((0, 4), np.uint8),
     }
-    data = encode_state(state, replace(HEADER, client=EVERYONE), named=True)
+    data = named(encode_state(state, replace(HEADER, client=EVERYONE)), Schema.of(state))
     _, got = decode_state(data, replace(EXPECT, client=EVERYONE, schema=None, kinds=frozenset({"state"})))
     assert {name: (v.dtype, v.shape, v.tobytes()) for name, v in got.items()} == {
         name: (v.dtype, v.shape, v.tobytes())
@@ -245,10 +246,13 @@ def test_the_norm_of_levels_is_bounded() -> None:
 def test_names_are_bounded_where_they_travel() -> None:
     free = replace(EXPECT, schema=None, max_values=100)
     for shape in ([2**63], [11, 10], [1] * 9):
-        data = changed(encode(UPDATE, HEADER, named=True), entries=[pb.Entry(name="w", shape=shape)])
+        data = changed(
+            named(encode(UPDATE, HEADER), Schema.of(UPDATE.tensors)),
+            entries=[pb.Entry(name="w", shape=shape)],
+        )
         refused(data, free, "W606")
     refused(changed(encode(UPDATE, HEADER), entries=[pb.Entry(name="b"), pb.Entry(name="a")]), free, "W601")
-    assert same(decode(encode(UPDATE, HEADER, named=True), free)[1], UPDATE)
+    assert same(decode(named(encode(UPDATE, HEADER), Schema.of(UPDATE.tensors)), free)[1], UPDATE)
 
 
 def test_a_state_is_no_answer() -> None:
