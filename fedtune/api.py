@@ -177,27 +177,33 @@ def check(source: Source = None, /, **changes: Any) -> list[str]:
     return rows(checked(recipe(source, **changes)))
 
 
-def evaluate(run: str | Path, data: str | Path = "") -> dict[str, Any]:
-    """Scores of a run's last state: on its test set and every client's held-out rows or, with `data`, on the
-    rows of a file. Raises R402, R406."""
+def evaluate(run: str | Path, data: str | Path = "", round: str = "best") -> dict[str, Any]:
+    """Scores of a run's best (or last) state: on its test set and every client's held-out rows or, with
+    `data`, on the rows of a file. Raises C103, R402, R406."""
     from fedtune.runtime.finished import evaluate_file, evaluate_run
     from fedtune.runtime.folder import existing
 
     folder = existing(Path(run).expanduser().resolve())
-    return evaluate_file(folder, str(Path(data).expanduser().resolve())) if data else evaluate_run(folder)
+    if data:
+        return evaluate_file(folder, str(Path(data).expanduser().resolve()), round)
+    return evaluate_run(folder, round)
 
 
-def export(run: str | Path, to: str | Path, form: str = "", rank: int = 0) -> float:
+def export(
+    run: str | Path, to: str | Path, form: str = "", rank: int = 0, round: Literal["best", "last"] = "best"
+) -> float:
     """Write a run's model to a new folder: adapter, merged or seeds; "" is what the run left itself.
 
-    rank  cuts a LoRA adapter to this rank; returns the share of its norm that this loses, 0 otherwise
+    rank   cuts a LoRA adapter to this rank; returns the share of its norm that this loses, 0 otherwise
+    round  best: of the rounds that were scored (evaluate.every), the last where none was; or last
 
-    Raises M306, R401, R402.
+    Raises C103, M306, R401, R402.
     """
     from fedtune.runtime.finished import export_run
     from fedtune.runtime.folder import existing
 
-    return export_run(existing(Path(run).expanduser().resolve()), form, Path(to).expanduser().resolve(), rank)
+    place, target = Path(run).expanduser().resolve(), Path(to).expanduser().resolve()
+    return export_run(existing(place), form, target, rank, round)
 
 
 def merge(
@@ -232,11 +238,14 @@ def merge(
     )
 
 
-def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, Any]:
+def load(
+    folder: str | Path, base: str = "", device: str = "cpu", round: Literal["best", "last"] = "best"
+) -> tuple[Any, Any]:
     """The tuned model, in eval mode, and its tokenizer or image processor, from a run's folder or an exported
     adapter.
 
-    base  the base model, where it is not where it was when the adapter was made
+    base   the base model, where it is not where it was when the adapter was made
+    round  of a run's folder: the best round that was scored, as its card says, or the last one
 
     Raises M304 (no adapter there, or another base), M301.
     """
@@ -246,6 +255,8 @@ def load(folder: str | Path, base: str = "", device: str = "cpu") -> tuple[Any, 
     from fedtune.model.settings import ModelSettings
 
     place = Path(folder).expanduser()
+    if round == "last" and (place / "adapter-last").is_dir():
+        place = place / "adapter-last"  # where the best round is the last one, there is only adapter/
     place = place / "adapter" if (place / "adapter").is_dir() else place
     about = sidecar(place)
     name = base or from_origin(str(about["base"]), Path(folder).expanduser())

@@ -55,11 +55,14 @@ class EvaluateSettings(Settings):
     """[evaluate]: what is measured, and how often."""
 
     every: int = Field(0, ge=0)
-    """Score the global test set every so many rounds; 0 means after the last one only."""
+    """Score every so many rounds, and the last one, on rows that clients hold out (the test set's, where they
+    hold out none), and keep the best round's model beside the last one; 0 keeps the last."""
+    rows: int = Field(0, ge=0)
+    """So many of these rows at most, drawn with the run's seed; 0 means all."""
     batch: int = Field(32, ge=1)
     """Examples per forward pass."""
-    clients: bool = False
-    """After the last round, also score every client's own held-out rows."""
+    clients: bool = True
+    """After the last round, also score every client's own held-out rows: mean, worst and spread."""
     base: bool = True
     """Score the model before any training."""
     local: bool = True
@@ -70,6 +73,23 @@ class EvaluateSettings(Settings):
     together."""
     seeds: int = Field(1, ge=1)
     """Train each comparison so many times, with different seeds; the result has the means."""
+
+
+class StopSettings(Settings):
+    """[stop]: end the run before its last round, where scores no longer get better."""
+
+    patience: int = Field(0, ge=0)
+    """Stop after so many scores in a row (evaluate.every) without a better one; 0 means never."""
+    min_delta: float = Field(0.0, ge=0)
+    """What a score has to gain to count as better here; the best round is the best by any margin."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.patience and not recipe.evaluate.every:
+            yield (
+                f"stop.patience = {self.patience} with evaluate.every = 0",
+                "scores to wait for",
+                "set evaluate.every = 1",
+            )
 
 
 class DeploySettings(Settings):
@@ -118,6 +138,7 @@ class Recipe(Settings):
     aggregate: AggregateSettings = Mean()
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    stop: StopSettings = StopSettings()
     deploy: DeploySettings = DeploySettings()
     sinks: tuple[SinkTable, ...] = ()
     """Where the run's events go beside its folder and the console; a run's identity does not depend on it."""

@@ -22,13 +22,26 @@ NO_PRIVACY = "- differential privacy: none (epsilon is unbounded)"
 
 
 def export_final(
-    method: Method, state: State, tunable: Any, target: Path, recipe: Recipe, result: Mapping[str, Any]
+    method: Method,
+    state: State,
+    tunable: Any,
+    target: Path,
+    recipe: Recipe,
+    result: Mapping[str, Any],
+    number: int,
 ) -> None:
-    """The run folder's own adapter/, replaced as a whole: a crash leaves the old one or the new one."""
+    """The run folder's own adapter/ (or adapter-last/) of a round, replaced as a whole: a crash leaves the
+    old one or the new one."""
     form = method.facts.forms[0]
     with whole_folder(target) as temporary:
         text = card(
-            recipe, method.facts.title, str(result["base_sha256"]), int(result["rounds"]), result, form
+            recipe,
+            method.facts.title,
+            str(result["base_sha256"]),
+            number,
+            result if number == result["kept_round"] else None,
+            form,
+            which(number, int(result["rounds"]), result["best"]),
         )
         method.export(form, state, tunable, temporary, text, recipe.seed)
 
@@ -77,8 +90,9 @@ def card(
     rounds: int,
     result: Mapping[str, Any] | None = None,
     form: str = "adapter",
+    chosen: str = "",
 ) -> str:
-    """README.md of an export: recipe, rounds, data, privacy, fingerprints."""
+    """README.md of an export: recipe, rounds, data, privacy, fingerprints. chosen: why it is this round."""
     scores = [
         f"| {key} | {result[key]:.4f} |"
         for key in ("base", "local", "federated", "centralised")
@@ -96,6 +110,7 @@ def card(
             f"# {title} after {rounds} rounds",
             "",
             *table,
+            *([f"- round: {chosen}"] if chosen else []),
             f"- task: {recipe.data.task}, data source: {recipe.data.source}",
             f"- partition: {recipe.partition.by}",
             f"- seed: {recipe.seed}; recipe SHA-256: {recipe.fingerprint}",
@@ -108,6 +123,15 @@ def card(
             "",
         ]
     )
+
+
+def which(number: int, rounds: int, best: Mapping[str, Any] | None) -> str:
+    """Which of its run's rounds a model is of, for its card."""
+    if best is None or best["round"] != number:
+        return f"{number} of {rounds}" + (", the last one" if number == rounds else "")
+    flatters = ", so that score flatters" if best.get("of") == "test rows" else ""
+    said = f"the best of those that were scored: {best['metric']} {best['value']:.4f}"
+    return f"{number} of {rounds}, {said} on {best.get('of', 'rows at the sites')}{flatters}"
 
 
 def seeds_card(seeds: Seeds, title: str) -> str:

@@ -36,6 +36,7 @@ def add_commands(commands: Any) -> None:
         metavar="PATH",
         help="score the rows of this file or folder instead; the run's own data is not needed",
     )
+    add_round(parser)
     parser.set_defaults(command=evaluate)
 
     parser = commands.add_parser(
@@ -60,12 +61,22 @@ def add_commands(commands: Any) -> None:
         metavar="R",
         help="reduce a LoRA adapter to this rank (SVD), and report what is lost",
     )
+    add_round(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)
 
     parser = commands.add_parser("report", help="write a run's report.html")
     parser.add_argument("run", help="the run's folder")
     parser.set_defaults(command=report)
+
+
+def add_round(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--round",
+        choices=("best", "last"),
+        default="best",
+        help="the best of the rounds that were scored (evaluate.every), which is the default, or the last",
+    )
 
 
 def opened(path: str) -> RunFolder:
@@ -100,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> int:
     quiet()
     from fedtune import api
 
-    print(json_text(api.evaluate(options.run, options.data or ""), indent=2))
+    print(json_text(api.evaluate(options.run, options.data or "", options.round), indent=2))
     return 0
 
 
@@ -135,7 +146,7 @@ def export(options: argparse.Namespace) -> int:
         quiet()
         from fedtune import api
 
-        lost = api.export(options.run, target, options.form, options.rank or 0)
+        lost = api.export(options.run, target, options.form, options.rank or 0, options.round)
         if options.rank:
             print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")
     print(options.to)

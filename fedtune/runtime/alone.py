@@ -22,6 +22,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.threads import threads_for
 from fedtune.types import State
 
+FALLING = ("perplexity",)  # figures that are better when they are lower
 NOT_SCORED: dict[str, Any] = {"metric": "", "value": None, "loss": None}
 SMALL = 50_000_000  # parameters of a model up to which one core per training is better than all for each
 MOST = 8  # forks, each with its own gradients and activations
@@ -79,7 +80,7 @@ def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, numbe
         method.alone(
             workspace.tunable, workspace.pooled() if number < 0 else workspace.train(number), start, seed
         )
-        got = score(workspace.tunable, workspace.test(), recipe.evaluate.batch, workspace.front)
+        got = score(workspace.tunable, workspace.test(), recipe.evaluate.batch, workspace.front())
     except Exception as error:
         return {**NOT_SCORED, "reason": reason_of(error)}
     return {"metric": got.name, "value": got.metric, "loss": got.loss}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored
 from fedtune.methods import Method
-from fedtune.runtime.alone import NOT_SCORED, reason_of, trained_alone
+from fedtune.runtime.alone import FALLING, NOT_SCORED, reason_of, trained_alone
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.workspace import Workspace
 from fedtune.types import State
@@ -20,26 +22,32 @@ def compare(
     workspace: Workspace,
     method: Method,
     start: State,
-    state: State,
+    states: Mapping[int, State],
     journal: Journal,
     tell: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """Scores by phase; finished phases are in the journal and are not repeated after a crash."""
+    """Scores by phase; finished phases are in the journal and are not repeated after a crash.
+
+    states  by their rounds: the one that is kept, and the last one where that is another
+    """
+    (kept, state), *others = states.items()
 
     def phase(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return finished_phase(journal, name, work, tell)
 
-    def federated() -> dict[str, Any]:
-        method.install(state, workspace.tunable)
-        return score_test(workspace, "federated", recipe.rounds, tell)
+    def federated(number: int, name: str) -> dict[str, Any]:
+        method.install(states[number], workspace.tunable)
+        return score_test(workspace, name, number, tell)
 
-    final = phase("federated", federated)
+    final = phase("federated", partial(federated, kept, "federated"))
     metric = final["metric"] or (journal.phase("base") or NOT_SCORED)["metric"]
     scores: dict[str, Any] = {
         "metric": metric,
         "federated": final["value"],
         "loss": {"federated": final["loss"]},
     }
+    for last, _ in others:
+        scores["federated_last"] = phase("last", partial(federated, last, "federated, last round"))["value"]
     base = journal.phase("base")
     if base:
         scores |= {"base": base["value"]}
@@ -80,11 +88,33 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def spread_of(clients: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """Of every client's score on its own held-out rows: mean, worst, and standard deviation over the clients;
+    None where nobody was scored.
+
+    >>> spread_of({"a": {"name": "accuracy", "metric": 0.5}, "b": {"name": "accuracy", "metric": 0.7}})
+    {'clients': 2, 'mean': 0.6, 'worst': 0.5, 'worst_client': 'a', 'spread': 0.1}
+    """
+    known = {name: one for name, one in clients.items() if one is not None}
+    if not known:
+        return None
+    values = {name: one["metric"] for name, one in known.items()}
+    falling = next(iter(known.values())).get("name") in FALLING
+    worst = (max if falling else min)(values, key=lambda name: values[name])
+    return {
+        "clients": len(values),
+        "mean": round(statistics.fmean(values.values()), 12),
+        "worst": values[worst],
+        "worst_client": worst,
+        "spread": round(statistics.pstdev(values.values()), 12),
+    }
+
+
 def score_test(workspace: Workspace, name: str, number: int, tell: Callable[[Event], None]) -> dict[str, Any]:
     """Score the installed state on the global test set."""
     from fedtune.model.score import score
 
-    got = score(workspace.tunable, workspace.test(), workspace.recipe.evaluate.batch, workspace.front)
+    got = score(workspace.tunable, workspace.test(), workspace.recipe.evaluate.batch, workspace.front())
     tell(Scored(name, number, got.name, got.metric, got.loss))
     return {"metric": got.name, "value": got.metric, "loss": got.loss}
 
@@ -103,7 +133,7 @@ def own_scores(
             continue
         try:
             got = score(workspace.tunable, workspace.held_out(number), recipe.evaluate.batch)
-            own[name] = {"metric": got.metric, "loss": got.loss, "count": got.count}
+            own[name] = {"name": got.name, "metric": got.metric, "loss": got.loss, "count": got.count}
         except FedtuneError as error:
             tell(Noted(f"not scored: the rows held out at client {name}. {error}"))
             own[name] = None

@@ -128,10 +128,11 @@ def round_of(path: Path) -> int:
     return int(path.stem.removeprefix("round-"))
 
 
-def prune_states(folder: RunFolder, committed: int, keep: int = 2) -> None:
-    """Remove states that no commit names (a crash left them) and those older than the last `keep`."""
+def prune_states(folder: RunFolder, committed: int, keep: int = 2, also: int | None = None) -> None:
+    """Remove states that no commit names (a crash left them) and those older than the last `keep`, but not
+    that of round `also`."""
     for path in (folder.path / "state").glob("round-*.safetensors"):
-        if not committed - keep < round_of(path) <= committed:
+        if not committed - keep < round_of(path) <= committed and round_of(path) != also:
             path.unlink()
 
 

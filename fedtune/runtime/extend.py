@@ -38,7 +38,9 @@ def extend(folder: RunFolder, rounds: int) -> Recipe:
             journal.check()
             if journal.facts().get("recipe") != longer.fingerprint:
                 (folder.path / "result.json").unlink(missing_ok=True)
-                journal.extend(longer.fingerprint)
+                every = recipe.evaluate.every
+                only_last = [f"round:{recipe.rounds}"] if every and recipe.rounds % every else []
+                journal.extend(longer.fingerprint, only_last)
             folder.write_json("config.json", longer.model_dump(mode="json"))
         finally:
             journal.close()

@@ -16,10 +16,12 @@ from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.exports import card, check_target, seeds_card, whole_folder
+from fedtune.exports import which as which_round
 from fedtune.methods import MethodTable
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings
 from fedtune.runtime.baselines import own_scores, score_test
+from fedtune.runtime.best import best_round, committed_round, round_scores
 from fedtune.runtime.checkpoints import Memories, load_state
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
@@ -28,28 +30,28 @@ from fedtune.runtime.workspace import Workspace, build_workspace
 from fedtune.types import State
 
 
-def evaluate_run(folder: RunFolder) -> dict[str, Any]:
-    """Scores of the last committed state on the test set and on each client's own held-out rows. Raises R406
-    where the data has changed since.
+def evaluate_run(folder: RunFolder, which: str = "best") -> dict[str, Any]:
+    """Scores of the best (or last) committed state on the test set and on each client's own held-out rows.
+    Raises R406 where the data has changed since.
 
     A test set drawn anew from other rows would hold rows that were trained on.
     """
-    workspace, state, number = installed(folder, data=True)
+    workspace, state, number = installed(folder, which, data=True)
     recipe = workspace.recipe
     final = score_test(workspace, "federated", number, nobody)
     method = method_of(recipe)
     return {"round": number, **final, "clients": own_scores(recipe, workspace, method, state, nobody)}
 
 
-def evaluate_file(folder: RunFolder, path: str) -> dict[str, Any]:
-    """Scores of the last committed state on all rows of a file or folder, in the form of the recipe's [data];
-    the run's own data is not read."""
-    workspace, _, number = installed(folder)
+def evaluate_file(folder: RunFolder, path: str, which: str = "best") -> dict[str, Any]:
+    """Scores of the best (or last) committed state on all rows of a file or folder, in the form of the
+    recipe's [data]; the run's own data is not read."""
+    workspace, _, number = installed(folder, which)
     data = workspace.recipe.data
     asked_data = data_at(data, path, labels=workspace.federation.labels, client_test_share=0.0, limit=0)
     mine, dropped = load_slice(asked_data, workspace.recipe.seed, 0, path)
     rows = [*mine.train, *mine.test]
-    asked = replace(workspace, federation=replace(workspace.federation, test=rows), _encoded={})
+    asked = replace(workspace, federation=replace(workspace.federation, test=rows), _encoded={}, _fronts={})
     return {
         "round": number,
         "rows": len(rows),
@@ -58,9 +60,9 @@ def evaluate_file(folder: RunFolder, path: str) -> dict[str, Any]:
     }
 
 
-def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
-    """Write the last committed state in a form of its method ("": the first); the folder appears whole or not
-    at all. Raises M306, R401.
+def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0, which: str = "best") -> float:
+    """Write the best (or last) committed state in a form of its method ("": the first); the folder appears
+    whole or not at all. Raises C103, M306, R401.
 
     `rank` cuts a LoRA adapter, and what it carries beside itself, to the best one of that rank; returns the
     share of its norm that is lost.
@@ -79,12 +81,25 @@ def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0) -> float:
         )
     if rank and shrink is None:
         raise FedtuneError("M306", f"--rank for a run of {facts.title}", "a LoRA adapter", "leave --rank out")
-    workspace, state, number = installed(folder)
+    workspace, state, number = installed(folder, which)
     lost = shrink(state, workspace.tunable, rank) if rank and shrink else 0.0
-    text = card(recipe, facts.title, workspace.base.fingerprint, number, form=form)
+    text = card(
+        recipe, facts.title, workspace.base.fingerprint, number, form=form, chosen=reason(folder, number)
+    )
     with whole_folder(target) as temporary:
         method.export(form, state, workspace.tunable, temporary, text, recipe.seed)
     return lost
+
+
+def reason(folder: RunFolder, number: int) -> str:
+    """Why a card is of this round of the run."""
+    journal = Journal(folder.journal)
+    try:
+        scores, last = round_scores(journal), journal.rounds()[-1].number
+    finally:
+        journal.close()
+    best = {"round": number, **scores[number]} if best_round(scores) == number else None
+    return which_round(number, last, best)
 
 
 def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
@@ -129,9 +144,9 @@ def table_of(seeds: Seeds) -> MethodTable:
         ) from error
 
 
-def installed(folder: RunFolder, data: bool = False) -> tuple[Workspace, State, int]:
-    """The run's workspace with its last committed state in its tunable model. Raises R402 where no round was
-    committed, M304 for another base.
+def installed(folder: RunFolder, which: str = "best", data: bool = False) -> tuple[Workspace, State, int]:
+    """The run's workspace with its best (or last) committed state in its tunable model. Raises C103, R402
+    where no round was committed, M304 for another base.
 
     data  read the run's data, and refuse data that has changed (R406); otherwise the labels that the journal
           knows are enough
@@ -141,6 +156,7 @@ def installed(folder: RunFolder, data: bool = False) -> tuple[Workspace, State, 
     try:
         journal.check()
         committed = journal.rounds()
+        number = committed_round(journal, which) if committed else 0
         facts = journal.facts()
     finally:
         journal.close()
@@ -152,7 +168,7 @@ def installed(folder: RunFolder, data: bool = False) -> tuple[Workspace, State, 
             f"go on with: fedtune resume {folder.path}",
         )
     state, _ = load_state(
-        folder, committed[-1].number, committed[-1].file_sha256
+        folder, number, committed[number - 1].file_sha256
     )  # now: a run that is still going on prunes old ones
     place = folder.origin()
     method = method_of(located(recipe, place))
@@ -176,7 +192,7 @@ def installed(folder: RunFolder, data: bool = False) -> tuple[Workspace, State, 
         )
         raise FedtuneError("M304", found, expected, "point model.name at the same weights")
     method.install(state, workspace.tunable)
-    return workspace, state, committed[-1].number
+    return workspace, state, number
 
 
 def nobody(event: Event) -> None:

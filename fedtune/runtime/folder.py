@@ -1,7 +1,8 @@
 """A run's folder: the truth about a run. Everything is written so that a crash leaves the old or the new,
 never a half.
 
-config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  report.html
+config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  adapter-last/
+report.html
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def last_adapter(self) -> Path:
+        """Of the last round, where adapter/ is of a better one."""
+        return self.path / "adapter-last"
 
     def state(self, number: int) -> Path:
         return self.path / "state" / f"round-{number:04d}.safetensors"

@@ -130,15 +130,25 @@ class Journal:
         rows = self._read("SELECT value FROM phases WHERE name = ?", name)
         return json.loads(rows[0][0]) if rows else None
 
+    def phases(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """The results of all phases whose name begins so."""
+        rows = self._read("SELECT name, value FROM phases")
+        return {name: json.loads(value) for name, value in rows if name.startswith(prefix)}
+
     def finish(self, name: str, value: Mapping[str, Any]) -> None:
         with self._transaction():
             self.db.execute("INSERT OR REPLACE INTO phases VALUES (?, ?)", (name, json_text(value)))
 
-    def extend(self, recipe: str) -> None:
-        """Go on with a recipe of more rounds: what was scored and compared at the end is open again."""
+    def extend(self, recipe: str, forget: Iterable[str] = ()) -> None:
+        """Go on with a recipe of more rounds: what was scored and compared at the end is open again, and the
+        phases to forget."""
         with self._transaction():
             self.db.execute("INSERT OR REPLACE INTO facts VALUES ('recipe', ?)", (recipe,))
-            self.db.execute("DELETE FROM phases WHERE name NOT IN ('base', 'clock')")
+            self.db.execute(
+                "DELETE FROM phases WHERE name NOT IN ('base', 'clock') AND name NOT LIKE 'round:%'"
+            )
+            for name in forget:
+                self.db.execute("DELETE FROM phases WHERE name = ?", (name,))
 
     def check(self) -> None:
         """Walk the hash chain. Raises R403 where a row was changed or lost."""

@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.disk import write_atomic
 from fedtune.plain import plain
 from fedtune.runtime.folder import RunFolder
-from fedtune.sinks.console import size
+from fedtune.sinks.console import kept_name, size
 
 WIDTH, HEIGHT, MARGIN = 640, 220, 40  # of a curve, in pixels
 STYLE = (
@@ -55,10 +55,11 @@ def page(
             for label, key in (
                 ("base model", "base"),
                 ("local only", "local"),
-                ("federated", "federated"),
+                (kept_name(result), "federated"),
+                ("federated, last round", "federated_last"),
                 ("centralised", "centralised"),
             )
-            if result[key] is not None
+            if result.get(key) is not None
         ]
         parts.append(grid(["", result["metric"]], [[label, f"{value:.4f}"] for label, value in scores]))
         parts.append(
@@ -67,6 +68,7 @@ def page(
             f"{result['rounds']} rounds, {result['clients']} clients, {result['seconds']:.1f} s; state "
             f"<code>{result['state_sha256'][:16]}</code></p>"
         )
+        parts += own_rows(result)
     else:
         parts.append("<p>This run is not finished.</p>")
     parts += ["<h2>Training loss by round</h2>", plot(curve)] if len(curve) > 1 else []
@@ -93,6 +95,21 @@ def page(
         + "".join(parts)
         + "</html>\n"
     )
+
+
+def own_rows(result: dict[str, Any]) -> list[str]:
+    """Every client's score on its own held-out rows."""
+    own = {name: one for name, one in result["phases"].get("clients_metric", {}).items() if one}
+    if not own:
+        return []
+    each = result["per_client"]
+    table = [[name, f"{one['metric']:.4f}", str(one["count"])] for name, one in own.items()]
+    return [
+        "<h2>Client by client</h2>",
+        f"<p>On its own held-out rows: mean {each['mean']:.4f}, worst {each['worst']:.4f} "
+        f"({html.escape(plain(each['worst_client']))}), spread {each['spread']:.4f}</p>",
+        grid(["client", result["metric"], "rows"], table),
+    ]
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:

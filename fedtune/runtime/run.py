@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted
-from fedtune.runtime.baselines import compare, finished_phase, score_test
+from fedtune.runtime.baselines import compare, finished_phase, score_test, spread_of
+from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.downlink import Downlink
@@ -89,8 +91,15 @@ def run(
                 tell(RunDone(done))
                 return done
             work = open_run(recipe, folder, journal, tell, carry, federation, since)
+            if work.done:
+                score_round(work, work.done)  # where a crash came between the round and its score
             for number in range(work.done + 1, recipe.rounds + 1):
+                if stopping_round(recipe, round_scores(journal)):
+                    waited = recipe.stop.patience
+                    tell(Noted(f"stopped after round {number - 1}: {waited} scores without a better one"))
+                    break
                 one_round(work, number)
+                score_round(work, number)
             result = finish(work)
         finally:
             journal.close()
@@ -104,13 +113,10 @@ def finished(folder: RunFolder, journal: Journal, recipe: Recipe) -> dict[str, A
     journal.check()
     result = folder.read_json("result.json")
     rounds = journal.rounds()
-    if (
-        not rounds
-        or rounds[-1].number != recipe.rounds
-        or result.get("state_sha256") != rounds[-1].state_sha256
-    ):
+    through = rounds and (rounds[-1].number == recipe.rounds or stopping_round(recipe, round_scores(journal)))
+    if not through or result.get("state_sha256") != rounds[-1].state_sha256:
         return None
-    load_state(folder, recipe.rounds, rounds[-1].file_sha256)
+    load_state(folder, rounds[-1].number, rounds[-1].file_sha256)
     return result
 
 
@@ -148,7 +154,7 @@ def open_run(
     }
     memories.restore(counted)
     sweep(folder)
-    prune_states(folder, done)
+    prune_states(folder, done, also=best_round(round_scores(journal)))
     start = method.start(workspace.tunable)
     check_same(journal, {"start": digest(start.shared)})
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
@@ -238,46 +244,49 @@ def one_round(work: Run, number: int) -> None:
     work.journal.commit(number, digest(work.state.shared), file_sha256, seconds, metrics, answers)
     workspace.memories.prune(number, [a.client for a in counted])
     work.downlink.last |= {a.client: number for a in counted}
-    prune_states(work.folder, number)
+    prune_states(work.folder, number, also=best_round(round_scores(work.journal)))
     work.tick()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
     work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
-    if (
-        recipe.evaluate.every
-        and number % recipe.evaluate.every == 0
-        and number < recipe.rounds
-        and workspace.federation.test
-    ):
-        work.link.method.install(work.state, workspace.tunable)
-        try:
-            score_test(workspace, "federated", number, work.tell)
-        except FedtuneError as error:
-            work.tell(Noted(f"not scored: round {number}. {error}"))
 
 
 def finish(work: Run) -> dict[str, Any]:
     """Scores, comparisons, adapter, result.json."""
+    last = work.journal.rounds()[-1].number
+    kept, state = kept_state(work)
     if work.workspace.federation.test:
+        states = {kept: state, last: work.state}
         scores = compare(
-            work.recipe, work.workspace, work.link.method, work.start, work.state, work.journal, work.tell
+            work.recipe, work.workspace, work.link.method, work.start, states, work.journal, work.tell
         )
     else:
-        now = Round(work.recipe.rounds, work.recipe.seed, tuple(work.workspace.names))
+        now = Round(last, work.recipe.seed, tuple(work.workspace.names))
         everyone = RoundCohort(
             work.link, now, work.transport, work.tell, work.workspace.names, replace(work.downlink)
         )
-        scores = at_sites(everyone, work.state.shared, work.workspace.tunable, work.journal)
-    from fedtune.exports import export_final
-
-    work.link.method.install(work.state, work.workspace.tunable)
+        scores = at_sites(everyone, state.shared, work.workspace.tunable, work.journal)
     work.tick()
-    result = summary(work, scores)
-    export_final(
-        work.link.method, work.state, work.workspace.tunable, work.folder.adapter, work.recipe, result
-    )
+    result = summary(work, scores) | told(work, kept)
+    leave(work, {kept: state, last: work.state}, result)
+    if work.recipe.evaluate.every:
+        prune_states(work.folder, last, keep=1, also=kept)
     work.folder.write_json("result.json", result)
     work.tell(RunDone(result))
     return result
+
+
+def leave(work: Run, states: Mapping[int, State], result: Mapping[str, Any]) -> None:
+    """adapter/ of the round that is kept, adapter-last/ of the last one where that is another."""
+    from fedtune.exports import export_final
+
+    targets = dict(zip(states, (work.folder.adapter, work.folder.last_adapter), strict=False))
+    if len(targets) == 1:
+        shutil.rmtree(work.folder.last_adapter, ignore_errors=True)
+    for number, state in reversed(list(states.items())):
+        work.link.method.install(state, work.workspace.tunable)
+        export_final(
+            work.link.method, state, work.workspace.tunable, targets[number], work.recipe, result, number
+        )
 
 
 def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +296,8 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
     rounds = work.journal.rounds()
     return {
         "metric": scores["metric"],
-        **{key: scores.get(key) for key in ("base", "local", "federated", "centralised")},
+        **{key: scores.get(key) for key in ("base", "local", "federated", "federated_last", "centralised")},
+        "per_client": spread_of(scores.get("clients_metric") or {}),
         "rounds": len(rounds),
         "clients": len(work.workspace.names),
         "left_out": sum(a.outcome != "ok" for a in answers),

@@ -4,6 +4,7 @@ out, and sums come back."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fedtune.errors import ClientFailed, FedtuneError
@@ -62,11 +63,17 @@ def at_sites(cohort: RoundCohort, shared: Tensors, tunable: Any, journal: Journa
     if done is None:
         try:
             done = asked(cohort, shared, tunable)
+            cohort.tell(Scored("federated", cohort.now.number, done["metric"], done["value"], done["loss"]))
         except FedtuneError as error:
             cohort.tell(Noted(f"the last state was not scored at the sites. {error}"))
             done = {"metric": "", "value": None, "loss": None}
         journal.finish("sites", done)
-    return {"metric": done["metric"], "federated": done["value"], "loss": {"federated": done["loss"]}}
+    return {
+        "metric": done["metric"],
+        "federated": done["value"],
+        "loss": {"federated": done["loss"]},
+        "clients_metric": done.get("clients", {}),
+    }
 
 
 def asked(cohort: RoundCohort, shared: Tensors, tunable: Any) -> dict[str, Any]:
@@ -84,5 +91,21 @@ def asked(cohort: RoundCohort, shared: Tensors, tunable: Any) -> dict[str, Any]:
     mean = cohort.sum(SCORE, shared).mean()
     name = "perplexity" if "perplexity" in mean.metrics else "accuracy"
     value = math.exp(mean.metrics["loss"]) if name == "perplexity" else mean.metrics[name]
-    cohort.tell(Scored("federated", now.number, name, value, mean.metrics["loss"]))
-    return {"metric": name, "value": value, "loss": mean.metrics["loss"]}
+    return {
+        "metric": name,
+        "value": value,
+        "loss": mean.metrics["loss"],
+        "clients": {cohort.names[client]: own(cohort, client, sums) for client, sums in cohort.figures},
+    }
+
+
+def own(cohort: RoundCohort, client: int, sums: Mapping[str, float]) -> dict[str, Any]:
+    """One site's score on its rows; sums are over its rows."""
+    weight = cohort.answers[client].weight
+    name = "perplexity" if "perplexity" in sums else "accuracy"
+    return {
+        "name": name,
+        "metric": sums[name] / weight,
+        "loss": sums["loss"] / weight,
+        "count": int(weight),
+    }

@@ -16,6 +16,7 @@ from fedtune.data import Federation, load
 from fedtune.data.settings import Source
 from fedtune.events import Event, Noted, Truncated
 from fedtune.methods import Method
+from fedtune.rng import stream
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before
 from fedtune.runtime.paths import located
@@ -43,7 +44,7 @@ class Workspace:
     alive: Callable[[], None] = lambda: None  # called while rows are encoded
     body: Any = None  # the way to a body service, for methods that split the model; None: in this process
     _encoded: dict[str, Any] = field(default_factory=dict)
-    _front: Any = None
+    _fronts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[int, str]:
@@ -89,13 +90,23 @@ class Workspace:
     def test(self) -> Encoded:
         return self._encode("test", self.federation.test, "the test set", scored=True)
 
-    @property
-    def front(self) -> FrozenFront:
-        """What the model's frozen blocks say of the test set, which is scored many times."""
+    def choosing(self) -> tuple[str, Encoded]:
+        """The rows on which rounds are compared, and whose they are: those that clients hold out, which the
+        test set shares with nobody; else the test set's own."""
+        own = [row for slice_ in self.federation.clients for row in slice_.test]
+        name = "held-out rows" if own and len(own) != len(self.federation.test) else "test rows"
+        rows = own if name == "held-out rows" else self.federation.test
+        most = self.recipe.evaluate.rows
+        if 0 < most < len(rows):
+            drawn = stream("rows that choose", self.recipe.seed).permutation(len(rows))[:most]
+            rows = [rows[number] for number in sorted(drawn.tolist())]
+        return name, self._encode(name, rows, f"the {name}", scored=True)
+
+    def front(self, name: str = "test") -> FrozenFront:
+        """What the model's frozen blocks say of a set of rows that is scored many times."""
         from fedtune.model.frozen_front import FrozenFront
 
-        self._front = self._front or FrozenFront()
-        front: FrozenFront = self._front
+        front: FrozenFront = self._fronts.setdefault(name, FrozenFront())
         return front
 
     def pooled(self) -> Encoded:

@@ -85,7 +85,8 @@ def table(result: Mapping[str, Any]) -> str:
         for name, key in (
             ("base model", "base"),
             ("local only (mean over clients)", "local"),
-            ("federated", "federated"),
+            (kept_name(result), "federated"),
+            ("federated, last round", "federated_last"),
             ("centralised", "centralised"),
         )
     ]
@@ -94,6 +95,11 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'':<34}{metric or 'nothing was scored: no rows here (deploy.test) or held out at the sites'}",
     ]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
+    if each := result.get("per_client"):
+        out.append(
+            f"{'federated, client by client':<34}{each['mean']:.4f} mean of {each['clients']} on their own "
+            f"held-out rows, worst {each['worst']:.4f} ({each['worst_client']}), spread {each['spread']:.4f}"
+        )
     out += [
         *legend(result),
         "",
@@ -103,6 +109,11 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'adapter':<34}{result['adapter']}",
     ]
     return "\n".join(out)
+
+
+def kept_name(result: Mapping[str, Any]) -> str:
+    """Which round's model is meant, where a round was chosen."""
+    return f"federated (round {result['kept_round']}, best)" if result.get("best") else "federated"
 
 
 def legend(result: Mapping[str, Any]) -> list[str]:
