@@ -21,6 +21,7 @@ from fedtune.data.partition import Dirichlet, PartitionSettings
 from fedtune.data.sources import DataSettings, Docstrings
 from fedtune.errors import FedtuneError
 from fedtune.methods import METHODS, FedPEFTTable, Method, MethodSettings, MethodTable
+from fedtune.metrics import GenerateSettings, MetricTable
 from fedtune.model.settings import ModelSettings
 from fedtune.overrides import apply_override, drop_unused
 from fedtune.rules import check_rules
@@ -139,6 +140,9 @@ class Recipe(Settings):
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     stop: StopSettings = StopSettings()
+    metrics: tuple[MetricTable, ...] = ()
+    """Figures of the final model on the test set, beside accuracy or perplexity."""
+    generate: GenerateSettings = GenerateSettings()
     deploy: DeploySettings = DeploySettings()
     sinks: tuple[SinkTable, ...] = ()
     """Where the run's events go beside its folder and the console; a run's identity does not depend on it."""

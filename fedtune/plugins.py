@@ -1,5 +1,5 @@
 """Classes that other installed packages add: their own methods, rules, steps, adapters, sources, partitions,
-sinks, by the name that a recipe says.
+sinks, metrics, by the name that a recipe says.
 
 A package registers the settings class of its newcomer as an entry point, under the newcomer's name:
 
@@ -31,6 +31,7 @@ GROUPS = (
     "downlinks",
     "server_optimizers",
     "sinks",
+    "metrics",
 )
 
 

@@ -19,6 +19,7 @@ DISCRIMINATORS = (
     "by",
     "source",
     "sink",
+    "metric",
 )  # keys that choose the class of a table
 
 

@@ -27,7 +27,7 @@ import fedtune
 for tree in json.load(sys.stdin):
     try:
         result = fedtune.simulate(tree, runs=sys.argv[1])
-        print(json.dumps({"state": result.state_sha256, "rounds": result.rounds, "title": result.values.get("method", ""), "folder": str(result.folder)}))
+        print(json.dumps({"figures": result.figures, "state": result.state_sha256, "rounds": result.rounds, "title": result.values.get("method", ""), "folder": str(result.folder)}))
     except fedtune.FedtuneError as error:
         print(json.dumps({"error": str(error)}))
 """
@@ -111,7 +111,7 @@ def test_every_example_of_the_page_runs(
     def peft(**adapter: Any) -> dict[str, Any]:
         return {"type": "fedpeft", "adapter": adapter, "train": {"lr": 0.01, "steps": 2, "batch": 4}}
 
-    plain, rule, clipped, bias, own, lines, halves, babu, told, deaf = played(
+    plain, rule, clipped, bias, own, lines, halves, babu, told, deaf, words = played(
         package,
         tmp_path / "runs",
         tree(),
@@ -132,7 +132,10 @@ def test_every_example_of_the_page_runs(
         tree(method=peft(kind="lora", rank=2) | {"type": "fedbabu"}),
         tree(sinks=[{"sink": "webhook", "url": f"http://127.0.0.1:{port}"}]),
         tree(sinks=[{"sink": "webhook", "url": "http://127.0.0.1:1"}]),  # where nobody listens
+        tree(metrics=[{"metric": "first-word"}, {"metric": "accuracy"}]),
     )
+    figures = words["figures"]["federated"]
+    assert figures["first_word"] == figures["accuracy"] and words["state"] == plain["state"]
     assert [json.loads(body)["round"] for body in bodies] == [1, 2]
     assert told["state"] == deaf["state"] == plain["state"] and told.get("rounds") == 2
     noted = [

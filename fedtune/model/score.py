@@ -22,12 +22,14 @@ LARGEST = 700.0  # nats of a loss whose perplexity is still a number
 @dataclass(frozen=True)
 class Score:
     """loss: mean cross entropy in nats; metric: accuracy in 0..1, or exp(loss); name: which; count: examples
-    or tokens scored."""
+    or tokens scored; said, wanted: the class of each example, in the order in which they were scored."""
 
     loss: float
     metric: float
     name: str
     count: int
+    said: tuple[int, ...] = ()
+    wanted: tuple[int, ...] = ()
 
 
 def score(
@@ -46,7 +48,9 @@ def score(
     check_room(tunable, encoded)
     language = tunable.base.task in LM_TASKS
     order = sorted(range(len(encoded)), key=lambda i: (-encoded.length(i), i))
-    loss, right, count = 0.0, 0, 0
+    loss, count = 0.0, 0
+    said: list[int] = []
+    wanted: list[int] = []
     tunable.net.eval()
     with torch.no_grad():
         for start in range(0, len(order), batch):
@@ -56,7 +60,9 @@ def score(
                 part, logits, labels = summed_loss(tunable, examples)
             loss += part.item()
             count += carries(tunable.base.task, examples)
-            right += 0 if language else int((logits.argmax(-1) == labels).sum())
+            if not language:
+                said += logits.argmax(-1).tolist()
+                wanted += labels.tolist()
     mean = loss / count
     if not math.isfinite(mean) or (language and mean > LARGEST):
         found, expected = (
@@ -68,4 +74,5 @@ def score(
         )
     if language:
         return Score(mean, math.exp(mean), "perplexity", count)
-    return Score(mean, right / count, "accuracy", count)
+    right = sum(one == other for one, other in zip(said, wanted, strict=True))
+    return Score(mean, right / count, "accuracy", count, tuple(said), tuple(wanted))

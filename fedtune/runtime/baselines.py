@@ -12,6 +12,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored
 from fedtune.methods import Method
 from fedtune.runtime.alone import FALLING, NOT_SCORED, reason_of, trained_alone
+from fedtune.runtime.figures import figures
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.workspace import Workspace
 from fedtune.types import State
@@ -42,6 +43,7 @@ def compare(
     final = phase("federated", partial(federated, kept, "federated"))
     metric = final["metric"] or (journal.phase("base") or NOT_SCORED)["metric"]
     scores: dict[str, Any] = {
+        "figures": {"federated": final.get("figures", {})},
         "metric": metric,
         "federated": final["value"],
         "loss": {"federated": final["loss"]},
@@ -51,6 +53,7 @@ def compare(
     base = journal.phase("base")
     if base:
         scores |= {"base": base["value"]}
+        scores["figures"]["base"] = base.get("figures", {})
         scores["loss"]["base"] = base["loss"]
     if recipe.evaluate.clients:
         scores["clients_metric"] = phase(
@@ -116,7 +119,12 @@ def score_test(workspace: Workspace, name: str, number: int, tell: Callable[[Eve
 
     got = score(workspace.tunable, workspace.test(), workspace.recipe.evaluate.batch, workspace.front())
     tell(Scored(name, number, got.name, got.metric, got.loss))
-    return {"metric": got.name, "value": got.metric, "loss": got.loss}
+    try:
+        more = figures(workspace, got)
+    except Exception as error:
+        tell(Noted(f"no [[metrics]]: {name}. {reason_of(error)}"))
+        more = {}
+    return {"metric": got.name, "value": got.metric, "loss": got.loss, "figures": more}
 
 
 def own_scores(

@@ -128,7 +128,7 @@ def told(work: Run, kept: int) -> dict[str, Any]:
     """What result.json says of the choice."""
     scores = round_scores(work.journal)
     last = work.journal.rounds()[-1].number
-    chosen = scores.get(kept)
+    chosen = scores[kept] if best_round(scores) == kept else None
     return {
         "kept_round": kept,
         "stopped_early": last < work.recipe.rounds,

@@ -130,6 +130,8 @@ def open_run(
     since: float,
 ) -> Run:
     """Build the workspace, and take up the state where the journal left it. Raises R403, R406."""
+    for metric in recipe.metrics:
+        metric.ready()
     place = folder.origin()
     method = method_of(located(recipe, place))
     memories = Memories(folder)
@@ -297,6 +299,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "metric": scores["metric"],
         **{key: scores.get(key) for key in ("base", "local", "federated", "federated_last", "centralised")},
+        "figures": scores.get("figures", {}),
         "per_client": spread_of(scores.get("clients_metric") or {}),
         "rounds": len(rounds),
         "clients": len(work.workspace.names),

@@ -95,6 +95,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'':<34}{metric or 'nothing was scored: no rows here (deploy.test) or held out at the sites'}",
     ]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
+    out += figure_lines(result.get("figures") or {})
     if each := result.get("per_client"):
         out.append(
             f"{'federated, client by client':<34}{each['mean']:.4f} mean of {each['clients']} on their own "
@@ -109,6 +110,20 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'adapter':<34}{result['adapter']}",
     ]
     return "\n".join(out)
+
+
+def figure_lines(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The metrics beside the first one, of the federated model and of the base; with their intervals."""
+    own, base = figures.get("federated", {}), figures.get("base", {})
+    out = []
+    for name, value in own.items():
+        if name.endswith(("_low", "_high")) or name == "rows":
+            continue
+        low, high = own.get(f"{name}_low"), own.get(f"{name}_high")
+        between = f" ({low:.4f} to {high:.4f} at 95 %)" if low is not None and high is not None else ""
+        before = f", base model {base[name]:.4f}" if name in base else ""
+        out.append(f"{'federated: ' + name.replace('_', ' '):<34}{value:.4f}{between}{before}")
+    return out
 
 
 def kept_name(result: Mapping[str, Any]) -> str:

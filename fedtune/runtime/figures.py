@@ -1,0 +1,54 @@
+"""The recipe's [[metrics]] of an installed state, on the test set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedtune.config import method_of
+from fedtune.errors import FedtuneError
+from fedtune.metrics import metrics_of
+from fedtune.rng import stream
+from fedtune.runtime.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fedtune.model.score import Score
+
+
+def figures(workspace: Workspace, got: Score) -> dict[str, Any]:
+    """Every metric's figures; "rows" says how many texts were generated for them."""
+    recipe = workspace.recipe
+    chosen = metrics_of(recipe.metrics, recipe.data.task)
+    if not chosen:
+        return {}
+    if recipe.data.task != "instruct":
+        labels = workspace.base.labels
+        said, wanted = ([labels[n] for n in numbers] for numbers in (got.said, got.wanted))
+        more: dict[str, Any] = {}
+    else:
+        said, wanted = answered(workspace)
+        more = {"rows": len(said)}
+    found: dict[str, Any] = {}
+    for metric in chosen:
+        found |= metric.measure(said, wanted)
+    return found | more
+
+
+def answered(workspace: Workspace) -> tuple[list[str], list[str]]:
+    """What the model writes to prompts of the test set, and what stands there."""
+    from fedtune.model.generate import generated, questions
+
+    recipe, rows = workspace.recipe, workspace.federation.test
+    if method_of(recipe).capabilities.split is not None:
+        raise FedtuneError(
+            "M306", f"[[metrics]] of texts with method.type = '{recipe.method.type}'",
+            "a model that one process holds", "remove [[metrics]]",
+        )  # fmt: skip
+    if recipe.generate.rows < len(rows):
+        drawn = stream("rows that are answered", recipe.seed).permutation(len(rows))
+        rows = [rows[n] for n in sorted(drawn[: recipe.generate.rows].tolist())]
+    data = recipe.data
+    asked = questions(rows, workspace.tunable, data.template, data.system, data.date)
+    if not asked:
+        raise FedtuneError("D202", "no rows with a response", "at least one", "look at the test set")
+    said = generated(workspace.tunable, asked, recipe.generate.tokens, recipe.generate.batch)
+    return said, [one.wanted for one in asked]
