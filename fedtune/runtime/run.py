@@ -15,7 +15,7 @@ from typing import Any
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
-from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted
+from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted, Waiting
 from fedtune.runtime.baselines import compare, finished_phase, score_test, spread_of
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
@@ -135,6 +135,7 @@ def open_run(
     place = folder.origin()
     method = method_of(located(recipe, place))
     memories = Memories(folder)
+    tell(Waiting("reading the data and loading the model"))
     workspace = build_workspace(recipe, method, memories, tell, federation, place=place)
     check_same(
         journal,
@@ -183,6 +184,7 @@ def open_run(
     )
     if recipe.evaluate.base and workspace.federation.test and not journal.phase("base"):
         method.install(start, tunable)
+        tell(Waiting("scoring the base model"))
         finished_phase(journal, "base", lambda: score_test(workspace, "base", 0, tell), tell)
     return Run(
         recipe,
@@ -256,6 +258,7 @@ def finish(work: Run) -> dict[str, Any]:
     """Scores, comparisons, adapter, result.json."""
     last = work.journal.rounds()[-1].number
     kept, state = kept_state(work)
+    work.tell(Waiting("scoring the federated model"))
     if work.workspace.federation.test:
         states = {kept: state, last: work.state}
         scores = compare(
