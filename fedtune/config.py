@@ -175,13 +175,25 @@ def method_of(recipe: Recipe) -> Method:
 def decided(
     recipe: Recipe, memory: Sequence[int] = (), labels: int | None = None, least: bool = False
 ) -> Recipe:
-    """The recipe with nothing left open that depends on the clients: the same that somebody could have
-    written by hand. As `MethodTable.decided`."""
+    """The recipe with nothing left open that depends on the model or the clients: the same that somebody
+    could have written by hand. As `MethodTable.decided`, and as `with_rates`."""
+    rated = with_rates(recipe)
     return (
-        recipe.model_copy(update={"method": recipe.method.decided(recipe, memory, labels, least)})
-        if recipe.method.undecided
-        else recipe
+        rated.model_copy(update={"method": rated.method.decided(rated, memory, labels, least)})
+        if rated.method.undecided
+        else rated
     )
+
+
+def with_rates(recipe: Recipe) -> Recipe:
+    """The recipe with learning rates as numbers; reads the model's config.json where one says "auto". Raises
+    M301, M306."""
+    if not recipe.method.rates_open:
+        return recipe
+    from fedtune.model.base import width_at
+
+    width = width_at(recipe.model, recipe.data.task)
+    return recipe.model_copy(update={"method": recipe.method.with_rates(width)})
 
 
 def read_method(table: Mapping[str, Any]) -> MethodTable:

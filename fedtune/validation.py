@@ -7,6 +7,8 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
+from types import UnionType
+from typing import Union, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,7 +18,8 @@ from fedtune.settings import leaves, tag_of
 
 def sentence(error: ValidationError, root: type[BaseModel]) -> FedtuneError:
     """The first mistake of a validation as one sentence."""
-    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     place, owner, siblings = resolve(first["loc"], root)
     if first["type"] == "extra_forbidden":
         return unknown_key(place, str(first["loc"][-1]), owner, siblings, root)
@@ -37,12 +40,18 @@ def sentence(error: ValidationError, root: type[BaseModel]) -> FedtuneError:
         )
         return FedtuneError("C102", sentence=f"{key} is missing", do="add it to the recipe or with --set")
     value = json.dumps(first.get("input"), default=str)
-    words = first["msg"][0].lower() + first["msg"][1:]
+    words = dict.fromkeys(in_words(e["msg"]) for e in errors if resolve(e["loc"], root)[0] == place)
+    return FedtuneError(
+        "C102", f"{place} = {value[:80]}", " or ".join(words), f"change {place} in the recipe or with --set"
+    )
+
+
+def in_words(message: str) -> str:
+    """What pydantic expected, to stand behind "expected"."""
+    words = message[0].lower() + message[1:]
     for begins, better in PYDANTIC.items():
         words = re.sub(f"^{begins}", better, words)
-    return FedtuneError(
-        "C102", f"{place} = {value[:80]}", words, f"change {place} in the recipe or with --set"
-    )
+    return words
 
 
 PYDANTIC = {  # how its messages begin, and what reads well behind "expected"
@@ -104,7 +113,11 @@ def resolve(
     options: list[type[BaseModel]] = [root]
     siblings: list[type[BaseModel]] = []
     holder: type[BaseModel] | None = None
+    several = False  # whether the last key may be of several plain types: pydantic adds the one it tried
     for part in loc:
+        if several and isinstance(part, str):
+            several = False
+            continue
         tagged = [c for c in options if part in tag_of(c)[1]]
         if (
             len(options) > 1 and tagged
@@ -121,4 +134,5 @@ def resolve(
                 if field
                 else []
             )
+            several = not options and get_origin(field.annotation if field else None) in (Union, UnionType)
     return ".".join(words), holder, siblings

@@ -62,6 +62,14 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
         ("[method.train]\nsteeps = 3", "unknown key 'method.train.steeps', expected one of optimizer"),
         ("[method.train]\nsteeps = 3", "write 'steps'"),
         ("rounds = 'three'", 'C102: found rounds = "three", expected a valid integer'),
+        (
+            "[method.train]\nlr = -1.0",
+            "C102: found method.train.lr = -1.0, expected 'auto' or a number greater than 0",
+        ),
+        (
+            "[method.train]\nlr = 'fast'",
+            "found method.train.lr = \"fast\", expected 'auto' or a valid number",
+        ),
         ("rounds = 0", "C102: found rounds = 0, expected a number greater than or equal to 1"),
         ("[method.adapter]\nrank = 0", "C102: found method.adapter.rank = 0"),
         (

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Recipe, method_of
+from fedtune.config import Recipe, method_of, with_rates
 from fedtune.deploy.app import write_app
 from fedtune.deploy.coordinator_run import CRASH, Deployed, failed
 from fedtune.deploy.gateway import GateConfig
@@ -299,7 +299,7 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str, metric
             recipe.fingerprint,
             metrics,
         ).write(folder)
-        folder.begin(named)  # last: from here on it is a run
+        folder.begin(with_rates(named))  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)
     return folder
 

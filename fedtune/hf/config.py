@@ -13,6 +13,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.code import refuse_code
+from fedtune.hf.gguf import is_gguf, unpacked
 from fedtune.hf.labels import LabelSet, choose_labels
 
 AUTO = {
@@ -21,27 +22,33 @@ AUTO = {
     "instruct": transformers.AutoModelForCausalLM,
     "image-classify": transformers.AutoModelForImageClassification,
 }
+PACKAGE = "package:"  # begins the name of a model that an installed package carries
 LM_TASKS = ("causal-lm", "instruct")
 
 
 def locate(name: str) -> str:
     """A folder or hub name. `package:NAME/FOLDER` is a folder inside an installed package, which is not
-    imported. Raises M301."""
+    imported; a GGUF file, of a package too, is the folder that it is unpacked into. Raises M301."""
+    if is_gguf(name):
+        return str(unpacked(in_package(name) if name.startswith(PACKAGE) else Path(name).expanduser()))
     if name.startswith("~"):
         return str(Path(name).expanduser())
-    if not name.startswith("package:"):
-        return name
-    package, _, folder = name.removeprefix("package:").partition("/")
+    return str(in_package(name)) if name.startswith(PACKAGE) else name
+
+
+def in_package(name: str) -> Path:
+    """The folder or file that `package:NAME/PATH` means. Raises M301."""
+    package, _, path = name.removeprefix(PACKAGE).partition("/")
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         spec = None
     for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / folder).is_dir():
-            return str(Path(root) / folder)
+        if (Path(root) / path).exists():
+            return Path(root) / path
     raise FedtuneError(
         "M301",
-        f"no folder '{folder}' in an installed package '{package}'",
+        f"no '{path}' in an installed package '{package}'",
         "an installed package that contains the model",
         "install it (the built-in one comes with: pip install 'fedtune[demo]') or set model.name to a local "
         "folder",
@@ -163,3 +170,11 @@ def position_limit(net: Any) -> int | None:
         offset = int(getattr(module, "offset", 0) or 0)
         limits.append(int(module.weight.shape[0]) - max(0 if behind is None else int(behind) + 1, offset))
     return min(limits, default=None)
+
+
+def width_of(config: Any) -> int:
+    """Width of the hidden states behind the last block: of the text model, where there are several."""
+    text = config.get_text_config()
+    if hasattr(text, "hidden_size"):
+        return int(text.hidden_size)
+    return int(config.hidden_sizes[-1])  # networks of stages, each wider than the one before

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.model.adapters import AdapterSettings, Lora
+from fedtune.model.rates import rate_conflicts, with_rates
 from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
@@ -47,7 +48,23 @@ class AdapterTable(MethodTable):
         return bool(self.train.steps)
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from rate_conflicts(self.train, self.adapter.kind)
         yield from start_conflicts(self.head_start, recipe)
+
+    @property
+    def rates_open(self) -> bool:
+        return self.train.open
+
+    @property
+    def rates(self) -> str:
+        return self.train.rates
+
+    def with_rates(self, width: int) -> Self:
+        train = with_rates(self.train, self.adapter.kind, width, self.head_start != "random")
+        return self.model_copy(update={"train": train})
+
+    def fitting_rates(self, width: int) -> str:
+        return self.model_copy(update={"train": TrainSettings()}).with_rates(width).rates
 
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()

@@ -34,6 +34,7 @@ from fedtune.methods.fedkseed_walk import Walk, first_loss, require_converging, 
 from fedtune.methods.head_start import MARK, features_verbs, head_of, kept_until_started, starts
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.seeds import save_seeds, seeds_of
+from fedtune.model.rates import WIDTH
 from fedtune.model.settings import whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
@@ -55,7 +56,7 @@ class FedKSeed:
     and, for FedKSeed-Pro, sizes and visits of the seeds (kept)."""
 
     def __init__(self, settings: FedKSeedSettings, rounds: int) -> None:
-        self.settings, self.rounds = settings, rounds
+        self.settings, self.rounds = settings.with_rates(WIDTH), rounds
         self.scale = integers.Scale.of(settings.clip, settings.bits)
         self.most = settings.steps * self.scale.top if settings.walks_only else REACH
 
@@ -150,7 +151,7 @@ class FedKSeed:
             "size": s.size,
             "refresh": s.refresh,
             "unit": self.scale.unit,
-            "lr": s.lr,
+            "lr": float(s.lr),
         }
         head = {"head": hashlib.sha256(given[HEAD].tobytes()).hexdigest()} if HEAD in given else {}
         return always | ({"curvature": True} if s.curvature else {}) | head
@@ -316,7 +317,7 @@ class FedKSeed:
     @property
     def replay_scale(self) -> float:
         """What a unit of an accumulator moves a weight by."""
-        return -self.settings.lr * self.scale.unit / (1 << integers.FRACTION)
+        return -float(self.settings.lr) * self.scale.unit / (1 << integers.FRACTION)
 
     # --- around a run
     # -------------------------------------------------------------------------------------------

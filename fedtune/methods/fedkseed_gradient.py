@@ -51,7 +51,7 @@ def projected(
     for name, value in tunable.named.items():
         before[name].sub_(value.detach())  # first minus last: w moves against the scalars
     try:
-        coordinates = project(before, pool) * (s.gain / (s.size * s.lr * unit))
+        coordinates = project(before, pool) * (float(s.gain) / (s.size * float(s.lr) * unit))
     except FedtuneError as error:  # W607: a value that is not finite
         raise diverged(report.loss, report.steps, "method.train.lr") from error
     scalars = np.rint(np.clip(coordinates, -most, most)).astype(np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -14,15 +14,33 @@ from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
 from fedtune.model.settings import TrainSettings
 
 
-class ProjectSettings(TrainSettings):
-    """[method.train] of type = "fedkseed": how a client with gradients trains before it projects. Its
-    defaults suit all parameters of a model."""
+class Found(NamedTuple):
+    """Rates that fit one kind of adapter: of the walk, of training before a projection, and its gain."""
 
+    lr: float
+    train_lr: float
+    gain: float = 1.0
+    head_lr: float = 0.5
     optimizer: Literal["adamw", "sgd"] = "sgd"
+
+
+# By seed 11 on a tuning split of CLINC150's domains (MiniLM, K = 4096). Of all weights a projection keeps so
+# little of an update's length that a gain of 1 adds more noise than it takes.
+FOUND = {
+    "full": Found(1e-6, 0.1, 0.1),
+    "lora": Found(1e-4, 0.05),
+    "bias": Found(1e-4, 0.05),
+    "head": Found(3e-3, 2e-2, head_lr=2e-2, optimizer="adamw"),
+}
+OTHER = FOUND["lora"]
+
+
+class ProjectSettings(TrainSettings):
+    """[method.train] of type = "fedkseed": how a client with gradients trains before it projects."""
+
+    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
     """sgd puts most of an update's length where the loss falls; adamw spreads it over all weights, and a
-    projection keeps K / d of a length."""
-    lr: float = Field(0.1, gt=0)
-    """Learning rate."""
+    projection keeps K / d of a length. auto: sgd, but adamw for a head alone."""
     steps: int = Field(5, ge=0)
     """Optimiser steps per round; 0 means `epochs` passes instead."""
 
@@ -66,8 +84,8 @@ class FedKSeedSettings(MethodTable):
     their losses."""
     batch: int = Field(8, ge=1)
     """spsa, fzoo: examples in a step."""
-    lr: float = Field(1e-5, gt=0)
-    """spsa, fzoo: what a step moves the weights by, over the scalar."""
+    lr: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """spsa, fzoo: what a step moves the weights by, over the scalar; auto: what fits the kind of adapter."""
     eps: float = Field(1e-3, gt=0)
     """spsa, fzoo: how far along a direction the loss is taken."""
     bits: Literal[16, 1] = 16
@@ -80,9 +98,9 @@ class FedKSeedSettings(MethodTable):
     importance: bool = False
     """FedKSeed-Pro: draw seeds by the mean size of their scalars so far. Mild: at most e times as often; K
     bytes more on the way down."""
-    gain: float = Field(1.0, gt=0)
+    gain: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """gradient: what an update's coordinates are multiplied by; 1 is unbiased, less is calmer where K is far
-    below the number of parameters."""
+    below the number of parameters. auto: 0.1 for all parameters, else 1."""
     uplink: Literal["auto", "steps", "pool"] = "auto"
     """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all
     clients use spsa."""
@@ -111,6 +129,39 @@ class FedKSeedSettings(MethodTable):
         return self.adapter if self.space == "adapter" else Full(only=self.only)
 
     @property
+    def found(self) -> Found:
+        return FOUND.get(self.trained.kind, OTHER)
+
+    @property
+    def rates_open(self) -> bool:
+        return "auto" in (self.lr, self.gain) or self.train.open
+
+    @property
+    def rates(self) -> str:
+        walk = "" if self.estimator == "gradient" else f"walks at {self.lr}"
+        train = "" if self.walks_only else f"gradients by {self.train.rates}, gain {self.gain}"
+        return "; ".join(filter(None, (walk, train)))
+
+    def with_rates(self, width: int) -> Self:
+        known, train, given = self.found, self.train, self.train.lr != "auto"
+        optimizer = train.optimizer if train.optimizer != "auto" else "sgd" if given else known.optimizer
+        head = known.head_lr if not given and self.head_start != "random" else 0.0
+        numbers = {
+            "optimizer": optimizer,
+            "lr": train.lr if given else known.train_lr,
+            "head_lr": head if train.head_lr == "auto" else train.head_lr,
+        }
+        values = {
+            "lr": known.lr if self.lr == "auto" else self.lr,
+            "gain": known.gain if self.gain == "auto" else self.gain,
+            "train": train.model_copy(update=numbers),
+        }
+        return self.model_copy(update=values)
+
+    def fitting_rates(self, width: int) -> str:
+        return self.model_copy(update={"lr": "auto", "gain": "auto"}).with_rates(width).rates
+
+    @property
     def walks_only(self) -> bool:
         """Whether no client may use gradients."""
         return "gradient" not in self.estimators if self.estimators else self.estimator in ("spsa", "fzoo")
@@ -120,6 +171,12 @@ class FedKSeedSettings(MethodTable):
         return self.uplink == "steps" or (self.uplink == "auto" and self.walks_only)
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.train.lr == "auto" and self.train.optimizer not in ("auto", self.found.optimizer):
+            yield (
+                f"method.train.optimizer = '{self.train.optimizer}' without method.train.lr",
+                f"a learning rate, because the one that is known is for '{self.found.optimizer}'",
+                "set method.train.lr",
+            )
         if self.size & (self.size - 1):
             yield f"method.size = {self.size}", "a power of two", "set it to 1024, 4096 or 65536"
         if self.directions == "gaussian" and self.pool == "hadamard":

@@ -74,7 +74,7 @@ def walked(
             scalars[step] = [scale.whole(g, s.outside == "drop") for g in found]
             clipped += sum(s.bits > 1 and abs(g) > s.clip for g in found)
             left = [
-                (k, far - s.lr * scale.unit * a)
+                (k, far - float(s.lr) * scale.unit * a)
                 for k, far, a in zip(group, back, scalars[step].tolist(), strict=True)
             ]
     go(left)

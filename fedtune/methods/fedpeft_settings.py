@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fedtune.aggregate import RULES, Rule
 from fedtune.methods.base import AdapterTable
-from fedtune.methods.head_start import HeadStart, start_conflicts
+from fedtune.methods.head_start import HeadStart
 from fedtune.methods.memory_ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
@@ -136,7 +136,7 @@ class FedPEFTSettings(AdapterTable):
                 "auto: an adapter brings its head",
                 "remove one of them",
             )
-        yield from start_conflicts(self.head_start, recipe)
+        yield from super().conflicts(recipe)
         if self.train.weight_decay and rule.carries:
             yield (
                 f"method.train.weight_decay with {name}",

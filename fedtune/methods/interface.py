@@ -219,6 +219,24 @@ class MethodTable(Settings):
         return self
 
     @property
+    def rates_open(self) -> bool:
+        """Whether a learning rate says "auto"."""
+        return False
+
+    @property
+    def rates(self) -> str:
+        """The learning rates, in words."""
+        return ""
+
+    def with_rates(self, width: int) -> MethodTable:
+        """The table with numbers for "auto", for a model whose hidden states are so wide."""
+        return self
+
+    def fitting_rates(self, width: int) -> str:
+        """What the learning rates would be if they all said "auto", in words; "" where nobody knows."""
+        return ""
+
+    @property
     def provisional(self) -> MethodTable:
         """The table as the server itself is, where clients are undecided: enough to plan with."""
         return self

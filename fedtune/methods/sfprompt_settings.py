@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedtune.methods.base import Weight
 from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
+from fedtune.model.rates import rate_conflicts, with_rates
 from fedtune.model.settings import TrainSettings
 
 # Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public
@@ -79,6 +80,26 @@ class SFPromptSettings(MethodTable):
     def by_steps(self) -> bool:
         return bool(self.train.steps)
 
+    @property
+    def trains(self) -> str:
+        """What kind of adapter the tail's training is like, for its learning rate."""
+        return "lora" if self.lora_rank else "full" if self.tail else "prompt"
+
+    @property
+    def rates_open(self) -> bool:
+        return self.train.open
+
+    @property
+    def rates(self) -> str:
+        return self.train.rates
+
+    def with_rates(self, width: int) -> Self:
+        train = with_rates(self.train, self.trains, width, self.head_start != "random")
+        return self.model_copy(update={"train": train})
+
+    def fitting_rates(self, width: int) -> str:
+        return self.model_copy(update={"train": TrainSettings()}).with_rates(width).rates
+
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
 
@@ -103,6 +124,7 @@ class SFPromptSettings(MethodTable):
         )
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from rate_conflicts(self.train, self.trains)
         if self.pruning == "none" and self.keep < 1:
             yield (
                 f"method.keep = {self.keep} with method.pruning = 'none'",

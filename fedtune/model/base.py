@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit
+from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit, width_of
 from fedtune.hf.draws import own_draws
 from fedtune.hf.labels import LabelSet, redraw
 from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
@@ -251,6 +251,13 @@ def prepare_torch(settings: ModelSettings) -> None:
             False  # costs time and nothing here reads such memory
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def width_at(model: ModelSettings, task: str) -> int:
+    """Width of the hidden states of a model whose weights are not read. Raises M301, M306."""
+    known = {"revision": model.revision} if model.revision else {}
+    with reading(model.name):
+        return width_of(load_config(locate(model.name), task, None, known)[0])
 
 
 @contextmanager

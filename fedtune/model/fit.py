@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.hf.config import width_of
 from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
 from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
+from fedtune.model.rates import with_rates
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
@@ -162,6 +164,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW or SGD; the task head, and tensors in `rates`, are groups of their own where they have their own
     rate."""
+    s = with_rates(s, tunable.kind, width_of(tunable.base.net.config))
     head = {name for name in tunable.named if s.head_lr and in_head(tunable.base, plain(name))}
     rest = tunable.named.keys() - head - rates.keys()
     parts = [

@@ -127,7 +127,7 @@ def training_bytes(plan: Plan, train: TrainSettings, length: int) -> dict[str, i
     """A client that trains with gradients. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32
     bits; with checkpointing
     every layer's input and one layer's activations (their section 5)."""
-    moments = 2 if train.optimizer == "adamw" else 1 if train.momentum else 0
+    moments = bool(train.momentum) if train.optimizer == "sgd" else 2
     layer = 34 * plan.hidden + 5 * plan.heads * length
     kept = layer + 2 * plan.hidden * plan.layers if train.checkpointing else layer * plan.layers
     return {

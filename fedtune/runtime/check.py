@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedtune import transforms
-from fedtune.config import Recipe, method_of
+from fedtune.config import Recipe, method_of, with_rates
 from fedtune.data import Federation, Slice, histogram, load
 from fedtune.errors import FedtuneError
 from fedtune.methods import Method, Verb
@@ -85,7 +85,8 @@ def check(recipe: Recipe) -> Checked:
     base = check_context(recipe, federation.labels)
     plan = costs.plan(recipe.model, recipe.data.task, len(federation.labels))
     table, ranks = recipe.method.explain(recipe, [client.name for client in federation.clients], plan)
-    recipe = recipe.model_copy(update={"method": table})
+    rates = remarks_on_rates(recipe)
+    recipe = with_rates(recipe.model_copy(update={"method": table}))
     method, chain = method_of(recipe), transforms.build(recipe.chain)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
     total, once, trained = traffic(recipe, method, chain, plan, asked, len(federation.clients))
@@ -94,6 +95,7 @@ def check(recipe: Recipe) -> Checked:
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
     said = [
         *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
+        *rates,
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
     ]
@@ -164,6 +166,13 @@ def check_context(recipe: Recipe, labels: Sequence[str]) -> Base:
     if recipe.data.task != "image-classify":
         check_length(replace(base, context=context_of(base.net)), recipe.data.max_length)
     return base
+
+
+def remarks_on_rates(recipe: Recipe) -> list[str]:
+    """Which learning rates "auto" stands for."""
+    if not recipe.method.rates_open:
+        return []
+    return [f"rates     auto: {with_rates(recipe).method.rates}"]
 
 
 def traffic(

@@ -21,6 +21,7 @@ from fedtune.runtime.best import best_round, kept_state, round_scores, score_rou
 from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.downlink import Downlink
+from fedtune.runtime.first_rounds import LOOKED_AT, not_learning
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
@@ -252,6 +253,19 @@ def one_round(work: Run, number: int) -> None:
     work.tick()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
     work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
+    if number == LOOKED_AT:
+        say_if_not_learning(work)
+
+
+def say_if_not_learning(work: Run) -> None:
+    """A note after the first rounds, where the training loss has not fallen in them."""
+    from fedtune.hf.config import width_of
+
+    method, base = work.recipe.method, work.workspace.base
+    losses = [row.metrics.get("loss", math.nan) for row in work.journal.rounds()]
+    fitting = method.fitting_rates(width_of(base.net.config))
+    if said := not_learning(losses, len(base.labels), method.rates, fitting):
+        work.tell(Noted(said))
 
 
 def finish(work: Run) -> dict[str, Any]:

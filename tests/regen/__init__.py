@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.regen import architecture, cli, docs, golden, models, results, stubs
+from tests.regen import architecture, cli, docs, golden, models, rates, results, stubs
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
@@ -19,6 +19,7 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "golden": golden.generate,
     "errors": docs.errors,
     "recipe": docs.recipe,
+    "rates": rates.generate,
     "cli": cli.generate,
     "architecture": architecture.generate,
     "results": results.generate,
