@@ -14,6 +14,7 @@ from typing import Any
 from fedtune.errors import FedtuneError
 
 DAYS = 365
+WEEKS = 42  # days of keys that are renewed by themselves
 
 
 def add_commands(commands: Any) -> None:
@@ -113,8 +114,32 @@ def add_commands(commands: Any) -> None:
         help="sign the list of members again: after a revocation, or before the current one expires",
     )
     action.add_argument("--days", type=days, default=DAYS, help=f"how long it is valid (default: {DAYS})")
+    action.add_argument(
+        "--recipe",
+        action="append",
+        metavar="FILE",
+        help="the only recipes that sites may run from now on (TOML, or their whole hash); may be repeated; "
+        "all: every one (default: as before)",
+    )
     add_folder(action)
     action.set_defaults(command=publish)
+
+    action = actions.add_parser(
+        "renewals",
+        help="where the authority is, by a timer: sign the requests of sites whose keys end soon, and renew "
+        "the coordinator's",
+    )
+    action.add_argument(
+        "--at",
+        required=True,
+        metavar="DIR",
+        help="the coordinator's folder of requests: RUNS/.coordinator/renewals, or a copy of it",
+    )
+    action.add_argument(
+        "--days", type=days, default=WEEKS, help=f"how long the new keys are valid (default: {WEEKS})"
+    )
+    add_folder(action)
+    action.set_defaults(command=renewals)
 
     action = actions.add_parser("list", help="list all issued keys, and when they expire")
     add_folder(action)
@@ -252,10 +277,33 @@ def publish(options: argparse.Namespace) -> int:
     from fedtune.trust.authority import open_authority
 
     made = open_authority(Path(options.keys).expanduser(), asked)
-    print(
-        f"version {made.publish(vars(options).get('days', DAYS))} of the list of members is signed; the "
-        "coordinator gives it to the sites"
-    )
+    given: list[str] | None = vars(options).get("recipe")
+    recipes = None if given is None else [fingerprint_of(text) for text in given if text != "all"]
+    version = made.publish(vars(options).get("days", DAYS), recipes=recipes)
+    print(f"version {version} of the list of members is signed; the coordinator gives it to the sites")
+    return 0
+
+
+def fingerprint_of(text: str) -> str:
+    """Of a recipe's file, or the hash itself. Raises C101 to C105."""
+    from fedtune.config import read
+    from fedtune.forms import Sha256
+
+    return text if Sha256.form.fullmatch(text) else read(text, []).fingerprint
+
+
+def renewals(options: argparse.Namespace) -> int:
+    from fedtune.trust import renewal
+    from fedtune.trust.authority import open_authority
+    from fedtune.trust.identity import from_environment
+
+    made = open_authority(Path(options.keys).expanduser(), asked)
+    for line in renewal.answered(made, Path(options.at).expanduser(), options.days):
+        print(line)
+    place = made.place("coordinator")
+    if renewal.ends_soon(place):
+        made.renew("coordinator", options.days, from_environment(place / "key.pem"))
+        print(f"{place}: the coordinator's keys were renewed; where it runs elsewhere, copy the folder")
     return 0
 
 

@@ -30,9 +30,12 @@ from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
-from fedtune.trust import COORDINATOR, Identity, load
+from fedtune.trust import COORDINATOR, Identity, renewal
+from fedtune.trust.certificates import utc_now
+from fedtune.trust.renewal import newest
 
 LOOK = 0.5
+HOUR = 3600.0
 # seconds that a SuperNode may take to ask its first question: a cold disk, a slow board, a busy machine
 STARTING = 300.0
 STOPPED = 15.0  # seconds between two looks, after which it was not the SuperNode that kept silent
@@ -48,58 +51,98 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
     C101 to C105 for a policy that cannot be read."""
     home = Path(config.home)
     with alone(home):
-        identity = load(Path(config.keys))
-        if identity.name.name == COORDINATOR:
-            raise FedtuneError(
-                "T705",
-                f"the coordinator's own keys in '{config.keys}'",
-                "the keys of a site",
-                "give the folder that 'fedtune keys issue' made",
-            )
         read_policy(config.policy)  # the worker would say so too, after a while
-        if why := reason(identity, config.coordinator):
-            raise why
-        private = short_folder()
-        fleet_proxy = FleetProxy(identity, config.coordinator, home=home)
-        programs: list[Program] = []
+        while True:
+            identity = newest(Path(config.keys), home)
+            if identity.name.name == COORDINATOR:
+                raise FedtuneError(
+                    "T705",
+                    f"the coordinator's own keys in '{config.keys}'",
+                    "the keys of a site",
+                    "give the folder that 'fedtune keys issue' made",
+                )
+            if why := reason(identity, config.coordinator):
+                raise why
+            served(replace(config, keys=str(identity.folder)), identity, say)
+
+
+def served(config: SiteConfig, identity: Identity, say: Callable[[str], None]) -> None:
+    """With these keys, until they have been renewed. Raises what `attend` does."""
+    home, private = Path(config.home), short_folder()
+    fleet_proxy = FleetProxy(identity, config.coordinator, home=home)
+    programs: list[Program] = []
+    try:
+        own = replace(config, socket=str(private / "worker"))
+        programs = site_programs(own, fleet_proxy.address, private)
+        say(
+            f"site '{identity.name.name}' of '{identity.name.federation}', coordinator "
+            f"{config.coordinator}, home {home}"
+        )
+        if not proxy_for(config.coordinator) and (nobody := unreachable(config.coordinator)):
+            say(f"nobody answers at {config.coordinator} yet ({nobody}); this site goes on trying")
+        line, ended = Line(identity, config.coordinator, say), 0
+        keys = Renewal(identity, home, say)
+        events = home / "worker.jsonl"
+        told = Told(events, events.stat().st_size if events.exists() else 0)
+        while not keys.look(fleet_proxy):
+            for program in programs:
+                program.look()
+            if stuck(fleet_proxy.asked, programs[1].started, own.socket):
+                silent = time.monotonic() - max(fleet_proxy.asked, programs[1].started)
+                say(f"Flower's SuperNode has asked for nothing in {silent:.0f} s, while this site had "
+                    "nothing to do: "
+                    "it is started again")  # fmt: skip
+                programs[1].restart()
+            if still := overdue(private):
+                say(f"this site's worker is ended and started again: {still}")
+                programs[0].restart()
+            line.look(fleet_proxy)
+            for text in told.lines():
+                say(text)
+            for text in fleet_proxy.ended[ended:]:
+                say(text)
+            ended = len(fleet_proxy.ended)
+            if rest() > STOPPED and fleet_proxy.asked > programs[1].started:
+                fleet_proxy.asked = (
+                    time.monotonic()
+                )  # this machine slept, or this program was stopped: the SuperNode could not ask either
+    finally:
+        stop_all(programs)
+        fleet_proxy.close()
+        shutil.rmtree(private, ignore_errors=True)
+
+
+@dataclass
+class Renewal:
+    """New keys in time: asked for in the last third of the present ones' life, and taken when they come."""
+
+    identity: Identity
+    home: Path
+    say: Callable[[str], None]
+    looked: float = -HOUR
+    warned: float = -24 * HOUR
+
+    def look(self, fleet_proxy: FleetProxy) -> bool:
+        """Whether there are new keys to go on with. Raises R404."""
+        if time.monotonic() > self.looked + HOUR:
+            self.looked = time.monotonic()
+            fleet_proxy.request = renewal.asked(self.identity, self.home)
+            if fleet_proxy.request and time.monotonic() > self.warned + 24 * HOUR:
+                self.warned = time.monotonic()
+                days = (self.identity.peer.ends - utc_now()).days
+                self.say(
+                    f"this site's keys end in {days} days; new ones were made, and wait for the authority"
+                )
+        if not fleet_proxy.renewed:
+            return False
+        answer, fleet_proxy.renewed = fleet_proxy.renewed, b""
         try:
-            own = replace(config, socket=str(private / "worker"))
-            programs = site_programs(own, fleet_proxy.address, private)
-            say(
-                f"site '{identity.name.name}' of '{identity.name.federation}', coordinator "
-                f"{config.coordinator}, home {home}"
-            )
-            if not proxy_for(config.coordinator) and (nobody := unreachable(config.coordinator)):
-                say(f"nobody answers at {config.coordinator} yet ({nobody}); this site goes on trying")
-            line, ended = Line(identity, config.coordinator, say), 0
-            events = home / "worker.jsonl"
-            told = Told(events, events.stat().st_size if events.exists() else 0)
-            while True:
-                for program in programs:
-                    program.look()
-                if stuck(fleet_proxy.asked, programs[1].started, own.socket):
-                    silent = time.monotonic() - max(fleet_proxy.asked, programs[1].started)
-                    say(f"Flower's SuperNode has asked for nothing in {silent:.0f} s, while this site had "
-                        "nothing to do: "
-                        "it is started again")  # fmt: skip
-                    programs[1].restart()
-                if still := overdue(private):
-                    say(f"this site's worker is ended and started again: {still}")
-                    programs[0].restart()
-                line.look(fleet_proxy)
-                for text in told.lines():
-                    say(text)
-                for text in fleet_proxy.ended[ended:]:
-                    say(text)
-                ended = len(fleet_proxy.ended)
-                if rest() > STOPPED and fleet_proxy.asked > programs[1].started:
-                    fleet_proxy.asked = (
-                        time.monotonic()
-                    )  # this machine slept, or this program was stopped: the SuperNode could not ask either
-        finally:
-            stop_all(programs)
-            fleet_proxy.close()
-            shutil.rmtree(private, ignore_errors=True)
+            ends = renewal.accept(answer, self.identity, self.home).peer.ends
+        except FedtuneError as error:
+            self.say(f"the coordinator handed on keys that are none: {error}")
+            return False
+        self.say(f"this site's keys are renewed, until {ends:%Y-%m-%d}; it goes on with them")
+        return True
 
 
 def short_folder() -> Path:

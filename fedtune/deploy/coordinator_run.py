@@ -28,9 +28,9 @@ from fedtune.runtime.sampling import wanted
 from fedtune.runtime.workspace import Workspace
 from fedtune.sinks import sink_of
 from fedtune.sinks.console import size
-from fedtune.trust import AllowList, Identity, Signed, load
+from fedtune.trust import AllowList, Identity, Signed
 from fedtune.trust.certificates import utc_now
-from fedtune.trust.identity import ALLOWED
+from fedtune.trust.identity import ALLOWED, following
 from fedtune.trust.private import shared_key
 from fedtune.trust.signed import signer
 
@@ -88,7 +88,8 @@ def conduct(grid: Any, folder: RunFolder) -> None:
 
 def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None:
     where, recipe = Deployed.read(folder), recipe_of(folder)
-    coordinator = load(Path(where.keys))
+    signing = following(Path(where.keys))
+    coordinator = signing()
     server_store = ServerStore(Path(where.home) / "exchange")
     at, allowed = bound(Path(where.home)), AllowList(coordinator.folder / ALLOWED)
 
@@ -120,7 +121,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         return Exchanged(
             server_store,
             nodes,
-            coordinator,
+            signing,
             link,
             where.run,
             recipe.canonical(),

@@ -36,7 +36,7 @@ from fedtune.deploy.fleet import (
 from fedtune.deploy.members import Members
 from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.tls import Door, secure_channel
-from fedtune.trust import Identity
+from fedtune.trust import Identity, Peer
 from fedtune.trust.roster import pin, pinned, version_of
 from fedtune.wire.v1 import fleet_pb2 as pb
 
@@ -46,6 +46,8 @@ SECONDS = 30.0
 AHEAD, BEHIND = 5.0, 300.0  # seconds: what Flower takes of a node's clock
 # a header of ours: the version that a site has of the list of members; in an answer, a newer one
 MEMBERS = "fedtune-members"
+RENEWAL = "fedtune-renewal"  # a header of ours: a site's request for new keys; in an answer, those
+HANDED = 60.0  # seconds between two times that it is handed in
 NEWS = 256  # ends of runs that a site remembers having been told of
 # a header of ours in every answer: a run of the member's that has ended, how, and nothing for Flower
 ENDED = "fedtune-ended"
@@ -59,13 +61,15 @@ def behind(
     members: Members,
     ended: Callable[[str], Iterable[str]] = lambda member: (),
     roster: Path | None = None,
+    renewals: Callable[[Peer, bytes], bytes] = lambda peer, content: b"",
 ) -> Callable[[Door], grpc.GenericRpcHandler]:
     """For `exchange.serve(..., also=[behind("127.0.0.1:8000", members)])`; `ended`: what there is to say to a
-    member of the ends of its runs."""
+    member of the ends of its runs; `renewals`: takes its request for new keys, and gives the answer."""
 
     def made(door: Door) -> grpc.GenericRpcHandler:
         def call(request: pb.FleetRequest, context: Any) -> pb.FleetReply:
-            name = door.peer(context).name.name
+            peer = door.peer(context)
+            name, given = peer.name.name, {header.name: header.value for header in request.headers}
             asked = admitted(
                 request.method,
                 request.path,
@@ -78,16 +82,13 @@ def behind(
             if reply.status == 200:
                 members.answered(name, asked, reply.body)
             reply.headers.extend(pb.FleetHeader(name=ENDED, value=text) for text in ended(name))
-            known = next(
-                (
-                    header.value
-                    for header in request.headers
-                    if header.name == MEMBERS and header.value.isascii() and header.value.isdecimal()
-                ),
-                "",
-            )[:19]
-            if roster is not None and known and version_of(roster) > int(known):
+            known = given.get(MEMBERS, "")[:19]
+            if roster and known.isascii() and known.isdecimal() and version_of(roster) > int(known):
                 reply.headers.append(pb.FleetHeader(name=MEMBERS, value=roster.read_text()))
+            if RENEWAL in given:
+                with contextlib.suppress(FedtuneError):  # no request of its own: there is no answer
+                    if answer := renewals(peer, given[RENEWAL].encode()):
+                        reply.headers.append(pb.FleetHeader(name=RENEWAL, value=answer.decode()))
             return reply
 
         handler = grpc.unary_unary_rpc_method_handler(
@@ -174,6 +175,7 @@ class FleetProxy:
         self.address = f"127.0.0.1:{self.server.server_address[1]}"
         self.last: str = ""  # why the last call failed, "" where it did not
         self.called = self.answered = False  # whether any call was made, and any answered
+        self.request, self.renewed, self._handed = b"", b"", -HANDED  # for new keys, and the answer
         self.ended: list[str] = []  # what the coordinator said of runs that have ended, each once
         self.asked = (
             time.monotonic()
@@ -202,6 +204,9 @@ class FleetProxy:
         )
         if self.home:
             request.headers.append(pb.FleetHeader(name=MEMBERS, value=str(self.members)))
+        if self.request and time.monotonic() > self._handed + HANDED:
+            self._handed = time.monotonic()
+            request.headers.append(pb.FleetHeader(name=RENEWAL, value=self.request.decode()))
         try:
             reply = self._call(request, timeout=2 * SECONDS)
         except grpc.RpcError as error:
@@ -215,6 +220,8 @@ class FleetProxy:
         self.ended += news[: max(0, NEWS - len(self.ended))]
         self.last, self.called, self.answered = "", True, True
         for header in reply.headers:
+            if header.name == RENEWAL:
+                self.renewed = header.value.encode()
             if self.home and header.name == MEMBERS:
                 with contextlib.suppress(
                     FedtuneError

@@ -30,6 +30,7 @@ from fedtune.runtime.paths import located
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.trust import load
 from fedtune.trust.private import shared_key
+from fedtune.trust.renewal import FOLDER, Desk
 from fedtune.trust.roster import FILE
 
 SMALL_CALLS = 32  # threads for calls of SuperNodes, each a fraction of a second
@@ -89,6 +90,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     try:
         server_store = ServerStore(home / "exchange")
+        identity, desk = load(Path(config.keys)), Desk(home / FOLDER)
         tell = Refusals(jsonl_sink(home / "gate.jsonl", LOG))
         more: dict[str, Any] = body(config, server_store) if config.body else {"also": [], "threads": 0}
         more |= {
@@ -99,13 +101,14 @@ def main() -> None:
                     Members(home),
                     Ends(home.parent, server_store.ledger.is_member),
                     Path(config.keys) / FILE,
+                    lambda peer, content: desk.hand_in(peer, content, identity),
                 ),
             ],
             "threads": more["threads"] + SMALL_CALLS,
         }
         server = serve(
             server_store,
-            load(Path(config.keys)),
+            identity,
             config.listen,
             tell=tell,
             runs=lambda: statuses(home.parent),

@@ -18,8 +18,9 @@ from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
 from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.proxies import proxy_for
-from fedtune.trust import Identity, load
+from fedtune.trust import Identity
 from fedtune.trust.certificates import utc_now
+from fedtune.trust.renewal import newest
 
 AHEAD = 5.0  # seconds: what Flower takes of a clock that is ahead
 SOON = 30  # days before a key's end that are said
@@ -28,7 +29,7 @@ SOON = 30  # days before a key's end that are said
 def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
     """A line for each thing that is well. Raises the first mistake: T701 to T706, C101 to C105, D201 to D206,
     E801, E802, F507, M301."""
-    identity = load(Path(config.keys))
+    identity = newest(Path(config.keys), Path(config.home))
     days = (identity.peer.ends - utc_now()).days
     yield f"keys      '{identity.name.name}' of '{identity.name.federation}', {days} days left" + (
         "; renew them soon" if days < SOON else ""

@@ -38,7 +38,7 @@ from fedtune.disk import disk_errors, took
 from fedtune.errors import FedtuneError
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.trust import AllowList, load
-from fedtune.trust.identity import ALLOWED
+from fedtune.trust.identity import ALLOWED, CERTIFICATE
 
 HOME = ".coordinator"
 START_SECONDS = 300.0
@@ -101,6 +101,7 @@ class Coordinator:
     show: Callable[[dict[str, Any]], None]
     programs: list[Program] = field(default_factory=list)
     superlink: str = ""
+    certificate: int = 0  # when it was last changed
     env: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -160,8 +161,17 @@ class Coordinator:
         self.programs.append(Program(name, command, self.home / "logs" / f"{name}.log", self.env, own))
 
     def look(self) -> None:
+        """Start again what has died, and the gate where the coordinator's keys were renewed: sites come back
+        to it, and an upload goes on where it was."""
         for program in self.programs:
             program.look()
+        with contextlib.suppress(OSError):
+            found = (self.keys / CERTIFICATE).stat().st_mtime_ns
+            if self.certificate and found != self.certificate:
+                for program in self.programs:
+                    if program.name == "gate":
+                        program.restart()
+            self.certificate = found
 
     def wait_for(self, done: Callable[[], bool], what: str) -> None:
         """Raises F505."""

@@ -71,7 +71,7 @@ class Exchanged:
 
     server_store: ServerStore
     members: Members
-    coordinator: Identity
+    coordinator: Callable[[], Identity]
     link: Link
     run: str
     recipe: str
@@ -229,7 +229,7 @@ class Question:
             details.encode(),
             protocol=self.protocol(name),
         )
-        return ticket.write(about, c.coordinator)
+        return ticket.write(about, c.coordinator())
 
     def protocol(self, name: str) -> int:
         """The newest that this coordinator and the site both speak."""

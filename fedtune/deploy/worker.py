@@ -52,7 +52,7 @@ from fedtune.split.facts import SplitFacts
 from fedtune.trust import Peer, Signed, Ticket, load, ticket
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.envelope import PROTOCOL
-from fedtune.trust.roster import pinned
+from fedtune.trust.roster import Roster, pinned
 from fedtune.trust.signed import seal, signer
 from fedtune.types import Round
 from fedtune.versions import versions
@@ -152,6 +152,8 @@ class Worker:
         self.speaker(content)
         self.window.take(about.run, details.issued, time.time())
         recipe = understood(details, about.verb)
+        if known := self.roster():
+            known.check_recipe(recipe.fingerprint)
         mine = self.own(recipe)
         if self.exchange.held(about):
             return ""
@@ -204,11 +206,14 @@ class Worker:
         """Who signed a ticket, where the newest list of members that this site has names it. Raises T702 to
         T707."""
         peer, now = signer(Signed.from_json(content), self.identity.authority, utc_now(), "ticket"), utc_now()
-        if known := pinned(
-            [self.identity.folder, self.home], self.identity.authority, self.identity.name.federation
-        ):
+        if known := self.roster():
             known.check(peer, now)
         return peer
+
+    def roster(self) -> Roster | None:
+        """The newest list that the authority has signed, as far as this site has it."""
+        places = [self.identity.folder, self.home]
+        return pinned(places, self.identity.authority, self.identity.name.federation)
 
     def computed(self, about: Ticket, details: Details, workspace: Workspace, link: Link) -> str:
         ask = Ask(

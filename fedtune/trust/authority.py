@@ -142,15 +142,25 @@ class Authority:
         members = (self.folder / COORDINATOR / roster.FILE).read_bytes()
         return asked.name, requests.answer(pem(certificate), pem(self.certificate), members)
 
-    def publish(self, days: int, now: datetime | None = None) -> int:
+    def publish(self, days: int, now: datetime | None = None, recipes: Sequence[str] | None = None) -> int:
         """Sign the list of members as it is now; its version. Sites take it from the coordinator, and keep
-        the newest. Raises R404, T702."""
+        the newest. `recipes`: the only ones that may be run, () for all; None leaves them. Raises R404,
+        T702."""
         path = self.folder / COORDINATOR / roster.FILE
         version = roster.version_of(path) + 1
+        if recipes is None and path.exists():
+            known = roster.read(path.read_bytes(), self.certificate, self.federation)
+            recipes = sorted(known.recipes)
         private.write(
             path,
             roster.write(
-                self.federation, version, read_entries(self.allowed), self.key, now or utc_now(), days
+                self.federation,
+                version,
+                read_entries(self.allowed),
+                self.key,
+                now or utc_now(),
+                days,
+                recipes or (),
             ),
             0o644,
         )

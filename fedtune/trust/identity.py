@@ -9,6 +9,7 @@ allowed.json      the coordinator's folder only
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,6 +101,22 @@ def load(folder: Path, passphrase: Passphrase = from_environment, now: datetime 
         to_pem(key, None),
         signer,
     )
+
+
+def following(folder: Path, passphrase: Passphrase = from_environment) -> Callable[[], Identity]:
+    """The folder's identity as it is now: read again when its certificate was renewed. Raises T701 to T705 at
+    once; later, keys that cannot be read leave those of before."""
+    held, stamp = load(folder, passphrase), (folder / CERTIFICATE).stat().st_mtime_ns
+
+    def now() -> Identity:
+        nonlocal held, stamp
+        with contextlib.suppress(OSError, FedtuneError):
+            found = (folder / CERTIFICATE).stat().st_mtime_ns
+            if found != stamp:
+                held, stamp = load(folder, passphrase), found
+        return held
+
+    return now
 
 
 def read_key(path: Path, passphrase: Passphrase) -> PrivateKey:

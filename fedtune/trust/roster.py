@@ -33,18 +33,31 @@ FORMS: dict[str, canonical.Form] = {
     "version": "number",
     "ends": "number",
     "members": "text",
+    "recipes": "text",
 }
 
 
 @dataclass(frozen=True)
 class Roster:
-    """One version of the list. `members`: hash of a key -> name."""
+    """One version of the list. `members`: hash of a key -> name; `recipes`: fingerprints of those that may be
+    run, none: every one."""
 
     federation: str
     version: int
     ends: int
     members: Mapping[str, str]
     content: bytes
+    recipes: frozenset[str] = frozenset()
+
+    def check_recipe(self, fingerprint: str) -> None:
+        """Raises F507 for a recipe that the authority has not approved, where it approves any."""
+        if self.recipes and fingerprint not in self.recipes:
+            raise FedtuneError(
+                "F507",
+                f"recipe {fingerprint}, which version {self.version} of the authority's list does not name",
+                "one that it names",
+                "ask the operator to run: fedtune keys publish --recipe RECIPE",
+            )
 
     def check(self, peer: Peer, now: datetime) -> None:
         """Raises T704 for a list that has ended, T706 for a key that is not on it."""
@@ -72,8 +85,10 @@ def write(
     key: ec.EllipticCurvePrivateKey,
     now: datetime,
     days: int,
+    recipes: Sequence[str] = (),
 ) -> bytes:
-    """The signed list of all keys that may speak now."""
+    """The signed list of all keys that may speak now, and of the recipes that may be run, where it names
+    any."""
     members = {entry.key: entry.name for entry in entries if entry.state(now) == "valid"}
     ends = int((now + timedelta(days=days)).timestamp())
     record = canonical.join(
@@ -83,6 +98,7 @@ def write(
             ("number", version),
             ("number", ends),
             ("text", json.dumps(members, sort_keys=True)),
+            ("text", json.dumps(sorted(recipes))),
         ],
     )
     return packed({"record": record, "signature": key.sign(record, ec.ECDSA(hashes.SHA256()))})
@@ -98,6 +114,7 @@ def read(content: bytes, authority: x509.Certificate, federation: str) -> Roster
         key.verify(parts["signature"], parts["record"], ec.ECDSA(hashes.SHA256()))
         said = canonical.part(TAG, parts["record"], FORMS)
         members = {str(hash_): str(name) for hash_, name in json.loads(str(said["members"])).items()}
+        recipes = frozenset(map(str, json.loads(str(said["recipes"]))))
         version, ends = int(said["version"]), int(said["ends"])
     except InvalidSignature:
         raise FedtuneError(
@@ -119,7 +136,7 @@ def read(content: bytes, authority: x509.Certificate, federation: str) -> Roster
             f"one of '{federation}'",
             "it was ignored; ask the coordinator's operator",
         )
-    return Roster(federation, version, ends, members, content)
+    return Roster(federation, version, ends, members, content, recipes)
 
 
 def version_of(path: Path) -> int:

@@ -3,6 +3,7 @@ older list brings it back."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import main
+from fedtune.config import Recipe
 from fedtune.deploy.fleet_proxy import FleetProxy, behind
 from fedtune.deploy.members import Members
 from fedtune.trust import load
@@ -92,3 +94,26 @@ def test_a_revocation_is_published_where_the_authority_is_at_hand(
             (keys / "coordinator" / FILE).read_bytes(), load(keys / "coordinator").authority, "hospitals"
         ).members.values()
     )
+
+
+def test_only_recipes_that_the_authority_names_are_run(hostile: Taken, tmp_path: Path) -> None:
+    """Whoever has the coordinator's machine and its key cannot approve one; renewals and revocations leave the
+    approved ones what they are."""
+    authority, home = hostile.made.authority, hostile.made.root / "home-site-a"
+    worker = hostile.worker()
+    recipe, other = hostile.recipe(), hostile.recipe(rounds=2)
+    named = Recipe.model_validate_json(json.dumps(recipe)).fingerprint
+    command = ["keys", "publish", "--keys", str(authority.folder)]
+    assert main([*command, "--recipe", named]) == 0
+    authority.issue("site-d", 30)  # publishes, too
+    newest = (authority.place("coordinator") / FILE).read_bytes()
+    pin(home, newest, hostile.identity.authority, "hospitals", 0)
+    assert (
+        hostile.asks(worker, recipe)["code"] == "W604"
+    )  # its made-up base is the last thing that is looked at
+    assert hostile.asks(worker, other)["code"] == "F507"
+    assert main([*command, "--recipe", "all"]) == 0
+    pin(
+        home, (authority.place("coordinator") / FILE).read_bytes(), hostile.identity.authority, "hospitals", 0
+    )
+    assert hostile.asks(worker, other)["code"] == "W604"
