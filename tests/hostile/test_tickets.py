@@ -257,6 +257,12 @@ JOINED = {
         for end in ends
     },
     "trust/authority.py": {"name": "checked(): the form of a member's name", "file": "four files, here"},
+    "trust/renewal.py": {
+        "peer.key[:16]": "a hash that is made here",
+        "f'{name}.request'": "MemberName",
+        "f'{name}.answer'": "MemberName",
+        "peer.ends - peer.starts": "a division of times",
+    },
 }
 
 
