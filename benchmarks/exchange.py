@@ -67,11 +67,12 @@ def plain(folder: Path) -> Callable[[Door], grpc.GenericRpcHandler]:
 
 
 def server(folder: Path) -> None:
-    """A process of its own, whose memory is measured from outside. The limits are the defaults."""
+    """A process of its own, whose memory is measured from outside. Its memory's limits are the defaults."""
     running = serve(
         ServerStore(folder / "exchange"),
         load(folder / "keys" / "coordinator"),
         "localhost:0",
+        Limits(connections=1 << 16),  # all clients are on this machine
         also=(plain(folder),),
     )
     print(running.address, flush=True)

@@ -4,10 +4,20 @@ way to make one, so that what holds one need not ask again."""
 
 from __future__ import annotations
 
+import json
 import re
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from fedtune.errors import Refused
+
+
+def read_json(text: str | bytes) -> Any:
+    """JSON of somebody else. Raises ValueError for what is none; brackets inside brackets without end are
+    none, either."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets inside brackets without end") from None
 
 
 class Word(str):

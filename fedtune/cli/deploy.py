@@ -51,6 +51,13 @@ def add_commands(commands: Any) -> None:
         "--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)"
     )
     parser.add_argument("--metrics", default="", metavar="HOST:PORT", help="a Prometheus endpoint")
+    parser.add_argument(
+        "--connections",
+        type=int,
+        default=256,
+        metavar="N",
+        help="of one address at once; a site needs three (default: 256)",
+    )
     parser.set_defaults(command=server)
 
     parser = commands.add_parser("client", help="join a federation with this site's data")
@@ -152,10 +159,19 @@ def server(options: argparse.Namespace) -> int:
         (read(path, options.set), Path(path).stem if path else "demo") for path in options.recipe or [None]
     ]
     quiet()
-    return coordinate(recipes, options.runs, options.keys, options.listen, options.metrics)
+    return coordinate(
+        recipes, options.runs, options.keys, options.listen, options.metrics, max(3, options.connections)
+    )
 
 
-def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, listen: str, metrics: str) -> int:
+def coordinate(
+    recipes: Sequence[tuple[Recipe, str]],
+    runs: str,
+    keys: str,
+    listen: str,
+    metrics: str,
+    connections: int = 256,
+) -> int:
     """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names
     that their runs get otherwise."""
     from fedtune.cli.keys import coordinator as own
@@ -176,10 +192,10 @@ def coordinate(recipes: Sequence[tuple[Recipe, str]], runs: str, keys: str, list
     require_free({"--listen": listen} | ({"--metrics": metrics} if metrics else {}))
     for recipe, stem in recipes:
         require_new_ready(recipe, stem, place, folder)
-    begun = [begin(recipe, stem, place, folder, listen, metrics) for recipe, stem in recipes]
+    begun = [begin(recipe, stem, place, folder, listen, metrics, connections) for recipe, stem in recipes]
     stop_on_signals()
     try:
-        return conduct_all(begun, Coordinator(folder, place, listen, metrics, show))
+        return conduct_all(begun, Coordinator(folder, place, listen, metrics, show, connections=connections))
     except Stopped:
         print("\n".join(f"stopped; go on with: fedtune resume {run.path}" for run in begun), flush=True)
         return 0
@@ -197,6 +213,7 @@ def go_on(folder: RunFolder) -> int:
         where.keys,
         where.address,
         where.metrics,
+        where.connections,
     )
 
 

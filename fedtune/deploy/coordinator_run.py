@@ -48,6 +48,7 @@ class Deployed:
     address     where the coordinator listens
     recipe      fingerprint of the recipe as it was given; config.json holds what became of it
     metrics     address of the Prometheus endpoint, "" for none
+    connections  of one address at once
     """
 
     keys: str
@@ -56,6 +57,7 @@ class Deployed:
     address: str
     recipe: str
     metrics: str = ""
+    connections: int = 256
 
     def write(self, folder: RunFolder) -> None:
         folder.write_json(DEPLOY, asdict(self))

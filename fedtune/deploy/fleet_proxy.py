@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fedtune.deploy.fleet import (
     picked,
 )
 from fedtune.deploy.members import Members
+from fedtune.deploy.small_server import SmallServer
 from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.tls import Door, secure_channel
 from fedtune.trust import Identity, Peer
@@ -43,6 +44,7 @@ from fedtune.wire.v1 import fleet_pb2 as pb
 NAME = "fedtune.wire.v1.Fleet"
 LONGEST = 8 << 20  # bytes of an answer: Flower cuts its objects at 5 MB
 SECONDS = 30.0
+AT_ONCE = 64  # connections of programs of this machine; a SuperNode has three
 AHEAD, BEHIND = 5.0, 300.0  # seconds: what Flower takes of a node's clock
 # a header of ours: the version that a site has of the list of members; in an answer, a newer one
 MEMBERS = "fedtune-members"
@@ -169,9 +171,7 @@ class FleetProxy:
         self._call = self.channel.unary_unary(
             f"/{NAME}/Call", pb.FleetRequest.SerializeToString, pb.FleetReply.FromString
         )
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]  # a SuperNode that hung up, and will ask again
+        self.server = SmallServer(("127.0.0.1", port), self._handler(), AT_ONCE)
         self.address = f"127.0.0.1:{self.server.server_address[1]}"
         self.last: str = ""  # why the last call failed, "" where it did not
         self.called = self.answered = False  # whether any call was made, and any answered

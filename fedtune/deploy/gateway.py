@@ -23,7 +23,7 @@ from fedtune.deploy.metrics import Refusals, serve_metrics
 from fedtune.deploy.status import Ends, statuses
 from fedtune.deploy.supervisor import LOG, end_with_parent
 from fedtune.errors import FedtuneError
-from fedtune.exchange import ServerStore, serve
+from fedtune.exchange import Limits, ServerStore, serve
 from fedtune.quiet import quiet
 from fedtune.runtime.folder import existing, recipe_of
 from fedtune.runtime.paths import located
@@ -45,6 +45,7 @@ class GateConfig:
     listen     host:port
     superlink  host:port on loopback
     metrics    host:port of the Prometheus endpoint, "" for none
+    connections  of one address at once
     body       folder of a run whose model is split, "" for none: its body is served here
     """
 
@@ -54,6 +55,7 @@ class GateConfig:
     superlink: str
     metrics: str = ""
     body: str = ""
+    connections: int = 256
 
     @classmethod
     def read(cls, path: Path) -> GateConfig:
@@ -110,6 +112,7 @@ def main() -> None:
             server_store,
             identity,
             config.listen,
+            Limits(connections=config.connections),
             tell=tell,
             runs=lambda: statuses(home.parent),
             **more,

@@ -7,15 +7,17 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from fedtune.deploy.small_server import SmallServer
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Sink
 from fedtune.exchange import Server
 from fedtune.exchange.events import CallRefused
 
+AT_ONCE, SECONDS = 16, 10.0  # connections to the endpoint, and how long each may take
 AGAIN = 60.0  # seconds in which the same refusal of the same member is told once
 
 
@@ -84,7 +86,7 @@ def metric(name: str, about: str, kind: str, samples: Mapping[str, int]) -> Iter
     yield from (f"{name}{labels} {value}" for labels, value in samples.items())
 
 
-def serve_metrics(address: str, server: Server, home: Path, refusals: Refusals) -> ThreadingHTTPServer:
+def serve_metrics(address: str, server: Server, home: Path, refusals: Refusals) -> SmallServer:
     """Answer GET /metrics in a thread. Raises E801."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,11 +106,10 @@ def serve_metrics(address: str, server: Server, home: Path, refusals: Refusals) 
 
     host, _, port = address.rpartition(":")
     try:
-        http = ThreadingHTTPServer((host, int(port)), Handler)
+        http = SmallServer((host, int(port)), Handler, AT_ONCE, SECONDS)
     except (OSError, ValueError) as error:
         raise FedtuneError(
             "E801", f"metrics address '{address}' ({error})", "a free HOST:PORT", "choose another --metrics"
         ) from None
-    http.daemon_threads = True
     threading.Thread(target=http.serve_forever, daemon=True).start()
     return http

@@ -203,7 +203,7 @@ def read_policy(path: str) -> Policy:
             "a TOML file",
             "check the path",
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise FedtuneError(
             "C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line"
         ) from None

@@ -100,6 +100,7 @@ class Coordinator:
     metrics: str
     show: Callable[[dict[str, Any]], None]
     programs: list[Program] = field(default_factory=list)
+    connections: int = 256
     superlink: str = ""
     certificate: int = 0  # when it was last changed
     env: dict[str, str] = field(default_factory=dict)
@@ -121,9 +122,15 @@ class Coordinator:
         )
         write_app(self.home / "app")
         config = self.home / "gate.json"
-        GateConfig(str(self.keys), str(self.home), self.listen, self.superlink, self.metrics, body).write(
-            config
-        )
+        GateConfig(
+            str(self.keys),
+            str(self.home),
+            self.listen,
+            self.superlink,
+            self.metrics,
+            body,
+            self.connections,
+        ).write(config)
         port = self.superlink.rpartition(":")[2]
         self.add(
             "superlink",
@@ -279,7 +286,15 @@ def require_new_ready(recipe: Recipe, stem: str, runs: Path, keys: Path) -> None
         require_ready(resolved(recipe, keys))
 
 
-def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str, metrics: str = "") -> RunFolder:
+def begin(
+    recipe: Recipe,
+    stem: str,
+    runs: Path,
+    keys: Path,
+    listen: str,
+    metrics: str = "",
+    connections: int = 256,
+) -> RunFolder:
     """The run's folder: a new one, or the one that this recipe began. Raises R401, R406, and what `resolved`
     raises."""
     name = recipe.name or stem
@@ -308,6 +323,7 @@ def begin(recipe: Recipe, stem: str, runs: Path, keys: Path, listen: str, metric
             listen,
             recipe.fingerprint,
             metrics,
+            connections,
         ).write(folder)
         folder.begin(with_rates(named))  # last: from here on it is a run
     (folder.path / "failed.json").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from fedtune.data import Federation, Slice, load, load_slice
 from fedtune.data.settings import PathSource, Source
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError, Refused
+from fedtune.forms import read_json
 from fedtune.trust import COORDINATOR
 from fedtune.trust.allowed import read_entries
 from fedtune.trust.certificates import utc_now
@@ -237,7 +238,7 @@ class Details:
     def decode(cls, text: str) -> Details:
         """Raises Refused (W601)."""
         try:
-            tree = json.loads(text)
+            tree = read_json(text)
             told = {str(name): str(value) for name, value in tree["told"].items()}
             members = tuple(int(m) for m in tree["members"])
             said = cls(
@@ -254,7 +255,7 @@ class Details:
             if any(not 0 <= number < 1 << 31 for number in (said.number, said.last, *members)):
                 raise ValueError
             return said
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise Refused(
                 "W601",
                 f"a ticket whose details cannot be read ({type(error).__name__})",

@@ -20,7 +20,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 OPEN = Path("/proc/self/fd")  # Linux; elsewhere nothing is looked at
-LOOK = 0.5  # seconds between two looks, or ten times as long as one takes
+LOOK = 0.5  # seconds between two looks, or twenty times as long as one takes
 
 
 class Connections:
@@ -78,7 +78,7 @@ class Connections:
         while not stopped.wait(pause):
             began = time.monotonic()
             self.look()
-            pause = max(LOOK, 10 * (time.monotonic() - began))
+            pause = max(LOOK, 20 * (time.monotonic() - began))
 
 
 def network(address: str) -> str:

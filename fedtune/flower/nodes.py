@@ -8,7 +8,6 @@ proves by a signature which member it is, so that Flower's own service need not 
 
 from __future__ import annotations
 
-import json
 import math
 import queue
 import secrets
@@ -22,6 +21,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.flower.messages import SAME, Grid, Post
+from fedtune.forms import read_json
 from fedtune.sinks.console import size
 
 SITE, TICKET = "query.site", "train.ticket"
@@ -286,7 +286,7 @@ def memory_of(report: Mapping[str, Any]) -> int:
 def read_report(text: bytes) -> Mapping[str, Any]:
     """A site's report as a table. Raises Refused (W601)."""
     try:
-        tree = json.loads(text)
+        tree = read_json(text)
     except ValueError:
         tree = None
     if not isinstance(tree, dict):

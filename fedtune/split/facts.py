@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from fedtune.errors import FedtuneError
+from fedtune.forms import read_json
 from fedtune.split.selftest import Card
 from fedtune.split.session import Offer
 
@@ -48,7 +48,7 @@ class SplitFacts:
     def read_card(self) -> Card:
         """Raises S702 for a card that no coordinator writes."""
         try:
-            card: Card = json.loads(self.card)
+            card: Card = read_json(self.card)
             if any(not isinstance(card[name], kind) for name, kind in NEEDED.items()) or not (
                 self.base and self.tokenizer
             ):

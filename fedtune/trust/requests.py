@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedtune.errors import FedtuneError, Refused
+from fedtune.forms import read_json
 from fedtune.trust import canonical, private
 from fedtune.trust.certificates import key_hash, peer_of, read_certificate
 from fedtune.trust.identity import (
@@ -164,7 +165,7 @@ def packed(parts: dict[str, bytes]) -> bytes:
 def unpacked(content: bytes, what: str, names: tuple[str, ...]) -> dict[str, bytes]:
     """Raises T702."""
     try:
-        tree = json.loads(content)
+        tree = read_json(content)
         return {name: base64.b64decode(tree[name], validate=True) for name in names}
     except (ValueError, KeyError, TypeError):
         raise FedtuneError(

@@ -11,6 +11,7 @@ from datetime import datetime
 from cryptography import x509
 
 from fedtune.errors import FedtuneError
+from fedtune.forms import read_json
 from fedtune.trust.canonical import damaged
 from fedtune.trust.certificates import Peer, member_of, read_certificate
 from fedtune.trust.envelope import check_signature
@@ -36,7 +37,7 @@ class Signed:
     def from_json(cls, content: bytes) -> Signed:
         """Raises Refused W601."""
         try:
-            tree = json.loads(content)
+            tree = read_json(content)
             return cls(
                 *(
                     base64.b64decode(tree[name], validate=True)

@@ -55,9 +55,13 @@ class Taken:
         return tree
 
     def ticket(
-        self, recipe: Mapping[str, Any] | None = None, details: Mapping[str, Any] | None = None, **about: Any
+        self,
+        recipe: Mapping[str, Any] | None = None,
+        details: Mapping[str, Any] | None = None,
+        whole: str = "",
+        **about: Any,
     ) -> bytes:
-        """A signed ticket, of any words and numbers."""
+        """A signed ticket, of any words and numbers; `whole`: in place of all details."""
         told = {
             "recipe": json.dumps(recipe or self.recipe()),
             "number": 0,
@@ -80,7 +84,7 @@ class Taken:
             "given_size": len(STATE),
             "budget": 1 << 20,
             "attempt": 1,
-            "details": json.dumps(told | dict(details or {})),
+            "details": whole or json.dumps(told | dict(details or {})),
         }
         record = canonical.join(TAG, [(form, (values | about)[name]) for name, form in FORMS.items()])
         return seal(record, self.identity).to_json()

@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from fedtune.deploy import transport
 from fedtune.deploy.members import NODES
+from fedtune.deploy.metrics import AT_ONCE, Refusals, serve_metrics
 from fedtune.exchange.client import NAME
 from fedtune.exchange.connections import network
 from fedtune.exchange.tls import SERVER_OPTIONS, secure_channel
@@ -244,3 +246,36 @@ def test_a_connection_that_says_nothing_is_cut_soon(tmp_path: Path) -> None:
 
 def test_the_time_that_a_silent_connection_has_is_bounded() -> None:
     assert dict(SERVER_OPTIONS)["grpc.server_handshake_timeout_ms"] <= 10_000
+
+
+def test_small_doors_have_so_many_callers_and_so_much_time(tmp_path: Path) -> None:
+    """Of the metrics' endpoint: a caller that says a byte a second, and more of them than there are places."""
+    federation = Federation(tmp_path)
+    http = serve_metrics("127.0.0.1:0", federation.server, tmp_path, Refusals(federation.told.append))
+    http.seconds = 3.0
+    port = http.server_address[1]
+    began = time.monotonic()
+    flood = [socket.create_connection(("127.0.0.1", port), 30) for _ in range(AT_ONCE + 20)]
+    try:
+        slow = flood[0]
+        slow.settimeout(0.3)
+
+        def cut() -> bool:
+            try:
+                slow.sendall(b"G")
+                return not slow.recv(1)
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+
+        wait_for(cut, "the end of a caller that takes too long", every=0.2)
+        assert time.monotonic() > began + 2.0
+        wait_for(lambda: not http._open, "all places are free again")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            assert b"fedtune_members_present" in answer.read()
+    finally:
+        for one in flood:
+            one.close()
+        http.shutdown()
+        federation.close()
