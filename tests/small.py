@@ -84,6 +84,25 @@ def recipe(model: Path, data: Path, **changes: Any) -> Recipe:
     return config.parse(tree(model, data, **changes))
 
 
+def write_recipe(path: Path, model: Path, data: Path, **changes: Any) -> Path:
+    """A recipe as TOML: JSON values are TOML values, except for tables, which get a header of their own."""
+    made = tree(model, data, **changes)
+    lines = [f"{key} = {inline(value)}" for key, value in made.items() if not isinstance(value, dict)]
+    for table, values in made.items():
+        if isinstance(values, dict):
+            lines += [f"[{table}]", *(f"{key} = {inline(value)}" for key, value in values.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
+    return json.dumps(value)
+
+
 def play(
     recipe: Recipe, root: Path, tell: Any = None, carry: Any = None
 ) -> tuple[RunFolder, dict[str, Any], list[Event]]:

@@ -20,7 +20,6 @@ from fedtune.runtime.folder import RunFolder
 from fedtune.trust.authority import Authority, create
 from tests import small
 from tests.e2e.faults.crash.roles import ROOT, WHO, processes
-from tests.e2e.test_flower import write_recipe
 from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
 SITES = ("site-a", "site-b", "site-c")
@@ -74,7 +73,7 @@ class Deployment:
     def recipe(self, name: str, model: Path, data: Path, **changes: Any) -> Path:
         """A recipe whose sites take their parts of one file, so that the same recipe can be played in one
         process."""
-        return write_recipe(
+        return small.write_recipe(
             self.root / f"{name}.toml",
             model,
             data,

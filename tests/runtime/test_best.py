@@ -26,7 +26,7 @@ from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.run import run
 from tests import small
-from tests.e2e.test_flower import FakeGrid
+from tests.e2e.test_flower_grid import FakeGrid
 from tests.e2e.test_kill import DIE_IN
 
 FIVE: dict[str, Any] = {"rounds": 5, "evaluate__every": 1, "data__client_test_share": 0.3}

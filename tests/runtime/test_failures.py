@@ -20,7 +20,7 @@ from fedtune.model.score import score
 from fedtune.runtime.failures import failure_of
 from fedtune.types import Client, Round
 from tests import small
-from tests.e2e.test_flower import FakeGrid
+from tests.e2e.test_flower_grid import FakeGrid
 
 COMPARED = {"evaluate": {"local": True, "centralised": True, "base": True, "clients": True}}
 
