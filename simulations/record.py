@@ -51,6 +51,7 @@ OUTER = [
     "method.server.momentum=0.9",
     "method.server.nesterov=true",
 ]
+CONSTANT = ["method.train.lr=3e-3", "method.train.schedule=constant", "method.train.floor=0.0"]
 ALONE = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
 
 
@@ -120,13 +121,15 @@ BITS: dict[str, list[str]] = {  # up and down together
     "SparseLoCo 3 %, outer Nesterov": sparse(0.03, outer=True),
     "SparseLoCo 3 %, fp32 down": sparse(0.03, down=False),
 }
-KINDS: dict[str, list[str]] = {
-    "full": ["method.adapter.kind=full", "method.train.lr=2e-4"],
+KINDS: dict[str, list[str]] = {  # rates: docs/rates.md
+    "full": ["method.adapter.kind=full"],
+    "lora, q and v": ["method.adapter.kind=lora", "evaluate.centralised=true"],
+    "lora, all linear": ['method.adapter.targets=["query", "key", "value", "dense"]'],
+    "bias": ["method.adapter.kind=bias"],
+    "adapter": ["method.adapter.kind=adapter"],
+    "ia3": ["method.adapter.kind=ia3"],
+    "prompt": ["method.adapter.kind=prompt", "method.adapter.deep=true"],
     "head": ["method.adapter.kind=head"],
-    "bias": ["method.adapter.kind=bias", "method.train.lr=5e-3"],
-    "adapter": ["method.adapter.kind=adapter", "method.train.lr=2e-3"],
-    "prompt": ["method.adapter.kind=prompt", "method.adapter.deep=true", "method.train.lr=1e-2"],
-    "lora": ["method.adapter.kind=lora", "method.train.lr=2e-3"],
 }
 DOMAINS = [
     "data.label=domain",
@@ -137,26 +140,20 @@ DOMAINS = [
 ]
 KSEED = [*DOMAINS, "method.type=fedkseed", "method.weight=equal"]
 WALK = [*KSEED, "method.estimator=spsa", "method.steps=50"]
-PROJECT = [*KSEED, "method.estimator=gradient"]
-ANEW = ["method.refresh=1", "method.train.head_lr=0.5"]  # plain SGD; the head starts from nothing
+PROJECT = [*KSEED, "method.estimator=gradient", "method.refresh=1"]
 LORA = ["method.space=adapter"]
 HEAD = ["method.space=adapter", "method.adapter.kind=head"]
-SEEDS: dict[
-    str, list[str]
-] = {  # ten domains of CLINC150 as classes, 2,000 rows at four sites; rates by a few runs each with seed 11
+# ten domains of CLINC150 as classes, 2,000 rows at four sites; heads start from class means
+SEEDS: dict[str, list[str]] = {
+    "class means, no step": [*DOMAINS, "method.adapter.kind=head", "method.train.lr=1e-12", "rounds=1"],
     "FedPEFT, LoRA": DOMAINS,
     "FedPEFT, head only": [*DOMAINS, "method.adapter.kind=head"],
-    "FedKSeed, all weights, gradient": [*PROJECT, *ANEW, "method.train.lr=0.1", "method.gain=0.1"],
-    "FedKSeed, LoRA, gradient": [*PROJECT, *ANEW, *LORA, "method.train.lr=0.05"],
-    "FedKSeed, head only, gradient": [
-        *PROJECT,
-        *HEAD,
-        "method.train.optimizer=adamw",
-        "method.train.lr=2e-2",
-    ],
-    "FedKSeed, all weights, spsa": [*WALK, "method.lr=1e-5"],
-    "FedKSeed, LoRA, spsa": [*WALK, *LORA, "method.lr=3e-3"],
-    "FedKSeed, head only, spsa": [*WALK, *HEAD, "method.lr=3e-2"],
+    "FedKSeed, all weights, gradient": PROJECT,
+    "FedKSeed, LoRA, gradient": [*PROJECT, *LORA],
+    "FedKSeed, head only, gradient": [*PROJECT, *HEAD],
+    "FedKSeed, all weights, spsa": WALK,
+    "FedKSeed, LoRA, spsa": [*WALK, *LORA],
+    "FedKSeed, head only, spsa": [*WALK, *HEAD],
 }
 PLAIN = (
     "mean",
@@ -173,8 +170,9 @@ PLAIN = (
     "krum",
     "clipped",
 )
-RULES: dict[str, list[str]] = {rule: [f"aggregate.rule={rule}", *ALONE] for rule in PLAIN}
-RULES |= {rule: [f"aggregate.rule={rule}", "aggregate.extra=64", *ALONE] for rule in ("fedex", "flora")}
+MEAN = ["method.server.optimizer=none"]  # few rules may be followed by an outer step
+RULES: dict[str, list[str]] = {rule: [f"aggregate.rule={rule}", *MEAN, *ALONE] for rule in PLAIN}
+RULES |= {rule: [f"aggregate.rule={rule}", "aggregate.extra=64", *MEAN, *ALONE] for rule in ("fedex", "flora")}
 LONG = ["rounds=8", "method.train.steps=30", *ALONE]
 RANKS = ["method.adapter.rank=16", "method.adapter.alpha=32", "method.lora_rank_by_client=[4, 8, 16]", *LONG]
 MIXED: dict[str, list[str]] = {  # ten clients with a domain of intents each
@@ -186,7 +184,15 @@ MIXED: dict[str, list[str]] = {  # ten clients with a domain of intents each
 DIRICHLET = ["partition.by=dirichlet", "partition.alpha=0.1"]
 TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "demo": ("", {"built-in": []}),
-    "shakespeare": ("shakespeare.toml", {"federated": [], "outer Nesterov": [*OUTER, *ALONE]}),
+    "shakespeare": (
+        "shakespeare.toml",
+        {
+            "outer Nesterov 1.0 / 0.5": [],
+            "plain mean": [*MEAN, *ALONE],
+            "plain mean, constant 3e-3": [*MEAN, *ALONE, *CONSTANT],
+            "outer Nesterov 0.7 / 0.9, constant 3e-3": [*OUTER, *ALONE, *CONSTANT],
+        },
+    ),
     "shakespeare-codes": ("shakespeare.toml", CODES),
     "shakespeare-bits": ("shakespeare.toml", {name: [*BEST, *sets] for name, sets in BITS.items()}),
     "shakespeare-bits-long": (
@@ -247,9 +253,15 @@ def play(recipe: str, sets: list[str], seed: int) -> dict[str, Any]:
         for event in events
         if event["event"] == "RoundDone"
     ]
+    curve = [
+        round(event["value"], 4)
+        for event in events
+        if event["event"] == "Scored" and event["phase"] == "held-out"
+    ]
     return (
         {key: result[key] for key in KEEP}
         | {"cpu_seconds": round(spent, 1)}
+        | ({"held_out_by_round": curve} if curve else {})
         | ({"by_round": figures} if any(figures) else {})
     )
 
