@@ -10,7 +10,6 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -24,6 +23,7 @@ from fedtune.methods import METHODS, FedPEFTTable, Method, MethodSettings, Metho
 from fedtune.metrics import GenerateSettings, MetricTable
 from fedtune.model.settings import ModelSettings
 from fedtune.overrides import apply_override, drop_unused
+from fedtune.recipes import BUILT_IN, text_of
 from fedtune.rules import check_rules
 from fedtune.settings import Settings, path_below, union_of
 from fedtune.sinks import SinkTable
@@ -204,26 +204,30 @@ def read_method(table: Mapping[str, Any]) -> MethodTable:
 
 
 def read(path: str | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file (None: the built-in federation) and apply `path=value` overrides. Raises C101 to
-    C105."""
-    if path is None:
-        text, stem = files("fedtune").joinpath("demo.toml").read_text(encoding="utf-8"), "demo"
-    else:
-        stem = Path(path).stem
-        try:
-            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FedtuneError(
-                "C105",
-                f"no readable recipe at '{path}' ({type(error).__name__})",
-                "a TOML file",
-                "check the path, or run without one for the built-in federation",
-            ) from None
+    """Read a recipe file, or a built-in one by its name (None: the first of BUILT_IN), and apply `path=value`
+    overrides. Raises C101 to C105."""
+    name = BUILT_IN[0] if path is None else path
+    if name in BUILT_IN and (path is None or not Path(name).exists()):
+        return parsed(text_of(name), overrides, name)
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedtuneError(
+            "C105",
+            f"no readable recipe at '{path}' ({type(error).__name__})",
+            "a TOML file",
+            f"check the path, or run a built-in federation ({', '.join(BUILT_IN)})",
+        ) from None
+    return parsed(text, overrides, Path(name).stem, name)
+
+
+def parsed(text: str, overrides: Sequence[str], stem: str, path: str = "") -> Recipe:
+    """A recipe from a file's text. Raises C101 to C104."""
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedtuneError(
-            "C103", sentence=f"'{path}' is not valid TOML ({error})", do="correct that line"
+            "C103", sentence=f"'{path or stem}' is not valid TOML ({error})", do="correct that line"
         ) from None
     return parse_with(tree, overrides, stem)
 

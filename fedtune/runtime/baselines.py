@@ -55,6 +55,7 @@ def compare(
         scores |= {"base": base["value"]}
         scores["figures"]["base"] = base.get("figures", {})
         scores["loss"]["base"] = base["loss"]
+    scores["samples"] = samples_of(base or {}, final)
     if recipe.evaluate.clients:
         scores["clients_metric"] = phase(
             "clients", lambda: own_scores(recipe, workspace, method, state, tell)
@@ -120,11 +121,22 @@ def score_test(workspace: Workspace, name: str, number: int, tell: Callable[[Eve
     got = score(workspace.tunable, workspace.test(), workspace.recipe.evaluate.batch, workspace.front())
     tell(Scored(name, number, got.name, got.metric, got.loss))
     try:
-        more = figures(workspace, got)
+        more, samples = figures(workspace, got)
     except Exception as error:
         tell(Noted(f"no [[metrics]]: {name}. {reason_of(error)}"))
-        more = {}
-    return {"metric": got.name, "value": got.metric, "loss": got.loss, "figures": more}
+        more, samples = {}, []
+    found = {"metric": got.name, "value": got.metric, "loss": got.loss, "figures": more}
+    return found | ({"samples": samples} if samples else {})
+
+
+def samples_of(base: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Answers before and after training, side by side."""
+    before = [one["said"] for one in base.get("samples", ())]
+    return [
+        {"asked": one["asked"], "wanted": one["wanted"], "federated": one["said"]}
+        | ({"base": before[number]} if number < len(before) else {})
+        for number, one in enumerate(final.get("samples", ()))
+    ]
 
 
 def own_scores(

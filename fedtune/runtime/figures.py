@@ -14,27 +14,31 @@ if TYPE_CHECKING:
     from fedtune.model.score import Score
 
 
-def figures(workspace: Workspace, got: Score) -> dict[str, Any]:
-    """Every metric's figures; "rows" says how many texts were generated for them."""
+def figures(workspace: Workspace, got: Score) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Every metric's figures; "rows" says how many texts were generated for them. And samples of those: what
+    was asked, wanted and said."""
     recipe = workspace.recipe
     chosen = metrics_of(recipe.metrics, recipe.data.task)
+    samples: list[dict[str, str]] = []
     if not chosen:
-        return {}
+        return {}, samples
     if recipe.data.task != "instruct":
         labels = workspace.base.labels
         said, wanted = ([labels[n] for n in numbers] for numbers in (got.said, got.wanted))
         more: dict[str, Any] = {}
     else:
-        said, wanted = answered(workspace)
+        asked, wanted, said = answered(workspace)
         more = {"rows": len(said)}
+        each = list(zip(asked, wanted, said, strict=True))[: recipe.generate.samples]
+        samples = [{"asked": one, "wanted": right, "said": answer} for one, right, answer in each]
     found: dict[str, Any] = {}
     for metric in chosen:
         found |= metric.measure(said, wanted)
-    return found | more
+    return found | more, samples
 
 
-def answered(workspace: Workspace) -> tuple[list[str], list[str]]:
-    """What the model writes to prompts of the test set, and what stands there."""
+def answered(workspace: Workspace) -> tuple[list[str], list[str], list[str]]:
+    """Prompts of the test set, what stands there as their answers, and what the model writes."""
     from fedtune.model.generate import generated, questions
 
     recipe, rows = workspace.recipe, workspace.federation.test
@@ -51,4 +55,5 @@ def answered(workspace: Workspace) -> tuple[list[str], list[str]]:
     if not asked:
         raise FedtuneError("D202", "no rows with a response", "at least one", "look at the test set")
     said = generated(workspace.tunable, asked, recipe.generate.tokens, recipe.generate.batch)
-    return said, [one.wanted for one in asked]
+    prompts = [workspace.base.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in asked]
+    return prompts, [one.wanted for one in asked], said

@@ -317,6 +317,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "metric": scores["metric"],
         **{key: scores.get(key) for key in ("base", "local", "federated", "federated_last", "centralised")},
         "figures": scores.get("figures", {}),
+        "samples": scores.get("samples", []),
         "per_client": spread_of(scores.get("clients_metric") or {}),
         "rounds": len(rounds),
         "clients": len(work.workspace.names),

@@ -109,7 +109,27 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'seconds':<34}{result['seconds']:.1f} (first round after {result['first_round_seconds']:.1f})",
         f"{'adapter':<34}{result['adapter']}",
     ]
+    for number, sample in enumerate(result.get("samples") or (), 1):
+        out += sample_lines(number, sample)
     return "\n".join(out)
+
+
+def sample_lines(number: int, sample: Mapping[str, str]) -> list[str]:
+    """A question of the test set, and its answers before and after training, a line each."""
+    shown = {"wanted": "wanted", "base": "base model", "federated": "federated"}
+    lines = [f"{name:<12}{short(sample[key])}" for key, name in shown.items() if key in sample]
+    return ["", f"question {number:<3}{short(sample['asked'], from_end=True)}", *lines]
+
+
+def short(text: str, most: int = 150, *, from_end: bool = False) -> str:
+    """
+    >>> short("one  two\\nthree"), short("abcdef", 4), short("abcdef", 4, from_end=True)
+    ('one two three', 'abc…', '…def')
+    """
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    return f"…{line[1 - most :]}" if from_end else f"{line[: most - 1]}…"
 
 
 def figure_lines(figures: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -13,6 +13,7 @@ from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.model.generate import Question, ends, generated, questions
 from fedtune.model.tunable import attach
+from fedtune.sinks.console import table
 from tests import small, tiny
 from tests.tables import adapter_of
 
@@ -74,8 +75,9 @@ def test_a_run_of_instructions_says_its_metrics(tiny_llama: Path, tmp_path: Path
             {"metric": "rouge-l"},
             {"metric": "answer", "pattern": r"\w+$"},
         ],
-        "generate": {"rows": 4, "tokens": 5, "batch": 3},
+        "generate": {"rows": 4, "tokens": 5, "batch": 3, "samples": 2},
     }
+    tree["evaluate"]["base"] = True
     result = small.play(config.parse(tree), tmp_path)[1]
     own = result["figures"]["federated"]
     assert (
@@ -83,3 +85,6 @@ def test_a_run_of_instructions_says_its_metrics(tiny_llama: Path, tmp_path: Path
         and own["rows"] == 4
         and result["metric"] == "perplexity"
     )
+    assert [sample.keys() for sample in result["samples"]] == [{"asked", "wanted", "federated", "base"}] * 2
+    assert {sample["wanted"] for sample in result["samples"]} <= {str(row["response"]) for row in ROWS}
+    assert "question 2" in table(result) and f"wanted      {result['samples'][1]['wanted']}" in table(result)

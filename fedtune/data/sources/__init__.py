@@ -11,6 +11,7 @@ from fedtune.data.settings import Source
 from fedtune.data.sources.clinc150 import Clinc150
 from fedtune.data.sources.csv import Csv
 from fedtune.data.sources.digits import Digits
+from fedtune.data.sources.docstring_questions import DocstringQuestions
 from fedtune.data.sources.docstrings import Docstrings
 from fedtune.data.sources.hub import Hub
 from fedtune.data.sources.images import Images
@@ -22,7 +23,7 @@ from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 DataSettings = Annotated[
-    Docstrings | Jsonl | Csv | Parquet | Text | Plays | Clinc150 | Images | Digits | Hub,
+    Docstrings | Jsonl | Csv | Parquet | Text | Plays | Clinc150 | Images | Digits | Hub | DocstringQuestions,
     Field(discriminator="source"),
 ]
 if not TYPE_CHECKING:

@@ -127,8 +127,15 @@ def texts_of(number: int, most: int = PER_PACKAGE + SHARED) -> list[str]:
 
 
 def paragraphs(package: str, number: int) -> Iterator[str]:
-    """First paragraphs of a package's docstrings, its files in a fixed random order: a sample of the whole
-    package, read only as far as needed."""
+    """First paragraphs of a package's docstrings: a sample of the whole package, read only as far as
+    needed. Raises D208."""
+    for tree in trees(package, number):
+        for _, docstring in documented(tree):
+            yield docstring.split("\n\n", 1)[0]
+
+
+def trees(package: str, number: int) -> Iterator[ast.Module]:
+    """A package's files, parsed, in a random order that `number` fixes. Raises D208."""
     spec = find_spec(package)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
         raise FedtuneError(
@@ -149,26 +156,31 @@ def paragraphs(package: str, number: int) -> Iterator[str]:
                 tree = ast.parse(files[index].read_bytes())
             except (SyntaxError, ValueError):  # templates, or syntax of another Python: no source of text
                 continue
-        for docstring in documented(tree):
-            yield docstring.split("\n\n", 1)[0]
+        yield tree
 
 
-def documented(node: ast.Module | ast.ClassDef) -> Iterator[str]:
-    """Docstrings of a module's classes, their methods and its functions, in the order of the file."""
+def documented(node: ast.Module | ast.ClassDef, inside: str = "") -> Iterator[tuple[str, str]]:
+    """Names and docstrings of a module's classes, their methods and its functions, in the order of the
+    file."""
     for child in node.body:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(child)
             if docstring:
-                yield docstring
+                yield inside + child.name, docstring
         if isinstance(child, ast.ClassDef):
-            yield from documented(child)
+            yield from documented(child, f"{inside}{child.name}.")
 
 
 def cleaned(paragraph: str) -> str:
-    """Prose on one line, packages masked; "" for what is a directive rather than prose."""
+    """As `prose`, packages masked."""
+    return NAMES.sub(MASK, prose(paragraph)).strip()
+
+
+def prose(paragraph: str) -> str:
+    """Text on one line, without markup; "" for what is a directive rather than prose."""
     if paragraph.lstrip().startswith((".. ", ">>>")):
         return ""
     paragraph = SECTION.sub("", paragraph)
     for pattern, into in MARKUP:
         paragraph = pattern.sub(into, paragraph)
-    return NAMES.sub(MASK, paragraph).strip()
+    return paragraph.strip()
