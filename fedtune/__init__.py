@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.api import export as export
     from fedtune.api import load as load
     from fedtune.api import merge as merge
+    from fedtune.api import predict as predict
     from fedtune.api import recipe as recipe
     from fedtune.api import simulate as simulate
     from fedtune.api import stream as stream
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 # here, since torch reads the setting when it is imported, and everything of fedtune comes before that
 shorten_spinning()
 
-API = ("Result", "check", "evaluate", "export", "load", "merge", "recipe", "simulate", "stream")
+API = ("Result", "check", "evaluate", "export", "load", "merge", "predict", "recipe", "simulate", "stream")
 __all__ = [*API, "FedtuneError", "Recipe", "__version__"]
 
 

@@ -249,32 +249,30 @@ def load(
 
     Raises M304 (no adapter there, or another base), M301.
     """
-    from fedtune.hf.pooling import stated
-    from fedtune.model.base import load as load_base
-    from fedtune.model.export import load_adapter, sidecar
-    from fedtune.model.settings import ModelSettings
+    from fedtune.runtime.finished import loaded
 
-    place = Path(folder).expanduser()
-    if round == "last" and (place / "adapter-last").is_dir():
-        place = place / "adapter-last"  # where the best round is the last one, there is only adapter/
-    place = place / "adapter" if (place / "adapter").is_dir() else place
-    about = sidecar(place)
-    name = base or from_origin(str(about["base"]), Path(folder).expanduser())
-    loaded = load_base(
-        ModelSettings.model_validate(
-            {"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}
-        ),
-        about["task"],
-        tuple(about["labels"]),
-        0,
-    )
-    tunable = load_adapter(loaded, place)
-    return tunable.net, loaded.tokenizer
+    tunable = loaded(Path(folder).expanduser(), base, device, round)
+    return tunable.net, tunable.base.tokenizer
 
 
-def from_origin(base: str, run: Path) -> str:
-    """A relative path of a run's recipe is meant from where the run was begun."""
-    from fedtune.runtime.folder import RunFolder
+def predict(
+    source: str | Path,
+    data: str | Path,
+    column: str = "",
+    *,
+    batch: int = 32,
+    tokens: int = 128,
+    round: Literal["best", "last"] = "best",
+) -> Iterator[dict[str, Any]]:
+    """What a run's model, or an exported adapter, says of the rows of a file: each row as it was, with
+    `prediction` (a label, or a response) and, for labels, `probability` and `probabilities`.
 
-    place = None if Path(base).exists() else RunFolder(run).origin()
-    return str(place / base) if place and (place / base).exists() else base
+    column  of the texts or prompts, where it is not as in the run's recipe
+    tokens  of a response, at most
+
+    Raises D201, D203, D204, M304, M306.
+    """
+    from fedtune.runtime.predict import predicted
+
+    place, rows = Path(source).expanduser().resolve(), str(Path(data).expanduser().resolve())
+    return predicted(place, rows, column, batch, tokens, round)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from fedtune.cli.common import sinks
 from fedtune.disk import json_text
@@ -65,6 +67,22 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.set_defaults(command=export)
 
+    parser = commands.add_parser(
+        "predict", help="say what a run's model, or an exported adapter, makes of the rows of a file"
+    )
+    parser.add_argument("model", help="the folder of a run or of an adapter that fedtune export wrote")
+    parser.add_argument("data", help="CSV, JSONL or Parquet; rows need no label and no response")
+    parser.add_argument(
+        "--column", default="", metavar="NAME", help="of the texts or prompts, if it is not as in the recipe"
+    )
+    parser.add_argument(
+        "--to", default="", metavar="FILE", help="a .csv or .jsonl file; without it, JSON lines are printed"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="rows in a forward pass")
+    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of a response, at most")
+    add_round(parser)
+    parser.set_defaults(command=predict)
+
     parser = commands.add_parser("report", help="write a run's report.html")
     parser.add_argument("run", help="the run's folder")
     parser.set_defaults(command=report)
@@ -113,6 +131,46 @@ def evaluate(options: argparse.Namespace) -> int:
 
     print(json_text(api.evaluate(options.run, options.data or "", options.round), indent=2))
     return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    quiet()
+    from fedtune import api
+    from fedtune.disk import disk_errors
+
+    said = api.predict(
+        options.model, options.data, options.column, batch=options.batch, tokens=options.tokens,
+        round=options.round,
+    )  # fmt: skip
+    if not options.to:
+        for row in said:
+            print(json_text(row))
+        return 0
+    target = Path(options.to).expanduser()
+    if target.suffix not in (".csv", ".jsonl"):
+        raise FedtuneError("C103", f"--to '{target}'", "a .csv or .jsonl file", "change its suffix")
+    with disk_errors(target), target.open("w", encoding="utf-8", newline="") as file:
+        if target.suffix == ".jsonl":
+            file.writelines(json_text(row) + "\n" for row in said)
+        else:
+            write_csv(file, said)
+    return 0
+
+
+def write_csv(file: IO[str], rows: Iterator[dict[str, Any]]) -> None:
+    """Rows with the columns of the first; every label's probability would be too much of a table."""
+    writer = None
+    for row in rows:
+        row.pop("probabilities", None)
+        writer = writer or started(file, row)
+        writer.writerow(row)
+
+
+def started(file: IO[str], row: Mapping[str, Any]) -> csv.DictWriter[str]:
+    names = [*row, *(["probability"] if "prediction" in row and "probability" not in row else [])]
+    writer = csv.DictWriter(file, names, extrasaction="ignore")
+    writer.writeheader()
+    return writer
 
 
 def export(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -28,6 +28,9 @@ from fedtune.runtime.journal import Journal
 from fedtune.runtime.paths import located
 from fedtune.runtime.workspace import Workspace, build_workspace
 from fedtune.types import State
+
+if TYPE_CHECKING:
+    from fedtune.model.tunable import TunableModel
 
 
 def evaluate_run(folder: RunFolder, which: str = "best") -> dict[str, Any]:
@@ -193,6 +196,29 @@ def installed(folder: RunFolder, which: str = "best", data: bool = False) -> tup
         raise FedtuneError("M304", found, expected, "point model.name at the same weights")
     method.install(state, workspace.tunable)
     return workspace, state, number
+
+
+def loaded(folder: Path, base: str = "", device: str = "cpu", which: str = "best") -> TunableModel:
+    """The model of a run's folder or an exported adapter, from the adapter alone. Raises M304, M301."""
+    from fedtune.hf.pooling import stated
+    from fedtune.model.base import load as load_base
+    from fedtune.model.export import load_adapter, sidecar
+
+    place = folder
+    if which == "last" and (place / "adapter-last").is_dir():
+        place = place / "adapter-last"  # where the best round is the last one, there is only adapter/
+    place = place / "adapter" if (place / "adapter").is_dir() else place
+    about = sidecar(place)
+    name = base or from_origin(str(about["base"]), folder)
+    model = {"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}
+    labels = tuple(about["labels"])
+    return load_adapter(load_base(ModelSettings.model_validate(model), about["task"], labels, 0), place)
+
+
+def from_origin(base: str, run: Path) -> str:
+    """A relative path of a run's recipe is meant from where the run was begun."""
+    place = None if Path(base).exists() else RunFolder(run).origin()
+    return str(place / base) if place and (place / base).exists() else base
 
 
 def nobody(event: Event) -> None:
