@@ -36,10 +36,10 @@ class AdapterTable(MethodTable):
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
-    """How a fresh task head starts: random; means: from the mean features of each class, which clients sum up
-    in one question before the first
-    round; ridge: from a least-squares map, for (width x width) more numbers. auto: means, for classes; what a
-    file has trained stays."""
+    """How a fresh task head starts: random; or from sums over clients' features, by class, in one question
+    before the first round: means (of each class), ridge (a least-squares map) or lda (linear discriminants),
+    the last two for (width x width) more numbers. auto: lda for classes, means where the head has no bias or
+    is wider than 1,024; what a file has trained stays."""
     adapter: AdapterSettings = Lora()
     train: TrainSettings = TrainSettings()
 

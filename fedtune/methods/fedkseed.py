@@ -31,7 +31,16 @@ from fedtune.methods.fedkseed_costs import FedKSeedCosts
 from fedtune.methods.fedkseed_gradient import projected, takes_gradients
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.fedkseed_walk import Walk, first_loss, require_converging, walked
-from fedtune.methods.head_start import MARK, features_verbs, head_of, kept_until_started, starts
+from fedtune.methods.head_start import (
+    MARK,
+    bias_of,
+    features_verbs,
+    head_of,
+    joined,
+    joined_shape,
+    kept_until_started,
+    starts,
+)
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.seeds import save_seeds, seeds_of
 from fedtune.model.rates import WIDTH
@@ -89,9 +98,8 @@ class FedKSeed:
         pools = {key: value for key, value in state.shared.items() if key.startswith("pool-")}
         kept = {key: value.copy() for key, value in state.kept.items()}  # `gather` counts in place
         if head := head_of(self.settings.head_start, state.kept, cohort):
-            kept = {key: value for key, value in kept.items() if not key.startswith(MARK)} | {
-                HEAD: next(iter(head.values()))
-            }
+            kept = {key: value for key, value in kept.items() if not key.startswith(MARK)}
+            kept[HEAD] = joined(head)
             state = self.state(pools, kept)
         if self.settings.sends_steps:
             total, answer = self.gather(cohort, state, kept, now)
@@ -164,11 +172,8 @@ class FedKSeed:
         finished = -(-(now.number - 1) // self.settings.refresh) if self.settings.refresh else 1
         pools = [(pool_name(epoch), (self.settings.size,)) for epoch in range(finished)]
         levels = [("importance", (self.settings.size // 4,))] if self.settings.importance else []
-        head = (
-            [(HEAD, tuple(tunable.named[tunable.head].shape))]
-            if starts(self.settings.head_start, tunable.head)
-            else []
-        )
+        start = self.settings.head_start
+        head = [(HEAD, joined_shape(start, tunable))] if starts(start, tunable.head) else []
         return Schema((("fingerprint", (8,)), *head, *levels, *pools))
 
     def answer(self, given: Schema, now: Round) -> Schema:
@@ -279,7 +284,11 @@ class FedKSeed:
         from fedtune.zeroth import replay
 
         if HEAD in given:
-            set_first(tunable, tunable.head, given[HEAD].view(np.float32))
+            values = np.ascontiguousarray(given[HEAD]).view(np.float32)
+            width = tunable.named[tunable.head].shape[1]
+            set_first(tunable, tunable.head, values[:, :width])
+            if values.shape[1] > width:
+                set_first(tunable, bias_of(tunable), values[:, width])
         replay(
             tunable.named,
             self.sums(tunable, given),

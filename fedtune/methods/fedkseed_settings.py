@@ -107,7 +107,7 @@ class FedKSeedSettings(MethodTable):
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
-    """As for fedpeft: random, means or ridge; auto: means, for classes. The head's first values then travel
+    """As for fedpeft. The head's first values then travel
     too, once to each client that holds them."""
     guard: float = Field(2.0, ge=0)
     """Stop the run where a round's training loss is more than this times the first one; 0 never does."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fedtune.aggregate import RULES, Rule
 from fedtune.methods.base import AdapterTable
-from fedtune.methods.head_start import HeadStart
+from fedtune.methods.head_start import FROM_DATA, HeadStart
 from fedtune.methods.memory_ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
@@ -130,7 +130,7 @@ class FedPEFTSettings(AdapterTable):
                 "a rule whose state is the adapter alone",
                 "change aggregate.rule",
             )
-        if self.start_from and self.head_start in ("means", "ridge"):
+        if self.start_from and self.head_start in FROM_DATA:
             yield (
                 f"method.head_start = '{self.head_start}' with method.start_from",
                 "auto: an adapter brings its head",

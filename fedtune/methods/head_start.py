@@ -2,11 +2,11 @@
 head made of them.
 
 Class means: the row of a class is the unit mean of its rows' unit features, times a temperature over a
-feature's mean length (FedNCM,
-Legate et al. 2023, arXiv:2306.03937). Ridge: the least-squares map from unit features to classes, from second
-moments that are summed too
-(as Fed3R, Fani et al. 2024, arXiv:2405.14445). Both are linear in the rows: the sum over clients is that of
-one client with all rows.
+feature's mean length (FedNCM, Legate et al. 2023, arXiv:2306.03937). Ridge: the least-squares map from unit
+features to classes, from second moments that are summed too (as Fed3R, Fani et al. 2024, arXiv:2405.14445).
+LDA: linear discriminants, class means seen through the covariance that all classes share, from the same
+sums; it needs the head's bias. All are linear in the rows: the sum over clients is that of one client with
+all rows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,15 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
-HeadStart = Literal["auto", "random", "means", "ridge"]
+HeadStart = Literal["auto", "random", "means", "ridge", "lda"]
+FROM_DATA = ("means", "ridge", "lda")
 FEATURES = "features"  # the verb
 TEMPERATURE = 16.0  # of the logits; found on CLINC150, where 8 loses half a point and 32 wins nothing
-RIDGE = 1e-2  # the penalty, in units of a mean squared feature
+RIDGE = 1e-2  # the penalty, in units of a mean squared feature; of LDA, of a mean variance within classes
+STEEPNESS = (
+    50.0  # mean length of LDA's rows: as steep as fits the probabilities on CLINC150 and on docstrings
+)
+WIDEST = 1024  # of features whose second moments `auto` asks for: four megabytes
 MARK = "head/"  # in what the server keeps: the matrix that has yet to start, under its name
 
 
@@ -36,33 +41,58 @@ def starts(kind: HeadStart, head: str) -> bool:
     return kind != "random" and bool(head)
 
 
+def bias_of(tunable: TunableModel) -> str:
+    """Name of the head's bias among the trained tensors; "" where it has none."""
+    name = tunable.head.removesuffix("weight") + "bias"
+    return name if tunable.head and name in tunable.named else ""
+
+
+def takes_bias(kind: HeadStart, tunable: TunableModel) -> bool:
+    """Whether the head starts by LDA: `auto` where it has a bias and is not too wide."""
+    if kind not in ("auto", "lda") or not bias_of(tunable):
+        return False
+    return kind == "lda" or tunable.named[tunable.head].shape[1] <= WIDEST
+
+
+def starting(kind: HeadStart, tunable: TunableModel) -> tuple[str, ...]:
+    """Names of the tensors that start from the data: the head's matrix, and its bias for LDA."""
+    if not starts(kind, tunable.head):
+        return ()
+    return (tunable.head, bias_of(tunable)) if takes_bias(kind, tunable) else (tunable.head,)
+
+
 def kept_until_started(kind: HeadStart, tunable: TunableModel) -> dict[str, np.ndarray]:
     """What a method's `start` adds to the state's kept tensors. Raises M306 for a start without such a
     head."""
-    if kind in ("means", "ridge") and not tunable.head:
+    if kind == "lda" and tunable.head and not bias_of(tunable):
+        found = "method.head_start = 'lda' with a task head that has no bias"
+        raise FedtuneError("M306", found, "a bias", "set method.head_start = 'ridge', or leave it out")
+    if kind in FROM_DATA and not tunable.head:
         found, expected = (
             f"method.head_start = '{kind}' where no fresh head of classes is trained",
             "a classifier whose file has no trained head",
         )
         raise FedtuneError("M306", found, expected, "leave method.head_start out")
-    return {MARK + tunable.head: tunable.read_one(tunable.head)} if starts(kind, tunable.head) else {}
+    return {MARK + name: tunable.read_one(name) for name in starting(kind, tunable)}
 
 
 def features_verb(kind: HeadStart, work: Work) -> Verb:
     """The question, asked once. Clients are given the head as it is, which says its name and shape."""
 
     def given(tunable: Any, client: int, now: Round) -> Schema:
-        return Schema(((tunable.head, tuple(tunable.named[tunable.head].shape)),))
+        return Schema(
+            tuple(sorted((name, tuple(tunable.named[name].shape)) for name in starting(kind, tunable)))
+        )
 
     def answer(given: Schema, now: Round) -> Schema:
-        ((_, (classes, width)),) = given.entries
-        moments = (("moments", (width, width)),) if kind == "ridge" else ()
+        ((classes, width),) = (shape for _, shape in given.entries if len(shape) == 2)
+        moments = (("moments", (width, width)),) if needs_moments(kind, len(given.entries)) else ()
         return Schema((*moments, ("norm", (1,)), ("shares", (classes,)), ("sums", (classes, width))))
 
     shows = (
         "the share of each class and the sum of its rows' unit features: of a class with one row, that row's "
         "feature"
-    )
+    ) + ("" if kind == "means" else "; for ridge and LDA the mean product of every two numbers of a feature")
     return Verb(work, given, answer, shows=shows, once=True, applies=lambda tunable: bool(tunable.head))
 
 
@@ -72,9 +102,16 @@ def tell_features(kind: HeadStart) -> Work:
     def work(client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.features import class_sums
 
-        return Update.of(class_sums(client.model, client.data, kind == "ridge"), float(len(client.data)))
+        moments = needs_moments(kind, len(given))
+        return Update.of(class_sums(client.model, client.data, moments), float(len(client.data)))
 
     return work
+
+
+def needs_moments(kind: HeadStart, given: int) -> bool:
+    """Whether second moments are asked for, by the number of tensors that are given: a bias comes along for
+    LDA alone."""
+    return kind == "ridge" or given == 2
 
 
 def features_verbs(kind: HeadStart, work: Work | None = None) -> dict[str, Verb]:
@@ -85,7 +122,7 @@ def features_verbs(kind: HeadStart, work: Work | None = None) -> dict[str, Verb]
 
 def start_conflicts(kind: HeadStart, recipe: Any) -> Iterator[tuple[str, str, str]]:
     """For a table's `conflicts`."""
-    if kind in ("means", "ridge") and recipe.data.task in ("causal-lm", "instruct"):
+    if kind in FROM_DATA and recipe.data.task in ("causal-lm", "instruct"):
         yield (
             f"method.head_start = '{kind}' with data.task = '{recipe.data.task}'",
             "a task with classes",
@@ -104,13 +141,48 @@ def started(kind: HeadStart, state: State, cohort: Cohort) -> State:
 
 
 def head_of(kind: HeadStart, kept: Tensors, cohort: Cohort) -> dict[str, np.ndarray]:
-    """The started head by its name, float32, where it has yet to start; nothing otherwise."""
-    name = next((key for key in kept if key.startswith(MARK)), "")
-    if not name:
+    """The started head's matrix, and its bias for LDA, by their names, float32, where it has yet to start;
+    nothing otherwise."""
+    waiting = {key.removeprefix(MARK): value for key, value in kept.items() if key.startswith(MARK)}
+    if not waiting:
         return {}
-    said = cohort.sum(FEATURES, {name.removeprefix(MARK): kept[name]}).values()
-    head = ridge_head(said) if kind == "ridge" else means_head(said)
-    return {name.removeprefix(MARK): np.ascontiguousarray(head, np.float32)}
+    said = cohort.sum(FEATURES, waiting).values()
+    if len(waiting) == 2:
+        matrix, bias = lda_head(said)
+        made = {name: matrix if value.ndim == 2 else bias for name, value in waiting.items()}
+    else:
+        made = {next(iter(waiting)): ridge_head(said) if kind == "ridge" else means_head(said)}
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in made.items()}
+
+
+def lda_head(said: Tensors) -> tuple[np.ndarray, np.ndarray]:
+    """(C, d) and (C,): linear discriminants of unit features, all classes as likely as one another; a class
+    that nobody has starts as the mean of the others."""
+    sums, shares = said["sums"].astype(np.float64), said["shares"].astype(np.float64)
+    there = shares > 0
+    means = sums[there] / shares[there, None]
+    within = said["moments"].astype(np.float64) - (means * shares[there, None]).T @ means
+    spread = max(float(np.trace(within)) / len(within), 1e-9)
+    within = (within + within.T) / 2 + RIDGE * spread * np.eye(len(within))
+    rows: np.ndarray = np.linalg.solve(within, means.T).T
+    bias = -0.5 * (rows * means).sum(axis=1)
+    rows, bias = rows - rows.mean(axis=0), bias - bias.mean()  # which changes no probability
+    scale = STEEPNESS / max(float(np.linalg.norm(rows, axis=1).mean()), 1e-12)
+    matrix, offsets = np.zeros_like(sums), np.zeros(len(sums))
+    matrix[there], offsets[there] = scale / max(float(said["norm"][0]), 1e-12) * rows, scale * bias
+    return matrix, offsets
+
+
+def joined(head: Tensors) -> np.ndarray:
+    """A head's matrix, with its bias as a last column where that starts too."""
+    matrix = next(value for value in head.values() if value.ndim == 2)
+    return np.column_stack([matrix, *(value for value in head.values() if value.ndim == 1)])
+
+
+def joined_shape(kind: HeadStart, tunable: TunableModel) -> tuple[int, int]:
+    """Of what `joined` makes."""
+    classes, width = tunable.named[tunable.head].shape
+    return classes, width + takes_bias(kind, tunable)
 
 
 def means_head(said: Tensors) -> np.ndarray:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
 from fedtune.methods.base import AveragedTensors, weight_of
-from fedtune.methods.head_start import features_verbs
+from fedtune.methods.head_start import features_verbs, needs_moments
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
@@ -68,7 +68,8 @@ class SFPrompt(AveragedTensors):
 
         tunable: TunableModel = client.model
         body, turn = client.body or tunable.net.own_body, (now.number, client.id)
-        sums = features(tunable, client.data, self.settings, body, turn, self.settings.head_start == "ridge")
+        moments = needs_moments(self.settings.head_start, len(given))
+        sums = features(tunable, client.data, self.settings, body, turn, moments)
         return Update.of(sums, float(len(client.data)))
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:

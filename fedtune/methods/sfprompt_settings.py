@@ -65,7 +65,7 @@ class SFPromptSettings(MethodTable):
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
-    """As for fedpeft: random, means or ridge; auto: means, for classes. The features come through the body,
+    """As for fedpeft. The features come through the body,
     once more than training needs."""
     train: TrainSettings = TrainSettings()
 

@@ -97,6 +97,9 @@ METHODS: dict[
         "aggregate": {"rule": "fedsa"},
         "method__server": {"optimizer": "none"},
     },
+    "fedpeft-lda": {"method__head_start": "lda", "chain": [{"step": "quantize", "bits": 8}]},
+    "fedkseed-lda": {"method": {**WALK, "lr": 1e-6, "estimator": "spsa", "head_start": "lda"}},
+    "sfprompt-lda": {"method": {**SPLIT, "head_start": "lda"}},
     "fedkseed-means": {
         "method": {
             **WALK,

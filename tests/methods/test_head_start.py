@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import fedtune
 from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Scored
-from fedtune.methods.head_start import TEMPERATURE, means_head, ridge_head
+from fedtune.methods.head_start import TEMPERATURE, lda_head, means_head, ridge_head
 from fedtune.model.features import class_sums
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.run import run
@@ -101,6 +102,13 @@ def test_the_heads_are_what_their_formulas_say() -> None:
             means[number], TEMPERATURE * mean / np.linalg.norm(mean) / said["norm"], rtol=1e-6
         )
     np.testing.assert_allclose(means[2], means[:2].mean(0))
+    matrix, bias = lda_head(said)
+    both = (labels == 0) | (labels == 1)
+    known = LinearDiscriminantAnalysis(priors=[0.5, 0.5]).fit(unit[both], labels[both])
+    margin = unit @ (matrix[1] - matrix[0]) * said["norm"] + bias[1] - bias[0]
+    theirs = known.decision_function(unit)
+    assert np.corrcoef(margin, theirs)[0, 1] > 0.999 and ((margin > 0) == labels[both]).all()
+    assert not matrix[2].any() and bias[2] == 0  # nobody has it: the mean of the others, which is nothing
     ridge = ridge_head(said) * said["norm"] / TEMPERATURE
     penalty = 1e-2 * np.trace(said["moments"]) / 6
     want = np.linalg.solve(unit.T @ unit / 80 + penalty * np.eye(6), unit.T @ hot / 80).T
@@ -109,7 +117,7 @@ def test_the_heads_are_what_their_formulas_say() -> None:
 
 
 @pytest.mark.parametrize("method", [STILL, WALK, SPLIT], ids=lambda method: method["type"])
-@pytest.mark.parametrize("kind", ["means", "ridge"])
+@pytest.mark.parametrize("kind", ["means", "ridge", "lda", "auto"])
 def test_a_model_knows_the_classes_before_it_is_trained(
     method: dict[str, Any], kind: str, bert: Path, data: Path, tmp_path: Path
 ) -> None:
