@@ -29,8 +29,12 @@ def figures(workspace: Workspace, got: Score) -> tuple[dict[str, Any], list[dict
     else:
         asked, wanted, said = answered(workspace)
         more = {"rows": len(said)}
-        each = list(zip(asked, wanted, said, strict=True))[: recipe.generate.samples]
-        samples = [{"asked": one, "wanted": right, "said": answer} for one, right, answer in each]
+        each = [
+            {"asked": one, "wanted": right, "said": answer}
+            for one, right, answer in zip(asked, wanted, said, strict=True)
+        ]
+        most = recipe.generate.samples
+        samples = each[:: max(1, len(each) // max(1, most))][:most]  # from all over the test set
     found: dict[str, Any] = {}
     for metric in chosen:
         found |= metric.measure(said, wanted)
