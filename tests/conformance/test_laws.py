@@ -130,6 +130,7 @@ OWN_SEEDS = [
     "fedkseed-pro",
     "fedkseed-fzoo",
     "fedkseed-ridge",
+    "fedkseed-lda",
 ]  # every client walks along seeds of its own, so that clones differ by their number
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
 UNCODED = [
