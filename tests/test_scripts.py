@@ -143,13 +143,13 @@ def test_record(shakespeare: list[str], start: Start, tmp_path: Path) -> None:
         "simulations/record.py",
         "shakespeare",
         "--only",
-        "outer Nesterov",
+        "outer Nesterov 1.0 / 0.5",
         *shakespeare,
         "--set=rounds=1",
         "--results",
         tmp_path,
     )
-    assert rows_of(tmp_path / "shakespeare.json")["outer Nesterov"]["1"]["rounds"] == 1
+    assert rows_of(tmp_path / "shakespeare.json")["outer Nesterov 1.0 / 0.5"]["1"]["rounds"] == 1
 
 
 def test_every_row_of_every_table_is_a_recipe(load: Callable[[str], Any]) -> None:

@@ -51,12 +51,12 @@ def with_rates(train: Train, kind: str, width: int, head_starts: bool = True) ->
     that has its own, and AdamW's, unless they name another optimiser.
 
     kind         of adapter, as in [method.adapter]
-    width        of the model's hidden states
+    width        of the model's hidden states; 0 where nobody knows
     head_starts  whether the task head starts from the data (or is a file's own) rather than at random
     """
     rates = rates_of(kind)
     open_ = train.lr == "auto"
-    shrink = WIDTH / width if rates.matrices else 1.0
+    shrink = WIDTH / width if rates.matrices and width else 1.0
     own = rates.head_lr if head_starts else rates.fresh_head_lr
     default = rates.optimizer if open_ else "adamw"
     values = {

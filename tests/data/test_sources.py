@@ -286,6 +286,8 @@ def made_for(source: str, folder: Path) -> dict[str, Any]:
     pairs = [[row["text"], row["label"]] for row in LETTERS]
     if source in ("docstrings", "digits"):
         return {}
+    if source == "docstring-questions":
+        return {"packages": ("networkx",), "per_package": 3}
     if source == "clinc150":
         (folder / "data_full.json").write_text(json.dumps({"train": pairs, "test": pairs}))
         (folder / "domains.json").write_text(json.dumps({"letters": ["a", "b"]}))
