@@ -10,7 +10,7 @@ An `Update` is what a client answers. It can be added, so that a server may see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -165,21 +165,24 @@ class Cohort(Protocol):
     def sum(self, verb: str, given: Tensors) -> Update:
         """Ask every member; the caller sees the sum only."""
 
-    def each(self, verb: str, given: Tensors | Callable[[int], Tensors]) -> Iterator[tuple[int, Update]]:
+    def each(
+        self, verb: str, given: Tensors | Callable[[int], Tensors], among: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Update]]:
         """Ask every member and read single answers, in ascending id; the verb must say so (`reads_each`).
 
-        Members may be given different tensors: then `given` says what, by client id.
+        Members may be given different tensors: then `given` says what, by client id. `among` asks these
+        members alone.
         """
 
     def sum_groups(
         self,
         verb: str,
         given: Tensors | Callable[[Group], Tensors],
-        group_of: Callable[[int], Group],
+        group_of: Callable[[int], Group | None],
         min_group: int = 2,
     ) -> dict[Group, Update]:
-        """Ask every member once; the caller sees one sum for each group of members, and no sum of fewer than
-        `min_group` answers.
+        """Ask every member of a group once, and nobody else (group None); the caller sees one sum for each
+        group of members, and no sum of fewer than `min_group` answers.
 
         Groups may be given different tensors: then `given` says what, by group. A sum of one is a single
         answer: for `min_group` = 1 the verb must say `reads_each`, otherwise `by_group`, because the exposure

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.errors import FedtuneError
 from fedtune.recipes import BUILT_IN
 
 if TYPE_CHECKING:
@@ -47,3 +49,19 @@ def sinks(folder: RunFolder, recipe: Recipe) -> Sink:
     from fedtune.sinks.console import console_sink
 
     return sink_of(folder.path, recipe.sinks, console_sink)
+
+
+def settings_of(said: Sequence[str]) -> dict[str, str]:
+    """OPTION=VALUE arguments as a table. Raises C103."""
+    settings = {}
+    for text in said:
+        key, equals, value = text.partition("=")
+        if not equals or not key or not value:
+            raise FedtuneError(
+                "C103",
+                f"--set '{text}'",
+                "OPTION=VALUE such as lam=0.3",
+                "write the option, an equals sign and the value",
+            )
+        settings[key.strip()] = value.strip()
+    return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fedtune.cli.common import settings_of
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 
@@ -66,17 +67,7 @@ def merge(options: argparse.Namespace) -> int:
         raise FedtuneError(
             "C102", f"--rank {options.rank}", "1 or more", "correct it, or leave it out for the sum of ranks"
         )
-    settings = {}
-    for text in options.set:
-        key, equals, value = text.partition("=")
-        if not equals or not key or not value:
-            raise FedtuneError(
-                "C103",
-                f"--set '{text}'",
-                "OPTION=VALUE such as lam=0.3",
-                "write the option, an equals sign and the value",
-            )
-        settings[key.strip()] = value.strip()
+    settings = settings_of(options.set)
     quiet()
     from fedtune import api
     from fedtune.runtime.merge import cost

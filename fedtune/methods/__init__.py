@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from fedtune.methods.experts import ExpertsTable
 from fedtune.methods.fedkseed import FedKSeedTable
 from fedtune.methods.fedpeft import FedPEFTTable
 from fedtune.methods.interface import Capabilities, Costs, Facts, Method, MethodTable, Verb, Work
@@ -13,7 +14,9 @@ from fedtune.methods.sfprompt import SFPromptTable
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
-MethodSettings = Annotated[FedPEFTTable | FedKSeedTable | SFPromptTable, Field(discriminator="type")]
+MethodSettings = Annotated[
+    FedPEFTTable | FedKSeedTable | SFPromptTable | ExpertsTable, Field(discriminator="type")
+]
 if not TYPE_CHECKING:
     MethodSettings = extended(MethodSettings, "type", "methods", MethodTable)
 METHODS: dict[str, type[MethodTable]] = classes_by_tag(MethodSettings, "type")

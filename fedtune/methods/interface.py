@@ -74,8 +74,8 @@ class Verb:
                 downlink may be lossy
     holds       clients keep the whole numbers that they are given, so that later only changes need travel
     shows       what an answer shows of a client's data, where that is more than a trained model does
-    once        it is asked before the first round's own question, and never again
-    applies     tunable model or plan -> whether it is asked of such a model
+    once        a client is asked it once in a run: before the first round's own question, or when it is
+    first needed applies     tunable model or plan -> whether it is asked of such a model
     """
 
     work: Work

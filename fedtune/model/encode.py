@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from typing import Any, Literal
@@ -123,6 +123,15 @@ def joined(parts: Sequence[Encoded], base: Base) -> Encoded:
         sum(part.tokens for part in parts),
         sum(part.truncated for part in parts),
         sum(part.dropped for part in parts),
+    )
+
+
+def every_second(encoded: Encoded, first: int) -> Encoded:
+    """The examples first, first + 2, first + 4, ..."""
+    return replace(
+        encoded,
+        examples=encoded.examples[first::2],
+        collate=lambda indices: encoded.collate([2 * index + first for index in indices]),
     )
 
 

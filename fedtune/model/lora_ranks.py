@@ -126,6 +126,48 @@ def training_only(tunable: TunableModel, names: Collection[str], extra: int = 0)
 
 
 @contextmanager
+def on_top(
+    tunable: TunableModel, beneath: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray]
+) -> Iterator[int]:
+    """For a while, pairs `own` beside an adapter, of which nothing is lost: a tunable model of both ranks.
+    Gives the rank of what is beneath, whose slices come first. Afterwards the model is as it was, and holds
+    `beneath`.
+
+    What `beneath` does not name is as the tunable model has it. Raises M306 for what is not made of linear
+    pairs.
+    """
+    settings, frozen = tunable.settings, sorted(tunable.still)
+    if not isinstance(settings, Lora):
+        raise FedtuneError(
+            "M306",
+            f"an expert on an adapter of kind '{tunable.kind}'",
+            "LoRA pairs of linear layers",
+            "set method.adapter.kind = 'lora'",
+        )
+    scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+    thaw(tunable)
+    held = {**tunable.read(), **beneath}
+    added = next(value.shape[1] for name, value in own.items() if name.endswith(B_END))
+    try:
+        resize(tunable, settings.rank + added, scale)
+        tunable.write(
+            {
+                name: np.concatenate([value, own[name]], axis=0 if name.endswith(A_END) else 1)
+                if name in own
+                else value
+                for name, value in held.items()
+            }
+        )
+        yield settings.rank
+    finally:
+        resize(tunable, settings.rank, scale)
+        config = tunable.net.peft_config["default"]
+        tunable.settings, config.lora_alpha = settings, settings.alpha
+        tunable.write(held)
+        freeze(tunable, frozen)
+
+
+@contextmanager
 def with_cores(tunable: TunableModel, tensors: Mapping[str, np.ndarray]) -> Iterator[None]:
     """For a while, put the matrices <module>.lora_R.weight (r, r) of `tensors` between A and B, as tensors of
     the tunable model; nothing happens without any."""

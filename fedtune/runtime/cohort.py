@@ -50,16 +50,18 @@ class RoundCohort:
         task = self.link.tasks[verb]
         return task.chain.settle(total, self.now, task.near(given))
 
-    def each(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
+    def each(
+        self, verb: str, given: Given, among: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Update]]:
         """Single answers, ascending; a method that reads them must say so, because the exposure table does.
-        Raises R405 as `sum` does."""
+        `among`: the members to ask, all without it. Raises R405 as `sum` does."""
         if not self.link.tasks[verb].reads_each:
             raise RuntimeError(
                 f"{self.link.method.facts.type} reads single answers to '{verb}' without declaring it in "
                 "reads_each"
             )
         task, some = self.link.tasks[verb], False
-        for client, update in self._replies(verb, given):
+        for client, update in self._replies(verb, given, among):
             some = True
             yield client, task.chain.settle(update, self.now, task.near(given_to(client, given)))
         if not some:
@@ -70,18 +72,18 @@ class RoundCohort:
         self,
         verb: str,
         given: Tensors | Callable[[Group], Tensors],
-        group_of: Callable[[int], Group],
+        group_of: Callable[[int], Group | None],
         min_group: int = 2,
     ) -> dict[Group, Update]:
-        """Groups in the order of their first members. Raises R412 where one has fewer than `min_group`, R405
-        where no group is left."""
+        """Groups in the order of their first members; who is in none (None) is not asked. Raises R412 where
+        one has fewer than `min_group`, R405 where no group is left."""
         task = self.link.tasks[verb]
         if not (task.reads_each or (task.by_group and min_group > 1)):
             raise RuntimeError(
                 f"{self.link.method.facts.type} reads sums of {'groups of' if min_group > 1 else 'single'} "
                 f"answers to '{verb}' without declaring it in {'by_group' if min_group > 1 else 'reads_each'}"
             )
-        group = {client: group_of(client) for client in self.now.members}
+        group = {client: name for client in self.now.members if (name := group_of(client)) is not None}
         sizes = Counter(group.values())
         if small := [name for name, size in sizes.items() if size < min_group]:
             found = f"{sizes[small[0]]} members of group '{small[0]}' in round {self.now.number}"
@@ -94,14 +96,14 @@ class RoundCohort:
         tensors = {name: given(name) if callable(given) else given for name in sizes}
         sums = {name: RunningSum() for name in sizes}
         for client, update in self._replies(
-            verb, (lambda client: tensors[group[client]]) if callable(given) else given
+            verb, (lambda client: tensors[group[client]]) if callable(given) else given, list(group)
         ):
             sums[group[client]].add(update)
         settled = dict[Group, Update]()
         for name, running in sums.items():
             if running.total is None or running.count < min_group:
                 self._leave_out(
-                    [client for client in self.now.members if group[client] == name],
+                    [client for client in group if group[client] == name],
                     running.count,
                     f"group '{name}'",
                     min_group,
@@ -186,17 +188,20 @@ class RoundCohort:
         }
         self.figures = [(client, metrics) for client, metrics in self.figures if client not in clients]
 
-    def _replies(self, verb: str, given: Given) -> Iterator[tuple[int, Update]]:
+    def _replies(
+        self, verb: str, given: Given, among: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Update]]:
         task = self.link.tasks[verb]
-        payloads = self.downlink.encode(self.link, verb, given, self.now)
+        members = self.now.members if among is None else tuple(sorted(among))
+        payloads = self.downlink.encode(self.link, verb, given, replace(self.now, members=members))
         last, first = self.downlink.last, not self.answers
         asks = {
             client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first)
-            for client in self.now.members
+            for client in members
         }
         down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
         alike = None if callable(given) else task.answer(Schema.of(given), self.now)
-        for reply in ascending(self._asked(asks, payloads, down_bytes), self.now.members):
+        for reply in ascending(self._asked(asks, payloads, down_bytes), members):
             down = down_bytes[reply.client]
             try:
                 if reply.failure:

@@ -75,6 +75,33 @@ METHODS: dict[
     "fedpeft-fair": {"aggregate": {"rule": "fair"}, "chain": [{"step": "quantize", "bits": 8}]},
     "fedpeft-fedsb": {"aggregate": {"rule": "fedsb"}},
     "fedpeft-fedrot": {"aggregate": {"rule": "fedrot"}},
+    "experts-given": {
+        "method__type": "experts",
+        "method__experts": {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2},
+    },
+    "experts-clusters": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "clusters",
+            "warm_up": 1,
+            "min_clients": 2,
+            "sketch": 64,
+            "recluster_every": 1,
+        },
+        "chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}],
+        "partition": {"by": "shards", "shards_per_client": 1, "clients": 6},
+    },
+    "experts-clients": {
+        "method__type": "experts",
+        "method__experts": {"by": "clients", "warm_up": 2},
+        "aggregate": {"rule": "ffa"},
+        "sampling": {"count": 3},
+    },
+    "experts-rolora": {
+        "method__type": "experts",
+        "method__experts": {"by": "given", "groups": ["a", "a", "b", ""], "warm_up": 1, "min_clients": 2},
+        "aggregate": {"rule": "rolora"},
+    },
     "fedkseed-steps": {"method": {**WALK, "estimator": "spsa"}},
     "fedkseed-pro": {"method": {**WALK, "estimator": "spsa", "importance": True}},
     "fedkseed-pool": {

@@ -181,6 +181,23 @@ def test_every_member_is_asked_once(made: tuple[Workspace, Link]) -> None:
     assert asked == list(MEMBERS)
 
 
+def test_who_is_in_no_group_is_not_asked(made: tuple[Workspace, Link]) -> None:
+    given = made[1].method.start(made[0].tunable).shared
+    whole = cohort_of(made)
+    sums = whole.sum_groups("train", given, lambda client: "some" if client in (1, 2, 4) else None)
+    assert same(sums["some"], cohort_of(made, (1, 2, 4)).sum("train", given))
+    assert sorted(whole.answers) == [1, 2, 4]
+
+
+def test_single_answers_of_some_members(tiny_bert: Path, data: Path) -> None:
+    made = small.workspace_of(small.recipe(tiny_bert, data, aggregate={"rule": "median"}))
+    given = made[1].method.start(made[0].tunable).shared
+    some = cohort_of(made, (0, 1, 2, 3))
+    answers = dict(some.each("train", given, [3, 1]))
+    assert list(answers) == [1, 3] == sorted(some.answers)
+    assert same(answers[3], dict(cohort_of(made, (0, 1, 2, 3)).each("train", given))[3])
+
+
 def test_a_group_that_is_too_small_is_refused_before_anybody_is_asked(made: tuple[Workspace, Link]) -> None:
     def nobody(transport: Transport) -> Transport:
         return lambda asks: pytest.fail("somebody was asked")

@@ -1,0 +1,273 @@
+"""Several experts on one model at once, token by token.
+
+At each adapted layer the experts' pairs are one pair of rank K r: A is stacked, the gate scales each expert's
+slice of the K r numbers in the middle, and one product with all B follows: nothing of size tokens x K x out
+is built. What is always on (the general expert) is a slice that no gate scales. Hooks on the base's layers do
+it: `generate` and a cache of keys and values work, and detaching gives the base back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from fedtune.aggregate import Pair, split
+from fedtune.errors import FedtuneError
+from fedtune.experts.gates import Gate, arrow, as_tensors, fixed, from_tensors, means
+from fedtune.types import Tensors
+
+SETTINGS, GATES, PREFIX = "router.json", "router.safetensors", "base_model.model."
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How many experts have a say.
+
+    gate         as in gates.py
+    keep         topk: the k best; topp: the best until their shares add up to p; dense: all
+    temperature  of the softmax over scores; higher is more even
+    """
+
+    gate: Literal["arrow", "means", "fixed"] = "arrow"
+    keep: Literal["topk", "topp", "dense"] = "topk"
+    k: int = 2
+    p: float = 0.6
+    temperature: float = 1.0
+
+    def shares(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (..., K) -> shares that add up to 1."""
+        part = torch.softmax(scores / self.temperature, -1)
+        if self.keep == "dense":
+            return part
+        if self.keep == "topk":
+            chosen = part.topk(min(self.k, part.shape[-1]), -1).indices
+            kept = torch.zeros_like(part).scatter_(-1, chosen, 1.0)
+        else:
+            best, order = part.sort(-1, descending=True)
+            kept = torch.zeros_like(part).scatter_(
+                -1, order, ((best.cumsum(-1) - best) < self.p).to(part.dtype)
+            )
+        part = part * kept
+        return part / part.sum(-1, keepdim=True)
+
+
+@dataclass
+class Layer:
+    """One adapted layer. `ranks` are the experts' in their order; the first `always` slices are always on."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    gate: Gate
+    ranks: torch.Tensor
+    always: int
+    summed: Any = 0.0  # of the prefix: scores, and how many tokens they are of
+    tokens: Any = 0.0
+
+
+@dataclass
+class Health:
+    """What a router did: shares of all tokens and layers by expert, and how decided it was."""
+
+    shares: np.ndarray
+    entropy: float = 0.0
+    tokens: float = 0.0
+
+    def report(self, names: Sequence[str]) -> dict[str, Any]:
+        part = self.shares / max(self.tokens, 1.0)
+        return {
+            "shares": dict(zip(names, map(float, part), strict=True)),
+            "entropy": self.entropy / max(self.tokens, 1.0),
+            "starved": [name for name, share in zip(names, part, strict=True) if share < 0.1 / len(names)],
+            "collapsed": len(names) > 1 and bool(part.max() > 0.95),
+        }
+
+
+@dataclass
+class Router:
+    """Experts by name on a network, for as long as they are attached. `null` gives a share to nobody: what
+    comes last among the gate's scores."""
+
+    names: tuple[str, ...]
+    routing: Routing
+    layers: dict[str, Layer]
+    causal: bool
+    null: bool = False
+    health: Health = field(init=False)
+    _hooks: list[Any] = field(default_factory=list)
+    _mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.health = Health(np.zeros(len(self.names) + self.null))
+
+    def attach(self, net: nn.Module) -> None:
+        """Raises M305 for a layer that the network has not."""
+        modules = dict(net.named_modules())
+        for name, layer in self.layers.items():
+            if name not in modules:
+                raise FedtuneError(
+                    "M305",
+                    f"experts at layer '{name}'",
+                    "layers of this model",
+                    "give the base that they are for",
+                )
+            self._hooks.append(modules[name].register_forward_hook(self._at(layer)))
+        self._hooks.append(net.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def detach(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _begin(self, net: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
+        """Before a pass of the whole model: a new text, or the next tokens of one that is in the cache."""
+        past = named.get("past_key_values")
+        if past is None or not past.get_seq_length():
+            for layer in self.layers.values():
+                layer.summed, layer.tokens = 0.0, 0.0
+        mask = named.get("attention_mask")
+        self._mask = mask if mask is not None and mask.dim() == 2 else None
+
+    def _at(self, layer: Layer) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0].to(layer.A.dtype)
+            shares = self.routing.shares(self._scores(layer, x))
+            self._note(shares)
+            middle = x @ layer.A.T
+            mine = shares[..., : len(self.names)].to(middle.dtype)
+            gates = mine.repeat_interleave(layer.ranks, -1, output_size=len(layer.A) - layer.always)
+            always = torch.ones_like(middle[..., : layer.always])
+            return output + ((middle * torch.cat([always, gates], -1)) @ layer.B.T).to(output.dtype)
+
+        return hook
+
+    def _scores(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        """Of each token or, for a gate that looks at what came before, of the prefix up to it."""
+        scores = layer.gate(x)
+        if not layer.gate.of_prefix or x.dim() != 3:
+            return scores
+        counts = self._seen(x).double()
+        wide = scores.double() * counts
+        if not self.causal:
+            return (
+                (wide.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp_min(1))
+                .expand_as(scores)
+                .float()
+            )
+        run, seen = wide.cumsum(1) + layer.summed, counts.cumsum(1) + layer.tokens
+        layer.summed, layer.tokens = run[:, -1:], seen[:, -1:]
+        return (run / seen.clamp_min(1)).float()
+
+    def _seen(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, 1): which of these tokens are no padding."""
+        if self._mask is None or self._mask.shape[1] < x.shape[1] or len(self._mask) != len(x):
+            return torch.ones(*x.shape[:2], 1, device=x.device)
+        return self._mask[:, -x.shape[1] :, None]
+
+    def _note(self, shares: torch.Tensor) -> None:
+        flat = shares.detach().reshape(-1, shares.shape[-1]).double()
+        self.health.shares += flat.sum(0).cpu().numpy()
+        self.health.entropy += float(-(flat * flat.clamp_min(1e-30).log()).sum())
+        self.health.tokens += len(flat)
+
+    # --- on disk
+
+    def save(self, folder: Path) -> None:
+        """Settings and gates; the experts themselves are in folders of their own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "experts": list(self.names),
+            "causal": self.causal,
+            "null": self.null,
+            **asdict(self.routing),
+        }
+        (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        save_file(as_tensors({name: layer.gate for name, layer in self.layers.items()}), folder / GATES)
+
+
+def router(
+    experts: Mapping[str, Tensors],
+    always: Tensors,
+    routing: Routing,
+    causal: bool,
+    moments: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    mixture: Mapping[str, float] | None = None,
+    null: bool = False,
+) -> Router:
+    """Over experts whose pairs are at scale 1, by id; `always` (the general expert's pairs, or nothing) has
+    no gate.
+
+    moments  by expert and layer, for gate = "means": (mean, mean square) of its inputs
+    mixture  for gate = "fixed"
+    null     whatever looks like nobody's goes to nobody (gate "means": the mean of all; "arrow": score 0)
+    """
+    names = tuple(sorted(experts))
+    pairs = {name: plain(experts[name]) for name in names}
+    beneath = plain(always)
+    layers = {}
+    for module in sorted({module for some in (*pairs.values(), beneath) for module in some}):
+        parts = [pairs[name].get(module) for name in names]
+        held = [pair for pair in (beneath.get(module), *parts) if pair is not None]
+        gate = gate_of(routing, module, names, parts, moments or {}, mixture or {}, held[0].A.shape[1], null)
+        layers[module] = Layer(
+            torch.from_numpy(np.concatenate([pair.A for pair in held]).astype(np.float32)),
+            torch.from_numpy(np.concatenate([pair.B for pair in held], axis=1).astype(np.float32)),
+            gate,
+            torch.tensor([0 if pair is None else pair.rank for pair in parts]),
+            beneath[module].rank if module in beneath else 0,
+        )
+    return Router(names, routing, layers, causal, null)
+
+
+def gate_of(
+    routing: Routing,
+    module: str,
+    names: Sequence[str],
+    pairs: Sequence[Pair | None],
+    moments: Mapping[str, Mapping[str, np.ndarray]],
+    mixture: Mapping[str, float],
+    width: int,
+    null: bool,
+) -> Gate:
+    """Raises M305 where an expert's owner has not said what its rows look like at this layer."""
+    if routing.gate == "fixed":
+        shares = [mixture.get(name, 0.0) for name in names]
+        return fixed([*shares, *([max(0.0, 1 - sum(shares))] if null else [])], width)
+    if routing.gate == "arrow":
+        return arrow([*pairs, *([None] if null else [])], width)
+    if missing := [name for name in names if module not in moments.get(name, {})]:
+        raise FedtuneError(
+            "M305",
+            f"no mean inputs of expert '{missing[0]}' at layer '{module}'",
+            "those of every expert",
+            "route by arrow, which needs the adapters alone",
+        )
+    said = [moments[name][module] for name in names]
+    return means([*said, *([np.mean(said, axis=0)] if null else [])])
+
+
+def loaded(folder: Path, experts: Mapping[str, Tensors], always: Tensors) -> Router:
+    """The router that `save` wrote, over its experts. Raises M305 where one is missing."""
+    about = json.loads((folder / SETTINGS).read_text())
+    names, causal, null = (about.pop(key) for key in ("experts", "causal", "null"))
+    if gone := sorted(set(names) - set(experts)):
+        raise FedtuneError(
+            "M305", f"a router over '{gone[0]}', which is not there", "its experts", "make the router again"
+        )
+    chosen = {name: experts[name] for name in names}
+    made = router(chosen, always, Routing(gate="arrow"), causal, null=null)
+    gates = from_tensors(load_file(folder / GATES), about["gate"] == "arrow", about["gate"] == "means")
+    for module, layer in made.layers.items():
+        layer.gate = gates[module]
+    return Router(made.names, Routing(**about), made.layers, causal, null)
+
+
+def plain(tensors: Tensors) -> dict[str, Pair]:
+    """Pairs by the layer's name in the base."""
+    return {name.removeprefix(PREFIX): pair for name, pair in split(tensors)[0].items()}

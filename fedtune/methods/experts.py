@@ -1,0 +1,362 @@
+"""LoRA experts: a general adapter of everybody and, on top of it, one for each group of clients.
+
+The general expert is what fedpeft makes of the same recipe, to the bit, whatever the groups do. After a
+common warm-up clients are grouped (`[method.experts]`), by the cosine of where their rows move B (FedLEASE,
+Wang et al. 2025, arXiv:2509.15087) or as the recipe says. Each round then has a second question: the
+members of a group train their expert beside the general one, which stands still meanwhile, so that an
+expert learns what the general one leaves over.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.aggregate import Rule
+from fedtune.errors import FedtuneError
+from fedtune.experts.grouping import Clusters, direction_of
+from fedtune.experts.sketch import sketch
+from fedtune.experts.state import (
+    A_END,
+    OWN,
+    below,
+    experts_of,
+    fresh,
+    fresh_a,
+    general_of,
+    groups_of,
+    is_pair,
+    joined,
+    made_so_far,
+    sketches_of,
+    with_groups,
+)
+from fedtune.methods.base import AdapterMethod, weight_of
+from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings
+from fedtune.methods.head_start import features_verbs, kept_until_started, started
+from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.rng import seed_of
+from fedtune.schema import Schema
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
+    from fedtune.model.tunable import TunableModel
+
+SPECIALISE, SKETCH, INPUTS = "specialise", "sketch", "inputs"  # the verbs beside `train`
+ROWS = 256  # of a client, whose inputs are averaged
+LOSS = "expert_loss"
+NOBODY = "R405"  # no usable answer to a question
+
+
+class Experts(AdapterMethod):
+    """State: the general adapter; experts/<id>/ of each group; members and sketches, kept."""
+
+    settings: ExpertsSettings
+
+    def __init__(self, settings: ExpertsSettings, rounds: int, rule: Rule) -> None:
+        super().__init__(settings, rounds)
+        self.rule, self.grouping = rule, settings.experts
+
+    def prepare(self, base: Base, seed: int) -> TunableModel:
+        from fedtune.model.lora_ranks import freeze
+
+        tunable = super().prepare(base, seed)
+        freeze(tunable, tunable.named.keys() - self.ever(tunable.named))
+        return tunable
+
+    def ever(self, names: Mapping[str, Any]) -> frozenset[str]:
+        """What is trained in some round; the rest stays as the seed made it and never travels."""
+        return self.rule.trains(names, 1) | self.rule.trains(names, 2)
+
+    # --- on the server
+
+    def start(self, tunable: TunableModel) -> State:
+        return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
+
+    def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        state = started(self.settings.head_start, state, cohort)
+        before = general_of(state.shared)
+        general = self.rule.from_mean(before, cohort.sum("train", before).values())
+        if now.number <= self.grouping.warm_up:
+            return State(general, state.kept)
+        kept = self.grouped(general, state.kept, cohort, now)
+        groups = groups_of(kept)
+        chosen = {client: self.grouping.of(client, groups) for client in now.members}
+        sizes = Counter(chosen.values())
+        asked = {
+            client: name for client, name in chosen.items() if sizes[name] >= self.grouping.least and name
+        }
+        known = experts_of(state.shared)
+        if (
+            self.grouping.asks
+        ):  # a group that clustering no longer finds has no members, and its id is not used again
+            known = {name: tensors for name, tensors in known.items() if name in groups}
+        if asked:
+            known, kept = self.specialised(general, known, kept, asked, cohort, now)
+            if now.number == self.rounds and self.tells_inputs:
+                kept = self.with_inputs(general, kept, asked, cohort)
+        return joined(general, known, kept)
+
+    def grouped(self, general: Tensors, kept: Tensors, cohort: Cohort, now: Round) -> Tensors:
+        """What is kept, with the sketches of this round's members and the groups that follow from them."""
+        if not self.grouping.asks:
+            return kept
+        sketches, groups, made = sketches_of(kept), groups_of(kept), made_so_far(kept)
+        due = self.grouping.due(now.number) or not sketches
+        new = [client for client in now.members if due or client not in sketches]
+        if not new:
+            return kept
+        try:
+            came = {client: update.values()[SKETCH] for client, update in cohort.each(SKETCH, general, new)}
+        except FedtuneError as error:
+            if error.code != NOBODY:
+                raise
+            return kept  # the general expert has learned from this round; who is in which group can wait
+        sketches |= came
+        if due:
+            groups, made = self.grouping.regroup(sketches, groups, made)
+        else:
+            for client in sorted(came):
+                if name := self.grouping.joined(client, sketches, groups):
+                    groups[name] = tuple(sorted((*groups[name], client)))
+        cohort.note("experts", len(groups))
+        cohort.note("without an expert", len(sketches) - sum(len(members) for members in groups.values()))
+        return with_groups(kept, groups, sketches, made)
+
+    def specialised(
+        self,
+        general: Tensors,
+        known: dict[str, dict[str, np.ndarray]],
+        kept: Tensors,
+        asked: Mapping[int, str],
+        cohort: Cohort,
+        now: Round,
+    ) -> tuple[dict[str, dict[str, np.ndarray]], Tensors]:
+        """The next experts, from one question to all groups; who has shared one is kept."""
+        before = {name: known.get(name) or fresh(general, now.seed) for name in sorted(set(asked.values()))}
+        try:
+            sums = cohort.sum_groups(
+                SPECIALISE,
+                lambda name: {**general, **below(OWN, before[name])},
+                asked.get,
+                self.grouping.least,
+            )
+        except FedtuneError as error:
+            if error.code != NOBODY:
+                raise
+            return known, kept  # no group is left: experts stay as they are
+        groups = groups_of(kept)
+        for name, total in sums.items():
+            mean = {tensor.removeprefix(OWN): value for tensor, value in total.values().items()}
+            known[name] = self.rule.from_mean(before[name], mean)
+            cohort.note(f"{LOSS}/{name}", total.mean().metrics[LOSS])
+            members = {client for client, group in asked.items() if group == name}
+            groups[name] = tuple(sorted(members | set(groups.get(name, ()))))
+        weight = sum(total.weight for total in sums.values())
+        cohort.note(LOSS, sum(total.metrics[LOSS] for total in sums.values()) / weight)
+        return known, with_groups(kept, groups, sketches_of(kept), made_so_far(kept))
+
+    def with_inputs(
+        self, general: Tensors, kept: Tensors, asked: Mapping[int, str], cohort: Cohort
+    ) -> Tensors:
+        """What is kept, with each group's mean inputs."""
+        try:
+            sums = cohort.sum_groups(INPUTS, general, asked.get, self.grouping.least)
+        except FedtuneError as error:
+            if error.code != NOBODY:
+                raise
+            return kept  # routers can do without
+        return {
+            **kept,
+            **{
+                f"{INPUTS}/{name}/{layer}": value
+                for name, total in sums.items()
+                for layer, value in total.values().items()
+            },
+        }
+
+    @property
+    def tells_inputs(self) -> bool:
+        """A layer's width is told by its A, which has to travel."""
+        pair = ("a.lora_A.weight", "a.lora_B.weight")
+        return self.grouping.inputs and pair[0] in self.ever(dict.fromkeys(pair))
+
+    def install(self, state: State, tunable: TunableModel) -> None:
+        """The general expert: what a client without an expert has."""
+        tunable.write(general_of(state.shared))
+
+    # --- what travels
+
+    @property
+    def verbs(self) -> Mapping[str, Verb]:
+        rule = self.rule
+        train = Verb(
+            self.train,
+            lambda tunable, client, now: self.general(tunable),
+            lambda given, now: only(given, rule.sends(given.shapes, now.number)),
+            moves=True,
+        )
+        specialise = Verb(
+            self.specialise,
+            lambda tunable, client, now: self.beside(tunable),
+            lambda given, now: only(given, self.sent(given, now)),
+            reads_each=self.grouping.single,
+            by_group=not self.grouping.single,
+            moves=True,
+            shows=""
+            if self.grouping.single
+            else f"a group has {self.grouping.least} members or more, whom the server knows",
+        )
+        return {
+            "train": train,
+            SPECIALISE: specialise,
+            **self.sketches(),
+            **self.inputs(),
+            **features_verbs(self.settings.head_start),
+        }
+
+    def sketches(self) -> dict[str, Verb]:
+        if not isinstance(self.grouping, Clusters):
+            return {}
+        size, noise = self.grouping.sketch, self.grouping.noise
+        shows = (
+            f"{size} numbers that tell how much the directions in which two clients' rows move the model "
+            f"are alike, {f'with noise of deviation {noise:g} on each' if noise else 'without noise'}"
+        )
+        verb = Verb(
+            self.tell_sketch,
+            lambda tunable, client, now: self.general(tunable),
+            lambda given, now: Schema(((SKETCH, (size,)),)),
+            reads_each=True,
+            shows=shows,
+            once=not self.grouping.recluster_every,
+        )
+        return {SKETCH: verb}
+
+    def inputs(self) -> dict[str, Verb]:
+        if not self.tells_inputs:
+            return {}
+        whose = "its rows" if self.grouping.single else f"the rows of {self.grouping.least} clients or more"
+        verb = Verb(
+            self.tell_inputs,
+            lambda tunable, client, now: self.general(tunable),
+            lambda given, now: Schema(tuple((layer, (2, shape[1])) for layer, shape in layers_of(given))),
+            reads_each=self.grouping.single,
+            by_group=not self.grouping.single,
+            shows=f"the mean and mean square, over {whose}, of what comes into each adapted layer",
+            once=True,
+        )
+        return {INPUTS: verb}
+
+    def general(self, tunable: Any) -> Schema:
+        names = self.ever(tunable.named)
+        return Schema.of({name: value for name, value in tunable.named.items() if name in names})
+
+    def beside(self, tunable: Any) -> Schema:
+        """The general expert, and the pairs of one expert."""
+        entries = self.general(tunable).entries
+        own = [(OWN + name, shape) for name, shape in entries if is_pair(name)]
+        return Schema(tuple(sorted([*entries, *own])))
+
+    def sent(self, given: Schema, now: Round) -> frozenset[str]:
+        own = [name.removeprefix(OWN) for name in given.shapes if name.startswith(OWN)]
+        return frozenset(OWN + name for name in self.rule.sends(own, now.number))
+
+    # --- on each client
+
+    def train(self, client: Client, given: Tensors, now: Round) -> Update:
+        tunable: TunableModel = client.model
+        tunable.write(given)
+        loss = self.fitted(client, now, "train", self.rule.trains(tunable.named, now.number))
+        sent = self.rule.sends(tunable.named, now.number)
+        values = {name: value for name, value in tunable.read().items() if name in sent}
+        return Update.of(values, weight_of(self.settings.weight, client.data), {"loss": loss})
+
+    def tell_sketch(self, client: Client, given: Tensors, now: Round) -> Update:
+        """Where this client's rows alone would move the general expert's B."""
+        tunable: TunableModel = client.model
+        tunable.write(given)
+        self.fitted(client, now, SKETCH, frozenset(tunable.named))
+        assert isinstance(self.grouping, Clusters)
+        moved = direction_of(given, tunable.read())
+        return Update.of({SKETCH: sketch(moved, self.grouping.sketch, now.seed, self.grouping.noise)})
+
+    def tell_inputs(self, client: Client, given: Tensors, now: Round) -> Update:
+        from fedtune.model.inputs import input_moments
+
+        client.model.write(given)
+        found, tokens = input_moments(client.model, client.data, ROWS)
+        layers = [layer for layer, _ in layers_of(Schema.of(given))]
+        return Update.of({layer: found[layer] for layer in layers}, tokens)
+
+    def specialise(self, client: Client, given: Tensors, now: Round) -> Update:
+        """Train an expert; the general one stands beneath it and does not move."""
+        from fedtune.model.lora_ranks import on_top, unstack
+
+        tunable: TunableModel = client.model
+        general = {name: value for name, value in given.items() if not name.startswith(OWN)}
+        own = {name.removeprefix(OWN): value for name, value in given.items() if name.startswith(OWN)}
+        seeded = {
+            name: fresh_a(name, tuple(value.shape), now.seed)
+            for name, value in tunable.still.items()
+            if name.endswith(A_END)
+        }
+        trained = self.rule.trains(own, now.number)
+        with on_top(tunable, general, {**seeded, **own}) as extra:
+            loss = self.fitted(client, now, SPECIALISE, trained, extra)
+            values = unstack(tunable.read(), extra)
+        sent = {OWN + name: values[name] for name in sorted(self.rule.sends(own, now.number))}
+        return Update.of(sent, weight_of(self.settings.weight, client.data), {LOSS: loss})
+
+    def fitted(self, client: Client, now: Round, verb: str, names: frozenset[str], extra: int = 0) -> float:
+        """Train these tensors on the client's rows; the mean loss."""
+        from fedtune.model.fit import fit
+        from fedtune.model.lora_ranks import training_only
+
+        seed = seed_of(verb, now.seed, now.number, client.id)
+        with training_only(client.model, names, extra):
+            report = fit(
+                client.model,
+                client.data,
+                self.settings.train,
+                seed,
+                progress=(now.number - 1, self.rounds),
+            )
+        return report.loss
+
+    # --- around a run
+
+    @property
+    def facts(self) -> Facts:
+        return Facts("experts", f"experts / {self.grouping.by}", metrics=("loss", LOSS))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        least = self.grouping.least
+        return Capabilities(
+            costs=ExpertCosts(self.settings),
+            also_see={
+                "members": "the general expert and their own group's, "
+                f"which at least {least} client{'s' * (least > 1)} made; of other groups nothing"
+            },
+        )
+
+
+class ExpertsTable(ExpertsSettings):
+    """[method] type = "experts"."""
+
+    def build(self, rounds: int, rule: Rule) -> Experts:
+        return Experts(self, rounds, rule)
+
+
+def layers_of(given: Schema) -> list[tuple[str, tuple[int, ...]]]:
+    """Adapted layers, and the shapes of their A."""
+    return [(name.removesuffix(A_END), shape) for name, shape in given.entries if name.endswith(A_END)]
+
+
+def only(schema: Schema, names: frozenset[str]) -> Schema:
+    return Schema(tuple(entry for entry in schema.entries if entry[0] in names))
