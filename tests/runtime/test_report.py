@@ -21,6 +21,7 @@ RESULT = {
     "rounds": 2,
     "clients": 3,
     "seconds": 4.25,
+    "phases": {},
     "state_sha256": "0123456789abcdef" * 4,
 }
 

@@ -130,6 +130,6 @@ def with_payload(state: dict[str, np.ndarray], payload: bytes) -> bytes:
     from fedtune.wire.frame import sealed
     from fedtune.wire.message import DTYPES, headed
 
-    message = headed(HEADER, "changes", Schema.of(state), 1.0, False)
+    message = headed(HEADER, "changes", Schema.of(state), 1.0)
     message.dtypes = bytes(DTYPES[value.dtype.name] for value in state.values())
     return sealed(message, [payload])
