@@ -101,8 +101,14 @@ class Forks:
 
 
 def can_fork() -> bool:
-    """Linux, and no thread of Python's beside this one."""
-    return sys.platform == "linux" and threading.active_count() == 1
+    """Linux, no thread of Python's beside this one, and no GPU in use."""
+    return sys.platform == "linux" and threading.active_count() == 1 and not uses_gpu()
+
+
+def uses_gpu() -> bool:
+    """Whether this process has begun to use CUDA; without torch it has not, and torch is not loaded to ask."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def die_with_parent() -> None:

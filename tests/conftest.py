@@ -13,6 +13,7 @@ os.environ.update(
 )
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,12 @@ class Workspace:
 @pytest.fixture(scope="session")
 def workspace(tiny_llama: Path, tiny_bert: Path, tiny_vit: Path) -> Workspace:
     return Workspace(tiny_llama, tiny_bert, tiny_vit)
+
+
+@pytest.fixture
+def forgetful(workspace: Workspace) -> Iterator[None]:
+    """What a test pretends of a device's memory is forgotten after it."""
+    base = workspace.base("encoder")
+    base.fits.clear()
+    yield
+    base.fits.clear()

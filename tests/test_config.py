@@ -98,6 +98,11 @@ def test_overrides_are_read_as_toml_and_as_bare_words() -> None:
             "[method.server]\noptimizer = 'adam'\nmomentum = 0.9",
             "C104: found method.server.momentum with method.server.optimizer = 'adam'",
         ),
+        ("[model]\ndtype = 'float16'", "C104: found model.dtype = 'float16' with training by gradients"),
+        (
+            "[model]\ndtype = 'float16'\n[method]\ntype = 'fedkseed'\nestimator = 'auto'",
+            "C104: found model.dtype = 'float16' with training by gradients",
+        ),
         ("[method.train]\nepochs = 2", "C104: found method.train.epochs together with method.train.steps"),
     ],
 )

@@ -11,7 +11,7 @@ from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_sta
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.model.adapters import AdapterSettings, Lora
 from fedtune.model.rates import rate_conflicts, with_rates
-from fedtune.model.settings import ModelSettings, TrainSettings, whole_run
+from fedtune.model.settings import ModelSettings, TrainSettings, float16_conflicts, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
@@ -49,6 +49,7 @@ class AdapterTable(MethodTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from rate_conflicts(self.train, self.adapter.kind)
+        yield from float16_conflicts(recipe)
         yield from start_conflicts(self.head_start, recipe)
 
     @property

@@ -11,7 +11,7 @@ from fedtune.methods.base import Weight
 from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
-from fedtune.model.settings import TrainSettings
+from fedtune.model.settings import TrainSettings, float16_conflicts
 
 
 class Found(NamedTuple):
@@ -254,6 +254,8 @@ class FedKSeedSettings(MethodTable):
         if self.memory and (self.estimators or self.estimator != "auto"):
             yield "method.memory without method.estimator = 'auto'", "estimator = 'auto'", "remove it"
         yield from start_conflicts(self.head_start, recipe)
+        if not self.walks_only:
+            yield from float16_conflicts(recipe)
         if recipe.chain:
             yield (
                 f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'",

@@ -11,7 +11,7 @@ from fedtune.methods.base import Weight
 from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.rates import rate_conflicts, with_rates
-from fedtune.model.settings import TrainSettings
+from fedtune.model.settings import TrainSettings, float16_conflicts
 
 # Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public
 # re-implementation, or mild.
@@ -125,6 +125,7 @@ class SFPromptSettings(MethodTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from rate_conflicts(self.train, self.trains)
+        yield from float16_conflicts(recipe)
         if self.pruning == "none" and self.keep < 1:
             yield (
                 f"method.keep = {self.keep} with method.pruning = 'none'",

@@ -20,6 +20,7 @@ from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
 from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
+from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
 from fedtune.model.rates import with_rates
@@ -77,7 +78,7 @@ def fit(
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
     optimizer = make_optimizer(tunable, settings, rates or {})
     plan = list(step_batches(len(encoded), settings, seed))
-    loss_sum, examples, tokens, most = 0.0, 0, 0, settings.batch
+    loss_sum, examples, tokens = 0.0, 0, 0
     with training(tunable, settings, seed):
         for number, micro in enumerate(plan):
             factor = schedule_factor(settings, progress, number, len(plan))
@@ -89,7 +90,7 @@ def fit(
             if backward:
                 loss = backward(micro, batches, terms)
             else:
-                loss, most = in_memory(tunable, encoded, micro, batches, terms, settings.autocast, most)
+                loss = in_memory(tunable, encoded, micro, batches, terms, settings)
             if not math.isfinite(loss):
                 raise ClientFailed(
                     "W607",
@@ -119,11 +120,12 @@ def in_memory(
     micro: Sequence[Sequence[int]],
     batches: Sequence[dict[str, torch.Tensor]],
     terms: int,
-    mixed: str,
-    most: int,
-) -> tuple[float, int]:
-    """A step's loss with micro-batches of at most `most` examples, or half as many as often as memory is too
-    small; and what was enough."""
+    settings: TrainSettings,
+) -> float:
+    """A step's loss with its micro-batches, or with halves of them as often as memory is too small; what was
+    enough is enough for this process's later steps and clients, too."""
+    base = tunable.base
+    most = known_to_fit(base, "training", settings.batch)
     while True:
         pieces = [part[start : start + most] for part in micro for start in range(0, len(part), most)]
         try:
@@ -131,32 +133,24 @@ def in_memory(
                 tunable,
                 batches if len(pieces) == len(micro) else [encoded.collate(piece) for piece in pieces],
                 terms,
-                mixed,
-            ), most
-        except torch.OutOfMemoryError as error:
-            largest = max(map(len, pieces))
-            if largest == 1:
-                raise ClientFailed(
-                    "M309",
-                    sentence=f"a single example does not fit in the memory of {tunable.base.device}",
-                    do="lower data.max_length, set method.train.checkpointing, or use a larger device",
-                ) from error
-            most = (largest + 1) // 2
+                settings.autocast,
+            )
+        except RuntimeError as error:
+            most = halve(base, "training", max(map(len, pieces)), error)
         for value in tunable.parameters():  # what the failed try has added
             value.grad = None
-        if tunable.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(base)
 
 
 def here(tunable: TunableModel, batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str) -> float:
     """A step's loss and gradients by the tunable model's own network."""
-    loss = 0.0
+    parts = []
     for batch in batches:
         with autocast(tunable, mixed):
             part = summed_loss(tunable, batch)[0] / terms
         part.backward()
-        loss += part.item()
-    return loss
+        parts.append(part.detach())
+    return sum(part.item() for part in parts)  # at the end: each asks the device to finish
 
 
 def make_optimizer(
@@ -176,7 +170,8 @@ def make_optimizer(
         {"params": values, "lr": rate, "full_lr": rate} for rate, values in parts if values
     ]
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=s.weight_decay)
+        fused = tunable.base.device.type == "cuda"  # one kernel for all tensors; the CPU's bits stay
+        return torch.optim.AdamW(groups, weight_decay=s.weight_decay, fused=fused or None)
     return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
 
 

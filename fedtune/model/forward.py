@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
 from fedtune.model.tunable import TunableModel
@@ -37,9 +38,15 @@ def batch_of(tunable: TunableModel, encoded: Encoded, indices: list[int]) -> dic
 
 def mean_loss(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> float:
     """Cross entropy in nats, a token or an example."""
-    with autocast(tunable, "auto"):
-        total = summed_loss(tunable, batch)[0]
-    return float(total.item()) / carries(tunable.base.task, batch)
+
+    def loss(start: int, stop: int) -> float:
+        part = {name: value[start:stop] for name, value in batch.items()}
+        with autocast(tunable, "auto"):
+            return float(summed_loss(tunable, part)[0].item())
+
+    count = len(batch["labels"])
+    total = sum(losses_in_parts(tunable.base, count, count, loss))
+    return total / carries(tunable.base.task, batch)
 
 
 def device_bytes(tunable: TunableModel) -> int:

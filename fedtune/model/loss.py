@@ -12,6 +12,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded
+from fedtune.model.loss_pieces import before_output, in_pieces, summed_in_pieces
 from fedtune.model.tunable import TunableModel
 
 
@@ -29,14 +30,19 @@ def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[di
 
 def summed_loss(
     tunable: TunableModel, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(sum of the cross entropy in float32, logits, aligned labels).
 
     Language models: logits (examples, tokens - 1, vocabulary) predict labels (examples, tokens - 1). Virtual
-    tokens in front of the logits
-    (peft's prompts) are cut off.
+    tokens in front of the logits (peft's prompts) are cut off. Where the logits would be large there are none:
+    the loss is summed in pieces.
     """
     arguments, labels = inputs_of(tunable, batch)
+    if tunable.base.task in LM_TASKS and in_pieces(tunable.base, labels.numel()):
+        net = tunable.base.net
+        with before_output(net):
+            hidden = tunable.net(**arguments).logits
+        return summed_in_pieces(net, hidden[:, -labels.shape[1] : -1], labels[:, 1:]), None, labels[:, 1:]
     logits = tunable.net(**arguments).logits
     if tunable.base.task in LM_TASKS:
         logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]

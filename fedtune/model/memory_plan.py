@@ -14,7 +14,7 @@ from fedtune.hf.config import AUTO, load_config, locate
 from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import load_tokenizer
 from fedtune.model.adapters import Adapter
-from fedtune.model.base import Base, context_of, pick_device, reading, said_of
+from fedtune.model.base import Base, context_of, dtype_of, pick_device, reading, said_of
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.tunable import TunableModel, attach
@@ -59,7 +59,7 @@ def weightless(model: ModelSettings, task: str, labels: int | Sequence[str]) -> 
         config, chosen = load_config(place, task, labels, known)
         pooling, note = choose_pooling(model.pooling, place, task, chosen.kept, **known)
         with torch.device("meta"):
-            net = AUTO[task].from_config(config, dtype=getattr(torch, model.dtype))
+            net = AUTO[task].from_config(config, dtype=dtype_of(model))
     set_pooling(net, pooling)
     if task != "image-classify" and net.config.pad_token_id is None:
         net.config.pad_token_id = (

@@ -11,6 +11,7 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
+from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.frozen_front import FrozenFront
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
@@ -51,18 +52,21 @@ def score(
     loss, count = 0.0, 0
     said: list[int] = []
     wanted: list[int] = []
+
+    def part(start: int, stop: int) -> tuple[float, int, list[int], list[int]]:
+        examples = encoded.collate(order[start:stop])
+        known = front.of(tunable, (stop - start, start)) if front else nullcontext()
+        with autocast(tunable, "off"), known:
+            total, logits, labels = summed_loss(tunable, examples)
+        classes = [] if logits is None or language else logits.argmax(-1).tolist()
+        return total.item(), carries(tunable.base.task, examples), classes, [] if language else labels.tolist()
+
     tunable.net.eval()
     with torch.no_grad():
-        for start in range(0, len(order), batch):
-            examples = encoded.collate(order[start : start + batch])
-            known = front.of(tunable, (batch, start)) if front else nullcontext()
-            with autocast(tunable, "off"), known:
-                part, logits, labels = summed_loss(tunable, examples)
-            loss += part.item()
-            count += carries(tunable.base.task, examples)
+        for total, terms, classes, labels in losses_in_parts(tunable.base, len(order), batch, part):
+            loss, count = loss + total, count + terms
             if not language:
-                said += logits.argmax(-1).tolist()
-                wanted += labels.tolist()
+                said, wanted = said + classes, wanted + labels
     mean = loss / count
     if not math.isfinite(mean) or (language and mean > LARGEST):
         found, expected = (

@@ -24,8 +24,10 @@ class ModelSettings(Settings):
     encoder's own 1_Pooling/config.json says, else
     as the model's class does; pooler: as the class does, always; mean, cls, last: of the last states, padding
     left out."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen base; trainable tensors are float32 always."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base; trainable tensors are float32 always. auto: bfloat16 where the device computes
+    with it, else float32; all machines of a federation need the same. float16: for clients that only ask for
+    losses, not for training with gradients."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     threads: int = Field(0, ge=0)
@@ -132,6 +134,16 @@ class TrainSettings(Settings):
             )
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
+
+
+def float16_conflicts(recipe: Any) -> Iterator[tuple[str, str, str]]:
+    """For clients that train with gradients, of which float16 rounds a third and more to zero."""
+    if recipe.model.dtype == "float16":
+        yield (
+            "model.dtype = 'float16' with training by gradients, many of which are too small for it",
+            "float32, bfloat16 or auto",
+            "change model.dtype",
+        )
 
 
 def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:

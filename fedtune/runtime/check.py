@@ -96,6 +96,7 @@ def check(recipe: Recipe) -> Checked:
     said = [
         *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
         *rates,
+        *remarks_on_types(recipe),
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
     ]
@@ -173,6 +174,20 @@ def remarks_on_rates(recipe: Recipe) -> list[str]:
     if not recipe.method.rates_open:
         return []
     return [f"rates     auto: {with_rates(recipe).method.rates}"]
+
+
+def remarks_on_types(recipe: Recipe) -> list[str]:
+    """Which type "auto" stands for here, and a warning of one that this machine has no arithmetic for."""
+    from fedtune.model.base import dtype_of, has_bfloat16, pick_device
+
+    stored, device = str(dtype_of(recipe.model)).removeprefix("torch."), pick_device(recipe.model.device)
+    said = [f"dtype     auto: {stored} on {device}"] if recipe.model.dtype == "auto" else []
+    if stored == "bfloat16" and not has_bfloat16(device):
+        said.append(
+            f"dtype     {device} has no arithmetic for bfloat16: a step may take 20 times as long as with "
+            "model.dtype = 'float32'"
+        )
+    return said
 
 
 def traffic(

@@ -84,7 +84,8 @@ def pick(kind: Kind, side: Side, labels: torch.Tensor | None, shape: tuple[int, 
             return starts + tokens - 1
         return starts + (torch.arange(tokens, device=device) * (side.mask > 0)).argmax(1)
     if kind == "each" and labels is not None:
-        return (labels[:, 1:] != -100).nonzero() @ torch.tensor([tokens, 1], device=device)
+        at = (labels[:, 1:] != -100).nonzero()  # sums, since CUDA has no product of integer matrices
+        return at[:, 0] * tokens + at[:, 1]
     return torch.arange(batch * tokens, device=device)
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
+from fedtune.model import base
 from fedtune.model.base import load
 from fedtune.model.settings import ModelSettings
 from tests import tiny
@@ -129,3 +130,14 @@ def test_pickled_weights_are_refused(workspace: Any, tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(FedtuneError, match="M301"):
         load(ModelSettings(name=str(tmp_path), threads=1), "classify", ("a", "b"), 1)
+
+
+@pytest.mark.parametrize(("flags", "wanted"), [("sse2 avx512_bf16", "bfloat16"), ("sse2 avx2", "float32")])
+def test_a_type_left_open_is_half_precision_where_the_processor_computes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, wanted: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(base, "CPU", tmp_path / "cpuinfo")
+    assert base.dtype_of(ModelSettings(dtype="auto", device="cpu")) == getattr(torch, wanted)
+    monkeypatch.setattr(base, "CPU", tmp_path / "nothing")
+    assert base.dtype_of(ModelSettings(dtype="auto", device="cpu")) == torch.float32

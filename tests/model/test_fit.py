@@ -134,7 +134,7 @@ def test_accumulation_equals_one_big_batch(workspace: Any, model: str) -> None:
 
 @pytest.mark.parametrize("room", [3, 1, 0])
 def test_a_micro_batch_that_does_not_fit_the_device_is_halved_and_the_step_done_again(
-    workspace: Any, room: int, monkeypatch: pytest.MonkeyPatch
+    workspace: Any, room: int, monkeypatch: pytest.MonkeyPatch, forgetful: None
 ) -> None:
     """A device that holds `room` examples: 8 are tried as 4, 2, 1; the sums are those of one big batch. Not
     even one: a sentence."""
@@ -171,6 +171,9 @@ def test_a_micro_batch_that_does_not_fit_the_device_is_halved_and_the_step_done_
     assert seen[0] == 8 and max(seen[-4:]) == (
         2 if room == 3 else 1
     )  # the second step does not try again what was too much
+    seen.clear()
+    trained(room)
+    assert max(seen) <= room  # nor does the next client
     for name, value in whole.items():
         np.testing.assert_allclose(halved[name], value, atol=2e-6)
 

@@ -11,6 +11,7 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.model.encode import encode
+from fedtune.model.forward import mean_loss
 from fedtune.model.frozen_front import FrozenFront
 from fedtune.model.score import score
 from fedtune.model.tunable import attach
@@ -94,3 +95,49 @@ def test_what_frozen_blocks_say_is_computed_once_and_changes_no_score(
     finally:
         with torch.no_grad():
             frozen.div_(1.5)
+
+
+@pytest.mark.parametrize("room", [5, 1, 0])
+def test_scores_come_in_smaller_batches_where_memory_is_small(
+    workspace: Any, room: int, monkeypatch: pytest.MonkeyPatch, forgetful: None
+) -> None:
+    """A device that holds `room` examples: 8 are tried as 4, 2, 1; the score is the same, and the next one
+    begins with what fits. So does a loss without gradients."""
+    base = workspace.base("encoder")
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate((tiny.SENTENCES * 3)[:16])]
+    encoded, tunable = encode(rows, base, max_length=12), attach(base, adapter_of(kind="head"), 1)
+    batch = encoded.collate(range(16))
+    want, loss = score(tunable, encoded, 8), mean_loss(tunable, batch)
+    real, seen = base.net.forward, list[int]()
+
+    def forward(*given: Any, **named: Any) -> Any:
+        seen.append(len(named["input_ids"]))
+        if seen[-1] > room:
+            raise torch.OutOfMemoryError("pretended")
+        return real(*given, **named)
+
+    monkeypatch.setattr(base.net, "forward", forward)
+    if room == 0:
+        with pytest.raises(FedtuneError, match="M309: a single example"):
+            score(tunable, encoded, 8)
+        return
+    got = score(tunable, encoded, 8, FrozenFront())
+    assert (got.metric, got.said, got.wanted) == (want.metric, want.said, want.wanted)
+    assert math.isclose(got.loss, want.loss, rel_tol=1e-5)
+    assert seen[0] == 8 and seen[-1] == min(room, 4)
+    seen.clear()
+    assert math.isclose(mean_loss(tunable, batch), loss, rel_tol=1e-5) and max(seen) <= room
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch, forgetful: None
+) -> None:
+    def forward(**named: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    base = workspace.base("encoder")
+    tunable = attach(base, adapter_of(kind="head"), 1)
+    monkeypatch.setattr(base.net, "forward", forward)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        score(tunable, workspace.encoded("encoder"), 4)
+    assert not base.fits
