@@ -106,7 +106,7 @@ def can_fork() -> bool:
 
 
 def uses_gpu() -> bool:
-    """Whether this process has begun to use CUDA; without torch it has not, and torch is not loaded to ask."""
+    """Whether this process has begun to use CUDA; torch is not loaded to ask."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
 

@@ -250,7 +250,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes with bfloat16 itself. Where it does not, a step was 20 times slower than with
     float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     with suppress(OSError):  # another system than Linux
         return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(CPU.read_text().split()))
     return False

@@ -1,4 +1,4 @@
-"""Passes in as many parts as the device's memory asks for; what was too much is not tried again by this process."""
+"""Passes in as many parts as the device's memory asks for; a process does not try again what was too much."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def known_to_fit(base: Base, use: Use, wanted: int) -> int:
 
 
 def halve(base: Base, use: Use, tried: int, error: RuntimeError) -> int:
-    """Half of the examples that were too many, noted for later passes. Raises `error` where memory is not what
-    it is about, ClientFailed M309 where a single example was too much."""
+    """Half of the examples that were too many, noted for later passes. Raises `error` where it is not about
+    memory, ClientFailed M309 where a single example was too much."""
     if not isinstance(error, torch.OutOfMemoryError) and not any(text in str(error) for text in ALSO):
         raise error
     if tried == 1:
@@ -41,9 +41,11 @@ def release(base: Base) -> None:
         torch.cuda.empty_cache()
 
 
-def losses_in_parts(base: Base, count: int, most: int, work: Callable[[int, int], Result]) -> Iterator[Result]:
-    """`work` on the examples [start, stop), for parts of at most `most` that cover all of them in order; smaller
-    ones where the device has no memory for them. Raises ClientFailed M309."""
+def losses_in_parts(
+    base: Base, count: int, most: int, work: Callable[[int, int], Result]
+) -> Iterator[Result]:
+    """`work` on the examples [start, stop), for parts of at most `most` that cover all of them in order;
+    smaller ones where the device has no memory for them. Raises ClientFailed M309."""
     start, most = 0, known_to_fit(base, "losses", most)
     while start < count:
         stop = min(start + most, count)

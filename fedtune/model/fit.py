@@ -150,7 +150,7 @@ def here(tunable: TunableModel, batches: Sequence[dict[str, torch.Tensor]], term
             part = summed_loss(tunable, batch)[0] / terms
         part.backward()
         parts.append(part.detach())
-    return sum(part.item() for part in parts)  # at the end: each asks the device to finish
+    return sum(float(part) for part in parts)  # at the end: each asks the device to finish
 
 
 def make_optimizer(

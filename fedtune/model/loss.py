@@ -34,8 +34,8 @@ def summed_loss(
     """(sum of the cross entropy in float32, logits, aligned labels).
 
     Language models: logits (examples, tokens - 1, vocabulary) predict labels (examples, tokens - 1). Virtual
-    tokens in front of the logits (peft's prompts) are cut off. Where the logits would be large there are none:
-    the loss is summed in pieces.
+    tokens in front of the logits (peft's prompts) are cut off. Where the logits would be large there are
+    none: the loss is summed in pieces.
     """
     arguments, labels = inputs_of(tunable, batch)
     if tunable.base.task in LM_TASKS and in_pieces(tunable.base, labels.numel()):

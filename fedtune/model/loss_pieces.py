@@ -57,8 +57,8 @@ def logits_apart(base: Base) -> bool:
 
 @contextmanager
 def before_output(net: Any) -> Iterator[list[tuple[torch.Tensor, int]]]:
-    """Forward passes that end in front of the output layer: their "logits" are the hidden states that it would
-    have been given. Yields them as they come, each with its count of changes in place."""
+    """Forward passes that end in front of the output layer: their "logits" are the hidden states that it
+    would have been given. Yields them as they come, each with its count of changes in place."""
     layer, heard = net.get_output_embeddings(), list[tuple[torch.Tensor, int]]()
     own = vars(layer).copy()  # somebody else's forward, put on it as this one is
 
@@ -75,8 +75,8 @@ def before_output(net: Any) -> Iterator[list[tuple[torch.Tensor, int]]]:
 
 
 def summed_in_pieces(net: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropy in float32 over the labels (examples, tokens) that are not -100, from the hidden
-    states (examples, tokens, width) in front of the output layer."""
+    """Sum of the cross entropy in float32 over the labels (examples, tokens) that are not -100, from the
+    hidden states (examples, tokens, width) in front of the output layer."""
     at = (labels != IGNORED).flatten().nonzero().flatten()
     rows, wanted = hidden.flatten(0, 1)[at], labels.flatten()[at]
     layer, size = net.get_output_embeddings(), rows_of(net)

@@ -11,7 +11,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.encode import encode
 from fedtune.model.generate import generated, questions
-from fedtune.model.loss import autocast, summed_loss
+from fedtune.model.loss import autocast, inputs_of
 from fedtune.model.tunable import TunableModel
 
 Row = Mapping[str, Any]
@@ -29,7 +29,8 @@ def classes_of(tunable: TunableModel, rows: Sequence[Row], batch: int, **how: An
         for start in range(0, len(order), batch):
             numbers = order[start : start + batch]
             with autocast(tunable, "off"):
-                _, logits, _ = summed_loss(tunable, encoded.collate(numbers))
+                arguments, _ = inputs_of(tunable, encoded.collate(numbers))
+                logits = tunable.net(**arguments).logits
             shares = logits.float().softmax(-1).tolist()
             found |= {n: dict(zip(labels, row, strict=True)) for n, row in zip(numbers, shares, strict=True)}
     return [found[number] for number in range(len(rows))]

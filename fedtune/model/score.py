@@ -59,7 +59,12 @@ def score(
         with autocast(tunable, "off"), known:
             total, logits, labels = summed_loss(tunable, examples)
         classes = [] if logits is None or language else logits.argmax(-1).tolist()
-        return total.item(), carries(tunable.base.task, examples), classes, [] if language else labels.tolist()
+        return (
+            total.item(),
+            carries(tunable.base.task, examples),
+            classes,
+            [] if language else labels.tolist(),
+        )
 
     tunable.net.eval()
     with torch.no_grad():
