@@ -162,11 +162,11 @@ def write_csv(file: IO[str], rows: Iterator[dict[str, Any]]) -> None:
     writer = None
     for row in rows:
         row.pop("probabilities", None)
-        writer = writer or started(file, row)
+        writer = writer or csv_writer(file, row)
         writer.writerow(row)
 
 
-def started(file: IO[str], row: Mapping[str, Any]) -> csv.DictWriter[str]:
+def csv_writer(file: IO[str], row: Mapping[str, Any]) -> csv.DictWriter[str]:
     names = [*row, *(["probability"] if "prediction" in row and "probability" not in row else [])]
     writer = csv.DictWriter(file, names, extrasaction="ignore")
     writer.writeheader()

@@ -261,7 +261,7 @@ def loaded(folder: Path, experts: Mapping[str, Tensors], always: Tensors) -> Rou
             "M305", f"a router over '{gone[0]}', which is not there", "its experts", "make the router again"
         )
     chosen = {name: experts[name] for name in names}
-    made = router(chosen, always, Routing(gate="arrow"), causal, null=null)
+    made = router(chosen, always, Routing(gate="fixed"), causal, null=null)  # until the file's own gates
     gates = from_tensors(load_file(folder / GATES), about["gate"] == "arrow", about["gate"] == "means")
     for module, layer in made.layers.items():
         layer.gate = gates[module]

@@ -175,7 +175,9 @@ def position_limit(net: Any) -> int | None:
 def width_of(config: Any) -> int:
     """Width of the hidden states behind the last block: of the text model, where there are several; 0 where
     the configuration does not say."""
-    text = config.get_text_config().to_dict() | config.to_dict()
-    named = getattr(config.get_text_config(), "hidden_size", None)  # under whatever name, as in GPT-2
-    stages = next((text[key] for key in ("hidden_sizes", "embed_dims") if text.get(key)), [0])
-    return int(named or stages[-1])
+    text = config.get_text_config()
+    if named := getattr(text, "hidden_size", None):  # under whatever name, as in GPT-2
+        return int(named)
+    known = text.to_dict() | config.to_dict()
+    stages = next((known[key] for key in ("hidden_sizes", "embed_dims") if known.get(key)), [0])
+    return int(stages[-1])

@@ -7,6 +7,7 @@ whoever loads it later maps that. The cache is $XDG_CACHE_HOME/fedtune/gguf (~/.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -49,10 +50,16 @@ def unpacked(file: Path) -> Path:
         raise unreadable(file, f"cannot be read ({type(error).__name__})") from None
     if magic != MAGIC:
         raise unreadable(file, "does not begin like a GGUF file")
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    place = cache() / f"{digest}-{FORM}"
+    about = file.stat()
+    place = cache() / f"{digest_of(file, about.st_size, about.st_mtime_ns)}-{FORM}"
     return place if place.exists() else dequantise(file, place)
+
+
+@functools.lru_cache(64)  # a run asks for its model's folder several times
+def digest_of(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, as long as it has this size and was last changed then."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def cache() -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.model.adapters import AdapterSettings, Lora
-from fedtune.model.rates import rate_conflicts, with_rates
+from fedtune.model.rates import rate_conflicts, rates_of, with_rates
 from fedtune.model.settings import ModelSettings, TrainSettings, float16_conflicts, whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
@@ -30,8 +30,8 @@ def weight_of(kind: Weight, data: Encoded) -> float:
     return {"examples": float(len(data)), "tokens": float(data.tokens), "equal": 1.0}[kind]
 
 
-class AdapterTable(MethodTable):
-    """[method] of a method that trains an adapter."""
+class TrainedTable(MethodTable):
+    """[method] of a method whose clients train for some steps or epochs."""
 
     weight: Weight = "examples"
     """What a client's answer counts for in the mean."""
@@ -40,15 +40,19 @@ class AdapterTable(MethodTable):
     before the first round: means (of each class), ridge (a least-squares map) or lda (linear discriminants),
     the last two for (width x width) more numbers. auto: lda for classes, means where the head has no bias or
     is wider than 1,024; what a file has trained stays."""
-    adapter: AdapterSettings = Lora()
     train: TrainSettings = TrainSettings()
+
+    @property
+    def trains(self) -> str:
+        """Kind of adapter that the training is like, for its learning rate."""
+        raise NotImplementedError(f"'{self.type}' does not say what it trains")
 
     @property
     def by_steps(self) -> bool:
         return bool(self.train.steps)
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        yield from rate_conflicts(self.train, self.adapter.kind)
+        yield from rate_conflicts(self.train, self.trains, rates_of(self.trains))
         yield from float16_conflicts(recipe)
         yield from start_conflicts(self.head_start, recipe)
 
@@ -61,7 +65,7 @@ class AdapterTable(MethodTable):
         return self.train.rates
 
     def with_rates(self, width: int) -> Self:
-        train = with_rates(self.train, self.adapter.kind, width, self.head_start != "random")
+        train = with_rates(self.train, rates_of(self.trains), width, self.head_start != "random")
         return self.model_copy(update={"train": train})
 
     def fitting_rates(self, width: int) -> str:
@@ -69,6 +73,16 @@ class AdapterTable(MethodTable):
 
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
+
+
+class AdapterTable(TrainedTable):
+    """[method] of a method that trains an adapter."""
+
+    adapter: AdapterSettings = Lora()
+
+    @property
+    def trains(self) -> str:
+        return self.adapter.kind
 
 
 class AveragedTensors:

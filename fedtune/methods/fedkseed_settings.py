@@ -11,26 +11,25 @@ from fedtune.methods.base import Weight
 from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
+from fedtune.model.rates import Rates, rate_conflicts, with_rates
 from fedtune.model.settings import TrainSettings, float16_conflicts
 
 
 class Found(NamedTuple):
-    """Rates that fit one kind of adapter: of the walk, of training before a projection, and its gain."""
+    """What fits one kind of adapter: the rate of a walk, training before a projection, and its gain."""
 
     lr: float
-    train_lr: float
+    train: Rates
     gain: float = 1.0
-    head_lr: float = 0.5
-    optimizer: Literal["adamw", "sgd"] = "sgd"
 
 
 # By seed 11 on a tuning split of CLINC150's domains (MiniLM, K = 4096). Of all weights a projection keeps so
 # little of an update's length that a gain of 1 adds more noise than it takes.
 FOUND = {
-    "full": Found(1e-6, 0.1, 0.1),
-    "lora": Found(1e-4, 0.05),
-    "bias": Found(1e-4, 0.05),
-    "head": Found(3e-3, 2e-2, head_lr=2e-2, optimizer="adamw"),
+    "full": Found(1e-6, Rates(0.1, 0.5, 0.0, "sgd", matrices=False), 0.1),
+    "lora": Found(1e-4, Rates(0.05, 0.5, 0.0, "sgd", matrices=False)),
+    "bias": Found(1e-4, Rates(0.05, 0.5, 0.0, "sgd", matrices=False)),
+    "head": Found(3e-3, Rates(2e-2, 2e-2, 0.0, matrices=False)),
 }
 OTHER = FOUND["lora"]
 
@@ -143,23 +142,17 @@ class FedKSeedSettings(MethodTable):
         return "; ".join(filter(None, (walk, train)))
 
     def with_rates(self, width: int) -> Self:
-        known, train, given = self.found, self.train, self.train.lr != "auto"
-        optimizer = train.optimizer if train.optimizer != "auto" else "sgd" if given else known.optimizer
-        head = known.head_lr if not given and self.head_start != "random" else 0.0
-        numbers = {
-            "optimizer": optimizer,
-            "lr": train.lr if given else known.train_lr,
-            "head_lr": head if train.head_lr == "auto" else train.head_lr,
-        }
+        known = self.found
         values = {
             "lr": known.lr if self.lr == "auto" else self.lr,
             "gain": known.gain if self.gain == "auto" else self.gain,
-            "train": train.model_copy(update=numbers),
+            "train": with_rates(self.train, known.train, width, self.head_start != "random", "sgd"),
         }
         return self.model_copy(update=values)
 
     def fitting_rates(self, width: int) -> str:
-        return self.model_copy(update={"lr": "auto", "gain": "auto"}).with_rates(width).rates
+        open_ = {"lr": "auto", "gain": "auto", "train": ProjectSettings()}
+        return self.model_copy(update=open_).with_rates(width).rates
 
     @property
     def walks_only(self) -> bool:
@@ -171,12 +164,7 @@ class FedKSeedSettings(MethodTable):
         return self.uplink == "steps" or (self.uplink == "auto" and self.walks_only)
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        if self.train.lr == "auto" and self.train.optimizer not in ("auto", self.found.optimizer):
-            yield (
-                f"method.train.optimizer = '{self.train.optimizer}' without method.train.lr",
-                f"a learning rate, because the one that is known is for '{self.found.optimizer}'",
-                "set method.train.lr",
-            )
+        yield from rate_conflicts(self.train, self.trained.kind, self.found.train)
         if self.size & (self.size - 1):
             yield f"method.size = {self.size}", "a power of two", "set it to 1024, 4096 or 65536"
         if self.directions == "gaussian" and self.pool == "hadamard":

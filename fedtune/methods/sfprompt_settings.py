@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fedtune.methods.base import Weight
-from fedtune.methods.head_start import HeadStart, start_conflicts
-from fedtune.methods.interface import MethodTable
-from fedtune.model.rates import rate_conflicts, with_rates
-from fedtune.model.settings import TrainSettings, float16_conflicts
+from fedtune.methods.base import TrainedTable
+from fedtune.methods.head_start import HeadStart
 
 # Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public
 # re-implementation, or mild.
 PAPER: dict[str, Any] = {"head": 1, "local_update": 2, "pruning": "el2n", "keep": 0.5}
 
 
-class SFPromptSettings(MethodTable):
+class SFPromptSettings(TrainedTable):
     """[method] type = "sfprompt"."""
 
     type: Literal["sfprompt"] = "sfprompt"
@@ -62,12 +59,9 @@ class SFPromptSettings(MethodTable):
     """On real sites: let the body service take micro-batches of several clients in one pass. Faster, but the
     last bits of a result then depend on
     who was served together."""
-    weight: Weight = "examples"
-    """What a client's answer counts for in the mean."""
     head_start: HeadStart = "auto"
     """As for fedpeft. The features come through the body,
     once more than training needs."""
-    train: TrainSettings = TrainSettings()
 
     @model_validator(mode="before")
     @classmethod
@@ -77,31 +71,9 @@ class SFPromptSettings(MethodTable):
         return given
 
     @property
-    def by_steps(self) -> bool:
-        return bool(self.train.steps)
-
-    @property
     def trains(self) -> str:
         """What kind of adapter the tail's training is like, for its learning rate."""
         return "lora" if self.lora_rank else "full" if self.tail else "prompt"
-
-    @property
-    def rates_open(self) -> bool:
-        return self.train.open
-
-    @property
-    def rates(self) -> str:
-        return self.train.rates
-
-    def with_rates(self, width: int) -> Self:
-        train = with_rates(self.train, self.trains, width, self.head_start != "random")
-        return self.model_copy(update={"train": train})
-
-    def fitting_rates(self, width: int) -> str:
-        return self.model_copy(update={"train": TrainSettings()}).with_rates(width).rates
-
-    def depends_on_rounds(self) -> list[str]:
-        return self.train.depends_on_rounds()
 
     @property
     def head_learns(self) -> bool:
@@ -124,8 +96,7 @@ class SFPromptSettings(MethodTable):
         )
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        yield from rate_conflicts(self.train, self.trains)
-        yield from float16_conflicts(recipe)
+        yield from super().conflicts(recipe)
         if self.pruning == "none" and self.keep < 1:
             yield (
                 f"method.keep = {self.keep} with method.pruning = 'none'",
@@ -170,7 +141,6 @@ class SFPromptSettings(MethodTable):
                 "no checkpointing, because the body recomputes anyway and the tail is small",
                 "remove it",
             )
-        yield from start_conflicts(self.head_start, recipe)
         if recipe.aggregate.rule != "mean":
             yield (
                 f"aggregate.rule = '{recipe.aggregate.rule}' with method.type = 'sfprompt'",

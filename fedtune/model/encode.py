@@ -55,6 +55,10 @@ class Encoded:
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
+    def by_length(self) -> list[int]:
+        """Numbers of the examples, long ones first, so that batches hold little padding."""
+        return sorted(range(len(self)), key=lambda i: (-self.length(i), i))
+
     def length(self, index: int) -> int:
         """Tokens of one example; 1 for an image."""
         return len(self.examples[index].get("input_ids", (0,)))

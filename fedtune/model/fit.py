@@ -23,7 +23,7 @@ from fedtune.model.adapters.wrap import plain
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
-from fedtune.model.rates import with_rates
+from fedtune.model.rates import rates_of, with_rates
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
@@ -158,7 +158,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW or SGD; the task head, and tensors in `rates`, are groups of their own where they have their own
     rate."""
-    s = with_rates(s, tunable.kind, width_of(tunable.base.net.config))
+    if s.open:
+        s = with_rates(s, rates_of(tunable.kind), width_of(tunable.base.net.config))
     head = {name for name in tunable.named if s.head_lr and in_head(tunable.base, plain(name))}
     rest = tunable.named.keys() - head - rates.keys()
     parts = [

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.blocks import is_encoder
-from fedtune.model.encode import Encoded
+from fedtune.model.encode import IGNORED, Encoded
 from fedtune.model.loss_pieces import before_output, in_pieces, summed_in_pieces
 from fedtune.model.tunable import TunableModel
 
@@ -56,7 +56,7 @@ def summed_loss(
 def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
     """How many terms a batch's loss sums over: predicted tokens, or examples."""
     labels = batch["labels"]
-    return int((labels[:, 1:] != -100).sum()) if task in LM_TASKS else len(labels)
+    return int((labels[:, 1:] != IGNORED).sum()) if task in LM_TASKS else len(labels)
 
 
 def check_room(tunable: TunableModel, encoded: Encoded) -> None:
@@ -84,7 +84,7 @@ def check_room(tunable: TunableModel, encoded: Encoded) -> None:
 def tokens_in(batch: dict[str, torch.Tensor]) -> int:
     """As `Encoded.tokens` counts: predicted tokens (language models), all tokens (classify), images."""
     if batch["labels"].ndim == 2:
-        return int((batch["labels"][:, 1:] != -100).sum())
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["labels"])
 
 

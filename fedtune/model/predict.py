@@ -22,7 +22,7 @@ def classes_of(tunable: TunableModel, rows: Sequence[Row], batch: int, **how: An
     """Label -> probability of every row of {text} or {image}, in their order; `how` as in `encode`."""
     labels = tunable.base.labels
     encoded = encode([{**row, "label": labels[0]} for row in rows], tunable.base, **how)
-    order = sorted(range(len(encoded)), key=lambda i: (-encoded.length(i), i))
+    order = encoded.by_length()
     found: dict[int, dict[str, float]] = {}
     tunable.net.eval()
     with torch.no_grad():

@@ -46,19 +46,24 @@ def rates_of(kind: str) -> Rates:
     return RATES.get("full" if kind == "none" else kind, OTHER)
 
 
-def with_rates(train: Train, kind: str, width: int, head_starts: bool = True) -> Train:
+def with_rates(
+    train: Train,
+    rates: Rates,
+    width: int,
+    head_starts: bool = True,
+    otherwise: Literal["adamw", "sgd"] = "adamw",
+) -> Train:
     """The settings with a number wherever they say "auto". A rate that they give is the head's too, unless
-    that has its own, and AdamW's, unless they name another optimiser.
+    that has its own.
 
-    kind         of adapter, as in [method.adapter]
     width        of the model's hidden states; 0 where nobody knows
     head_starts  whether the task head starts from the data (or is a file's own) rather than at random
+    otherwise    the optimiser of a rate that they give, where they name none
     """
-    rates = rates_of(kind)
     open_ = train.lr == "auto"
     shrink = WIDTH / width if rates.matrices and width else 1.0
     own = rates.head_lr if head_starts else rates.fresh_head_lr
-    default = rates.optimizer if open_ else "adamw"
+    default = rates.optimizer if open_ else otherwise
     values = {
         "optimizer": default if train.optimizer == "auto" else train.optimizer,
         "lr": rounded(rates.lr * shrink) if train.lr == "auto" else train.lr,
@@ -67,9 +72,9 @@ def with_rates(train: Train, kind: str, width: int, head_starts: bool = True) ->
     return train.model_copy(update=values)
 
 
-def rate_conflicts(train: TrainSettings, kind: str) -> Iterator[tuple[str, str, str]]:
-    """For a table's `conflicts`: the rates were found for one optimiser."""
-    known = rates_of(kind).optimizer
+def rate_conflicts(train: TrainSettings, kind: str, rates: Rates) -> Iterator[tuple[str, str, str]]:
+    """For a table's `conflicts`: the rates of a kind were found for one optimiser."""
+    known = rates.optimizer
     if train.lr == "auto" and train.optimizer not in ("auto", known):
         yield (
             f"method.train.optimizer = '{train.optimizer}' without method.train.lr",

@@ -48,7 +48,7 @@ def score(
         )
     check_room(tunable, encoded)
     language = tunable.base.task in LM_TASKS
-    order = sorted(range(len(encoded)), key=lambda i: (-encoded.length(i), i))
+    order = encoded.by_length()
     loss, count = 0.0, 0
     said: list[int] = []
     wanted: list[int] = []

@@ -85,7 +85,7 @@ def check(recipe: Recipe) -> Checked:
     base = check_context(recipe, federation.labels)
     plan = costs.plan(recipe.model, recipe.data.task, len(federation.labels))
     table, ranks = recipe.method.explain(recipe, [client.name for client in federation.clients], plan)
-    rates = remarks_on_rates(recipe)
+    auto = recipe.method.rates_open
     recipe = with_rates(recipe.model_copy(update={"method": table}))
     method, chain = method_of(recipe), transforms.build(recipe.chain)
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
@@ -95,7 +95,7 @@ def check(recipe: Recipe) -> Checked:
     texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
     said = [
         *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
-        *rates,
+        *([f"rates     auto: {recipe.method.rates}"] if auto else []),
         *remarks_on_types(recipe),
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
@@ -167,13 +167,6 @@ def check_context(recipe: Recipe, labels: Sequence[str]) -> Base:
     if recipe.data.task != "image-classify":
         check_length(replace(base, context=context_of(base.net)), recipe.data.max_length)
     return base
-
-
-def remarks_on_rates(recipe: Recipe) -> list[str]:
-    """Which learning rates "auto" stands for."""
-    if not recipe.method.rates_open:
-        return []
-    return [f"rates     auto: {with_rates(recipe).method.rates}"]
 
 
 def remarks_on_types(recipe: Recipe) -> list[str]:

@@ -26,6 +26,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.schema import digest
 from fedtune.types import Tensors
 from tests import small, tiny
+from tests.methods.sfprompt_data import write_images, write_sentences
 
 TRAIN = {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}
 SPLIT = {"type": "sfprompt", "prompts": 3, "prompt_lr": 0.05, "codec": "fp32", "train": TRAIN}
@@ -34,28 +35,12 @@ IMAGES = {"data__source": "images", "data__task": "image-classify", "data__clien
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of 3 to 7 words, so that batches hold padding."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    cut = [
-        {**row, "text": " ".join(row["text"].split()[: 3 + number % 5])}
-        for number, row in enumerate(small.rows())
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in cut))
-    return path
+    return write_sentences(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of grey noise, one darker."""
-    from PIL import Image
-
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for number in range(40):
-        (folder / "ab"[number % 2]).mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, (128, 256)[number % 2], (8, 8), dtype=np.uint8)).save(
-            folder / "ab"[number % 2] / f"{number}.png"
-        )
-    return folder
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **more: Any) -> Recipe:

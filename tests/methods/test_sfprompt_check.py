@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,13 @@ import pytest
 from fedtune.errors import FedtuneError
 from fedtune.runtime.check import check, rows
 from tests import small
+from tests.methods.sfprompt_data import write_sentences
 from tests.methods.test_sfprompt import recipe_of
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of 3 to 7 words, so that batches hold padding."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    cut = [
-        {**row, "text": " ".join(row["text"].split()[: 3 + number % 5])}
-        for number, row in enumerate(small.rows())
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in cut))
-    return path
+    return write_sentences(tmp_path_factory.mktemp("rows"))
 
 
 def test_a_blind_shortcut_is_refused_by_check_and_before_the_first_round(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedtune.config import Recipe
@@ -26,33 +24,18 @@ from fedtune.split.grpc_server import serve
 from fedtune.split.service import Service
 from fedtune.split.session import Tokens
 from tests import small
+from tests.methods.sfprompt_data import write_images, write_sentences
 from tests.methods.test_sfprompt import IMAGES, TRAIN, methods_round, recipe_of, through_cut
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences of 3 to 7 words, so that batches hold padding."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    cut = [
-        {**row, "text": " ".join(row["text"].split()[: 3 + number % 5])}
-        for number, row in enumerate(small.rows())
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in cut))
-    return path
+    return write_sentences(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of grey noise, one darker."""
-    from PIL import Image
-
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for number in range(40):
-        (folder / "ab"[number % 2]).mkdir(exist_ok=True)
-        Image.fromarray(draw.integers(0, (128, 256)[number % 2], (8, 8), dtype=np.uint8)).save(
-            folder / "ab"[number % 2] / f"{number}.png"
-        )
-    return folder
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import fedtune
 from fedtune.config import decided, parse
 from fedtune.errors import FedtuneError
+from fedtune.methods import METHODS
 from fedtune.model.adapters import ADAPTERS
 from fedtune.model.rates import RATES, WIDTH, with_rates
 from fedtune.model.settings import TrainSettings
@@ -18,29 +19,29 @@ from tests import small, tiny
 
 @pytest.mark.parametrize("kind", sorted(ADAPTERS))
 def test_every_kind_has_rates(kind: str) -> None:
-    made = with_rates(TrainSettings(), kind, WIDTH)
+    made = with_rates(TrainSettings(), RATES[kind], WIDTH)
     assert (made.optimizer, made.lr, made.head_lr) == (
         RATES[kind].optimizer,
         RATES[kind].lr,
         RATES[kind].head_lr,
     )
-    assert not made.open and with_rates(made, kind, 64) == made
+    assert not made.open and with_rates(made, RATES[kind], 64) == made
 
 
 def test_rates_of_matrices_go_with_the_width_and_those_of_vectors_do_not() -> None:
-    assert with_rates(TrainSettings(), "lora", 4 * WIDTH).lr == pytest.approx(RATES["lora"].lr / 4)
-    assert with_rates(TrainSettings(), "bias", 4 * WIDTH).lr == RATES["bias"].lr
+    assert with_rates(TrainSettings(), RATES["lora"], 4 * WIDTH).lr == pytest.approx(RATES["lora"].lr / 4)
+    assert with_rates(TrainSettings(), RATES["bias"], 4 * WIDTH).lr == RATES["bias"].lr
 
 
 def test_a_head_that_starts_at_random_has_a_rate_of_its_own() -> None:
-    assert with_rates(TrainSettings(), "lora", WIDTH, False).head_lr == RATES["lora"].fresh_head_lr
+    assert with_rates(TrainSettings(), RATES["lora"], WIDTH, False).head_lr == RATES["lora"].fresh_head_lr
 
 
 def test_a_rate_that_is_given_holds_for_the_head_too() -> None:
-    made = with_rates(TrainSettings(lr=3e-4), "head", WIDTH)
+    made = with_rates(TrainSettings(lr=3e-4), RATES["head"], WIDTH)
     assert (made.optimizer, made.lr, made.head_lr) == ("adamw", 3e-4, 0.0)
-    assert with_rates(TrainSettings(lr=3e-4, head_lr=1e-2), "lora", WIDTH).head_lr == 1e-2
-    assert with_rates(TrainSettings(head_lr=1e-2), "lora", WIDTH).head_lr == 1e-2
+    assert with_rates(TrainSettings(lr=3e-4, head_lr=1e-2), RATES["lora"], WIDTH).head_lr == 1e-2
+    assert with_rates(TrainSettings(head_lr=1e-2), RATES["lora"], WIDTH).head_lr == 1e-2
 
 
 @pytest.mark.parametrize("width", [32, 48])
@@ -68,3 +69,9 @@ def test_an_optimiser_whose_rate_nobody_knows_is_refused(tmp_path: Path) -> None
     tree = small.tree(Path("none"), tmp_path, method__train={"optimizer": "sgd", "steps": 2})
     with pytest.raises(FedtuneError, match=r"C104: .*'sgd' without method.train.lr"):
         parse(tree)
+
+
+def test_what_would_fit_is_said_whatever_the_recipe_says() -> None:
+    table = METHODS["fedkseed"].model_validate({"type": "fedkseed", "lr": 1.0, "train": {"lr": 9.0}})
+    assert table.fitting_rates(WIDTH) == METHODS["fedkseed"](type="fedkseed").fitting_rates(WIDTH)
+    assert "9.0" not in table.fitting_rates(WIDTH)

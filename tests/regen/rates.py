@@ -39,7 +39,7 @@ def generate() -> dict[str, str]:
         for name, r in RATES.items()
     ]
     walks = [
-        f"| {name} | {f.lr:g} | {f.optimizer} | {f.train_lr:g} | {f.head_lr:g} | {f.gain:g} |"
+        f"| {name} | {f.lr:g} | {f.train.optimizer} | {f.train.lr:g} | {f.train.head_lr:g} | {f.gain:g} |"
         for name, f in FOUND.items()
     ]
     return {"docs/rates.md": TEXT + "\n".join(kinds) + "\n" + WALKS + "\n".join(walks) + "\n"}
