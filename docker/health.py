@@ -1,5 +1,5 @@
-"""Is it well? server: the gate takes connections. client: the worker answers, also while it trains. Standard
-library only: it runs all the time."""
+"""Is it well? server: the gateway takes connections. client: the worker answers, also while it trains.
+Standard library only: it runs all the time."""
 
 import glob
 import json
@@ -9,7 +9,7 @@ import sys
 SECONDS = 25.0  # a machine may be busy
 
 
-def gate() -> None:
+def gateway() -> None:
     socket.create_connection(("127.0.0.1", 9443), SECONDS).close()
 
 
@@ -24,6 +24,6 @@ def worker() -> None:
 
 
 try:
-    {"server": gate, "client": worker}[sys.argv[1]]()
+    {"server": gateway, "client": worker}[sys.argv[1]]()
 except (OSError, ValueError) as error:
     sys.exit(f"not well: {error}")

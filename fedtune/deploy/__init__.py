@@ -2,7 +2,7 @@
 
 coordinator's machine                                        a site
 fedtune server                                               fedtune client
-  gate       exchange, fleet fleet proxy, body service  <-- TLS --  fleet proxy, worker's uploads
+  gateway    exchange, fleet proxy, body service  <-- TLS --  fleet proxy, worker's uploads
   SuperLink  Flower's, on loopback only                        SuperNode  Flower's, speaks to the fleet proxy
   SuperExec  starts the ServerApp: the run                     SuperExec  starts a ClientApp a message
                                                                worker     holds model and data, does the work

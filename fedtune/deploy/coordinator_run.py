@@ -36,7 +36,7 @@ from fedtune.trust.signed import signer
 
 DEPLOY, FAILED, CRASH = "deploy.json", "failed.json", "crash.log"
 GIVEN_UP = ("R405", "R409", "R412")  # too few answers: when the run goes on, the round is asked anew
-SPLIT_KEY = "split.key"  # in the coordinator's home: what the runs and the gate know of each other
+SPLIT_KEY = "split.key"  # in the coordinator's home: what the runs and the gateway know of each other
 
 
 @dataclass(frozen=True)

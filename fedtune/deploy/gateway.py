@@ -1,4 +1,4 @@
-"""The coordinator's gate: one port for everything that comes from sites, in one process.
+"""The coordinator's gateway: one port for everything that comes from sites, in one process.
 
 States and updates (the exchange), Flower's fleet API (passage.py), and, for split models, the body. It is
 separate from the runs, so
@@ -37,8 +37,8 @@ SMALL_CALLS = 32  # threads for calls of SuperNodes, each a fraction of a second
 
 
 @dataclass(frozen=True)
-class GateConfig:
-    """What the gate is told by whoever starts it.
+class GatewayConfig:
+    """What the gateway is told by whoever starts it.
 
     keys       the coordinator's folder
     home       of the coordinator; the exchange's folder is home/exchange
@@ -58,14 +58,14 @@ class GateConfig:
     connections: int = 256
 
     @classmethod
-    def read(cls, path: Path) -> GateConfig:
+    def read(cls, path: Path) -> GatewayConfig:
         return cls(**json.loads(path.read_text()))
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
 
 
-def body(config: GateConfig, server_store: ServerStore) -> dict[str, Any]:
+def body(config: GatewayConfig, server_store: ServerStore) -> dict[str, Any]:
     """The body service of a split run, and what it needs of the server. Loads the body's blocks and nothing
     else. Raises S701, S702, S704, M301."""
     from fedtune.exchange.split_service import alongside, body_service, over
@@ -86,14 +86,14 @@ def main() -> None:
     quiet()
     end_with_parent()
     all_descriptors()
-    config = GateConfig.read(Path(sys.argv[1]))
+    config = GatewayConfig.read(Path(sys.argv[1]))
     home = Path(config.home)
     done = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     try:
         server_store = ServerStore(home / "exchange")
         identity, desk = load(Path(config.keys)), Desk(home / FOLDER)
-        tell = Refusals(jsonl_sink(home / "gate.jsonl", LOG))
+        tell = Refusals(jsonl_sink(home / "gateway.jsonl", LOG))
         more: dict[str, Any] = body(config, server_store) if config.body else {"also": [], "threads": 0}
         more |= {
             "also": [

@@ -1,5 +1,5 @@
-"""What each member may ask of Flower through the gate: one node, bound to its certificate, and no more calls
-and bytes than an honest site makes.
+"""What each member may ask of Flower through the gateway: one node, bound to its certificate, and no more
+calls and bytes than an honest site makes.
 
 The newest node that a member has activated is its node; calls of any other are refused, and the run's process
 greets bound nodes only (`bound`), so that a
@@ -55,7 +55,7 @@ class Member:
 
 
 class Members:
-    """All members at one gate. Safe between threads."""
+    """All members at one gateway. Safe between threads."""
 
     def __init__(self, home: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.path, self.clock, self._lock = home / NODES, clock, threading.Lock()
@@ -117,7 +117,7 @@ def node_of(call: Call) -> int:
 
 
 def read_nodes(path: Path) -> dict[str, tuple[str, int]]:
-    """Member -> key and node, as the gate has written them; none where it has not, or they cannot be read:
+    """Member -> key and node, as the gateway has written them; none where it has not, or they cannot be read:
     then they are learned anew."""
     try:
         tree = json.loads(path.read_bytes())
@@ -127,7 +127,7 @@ def read_nodes(path: Path) -> dict[str, tuple[str, int]]:
 
 
 def bound(home: Path) -> Callable[[], Mapping[str, int] | None]:
-    """For the run's process: member -> node as the gate knows them now; None where there is no gate."""
+    """For the run's process: member -> node as the gateway knows them now; None where there is no gateway."""
     path = home / NODES
 
     def now() -> Mapping[str, int] | None:

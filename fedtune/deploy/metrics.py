@@ -76,7 +76,10 @@ def lines(server: Server, home: Path, refusals: Refusals) -> Iterator[str]:
     )
     refused = {f'{{code="{code}"}}': count for code, count in sorted(refusals.by_code.items())}
     yield from metric(
-        "fedtune_refused_total", "calls that were refused since the gate started, by code", "counter", refused
+        "fedtune_refused_total",
+        "calls that were refused since the gateway started, by code",
+        "counter",
+        refused,
     )
 
 

@@ -3,7 +3,7 @@
     runs/.coordinator/   the coordinator's home, one a folder of runs
       exchange/          states and updates (fedtune.exchange)
       flower/            Flower's home and its state.db
-      app/  logs/  gate.json  gate.jsonl
+      app/  logs/  gateway.json  gateway.jsonl
     runs/NAME/           a run's folder, as everywhere; deploy.json says where its coordinator is
 
 Whatever dies is started again: the SuperLink keeps its messages in SQLite, the exchange and the journal are
@@ -29,7 +29,7 @@ from typing import Any
 from fedtune.config import Recipe, method_of, with_rates
 from fedtune.deploy.app import write_app
 from fedtune.deploy.coordinator_run import CRASH, Deployed, failed
-from fedtune.deploy.gateway import GateConfig
+from fedtune.deploy.gateway import GatewayConfig
 from fedtune.deploy.preflight import require_ready
 from fedtune.deploy.resources import require_room
 from fedtune.deploy.sites import resolved
@@ -46,7 +46,7 @@ ABSENT = 10.0  # seconds without a process that holds the run's folder, after wh
 SUBMITTED = 90.0  # seconds that a submission may take to get hold of it
 LOOK = 0.5
 FAREWELL = (
-    4.0  # seconds from a run's end to the gate's: SuperNodes ask every 3 s, and so their sites hear of it
+    4.0  # seconds from a run's end to the gateway's: SuperNodes ask every 3 s, and so their sites hear of it
 )
 STEPS = ("ClientDone", "RoundDone")
 
@@ -110,8 +110,8 @@ class Coordinator:
         return self.runs / HOME
 
     def start(self, body: str) -> None:
-        """SuperLink, SuperExec and gate. Raises F505, and what the gate ends with at once: E801, T701 to
-        T708, M301, S701 to S704."""
+        """SuperLink, SuperExec and gateway. Raises F505, and what the gateway ends with at once: E801,
+        T701 to T708, M301, S701 to S704."""
         self.env = environment(self.home / "flower")
         self.superlink = f"127.0.0.1:{free_port()}"
         flower = self.home / "flower"
@@ -121,8 +121,8 @@ class Coordinator:
             "true\n"
         )
         write_app(self.home / "app")
-        config = self.home / "gate.json"
-        GateConfig(
+        config = self.home / "gateway.json"
+        GatewayConfig(
             str(self.keys),
             str(self.home),
             self.listen,
@@ -147,14 +147,14 @@ class Coordinator:
             "--disable-runtime-dependency-installation",
         )
         self.add("superexec", "flower-superexec", "--insecure", "--runtime-api-address", self.superlink)
-        self.add("gate", sys.executable, "-m", "fedtune.deploy.gateway", str(config), own=True)
+        self.add("gateway", sys.executable, "-m", "fedtune.deploy.gateway", str(config), own=True)
         self.wait_for(
             lambda: healthy(f"http://{self.superlink}/health") and self._open(),
-            "Flower's SuperLink and the gate",
+            "Flower's SuperLink and the gateway",
         )
 
     def _open(self) -> bool:
-        """Whether the gate takes connections."""
+        """Whether the gateway takes connections."""
         host, _, port = self.listen.rpartition(":")
         try:
             with socket.create_connection(
@@ -168,15 +168,15 @@ class Coordinator:
         self.programs.append(Program(name, command, self.home / "logs" / f"{name}.log", self.env, own))
 
     def look(self) -> None:
-        """Start again what has died, and the gate where the coordinator's keys were renewed: sites come back
-        to it, and an upload goes on where it was."""
+        """Start again what has died, and the gateway where the coordinator's keys were renewed: sites come
+        back to it, and an upload goes on where it was."""
         for program in self.programs:
             program.look()
         with contextlib.suppress(OSError):
             found = (self.keys / CERTIFICATE).stat().st_mtime_ns
             if self.certificate and found != self.certificate:
                 for program in self.programs:
-                    if program.name == "gate":
+                    if program.name == "gateway":
                         program.restart()
             self.certificate = found
 
@@ -331,8 +331,8 @@ def begin(
 
 
 def split_run(folders: Sequence[RunFolder]) -> str:
-    """The folder of a run whose model is split, "" where there is none; the gate serves one body. Raises C104
-    where runs need different ones."""
+    """The folder of a run whose model is split, "" where there is none; the gateway serves one body. Raises
+    C104 where runs need different ones."""
     bodies: dict[str, str] = {}
     for folder in folders:
         recipe = recipe_of(folder)

@@ -23,7 +23,7 @@ from fedtune.hf.pooling import Pooling
 from fedtune.hf.statistics import freeze_statistics
 from fedtune.split.anatomy import Anatomy, blank, look
 from fedtune.split.cut import ROLES, Cut, Role, Side
-from fedtune.split.patching import NOW, Block, Call, Front, Reached, gate
+from fedtune.split.patching import NOW, Block, Call, Front, Reached, mark_part
 from fedtune.split.prompts import insert, longer
 
 
@@ -56,9 +56,9 @@ class Part:
         decoder = self.place == 0 and not self.anatomy.image
         self.quiet = {"use_cache": False} if decoder else {}  # a cache is of no use here and costs memory
         for number, path in enumerate(self.anatomy.front):
-            gate(self.net.get_submodule(path), Front, number, self.anatomy)
+            mark_part(self.net.get_submodule(path), Front, number, self.anatomy)
         for number, block in enumerate(self.layers):
-            gate(block, Block, number, self.anatomy)
+            mark_part(block, Block, number, self.anatomy)
         self.net.eval()
 
     @property

@@ -1,9 +1,9 @@
-"""How a call of a part reaches the modules of a network: blocks and embeddings become gates, which look at a
-context variable.
+"""How a call of a part reaches the modules of a network: blocks and embeddings become watched parts, which
+look at a context variable.
 
-A gate is the module itself under a subclass of its own class, so that it stands outside of all hooks (an
-adapter's, for instance), survives whatever
-puts a module's attributes back, and without a call in the context variable does what the module always did.
+A watched part is the module itself under a subclass of its own class, so that it stands outside of all hooks
+(an adapter's, for instance), survives whatever puts a module's attributes back, and without a call in the
+context variable does what the module always did.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class Front:
         return like.new_zeros(())
 
 
-def gate(module: nn.Module, kind: type, number: int, anatomy: Anatomy) -> None:
-    """Make a module a gate, under the name of its class; one that is a gate already is made anew."""
+def mark_part(module: nn.Module, kind: type, number: int, anatomy: Anatomy) -> None:
+    """Make a module a watched part, under the name of its class; one that is one already is made anew."""
     own = type(module).__bases__[1] if isinstance(module, kind) else type(module)
     module.__class__ = type(
         own.__name__,

@@ -73,15 +73,15 @@ PULL = "/v1/fleet/pull-messages"
 
 
 class Line:
-    """A site's fleet_proxy, the gate's door, and a SuperLink behind it."""
+    """A site's fleet_proxy, the gateway's door, and a SuperLink behind it."""
 
     def __init__(self, folder: Path, ended: Callable[[str], Iterable[str]] = lambda member: ()) -> None:
         self.link = SuperLink()
         self.federation = Federation(folder)
         self.federation.server.stop(0)
         self.members = Members(folder)
-        self.gate = self.federation.start(also=[behind(self.link.address, self.members, ended)], threads=4)
-        self.fleet_proxy = FleetProxy(self.federation.sites["site-a"], self.gate.address)
+        self.gateway = self.federation.start(also=[behind(self.link.address, self.members, ended)], threads=4)
+        self.fleet_proxy = FleetProxy(self.federation.sites["site-a"], self.gateway.address)
 
     def request(
         self, method: str = "POST", path: str = PULL, content: bytes = body("pull-messages"), **more: str
@@ -102,12 +102,12 @@ class Line:
             call.close()
 
     def direct(self, method: str, path: str) -> pb.FleetReply:
-        """As a member with its own program would: past the fleet_proxy, to the gate."""
+        """As a member with its own program would: past the fleet_proxy, to the gateway."""
         return self.fleet_proxy._call(pb.FleetRequest(method=method, path=path), timeout=PATIENCE)
 
     def close(self) -> None:
         self.fleet_proxy.close()
-        self.gate.stop(0)
+        self.gateway.stop(0)
         self.federation.server_store.close()
         self.link.close()
 
@@ -173,7 +173,7 @@ def test_nothing_but_the_fleet_api_passes(method: str, path: str, line: Line) ->
 
 
 def test_a_site_hears_once_that_its_run_has_ended(tmp_path: Path) -> None:
-    """The gate says so in every answer; the SuperNode never sees it, other members are told nothing, and old
+    """The gateway says so in every answer; the SuperNode never sees it, other members are told nothing, and old
     runs are no news."""
     runs = tmp_path / "runs"
 
@@ -202,7 +202,7 @@ def test_a_site_hears_once_that_its_run_has_ended(tmp_path: Path) -> None:
             "run new-1 has ended with a result",
             "run sad-1 has ended without a result",
         ]
-        other = FleetProxy(made.federation.sites["site-b"], made.gate.address)
+        other = FleetProxy(made.federation.sites["site-b"], made.gateway.address)
         other.pass_on("POST", PULL, list(headers(b"another").items()), b"")
         assert other.answered and other.ended == []
         other.close()
@@ -212,14 +212,14 @@ def test_a_site_hears_once_that_its_run_has_ended(tmp_path: Path) -> None:
 
 def test_what_a_site_says_of_its_connection(line: Line) -> None:
     said: list[str] = []
-    told = Told(line.federation.sites["site-a"], line.gate.address, said.append)
+    told = Told(line.federation.sites["site-a"], line.gateway.address, said.append)
     told.look(line.fleet_proxy)
     assert said == []  # nothing was asked yet
     for _ in range(2):
         line.request()
         told.look(line.fleet_proxy)
     assert said == ["the coordinator is there, and this site is connected"]
-    line.gate.stop(0)
+    line.gateway.stop(0)
     line.request()
     told.look(line.fleet_proxy)
     assert len(said) == 2 and said[1].startswith("the coordinator is away")
@@ -229,10 +229,10 @@ def test_keys_of_another_federation_are_a_sentence_even_where_the_coordinator_co
     line: Line, tmp_path: Path
 ) -> None:
     stranger = load(create(tmp_path / "other", "demo", ["localhost"], 30).issue("site-a", 30))
-    fleet_proxy = FleetProxy(stranger, line.gate.address)
+    fleet_proxy = FleetProxy(stranger, line.gateway.address)
     fleet_proxy.pass_on("POST", PULL, list(headers().items()), body("pull-messages"))
     with pytest.raises(FedtuneError, match="T705"):
-        Told(stranger, line.gate.address, lambda text: None).look(fleet_proxy)
+        Told(stranger, line.gateway.address, lambda text: None).look(fleet_proxy)
     fleet_proxy.close()
 
 
@@ -241,12 +241,12 @@ def test_while_the_superlink_or_the_gate_is_away_the_supernode_is_told_to_come_a
     assert line.request()[0] == 503
     line.link = SuperLink(int(line.link.address.rpartition(":")[2]))
     assert line.request()[0] == 200
-    line.gate.stop(0)
+    line.gateway.stop(0)
     assert line.request()[0] == 503 and line.fleet_proxy.last
-    line.gate = line.federation.start(
-        line.gate.address, also=[behind(line.link.address, line.members)], threads=4
+    line.gateway = line.federation.start(
+        line.gateway.address, also=[behind(line.link.address, line.members)], threads=4
     )
-    wait_for(lambda: line.request()[0] == 200, "the gate", every=0.1)
+    wait_for(lambda: line.request()[0] == 200, "the gateway", every=0.1)
     assert line.fleet_proxy.last == ""
 
 

@@ -1,4 +1,4 @@
-"""Logs that do not grow for ever: of programs, of the gate and of a worker; whoever reads them along goes
+"""Logs that do not grow for ever: of programs, of the gateway and of a worker; whoever reads them along goes
 on."""
 
 from __future__ import annotations

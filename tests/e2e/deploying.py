@@ -38,12 +38,12 @@ def point(at: str, marker: Path, moment: str = "before", when: str = "", **more:
 def held(at: str, folder: Path, moment: str = "before", when: str = "") -> Iterator[dict[str, Any]]:
     """A point at which a process stands still, once its marker exists, until the block is left: whoever asks
     meanwhile asks a run that has not ended."""
-    gate = folder / "held"
-    gate.touch()
+    marker = folder / "held"
+    marker.touch()
     try:
-        yield point(at, folder / "held-once", moment, when, do=f"gone({str(gate)!r})")
+        yield point(at, folder / "held-once", moment, when, do=f"gone({str(marker)!r})")
     finally:
-        gate.unlink()
+        marker.unlink()
 
 
 @dataclass
@@ -175,9 +175,9 @@ class Deployment:
 
     def wait_accepted(self, count: int, seconds: float = LONG) -> None:
         """Until the exchange has taken so many updates, over all runs."""
-        gate = self.root / "runs" / ".coordinator" / "gate.jsonl"
+        gateway = self.root / "runs" / ".coordinator" / "gateway.jsonl"
         self.wait(
-            lambda: sum(e["event"] == "UpdateAccepted" for e in lines_of(gate)) >= count,
+            lambda: sum(e["event"] == "UpdateAccepted" for e in lines_of(gateway)) >= count,
             f"{count} updates",
             seconds,
         )

@@ -121,7 +121,7 @@ def test_integers_only_on_the_same_sites(
 ) -> None:
     """Another coordinator, days later, with another method; the sites were there all the time."""
     workers = federation.pids("worker")
-    # a SuperNode asks every 3 s, and a gate may be back in less: only who has missed it has seen it go
+    # a SuperNode asks every 3 s, and a gateway may be back in less: only who has missed it has seen it go
     federation.wait(
         lambda: all("the coordinator is away" in federation.said(site) for site in SITES),
         "sites that noticed",

@@ -37,7 +37,7 @@ def test_a_body_killed_twice_changes_no_bit_and_no_site_holds_it(deep: Path, tmp
         federation.serve(federation.recipe("split", deep, data, **SPLIT))
         for number in (1, 2):
             federation.wait_round("split", number)
-            assert len(federation.kill("gate")) == 1
+            assert len(federation.kill("gateway")) == 1
         assert federation.ended() == 0
         folder, (_, result) = federation.folder("split"), local(tmp_path, deep, data, **SPLIT)
         found = folder.read_json("result.json")

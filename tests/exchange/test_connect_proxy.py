@@ -17,7 +17,7 @@ from fedtune.trust import load
 from fedtune.trust.authority import create
 from tests.exchange.federation import STATE, Federation
 
-HOST = "gate.hospitals.test"  # a name that only the proxy knows
+HOST = "gateway.hospitals.test"  # a name that only the proxy knows
 
 
 class ConnectProxy:

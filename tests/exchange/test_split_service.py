@@ -139,10 +139,10 @@ def deployed(federation: Federation, tmp_path: Path) -> Iterator[Deployed]:
     }
     tree = small.tree(tmp_path / "model", small.write_rows(tmp_path), method=method, partition__clients=2)
     recipe = parse(tree)
-    tokens = Tokens(private.shared_key(tmp_path / "gate" / "split.key"))
+    tokens = Tokens(private.shared_key(tmp_path / "gateway" / "split.key"))
     service = body_service(
         recipe,
-        Tokens(private.shared_key(tmp_path / "gate" / "split.key")),
+        Tokens(private.shared_key(tmp_path / "gateway" / "split.key")),
         over(federation.server_store.ledger),
     )
     server = federation.start(**alongside(service))

@@ -1,6 +1,6 @@
-"""A hostile site with valid keys at the gate's fleet door, and a program on its machine at the fleet proxy:
+"""A hostile site with valid keys at the gateway's fleet door, and a program on its machine at the fleet proxy:
 nothing but eleven calls of Flower's comes through,
-each exactly once, each in the bytes that the gate makes."""
+each exactly once, each in the bytes that the gateway makes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ PULL = PREFIX + "pull-messages"
 START = b"POST /v1/control/start-run HTTP/1.1\r\nhost: x\r\ncontent-type: application/protobuf\r\ncontent-length: 3\r\n\r\nfab"
 
 
-class Gate:
-    """A gate with a recording SuperLink behind it, and a member's own program before it."""
+class Gateway:
+    """A gateway with a recording SuperLink behind it, and a member's own program before it."""
 
     def __init__(self, folder: Path) -> None:
         self.link = Recorder()
@@ -92,8 +92,8 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    made = Gate(tmp_path_factory.mktemp("gate"))
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    made = Gateway(tmp_path_factory.mktemp("gateway"))
     yield made
     made.close()
 
@@ -135,15 +135,15 @@ SMUGGLED = [
 
 
 @pytest.mark.parametrize("more", SMUGGLED, ids=str)
-def test_a_request_in_a_request_is_one_request(more: list[tuple[str, str]], gate: Gate) -> None:
+def test_a_request_in_a_request_is_one_request(more: list[tuple[str, str]], gateway: Gateway) -> None:
     """The second request would start code on every site (Flower's control API)."""
-    before = len(gate.link.requests)
-    assert gate.call(more=more) == ""  # what is not ours is left out
-    assert gate.link.requests[before:] == [f"POST {PULL} HTTP/1.1"]
-    head = bytes(gate.link.streams[-1]).partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")[1:]
+    before = len(gateway.link.requests)
+    assert gateway.call(more=more) == ""  # what is not ours is left out
+    assert gateway.link.requests[before:] == [f"POST {PULL} HTTP/1.1"]
+    head = bytes(gateway.link.streams[-1]).partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")[1:]
     names = [line.partition(":")[0] for line in head]
     assert sorted(names) == sorted({*headers(), "host", "content-length", "connection", "accept-encoding"})
-    assert gate.call(content=body("pull-messages") + START, more=more) in (
+    assert gateway.call(content=body("pull-messages") + START, more=more) in (
         "W601",
         "W606",
     )  # what follows a body is no part of it
@@ -152,10 +152,10 @@ def test_a_request_in_a_request_is_one_request(more: list[tuple[str, str]], gate
 @pytest.mark.parametrize("name", ["flwr-timestamp", "Flwr-Timestamp", "FLWR-SIGNATURE", "flwr-public-key"])
 @pytest.mark.parametrize("value", ["x\r\nTransfer-Encoding: chunked", "x\n", "\x00", "é", "x" * 600, "again"])
 def test_a_header_of_flowers_that_stands_twice_or_holds_control_characters_is_refused(
-    name: str, value: str, gate: Gate
+    name: str, value: str, gateway: Gateway
 ) -> None:
-    before = len(gate.link.streams)
-    assert gate.call(more=[(name, value)]) == "W601" and len(gate.link.streams) == before
+    before = len(gateway.link.streams)
+    assert gateway.call(more=[(name, value)]) == "W601" and len(gateway.link.streams) == before
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_a_header_of_flowers_that_stands_twice_or_holds_control_characters_is_re
     ],
 )
 @pytest.mark.parametrize("method", ["POST", "GET", "post", "CONNECT", "PRI", "POST /x HTTP/1.1\r\n"])
-def test_no_other_path_and_no_other_method(method: str, path: str, gate: Gate) -> None:
-    before = len(gate.link.streams)
-    assert gate.call(method, path) == "E806" and len(gate.link.streams) == before
+def test_no_other_path_and_no_other_method(method: str, path: str, gateway: Gateway) -> None:
+    before = len(gateway.link.streams)
+    assert gateway.call(method, path) == "E806" and len(gateway.link.streams) == before
 
 
 CRAFTED = {
@@ -212,12 +212,12 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize("what", sorted(CRAFTED))
-def test_what_flower_would_unfold_is_bounded(what: str, gate: Gate) -> None:
-    before = len(gate.link.streams)
+def test_what_flower_would_unfold_is_bounded(what: str, gateway: Gateway) -> None:
+    before = len(gateway.link.streams)
     assert (
-        gate.call(path=PREFIX + "push-messages", content=CRAFTED[what].SerializeToString())
+        gateway.call(path=PREFIX + "push-messages", content=CRAFTED[what].SerializeToString())
         in ("W601", "W606")
-        and len(gate.link.streams) == before
+        and len(gateway.link.streams) == before
     )
 
 
@@ -234,7 +234,7 @@ def test_what_flower_would_unfold_is_bounded(what: str, gate: Gate) -> None:
         b"RecordDict " + b",".join([HASH.encode()] * 900) + b" 0\x00",
     ],
 )
-def test_objects_of_other_types_and_of_many_parts_are_refused(content: bytes, gate: Gate) -> None:
+def test_objects_of_other_types_and_of_many_parts_are_refused(content: bytes, gateway: Gateway) -> None:
     """231 KB of array chunks became 4 GB in the run's process."""
     import hashlib
 
@@ -245,13 +245,13 @@ def test_objects_of_other_types_and_of_many_parts_are_refused(content: bytes, ga
         object_content=content,
         session_id="s",
     )
-    before = len(gate.link.streams)
+    before = len(gateway.link.streams)
     assert (
-        gate.call(path=PREFIX + "push-object", content=said.SerializeToString()) in ("W601", "W606")
-        and len(gate.link.streams) == before
+        gateway.call(path=PREFIX + "push-object", content=said.SerializeToString()) in ("W601", "W606")
+        and len(gateway.link.streams) == before
     )
     lying = type(said)(node=NODE, run_id=RUN, object_id="0" * 64, object_content=CONTENT)
-    assert gate.call(path=PREFIX + "push-object", content=lying.SerializeToString()) == "W601"
+    assert gateway.call(path=PREFIX + "push-object", content=lying.SerializeToString()) == "W601"
 
 
 RAW = [
@@ -268,22 +268,24 @@ RAW = [
 
 
 @pytest.mark.parametrize("request_", RAW, ids=range(len(RAW)))
-def test_the_passage_takes_plain_requests_only_and_hangs_up_after_others(request_: bytes, gate: Gate) -> None:
-    before = len(gate.link.streams)
-    got = gate.raw(request_ % PULL.encode() + START)
-    assert len(gate.link.streams) == before and b" 200 " not in got and got.count(b"HTTP/1.1 ") <= 1
+def test_the_passage_takes_plain_requests_only_and_hangs_up_after_others(
+    request_: bytes, gateway: Gateway
+) -> None:
+    before = len(gateway.link.streams)
+    got = gateway.raw(request_ % PULL.encode() + START)
+    assert len(gateway.link.streams) == before and b" 200 " not in got and got.count(b"HTTP/1.1 ") <= 1
 
 
-def test_requests_behind_one_another_are_each_judged(gate: Gate) -> None:
-    before = len(gate.link.requests)
+def test_requests_behind_one_another_are_each_judged(gateway: Gateway) -> None:
+    before = len(gateway.link.requests)
     one = "".join(f"{name}: {value}\r\n" for name, value in headers(b"b").items()).encode()
     plain = b"POST %s HTTP/1.1\r\nhost: x\r\n%scontent-length: 0\r\n\r\n" % (PULL.encode(), one)
-    got = gate.raw(plain + START + plain)
+    got = gateway.raw(plain + START + plain)
     assert got.count(b"HTTP/1.1 200") == 1 and got.count(b"HTTP/1.1 4") == 1  # the third is not read any more
-    assert gate.link.requests[before:] == [f"POST {PULL} HTTP/1.1"]
+    assert gateway.link.requests[before:] == [f"POST {PULL} HTTP/1.1"]
 
 
-def fuzz(gate: Gate, rounds: int, seed: int) -> int:
+def fuzz(gateway: Gateway, rounds: int, seed: int) -> int:
     """Mutated requests at both doors; whatever arrives behind them is whole, plain, and one of the calls.
     Returns how many did."""
     draw = stream("smuggling", seed)
@@ -313,7 +315,7 @@ def fuzz(gate: Gate, rounds: int, seed: int) -> int:
         b"?",
         b"#",
     ]
-    before = len(gate.link.streams)
+    before = len(gateway.link.streams)
     for _ in range(rounds):
         name = str(draw.choice(sorted(CALLS)))
         content = bytearray(body(name))
@@ -332,7 +334,7 @@ def fuzz(gate: Gate, rounds: int, seed: int) -> int:
                 more = [("flwr-signature", "x" + odd)]
             else:
                 content += odd.encode("latin-1")
-            gate.call("POST", path, bytes(content), more)
+            gateway.call("POST", path, bytes(content), more)
         else:
             head = b"POST %s%s HTTP/1.1\r\nhost: x\r\n%scontent-length: %d\r\n\r\n" % (
                 PREFIX.encode(),
@@ -344,25 +346,25 @@ def fuzz(gate: Gate, rounds: int, seed: int) -> int:
             for _ in range(int(draw.integers(1, 4))):
                 at = int(draw.integers(len(data)))
                 data[at:at] = pieces[int(draw.integers(len(pieces)))]
-            gate.raw(bytes(data))
-        gate.members._members.clear()
-    for held in gate.link.streams[before:]:
+            gateway.raw(bytes(data))
+        gateway.members._members.clear()
+    for held in gateway.link.streams[before:]:
         found, whole = requests_in(bytes(held))
         assert (
             whole and len(found) == 1 and found[0] in {f"POST {PREFIX}{name} HTTP/1.1" for name in CALLS}
         ), bytes(held)
-    return len(gate.link.streams) - before
+    return len(gateway.link.streams) - before
 
 
-def test_mutated_requests_at_both_doors(gate: Gate) -> None:
-    assert fuzz(gate, 60, 1) > 5
+def test_mutated_requests_at_both_doors(gateway: Gateway) -> None:
+    assert fuzz(gateway, 60, 1) > 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 202))
-def test_many_mutated_requests_at_both_doors(seed: int, gate: Gate) -> None:
+def test_many_mutated_requests_at_both_doors(seed: int, gateway: Gateway) -> None:
     """100,000 in all; half an hour on an idle machine."""
-    assert fuzz(gate, 500, seed) > 50
+    assert fuzz(gateway, 500, seed) > 50
 
 
 def test_shapes_refuse_what_flowers_own_reader_takes() -> None:
@@ -415,7 +417,7 @@ def test_a_member_has_one_node_and_no_other_members_node(tmp_path: Path) -> None
         members.admit("site-a", call_of("pull-messages", b"one", 5))
     assert (
         Members(tmp_path)._members.keys() == {"site-a"} and (tmp_path / NODES).exists()
-    )  # a gate that was started again knows it, too
+    )  # a gateway that was started again knows it, too
     Members(tmp_path).admit("site-a", call_of("pull-messages", b"two", 6))
 
 
@@ -437,20 +439,20 @@ def test_nodes_calls_and_bytes_of_a_member_are_bounded_and_come_back_with_time(t
     assert most("register-node") == 1
 
 
-def test_a_clock_that_flower_would_refuse_is_named(gate: Gate) -> None:
+def test_a_clock_that_flower_would_refuse_is_named(gateway: Gateway) -> None:
     """Flower ends such a node without a word about the clock."""
     for ahead, word in ((20.0, "20 s ahead"), (-400.0, "400 s behind"), (10.0, "10 s ahead")):
         given = [pb.FleetHeader(name=n, value=v) for n, v in headers(ahead=ahead).items()]
         with pytest.raises(grpc.RpcError) as refused:
-            gate._call(
+            gateway._call(
                 pb.FleetRequest(method="POST", path=PULL, headers=given, body=body("pull-messages")),
                 timeout=PATIENCE,
             )
         assert refused.value.details().startswith("T704") and word in refused.value.details()
 
 
-def test_refusals_name_the_member(gate: Gate) -> None:
-    gate.call("POST", "/v1/control/start-run")
-    wait_for(lambda: gate.federation.codes()[-1:] == ["E806"], "the refusal")
+def test_refusals_name_the_member(gateway: Gateway) -> None:
+    gateway.call("POST", "/v1/control/start-run")
+    wait_for(lambda: gateway.federation.codes()[-1:] == ["E806"], "the refusal")
     with pytest.raises(Refused):
         admitted("POST", PULL, [], b"\xff")

@@ -31,8 +31,8 @@ from tests.hostile.wires import Recorder
 PULL = "/v1/fleet/pull-messages"
 
 
-class Gate:
-    """A coordinator's gate with a desk for requests, and a site whose keys have five of thirty days left."""
+class Gateway:
+    """A coordinator's gateway with a desk for requests, and a site whose keys have five of thirty days left."""
 
     def __init__(self, root: Path) -> None:
         self.federation, self.link = Federation(root), Recorder()
@@ -67,9 +67,9 @@ class Gate:
 
 
 @pytest.fixture
-def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
     monkeypatch.setattr(proxies, "HANDED", 0.0)
-    made = Gate(tmp_path)
+    made = Gateway(tmp_path)
     yield made
     made.close()
 
@@ -78,49 +78,49 @@ def called(proxy: FleetProxy) -> None:
     proxy.pass_on("POST", PULL, list(headers().items()), body("pull-messages"))
 
 
-def test_a_site_goes_over_to_new_keys_by_itself(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_site_goes_over_to_new_keys_by_itself(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     """Its private keys are made at the site and stay there; the old ones may be revoked then."""
     said: list[str] = []
-    proxy = FleetProxy(gate.site, gate.server.address, home=gate.home)
-    keys = Renewal(gate.site, gate.home, said.append)
+    proxy = FleetProxy(gateway.site, gateway.server.address, home=gateway.home)
+    keys = Renewal(gateway.site, gateway.home, said.append)
     try:
         assert not keys.look(proxy) and "end in 4 days" in said[0]
         called(proxy)
-        assert not keys.look(proxy) and (gate.desk.folder / "site-d.request").exists()
-        assert gate.signs() == 0 and "site-d.request: signed for 42 days" in capsys.readouterr().out
-        assert gate.signs() == 0 and "signed" not in capsys.readouterr().out  # once
+        assert not keys.look(proxy) and (gateway.desk.folder / "site-d.request").exists()
+        assert gateway.signs() == 0 and "site-d.request: signed for 42 days" in capsys.readouterr().out
+        assert gateway.signs() == 0 and "signed" not in capsys.readouterr().out  # once
         called(proxy)
         assert keys.look(proxy) and "are renewed" in said[-1]
     finally:
         proxy.close()
-    new = renewal.newest(gate.keys, gate.home)
-    assert new.peer.key != gate.site.peer.key and (new.peer.ends - utc_now()).days == 41
-    assert new.folder.parent == gate.home / "keys" and not (gate.home / "keys" / "next").exists()
+    new = renewal.newest(gateway.keys, gateway.home)
+    assert new.peer.key != gateway.site.peer.key and (new.peer.ends - utc_now()).days == 41
+    assert new.folder.parent == gateway.home / "keys" and not (gateway.home / "keys" / "next").exists()
     private = {path.read_bytes() for path in new.folder.glob("*key.pem")}
-    carried = [*gate.desk.folder.iterdir(), *gate.authority.place("coordinator").iterdir()]
+    carried = [*gateway.desk.folder.iterdir(), *gateway.authority.place("coordinator").iterdir()]
     assert len(private) == 2 and not any(part in path.read_bytes() for part in private for path in carried)
-    assert b"fedtune-renewal" not in b"".join(map(bytes, gate.link.streams))  # Flower never sees it
-    revoke(gate.authority.place("coordinator"), "site-d", gate.site.peer.key)
-    for identity, works in ((new, True), (gate.site, False)):
-        client = ExchangeClient(gate.server.address, identity, gate.home / identity.peer.key[:8], 2.0)
+    assert b"fedtune-renewal" not in b"".join(map(bytes, gateway.link.streams))  # Flower never sees it
+    revoke(gateway.authority.place("coordinator"), "site-d", gateway.site.peer.key)
+    for identity, works in ((new, True), (gateway.site, False)):
+        client = ExchangeClient(gateway.server.address, identity, gateway.home / identity.peer.key[:8], 2.0)
         if works:
             assert client.status().newest_protocol
         else:
             with pytest.raises(FedtuneError, match="T706"):
                 client.status()
         client.close()
-    assert renewal.asked(new, gate.home) == b""  # and rests until a third is left
+    assert renewal.asked(new, gateway.home) == b""  # and rests until a third is left
 
 
-def test_keys_that_the_operator_gives_later_come_first(gate: Gate) -> None:
-    wanted = renewal.asked(gate.site, gate.home)
-    gate.desk.hand_in(gate.site.peer, wanted, gate.federation.coordinator)
-    gate.signs()
-    answer = gate.desk.hand_in(gate.site.peer, wanted, gate.federation.coordinator)
-    renewed = renewal.accept(answer, gate.site, gate.home)
-    assert renewal.newest(gate.keys, gate.home).peer == renewed.peer
-    later = gate.authority.renew("site-d", 5, now=utc_now() + timedelta(minutes=5))
-    assert renewal.newest(later, gate.home).peer == load(later).peer
+def test_keys_that_the_operator_gives_later_come_first(gateway: Gateway) -> None:
+    wanted = renewal.asked(gateway.site, gateway.home)
+    gateway.desk.hand_in(gateway.site.peer, wanted, gateway.federation.coordinator)
+    gateway.signs()
+    answer = gateway.desk.hand_in(gateway.site.peer, wanted, gateway.federation.coordinator)
+    renewed = renewal.accept(answer, gateway.site, gateway.home)
+    assert renewal.newest(gateway.keys, gateway.home).peer == renewed.peer
+    later = gateway.authority.renew("site-d", 5, now=utc_now() + timedelta(minutes=5))
+    assert renewal.newest(later, gateway.home).peer == load(later).peer
 
 
 def request_of(identity: Identity, root: Path, name: str) -> bytes:
@@ -130,32 +130,32 @@ def request_of(identity: Identity, root: Path, name: str) -> bytes:
 
 
 def test_nobody_gets_keys_of_another_name(
-    gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither at the coordinator's desk, nor where a request gets to the authority without it."""
-    coordinator = gate.federation.coordinator
+    coordinator = gateway.federation.coordinator
     for number, name in enumerate(("site-a", "coordinator")):
-        stolen = seal(request_of(gate.site, tmp_path / str(number), name), gate.site).to_json()
+        stolen = seal(request_of(gateway.site, tmp_path / str(number), name), gateway.site).to_json()
         with pytest.raises(FedtuneError, match="T705"):
-            gate.desk.hand_in(gate.site.peer, stolen, coordinator)
-        (gate.desk.folder).mkdir(mode=0o700, exist_ok=True)
-        (gate.desk.folder / f"{name}.request").write_bytes(stolen)
-    other = gate.federation.sites["site-a"]
+            gateway.desk.hand_in(gateway.site.peer, stolen, coordinator)
+        (gateway.desk.folder).mkdir(mode=0o700, exist_ok=True)
+        (gateway.desk.folder / f"{name}.request").write_bytes(stolen)
+    other = gateway.federation.sites["site-a"]
     with pytest.raises(FedtuneError, match="T705"):  # a request that somebody else handed in
-        gate.desk.hand_in(other.peer, renewal.asked(gate.site, gate.home), coordinator)
-    before = gate.authority.allowed.read_bytes()
-    assert gate.signs() == 0
+        gateway.desk.hand_in(other.peer, renewal.asked(gateway.site, gateway.home), coordinator)
+    before = gateway.authority.allowed.read_bytes()
+    assert gateway.signs() == 0
     out = capsys.readouterr().out
-    assert out.count("not signed. T705") == 2 and gate.authority.allowed.read_bytes() == before
-    assert not list(gate.desk.folder.glob("*.answer"))
+    assert out.count("not signed. T705") == 2 and gateway.authority.allowed.read_bytes() == before
+    assert not list(gateway.desk.folder.glob("*.answer"))
 
 
 def test_what_the_authority_does_not_sign(
-    gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made, now = gate.authority, utc_now()
-    good = renewal.asked(gate.site, gate.home)
-    young = gate.federation.sites["site-b"]  # in the first half of its life
+    made, now = gateway.authority, utc_now()
+    good = renewal.asked(gateway.site, gateway.home)
+    young = gateway.federation.sites["site-b"]  # in the first half of its life
     early = seal(request_of(young, tmp_path / "early", "site-b"), young).to_json()
     signed = Signed.from_json(good)
     bent = Signed(signed.record[:-1] + b"\0", signed.signature, signed.certificate).to_json()
@@ -174,41 +174,43 @@ def test_what_the_authority_does_not_sign(
     with pytest.raises(FedtuneError, match="T704"):
         renewal.signed_answer(made, good, 42, now + timedelta(days=6))
     for number in range(2):  # somebody with the keys wants more and more of them
-        more = seal(request_of(gate.site, tmp_path / f"more-{number}", "site-d"), gate.site).to_json()
+        more = seal(request_of(gateway.site, tmp_path / f"more-{number}", "site-d"), gateway.site).to_json()
         assert renewal.signed_answer(made, more, 42, now)[1]
     with pytest.raises(FedtuneError, match=r"T708.*has 3 valid keys"):
         renewal.signed_answer(made, good, 42, now)
-    revoke(made.place("coordinator"), "site-d", gate.site.peer.key)
+    revoke(made.place("coordinator"), "site-d", gateway.site.peer.key)
     with pytest.raises(FedtuneError, match="T706"):
         renewal.signed_answer(made, good, 42, now)
 
 
-def test_a_site_takes_no_keys_that_are_none(gate: Gate, tmp_path: Path) -> None:
+def test_a_site_takes_no_keys_that_are_none(gateway: Gateway, tmp_path: Path) -> None:
     """The coordinator hands on what it likes: of another authority, of another name, for other keys, torn."""
-    wanted = renewal.asked(gate.site, gate.home)
+    wanted = renewal.asked(gateway.site, gateway.home)
     stranger = create(tmp_path / "else", "hospitals", ["localhost"], 30)
     record = Signed.from_json(wanted).record
     _, foreign = stranger.sign(record, 42)
-    other = request_of(gate.site, tmp_path / "other", "site-d")
-    _, for_others = gate.authority.sign(other, 42)
-    _, of_another = gate.authority.sign(request_of(gate.site, tmp_path / "another", "site-x"), 42)
-    mixed = json.loads(gate.authority.sign(record, 42)[1]) | {"authority": json.loads(foreign)["authority"]}
-    before = {path: path.read_bytes() for path in gate.home.rglob("*") if path.is_file()}
+    other = request_of(gateway.site, tmp_path / "other", "site-d")
+    _, for_others = gateway.authority.sign(other, 42)
+    _, of_another = gateway.authority.sign(request_of(gateway.site, tmp_path / "another", "site-x"), 42)
+    mixed = json.loads(gateway.authority.sign(record, 42)[1]) | {
+        "authority": json.loads(foreign)["authority"]
+    }
+    before = {path: path.read_bytes() for path in gateway.home.rglob("*") if path.is_file()}
     for bad in (foreign, for_others, of_another, json.dumps(mixed).encode(), b"", b"{}", b"[1]"):
         proxy: Any = type("Answered", (), {"renewed": bad, "request": b""})()
         said: list[str] = []
-        keys = Renewal(gate.site, gate.home, said.append)
+        keys = Renewal(gateway.site, gateway.home, said.append)
         assert not keys.look(proxy), bad
         assert not bad or "keys that are none: T70" in said[-1], said
-        assert renewal.newest(gate.keys, gate.home).peer == gate.site.peer
-    assert before == {path: path.read_bytes() for path in gate.home.rglob("*") if path.is_file()}
+        assert renewal.newest(gateway.keys, gateway.home).peer == gateway.site.peer
+    assert before == {path: path.read_bytes() for path in gateway.home.rglob("*") if path.is_file()}
 
 
-def test_the_coordinator_signs_with_renewed_keys_without_a_restart(gate: Gate) -> None:
-    folder = gate.authority.place("coordinator")
+def test_the_coordinator_signs_with_renewed_keys_without_a_restart(gateway: Gateway) -> None:
+    folder = gateway.authority.place("coordinator")
     now = following(folder)
     before = now().peer.key
     assert not renewal.ends_soon(folder)
-    gate.authority.renew("coordinator", 42, now=utc_now() - timedelta(days=40))
+    gateway.authority.renew("coordinator", 42, now=utc_now() - timedelta(days=40))
     assert renewal.ends_soon(folder) and now().peer.key != before
-    assert gate.signs() == 0 and not renewal.ends_soon(folder) and (now().peer.ends - utc_now()).days == 41
+    assert gateway.signs() == 0 and not renewal.ends_soon(folder) and (now().peer.ends - utc_now()).days == 41

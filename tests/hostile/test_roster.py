@@ -53,11 +53,11 @@ def test_the_list_reaches_a_site_with_its_ordinary_calls(tmp_path: Path) -> None
     link, federation = Recorder(), Federation(tmp_path)
     federation.server.stop(0)
     listed = federation.coordinator.folder / FILE
-    gate = federation.start(also=[behind(link.address, Members(tmp_path), roster=listed)], threads=4)
+    gateway = federation.start(also=[behind(link.address, Members(tmp_path), roster=listed)], threads=4)
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(listed, federation.sites["site-a"].folder / FILE)
-    fleet_proxy = FleetProxy(federation.sites["site-a"], gate.address, home=home)
+    fleet_proxy = FleetProxy(federation.sites["site-a"], gateway.address, home=home)
     try:
         before = fleet_proxy.members
         for _ in range(2):
@@ -71,7 +71,7 @@ def test_the_list_reaches_a_site_with_its_ordinary_calls(tmp_path: Path) -> None
         assert b"fedtune-members" not in bytes(link.streams[-1])  # Flower never sees it
     finally:
         fleet_proxy.close()
-        gate.stop(0)
+        gateway.stop(0)
         federation.server_store.close()
         link.close()
 

@@ -134,7 +134,7 @@ def test_a_set_that_was_closed_stays_closed(
 
 
 def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """The gate has written down which node is whose; a thousand others are neither greeted nor told of."""
+    """The gateway has written down which node is whose; a thousand others are neither greeted nor told of."""
     with inside(tmp_path, tiny_bert, data, rounds=1, **MEMORY) as made:
         workers = made.workers()
         home = made.root / "runs" / ".coordinator"
@@ -153,7 +153,7 @@ def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_pa
 
 
 def test_one_address_has_so_many_connections_and_the_others_come_in(tmp_path: Path) -> None:
-    """A flood of silent connections from 127.0.0.2, with fewer descriptors than a real gate has."""
+    """A flood of silent connections from 127.0.0.2, with fewer descriptors than a real gateway has."""
     federation = Federation(tmp_path, connections=8)
     flood: list[socket.socket] = []
     try:

@@ -18,7 +18,7 @@ from fedtune.trust import load
 from fedtune.trust.authority import create
 
 
-class Gate:
+class Gateway:
     """A coordinator's exchange in a process of its own, with the environment that fedtune server gives it."""
 
     def __init__(self, root: Path) -> None:
@@ -40,20 +40,20 @@ class Gate:
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    made = Gate(tmp_path_factory.mktemp("tls"))
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    made = Gateway(tmp_path_factory.mktemp("tls"))
     yield made
     made.process.kill()
     made.process.wait()
 
 
-def spoken(gate: Gate, version: ssl.TLSVersion, ciphers: str = "") -> str:
+def spoken(gateway: Gateway, version: ssl.TLSVersion, ciphers: str = "") -> str:
     """The version of a handshake as site-a, "" where none comes about."""
-    own = context(gate.site)
+    own = context(gateway.site)
     own.minimum_version = own.maximum_version = version
     if ciphers:
         own.set_ciphers(ciphers)
-    port = int(gate.address.rpartition(":")[2])
+    port = int(gateway.address.rpartition(":")[2])
     try:
         with (
             socket.create_connection(("localhost", port), 10) as plain,
@@ -64,9 +64,9 @@ def spoken(gate: Gate, version: ssl.TLSVersion, ciphers: str = "") -> str:
         return ""
 
 
-def test_one_version(gate: Gate, tmp_path: Path) -> None:
-    assert spoken(gate, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
-    client = ExchangeClient(gate.address, gate.site, tmp_path, patience=30.0)  # our own clients
+def test_one_version(gateway: Gateway, tmp_path: Path) -> None:
+    assert spoken(gateway, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    client = ExchangeClient(gateway.address, gateway.site, tmp_path, patience=30.0)  # our own clients
     assert client.status().newest_protocol
     client.close()
 
@@ -75,5 +75,5 @@ def test_one_version(gate: Gate, tmp_path: Path) -> None:
     "ciphers",
     ["", "ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE+AESGCM", "ALL:@SECLEVEL=0", "ECDHE-RSA-AES128-GCM-SHA256"],
 )
-def test_no_other(ciphers: str, gate: Gate) -> None:
-    assert spoken(gate, ssl.TLSVersion.TLSv1_2, ciphers) == ""
+def test_no_other(ciphers: str, gateway: Gateway) -> None:
+    assert spoken(gateway, ssl.TLSVersion.TLSv1_2, ciphers) == ""

@@ -235,7 +235,7 @@ def test_private_files_elsewhere_are_missing_with_a_sentence(tmp_path: Path) -> 
 
 
 def test_the_first_process_makes_a_shared_key_and_nobody_else_may_read_it(tmp_path: Path) -> None:
-    path = tmp_path / "gate" / "split.key"
+    path = tmp_path / "gateway" / "split.key"
     script = (
         "import sys; from pathlib import Path; from fedtune.trust.private import shared_key; "
         "print(shared_key(Path(sys.argv[1])).hex())"

@@ -1,7 +1,7 @@
 """SIGKILL at named points of a round, for every process that can be there; somebody starts it again, and the
 bytes are those of an undisturbed run.
 
-The points are in the process that conducts the run (flwr-serverapp) and in the gate; at each, all processes
+The points are in the process that conducts the run (flwr-serverapp) and in the gateway; at each, all processes
 of one role are killed.
 """
 
@@ -23,7 +23,7 @@ POINTS = {  # one a round, so that one run shows them all: name -> where, when
         "fedtune.exchange.uploads:Uploads.take",
         "before",
         "args[1].envelope.round == 3",
-    ),  # the gate has said yes, nothing is there
+    ),  # the gateway has said yes, nothing is there
     "after-last-update": ("fedtune.exchange.server_store:ServerStore.close_round", "before", "args[2] == 4"),
     "mid-aggregate": (
         "fedtune.runtime.cohort:decode",
@@ -50,7 +50,17 @@ def points(folder: Path, victims: list[str]) -> list[dict[str, Any]]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "victim",
-    ["serverapp", "gate", "superlink", "superexec", "supernode", "worker", "clientapp", "server", "client"],
+    [
+        "serverapp",
+        "gateway",
+        "superlink",
+        "superexec",
+        "supernode",
+        "worker",
+        "clientapp",
+        "server",
+        "client",
+    ],
 )
 def test_a_process_killed_at_every_point_of_a_round_changes_no_byte(
     victim: str, federation: Deployment, oracle: Oracle, tmp_path: Path

@@ -51,7 +51,7 @@ def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(
         assert (tmp_path / "commit").exists() and (tmp_path / "trained").exists()
         assert federation.leave("server") == 0
     assert f"stopped; go on with: fedtune resume {federation.folder('run').path}" in federation.said("server")
-    assert not federation.pids("gate") + federation.pids("superlink")
+    assert not federation.pids("gateway") + federation.pids("superlink")
     federation.wait(
         lambda: not federation.pids("serverapp"), "the end of the run's process, which looks once a second"
     )
@@ -93,7 +93,7 @@ def test_below_the_quorum_the_run_pauses_with_exit_code_75_until_it_is_resumed(
         "R409: found 2 usable answers in round 1 (missing: client-2), expected 3 (deploy.quorum)" in said
         and "fedtune resume" in said
     )
-    assert counts(federation) == 2 and not federation.pids("gate")
+    assert counts(federation) == 2 and not federation.pids("gateway")
     federation.join("site-c")
     federation.resume("run")
     assert federation.ended() == 0
@@ -113,7 +113,7 @@ def test_a_coordinator_that_is_away_for_two_minutes(federation: Deployment, orac
     time.sleep(120)
     assert {
         who
-        for role in ("gate", "superlink", "serverapp", "superexec")
+        for role in ("gateway", "superlink", "serverapp", "superexec")
         for who in federation.pids(role, "server")
     } == set()
     assert all(
@@ -130,7 +130,7 @@ def test_a_coordinator_that_is_away_for_two_minutes(federation: Deployment, orac
 
 
 @slow
-@pytest.mark.parametrize("role", ["supernode", "worker", "superlink", "serverapp", "gate"])
+@pytest.mark.parametrize("role", ["supernode", "worker", "superlink", "serverapp", "gateway"])
 def test_a_process_that_stands_still_for_75_seconds(
     role: str, federation: Deployment, oracle: Oracle
 ) -> None:
@@ -231,7 +231,7 @@ def test_a_client_that_trained_to_nothing_is_left_out_of_that_round_only(
 
 
 class Cable(Proxy):
-    """A line to the gate that can be cut: what is under way breaks, and whoever calls is hung up on."""
+    """A line to the gateway that can be cut: what is under way breaks, and whoever calls is hung up on."""
 
     def __init__(self, upstream: str) -> None:
         self.whole, self.ends = True, set[socket.socket]()
@@ -291,7 +291,7 @@ def wide_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_upload_that_breaks_in_its_middle_goes_on_from_there(
     at: str, federation: Deployment, wide_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The gate dies at a piece that it has written, or the worker at a piece that it is about to send."""
+    """The gateway dies at a piece that it has written, or the worker at a piece that it is about to send."""
     changes: dict[str, Any] = {"method__adapter": {"kind": "full"}, "rounds": 2}
     broken = point(at, tmp_path / "broken", "after" if "intake" in at else "before", when="calls == 4")
     federation.serve(
@@ -305,7 +305,7 @@ def test_an_upload_that_breaks_in_its_middle_goes_on_from_there(
     assert journal(federation.folder("run")) == journal(alone) and counts(federation) == 6
     taken = [
         e
-        for e in lines_of(federation.root / "runs" / ".coordinator" / "gate.jsonl")
+        for e in lines_of(federation.root / "runs" / ".coordinator" / "gateway.jsonl")
         if e["event"] == "UpdateAccepted"
     ]
     assert [e["resumed"] > 0 for e in taken].count(True) >= 1
@@ -345,7 +345,7 @@ def test_a_disk_for_updates_that_is_full_and_then_freed(
     filler.write_bytes(bytes(20 << 20))
     federation.serve(oracle.recipe(federation))
     federation.join_all()
-    refused = federation.root / "runs" / ".coordinator" / "gate.jsonl"
+    refused = federation.root / "runs" / ".coordinator" / "gateway.jsonl"
     federation.wait(
         lambda: sum(e.get("code") == "E804" for e in lines_of(refused)) >= 3,
         "three sites that are told to wait",

@@ -14,7 +14,7 @@ ROOT, WHO = (
     # whose
     # machine it plays
 )
-MODULES = {"fedtune.deploy.gateway": "gate", "fedtune.deploy.worker": "worker"}
+MODULES = {"fedtune.deploy.gateway": "gateway", "fedtune.deploy.worker": "worker"}
 SCRIPTS = {
     "flower-superlink": "superlink", "flower-superexec": "superexec", "flower-supernode": "supernode",
     "flwr-serverapp": "serverapp", "flwr-clientapp": "clientapp", "flwr": "flwr",
@@ -22,7 +22,7 @@ SCRIPTS = {
 
 
 def role_of(command: list[str]) -> str:
-    """gate, worker, superlink, superexec, supernode, serverapp, clientapp, flwr; server or client for who
+    """gateway, worker, superlink, superexec, supernode, serverapp, clientapp, flwr; server or client for who
     looks after them; "" for others."""
     match command[1:]:
         case ["-m", "fedtune", ("server" | "resume"), *_]:
