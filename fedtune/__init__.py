@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedtune.api import check as check
     from fedtune.api import evaluate as evaluate
     from fedtune.api import export as export
+    from fedtune.api import forget as forget
     from fedtune.api import load as load
     from fedtune.api import merge as merge
     from fedtune.api import predict as predict
@@ -27,7 +28,19 @@ __version__ = "0.1.0"
 # here, since torch reads the setting when it is imported, and everything of fedtune comes before that
 shorten_spinning()
 
-API = ("Result", "check", "evaluate", "export", "load", "merge", "predict", "recipe", "simulate", "stream")
+API = (
+    "Result",
+    "check",
+    "evaluate",
+    "export",
+    "forget",
+    "load",
+    "merge",
+    "predict",
+    "recipe",
+    "simulate",
+    "stream",
+)
 __all__ = [*API, "FedtuneError", "Recipe", "__version__"]
 
 

@@ -23,6 +23,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event
 
 if TYPE_CHECKING:
+    from fedtune.runtime.forget import Forgotten
     from fedtune.runtime.merge import Merged
 
 Source = str | Path | Mapping[str, Any] | Recipe | None
@@ -236,6 +238,32 @@ def merge(
     return merge_adapters(
         [Path(one).expanduser().resolve() for one in adapters], asked, Path(to).expanduser().resolve(), scored
     )
+
+
+def forget(
+    run: str | Path,
+    clients: Sequence[str],
+    to: str | Path = "",
+    *,
+    keys: str | Path = "",
+    on_event: Callable[[Event], None] | None = None,
+) -> Forgotten:
+    """Replay a run of this machine without some clients, in a new folder: its state is that of a run of the
+    same recipe with `sampling.without`. The old run stays as it is.
+
+    to    the new run's folder; "" is the old one's name with -without- and the clients
+    keys  a member's keys, which sign the certificate
+
+    Raises C103, C104 for a run on real sites, R401, R402, R403, R406, R421.
+    """
+    from fedtune.runtime.folder import existing
+    from fedtune.runtime.forget import beside
+    from fedtune.runtime.forget import forget as forgotten
+
+    folder = existing(Path(run).expanduser().resolve())
+    target = Path(to).expanduser().resolve() if to else beside(folder, clients)
+    signed = Path(keys).expanduser() if keys else None
+    return forgotten(folder, clients, target, datetime.now(UTC), signed, [on_event] if on_event else [])
 
 
 def load(

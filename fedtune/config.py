@@ -40,6 +40,9 @@ class SamplingSettings(Settings):
     """Share of the clients; at least one is asked."""
     count: int = Field(0, ge=0)
     """Number of clients; 0 means `fraction` decides."""
+    without: tuple[str, ...] = ()
+    """Names of clients that never take part. What is drawn for the others stays as it is: a place in a round
+    that falls to one of these stays empty, and their rows train, score and choose nothing."""
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.count and "fraction" in self.model_fields_set:

@@ -54,6 +54,7 @@ CATALOGUE: dict[str, str] = {
     "R410": "Too few usable answers for the aggregation rule; the round changes nothing.",
     "R411": "A client's work ended with an unexpected error; the client is left out of the round.",
     "R412": "A group of clients is too small for its sum to be revealed.",
+    "R421": "A replay on this machine gives other bytes than the run had.",
     # F: Flower
     "F501": "A part of Flower that this command needs is not installed.",
     "F502": "Too few clients are connected or registered.",

@@ -65,12 +65,24 @@ def defect(error: Exception) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
-    from fedtune.cli import check, deploy, experts, explain, keys, leak_test, merge, runs, simulate, site
+    from fedtune.cli import (
+        check,
+        deploy,
+        experts,
+        explain,
+        forget,
+        keys,
+        leak_test,
+        merge,
+        runs,
+        simulate,
+        site,
+    )
 
     parser = argparse.ArgumentParser(
         prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (simulate, check, leak_test, runs, merge, experts, deploy, site, keys, explain):
+    for module in (simulate, check, leak_test, runs, merge, experts, forget, deploy, site, keys, explain):
         module.add_commands(commands)
     return parser

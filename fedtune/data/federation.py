@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +63,23 @@ class Federation:
             for row in rows:
                 total.update(json.dumps(row, sort_keys=True, default=summary).encode())
         return total.hexdigest()
+
+    def without(self, names: Sequence[str]) -> Federation:
+        """The same clients under the same numbers, of which those named have no rows; nor are theirs in a
+        test set that was pooled from what clients hold out. Raises C104 for a name that is no client's."""
+        known = {client.name for client in self.clients}
+        if unknown := [name for name in names if name not in known]:
+            raise FedtuneError(
+                "C104",
+                f"'{unknown[0]}' in sampling.without",
+                f"a client, such as {', '.join(sorted(known)[:5])}",
+                "correct the name",
+            )
+        left = tuple(replace(one, train=[], test=[]) if one.name in names else one for one in self.clients)
+        pooled = [row for client in self.clients for row in client.test]
+        own = len(pooled) == len(self.test) and all(map(operator.is_, pooled, self.test))
+        test = [row for client in left for row in client.test] if own else self.test
+        return replace(self, clients=left, test=test)
 
 
 def summary(value: Any) -> str:

@@ -35,7 +35,7 @@ def trained_alone(
     journal knows are not repeated after a crash."""
     wants = recipe.evaluate
     numbers = {"centralised": -1} if wants.centralised else {}
-    numbers |= {f"local:{n}": n for n in workspace.names} if wants.local else {}
+    numbers |= {f"local:{n}": n for n in workspace.present} if wants.local else {}
     numbers = {again(name, k): n for name, n in numbers.items() for k in range(wants.seeds)}
     found = {name: done for name in numbers if (done := journal.phase(name)) is not None}
     left = [name for name in numbers if name not in found]
@@ -88,8 +88,9 @@ def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, numbe
 
 def rounds_of(recipe: Recipe, workspace: Workspace, number: int) -> int:
     """So many rounds of one client: of all clients of all rounds, for the one place (number -1)."""
-    clients = wanted(recipe.sampling, len(workspace.names)) if number < 0 and recipe.method.by_steps else 1
-    return recipe.rounds * clients
+    if number >= 0 or not recipe.method.by_steps:
+        return recipe.rounds
+    return recipe.rounds * min(wanted(recipe.sampling, len(workspace.names)), len(workspace.present))
 
 
 def side_by_side(workspace: Workspace) -> int:

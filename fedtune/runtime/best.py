@@ -93,7 +93,7 @@ def scored(work: Run, number: int) -> dict[str, Any]:
 
     name, rows = work.workspace.choosing()
     if not len(rows):
-        now = Round(number, work.recipe.seed, tuple(work.workspace.names))
+        now = Round(number, work.recipe.seed, work.workspace.present)
         everyone = RoundCohort(
             work.link, now, work.transport, work.tell, work.workspace.names, replace(work.downlink)
         )

@@ -3,24 +3,23 @@ for, changed by its owners afterwards."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from fedtune.disk import json_text, write_atomic
+from fedtune.disk import write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.experts.cards import GENERAL, Card, cards, known, library_sha256, new_id, sha256_of, write
 from fedtune.experts.state import A_END, experts_of, fresh_a, groups_of, inputs_of, is_pair
 from fedtune.exports import card as readme
 from fedtune.exports import whole_folder
+from fedtune.runtime.certificate import certificate
 from fedtune.runtime.finished import installed
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
@@ -202,14 +201,3 @@ def remove(folder: RunFolder, name: str, now: datetime, keys: Path | None = None
     target = folder.path / REMOVED / f"{name}-{now.strftime('%Y%m%dT%H%M%S%f')}.json"
     write_atomic(target, certificate(record, keys))
     return target
-
-
-def certificate(record: dict[str, Any], keys: Path | None) -> bytes:
-    """The record as canonical JSON with the signature of a member or, without keys, with its hash."""
-    said = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-    if keys is None:
-        return (json_text(record | {"sha256": hashlib.sha256(said).hexdigest()}, indent=2) + "\n").encode()
-    from fedtune.trust.identity import load
-    from fedtune.trust.signed import seal
-
-    return seal(said, load(keys)).to_json()

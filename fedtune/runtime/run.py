@@ -223,9 +223,9 @@ def one_round(work: Run, number: int) -> None:
     began = time.time()
     recipe, workspace = work.recipe, work.workspace
     deploy = recipe.deploy if work.deployed else None
-    members = sample(
-        recipe.sampling, len(workspace.names), recipe.seed, number, deploy.over if deploy else 0.0
-    )
+    drawn = sample(recipe.sampling, len(workspace.names), recipe.seed, number, deploy.over if deploy else 0.0)
+    present = workspace.present
+    members = tuple(client for client in drawn if client in present)
     now = Round(number, recipe.seed, members)
     quorum = (
         math.ceil(deploy.quorum * min(len(members), wanted(recipe.sampling, len(workspace.names))))
@@ -235,7 +235,11 @@ def one_round(work: Run, number: int) -> None:
     cohort = RoundCohort(
         work.link, now, work.transport, work.tell, workspace.names, work.downlink, quorum=quorum
     )
-    work.state = work.link.method.round(work.state, cohort, now)
+    if members:
+        work.state = work.link.method.round(work.state, cohort, now)
+    else:
+        cohort.note("skipped", 1.0)
+        work.tell(Noted(f"round {number} changes nothing: whom it falls to does not take part"))
     answers = [cohort.answers[c] for c in members]
     counted = [a for a in answers if a.outcome == "ok"]
     weight = sum(a.weight for a in counted)
@@ -279,7 +283,7 @@ def finish(work: Run) -> dict[str, Any]:
             work.recipe, work.workspace, work.link.method, work.start, states, work.journal, work.tell
         )
     else:
-        now = Round(last, work.recipe.seed, tuple(work.workspace.names))
+        now = Round(last, work.recipe.seed, work.workspace.present)
         everyone = RoundCohort(
             work.link, now, work.transport, work.tell, work.workspace.names, replace(work.downlink)
         )
@@ -320,7 +324,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "samples": scores.get("samples", []),
         "per_client": spread_of(scores.get("clients_metric") or {}),
         "rounds": len(rounds),
-        "clients": len(work.workspace.names),
+        "clients": len(work.workspace.present),
         "left_out": sum(a.outcome != "ok" for a in answers),
         "up_bytes_per_client_round": sum(a.up_bytes for a in answers) / asked,
         "down_bytes_per_client_round": sum(a.down_bytes for a in answers) / asked,

@@ -50,6 +50,11 @@ class Workspace:
     def names(self) -> dict[int, str]:
         return {slice_.id: slice_.name for slice_ in self.federation.clients}
 
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Numbers of the clients that may take part: all but those of sampling.without."""
+        return tuple(n for n, name in self.names.items() if name not in self.recipe.sampling.without)
+
     def client(self, ask: Ask) -> Client:
         """A client at work: the shared tunable model, its own data, and its memory as the server counts
         it."""
@@ -114,7 +119,7 @@ class Workspace:
         if "pooled" not in self._encoded:
             from fedtune.model.encode import joined
 
-            parts = [self.train(slice_.id) for slice_ in self.federation.clients]
+            parts = [self.train(number) for number in self.present]
             self._encoded["pooled"] = joined(parts, self.base)
         pooled: Encoded = self._encoded["pooled"]
         return pooled
@@ -168,6 +173,7 @@ def build_workspace(
     if federation is None and here.data.begin():
         importlib.import_module("fedtune.model.fit")  # torch and transformers, which take as long as the data
     federation = federation or load(here.data, recipe.partition, recipe.seed)
+    federation = federation.without(recipe.sampling.without)
     for note in recipe.notes:
         tell(Noted(note))
     for reason, count in federation.dropped.items():
