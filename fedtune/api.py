@@ -92,6 +92,7 @@ def simulate(
     *,
     runs: str | Path = "runs",
     engine: Literal["local", "flower"] = "local",
+    workers: int = 0,
     on_event: Callable[[Event], None] | None = None,
     stem: str = "",
     began: float | None = None,
@@ -100,7 +101,10 @@ def simulate(
     """A whole federation on this machine, in a new folder under `runs`. Several may run in one process, also
     in threads; those take turns while they train.
 
-    engine    local: in this process; flower: Flower's simulation engine (Ray), with the same result
+    engine    local: on this machine's cores; flower: Flower's simulation engine (Ray), with the same result
+    workers   processes of the local engine that train clients side by side, with one thread each; 0: one for
+              each core where `model.threads` is 1 and the model is neither tiny nor large. The result does
+              not depend on it
     on_event  is told everything as it happens (fedtune.events); nothing is printed
     stem      begins the folder's name, where the recipe names none: the recipe's file name
     began     time.time() at which the clock of the run starts; None: now
@@ -111,6 +115,11 @@ def simulate(
     from fedtune.runtime.folder import create, discard_if_empty
     from fedtune.sinks import sink_of
 
+    if workers > 1 and engine != "local":
+        found, expected = f"{workers} workers with engine = '{engine}'", "the local engine"
+        raise FedtuneError("C104", found, expected, "leave workers out: Flower starts its own actors")
+    if workers > 1:  # each of them computes with one
+        changes = {"model__threads": 1, **changes}
     known = config.decided(recipe(source, **changes))
     stem = stem or (
         Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
@@ -127,7 +136,7 @@ def simulate(
         else:
             from fedtune.runtime.run import run
 
-            values = run(known, folder, tell, began=began)
+            values = run(known, folder, tell, began=began, workers=workers)
         return Result(folder.path, json.loads(json_text(values)))
     except FedtuneError:
         discard_if_empty(folder)

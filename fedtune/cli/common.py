@@ -43,6 +43,17 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that train clients side by side, with one thread each; the result does not depend on "
+        "their number (default: one for each core where model.threads is 1 and the model's size is fitting)",
+    )
+
+
 def sinks(folder: RunFolder, recipe: Recipe) -> Sink:
     """The console, events.jsonl and what the recipe adds."""
     from fedtune.sinks import sink_of

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fedtune.cli.common import sinks
+from fedtune.cli.common import add_workers, sinks
 from fedtune.disk import json_text
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
@@ -27,6 +27,7 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="continue to N rounds in all, more than the run was started with",
     )
+    add_workers(parser)
     parser.set_defaults(command=resume)
 
     parser = commands.add_parser(
@@ -121,7 +122,7 @@ def resume(options: argparse.Namespace) -> int:
         return go_on(folder)
     from fedtune.runtime.run import run
 
-    run(recipe, folder, sinks(folder, recipe))
+    run(recipe, folder, sinks(folder, recipe), workers=options.workers)
     return 0
 
 

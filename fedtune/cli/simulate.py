@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtune.cli.common import add_recipe
+from fedtune.cli.common import add_recipe, add_workers
 from fedtune.quiet import quiet
 
 STARTED = time.time()  # the nearest thing to the start of the command
@@ -22,8 +22,9 @@ def add_commands(commands: Any) -> None:
         "--engine",
         choices=("local", "flower"),
         default="local",
-        help="local: in this process; flower: Flower's simulation engine (Ray)",
+        help="local: on this machine's cores; flower: Flower's simulation engine (Ray)",
     )
+    add_workers(parser)
     parser.add_argument(
         "--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)"
     )
@@ -41,6 +42,12 @@ def simulate(options: argparse.Namespace) -> int:
 
     stem = Path(options.recipe).stem if options.recipe else "demo"
     api.simulate(
-        recipe, runs=options.runs, engine=options.engine, on_event=console_sink, stem=stem, began=STARTED
+        recipe,
+        runs=options.runs,
+        engine=options.engine,
+        workers=options.workers,
+        on_event=console_sink,
+        stem=stem,
+        began=STARTED,
     )
     return 0

@@ -29,6 +29,7 @@ from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.site_scores import at_sites
+from fedtune.runtime.workers import Workers, workers_for
 from fedtune.runtime.workspace import Workspace, build_workspace, link_of
 from fedtune.schema import digest
 from fedtune.threads import describe_threads
@@ -72,6 +73,7 @@ def run(
     carry: Callable[[Link, Workspace], Transport] | None = None,
     federation: Federation | None = None,
     began: float | None = None,
+    workers: int = 0,
 ) -> dict[str, Any]:
     """Start or continue the run in `folder`; returns what result.json holds.
 
@@ -80,18 +82,19 @@ def run(
     federation  of real sites: who takes part, and what there is to score on
     began       when the work began that led here, in seconds since the epoch; the result's seconds count from
                 then (None: from now)
+    workers     processes that answer for clients, where `carry` is the default; 0: as runtime/workers.py says
 
     Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
     """
     since = time.time() if began is None else began
     with folder.locked():
-        journal = Journal(folder.journal)
+        journal, work = Journal(folder.journal), None
         try:
             done = finished(folder, journal, recipe)
             if done:
                 tell(RunDone(done))
                 return done
-            work = open_run(recipe, folder, journal, tell, carry, federation, since)
+            work = open_run(recipe, folder, journal, tell, carry, federation, since, workers)
             if work.done:
                 score_round(work, work.done)  # where a crash came between the round and its score
             for number in range(work.done + 1, recipe.rounds + 1):
@@ -104,6 +107,8 @@ def run(
             result = finish(work)
         finally:
             journal.close()
+            if work and isinstance(work.transport, Workers):
+                work.transport.close()
     return result
 
 
@@ -129,6 +134,7 @@ def open_run(
     carry: Callable[[Link, Workspace], Transport] | None,
     federation: Federation | None,
     since: float,
+    workers: int = 0,
 ) -> Run:
     """Build the workspace, and take up the state where the journal left it. Raises R403, R406."""
     for metric in recipe.metrics:
@@ -164,11 +170,7 @@ def open_run(
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
     downlink = Downlink(held, {client: number for client, (number, _) in counted.items()})
     link = link_of(workspace, method)
-    transport = (
-        carry(link, workspace)
-        if carry
-        else local_transport(link, workspace.client, workspace.done, folder.path / "errors")
-    )
+    transport = carry(link, workspace) if carry else here(recipe, folder, workspace, link, tell, workers)
     tunable = workspace.tunable
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(
@@ -202,6 +204,24 @@ def open_run(
         clock,
         federation is not None,
     )
+
+
+def here(
+    recipe: Recipe,
+    folder: RunFolder,
+    workspace: Workspace,
+    link: Link,
+    tell: Callable[[Event], None],
+    asked: int,
+) -> Transport:
+    """The transport to clients on this machine: in this process, or in several."""
+    logs = folder.path / "errors"
+    count, why = workers_for(recipe, workspace, link.method, asked)
+    if why:
+        tell(Noted(f"one process works for all clients: {why}"))
+    if count > 1:
+        return Workers(link, workspace, logs, count)
+    return local_transport(link, workspace.client, workspace.done, logs)
 
 
 def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
