@@ -22,8 +22,14 @@ import time
 
 SHORT: dict[str, str] = {}  # fedtune's own choice
 LONG = {"GOMP_SPINCOUNT": "300000"}  # GNU OpenMP's default where OMP_WAIT_POLICY is not set
-QUICK = ("rounds=1", "evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false")
-FULL = ("rounds=3",)
+QUICK = (
+    "rounds=1",
+    "model.threads=0",
+    "evaluate.base=false",
+    "evaluate.local=false",
+    "evaluate.centralised=false",
+)
+FULL = ("rounds=3", "model.threads=0")
 TINY = (*QUICK, "partition.clients=2", "method.train.steps=1", "data.limit=200")
 
 

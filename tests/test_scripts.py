@@ -22,6 +22,7 @@ SCRIPTS = sorted(
 )
 LONG = {
     "benchmarks/simulation.py",
+    "benchmarks/local_workers.py",
     "benchmarks/threads.py",
 }  # whole runs of the built-in federation in processes of their own
 Start = Callable[..., Any]

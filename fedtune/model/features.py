@@ -48,9 +48,8 @@ def class_sums(
             if moments:
                 second[:] += unit.T @ unit
 
-        batches = (
-            data.collate(range(start, min(start + BATCH, len(data)))) for start in range(0, len(data), BATCH)
-        )
+        order = data.by_length()  # so that batches hold little padding
+        batches = (data.collate(order[start : start + BATCH]) for start in range(0, len(order), BATCH))
         (through or through_net(tunable))(batches, each)
     means = {"norm": norm, "shares": shares, "sums": sums} | ({"moments": second} if moments else {})
     return {name: value / len(data) for name, value in means.items()}
