@@ -213,4 +213,5 @@ def read_reply(pipe: Connection, client: int) -> tuple[Reply, dict[str, np.ndarr
 
 
 def packed(memory: dict[str, np.ndarray]) -> bytes:
-    return save({name: np.asarray(value, order="C") for name, value in memory.items()})
+    content: bytes = save({name: np.asarray(value, order="C") for name, value in memory.items()})
+    return content
