@@ -65,16 +65,21 @@ def defect(error: Exception) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
+    from fedtune import __version__
     from fedtune.cli import (
         check,
+        completion,
+        data,
         deploy,
         experts,
         explain,
         forget,
+        init,
         keys,
         leak_test,
         merge,
         runs,
+        schema,
         simulate,
         site,
     )
@@ -82,7 +87,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower."
     )
+    parser.add_argument(
+        "--version", action="version", version=f"fedtune {__version__}", help="show the version and exit"
+    )
+    parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (simulate, check, leak_test, runs, merge, experts, forget, deploy, site, keys, explain):
+    for module in (
+        init, data, check, simulate, leak_test, runs, merge, experts, forget, deploy, site, keys, explain,
+        schema, completion,
+    ):  # fmt: skip
         module.add_commands(commands)
     return parser

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -135,6 +136,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
+    target = Path(options.to).expanduser()
+    if options.to and target.suffix not in (".csv", ".jsonl"):
+        raise FedtuneError("C103", f"--to '{target}'", "a .csv or .jsonl file", "change its suffix")
     quiet()
     from fedtune import api
     from fedtune.disk import disk_errors
@@ -147,31 +151,25 @@ def predict(options: argparse.Namespace) -> int:
         for row in said:
             print(json_text(row))
         return 0
-    target = Path(options.to).expanduser()
-    if target.suffix not in (".csv", ".jsonl"):
-        raise FedtuneError("C103", f"--to '{target}'", "a .csv or .jsonl file", "change its suffix")
+    first = list(itertools.islice(said, 1))  # before a file is made: what is wrong with the model shows here
+    rows = itertools.chain(first, said)
     with disk_errors(target), target.open("w", encoding="utf-8", newline="") as file:
         if target.suffix == ".jsonl":
-            file.writelines(json_text(row) + "\n" for row in said)
+            file.writelines(json_text(row) + "\n" for row in rows)
         else:
-            write_csv(file, said)
+            write_csv(file, rows)
     return 0
 
 
-def write_csv(file: IO[str], rows: Iterator[dict[str, Any]]) -> None:
+def write_csv(file: IO[str], rows: Iterable[dict[str, Any]]) -> None:
     """Rows with the columns of the first; every label's probability would be too much of a table."""
     writer = None
     for row in rows:
         row.pop("probabilities", None)
-        writer = writer or csv_writer(file, row)
+        if writer is None:
+            writer = csv.DictWriter(file, list(row), extrasaction="ignore")
+            writer.writeheader()
         writer.writerow(row)
-
-
-def csv_writer(file: IO[str], row: Mapping[str, Any]) -> csv.DictWriter[str]:
-    names = [*row, *(["probability"] if "prediction" in row and "probability" not in row else [])]
-    writer = csv.DictWriter(file, names, extrasaction="ignore")
-    writer.writeheader()
-    return writer
 
 
 def export(options: argparse.Namespace) -> int:

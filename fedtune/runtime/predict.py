@@ -26,7 +26,7 @@ def predicted(
     folder: Path, path: str, column: str = "", batch: int = 32, tokens: int = 128, which: str = "best"
 ) -> Iterator[dict[str, Any]]:
     """Every row of the file as it was, with `prediction` and, for classes, `probability` and
-    `probabilities`; null where the row has no text.
+    `probabilities`; all of them null where the row has no text.
 
     column  of the text or prompt, where it is not the recipe's (an adapter's folder knows no recipe)
 
@@ -65,10 +65,12 @@ def answered(
     if data.task == "instruct":
         talk = {key: how[key] for key in ("template", "system", "day")}
         said = iter([{"prediction": text} for text in responses_of(tunable, known, tokens, batch, **talk)])
+        nothing: dict[str, Any] = {"prediction": None}
     else:
         said = iter([likeliest(shares) for shares in classes_of(tunable, known, batch, **how)])
+        nothing = {"prediction": None, "probability": None, "probabilities": None}
     for row, mine in zip(rows, shaped, strict=True):
-        yield {**row} | ({"prediction": None} if mine is None else next(said))
+        yield {**row} | (nothing if mine is None else next(said))
 
 
 def likeliest(shares: dict[str, float]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "golden": golden.generate,
     "errors": docs.errors,
     "recipe": docs.recipe,
+    "schema": docs.schema,
     "rates": rates.generate,
     "cli": cli.generate,
     "architecture": architecture.generate,

@@ -33,6 +33,13 @@ LETTERS = {
 }
 
 
+def schema() -> dict[str, str]:
+    """docs/recipe.schema.json, which the first line of each recipe in simulations/ names for editors."""
+    from fedtune.cli.schema import schema_text
+
+    return {"docs/recipe.schema.json": schema_text()}
+
+
 def errors() -> dict[str, str]:
     """docs/errors.md: one section a code, grouped by the letter."""
     from fedtune.cli.explain import pages

@@ -13,6 +13,8 @@ from fedtune.cli import main
 from fedtune.errors import FedtuneError
 from tests import small, tiny
 
+MINE = ("prediction", "probability", "probabilities")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +33,7 @@ def asked(folder: Path) -> Path:
 
 def test_labels_are_those_of_the_scores_and_rows_stay(run: Path, tmp_path: Path) -> None:
     said = list(fedtune.predict(run, asked(tmp_path), batch=3))
-    assert [row["own"] for row in said] == list(range(21)) and said[-1]["prediction"] is None
+    assert [row["own"] for row in said] == list(range(21)) and {said[-1][key] for key in MINE} == {None}
     for row in said[:-1]:
         assert row["probability"] == max(row["probabilities"].values())
         assert row["probabilities"][row["prediction"]] == row["probability"]
@@ -71,6 +73,22 @@ def test_mistakes_are_sentences(run: Path, tmp_path: Path) -> None:
         list(fedtune.predict(run, asked(tmp_path), "note"))
     with pytest.raises(FedtuneError, match="D201"):
         list(fedtune.predict(run, tmp_path / "nothing.jsonl"))
+
+
+def test_a_file_begins_with_its_first_answer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No empty file where the model does not load, and a row without text first decides no columns."""
+    file, target = tmp_path / "asked.jsonl", tmp_path / "said.csv"
+    file.write_text('{"text": " "}\n{"text": "the fox"}\n')
+    assert main(["predict", str(tmp_path / "none"), str(file), "--to", str(target)]) == 2
+    assert "M304" in capsys.readouterr().err and not target.exists()
+    assert main(["predict", str(run), str(file), "--to", str(tmp_path / "said.txt")]) == 2
+    assert main(["predict", str(run), str(file), "--to", str(target)]) == 0
+    with target.open() as said:
+        first, second = csv.DictReader(said)
+    assert first.keys() == second.keys() == {"text", "prediction", "probability"}
+    assert first["probability"] == "" and float(second["probability"]) > 0
 
 
 def test_responses_of_an_instructed_model(tmp_path: Path) -> None:
