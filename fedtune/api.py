@@ -201,20 +201,26 @@ def evaluate(run: str | Path, data: str | Path = "", round: str = "best") -> dic
 
 
 def export(
-    run: str | Path, to: str | Path, form: str = "", rank: int = 0, round: Literal["best", "last"] = "best"
+    run: str | Path,
+    to: str | Path,
+    form: str = "",
+    rank: int = 0,
+    round: Literal["best", "last"] = "best",
+    program: str = "",
 ) -> float:
     """Write a run's model to a new folder: adapter, merged or seeds; "" is what the run left itself.
 
-    rank   cuts a LoRA adapter to this rank; returns the share of its norm that this loses, 0 otherwise
-    round  best: of the rounds that were scored (evaluate.every), the last where none was; or last
+    program  instead of a form: peft, merged, gguf, vllm, sentence-transformers: loads the folder as it is
+    rank     cuts a LoRA adapter to this rank; returns the share of its norm that this loses, 0 otherwise
+    round    best: of the rounds that were scored (evaluate.every), the last where none was; or last
 
-    Raises C103, M306, R401, R402.
+    Raises C103, C107, M306, R401, R402.
     """
     from fedtune.runtime.finished import export_run
     from fedtune.runtime.folder import existing
 
     place, target = Path(run).expanduser().resolve(), Path(to).expanduser().resolve()
-    return export_run(existing(place), form, target, rank, round)
+    return export_run(existing(place), form, target, rank, round, program)
 
 
 def merge(

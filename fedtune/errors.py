@@ -20,6 +20,7 @@ CATALOGUE: dict[str, str] = {
     "C104": "Two settings cannot be used together.",
     "C105": "The recipe or policy file does not exist or cannot be read.",
     "C106": "An installed package registers an extension that cannot be used.",
+    "C107": "An optional package that a setting or a command needs is not installed.",
     # D: data
     "D201": "A data file or folder does not exist.",
     "D202": "The data is empty, or nothing is left after cleaning.",

@@ -13,11 +13,30 @@ from safetensors import SafetensorError
 from fedtune.config import Recipe
 from fedtune.disk import disk_errors
 from fedtune.errors import FedtuneError
+from fedtune.hf.licence import licence_of
 from fedtune.methods import Method
 from fedtune.methods.seeds import Seeds
 from fedtune.types import State
 
-LIBRARIES = {"adapter": "peft", "merged": "transformers", "seeds": "fedtune"}
+LIBRARIES = {
+    "adapter": "peft",
+    "peft": "peft",
+    "vllm": "peft",
+    "merged": "transformers",
+    "gguf": "gguf",
+    "sentence-transformers": "sentence-transformers",
+    "seeds": "fedtune",
+}
+TASKS = {  # the hub's words
+    "classify": "text-classification",
+    "instruct": "text-generation",
+    "causal-lm": "text-generation",
+    "image-classify": "image-classification",
+}
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "text-classification": {"text": "A sentence to classify."},
+    "text-generation": {"messages": [{"role": "user", "content": "What can you tell me?"}]},
+}
 NO_PRIVACY = "- differential privacy: none (epsilon is unbounded)"
 
 
@@ -29,6 +48,7 @@ def export_final(
     recipe: Recipe,
     result: Mapping[str, Any],
     number: int,
+    data: Mapping[str, Any] | None = None,
 ) -> None:
     """The run folder's own adapter/ (or adapter-last/) of a round, replaced as a whole: a crash leaves the
     old one or the new one."""
@@ -42,6 +62,7 @@ def export_final(
             result if number == result["kept_round"] else None,
             form,
             which(number, int(result["rounds"]), result["best"]),
+            data,
         )
         method.export(form, state, tunable, temporary, text, recipe.seed)
 
@@ -91,20 +112,25 @@ def card(
     result: Mapping[str, Any] | None = None,
     form: str = "adapter",
     chosen: str = "",
+    data: Mapping[str, Any] | None = None,
 ) -> str:
-    """README.md of an export: recipe, rounds, data, privacy, fingerprints. chosen: why it is this round."""
+    """README.md of an export: recipe, rounds, data, privacy, fingerprints.
+
+    form    of the method's, or the program that it is for
+    chosen  why it is this round
+    data    what data.json of the run says
+    """
     scores = [
         f"| {key} | {result[key]:.4f} |"
         for key in ("base", "local", "federated", "centralised")
         if result and result.get(key) is not None
     ]
     table = [f"| | {result['metric']} |", "|---|---|", *scores, ""] if result else []
+    licence = licence_of(recipe.model.name)
     return "\n".join(
         [
             "---",
-            f"library_name: {LIBRARIES[form]}",
-            f"base_model: {recipe.model.name}",
-            "tags: [federated, fedtune]",
+            front(recipe, form, licence, result),
             "---",
             "",
             f"# {title} after {rounds} rounds",
@@ -113,6 +139,8 @@ def card(
             *([f"- round: {chosen}"] if chosen else []),
             f"- task: {recipe.data.task}, data source: {recipe.data.source}",
             f"- partition: {recipe.partition.by}",
+            *(sizes(data) if data else []),
+            f"- licence of the base: {licence or 'not stated where it was read; ask its authors'}",
             f"- seed: {recipe.seed}; recipe SHA-256: {recipe.fingerprint}",
             f"- base model SHA-256: {base}",
             NO_PRIVACY,
@@ -123,6 +151,31 @@ def card(
             "",
         ]
     )
+
+
+def front(recipe: Recipe, form: str, licence: str, result: Mapping[str, Any] | None) -> str:
+    """The card's front matter, as the hub reads it. The example is no row of anybody's data."""
+    import yaml
+
+    task = TASKS[recipe.data.task]
+    known: dict[str, Any] = {"library_name": LIBRARIES[form], "base_model": recipe.model.name}
+    known |= {"license": licence} if licence else {}
+    known |= {"pipeline_tag": "sentence-similarity" if form == "sentence-transformers" else task}
+    known |= {"tags": ["federated", "fedtune"], "widget": [EXAMPLES[task]] if task in EXAMPLES else []}
+    if result and isinstance(result.get("federated"), float):
+        figures = [{"type": result["metric"], "value": round(result["federated"], 4)}]
+        set_ = {"name": recipe.data.source, "type": recipe.data.source}
+        found = {"task": {"type": task}, "dataset": set_, "metrics": figures}
+        known["model-index"] = [{"name": recipe.name or "federated", "results": [found]}]
+    return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True)).rstrip()
+
+
+def sizes(data: Mapping[str, Any]) -> list[str]:
+    clients = [client["train"] for client in data["clients"]]
+    return [
+        f"- rows: {data['train']:,} that train at {len(clients)} clients ({min(clients):,} to "
+        f"{max(clients):,} each), {data['test']:,} in the test set"
+    ]
 
 
 def which(number: int, rounds: int, best: Mapping[str, Any] | None) -> str:

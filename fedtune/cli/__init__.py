@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
     from fedtune import __version__
     from fedtune.cli import (
+        chat,
         check,
+        compare,
         completion,
         data,
         deploy,
@@ -80,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         merge,
         runs,
         schema,
+        serve,
         simulate,
         site,
     )
@@ -93,8 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (
-        init, data, check, simulate, leak_test, runs, merge, experts, forget, deploy, site, keys, explain,
-        schema, completion,
+        init, data, check, simulate, leak_test, runs, chat, serve, compare, merge, experts, forget, deploy,
+        site, keys, explain, schema, completion,
     ):  # fmt: skip
         module.add_commands(commands)
     return parser

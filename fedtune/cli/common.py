@@ -54,6 +54,15 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_round(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--round",
+        choices=("best", "last"),
+        default="best",
+        help="the best of the rounds that were scored (evaluate.every), which is the default, or the last",
+    )
+
+
 def sinks(folder: RunFolder, recipe: Recipe) -> Sink:
     """The console, events.jsonl and what the recipe adds."""
     from fedtune.sinks import sink_of

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fedtune.cli.common import add_workers, sinks
+from fedtune.cli.common import add_round, add_workers, sinks
 from fedtune.disk import json_text
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
@@ -51,7 +51,15 @@ def add_commands(commands: Any) -> None:
         "adapter: stock PEFT; merged: the whole model; seeds: fedkseed's accumulators, a few kilobytes; "
         "default: what the run left behind"
     )
-    parser.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--as", dest="form", choices=("adapter", "merged", "seeds"), default="", help=forms)
+    chosen.add_argument(
+        "--for",
+        dest="program",
+        choices=("peft", "merged", "gguf", "vllm", "sentence-transformers"),
+        default="",
+        help="a folder that this program loads as it is; refused with the reason where it has no form there",
+    )
     parser.add_argument(
         "--from-seeds", metavar="FILE", help="instead of a run: a file written by --as seeds; needs --base"
     )
@@ -88,15 +96,6 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser("report", help="write a run's report.html")
     parser.add_argument("run", help="the run's folder")
     parser.set_defaults(command=report)
-
-
-def add_round(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--round",
-        choices=("best", "last"),
-        default="best",
-        help="the best of the rounds that were scored (evaluate.every), which is the default, or the last",
-    )
 
 
 def opened(path: str) -> RunFolder:
@@ -190,6 +189,8 @@ def export(options: argparse.Namespace) -> int:
             "RUN, or --from-seeds FILE with --base MODEL",
             "give one of them",
         )
+    if options.program and options.from_seeds:
+        raise FedtuneError("C103", f"--for {options.program} with --from-seeds", "RUN", "use --as")
     if options.rank is not None and (options.rank < 1 or options.from_seeds):
         raise FedtuneError(
             "C103", f"--rank {options.rank}", "1 or more, together with RUN", "correct it or leave it out"
@@ -203,7 +204,9 @@ def export(options: argparse.Namespace) -> int:
         quiet()
         from fedtune import api
 
-        lost = api.export(options.run, target, options.form, options.rank or 0, options.round)
+        lost = api.export(
+            options.run, target, options.form, options.rank or 0, options.round, options.program
+        )
         if options.rank:
             print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")
     print(options.to)

@@ -163,12 +163,9 @@ def no_adapter(place: Path, error: Exception) -> FedtuneError:
     )
 
 
-def save_merged(tunable: TunableModel, folder: str | Path, card: str) -> None:
-    """Write the whole model with the adapter folded in, and its tokenizer; trained values are rounded to the
-    base's dtype.
-
-    Costs one copy of the model. Raises M306 for kinds that add layers or tokens.
-    """
+def merged_net(tunable: TunableModel) -> Any:
+    """A copy of the model, on the CPU, with the adapter folded in; trained values are rounded to the base's
+    dtype. Raises M306 for kinds that add layers or tokens."""
     if tunable.settings and not tunable.settings.merges:
         known = ", ".join(kind for kind, adapter in ADAPTERS.items() if adapter.merges)
         raise FedtuneError(
@@ -177,8 +174,6 @@ def save_merged(tunable: TunableModel, folder: str | Path, card: str) -> None:
             f"one of {known}",
             "export it with --as adapter",
         )
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     merged: Any = copy.deepcopy(tunable.net).to("cpu")
     if is_stock(tunable):
         with warnings.catch_warnings():
@@ -189,7 +184,15 @@ def save_merged(tunable: TunableModel, folder: str | Path, card: str) -> None:
         ):  # peft 0.21 leaves the task head wrapped when it merges layer norms
             if isinstance(module, ModulesToSaveWrapper):
                 merged.set_submodule(name, module.modules_to_save["default"])
-    merged = merged.to(next(iter(tunable.base.weights.values())).dtype)
+    return merged.to(next(iter(tunable.base.weights.values())).dtype)
+
+
+def save_merged(tunable: TunableModel, folder: str | Path, card: str) -> None:
+    """Write the whole model with the adapter folded in, and its tokenizer. Raises M306 for kinds that add
+    layers or tokens."""
+    merged = merged_net(tunable)
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         merged.save_pretrained(str(place))
     tunable.base.tokenizer.save_pretrained(str(place))

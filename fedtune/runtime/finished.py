@@ -23,6 +23,7 @@ from fedtune.model.settings import ModelSettings
 from fedtune.runtime.baselines import own_scores, score_test
 from fedtune.runtime.best import best_round, committed_round, round_scores
 from fedtune.runtime.checkpoints import Memories, load_state
+from fedtune.runtime.data_card import data_facts
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.paths import located
@@ -63,9 +64,11 @@ def evaluate_file(folder: RunFolder, path: str, which: str = "best") -> dict[str
     }
 
 
-def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0, which: str = "best") -> float:
-    """Write the best (or last) committed state in a form of its method ("": the first); the folder appears
-    whole or not at all. Raises C103, M306, R401.
+def export_run(
+    folder: RunFolder, form: str, to: Path, rank: int = 0, which: str = "best", program: str = ""
+) -> float:
+    """Write the best (or last) committed state in a form of its method ("": the first), or as a program reads
+    it (fedtune.model.programs); the folder appears whole or not at all. Raises C103, C107, M306, R401.
 
     `rank` cuts a LoRA adapter, and what it carries beside itself, to the best one of that rank; returns the
     share of its norm that is lost.
@@ -74,24 +77,68 @@ def export_run(folder: RunFolder, form: str, to: Path, rank: int = 0, which: str
     recipe = recipe_of(folder)
     method = method_of(recipe)
     facts, shrink = method.facts, method.capabilities.shrink
-    form = form or facts.forms[0]
+    form = form_for(program) if program else form or facts.forms[0]
     if form not in facts.forms:
+        found = f"--for {program}, which needs --as {form}," if program else f"--as {form}"
         raise FedtuneError(
             "M306",
-            f"--as {form} for a run of {facts.title}",
-            f"one of {', '.join(facts.forms)}",
+            f"{found} for a run of {facts.title}",
+            f"--as {' or '.join(facts.forms)}",
             "choose another --as",
         )
     if rank and shrink is None:
         raise FedtuneError("M306", f"--rank for a run of {facts.title}", "a LoRA adapter", "leave --rank out")
     workspace, state, number = installed(folder, which)
     lost = shrink(state, workspace.tunable, rank) if rank and shrink else 0.0
+    if program:
+        refuse_for(program, workspace.tunable)
     text = card(
-        recipe, facts.title, workspace.base.fingerprint, number, form=form, chosen=reason(folder, number)
+        recipe,
+        facts.title,
+        workspace.base.fingerprint,
+        number,
+        scores_of(folder, number),
+        program or form,
+        reason(folder, number),
+        data_facts(folder),
     )
     with whole_folder(target) as temporary:
-        method.export(form, state, workspace.tunable, temporary, text, recipe.seed)
+        if program:
+            write_for(program, workspace.tunable, temporary, text)
+        else:
+            method.export(form, state, workspace.tunable, temporary, text, recipe.seed)
     return lost
+
+
+def scores_of(folder: RunFolder, number: int) -> dict[str, Any] | None:
+    """The run's result, where it is of this round."""
+    if not (folder.path / "result.json").exists():
+        return None
+    result = folder.read_json("result.json")
+    return result if result.get("kept_round") == number else None
+
+
+def form_for(program: str) -> str:
+    """The method's form that an export for a program is made of. Raises C103."""
+    from fedtune.model.programs import PROGRAMS
+
+    if program not in PROGRAMS:
+        raise FedtuneError(
+            "C103", f"--for {program}", f"one of {', '.join(PROGRAMS)}", "choose another --for"
+        )
+    return PROGRAMS[program].form
+
+
+def refuse_for(program: str, tunable: TunableModel) -> None:
+    from fedtune.model.programs import PROGRAMS
+
+    PROGRAMS[program].refuse(tunable)
+
+
+def write_for(program: str, tunable: TunableModel, folder: Path, text: str) -> None:
+    from fedtune.model.programs import PROGRAMS
+
+    PROGRAMS[program].write(tunable, folder, text)
 
 
 def reason(folder: RunFolder, number: int) -> str:

@@ -20,6 +20,7 @@ from fedtune.runtime.baselines import compare, finished_phase, score_test, sprea
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.cohort import RoundCohort
+from fedtune.runtime.data_card import data_facts, write_data_card
 from fedtune.runtime.downlink import Downlink
 from fedtune.runtime.first_rounds import LOOKED_AT, not_learning
 from fedtune.runtime.folder import RunFolder
@@ -322,13 +323,22 @@ def leave(work: Run, states: Mapping[int, State], result: Mapping[str, Any]) -> 
     """adapter/ of the round that is kept, adapter-last/ of the last one where that is another."""
     from fedtune.exports import export_final
 
+    write_data_card(work.folder, work.recipe, work.workspace.federation)
+    data = data_facts(work.folder)
     targets = dict(zip(states, (work.folder.adapter, work.folder.last_adapter), strict=False))
     if len(targets) == 1:
         shutil.rmtree(work.folder.last_adapter, ignore_errors=True)
     for number, state in reversed(list(states.items())):
         work.link.method.install(state, work.workspace.tunable)
         export_final(
-            work.link.method, state, work.workspace.tunable, targets[number], work.recipe, result, number
+            work.link.method,
+            state,
+            work.workspace.tunable,
+            targets[number],
+            work.recipe,
+            result,
+            number,
+            data,
         )
 
 

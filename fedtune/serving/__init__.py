@@ -1,0 +1,1 @@
+"""A run's language model behind OpenAI's interface, on this machine: chat, completions, models."""

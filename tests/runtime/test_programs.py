@@ -1,0 +1,165 @@
+"""Exports for other programs, each loaded by the program itself, which then says what our model says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import fedtune
+from fedtune.cli import main
+from fedtune.errors import FedtuneError
+from tests import small, tiny
+
+ASKED = "the red fox sleeps by the fire"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("programs")
+    tiny.llama(folder / "llama")
+    tiny.bert(folder / "bert")
+    rows = [{"prompt": f"say {word}", "response": word} for word in ("fox", "cat", "dog") * 8]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small.write_rows(folder)
+    return folder
+
+
+def trained(place: Path, name: str, **changes: Any) -> Path:
+    """A run of one round, made once."""
+    folder = place / "runs" / name
+    if not folder.exists():
+        text = changes.get("data__task") == "instruct"
+        model, rows = (
+            (place / "llama", place / "asked.jsonl") if text else (place / "bert", place / "rows.jsonl")
+        )
+        tree = small.tree(model, rows, rounds=1, name=name, **changes)
+        fedtune.simulate(tree, runs=place / "runs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language(place: Path) -> Path:
+    return trained(place, "language", data__task="instruct", data__max_length=40, method__train__lr=0.05)
+
+
+def logits(net: Any, tokenizer: Any) -> np.ndarray:
+    with torch.no_grad():
+        return net.eval()(**tokenizer(ASKED, return_tensors="pt")).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def wanted(language: Path) -> np.ndarray:
+    return logits(*fedtune.load(language))
+
+
+def test_training_moved_the_model(place: Path, wanted: np.ndarray) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    assert (
+        np.abs(logits(base, transformers.AutoTokenizer.from_pretrained(place / "llama")) - wanted).max()
+        > 1e-2
+    )
+
+
+@pytest.mark.parametrize("program", ["peft", "vllm"])
+def test_peft_loads_its_adapter(
+    program: str, place: Path, language: Path, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    assert main(["export", str(language), "--for", program, "--to", str(tmp_path / "out")]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "llama")
+    net = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(logits(net, tokenizer), wanted, rtol=1e-4, atol=1e-5)
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert ("--enable-lora --max-lora-rank 8" in said) == (program == "vllm")
+
+
+def test_transformers_loads_the_merged_model(language: Path, wanted: np.ndarray, tmp_path: Path) -> None:
+    fedtune.export(language, tmp_path / "out", program="merged")
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(logits(net, tokenizer), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gguf_file_is_the_merged_model(
+    language: Path, wanted: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own reader of GGUF files gives back every number, and the tokenizer every id."""
+    fedtune.export(language, tmp_path / "out", program="gguf")
+    known: Any = {"gguf_file": "model.gguf"}
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **known)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", **known)
+    own = fedtune.load(language)[1]
+    for text in (*tiny.SENTENCES, "Ünïcode 42!\n", "<|user|>\nsay fox</s>\n<|assistant|>\n"):
+        assert tokenizer(text)["input_ids"] == own(text)["input_ids"]
+    assert tokenizer.chat_template == own.chat_template
+    np.testing.assert_allclose(logits(net, own), wanted, rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(FedtuneError, match=r"C107.*pip install 'fedtune\[gguf\]'"):
+        fedtune.export(language, tmp_path / "other", program="gguf")
+    assert not (tmp_path / "other").exists()
+
+
+def test_sentence_transformers_encodes_with_the_tuned_backbone(place: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    run = trained(place, "sentences", model__pooling="mean", method__train__lr=0.05)
+    fedtune.export(run, tmp_path / "out", program="sentence-transformers")
+    said = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode([ASKED, "a cat"])
+    net, tokenizer = fedtune.load(run)
+    batch = tokenizer([ASKED, "a cat"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        own = (
+            net.get_base_model().base_model(**batch).last_hidden_state[:, 0].numpy()
+        )  # pooled at every place
+    np.testing.assert_allclose(said, own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("program", "changes", "why"),
+    [
+        ("peft", {"method__adapter": {"kind": "bias"}}, "kind 'bias', which peft does not have"),
+        ("peft", {"model__pooling": "mean"}, "reads the mean of the tokens"),
+        ("gguf", {"model__pooling": "mean"}, "data.task = 'classify'"),
+        ("vllm", {"model__pooling": "mean"}, "data.task = 'classify'"),
+        ("sentence-transformers", {"method__adapter": {"kind": "bias"}}, "behind the model's pooler"),
+    ],
+)
+def test_what_has_no_form_is_refused(
+    program: str, changes: dict[str, Any], why: str, place: Path, tmp_path: Path
+) -> None:
+    name = "sentences" if "model__pooling" in changes else "bias"
+    run = trained(place, name, method__train__lr=0.05, **changes)
+    with pytest.raises(FedtuneError, match=rf"M306: found .*{why}"):
+        fedtune.export(run, tmp_path / "out", program=program)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cards_hold_figures_and_no_rows(place: Path, language: Path, tmp_path: Path) -> None:
+    run = trained(place, "sentences", model__pooling="mean", method__train__lr=0.05)
+    about = huggingface_hub.metadata_load(run / "adapter" / "README.md")
+    result = json.loads((run / "result.json").read_text())
+    figure = about["model-index"][0]["results"][0]["metrics"][0]
+    assert figure == {"type": "accuracy", "value": round(result["federated"], 4)}
+    assert about["pipeline_tag"] == "text-classification" and about["widget"][0]["text"]
+    facts = json.loads((run / "data.json").read_text())
+    assert facts["train"] + sum(c["held_out"] for c in facts["clients"]) + facts["test"] == 120
+    card, page = (run / "adapter" / "README.md").read_text(), (run / "data.md").read_text()
+    assert f"{facts['train']} that train at 4 clients" in card and "| client-0 |" in page
+    for row in small.rows():
+        assert row["text"] not in card + page
+
+    (place / "llama" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    fedtune.export(language, tmp_path / "out", program="peft")
+    about = huggingface_hub.metadata_load(tmp_path / "out" / "README.md")
+    assert about["license"] == "apache-2.0" and about["library_name"] == "peft"
+    (place / "llama" / "README.md").unlink()
