@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--only", choices=("base", "tuned"), default="", help="one of the two; without it, both answer"
     )
-    add_sampling(parser)
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="of an answer, at most")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy"
     )

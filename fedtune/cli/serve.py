@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         "--listen",
         default=f"127.0.0.1:{PORT}",
         metavar="HOST:PORT",
-        help=f"port 0 takes a free one (default: 127.0.0.1:{PORT}); to listen for other machines takes a token "
+        help=f"port 0 takes a free one (default: 127.0.0.1:{PORT}); listening for others takes a token "
         f"in the environment variable {TOKEN}, and a proxy with TLS before it",
     )
     parser.add_argument("--tokens", type=int, default=512, metavar="N", help="of an answer, at most")

@@ -61,7 +61,7 @@ def talker(folder: Path, which: str = "best") -> Talker:
 
 @dataclass
 class Chat:
-    """Two conversations with the same questions, the base's and the tuned model's, each with its own answers."""
+    """Conversations of the base and of the tuned model with the same questions, each with its own answers."""
 
     talker: Talker
     wish: Wish

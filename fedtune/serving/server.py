@@ -1,8 +1,8 @@
 """The server: one answer at a time, bounded requests, a token where one is set.
 
-transformers' own (`transformers serve`, 5.23) loads whatever model a request names unless told otherwise, knows
-no adapter kinds but peft's, no token and no bound, and needs FastAPI and more. This one serves one model, with
-nothing but the standard library.
+transformers' own (`transformers serve`, 5.23) loads whatever model a request names unless told otherwise,
+knows no adapter kinds but peft's, no token and no bound, and needs FastAPI and more. This one serves one
+model, with nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def usage(answer: Answer) -> dict[str, int]:
 
 
 def events(asked: Sampling, answer: Answer, form: Form, shared: Mapping[str, Any]) -> Iterator[bytes]:
-    """Server-sent events: a chunk a piece, one that says why it ends, the usage if it is asked for, and DONE."""
+    """Server-sent events: a chunk a piece, one that says why it ends, the usage if asked for, and DONE."""
 
     def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
         return (
