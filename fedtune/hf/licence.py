@@ -45,4 +45,5 @@ def packaged(package: str) -> str:
         about = metadata(next(iter(packages_distributions().get(package, [package]))))
     except PackageNotFoundError:
         return ""
-    return str(about.get("License-Expression") or about.get("License") or "").split("\n")[0][:60].lower()
+    stated = [about[key] for key in ("License-Expression", "License") if key in about]
+    return next((str(text).split("\n")[0][:60].lower() for text in stated if text), "")

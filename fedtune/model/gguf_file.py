@@ -87,7 +87,7 @@ def write_sizes(writer: Any, config: Any) -> None:
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
     rope = getattr(config, "rope_parameters", None) or {}
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0)))
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
 
 
 def tensors(net: Any) -> Iterator[tuple[str, torch.Tensor]]:

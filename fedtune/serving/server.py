@@ -73,7 +73,10 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(HTTPStatus.NOT_FOUND, f"no '{self.path[:80]}' here")
 
     def do_POST(self) -> None:
-        known = {"/v1/chat/completions": (ChatRequest, CHAT), "/v1/completions": (TextRequest, TEXT)}
+        known: dict[str, tuple[type[Sampling], Form]] = {
+            "/v1/chat/completions": (ChatRequest, CHAT),
+            "/v1/completions": (TextRequest, TEXT),
+        }
         body = self.body()
         if body is None or not self.allowed():
             return
@@ -219,7 +222,7 @@ def events(asked: Sampling, answer: Answer, form: Form, shared: Mapping[str, Any
 
     for piece in answer:
         yield event([{"index": 0, **form.piece(piece), "finish_reason": None}])
-    last = {"delta": {}} if form is CHAT else {"text": ""}
+    last: dict[str, Any] = {"delta": {}} if form is CHAT else {"text": ""}
     yield event([{"index": 0, **last, "finish_reason": answer.finish}])
     if asked.stream_options and asked.stream_options.include_usage:
         yield event([], usage=usage(answer))
