@@ -28,13 +28,14 @@ def finite(content: Any) -> Any:
     return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of the folder. Raises R404."""
+def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Temporary file, fsync, rename, fsync of the folder; `mode` less the process's umask, before anything
+    is in the file. Raises R404."""
     temporary = path.with_name(f".{path.name}.part")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as handle:
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as handle:
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())

@@ -55,6 +55,7 @@ CATALOGUE: dict[str, str] = {
     "R410": "Too few usable answers for the aggregation rule; the round changes nothing.",
     "R411": "A client's work ended with an unexpected error; the client is left out of the round.",
     "R412": "A group of clients is too small for its sum to be revealed.",
+    "R413": "Too few clients came through all steps of a masked sum.",
     "R421": "A replay on this machine gives other bytes than the run had.",
     # F: Flower
     "F501": "A part of Flower that this command needs is not installed.",
@@ -72,6 +73,7 @@ CATALOGUE: dict[str, str] = {
     "W605": "A message was already received.",
     "W606": "A message is larger, or claims more, than allowed.",
     "W607": "Numbers are not finite or out of range.",
+    "W608": "A step of a masked sum would show more than the sum, or came out of order.",
     # S: split models
     "S701": "The model cannot be split as asked.",
     "S702": "Client and body service do not hold matching parts of one model.",

@@ -149,6 +149,7 @@ class Client:
     memory: dict[str, np.ndarray] = field(default_factory=dict)
     body: Any = None  # the split service, where the method needs one
     held_out: Callable[[], Any] | None = None  # its rows for scoring, encoded when they are wanted
+    vault: Any = None  # fedtune.privacy.vault.Vault: secrets of a round's masked sums, never in its memory
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fedtune.runtime.sampling import wanted
 from fedtune.runtime.workspace import Workspace
 from fedtune.sinks import sink_of
 from fedtune.sinks.console import size
+from fedtune.transforms import build
 from fedtune.trust import AllowList, Identity, Signed
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.identity import ALLOWED, following
@@ -35,7 +36,7 @@ from fedtune.trust.private import shared_key
 from fedtune.trust.signed import signer
 
 DEPLOY, FAILED, CRASH = "deploy.json", "failed.json", "crash.log"
-GIVEN_UP = ("R405", "R409", "R412")  # too few answers: when the run goes on, the round is asked anew
+GIVEN_UP = ("R405", "R409", "R412", "R413")  # too few answers: when the run goes on, the round is asked anew
 SPLIT_KEY = "split.key"  # in the coordinator's home: what the runs and the gateway know of each other
 
 
@@ -140,7 +141,7 @@ def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None
         server_store.release(where.run, recipe.rounds)
     except FedtuneError as error:
         if error.code in GIVEN_UP:
-            server_store.let_in(where.run)
+            server_store.let_in(where.run, anew=bool(build(recipe.chain).hides))
         raise
     finally:
         server_store.close()
@@ -206,7 +207,7 @@ def budget(link: Link, workspace: Workspace, asks: Sequence[Ask]) -> int:
     """Most bytes of one answer: its numbers as float64, and room for a frame with names."""
     tasks = link.tasks
     schemas = (
-        tasks[ask.verb].answer(tasks[ask.verb].given(workspace.tunable, ask.client, ask.now), ask.now)
+        tasks[ask.verb].sent(tasks[ask.verb].given(workspace.tunable, ask.client, ask.now), ask.now)
         for ask in asks
     )
     return max(8 * schema.count + 256 * len(schema.entries) for schema in schemas) + (1 << 16)

@@ -42,11 +42,12 @@ from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before, respond
-from fedtune.runtime.client_store import load_versions, save_versions
+from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
 from fedtune.runtime.failures import failure_of, numbered
+from fedtune.runtime.masked_tasks import root_of
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.site_scores import SCORE
-from fedtune.runtime.workspace import Workspace, build_workspace, link_of
+from fedtune.runtime.workspace import Workspace, build_workspace, link_of, verbs_of
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.split.facts import SplitFacts
 from fedtune.trust import Peer, Signed, Ticket, load, ticket
@@ -195,7 +196,7 @@ class Worker:
         sent = sent_since(self.home, time.time() - DAY)
         return Asked(
             recipe.fingerprint,
-            about.verb,
+            root_of(about.verb),
             about.budget,
             len(details.members),
             key,
@@ -243,7 +244,8 @@ class Worker:
             )
         )
         held = load_versions(place, ask.client)
-        client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body)
+        vault = FolderVault(self.home / "vault" / about.run)
+        client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body, vault=vault)
         reply = respond(link, client, ask)
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         size, sha256 = len(reply.payload), hashlib.sha256(reply.payload).hexdigest()
@@ -352,14 +354,16 @@ def understood(details: Details, verb: str) -> Recipe:
     """A ticket's recipe. Raises Refused (W602) for one that asks for what this version does not have."""
     try:
         recipe = Recipe.model_validate_json(details.recipe)
-        known = {*method_of(recipe).verbs, SCORE}
+        known = verbs_of(recipe)
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])[:80]
         raise Refused(
             "W602", f"a recipe whose '{place}' this version cannot read", "settings of this version", UPDATE
         ) from None
     if verb not in known:
-        raise Refused("W602", f"the verb '{verb}'", f"one of {', '.join(sorted(known))}", UPDATE)
+        raise Refused(
+            "W602", f"the verb '{verb}'", f"one of {', '.join(sorted({*map(root_of, known)}))}", UPDATE
+        )
     return recipe
 
 

@@ -171,10 +171,13 @@ class RoundLedger:
         text = "SELECT client, why FROM left_out WHERE run = ? AND round = ? AND verb = ?"
         return dict(self.query(text, run, round, verb))
 
-    def let_in(self, run: str) -> None:
-        """A round was given up before it was committed: when it is asked anew, everybody may answer."""
+    def let_in(self, run: str, anew: bool = False) -> None:
+        """A round was given up before it was committed: when it is asked anew, everybody may answer;
+        `anew`: and has to."""
         with self.transaction():
             self.db.execute("DELETE FROM left_out WHERE run = ?", (run,))
+            if anew:
+                self.db.execute("DELETE FROM accepted WHERE run = ? AND released = 0", (run,))
 
     def accepted(self, run: str, round: int, verb: str) -> list[Accepted]:
         rows = self.query(

@@ -67,9 +67,10 @@ class ServerStore:
         """Whom a question was closed without, and why."""
         return self.ledger.left_out(run, round, verb)
 
-    def let_in(self, run: str) -> None:
-        """After a round that was given up: everybody may answer when it is asked anew."""
-        self.ledger.let_in(run)
+    def let_in(self, run: str, anew: bool = False) -> None:
+        """After a round that was given up: everybody may answer when it is asked anew. `anew`: and nothing
+        that was accepted counts, because masked sums begin with fresh keys."""
+        self.ledger.let_in(run, anew)
 
     def accepted(self, run: str, round: int, verb: str) -> list[Accepted]:
         """The updates that count, by client's name."""

@@ -12,7 +12,7 @@ from fedtune import config
 from fedtune.flower.messages import read_ask, write_answer
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import Versions, memory_after, memory_before, respond
-from fedtune.runtime.client_store import load_versions, save_versions
+from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.protocol import Link, Reply
 from fedtune.runtime.workspace import Workspace, build_workspace, link_of
@@ -44,6 +44,7 @@ def answer(message: Message, context: Context, shelf: Path | None = None) -> Mes
         )
         versions = load_memory(context, place, ask.client)
         client = workspace.client_with(ask.client, memory_before(versions, ask))
+        client.vault = FolderVault(place / "vault" / str(ask.client)) if place else ContextVault(context)
         reply = respond(link, client, ask)
         save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
     except Exception as cause:  # whatever it is, it is about this client
@@ -74,6 +75,29 @@ def load_memory(context: Context, place: Path | None, client: int) -> Versions:
     return {
         int(number): dict(load(bytes(tensors))) for number, tensors in context.state.get("memory", {}).items()
     }
+
+
+class ContextVault:
+    """Secrets of a round's masked sums in Flower's per-node state: an actor of the simulation engine answers
+    for many clients, and not always for the same."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def _held(self) -> dict[str, bytes]:
+        return {name: bytes(secret) for name, secret in self.context.state.get("vault", {}).items()}
+
+    def read(self, name: str) -> bytes | None:
+        return self._held().get(name)
+
+    def write(self, name: str, secret: bytes) -> None:
+        self.context.state["vault"] = ConfigRecord(self._held() | {name: secret})
+
+    def names(self) -> list[str]:
+        return sorted(self._held())
+
+    def remove(self, name: str) -> None:
+        self.context.state["vault"] = ConfigRecord({k: v for k, v in self._held().items() if k != name})
 
 
 def save_memory(context: Context, place: Path | None, client: int, versions: Versions) -> None:

@@ -11,6 +11,7 @@ from fedtune.experts.state import A_END
 from fedtune.methods.base import AdapterCosts, AdapterTable
 from fedtune.methods.fedpeft_ranks import plan_at
 from fedtune.model.adapters import Lora
+from fedtune.privacy.masks import LEAST
 
 if TYPE_CHECKING:
     from fedtune.model.memory_plan import Plan
@@ -58,6 +59,12 @@ class ExpertsSettings(AdapterTable):
                 f"method.experts.by = '{self.experts.by}', which reads single answers, beside '{hidden}'",
                 "groups of several clients",
                 f"set method.experts.by = 'clusters', or remove '{hidden}' from [[chain]]",
+            )
+        if self.experts.least < LEAST and "mask" in [step.step for step in recipe.chain]:
+            yield (
+                f"method.experts.min_clients = {self.experts.least} beside 'mask'",
+                f"{LEAST} or more: of two, each would know the other's answer",
+                f"set method.experts.min_clients = {LEAST}",
             )
 
 

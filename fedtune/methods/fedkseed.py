@@ -194,13 +194,8 @@ class FedKSeed:
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        train = Verb(
-            self.train,
-            self.given,
-            self.answer,
-            reads_each=self.settings.sends_steps,
-            holds=self.settings.hold,
-        )
+        s = self.settings
+        train = Verb(self.train, self.given, self.answer, reads_each=s.sends_steps, holds=s.hold, whole=True)
         return {"train": train} | features_verbs(self.settings.head_start)
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:

@@ -244,11 +244,17 @@ class FedKSeedSettings(MethodTable):
         yield from start_conflicts(self.head_start, recipe)
         if not self.walks_only:
             yield from float16_conflicts(recipe)
-        if recipe.chain:
+        if others := [step.step for step in recipe.chain if step.step not in ("ring", "mask")]:
             yield (
-                f"[[chain]] step = '{recipe.chain[0].step}' with method.type = 'fedkseed'",
-                "no [[chain]], because whole numbers are sent as they are",
+                f"[[chain]] step = '{others[0]}' with method.type = 'fedkseed'",
+                "none but 'ring' and 'mask', because whole numbers are sent as they are",
                 "remove it",
+            )
+        if recipe.chain and self.sends_steps:
+            yield (
+                f"[[chain]] step = '{recipe.chain[-1].step}' with the scalars of each client's own steps",
+                "sums over a pool of seeds, which can be added",
+                "set method.uplink = 'pool'",
             )
         if recipe.aggregate.rule != "mean":
             yield (

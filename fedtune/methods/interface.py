@@ -73,6 +73,7 @@ class Verb:
     moves       the answer is the given tensors, moved: under a chain, the difference travels, and the
                 downlink may be lossy
     holds       clients keep the whole numbers that they are given, so that later only changes need travel
+    whole       answers are whole numbers, exact at any weight
     shows       what an answer shows of a client's data, where that is more than a trained model does
     once        a client is asked it once in a run: before the first round's own question, or when it is
     first needed applies     tunable model or plan -> whether it is asked of such a model
@@ -85,6 +86,7 @@ class Verb:
     by_group: bool = False
     moves: bool = False
     holds: bool = False
+    whole: bool = False
     shows: str = ""
     once: bool = False
     applies: Callable[[Any], bool] = lambda tunable: True

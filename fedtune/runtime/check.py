@@ -15,10 +15,12 @@ from fedtune.data import Federation, Slice, histogram, load
 from fedtune.errors import FedtuneError
 from fedtune.methods import Method, Verb
 from fedtune.runtime.exposure import Exposure, exposure
+from fedtune.runtime.masked_tasks import STAGES, stage_of, with_masks
 from fedtune.runtime.sampling import sample
+from fedtune.runtime.task import tasks_of
 from fedtune.runtime.workspace import how_to_encode
 from fedtune.schema import Schema
-from fedtune.transforms.base import Chain
+from fedtune.transforms.base import Chain, Question
 from fedtune.types import Round, Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
@@ -191,9 +193,10 @@ def traffic(
     for client, share in alike(method, clients).items():
         for name, verb in method.verbs.items():
             if verb.applies(plan):
-                takes = (
-                    verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client) * share
-                )
+                takes = verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client)
+                if chain.hides and not verb.reads_each:
+                    takes += masks_traffic(method, chain, name, asked)
+                takes *= share
                 total, once = (total, once + takes) if verb.once else (total + takes, once)
         trained += share * (ranks.trained(plan, client) if ranks else plan.trainable)
     return total, once, trained
@@ -229,15 +232,7 @@ def verb_traffic(
     now = Round(recipe.rounds, recipe.seed, (1,))
     given = verb.given(plan, client, now)
     answer = verb.answer(given, now)
-    header = Header(
-        run="0" * 16,
-        base="0" * 64,
-        round=now.number,
-        client=1,
-        verb=name,
-        schema=answer.fingerprint,
-        whole=answer.whole,
-    )
+    header = Header("0" * 16, now.number, 1, name, "0" * 64, answer.fingerprint, whole=answer.whole)
     down = len(encode_state(zeros(given), replace(header, client=EVERYONE, schema=given.fingerprint)))
     numbers = {
         name: np.zeros(shape, "int64" if answer.whole else "float64") for name, shape in answer.entries
@@ -246,11 +241,36 @@ def verb_traffic(
     plain_up, plain_down = (
         8.0 * sum(value.nbytes for value in zeros(schema).values()) for schema in (answer, given)
     )
-    up_bits = plain_up if answer.whole else transforms.bits_per_parameter(chain, answer) * answer.count
+    ring = chain.bound(Question("", name, verb.moves, verb.whole, method.facts.metrics))
+    if ring.adds and not verb.reads_each:
+        sent, stored = ring.sent(answer), "uint32" if verb.moves else "uint64"
+        message = Update({name: np.zeros(shape, stored) for name, shape in sent.entries}, 1.0)
+        up = len(encode(message, replace(header, schema=sent.fingerprint)))
+        up_bits = plain_up = 8.0 * sum(value.nbytes for value in message.tensors.values())
+    elif answer.whole:
+        up_bits = plain_up
+    else:
+        up_bits = transforms.bits_per_parameter(chain, answer) * answer.count
     down_bits = recipe.downlink.bits(given)[everyone] * given.count if verb.moves else plain_down
     return Traffic(
         round(up - (plain_up - up_bits) / 8), round(down - (plain_down - down_bits) / 8), up_bits, down_bits
     )
+
+
+def masks_traffic(method: Method, chain: Chain, name: str, asked: int) -> Traffic:
+    """The questions of a masked sum beside the masked one, measured on messages of zeros."""
+    tasks, now = with_masks(tasks_of(method, chain, "0" * 16), "0" * 16), Round(1, 0, tuple(range(asked)))
+    total = Traffic()
+    for stage in STAGES:
+        verb = stage_of(name, stage, 1)
+        given = tasks[verb].given(None, 1, now)
+        answer = tasks[verb].answer(given, now)
+        header = Header("0" * 16, now.number, 1, verb, "0" * 64, answer.fingerprint, whole=answer.whole)
+        nothing = Update({key: np.zeros(shape, np.int64) for key, shape in answer.entries}, 1.0)
+        rows = {key: np.zeros(shape, np.uint8) for key, shape in given.entries}
+        down = encode_state(rows, replace(header, client=EVERYONE, schema=given.fingerprint))
+        total += Traffic(len(encode(nothing, header)), len(down))
+    return total
 
 
 def zeros(schema: Schema) -> dict[str, np.ndarray]:

@@ -48,7 +48,7 @@ def respond(link: Link, client: Client, ask: Ask) -> Reply:
     update = task.work(client, given, ask.now)
     require_finite(update, client.name)
     sent = task.chain.send(update, client, ask.now, task.near(given))
-    payload = encode(sent, link.header(ask.verb, client.id, ask.now, task.answer(schema, ask.now)))
+    payload = encode(sent, link.header(ask.verb, client.id, ask.now, task.sent(schema, ask.now)))
     return Reply(client.id, payload, said="; ".join(sent.notes))
 
 

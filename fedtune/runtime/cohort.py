@@ -15,12 +15,18 @@ from dataclasses import dataclass, field, replace
 
 from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
 from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, Noted
+from fedtune.privacy.masks import LEAST
 from fedtune.runtime.downlink import Downlink, Payloads
-from fedtune.runtime.journal import AnswerRecord
+from fedtune.runtime.journal import AnswerRecord, StageRecord
+from fedtune.runtime.masked import MaskedAsks, masked_sums
+from fedtune.runtime.masked_tasks import mask_of
 from fedtune.runtime.protocol import Ask, Given, Link, Reply, Transport, given_to, require_finite
+from fedtune.runtime.task import Task
 from fedtune.schema import Schema
 from fedtune.types import Group, Round, RunningSum, Tensors, Update, summed
 from fedtune.wire import decode
+
+EVERYBODY = ""  # the one group of a sum of all
 
 
 @dataclass
@@ -38,17 +44,25 @@ class RoundCohort:
     figures: list[tuple[int, Mapping[str, float]]] = field(
         default_factory=list
     )  # client -> metrics of an answer that counts
+    sums: list[tuple[float, Mapping[str, float]]] = field(
+        default_factory=list
+    )  # weight and metrics of sums whose answers have none of their own
+    stages: list[StageRecord] = field(default_factory=list)  # who came through which step of masked sums
     notes: dict[str, float] = field(default_factory=dict)  # the server's own figures
     quorum: int = 0  # answers that must count
 
     def sum(self, verb: str, given: Tensors) -> Update:
-        """Raises R405 where nobody gave a usable answer."""
-        total = summed(update for _, update in self._replies(verb, given))
+        """Raises R405 where nobody gave a usable answer, Paused (R413) where too few came through a masked
+        sum."""
+        if mask_of(self.link.tasks[verb]):
+            everybody = dict.fromkeys(self.now.members, EVERYBODY)
+            total = self._under_masks(verb, given, everybody)[EVERYBODY].total
+        else:
+            total = summed(update for _, update in self._replies(verb, given))
         if total is None:
             raise self._nobody()
         self._require_quorum()
-        task = self.link.tasks[verb]
-        return task.chain.settle(total, self.now, task.near(given))
+        return self._settled(verb, total, given)
 
     def each(
         self, verb: str, given: Given, among: Sequence[int] | None = None
@@ -83,6 +97,8 @@ class RoundCohort:
                 f"{self.link.method.facts.type} reads sums of {'groups of' if min_group > 1 else 'single'} "
                 f"answers to '{verb}' without declaring it in {'by_group' if min_group > 1 else 'reads_each'}"
             )
+        masked = bool(mask_of(task))
+        min_group = max(min_group, LEAST) if masked else min_group
         group = {client: name for client in self.now.members if (name := group_of(client)) is not None}
         sizes = Counter(group.values())
         if small := [name for name, size in sizes.items() if size < min_group]:
@@ -95,13 +111,15 @@ class RoundCohort:
             )
         tensors = {name: given(name) if callable(given) else given for name in sizes}
         sums = {name: RunningSum() for name in sizes}
-        for client, update in self._replies(
-            verb, (lambda client: tensors[group[client]]) if callable(given) else given, list(group)
-        ):
-            sums[group[client]].add(update)
+        to_each: Given = (lambda client: tensors[group[client]]) if callable(given) else given
+        if masked:
+            sums |= self._under_masks(verb, to_each, group, everyone=False)
+        else:
+            for client, update in self._replies(verb, to_each, list(group)):
+                sums[group[client]].add(update)
         settled = dict[Group, Update]()
         for name, running in sums.items():
-            if running.total is None or running.count < min_group:
+            if running.total is None or running.count < (1 if masked else min_group):
                 self._leave_out(
                     [client for client in group if group[client] == name],
                     running.count,
@@ -109,11 +127,37 @@ class RoundCohort:
                     min_group,
                 )
             else:
-                settled[name] = task.chain.settle(running.total, self.now, task.near(tensors[name]))
+                settled[name] = self._settled(verb, running.total, tensors[name])
         if not settled:
             raise self._nobody()
         self._require_quorum()
         return settled
+
+    def _under_masks(
+        self, verb: str, given: Given, group: Mapping[int, Group], everyone: bool = True
+    ) -> dict[Group, RunningSum]:
+        """Sums of answers that nobody could read, by group; those that failed closed are left out, or raise
+        Paused (R413) where `everyone` is one group."""
+        asks = MaskedAsks(self._heard, self._replies, self.stages, self.tell, not self.answers)
+        task = self.link.tasks[verb]
+        sums, short = masked_sums(task, self.link.run, self.now, verb, given, group, asks)
+        if short and everyone:
+            raise Paused(
+                "R413",
+                f"{min(short.values())} of {len(group)} members in round {self.now.number} who came through "
+                f"the masked sum of '{verb}'",
+                "as many as the threshold of the chain's 'mask'",
+                "nothing was opened; look at the errors of the others, then: fedtune resume",
+            )
+        return sums
+
+    def _settled(self, verb: str, total: Update, given: Tensors) -> Update:
+        """A sum behind the server's halves of the chain, and the figures that only it has."""
+        task = self.link.tasks[verb]
+        made = task.chain.settle(total, self.now, task.near(given))
+        if task.chain.adds:
+            self.sums.append((made.weight, made.metrics))
+        return made
 
     def _leave_out(self, clients: Sequence[int], came: int, whose: str, least: int) -> None:
         """Too few answers of a group: those that came do not count."""
@@ -149,6 +193,9 @@ class RoundCohort:
         )
 
     def typical(self, name: str) -> float:
+        """Of figures that only the sum has: their mean."""
+        if self.sums:
+            return self.means.get(name, math.nan)
         said = [
             metrics[name] / self.answers[client].weight
             for client, metrics in self.figures
@@ -175,6 +222,16 @@ class RoundCohort:
                 sums[name] = sums.get(name, 0.0) + number
         return sums
 
+    @property
+    def means(self) -> dict[str, float]:
+        """The round's figures, each over the weight of those who said it."""
+        if not self.sums:
+            weight = sum(answer.weight for answer in self.answers.values() if answer.outcome == "ok")
+            return {name: value / weight for name, value in self.metrics.items()} if weight else {}
+        names = {name for _, metrics in self.sums for name in metrics}
+        told = {name: [(m[name], weight) for weight, m in self.sums if name in m] for name in names}
+        return {name: sum(v for v, _ in pairs) / sum(w for _, w in pairs) for name, pairs in told.items()}
+
     def _discount(self, clients: Sequence[int], error: FedtuneError) -> None:
         """Answers that came and do not count, because of `error`."""
         counted = {
@@ -189,69 +246,84 @@ class RoundCohort:
         self.figures = [(client, metrics) for client, metrics in self.figures if client not in clients]
 
     def _replies(
-        self, verb: str, given: Given, among: Sequence[int] | None = None
+        self, verb: str, given: Given, among: Sequence[int] | None = None, first: bool | None = None
     ) -> Iterator[tuple[int, Update]]:
+        """Answers that count, told and noted."""
+        for client, update, record, said in self._usable(verb, given, among, first):
+            if said:
+                self.tell(Chose(self.now.number, client, self.names[client], said))
+            self.figures.append((client, update.metrics))
+            self._note(client, record)
+            metrics = {name: number / update.weight for name, number in update.metrics.items()}
+            sizes = (record.up_bytes, record.down_bytes)
+            self.tell(ClientDone(self.now.number, client, self.names[client], update.weight, *sizes, metrics))
+            yield client, update
+
+    def _heard(
+        self, verb: str, given: Given, among: Sequence[int], first: bool, counted: bool = False
+    ) -> Iterator[tuple[int, Update]]:
+        """Answers to a question beside the round's own, which count for nothing: their bytes are noted.
+        `counted`: the members' own answers count already, whatever becomes of this one."""
+        for client, update, record, _ in self._usable(verb, given, among, first, counted):
+            self._note(
+                client, self.answers[client].with_bytes(record) if counted else replace(record, weight=0.0)
+            )
+            yield client, update
+
+    def _usable(
+        self,
+        verb: str,
+        given: Given,
+        among: Sequence[int] | None,
+        first: bool | None,
+        counted: bool = False,
+    ) -> Iterator[tuple[int, Update, AnswerRecord, str]]:
+        """Answers that are as asked, with their record and what the client's chain chose; others are told and
+        noted."""
         task = self.link.tasks[verb]
         members = self.now.members if among is None else tuple(sorted(among))
         payloads = self.downlink.encode(self.link, verb, given, replace(self.now, members=members))
-        last, first = self.downlink.last, not self.answers
+        last, begins = self.downlink.last, not self.answers if first is None else first
         asks = {
-            client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), first)
+            client: Ask(client, verb, self.now, payloads.of(client), last.get(client, 0), begins)
             for client in members
         }
         down_bytes = {client: len(ask.payload) for client, ask in asks.items()}
-        alike = None if callable(given) else task.answer(Schema.of(given), self.now)
+        alike = None if callable(given) else self._asked_for(task, given)
         for reply in ascending(self._asked(asks, payloads, down_bytes), members):
-            down = down_bytes[reply.client]
+            client, down = reply.client, down_bytes[reply.client]
             try:
-                if reply.failure:
-                    raise reply.failure
-                answer = alike or task.answer(Schema.of(given_to(reply.client, given)), self.now)
-                _, sent = decode(
-                    reply.payload, self.link.expect(verb, reply.client, self.now, answer, task.kinds(answer))
-                )
-                update = task.chain.receive(sent, reply.client, self.now)
-                require_finite(update, self.names[reply.client])
-                given_here = given_to(reply.client, given)
-                self.link.bounds.check(
-                    self.now.number,
-                    reply.client,
-                    self.names[reply.client],
-                    verb,
-                    update,
-                    given_here,
-                    self.link.limits.spread,
-                )
+                here = given_to(client, given)
+                update = self._read(task, verb, reply, here, *(alike or self._asked_for(task, here)))
             except (ClientFailed, Refused) as error:
-                self._note(
-                    reply.client,
-                    AnswerRecord(reply.client, error.code, 0.0, len(reply.payload), down, str(error)),
-                )
-                self.tell(
-                    ClientLeftOut(
-                        self.now.number, reply.client, self.names[reply.client], error.code, str(error)
-                    )
-                )
+                failed = AnswerRecord(client, error.code, 0.0, len(reply.payload), down, str(error))
+                self._note(client, self.answers[client].with_bytes(failed) if counted else failed)
+                self.tell(ClientLeftOut(self.now.number, client, self.names[client], error.code, str(error)))
                 continue
-            if reply.said:
-                self.tell(Chose(self.now.number, reply.client, self.names[reply.client], reply.said))
-            self.figures.append((reply.client, update.metrics))
-            self._note(
-                reply.client, AnswerRecord(reply.client, "ok", update.weight, len(reply.payload), down)
+            yield (
+                client,
+                update,
+                AnswerRecord(client, "ok", update.weight, len(reply.payload), down),
+                reply.said,
             )
-            metrics = {name: number / update.weight for name, number in update.metrics.items()}
-            self.tell(
-                ClientDone(
-                    self.now.number,
-                    reply.client,
-                    self.names[reply.client],
-                    update.weight,
-                    len(reply.payload),
-                    down,
-                    metrics,
-                )
-            )
-            yield reply.client, update
+
+    def _asked_for(self, task: Task, given: Tensors) -> tuple[Schema, frozenset[str]]:
+        """The schema of an answer on its way, and what numbers it may hold."""
+        asked = Schema.of(given)
+        return task.sent(asked, self.now), task.kinds(task.answer(asked, self.now))
+
+    def _read(
+        self, task: Task, verb: str, reply: Reply, given: Tensors, sent: Schema, kinds: frozenset[str]
+    ) -> Update:
+        """A reply behind every check and the steps that are undone on it. Raises ClientFailed, Refused."""
+        if reply.failure:
+            raise reply.failure
+        client, name, bounds = reply.client, self.names[reply.client], self.link.bounds
+        _, said = decode(reply.payload, self.link.expect(verb, client, self.now, sent, kinds))
+        update = task.chain.receive(said, client, self.now)
+        require_finite(update, name)
+        bounds.check(self.now.number, client, name, verb, update, given, self.link.limits.spread)
+        return update
 
     def _asked(
         self, asks: Mapping[int, Ask], payloads: Payloads, down_bytes: dict[int, int]

@@ -37,19 +37,34 @@ def exposure(method: Method, chain: Chain, tunable: Any) -> list[Exposure]:
         sees += f" ({about.shows})" if about.shows else ""
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
     figures = ", ".join(method.facts.metrics)
-    rows += [Exposure(what, sees, ()) for what, sees in beside(figures).items()]
+    rows += [Exposure(what, sees, ()) for what, sees in beside(figures, bool(chain.hides)).items()]
     rows += [Exposure(what, sees, ()) for what, sees in method.capabilities.also_see.items()]
     return rows
 
 
-def beside(figures: str) -> dict[str, str]:
+def beside(figures: str, masked: bool = False) -> dict[str, str]:
     """What else leaves a client, whatever the method and the chain: the whole of it, as
-    tests/hostile/test_exposure.py compares with what passes."""
-    return {
-        "figures": "with each answer, in the clear: its weight (rows or tokens, or "
-        f"1){', ' + figures if figures else ''}, its bytes, what its chain chose",
-        "scores": "where the server has no rows to score on: each client's sums over its held-out rows, of "
-        "accuracy or loss, and how many those are",
+    tests/hostile/test_exposure.py compares with what passes. `masked`: answers that are summed are masked."""
+    named = f", {figures}" if figures else ""
+    whose = "all clients' sums" if masked else "each client's sums"
+    own = {
+        "scores": f"where the server has no rows to score on: {whose} over held-out rows, of "
+        "accuracy or loss, and how many those are"
+    }
+    if masked:
+        own |= {
+            "figures": "of masked answers, as sums over members only: weight (rows or tokens, or 1)"
+            f"{named}, share of numbers that were cut; of others, in the clear, with what their chain "
+            "chose; the bytes of each",
+            "masks": "who came through which step of each sum; public keys and sealed shares, made for "
+            "that sum alone; nothing of a sum that too few came through",
+        }
+    else:
+        own |= {
+            "figures": f"with each answer, in the clear: its weight (rows or tokens, or 1){named}, its "
+            "bytes, what its chain chose"
+        }
+    return own | {
         "mistakes": "of a client that cannot answer: a code and a number; a real site keeps the sentence",
         "greeting": "of a real site, signed: its device and how many it has, cores, free memory and disk, "
         "speed, rows and bytes of its data, versions",

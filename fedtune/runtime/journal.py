@@ -16,7 +16,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ CREATE TABLE IF NOT EXISTS rounds (number INTEGER PRIMARY KEY, state_sha256 TEXT
 CREATE TABLE IF NOT EXISTS answers (round INTEGER NOT NULL, client INTEGER NOT NULL, outcome TEXT NOT NULL, weight REAL NOT NULL,
                                    up_bytes INTEGER NOT NULL, down_bytes INTEGER NOT NULL, note TEXT NOT NULL,
                                    memory_sha256 TEXT NOT NULL, PRIMARY KEY (round, client)) STRICT;
+CREATE TABLE IF NOT EXISTS stages (round INTEGER NOT NULL, verb TEXT NOT NULL, attempt INTEGER NOT NULL, stage TEXT NOT NULL,
+                                   members TEXT NOT NULL, PRIMARY KEY (round, verb, attempt, stage)) STRICT;
 CREATE TABLE IF NOT EXISTS phases (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 
@@ -47,6 +49,20 @@ class AnswerRecord:
     memory_sha256: str = (
         ""  # of what the client remembers after it; "" where that is nothing, or kept elsewhere
     )
+
+    def with_bytes(self, other: AnswerRecord) -> AnswerRecord:
+        """This outcome with the bytes of another one."""
+        return replace(self, up_bytes=other.up_bytes, down_bytes=other.down_bytes)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """Who came through one stage of a masked sum: keys, shares, peers, answers, opening."""
+
+    verb: str
+    attempt: int  # 1, or more where the sum was begun anew in its round
+    stage: str
+    members: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +117,14 @@ class Journal:
         )
         return [(number, AnswerRecord(*rest)) for number, *rest in rows]
 
+    def stages(self) -> list[tuple[int, StageRecord]]:
+        """Who came through the stages of masked sums, by round."""
+        rows = self._read("SELECT round, verb, attempt, stage, members FROM stages ORDER BY rowid")
+        return [
+            (number, StageRecord(verb, attempt, stage, tuple(json.loads(members))))
+            for number, verb, attempt, stage, members in rows
+        ]
+
     def commit(
         self,
         number: int,
@@ -109,6 +133,7 @@ class Journal:
         seconds: float,
         metrics: Mapping[str, float],
         answers: Iterable[AnswerRecord],
+        stages: Iterable[StageRecord] = (),
     ) -> None:
         """Make a round count."""
         with self._transaction():
@@ -123,6 +148,10 @@ class Journal:
                 for a in answers
             ]
             self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self.db.executemany(
+                "INSERT INTO stages VALUES (?, ?, ?, ?, ?)",
+                [(number, s.verb, s.attempt, s.stage, json_text(s.members)) for s in stages],
+            )
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """The result of a finished phase (base, local, centralised), so that a resumed run need not repeat

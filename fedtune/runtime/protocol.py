@@ -13,11 +13,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from fedtune.errors import ClientFailed, FedtuneError
-from fedtune.methods import Method, Verb, Work
+from fedtune.methods import Method
 from fedtune.runtime.bounds import LARGEST, Bounds, too_large
+from fedtune.runtime.masked_tasks import with_masks
+from fedtune.runtime.task import Task, tasks_of
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain
 from fedtune.transforms.downlink import DownlinkCode, Plain
@@ -57,62 +58,6 @@ def given_to(client: int, given: Given) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A verb as both ends know it.
-
-    work    the client's half
-    given   tunable model, client, round -> the schema of what that client is given
-    answer  schema given, round -> the schema of the answer
-    chain   the steps that an answer goes through
-    moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may
-            be lossy
-    holds   clients keep the whole numbers that they are given, so that later only changes need travel
-    trains  the client's half needs training rows
-    reads_each  the server reads single answers
-    by_group    the server reads sums of groups
-    """
-
-    work: Work
-    given: Callable[[Any, int, Round], Schema]
-    answer: Callable[[Schema, Round], Schema]
-    chain: Chain = field(default_factory=Chain)
-    moves: bool = False
-    holds: bool = False
-    trains: bool = True
-    reads_each: bool = False
-    by_group: bool = False
-
-    def kinds(self, answer: Schema) -> frozenset[str]:
-        """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them
-        otherwise."""
-        return frozenset({"whole"}) if answer.whole and not self.chain.steps else self.chain.kinds
-
-    def near(self, given: Tensors) -> Tensors | None:
-        """What an answer is the difference to, under a chain."""
-        return given if self.moves else None
-
-
-def tasks_of(method: Method, chain: Chain) -> dict[str, Task]:
-    """A task for each verb of a method; where single answers are read, steps that only a sum can undo are
-    left out."""
-    alone = Chain([step for step in chain.steps if step.undone == "reply"])
-
-    def task(verb: Verb) -> Task:
-        return Task(
-            verb.work,
-            verb.given,
-            verb.answer,
-            alone if verb.reads_each else chain,
-            verb.moves,
-            verb.holds,
-            reads_each=verb.reads_each,
-            by_group=verb.by_group,
-        )
-
-    return {name: task(verb) for name, verb in method.verbs.items()}
-
-
-@dataclass(frozen=True)
 class Link:
     """What both ends of a conversation agree on before the first message."""
 
@@ -130,10 +75,10 @@ class Link:
     @cached_property
     def tasks(self) -> Mapping[str, Task]:
         """Everything that can be asked, by verb."""
-        own = tasks_of(self.method, self.chain)
+        own = tasks_of(self.method, self.chain, self.run)
         if twice := sorted(own.keys() & self.more.keys()):
             raise RuntimeError(f"{self.method.facts.type} has a verb '{twice[0]}', which is the run's own")
-        return {**own, **self.more}
+        return with_masks({**own, **self.more}, self.run)
 
     def coded(self, verb: str) -> bool:
         """Whether what is given with a verb travels through the downlink's code: only what the verb moves can

@@ -263,15 +263,14 @@ def one_round(work: Run, number: int) -> None:
         work.tell(Noted(f"round {number} changes nothing: whom it falls to does not take part"))
     answers = [cohort.answers[c] for c in members]
     counted = [a for a in answers if a.outcome == "ok"]
-    weight = sum(a.weight for a in counted)
-    metrics = (
-        {name: value / weight for name, value in cohort.metrics.items()} if weight else {}
-    ) | cohort.notes
+    metrics = cohort.means | cohort.notes
     file_sha256 = save_state(work.folder, number, work.state, work.downlink.held)
     remembered = workspace.memories.save(number, [a.client for a in counted])
     answers = [replace(a, memory_sha256=remembered.get(a.client, "")) for a in answers]
     seconds = time.time() - began
-    work.journal.commit(number, digest(work.state.shared), file_sha256, seconds, metrics, answers)
+    work.journal.commit(
+        number, digest(work.state.shared), file_sha256, seconds, metrics, answers, cohort.stages
+    )
     workspace.memories.prune(number, [a.client for a in counted])
     work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number, also=best_round(round_scores(work.journal)))

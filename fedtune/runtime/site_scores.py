@@ -12,19 +12,22 @@ from fedtune.events import Noted, Scored
 from fedtune.methods import Method, Work
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.journal import Journal
-from fedtune.runtime.protocol import Task
+from fedtune.runtime.task import Task
 from fedtune.schema import Schema
+from fedtune.transforms.base import Chain, Question
 from fedtune.types import Client, Round, State, Tensors, Update
 
 SCORE = "score"  # the runtime's own verb, beside those of the methods
 NOTHING = Schema(())  # an answer of figures alone
 
 
-def score_task(method: Method, batch: int) -> Task:
+def score_task(method: Method, batch: int, chain: Chain, run: str) -> Task:
     """The score as a task of the run's. A client is given what it is given with the first of the method's
-    verbs."""
+    verbs; where a chain hides single answers, it hides single scores."""
     first = next(iter(method.verbs.values()))
-    return Task(scored(method, batch), first.given, lambda given, now: NOTHING, trains=False)
+    about = Question(run, SCORE, moves=False, figures=("accuracy", "loss", "perplexity"))
+    hidden = chain.bound(about) if chain.hides else Chain()
+    return Task(scored(method, batch), first.given, lambda given, now: NOTHING, hidden, trains=False)
 
 
 def scored(method: Method, batch: int) -> Work:
@@ -95,7 +98,9 @@ def asked(cohort: RoundCohort, shared: Tensors, tunable: Any) -> dict[str, Any]:
         "metric": name,
         "value": value,
         "loss": mean.metrics["loss"],
-        "clients": {cohort.names[client]: own(cohort, client, sums) for client, sums in cohort.figures},
+        "clients": {
+            cohort.names[client]: own(cohort, client, sums) for client, sums in cohort.figures if sums
+        },  # under a mask, nobody's
     }
 
 

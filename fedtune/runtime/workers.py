@@ -32,6 +32,7 @@ from fedtune.runtime.local import local_transport
 from fedtune.runtime.protocol import Ask, Link, Reply
 from fedtune.runtime.workspace import Workspace
 from fedtune.threads import available_cores, threads_for
+from fedtune.transforms import build
 from fedtune.types import Client, Round
 
 WORTH = 5_000_000  # parameters below which a process costs more than it saves, unless told otherwise
@@ -62,6 +63,8 @@ def hindrance(recipe: Recipe, workspace: Workspace, method: Method) -> str:
         return f"the model is on {workspace.base.device}"
     if method.capabilities.split is not None:
         return "the middle of the model runs in this process"
+    if build(recipe.chain).hides:
+        return "secrets of masked sums are kept in this process"
     return "" if can_fork() else "this process has threads of its own"
 
 

@@ -16,12 +16,15 @@ from fedtune.data import Federation, load
 from fedtune.data.settings import Source
 from fedtune.events import Event, Noted, Truncated
 from fedtune.methods import Method
+from fedtune.privacy.vault import MemoryVault, Vault
 from fedtune.rng import stream
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before
+from fedtune.runtime.masked_tasks import with_masks
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.site_scores import SCORE, score_task
+from fedtune.runtime.task import tasks_of
 from fedtune.types import Client
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class Workspace:
     tell: Callable[[Event], None]
     alive: Callable[[], None] = lambda: None  # called while rows are encoded
     body: Any = None  # the way to a body service, for methods that split the model; None: in this process
+    vaults: dict[int, Vault] = field(default_factory=dict)  # the clients' secrets, for as long as a round
     _encoded: dict[str, Any] = field(default_factory=dict)
     _fronts: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +72,8 @@ class Workspace:
             self.train(number),
             memory,
             self.body,
-            lambda: self.held_out(number),
+            held_out=lambda: self.held_out(number),
+            vault=self.vaults.setdefault(number, MemoryVault()),
         )
 
     def done(self, ask: Ask, client: Client) -> None:
@@ -203,6 +208,13 @@ def workspace_of(recipe: Recipe, place: Path | None = None) -> Workspace:
     )
 
 
+def verbs_of(recipe: Recipe) -> set[str]:
+    """Everything that a client can be asked in a run of this recipe."""
+    method, chain = method_of(recipe), transforms.build(recipe.chain)
+    score = score_task(method, recipe.evaluate.batch, chain, "")
+    return {*with_masks({**tasks_of(method, chain, ""), SCORE: score}, "")}
+
+
 def link_of(workspace: Workspace, method: Method, agreed: Recipe | None = None) -> Link:
     """What server and clients agree on. A run's identity is its recipe: the same recipe, the same bytes,
     messages included, wherever it runs.
@@ -210,12 +222,13 @@ def link_of(workspace: Workspace, method: Method, agreed: Recipe | None = None) 
     agreed  the coordinator's recipe, where this workspace was built from a site's own version of it
     """
     recipe = agreed or workspace.recipe
-    more = {SCORE: score_task(method, recipe.evaluate.batch)}
+    run, chain = recipe.fingerprint[:16], transforms.build(recipe.chain)
+    more = {SCORE: score_task(method, recipe.evaluate.batch, chain, run)}
     return Link(
-        recipe.fingerprint[:16],
+        run,
         workspace.base.fingerprint,
         method,
-        transforms.build(recipe.chain),
+        chain,
         recipe.downlink,
         recipe.limits,
         more,

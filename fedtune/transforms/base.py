@@ -5,14 +5,14 @@ the sum, never on both, and `undone` says which. One rule makes a chain legal: e
 stands
 before every step undone on a reply, and each step takes what the one before it gives.
 
-`private > quantize > mask > sign` is legal; `ternary > mask` is not: a mask adds ring numbers, and packed
-levels
-of different clients cannot be added.
+`ring > mask` is legal; `ternary > mask` is not: a mask adds ring numbers, and packed levels of different
+clients cannot be added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar, Literal
 
@@ -24,6 +24,25 @@ from fedtune.types import Client, Round, Tensors, Update
 Kind = Literal["real", "ring", "packed", "any", "same"]
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a step may know of the question whose answers it works on.
+
+    run, verb  whose it is, and what is asked
+    moves      the answers are differences to what was given
+    whole      they are whole numbers
+    figures    names of the figures that they may carry
+    attempt    1, or more where it is asked again in one round, from the keys on
+    """
+
+    run: str = ""
+    verb: str = ""
+    moves: bool = True
+    whole: bool = False
+    figures: tuple[str, ...] = ()
+    attempt: int = 1
+
+
 class Transform:
     """One step of a chain; a subclass overrides the halves that it has."""
 
@@ -32,6 +51,7 @@ class Transform:
     takes: ClassVar[Kind] = "real"
     gives: ClassVar[Kind] = "real"
     hides: ClassVar[bool] = False  # after it, a single client's answer can no longer be read
+    wide: bool = False  # ring numbers are of 64 bits
 
     tolerance: float | None = (
         # of a code: how far the decoded mean may be from the mean sent, as a share of its L2 norm; None: no
@@ -47,6 +67,14 @@ class Transform:
 
     def on_sum(self, total: Update, now: Round) -> Update:
         return total
+
+    def bound(self, question: Question) -> Transform:
+        """The step for the answers to one question."""
+        return self
+
+    def sent(self, answer: Schema) -> Schema:
+        """What an answer of this schema is after the step."""
+        return answer
 
     def bits(self, schema: Schema, before: float) -> float:
         """Estimated bits a parameter on the wire after this step, given those before it."""
@@ -74,9 +102,20 @@ class Chain:
     def __init__(self, steps: Sequence[Transform] = ()) -> None:
         held = check_order(steps)
         self.steps = tuple(steps)
+        ring = "ring64" if any(step.wide for step in steps) else "ring"
         self.kinds = frozenset(
-            {{"real": "values", "ring": "ring", "packed": "levels"}[held]}
+            {{"real": "values", "ring": ring, "packed": "levels"}[held]}
         )  # what a receiver may expect
+        self.adds = held == "ring"  # answers are read as a sum only, with their weights and figures in it
+        self.hides = next((step.name for step in steps if step.hides), "")  # the step, where there is one
+
+    def bound(self, question: Question) -> Chain:
+        """The chain for the answers to one question."""
+        return Chain([step.bound(question) for step in self.steps])
+
+    def sent(self, answer: Schema) -> Schema:
+        """What an answer of this schema is when it leaves the client."""
+        return reduce(lambda schema, step: step.sent(schema), self.steps, answer)
 
     def send(self, update: Update, client: Client, now: Round, near: Tensors | None = None) -> Update:
         """The client's halves, in order. A step holds nothing of one answer: clients may go through one chain

@@ -14,7 +14,9 @@ from fedtune.settings import classes_by_tag
 from fedtune.transforms.auto import AutoSettings
 from fedtune.transforms.base import Chain, StepSettings
 from fedtune.transforms.dither import DitherSettings
+from fedtune.transforms.mask import MaskSettings
 from fedtune.transforms.quantize import DeadzoneSettings, QuantizeSettings, SignSettings
+from fedtune.transforms.ring import RingSettings
 from fedtune.transforms.sparsify import TernarySettings, TopkSettings
 
 ChainStep = Annotated[
@@ -24,7 +26,9 @@ ChainStep = Annotated[
     | DeadzoneSettings
     | TernarySettings
     | TopkSettings
-    | AutoSettings,
+    | AutoSettings
+    | RingSettings
+    | MaskSettings,
     Field(discriminator="step"),
 ]
 if not TYPE_CHECKING:
@@ -34,8 +38,11 @@ STEPS: dict[str, type[StepSettings]] = classes_by_tag(ChainStep, "step")
 
 
 def build(steps: Sequence[ChainStep]) -> Chain:
-    """The chain that a recipe's [[chain]] tables describe. Raises C104 for an order that could not be
-    undone."""
+    """The chain that a recipe's [[chain]] tables describe; a mask that no ring stands before gets one. Raises
+    C104 for an order that could not be undone."""
+    lone = [n for n, step in enumerate(steps) if isinstance(step, MaskSettings)]
+    if lone and not any(isinstance(step, RingSettings) for step in steps[: lone[0]]):
+        steps = [*steps[: lone[0]], RingSettings(), *steps[lone[0] :]]
     return Chain([settings.build() for settings in steps])
 
 

@@ -30,7 +30,8 @@ class Expect:
     run, round, client, verb, base   must be equal to the header's
     schema      the tensors asked for, with the types and bounds of whole numbers; None accepts a message that
                 names its tensors, up to `max_values` numbers
-    kinds       the kinds of numbers that the chain sends (values, levels, ring, whole), or state, changes
+    kinds       the kinds of numbers that the chain sends (values, levels, ring, ring64, whole), or state,
+                changes
     max_weight  most that one answer may count; max_norm of its mean (L2); max_scale of its levels' scales
     """
 
@@ -53,9 +54,10 @@ class Expect:
 
     @property
     def max_message(self) -> int:
-        """Bytes of the longest message: 4 a number (8 in a state), and room for the header."""
+        """Bytes of the longest message: 4 a number (8 in a state or a ring of 64 bits), and room for the
+        header."""
         return (
-            (8 if "state" in self.kinds else 4) * self.count
+            (8 if self.kinds & {"state", "ring64"} else 4) * self.count
             + ROOM
             + (ENTRIES * PART if self.schema is None else 0)
         )
@@ -195,7 +197,7 @@ def check_sizes(
     if kind == "levels":
         check_scales(message, schema, expect)
         return
-    size = 4 * schema.count
+    size = (8 if kind == "ring64" else 4) * schema.count
     if kind == "whole" and [name for name, _, _ in schema.whole] != [name for name, _ in schema.entries]:
         raise refuse(
             "W603",

@@ -41,6 +41,7 @@ KINDS: dict[str, pb.Kind] = {
     "values": pb.KIND_VALUES,
     "levels": pb.KIND_LEVELS,
     "ring": pb.KIND_RING,
+    "ring64": pb.KIND_RING64,
     "state": pb.KIND_STATE,
     "whole": pb.KIND_WHOLE,
 }
@@ -79,7 +80,8 @@ class Header:
 
 
 def kind_of(update: Update) -> str:
-    """values, levels, ring or whole, from the types of the tensors. Raises TypeError for anything else."""
+    """values, levels, ring, ring64 or whole, from the types of the tensors. Raises TypeError for anything
+    else."""
     types = {np.asarray(value).dtype.name for value in update.tensors.values()}
     if types <= {"float64", "float32"} and not update.scales:
         return "values"
@@ -87,6 +89,8 @@ def kind_of(update: Update) -> str:
         return "levels"
     if types == {"uint32"} and not update.scales:
         return "ring"
+    if types == {"uint64"} and not update.scales:
+        return "ring64"
     if types == {"int64"} and not update.scales:
         return "whole"
     raise TypeError(f"no message kind for tensors of type {sorted(types)} with {len(update.scales)} scales")
@@ -166,8 +170,10 @@ def decode(data: bytes, expect: Expect) -> tuple[Header, Update]:
                 "use the same recipe on both sides",
             )
         return header, Update(unpack_whole(payload, schema, weight), weight, metrics)
-    if kind == "ring":
-        return header, Update(split(np.frombuffer(payload, "<u4").astype(np.uint32), schema), weight, metrics)
+    if kind in ("ring", "ring64"):
+        stored = np.dtype(np.uint32 if kind == "ring" else np.uint64)
+        numbers = np.frombuffer(payload, stored.newbyteorder("<")).astype(stored)
+        return header, Update(split(numbers, schema), weight, metrics)
     flat = np.frombuffer(payload, "<f4")
     if not np.isfinite(flat).all():
         raise refuse("W607", "a value that is not finite", "finite numbers", "check the sender's training")

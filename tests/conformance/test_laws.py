@@ -140,6 +140,18 @@ METHODS: dict[
     },
     "fedkseed-ridge": {"method": {**WALK, "lr": 1e-6, "estimator": "spsa", "head_start": "ridge"}},
     "sfprompt-means": {"method": {**SPLIT, "head_start": "means"}, "model__pooling": "mean"},
+    "fedpeft-mask": {"method__head_start": "lda", "chain": [{"step": "mask"}]},
+    "experts-mask": {
+        "method__type": "experts",
+        "method__experts": {"by": "given", "groups": ["a", "a", "b", "b", "a", "b"], "warm_up": 1},
+        "partition": {"by": "iid", "clients": 6},
+        "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
+    },
+    "fedkseed-mask": {
+        "method": {**WALK, **PROJECT, "estimators": ["spsa", "gradient"], "uplink": "pool"},
+        "chain": [{"step": "mask", "threshold": 0.75}],
+    },
+    "sfprompt-mask": {"method": {**SPLIT, "head_start": "means"}, "chain": [{"step": "mask"}]},
     "sfprompt-tail": {
         "method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}
     },
@@ -159,6 +171,7 @@ OWN_SEEDS = [
     "fedkseed-ridge",
     "fedkseed-lda",
 ]  # every client walks along seeds of its own, so that clones differ by their number
+MASKED = ["fedpeft-mask", "experts-mask", "fedkseed-mask", "sfprompt-mask"]  # of three members or more
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
 UNCODED = [
     *EXACT,
@@ -251,7 +264,15 @@ def test_answers_in_any_order_twice_or_late_do_not_change_the_result(
     assert {e.code for e in dropped} == {"W605"} and len(dropped) == kept[0].doubled > 2
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in OWN_SEEDS])
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_change_no_byte(
+    name: str, tiny_bert: Path, data: Path, tmp_path: Path, undisturbed: Callable[[str], Played]
+) -> None:
+    plain = METHODS[name] | {"chain": METHODS[name]["chain"][:-1] or [{"step": "ring"}]}
+    assert sha(small.recipe(tiny_bert, data, **plain), tmp_path) == undisturbed(name)[1]["state_sha256"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OWN_SEEDS + MASKED])
 def test_k_identical_clients_equal_one(name: str, tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(
         tiny_bert, data, **{key: value for key, value in METHODS[name].items() if "_by_client" not in key}

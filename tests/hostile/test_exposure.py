@@ -133,6 +133,44 @@ def test_the_table_names_all_that_leaves_a_site(
         ]
 
 
+def test_under_a_mask_nothing_of_one_site_passes_but_what_the_table_names(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers, weights and figures, of training and of scores, are in the ring; keys and shares are the steps'."""
+    monkeypatch.setattr(transport, "PAUSE", 0.02)
+    monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
+    uploads: list[tuple[str, bytes]] = []
+    take = Uploads.take
+
+    def taken(self: Uploads, upload: Any, pieces: Any) -> Any:
+        signed = take(self, upload, pieces)
+        uploads.append((upload.envelope.verb, self.server_store.store.read(upload.envelope.payload)))
+        return signed
+
+    monkeypatch.setattr(Uploads, "take", taken)
+    rows, chain = small.write_rows(tmp_path), [{"step": "mask"}]
+    plain = {"deploy__data": "sites", "data__labels": sorted(small.WORDS), "rounds": 1, "chain": chain}
+    with inside(tmp_path, tiny_bert, rows, **plain) as made:
+        own = {"data": str(rows), "model": str(tiny_bert)}
+        workers = {101 + n: made.worker(site, **own) for n, site in enumerate(("site-a", "site-b", "site-c"))}
+        made.conduct(FakeGrid(workers))
+        method = method_of(made.recipe)
+        assert workers[101].built
+        rows_of_table = exposure(method, build(made.recipe.chain), workers[101].built[1].tunable)
+        result = made.folder.read_json("result.json")
+    table = {row.verb: row for row in rows_of_table}
+    assert table["train"].sees == "the sum only" and table["train"].through == ("ring", "mask")
+    assert "sums over members only" in table["figures"].sees and "all clients' sums" in table["scores"].sees
+    assert result["federated"] is not None and not result["per_client"]  # a score of all, and of nobody
+    steps = {"", ".keys", ".shares", ".peers", ".opening"}
+    assert {verb for verb, _ in uploads} == {verb + step for verb in ("train", "score") for step in steps}
+    for verb, payload in uploads:
+        message, numbers = opened(payload)
+        assert message.weight == 1.0 and not message.metrics
+        if verb == "train":  # as many values of a byte as there are, each about as often
+            assert len(set(bytes(numbers))) == 256
+
+
 def _record(content: Any) -> bytes:
     from fedtune.trust import Signed
 

@@ -147,6 +147,8 @@ def test_how_many_there_are(tiny_bert: Path, data: Path, monkeypatch: pytest.Mon
     assert "threads of its own" in hindrance(recipe, workspace, link.method)
     split = small.recipe(tiny_bert, data, **METHODS["sfprompt-slim"])
     assert "middle of the model" in hindrance(split, *small.workspace_of(split)[:1], link_method(split))
+    masked = small.recipe(tiny_bert, data, **METHODS["fedpeft-mask"])
+    assert "secrets of masked sums" in hindrance(masked, workspace, link.method)
 
 
 def link_method(recipe: Any) -> Any:

@@ -16,6 +16,7 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KIND_RING: _ClassVar[Kind]
     KIND_STATE: _ClassVar[Kind]
     KIND_WHOLE: _ClassVar[Kind]
+    KIND_RING64: _ClassVar[Kind]
     KIND_CHANGES: _ClassVar[Kind]
 
 class Scaling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -30,6 +31,7 @@ KIND_LEVELS: Kind
 KIND_RING: Kind
 KIND_STATE: Kind
 KIND_WHOLE: Kind
+KIND_RING64: Kind
 KIND_CHANGES: Kind
 SCALING_UNSPECIFIED: Scaling
 SCALING_TENSOR: Scaling

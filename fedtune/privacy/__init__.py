@@ -1,0 +1,1 @@
+"""What can be learned of a single site, bounded: masks under which only sums can be read."""

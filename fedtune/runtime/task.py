@@ -1,0 +1,77 @@
+"""A verb as both ends of a conversation know it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.methods import Method, Verb, Work
+from fedtune.schema import Schema
+from fedtune.transforms.base import Chain, Question
+from fedtune.types import Round, Tensors
+
+
+@dataclass(frozen=True)
+class Task:
+    """A verb as both ends know it.
+
+    work    the client's half
+    given   tunable model, client, round -> the schema of what that client is given
+    answer  schema given, round -> the schema of the answer
+    chain   the steps that an answer goes through
+    moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may
+            be lossy
+    holds   clients keep the whole numbers that they are given, so that later only changes need travel
+    trains  the client's half needs training rows
+    reads_each  the server reads single answers
+    by_group    the server reads sums of groups
+    figures     names of the figures that an answer may carry
+    """
+
+    work: Work
+    given: Callable[[Any, int, Round], Schema]
+    answer: Callable[[Schema, Round], Schema]
+    chain: Chain = field(default_factory=Chain)
+    moves: bool = False
+    holds: bool = False
+    trains: bool = True
+    reads_each: bool = False
+    by_group: bool = False
+    figures: tuple[str, ...] = ()
+
+    def kinds(self, answer: Schema) -> frozenset[str]:
+        """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them
+        otherwise."""
+        return frozenset({"whole"}) if answer.whole and not self.chain.steps else self.chain.kinds
+
+    def sent(self, given: Schema, now: Round) -> Schema:
+        """The schema of the answer as it travels, behind the chain."""
+        return self.chain.sent(self.answer(given, now))
+
+    def near(self, given: Tensors) -> Tensors | None:
+        """What an answer is the difference to, under a chain."""
+        return given if self.moves else None
+
+
+def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
+    """A task for each verb of a method; where single answers are read, steps that only a sum can undo are
+    left out."""
+    alone = Chain([step for step in chain.steps if step.undone == "reply"])
+
+    def task(name: str, verb: Verb) -> Task:
+        figures = method.facts.metrics
+        about = Question(run, name, verb.moves, verb.whole, figures)
+        return Task(
+            verb.work,
+            verb.given,
+            verb.answer,
+            (alone if verb.reads_each else chain).bound(about),
+            verb.moves,
+            verb.holds,
+            reads_each=verb.reads_each,
+            by_group=verb.by_group,
+            figures=figures,
+        )
+
+    return {name: task(name, verb) for name, verb in method.verbs.items()}
