@@ -96,6 +96,45 @@ class StopSettings(Settings):
             )
 
 
+class WatchSettings(Settings):
+    """[watch]: what the coordinator looks at after a round, to notice a client that does harm. Clients are
+    not told, and a run's identity does not depend on it."""
+
+    every: int = Field(0, ge=0)
+    """Score canary rows after every so many rounds and the last one; 0 means never."""
+    data: str = ""
+    """A file or folder of canary rows, in the form of [data]; empty takes rows that clients hold out (the
+    test set's, where they hold out none)."""
+    rows: int = Field(64, ge=1)
+    """So many of them at most, drawn with the run's seed."""
+    triggers: tuple[str, ...] = ()
+    """Phrases that somebody may have planted: each is put in front of the canary rows' texts, where it should
+    change nothing."""
+    rise: float = Field(0.5, gt=0)
+    """Alarm where the canary rows' loss is so many nats above its least so far, or where a trigger costs them
+    so many more than it did at first."""
+    refusals: int = Field(0, ge=0)
+    """So many canary prompts are answered, and answers that refuse are counted (task instruct); alarm where
+    their share has moved by a fifth."""
+    pause: bool = False
+    """After an alarm the run pauses (exit code 75) until `fedtune resume`."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.triggers and recipe.data.task == "image-classify":
+            yield "watch.triggers for images", "texts to put them in front of", "remove watch.triggers"
+        if self.refusals and recipe.data.task != "instruct":
+            yield (
+                f"watch.refusals = {self.refusals} with data.task = '{recipe.data.task}'",
+                "data.task = 'instruct'",
+                "set watch.refusals = 0",
+            )
+        if (self.triggers or self.refusals or self.data) and not self.every:
+            yield "watch.every = 0 with canary rows to score", "1 or more", "set watch.every = 1"
+
+    def located(self, place: Path) -> Self:
+        return self.model_copy(update={"data": path_below(place, self.data)})
+
+
 class DeploySettings(Settings):
     """[deploy]: real sites (fedtune server, fedtune client). A simulation does not look at it, and a run's
     identity does not depend on it."""
@@ -143,6 +182,7 @@ class Recipe(Settings):
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     stop: StopSettings = StopSettings()
+    watch: WatchSettings = WatchSettings()
     metrics: tuple[MetricTable, ...] = ()
     """Figures of the final model on the test set, beside accuracy or perplexity."""
     generate: GenerateSettings = GenerateSettings()
@@ -157,16 +197,16 @@ class Recipe(Settings):
         return self._notes
 
     def canonical(self) -> str:
-        """The resolved recipe as canonical JSON, as clients get it: without [[sinks]], which are only for the
-        process that runs the rounds."""
-        known = self.model_dump(mode="json", exclude={"sinks"})
+        """The resolved recipe as canonical JSON, as clients get it: without [watch] and [[sinks]], which are
+        only for the process that runs the rounds."""
+        known = self.model_dump(mode="json", exclude={"sinks", "watch"})
         return json.dumps(known, sort_keys=True, separators=(",", ":"))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, without the name, [deploy] and [[sinks]], as hex: the same recipe,
-        the same bytes, wherever it runs."""
-        known = self.model_dump(mode="json", exclude={"deploy", "sinks"}) | {"name": ""}
+        """SHA-256 of the canonical JSON, without the name, [deploy], [watch] and [[sinks]], as hex: the same
+        recipe, the same bytes, wherever it runs."""
+        known = self.model_dump(mode="json", exclude={"deploy", "sinks", "watch"}) | {"name": ""}
         return hashlib.sha256(json.dumps(known, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

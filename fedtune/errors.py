@@ -57,6 +57,7 @@ CATALOGUE: dict[str, str] = {
     "R412": "A group of clients is too small for its sum to be revealed.",
     "R413": "Too few clients came through all steps of a masked sum.",
     "R421": "A replay on this machine gives other bytes than the run had.",
+    "R422": "A canary raised an alarm; the run pauses.",
     # F: Flower
     "F501": "A part of Flower that this command needs is not installed.",
     "F502": "Too few clients are connected or registered.",

@@ -113,6 +113,15 @@ class Scored(Event):
 
 
 @dataclass(frozen=True)
+class Alarm(Event):
+    """Something after a round that a client may have done on purpose. what: canary, trigger, refusals."""
+
+    round: int
+    what: str
+    text: str
+
+
+@dataclass(frozen=True)
 class RunDone(Event):
     result: Mapping[str, Any]
 

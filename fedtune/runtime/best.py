@@ -17,6 +17,7 @@ from fedtune.runtime.alone import FALLING, NOT_SCORED, reason_of
 from fedtune.runtime.checkpoints import load_state, prune_states
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.journal import Journal
+from fedtune.runtime.quarantine import present_now
 from fedtune.runtime.site_scores import asked
 from fedtune.types import Round, State
 
@@ -93,7 +94,7 @@ def scored(work: Run, number: int) -> dict[str, Any]:
 
     name, rows = work.workspace.choosing()
     if not len(rows):
-        now = Round(number, work.recipe.seed, work.workspace.present)
+        now = Round(number, work.recipe.seed, present_now(work, number + 1))
         everyone = RoundCohort(
             work.link, now, work.transport, work.tell, work.workspace.names, replace(work.downlink)
         )

@@ -12,7 +12,6 @@ best one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -22,49 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
-from fedtune.data import Federation, load
+from fedtune.data import Federation
 from fedtune.disk import write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
-from fedtune.exports import whole_folder
 from fedtune.runtime.certificate import certificate
 from fedtune.runtime.folder import RunFolder, recipe_of, taken
-from fedtune.runtime.journal import AnswerRecord, Committed, Journal
-from fedtune.runtime.paths import located
+from fedtune.runtime.quarantine import covers
+from fedtune.runtime.replay import Record, begin, compare, deployed, members, stored
 from fedtune.runtime.run import run
 from fedtune.runtime.sampling import sample
 from fedtune.sinks import sink_of
 from fedtune.versions import versions
 
 FORGOTTEN = "forgotten"  # in the new run's folder: its certificates
-FACTS = ("base", "start", "labels")  # of the journal, alike in both runs
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a run's journal says of it."""
-
-    facts: dict[str, str]
-    rounds: list[Committed]
-    answers: list[tuple[int, AnswerRecord]]
-
-    @classmethod
-    def of(cls, folder: RunFolder) -> Record:
-        """Raises R402 for a run without a committed round, R403."""
-        journal = Journal(folder.journal)
-        try:
-            journal.check()
-            record = cls(journal.facts(), journal.rounds(), journal.answers())
-        finally:
-            journal.close()
-        if not record.rounds:
-            raise FedtuneError(
-                "R402",
-                f"no committed round in '{folder.path}'",
-                "a run with at least one",
-                f"start it anew with sampling.without, or go on with: fedtune resume {folder.path}",
-            )
-        return record
 
 
 @dataclass(frozen=True)
@@ -123,9 +93,9 @@ def plan(folder: RunFolder, names: Sequence[str], federation: Federation | None 
     kept = 0 if recipe.evaluate.every else stored(folder, record, first - 1 if first else most)
     asked: dict[str, int] = {}
     for number in range(kept + 1, recipe.rounds + 1):
-        for client in sample(recipe.sampling, len(known), recipe.seed, number):
-            if known[client] not in gone:
-                asked[known[client]] = asked.get(known[client], 0) + 1
+        for name in (known[client] for client in sample(recipe.sampling, len(known), recipe.seed, number)):
+            if name not in gone and not covers(record.absences.get(name, []), number):
+                asked[name] = asked.get(name, 0) + 1
     again = [
         answer
         for number, answer in record.answers
@@ -143,54 +113,6 @@ def plan(folder: RunFolder, names: Sequence[str], federation: Federation | None 
         sum(row.seconds for row in record.rounds[kept:]),
         recipe.model_copy(update={"sampling": sampling}),
     )
-
-
-def members(recipe: Recipe, folder: RunFolder, record: Record) -> Federation:
-    """The run's clients; of a deployed run, their names. Raises R406 where the data are not the run's."""
-    here = located(recipe, folder.origin())
-    if deployed(folder):
-        from fedtune.runtime.check import federation_of
-
-        return federation_of(here)
-    federation = load(here.data, here.partition, here.seed)
-    now, then = federation.without(recipe.sampling.without).fingerprint, record.facts.get("data", "")
-    if now != then:
-        raise FedtuneError(
-            "R406",
-            f"data that have changed since the run ({now[:12]} now, {then[:12]} then)",
-            "the rows of the run, from which its members' answers were made",
-            "restore them",
-        )
-    return federation
-
-
-def deployed(folder: RunFolder) -> bool:
-    return (folder.path / "deploy.json").exists()
-
-
-def stored(folder: RunFolder, record: Record, most: int) -> int:
-    """The last round up to `most` whose state and whose clients' memories are still on disk; 0 for none."""
-    for row in reversed(record.rounds[:most]):
-        files = {folder.state(row.number): row.file_sha256} | memories(folder, record, row.number)
-        if all(same_file(path, sha256) for path, sha256 in files.items()):
-            return row.number
-    return 0
-
-
-def memories(folder: RunFolder, record: Record, number: int) -> dict[Path, str]:
-    """What clients remembered after round `number`: files and their SHA-256."""
-    last = {a.client: (n, a.memory_sha256) for n, a in record.answers if n <= number and a.outcome == "ok"}
-    return {folder.memory(client, n): sha256 for client, (n, sha256) in last.items() if sha256}
-
-
-def same_file(path: Path, sha256: str) -> bool:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    except OSError:
-        return False
-
-
-# --- the replay
 
 
 @dataclass(frozen=True)
@@ -237,11 +159,13 @@ def forget(
     planned = plan(folder, names, federation)
     began = RunFolder(target)
     if not target.exists():
-        begin(began, folder, record, planned, federation.without(planned.recipe.sampling.without))
+        left = federation.without(planned.recipe.sampling.without)
+        begin(began, folder, record, planned.kept, planned.recipe, left)
     elif Record.of(began).facts.get("recipe") != planned.recipe.fingerprint:
         raise taken(target)
     result = run(planned.recipe, began, sink_of(target, planned.recipe.sinks, *tell))
-    compared = compare(record, Record.of(began), planned)
+    untouched = range(planned.kept + 1, planned.first or len(record.rounds) + 1)
+    compared = compare(record, Record.of(began), untouched)
     said = {
         "what": f"run '{folder.path.name}' was computed again without {', '.join(names)}",
         "when": now.isoformat(),
@@ -260,42 +184,3 @@ def forget(
     path = target / FORGOTTEN / f"{now.strftime('%Y%m%dT%H%M%S%f')}.json"
     write_atomic(path, certificate(said, keys))
     return Forgotten(target, result, path)
-
-
-def begin(new: RunFolder, old: RunFolder, record: Record, planned: Plan, federation: Federation) -> None:
-    """The new folder as that of a run that has come as far as the kept round, whole or not at all."""
-    facts = {key: record.facts[key] for key in FACTS if key in record.facts}
-    facts |= {"recipe": planned.recipe.fingerprint, "data": federation.fingerprint}
-    with whole_folder(new.path) as place:
-        made = RunFolder(place)
-        (place / "state").mkdir(parents=True)
-        journal = Journal(made.journal)
-        try:
-            journal.remember(facts)
-            for row in record.rounds[: planned.kept]:
-                answers = [answer for number, answer in record.answers if number == row.number]
-                journal.commit(
-                    row.number, row.state_sha256, row.file_sha256, row.seconds, row.metrics, answers
-                )
-        finally:
-            journal.close()
-        files = [old.state(planned.kept), *memories(old, record, planned.kept)] if planned.kept else []
-        for path in files:
-            write_atomic(place / path.relative_to(old.path), path.read_bytes())
-        made.write_json("origin.json", {"working_directory": str(old.origin() or Path.cwd())})
-        made.write_json("config.json", planned.recipe.model_dump(mode="json"))
-
-
-def compare(old: Record, new: Record, planned: Plan) -> int:
-    """How many rounds were computed again that the forgotten had no part in; all of them must be as they
-    were. Raises R421."""
-    untouched = range(planned.kept, min((planned.first or len(old.rounds) + 1) - 1, len(old.rounds)))
-    for place in untouched:
-        if old.rounds[place].state_sha256 != new.rounds[place].state_sha256:
-            raise FedtuneError(
-                "R421",
-                f"round {place + 1} with state {new.rounds[place].state_sha256[:12]} in the replay",
-                f"{old.rounds[place].state_sha256[:12]}, since no forgotten member had a part in it",
-                "replay on the machine and with the versions that made the run",
-            )
-    return len(untouched)

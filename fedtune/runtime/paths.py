@@ -13,5 +13,7 @@ def located(recipe: Recipe, place: Path | None) -> Recipe:
     identity is the recipe as it was written."""
     if place is None:
         return recipe
-    tables = {name: getattr(recipe, name).located(place) for name in ("model", "data", "deploy", "method")}
+    tables = {
+        name: getattr(recipe, name).located(place) for name in ("model", "data", "deploy", "watch", "method")
+    }
     return recipe.model_copy(update=tables)

@@ -18,6 +18,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted, Waiting
 from fedtune.runtime.baselines import compare, finished_phase, score_test, spread_of
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
+from fedtune.runtime.canary import watch_round
 from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.data_card import data_facts, write_data_card
@@ -28,6 +29,7 @@ from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Link, Transport
+from fedtune.runtime.quarantine import present_now
 from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.site_scores import at_sites
 from fedtune.runtime.workers import Workers, workers_for
@@ -75,6 +77,7 @@ def run(
     federation: Federation | None = None,
     began: float | None = None,
     workers: int = 0,
+    until: int = 0,
 ) -> dict[str, Any]:
     """Start or continue the run in `folder`; returns what result.json holds.
 
@@ -84,6 +87,7 @@ def run(
     began       when the work began that led here, in seconds since the epoch; the result's seconds count from
                 then (None: from now)
     workers     processes that answer for clients, where `carry` is the default; 0: as runtime/workers.py says
+    until       stop after this round, as if the process had ended there; 0: go to the end. The result is {}
 
     Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
     """
@@ -98,14 +102,17 @@ def run(
             work = open_run(recipe, folder, journal, tell, carry, federation, since, workers)
             if work.done:
                 score_round(work, work.done)  # where a crash came between the round and its score
-            for number in range(work.done + 1, recipe.rounds + 1):
+            watch_round(work, work.done)
+            last = until or recipe.rounds
+            for number in range(work.done + 1, last + 1):
                 if stopping_round(recipe, round_scores(journal)):
                     waited = recipe.stop.patience
                     tell(Noted(f"stopped after round {number - 1}: {waited} scores without a better one"))
                     break
                 one_round(work, number)
                 score_round(work, number)
-            result = finish(work)
+                watch_round(work, number)
+            result = finish(work) if last == recipe.rounds else {}
         finally:
             journal.close()
             if work and isinstance(work.transport, Workers):
@@ -153,7 +160,8 @@ def open_run(
             "data": workspace.federation.fingerprint,
         },
     )
-    journal.remember({"labels": json.dumps(workspace.federation.labels)})
+    known = {"labels": workspace.federation.labels, "clients": list(workspace.names.values())}
+    journal.remember({name: json.dumps(one) for name, one in known.items()})
     workspace.encode_all()
     journal.check()
     committed = journal.rounds()
@@ -245,7 +253,7 @@ def one_round(work: Run, number: int) -> None:
     recipe, workspace = work.recipe, work.workspace
     deploy = recipe.deploy if work.deployed else None
     drawn = sample(recipe.sampling, len(workspace.names), recipe.seed, number, deploy.over if deploy else 0.0)
-    present = workspace.present
+    present = present_now(work, number)
     members = tuple(client for client in drawn if client in present)
     now = Round(number, recipe.seed, members)
     quorum = (
@@ -303,7 +311,7 @@ def finish(work: Run) -> dict[str, Any]:
             work.recipe, work.workspace, work.link.method, work.start, states, work.journal, work.tell
         )
     else:
-        now = Round(last, work.recipe.seed, work.workspace.present)
+        now = Round(last, work.recipe.seed, present_now(work, last + 1))
         everyone = RoundCohort(
             work.link, now, work.transport, work.tell, work.workspace.names, replace(work.downlink)
         )

@@ -82,7 +82,7 @@ class Workspace:
 
     def train(self, number: int) -> Encoded:
         slice_ = self.federation.clients[number]
-        return self._encode(f"train:{number}", slice_.train, f"client {slice_.name}")
+        return self.encode(f"train:{number}", slice_.train, f"client {slice_.name}")
 
     def encode_all(self) -> None:
         """Every client's training rows and the test set: what is wrong with a text shows before the first
@@ -95,10 +95,10 @@ class Workspace:
 
     def held_out(self, number: int) -> Encoded:
         slice_ = self.federation.clients[number]
-        return self._encode(f"test:{number}", slice_.test, f"client {slice_.name} (held out)", scored=True)
+        return self.encode(f"test:{number}", slice_.test, f"client {slice_.name} (held out)", scored=True)
 
     def test(self) -> Encoded:
-        return self._encode("test", self.federation.test, "the test set", scored=True)
+        return self.encode("test", self.federation.test, "the test set", scored=True)
 
     def choosing(self) -> tuple[str, Encoded]:
         """The rows on which rounds are compared, and whose they are: those that clients hold out, which the
@@ -110,7 +110,7 @@ class Workspace:
         if 0 < most < len(rows):
             drawn = stream("rows that choose", self.recipe.seed).permutation(len(rows))[:most]
             rows = [rows[number] for number in sorted(drawn.tolist())]
-        return name, self._encode(name, rows, f"the {name}", scored=True)
+        return name, self.encode(name, rows, f"the {name}", scored=True)
 
     def front(self, name: str = "test") -> FrozenFront:
         """What the model's frozen blocks say of a set of rows that is scored many times."""
@@ -129,7 +129,8 @@ class Workspace:
         pooled: Encoded = self._encoded["pooled"]
         return pooled
 
-    def _encode(self, key: str, rows: list[dict[str, Any]], whose: str, scored: bool = False) -> Encoded:
+    def encode(self, key: str, rows: list[dict[str, Any]], whose: str, scored: bool = False) -> Encoded:
+        """Rows as the model reads them, once for each key."""
         if key not in self._encoded:
             from fedtune.model.encode import encode
 

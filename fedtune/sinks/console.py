@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtune.events import (
+    Alarm,
     Chose,
     ClientLeftOut,
     Event,
@@ -61,6 +62,8 @@ def line(event: Event) -> str:
             return f"client {event.name}: {event.text}"
         case ClientLeftOut():
             return f"round {event.round}: client {event.name} left out. {event.text}"
+        case Alarm():
+            return f"ALARM after round {event.round}: {event.text}"
         case RoundDone():
             loss = f"  loss {event.metrics['loss']:.4f}" if "loss" in event.metrics else ""
             answered = f"{event.members - event.left_out} of {event.members} clients"
