@@ -4,6 +4,8 @@ coordinator for a run to go on."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fedtune.config import Recipe, method_of
@@ -41,13 +43,13 @@ def require_memory(recipe: Recipe, labels: int, device: str) -> None:
     """What stays in memory for certain: weights, trained tensors, gradients, the optimiser. Raises
     ClientFailed M310."""
     from fedtune.model.hardware import means
+    from fedtune.model.memory_plan import not_tried
 
     costs = method_of(recipe).capabilities.costs
-    parts = (
-        costs.memory(costs.plan(recipe.model, recipe.data.task, labels), recipe.data.max_length)
-        if costs
-        else {}
-    )
+    parts: Mapping[str, int] = {}
+    if costs:
+        plan = replace(costs.plan(recipe.model, recipe.data.task, labels), peak=not_tried)
+        parts = costs.memory(plan, recipe.data.max_length)
     needed, free = (
         sum(count for what, count in parts.items() if "estimate" not in what),
         int(means(device)["memory"]),

@@ -4,7 +4,7 @@ device)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,12 @@ from fedtune.model.adapters import Adapter
 from fedtune.model.base import Base, context_of, dtype_of, pick_device, reading, said_of
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.settings import ModelSettings, TrainSettings
+from fedtune.model.step_memory import Peak, peak_of
 from fedtune.model.tunable import TunableModel, attach
+
+
+def not_tried(train: TrainSettings | None, batch: int, length: int) -> None:
+    """No network was run: sizes follow from config.json."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Plan:
     heads: int
     wide: int  # bytes of a value of the base, over 2
     head: str = ""  # as TunableModel.head
+    # bytes that live at once in a step, or without settings in a scoring pass, by batch and length; None
+    # where that was not tried out
+    peak: Peak = field(default=not_tried, compare=False, repr=False)
 
     @property
     def named(self) -> dict[str, np.ndarray]:
@@ -47,7 +55,7 @@ class Plan:
         return {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}
 
 
-def weightless(model: ModelSettings, task: str, labels: int | Sequence[str]) -> Base:
+def weightless(model: ModelSettings, task: str, labels: int | Sequence[str], device: str = "meta") -> Base:
     """The base from its config.json alone, on torch's meta device; of the labels, the number may do. Raises
     M301."""
     pick_device(model.device)
@@ -58,7 +66,7 @@ def weightless(model: ModelSettings, task: str, labels: int | Sequence[str]) -> 
         place = locate(model.name)
         config, chosen = load_config(place, task, labels, known)
         pooling, note = choose_pooling(model.pooling, place, task, chosen.kept, **known)
-        with torch.device("meta"):
+        with torch.device(device):
             net = AUTO[task].from_config(config, dtype=dtype_of(model))
     set_pooling(net, pooling)
     if task != "image-classify" and net.config.pad_token_id is None:
@@ -70,7 +78,7 @@ def weightless(model: ModelSettings, task: str, labels: int | Sequence[str]) -> 
         None,
         task,
         tuple(labels),
-        torch.device("meta"),
+        torch.device(device),
         model.name,
         None,
         frozenset(),
@@ -99,7 +107,8 @@ def plan(model: ModelSettings, adapter: Adapter, task: str, n_labels: int) -> Pl
 
     Raises what `load` and `attach` raise: M301, M302, M306.
     """
-    return plan_of(attach(weightless(model, task, n_labels), adapter, 0))
+    tunable = attach(weightless(model, task, n_labels), adapter, 0)
+    return replace(plan_of(tunable), peak=peak_of(tunable))
 
 
 def plan_of(tunable: TunableModel) -> Plan:
@@ -124,25 +133,32 @@ def plan_of(tunable: TunableModel) -> Plan:
 
 
 def training_bytes(plan: Plan, train: TrainSettings, length: int) -> dict[str, int]:
-    """A client that trains with gradients. Activations: Korthikanti et al. 2022, eq. 1, scaled from 16 to 32
-    bits; with checkpointing
-    every layer's input and one layer's activations (their section 5)."""
+    """A client that trains with gradients, in bytes by what for.
+
+    Activations are those of a step that was tried out without memory (fedtune.model.step_memory), or follow
+    Korthikanti et al. 2022, eq. 1, scaled from 16 to 32 bits; with checkpointing every layer's input and one
+    layer's activations (their section 5). They are an estimate: where memory is small, batches are halved.
+    """
     moments = bool(train.momentum) if train.optimizer == "sgd" else 2
-    layer = 34 * plan.hidden + 5 * plan.heads * length
-    kept = layer + 2 * plan.hidden * plan.layers if train.checkpointing else layer * plan.layers
+    activations = plan.peak(train, train.batch, length)
+    if activations is None:
+        layer = 34 * plan.hidden + 5 * plan.heads * length
+        kept = layer + 2 * plan.hidden * plan.layers if train.checkpointing else layer * plan.layers
+        activations = plan.wide * train.batch * length * kept
     return {
         "base model": plan.weights_bytes,
         "trained tensors, gradients, optimiser": 4 * plan.trainable * (2 + moments),
-        "activations (estimate)": plan.wide * train.batch * length * kept,
+        "activations (estimate)": activations,
     }
 
 
 def inference_bytes(plan: Plan, batch: int, length: int) -> dict[str, int]:
-    """A client that only asks for losses: trained tensors beside the base's, and one layer's activations with
-    the logits' place left out."""
+    """A client that only asks for losses, in bytes by what for: activations of a pass that was tried out
+    without memory, or one layer's without the logits' place."""
     layer = plan.wide * batch * length * (34 * plan.hidden + 5 * plan.heads * length)
+    found = plan.peak(None, batch, length)
     return {
         "base model": plan.weights_bytes,
         "trained tensors": 4 * plan.trainable,
-        "activations of one layer (estimate)": layer,
+        "activations (estimate)": layer if found is None else found,
     }

@@ -183,8 +183,6 @@ def try_bench(tunable: TunableModel) -> None:
             value.requires_grad_(False)
         if not try_once(tunable.net, tunable.base) and len(head) < len(tunable.named):
             raise ValueError("nothing that it trains reaches what the model says")
-        for value in head:
-            value.requires_grad_(True)
     except BaseException as error:
         if tunable.base.device.type == "meta" and (
             isinstance(error, NotImplementedError) or "meta" in str(error)
@@ -193,6 +191,9 @@ def try_bench(tunable: TunableModel) -> None:
             return
         restore(tunable.before)
         raise unfit(tunable.base, tunable.kind, error) from error
+    finally:
+        for value in head:
+            value.requires_grad_(True)
 
 
 def unfit(base: Base, kind: str, error: BaseException) -> BaseException:
