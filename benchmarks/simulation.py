@@ -44,6 +44,7 @@ def overrides(clients: int, rounds: int, steps: int) -> list[str]:
         "model.threads": 1,
         "method.train.head_lr": 0.0,
         "method.adapter.last": 0,
+        "method.head_start": "random",  # a question before the first round, which the plain loop has not
     }
     off = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]
     return [f"{path}={json.dumps(value)}" for path, value in changes.items()] + off
@@ -101,7 +102,8 @@ def ours(engine: str, clients: int, rounds: int, steps: int) -> float:
 
     with tempfile.TemporaryDirectory() as runs:
         sets = [f"--set={change}" for change in overrides(clients, rounds, steps)]
-        if main(["simulate", "--engine", engine, "--runs", runs, *sets]):
+        one = ["--workers", "1"] if engine == "local" else []  # as the plain loop: one process
+        if main(["simulate", "--engine", engine, *one, "--runs", runs, *sets]):
             raise SystemExit("the run failed")
         events = [
             json.loads(line) for line in (Path(runs) / "demo" / "events.jsonl").read_text().splitlines()

@@ -42,16 +42,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core that this process may use; none of its own for a single file, which would not be
-    divided."""
+    """A worker for each core that this process may use, and one for tests/e2e, which mostly waits; none of its
+    own for a single file, which would not be divided."""
     files = {argument.partition("::")[0] for argument in config.args}
-    return 0 if len(files) == 1 and Path(*files).is_file() else min(WORKERS, len(os.sched_getaffinity(0)))
+    return 0 if len(files) == 1 and Path(*files).is_file() else min(WORKERS, len(os.sched_getaffinity(0)) + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first: real deployments, which mostly wait, then files with many tests."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (not in_e2e(item.nodeid), -tests[item.path], str(item.path)))
+    for item in items:
+        if in_e2e(item.nodeid) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))  # a dozen processes that start beside a load of eight
 
 
 @pytest.fixture(scope="session")
