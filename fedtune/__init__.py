@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedtune.api import evaluate as evaluate
     from fedtune.api import export as export
     from fedtune.api import forget as forget
+    from fedtune.api import live as live
     from fedtune.api import load as load
     from fedtune.api import merge as merge
     from fedtune.api import predict as predict
@@ -34,6 +35,7 @@ API = (
     "evaluate",
     "export",
     "forget",
+    "live",
     "load",
     "merge",
     "predict",

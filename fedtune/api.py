@@ -22,6 +22,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,6 +178,17 @@ def stream(source: Source = None, /, **options: Any) -> Iterator[Event]:
         while thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 events.get(timeout=0.1)
+
+
+def live() -> AbstractContextManager[Callable[[Event], None]]:
+    """What `fedtune simulate` shows, for `on_event`: live in a notebook's cell or at a terminal, else lines.
+
+    with fedtune.live() as show:
+        fedtune.simulate("my.toml", on_event=show)
+    """
+    from fedtune.sinks.display import display
+
+    return display()
 
 
 def check(source: Source = None, /, **changes: Any) -> list[str]:

@@ -40,10 +40,47 @@ class Noted(Event):
 
 
 @dataclass(frozen=True)
+class Said(Event):
+    """What a program of a deployment says to whoever looks after it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Waiting(Event):
     """What the run is busy with now, where that may take longer than a moment."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How far the work of the moment is: `done` of `total` (0: nobody knows) steps, texts or batches; `loss`
+    of the last step in nats. For those who look now: events.jsonl and a recipe's sinks have none."""
+
+    what: str
+    done: int
+    total: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class RoundStarted(Event):
+    """The members of a round are asked from now on."""
+
+    round: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answered(Event):
+    """An answer of a client elsewhere has come, `seconds` after the question; ClientDone or ClientLeftOut
+    says what became of it, in ascending order of the clients."""
+
+    round: int
+    client: int
+    name: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -77,6 +114,7 @@ class ClientDone(Event):
     up_bytes: int
     down_bytes: int
     metrics: Mapping[str, float]
+    seconds: float = 0.0  # its own work where it is in this process, else from the question to the answer
 
 
 @dataclass(frozen=True)
@@ -99,6 +137,7 @@ class RoundDone(Event):
     down_bytes: int
     seconds: float
     metrics: Mapping[str, float]
+    clients_seconds: float = 0.0  # of `seconds`: until answers came
 
 
 @dataclass(frozen=True)
@@ -124,6 +163,21 @@ class Alarm(Event):
 @dataclass(frozen=True)
 class RunDone(Event):
     result: Mapping[str, Any]
+
+
+def event_of(record: Mapping[str, Any]) -> Event | None:
+    """The event of a record; None for one that this version does not know.
+
+    >>> event_of(Noted("so", at=1.0).record())
+    Noted(at=1.0, text='so')
+    """
+    kind = globals().get(str(record.get("event")))
+    if not (isinstance(kind, type) and issubclass(kind, Event)):
+        return None
+    try:
+        return kind(**{name: value for name, value in record.items() if name != "event"})
+    except TypeError:
+        return None
 
 
 class Sink(Protocol):

@@ -17,10 +17,23 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 Job = Callable[[], Any]  # -> what JSON can say
 DEATH_OF_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+class Helper(Protocol):
+    """Something with a thread of its own that can end it and begin it again."""
+
+    thread: threading.Thread
+
+    def rest(self) -> None: ...
+
+    def go_on(self) -> None: ...
+
+
+HELPERS: list[Helper] = []  # whose threads do not stand in the way of a fork
 
 
 class Forks:
@@ -32,8 +45,13 @@ class Forks:
     def __init__(self, jobs: Sequence[Job], most: int, first: Callable[[], None] = lambda: None) -> None:
         self.jobs, self.pipes, self.children = list(jobs), list[int](), list[int]()
         count = min(most, len(self.jobs))
-        if count < 2 or len(self.jobs) > 255 or not can_fork():
+        if count < 2 or len(self.jobs) > 255:
             return
+        with resting():
+            if can_fork():
+                self._fork(count, first)
+
+    def _fork(self, count: int, first: Callable[[], None]) -> None:
         taken, to_take = os.pipe()
         os.write(to_take, bytes(range(len(self.jobs))))  # whoever is free takes the next number
         os.close(to_take)
@@ -100,9 +118,25 @@ class Forks:
         self.children, self.pipes = [], []
 
 
+@contextlib.contextmanager
+def resting() -> Iterator[None]:
+    """No helper's thread is at work within the block, as far as they end in time."""
+    helpers = list(HELPERS)
+    for helper in helpers:
+        helper.rest()
+    try:
+        yield
+    finally:
+        for helper in helpers:
+            helper.go_on()
+
+
 def can_fork() -> bool:
-    """Linux, no thread of Python's beside this one, and no GPU in use."""
-    return sys.platform == "linux" and threading.active_count() == 1 and not uses_gpu()
+    """Linux, no GPU in use, and no thread of Python's beside this one and those of helpers, which rest while
+    the process forks."""
+    helping = {helper.thread for helper in HELPERS}
+    others = [thread for thread in threading.enumerate() if thread not in helping]
+    return sys.platform == "linux" and len(others) == 1 and not uses_gpu()
 
 
 def uses_gpu() -> bool:

@@ -4,7 +4,7 @@ table."""
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -106,3 +106,21 @@ def prune(
         if chosen and isinstance(below, dict):
             dropped += prune(below, chosen, (*path, key), overridden)
     return dropped
+
+
+def flat(tree: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Dotted keys of a recipe; the tables of a list are counted from 0.
+
+    >>> flat({"a": {"b": 1, "c": [2]}, "chain": [{"step": "sign"}]})
+    {'a.b': 1, 'a.c': [2], 'chain.0.step': 'sign'}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{place}{key}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{path}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            found |= flat({str(number): one for number, one in enumerate(value)}, f"{path}.")
+        else:
+            found[path] = value
+    return found

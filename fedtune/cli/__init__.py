@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         serve,
         simulate,
         site,
+        ui,
     )
 
     parser = argparse.ArgumentParser(
@@ -96,8 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (
-        init, data, check, simulate, leak_test, runs, chat, serve, compare, merge, experts, forget, deploy,
-        site, keys, explain, schema, completion,
+        init, data, check, simulate, leak_test, runs, ui, chat, serve, compare, merge, experts, forget,
+        deploy, site, keys, explain, schema, completion,
     ):  # fmt: skip
         module.add_commands(commands)
     return parser

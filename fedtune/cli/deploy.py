@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.common import add_recipe
+from fedtune.cli.showing import add_showing, shown
 from fedtune.errors import FedtuneError
+from fedtune.events import Event, Said, event_of
 from fedtune.plain import plain
 from fedtune.quiet import quiet
 
@@ -58,6 +60,7 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="of one address at once; a site needs three (default: 256)",
     )
+    add_showing(parser)
     parser.set_defaults(command=server)
 
     parser = commands.add_parser("client", help="join a federation with this site's data")
@@ -122,6 +125,7 @@ def add_commands(commands: Any) -> None:
         metavar="PATH=VALUE",
         help="with --check RECIPE: change one value of it",
     )
+    add_showing(parser)
     parser.set_defaults(command=client)
 
     parser = commands.add_parser(
@@ -148,6 +152,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--keys", default="", metavar="DIR", help="with --server: a member's keys, or the coordinator's"
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on until the run has ended, or Ctrl-C; at a terminal, in place",
+    )
     parser.set_defaults(command=status)
 
 
@@ -159,9 +168,11 @@ def server(options: argparse.Namespace) -> int:
         (read(path, options.set), Path(path).stem if path else "demo") for path in options.recipe or [None]
     ]
     quiet()
-    return coordinate(
-        recipes, options.runs, options.keys, options.listen, options.metrics, max(3, options.connections)
-    )
+    connections = max(3, options.connections)
+    with shown(options, live=len(recipes) == 1) as tell:
+        return coordinate(
+            recipes, options.runs, options.keys, options.listen, options.metrics, tell, connections
+        )
 
 
 def coordinate(
@@ -170,10 +181,11 @@ def coordinate(
     keys: str,
     listen: str,
     metrics: str,
+    tell: Callable[[Event], None],
     connections: int = 256,
 ) -> int:
     """Begin or go on with runs, and look after everything until they have ended. Recipes come with the names
-    that their runs get otherwise."""
+    that their runs get otherwise; `tell` is told what the runs' processes say."""
     from fedtune.cli.keys import coordinator as own
     from fedtune.deploy.ports import require_free
     from fedtune.deploy.server import (
@@ -195,38 +207,44 @@ def coordinate(
     begun = [begin(recipe, stem, place, folder, listen, metrics, connections) for recipe, stem in recipes]
     stop_on_signals()
     try:
-        return conduct_all(begun, Coordinator(folder, place, listen, metrics, show, connections=connections))
+        return conduct_all(
+            begun, Coordinator(folder, place, listen, metrics, said_by(tell), connections=connections)
+        )
     except Stopped:
-        print("\n".join(f"stopped; go on with: fedtune resume {run.path}" for run in begun), flush=True)
+        for run in begun:
+            tell(Said(f"stopped; go on with: fedtune resume {run.path}"))
         return 0
 
 
-def go_on(folder: RunFolder) -> int:
+def go_on(folder: RunFolder, options: argparse.Namespace) -> int:
     """`fedtune resume` of a run on real sites: with the keys and at the address that it began with."""
     from fedtune.deploy.coordinator_run import Deployed
     from fedtune.runtime.folder import recipe_of
 
     where = Deployed.read(folder)
-    return coordinate(
-        [(recipe_of(folder), folder.path.name)],
-        str(folder.path.parent),
-        where.keys,
-        where.address,
-        where.metrics,
-        where.connections,
-    )
+    with shown(options) as tell:
+        return coordinate(
+            [(recipe_of(folder), folder.path.name)],
+            str(folder.path.parent),
+            where.keys,
+            where.address,
+            where.metrics,
+            tell,
+            where.connections,
+        )
 
 
-def show(record: dict[str, Any]) -> None:
-    """An event of the run's process, as the console would have said it."""
-    from fedtune import events
-    from fedtune.sinks.console import console_sink
+def said_by(tell: Callable[[Event], None]) -> Callable[[Mapping[str, Any]], None]:
+    """Records of a run's process, told as events; so is why a run has ended, which even who wants quiet is
+    told."""
 
-    kind = getattr(events, str(record.get("event")), None)
-    if record.get("event") == "Ended":
-        print(plain(f"fedtune: {record['text']}"), flush=True)
-    elif kind is not None:
-        console_sink(kind(**{name: value for name, value in record.items() if name != "event"}))
+    def show(record: Mapping[str, Any]) -> None:
+        if record.get("event") == "Ended":
+            tell(Said(f"fedtune: {record['text']}"))
+        elif event := event_of(record):
+            tell(event)
+
+    return show
 
 
 def client(options: argparse.Namespace) -> int:
@@ -273,10 +291,11 @@ def client(options: argparse.Namespace) -> int:
             print(plain(line), flush=True)
         return 0
     stop_on_signals()
-    try:
-        attend(config, lambda text: print(plain(text), flush=True))
-    except Stopped:
-        print("stopped; what was finished and not sent stays in the site's folder", flush=True)
+    with shown(options) as tell:
+        try:
+            attend(config, lambda text: tell(Said(text)), tell)
+        except Stopped:
+            tell(Said("stopped; what was finished and not sent stays in the site's folder"))
     return 0
 
 
@@ -302,14 +321,24 @@ def absolute(path: str) -> str:
 
 
 def status(options: argparse.Namespace) -> int:
+    if options.server and not options.keys:
+        raise FedtuneError("C103", "--server without --keys", "the keys of a member", "add --keys DIR")
+    if options.watch:
+        from fedtune.cli.watching import watch
+
+        watch(lambda: status_lines(options))
+        return 0
+    for line in status_lines(options):
+        print(line)
+    return 0
+
+
+def status_lines(options: argparse.Namespace) -> list[str]:
+    """What there is to say now, as a terminal may have it."""
     from fedtune.deploy.status import at_server, of_folder
 
     if options.server:
-        if not options.keys:
-            raise FedtuneError("C103", "--server without --keys", "the keys of a member", "add --keys DIR")
         lines = at_server(options.server, Path(options.keys).expanduser(), options.run)
     else:
         lines = of_folder(str(Path(options.run or ".").expanduser()))
-    for line in lines:
-        print(plain(line))
-    return 0
+    return [plain(line) for line in lines]

@@ -103,11 +103,14 @@ def show(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.runtime.expert_scores import evaluate
+    from fedtune.runtime.folder import EXPERTS
 
     matrix = evaluate(opened(options.run))
     rows = matrix.report()
+    found = {"losses": matrix.told_of, "clients": rows, "metric": matrix.metric}
+    opened(options.run).write_json(EXPERTS, found)  # for the run's report
     if options.json:
-        print(json_text({"losses": matrix.told_of, "clients": rows, "metric": matrix.metric}, indent=2))
+        print(json_text(found, indent=2))
         return 0
     wide = max(12, *(len(name) + 2 for name in matrix.told_of))
     print("losses on the second half of each client's held-out rows")

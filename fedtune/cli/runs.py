@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fedtune.cli.common import add_round, add_workers, sinks
+from fedtune.cli.common import add_round, add_workers
+from fedtune.cli.showing import add_showing, shown
 from fedtune.disk import json_text
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
@@ -29,6 +30,7 @@ def add_commands(commands: Any) -> None:
         help="continue to N rounds in all, more than the run was started with",
     )
     add_workers(parser)
+    add_showing(parser)
     parser.set_defaults(command=resume)
 
     parser = commands.add_parser(
@@ -93,8 +95,16 @@ def add_commands(commands: Any) -> None:
     add_round(parser)
     parser.set_defaults(command=predict)
 
-    parser = commands.add_parser("report", help="write a run's report.html")
-    parser.add_argument("run", help="the run's folder")
+    parser = commands.add_parser(
+        "report", help="write a page about a run, or about several side by side, that opens without a network"
+    )
+    parser.add_argument("runs", nargs="+", metavar="run", help="the runs' folders")
+    parser.add_argument(
+        "--to", default="", metavar="FILE",
+        help="the page (default: report.html of the run, comparison.html beside several)",
+    )  # fmt: skip
+    parser.add_argument("--png", default="", metavar="DIR", help="write its pictures here, too")
+    parser.add_argument("--csv", default="", metavar="DIR", help="write its numbers here, too")
     parser.set_defaults(command=report)
 
 
@@ -119,10 +129,12 @@ def resume(options: argparse.Namespace) -> int:
     if (folder.path / "deploy.json").exists():
         from fedtune.cli.deploy import go_on
 
-        return go_on(folder)
-    from fedtune.runtime.run import run
+        return go_on(folder, options)
+    with shown(options) as tell:
+        from fedtune.runtime.run import run
+        from fedtune.sinks import sink_of
 
-    run(recipe, folder, sinks(folder, recipe), workers=options.workers)
+        run(recipe, folder, sink_of(folder.path, recipe.sinks, tell), workers=options.workers)
     return 0
 
 
@@ -214,8 +226,11 @@ def export(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from fedtune.runtime.folder import existing
-    from fedtune.runtime.report import write_report
+    from fedtune.report import csv_files, png_files, write_report
 
-    print(write_report(existing(Path(options.run).expanduser())))
+    folders = [opened(path) for path in options.runs]
+    print(write_report(folders, Path(options.to).expanduser() if options.to else None))
+    for place, write in ((options.png, png_files), (options.csv, csv_files)):
+        for path in write(folders, Path(place).expanduser()) if place else ():
+            print(path)
     return 0

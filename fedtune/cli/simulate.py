@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.cli.common import add_recipe, add_workers
+from fedtune.cli.showing import add_showing, shown
 from fedtune.quiet import quiet
 
 STARTED = time.time()  # the nearest thing to the start of the command
@@ -28,6 +29,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)"
     )
+    add_showing(parser)
     parser.set_defaults(command=simulate)
 
 
@@ -37,17 +39,17 @@ def simulate(options: argparse.Namespace) -> int:
 
     recipe = read(options.recipe, options.set)
     quiet()
-    from fedtune import api
-    from fedtune.sinks.console import console_sink
-
     stem = Path(options.recipe).stem if options.recipe else "demo"
-    api.simulate(
-        recipe,
-        runs=options.runs,
-        engine=options.engine,
-        workers=options.workers,
-        on_event=console_sink,
-        stem=stem,
-        began=STARTED,
-    )
+    with shown(options) as tell:
+        from fedtune import api
+
+        api.simulate(
+            recipe,
+            runs=options.runs,
+            engine=options.engine,
+            workers=options.workers,
+            on_event=tell,
+            stem=stem,
+            began=STARTED,
+        )
     return 0

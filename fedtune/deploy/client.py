@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedtune.deploy.fleet_proxy import FleetProxy
 from fedtune.deploy.policy import read_policy
@@ -27,6 +28,7 @@ from fedtune.deploy.supervisor import Program, alone, bare, environment, free_po
 from fedtune.deploy.walls import walls
 from fedtune.deploy.watchdog import overdue
 from fedtune.errors import CATALOGUE, FedtuneError
+from fedtune.events import Event, event_of
 from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
@@ -45,10 +47,16 @@ REASONS = 30.0  # seconds between two questions why no connection comes about
 STUCK = 60.0
 
 
-def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
-    """Until an exception ends it (Stopped, F505). Raises T701 to T708 for keys that cannot be used, E802 for
-    a connection that is refused,
-    C101 to C105 for a policy that cannot be read."""
+def attend(
+    config: SiteConfig,
+    say: Callable[[str], None],
+    hear: Callable[[Event], None] = lambda event: None,
+) -> None:
+    """Until an exception ends it (Stopped, F505); `hear` is told how far the work of the moment is.
+
+    Raises T701 to T708 for keys that cannot be used, E802 for a connection that is refused, C101 to C105 for
+    a policy that cannot be read.
+    """
     home = Path(config.home)
     with alone(home):
         read_policy(config.policy)  # the worker would say so too, after a while
@@ -63,10 +71,12 @@ def attend(config: SiteConfig, say: Callable[[str], None]) -> None:
                 )
             if why := reason(identity, config.coordinator):
                 raise why
-            served(replace(config, keys=str(identity.folder)), identity, say)
+            served(replace(config, keys=str(identity.folder)), identity, say, hear)
 
 
-def served(config: SiteConfig, identity: Identity, say: Callable[[str], None]) -> None:
+def served(
+    config: SiteConfig, identity: Identity, say: Callable[[str], None], hear: Callable[[Event], None]
+) -> None:
     """With these keys, until they have been renewed. Raises what `attend` does."""
     home, private = Path(config.home), short_folder()
     fleet_proxy = FleetProxy(identity, config.coordinator, home=home)
@@ -97,8 +107,11 @@ def served(config: SiteConfig, identity: Identity, say: Callable[[str], None]) -
                 say(f"this site's worker is ended and started again: {still}")
                 programs[0].restart()
             line.look(fleet_proxy)
-            for text in told.lines():
-                say(text)
+            for record in told.records():
+                if "text" in record:
+                    say(str(record["text"]))
+                elif event := event_of(record):
+                    hear(event)
             for text in fleet_proxy.ended[ended:]:
                 say(text)
             ended = len(fleet_proxy.ended)
@@ -231,10 +244,14 @@ class Told:
     read: int = 0
 
     def lines(self) -> list[str]:
-        """Texts since the last time; a line that is not whole yet is left for the next."""
-        texts: list[str] = []
+        """Texts since the last time."""
+        return [str(record["text"]) for record in self.records() if "text" in record]
+
+    def records(self) -> list[dict[str, Any]]:
+        """What it wrote since the last time; a line that is not whole yet is left for the next."""
+        found: list[dict[str, Any]] = []
         if not self.path.exists():
-            return texts
+            return found
         if self.path.stat().st_size < self.read:  # begun anew
             self.read = 0
         with self.path.open("rb") as file:
@@ -243,9 +260,9 @@ class Told:
                 if not line.endswith(b"\n"):
                     break
                 self.read += len(line)
-                with contextlib.suppress(ValueError, KeyError):
-                    texts.append(str(json.loads(line)["text"]))
-        return texts
+                with contextlib.suppress(ValueError):
+                    found += [record] if isinstance(record := json.loads(line), dict) else []
+        return found
 
 
 def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Program]:

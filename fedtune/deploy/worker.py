@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from fedtune import progress
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.deploy.approval import approved
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 
 UPDATE = "install the same version of fedtune on both sides"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+IDLE = "waiting for a question"
+TOLD = 1.0  # seconds between two words of how far it is
 PATIENCE = 600.0  # seconds to go on trying to send before Flower is told
 
 
@@ -116,13 +119,15 @@ class Worker:
     def outcome(self, content: bytes) -> dict[str, Any]:
         """A ticket, done one after the other; where it was not, a code and a number: the sentence stays
         here."""
-        with self.lock:
+        with self.lock, progress.heard_by(self.tell, TOLD):
             try:
                 return {"code": "", "said": self.done(content)}
             except Exception as cause:  # whatever it is, it is about this ticket: the worker lives on
                 outcome, sentence = numbered(failure_of(cause, self.identity.name.name, self.home / "errors"))
                 self.tell(Noted(sentence))
                 return outcome
+            finally:
+                progress.say(IDLE)
 
     def site(self, nonce: str) -> str:
         """Name and means of this site, under its signature."""

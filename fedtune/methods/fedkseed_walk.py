@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune import progress
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.integers import Scale
@@ -71,6 +72,7 @@ def walked(
             losses[step], found, back = measure(group, s.eps, go, partial(mean_loss, tunable, batch), left)
             if not all(map(math.isfinite, found)):
                 raise diverged(losses[step], step + 1)
+            progress.say("training", step + 1, len(groups), float(losses[step]))
             scalars[step] = [scale.whole(g, s.outside == "drop") for g in found]
             clipped += sum(s.bits > 1 and abs(g) > s.clip for g in found)
             left = [

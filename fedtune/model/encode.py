@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fedtune import progress
 from fedtune.errors import FedtuneError
 from fedtune.hf.tokenizer import refuse_unknown
 from fedtune.model import chat, pixels
@@ -174,6 +175,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[str], alive: Alive, **how: Any) ->
     ids: list[list[int]] = []
     for start in range(0, len(texts), PART):
         ids += tokenizer(list(texts[start : start + PART]), **how)["input_ids"]
+        progress.say("tokenising", len(ids), len(texts))
         alive()
     return ids
 
@@ -219,6 +221,7 @@ def encode_instruct(
     examples, truncated, dropped = [], 0, 0
     for number, row in enumerate(rows, 1):
         ids, answered = talks(row, number)
+        progress.say("tokenising", number, len(rows))
         alive()
         if len(ids) > max_length:
             refuse_overlong(overlong, number, len(ids), max_length)

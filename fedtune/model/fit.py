@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fedtune import progress as progress_of
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.hf.config import width_of
 from fedtune.hf.draws import own_draws
@@ -106,6 +107,7 @@ def fit(
             if settings.clip:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
+            progress_of.say("training", number + 1, len(plan), loss)
             loss_sum, examples, tokens = (
                 loss_sum + loss,
                 examples + sum(map(len, micro)),

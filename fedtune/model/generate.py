@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from fedtune import progress
 from fedtune.errors import FedtuneError
 from fedtune.model.encode import talk
 from fedtune.model.loss import autocast
@@ -66,6 +67,7 @@ def generated(tunable: TunableModel, asked: Sequence[Question], tokens: int, bat
         for numbers in batches(tunable, [len(one.tokens[-room:]) for one in asked], batch):
             prompts = [asked[n].tokens[-room:] for n in numbers]
             said |= dict(zip(numbers, answers(tunable, prompts, tokens), strict=True))
+            progress.say("writing answers", len(said), len(asked))
     return [said[n] for n in range(len(asked))]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedtune import progress
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.device_memory import losses_in_parts
@@ -58,6 +59,7 @@ def score(
         known = front.of(tunable, (stop - start, start)) if front else nullcontext()
         with autocast(tunable, "off"), known:
             total, logits, labels = summed_loss(tunable, examples)
+        progress.say("scoring", stop, len(order))
         classes = [] if logits is None or language else logits.argmax(-1).tolist()
         return (
             total.item(),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedtune.errors import ClientFailed, FedtuneError, Paused, Refused
-from fedtune.events import Chose, ClientDone, ClientLeftOut, Event, Noted
+from fedtune.events import Answered, Chose, ClientDone, ClientLeftOut, Event, Noted
 from fedtune.privacy.masks import LEAST
 from fedtune.runtime.downlink import Downlink, Payloads
 from fedtune.runtime.journal import AnswerRecord, StageRecord
@@ -50,6 +51,8 @@ class RoundCohort:
     stages: list[StageRecord] = field(default_factory=list)  # who came through which step of masked sums
     notes: dict[str, float] = field(default_factory=dict)  # the server's own figures
     quorum: int = 0  # answers that must count
+    waited: float = 0.0  # seconds until answers came, of all questions together
+    took: dict[int, float] = field(default_factory=dict)  # client -> seconds of its last answer
 
     def sum(self, verb: str, given: Tensors) -> Update:
         """Raises R405 where nobody gave a usable answer, Paused (R413) where too few came through a masked
@@ -255,8 +258,8 @@ class RoundCohort:
             self.figures.append((client, update.metrics))
             self._note(client, record)
             metrics = {name: number / update.weight for name, number in update.metrics.items()}
-            sizes = (record.up_bytes, record.down_bytes)
-            self.tell(ClientDone(self.now.number, client, self.names[client], update.weight, *sizes, metrics))
+            rest = (record.up_bytes, record.down_bytes, metrics, self.took.get(client, 0.0))
+            self.tell(ClientDone(self.now.number, client, self.names[client], update.weight, *rest))
             yield client, update
 
     def _heard(
@@ -343,13 +346,16 @@ class RoundCohort:
     def _once(self, replies: Iterable[Reply], asks: Mapping[int, Ask]) -> Iterator[Reply]:
         """The first reply of each client that was asked; a second one is told and dropped, a missing one is a
         failure."""
-        open_asks = set(asks)
-        for reply in replies:
+        open_asks, began = set(asks), time.monotonic()
+        for reply in self._awaited(replies):
+            name = self.names.get(reply.client, str(reply.client))
             if reply.client in open_asks:
                 open_asks.remove(reply.client)
+                self.took[reply.client] = reply.seconds or time.monotonic() - began
+                if not reply.seconds:  # it comes from elsewhere, beside others
+                    self.tell(Answered(self.now.number, reply.client, name, self.took[reply.client]))
                 yield reply
             else:
-                name = self.names.get(reply.client, str(reply.client))
                 text = (
                     "W605: found a second answer to one question, expected one; the first counts, this one "
                     "is dropped."
@@ -364,6 +370,17 @@ class RoundCohort:
                     do="look at the node's log",
                 ),
             )
+
+    def _awaited(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """The same, and the time that each took to come."""
+        source = iter(replies)
+        while True:
+            began = time.monotonic()
+            reply = next(source, None)
+            self.waited += time.monotonic() - began
+            if reply is None:
+                return
+            yield reply
 
     def _note(self, client: int, answer: AnswerRecord) -> None:
         """One row a member and round: bytes of all its verbs add up."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.overrides import flat
 from fedtune.runtime.folder import existing
 
 FIGURES = (  # of result.json, in the order in which people ask
@@ -48,20 +49,6 @@ def compared(folders: Sequence[Path]) -> dict[str, Any]:
 def value_at(result: Mapping[str, Any], name: str) -> Any:
     table, _, key = name.rpartition(".")
     return (result.get(table) or {}).get(key) if table else result.get(key)
-
-
-def flat(tree: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """Dotted keys of a recipe; the tables of a list are counted from 0."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{place}{key}"
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{path}.")
-        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-            found |= flat({str(number): one for number, one in enumerate(value)}, f"{path}.")
-        else:
-            found[path] = value
-    return found
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -2,7 +2,7 @@
 never a half.
 
 config.json  journal.db  state/round-NNNN.safetensors  events.jsonl  result.json  adapter/  adapter-last/
-report.html
+experts.json  report.html
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pydantic import ValidationError
 from fedtune.config import Recipe, without_idle
 from fedtune.disk import disk_errors, json_text, took, write_atomic
 from fedtune.errors import FedtuneError
+
+EXPERTS = "experts.json"  # what `fedtune experts eval` found
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedtune.runtime.client_half import respond
@@ -22,7 +24,7 @@ def local_transport(
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
         for ask in asks:
-            name = str(ask.client)
+            name, began = str(ask.client), time.monotonic()
             try:
                 workspace = client(ask)
                 name = workspace.name
@@ -30,6 +32,6 @@ def local_transport(
                 done(ask, workspace)
             except Exception as error:  # whatever it is, it is about this client
                 reply = Reply(ask.client, failure=failure_of(error, name, logs))
-            yield reply
+            yield replace(reply, seconds=time.monotonic() - began)
 
     return carry

@@ -47,6 +47,7 @@ class Reply:
     payload: bytes = b""
     failure: FedtuneError | None = None
     said: str = ""  # what the client's chain chose, and why
+    seconds: float = 0.0  # of the client's work, where a transport knows them apart from its own
 
 
 Transport = Callable[[Sequence[Ask]], Iterable[Reply]]  # every ask gets exactly one reply, in any order

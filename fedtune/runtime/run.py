@@ -9,13 +9,15 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedtune import progress
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
-from fedtune.events import Event, Noted, RoundDone, RunDone, RunStarted, Waiting
+from fedtune.events import Event, Noted, RoundDone, RoundStarted, RunDone, RunStarted, Waiting
 from fedtune.runtime.baselines import compare, finished_phase, score_test, spread_of
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.canary import watch_round
@@ -28,6 +30,7 @@ from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.paths import located
+from fedtune.runtime.phases import CLIENTS, FINAL, LOADING, SCORING, SERVER, TOKENISING, add, by_phase, spent
 from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.quarantine import present_now
 from fedtune.runtime.sampling import sample, wanted
@@ -55,9 +58,8 @@ class Run:
     done: int
     start: State  # before the first round: what the comparisons begin with
     downlink: Downlink
-    clock: dict[
-        str, float
-    ]  # seconds of all processes that worked on this run: in all, and until its first round was committed
+    # seconds of all processes that worked on this run: in all, until its first round was committed, by phase
+    clock: dict[str, float]
     deployed: bool = False  # on real sites: [deploy] counts
 
     def tick(self) -> None:
@@ -67,6 +69,10 @@ class Run:
         self.clock.setdefault("first_round_seconds", self.clock["seconds"])
         self.journal.finish("clock", self.clock)
         self.clock["since"] = now
+
+    def spent(self, phase: str) -> AbstractContextManager[None]:
+        """The time of the block counts as this phase's."""
+        return spent(self.clock, phase)
 
 
 def run(
@@ -92,7 +98,7 @@ def run(
     Raises FedtuneError; whatever happens, `fedtune resume` goes on after the last committed round.
     """
     since = time.time() if began is None else began
-    with folder.locked():
+    with progress.heard_by(tell), folder.locked():
         journal, work = Journal(folder.journal), None
         try:
             done = finished(folder, journal, recipe)
@@ -110,8 +116,9 @@ def run(
                     tell(Noted(f"stopped after round {number - 1}: {waited} scores without a better one"))
                     break
                 one_round(work, number)
-                score_round(work, number)
-                watch_round(work, number)
+                with work.spent(SCORING):
+                    score_round(work, number)
+                    watch_round(work, number)
             result = finish(work) if last == recipe.rounds else {}
         finally:
             journal.close()
@@ -150,8 +157,10 @@ def open_run(
     place = folder.origin()
     method = method_of(located(recipe, place))
     memories = Memories(folder)
+    clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(Waiting("reading the data and loading the model"))
-    workspace = build_workspace(recipe, method, memories, tell, federation, place=place)
+    with spent(clock, LOADING, since):
+        workspace = build_workspace(recipe, method, memories, tell, federation, place=place)
     check_same(
         journal,
         {
@@ -162,7 +171,9 @@ def open_run(
     )
     known = {"labels": workspace.federation.labels, "clients": list(workspace.names.values())}
     journal.remember({name: json.dumps(one) for name, one in known.items()})
-    workspace.encode_all()
+    write_data_card(folder, recipe, workspace.federation)
+    with spent(clock, TOKENISING):
+        workspace.encode_all()
     journal.check()
     committed = journal.rounds()
     done = committed[-1].number if committed else 0
@@ -181,7 +192,6 @@ def open_run(
     link = link_of(workspace, method)
     transport = carry(link, workspace) if carry else here(recipe, folder, workspace, link, tell, workers)
     tunable = workspace.tunable
-    clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(
         RunStarted(
             folder.path.name,
@@ -197,7 +207,8 @@ def open_run(
     if recipe.evaluate.base and workspace.federation.test and not journal.phase("base"):
         method.install(start, tunable)
         tell(Waiting("scoring the base model"))
-        finished_phase(journal, "base", lambda: score_test(workspace, "base", 0, tell), tell)
+        with spent(clock, SCORING):
+            finished_phase(journal, "base", lambda: score_test(workspace, "base", 0, tell), tell)
     return Run(
         recipe,
         folder,
@@ -264,6 +275,7 @@ def one_round(work: Run, number: int) -> None:
     cohort = RoundCohort(
         work.link, now, work.transport, work.tell, workspace.names, work.downlink, quorum=quorum
     )
+    work.tell(RoundStarted(number, tuple(workspace.names[client] for client in members)))
     if members:
         work.state = work.link.method.round(work.state, cohort, now)
     else:
@@ -282,9 +294,12 @@ def one_round(work: Run, number: int) -> None:
     workspace.memories.prune(number, [a.client for a in counted])
     work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number, also=best_round(round_scores(work.journal)))
+    add(work.clock, CLIENTS, cohort.waited)
+    add(work.clock, SERVER, seconds - cohort.waited)
     work.tick()
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
-    work.tell(RoundDone(number, len(members), len(members) - len(counted), up, down, seconds, metrics))
+    out = len(members) - len(counted)
+    work.tell(RoundDone(number, len(members), out, up, down, seconds, metrics, cohort.waited))
     if number == LOOKED_AT:
         say_if_not_learning(work)
 
@@ -307,9 +322,10 @@ def finish(work: Run) -> dict[str, Any]:
     work.tell(Waiting("scoring the federated model"))
     if work.workspace.federation.test:
         states = {kept: state, last: work.state}
-        scores = compare(
-            work.recipe, work.workspace, work.link.method, work.start, states, work.journal, work.tell
-        )
+        with work.spent(FINAL):
+            scores = compare(
+                work.recipe, work.workspace, work.link.method, work.start, states, work.journal, work.tell
+            )
     else:
         now = Round(last, work.recipe.seed, present_now(work, last + 1))
         everyone = RoundCohort(
@@ -330,7 +346,6 @@ def leave(work: Run, states: Mapping[int, State], result: Mapping[str, Any]) -> 
     """adapter/ of the round that is kept, adapter-last/ of the last one where that is another."""
     from fedtune.exports import export_final
 
-    write_data_card(work.folder, work.recipe, work.workspace.federation)
     data = data_facts(work.folder)
     targets = dict(zip(states, (work.folder.adapter, work.folder.last_adapter), strict=False))
     if len(targets) == 1:
@@ -367,6 +382,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "down_bytes_per_client_round": sum(a.down_bytes for a in answers) / asked,
         "seconds": work.clock["seconds"],
         "first_round_seconds": work.clock["first_round_seconds"],
+        "seconds_by_phase": by_phase(work.clock),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "state_sha256": rounds[-1].state_sha256,
         "epsilon": None,

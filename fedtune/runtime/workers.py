@@ -12,9 +12,10 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.numpy import load, save
 
 from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, Paused, Refused
-from fedtune.forks import can_fork, die_with_parent
+from fedtune.forks import can_fork, die_with_parent, resting
 from fedtune.methods import Method
 from fedtune.runtime.client_half import memory_before, respond
 from fedtune.runtime.failures import failure_of
@@ -73,6 +74,7 @@ class Worker:
     pid: int
     pipe: Connection
     ask: Ask | None = None  # what it works on
+    since: float = 0.0  # when it was asked, by the monotonic clock
 
 
 class Workers:
@@ -88,7 +90,8 @@ class Workers:
     def __call__(self, asks: Sequence[Ask]) -> Iterator[Reply]:
         """Replies as they come."""
         if not self.workers:
-            self.workers = [self._fork() for _ in range(self.count)]
+            with resting():
+                self.workers = [self._fork() for _ in range(self.count)]
         left = deque(asks)
         while left or any(worker.ask for worker in self.workers):
             for worker in self.workers:
@@ -131,6 +134,7 @@ class Workers:
             os._exit(0)
 
     def _give(self, worker: Worker, ask: Ask) -> None:
+        worker.since = time.monotonic()
         try:
             write_ask(worker.pipe, ask, memory_before(self.workspace.memories.of(ask.client), ask))
             worker.ask = ask
@@ -157,7 +161,7 @@ class Workers:
             client.memory.clear()
             client.memory.update(memory)
             self.workspace.done(ask, client)
-        return reply
+        return replace(reply, seconds=time.monotonic() - worker.since)
 
     def _end(self, worker: Worker) -> None:
         worker.pipe.close()

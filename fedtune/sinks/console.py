@@ -15,6 +15,7 @@ from fedtune.events import (
     RoundDone,
     RunDone,
     RunStarted,
+    Said,
     Scored,
     Truncated,
     Waiting,
@@ -50,6 +51,8 @@ def line(event: Event) -> str:
             )
         case Waiting():
             return f"... {event.text}"
+        case Said():
+            return event.text
         case Noted():
             return f"note: {event.text}"
         case Truncated() if event.whose.startswith("the "):
@@ -65,7 +68,8 @@ def line(event: Event) -> str:
         case Alarm():
             return f"ALARM after round {event.round}: {event.text}"
         case RoundDone():
-            loss = f"  loss {event.metrics['loss']:.4f}" if "loss" in event.metrics else ""
+            known = event.metrics.get("loss")
+            loss = "" if known is None else f"  loss {known:.4f}"
             answered = f"{event.members - event.left_out} of {event.members} clients"
             return (
                 f"round {event.round:>3}  {answered}{loss}  up {size(event.up_bytes)}  down "

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from fedtune.events import Event, Noted, Sink
+from fedtune.events import Event, Noted, Progress, Sink
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 from fedtune.sinks.base import SinkSettings
 from fedtune.sinks.csv import CSV
 from fedtune.sinks.jsonl import JSONLines, jsonl_sink
+from fedtune.sinks.trackers import MLflowTable, TensorBoardTable, WandBTable
 
-SinkTable = Annotated[CSV | JSONLines, Field(discriminator="sink")]
+SinkTable = Annotated[
+    CSV | JSONLines | TensorBoardTable | WandBTable | MLflowTable, Field(discriminator="sink")
+]
 if not TYPE_CHECKING:
     SinkTable = extended(SinkTable, "sink", "sinks", SinkSettings)
 
@@ -23,7 +26,8 @@ SINKS: dict[str, type[SinkSettings]] = classes_by_tag(SinkTable, "sink")
 
 
 def sink_of(folder: Path, chosen: Sequence[SinkSettings], *more: Callable[[Event], None]) -> Sink:
-    """Tells the run's own events.jsonl first, then `more`, then the sinks of the recipe.
+    """Tells the run's own events.jsonl first, then `more`, then the sinks of the recipe; progress, which
+    depends on the clock, is told to `more` only.
 
     A sink of the recipe that fails is told nothing more, and the run goes on: it may have cost hours.
     """
@@ -31,8 +35,11 @@ def sink_of(folder: Path, chosen: Sequence[SinkSettings], *more: Callable[[Event
     opened = [(settings.sink, settings.open(folder)) for settings in chosen]
 
     def tell(event: Event) -> None:
-        for sink in (write, *more):
+        passing = isinstance(event, Progress)
+        for sink in more if passing else (write, *more):
             sink(event)
+        if passing:
+            return
         for entry in list(opened):
             try:
                 entry[1](event)

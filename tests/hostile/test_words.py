@@ -13,9 +13,9 @@ import pytest
 from fedtune.errors import CATALOGUE
 from fedtune.events import ClientLeftOut, Noted, RoundDone
 from fedtune.plain import plain
+from fedtune.report import write_report
 from fedtune.runtime.failures import heard
 from fedtune.runtime.folder import RunFolder
-from fedtune.runtime.report import write_report
 from fedtune.sinks.console import console_sink
 from tests.hostile.coordinator import Taken, taken
 
@@ -115,9 +115,9 @@ def test_and_before_a_page_shows_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     record = ClientLeftOut(1, 0, "<script>site</script>", "F503", EVIL + "<img src=x>").record()
     (tmp_path / "events.jsonl").write_text(json.dumps(record) + "\n")
-    page = Path(write_report(RunFolder(tmp_path))).read_text()
+    page = write_report([RunFolder(tmp_path)]).read_text()
     assert not any(
         (ord(sign) < 32 and sign != "\n") or 0x7F <= ord(sign) < 0xA0 or sign in "\u202e\u2066\u200b"
         for sign in page
     )
-    assert "<script>" not in page and "<img" not in page
+    assert "owned" in page and "<script" not in page and "<img" not in page
