@@ -22,6 +22,7 @@ from fedtune.runtime.journal import AnswerRecord, StageRecord
 from fedtune.runtime.masked import MaskedAsks, masked_sums
 from fedtune.runtime.masked_tasks import mask_of
 from fedtune.runtime.protocol import Ask, Given, Link, Reply, Transport, given_to, require_finite
+from fedtune.runtime.replies import ascending, timed
 from fedtune.runtime.task import Task
 from fedtune.schema import Schema
 from fedtune.types import Group, Round, RunningSum, Tensors, Update, summed
@@ -347,7 +348,7 @@ class RoundCohort:
         """The first reply of each client that was asked; a second one is told and dropped, a missing one is a
         failure."""
         open_asks, began = set(asks), time.monotonic()
-        for reply in self._awaited(replies):
+        for reply in timed(replies, self._wait):
             name = self.names.get(reply.client, str(reply.client))
             if reply.client in open_asks:
                 open_asks.remove(reply.client)
@@ -371,16 +372,8 @@ class RoundCohort:
                 ),
             )
 
-    def _awaited(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """The same, and the time that each took to come."""
-        source = iter(replies)
-        while True:
-            began = time.monotonic()
-            reply = next(source, None)
-            self.waited += time.monotonic() - began
-            if reply is None:
-                return
-            yield reply
+    def _wait(self, seconds: float) -> None:
+        self.waited += seconds
 
     def _note(self, client: int, answer: AnswerRecord) -> None:
         """One row a member and round: bytes of all its verbs add up."""
@@ -389,15 +382,3 @@ class RoundCohort:
         self.answers[client] = AnswerRecord(
             client, answer.outcome, answer.weight, up + answer.up_bytes, down + answer.down_bytes, answer.note
         )
-
-
-def ascending(replies: Iterable[Reply], members: Sequence[int]) -> Iterator[Reply]:
-    """Replies by ascending id, whatever order they came in: float sums depend on order, results must not."""
-    waiting: dict[int, Reply] = {}
-    order = iter(members)
-    wanted = next(order, None)
-    for reply in replies:
-        waiting[reply.client] = reply
-        while wanted in waiting:
-            yield waiting.pop(wanted)
-            wanted = next(order, None)

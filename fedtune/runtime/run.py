@@ -25,7 +25,7 @@ from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.data_card import data_facts, write_data_card
 from fedtune.runtime.downlink import Downlink
-from fedtune.runtime.first_rounds import LOOKED_AT, not_learning
+from fedtune.runtime.first_rounds import LOOKED_AT, say_if_not_learning
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
@@ -302,17 +302,6 @@ def one_round(work: Run, number: int) -> None:
     work.tell(RoundDone(number, len(members), out, up, down, seconds, metrics, cohort.waited))
     if number == LOOKED_AT:
         say_if_not_learning(work)
-
-
-def say_if_not_learning(work: Run) -> None:
-    """A note after the first rounds, where the training loss has not fallen in them."""
-    from fedtune.hf.config import width_of
-
-    method, base = work.recipe.method, work.workspace.base
-    losses = [row.metrics.get("loss", math.nan) for row in work.journal.rounds()]
-    fitting = method.fitting_rates(width_of(base.net.config))
-    if said := not_learning(losses, len(base.labels), method.rates, fitting):
-        work.tell(Noted(said))
 
 
 def finish(work: Run) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import pytest
 
 from fedtune.events import ClientLeftOut, Event
 from fedtune.methods.fedpeft import FedPEFT, FedPEFTSettings
-from fedtune.runtime.cohort import RoundCohort, ascending
+from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.protocol import Ask, Link, Reply
+from fedtune.runtime.replies import ascending
 from fedtune.schema import Schema
 from fedtune.transforms import build
 from fedtune.transforms.base import Chain
