@@ -26,6 +26,7 @@ GROUPS = (
     "rules",
     "steps",
     "adapters",
+    "objectives",
     "sources",
     "partitions",
     "downlinks",

@@ -20,6 +20,7 @@ DISCRIMINATORS = (
     "source",
     "sink",
     "metric",
+    "loss",
 )  # keys that choose the class of a table
 
 

@@ -11,7 +11,13 @@ from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_sta
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.model.adapters import AdapterSettings, Lora
 from fedtune.model.rates import rate_conflicts, rates_of, with_rates
-from fedtune.model.settings import ModelSettings, TrainSettings, float16_conflicts, whole_run
+from fedtune.model.settings import (
+    ModelSettings,
+    TrainSettings,
+    float16_conflicts,
+    objective_conflicts,
+    whole_run,
+)
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
@@ -83,6 +89,10 @@ class AdapterTable(TrainedTable):
     @property
     def trains(self) -> str:
         return self.adapter.kind
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from super().conflicts(recipe)
+        yield from objective_conflicts(self.train, self.adapter)
 
 
 class AveragedTensors:

@@ -12,7 +12,7 @@ from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
 from fedtune.model.rates import Rates, rate_conflicts, with_rates
-from fedtune.model.settings import TrainSettings, float16_conflicts
+from fedtune.model.settings import TrainSettings, float16_conflicts, objective_conflicts
 
 
 class Found(NamedTuple):
@@ -163,8 +163,20 @@ class FedKSeedSettings(MethodTable):
     def sends_steps(self) -> bool:
         return self.uplink == "steps" or (self.uplink == "auto" and self.walks_only)
 
+    def walking_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        objective = self.train.objective
+        walks = "spsa" in self.estimators if self.estimators else self.estimator != "gradient"
+        if walks and not objective.by_values:
+            yield (
+                f"method.train.objective.loss = '{objective.loss}' with clients that walk",
+                "a loss whose value says which way is down",
+                "set method.estimator = 'gradient', or choose another loss",
+            )
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from rate_conflicts(self.train, self.trained.kind, self.found.train)
+        yield from objective_conflicts(self.train, self.trained)
+        yield from self.walking_conflicts()
         if self.size & (self.size - 1):
             yield f"method.size = {self.size}", "a power of two", "set it to 1024, 4096 or 65536"
         if self.directions == "gaussian" and self.pool == "hadamard":

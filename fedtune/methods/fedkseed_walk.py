@@ -56,9 +56,11 @@ def walked(
     Raises ClientFailed W607."""
     from fedtune.model.fit import step_batches
     from fedtune.model.forward import batch_of, forward_only, mean_loss
+    from fedtune.model.training_loss import TrainingLoss
     from fedtune.zeroth import views, walk
 
     go: Go = partial(walk, views(tunable.named), pool, by=by)
+    loss_of = TrainingLoss.of(s.train.objective, tunable, data)
     measure = one_sided if s.estimator == "fzoo" else two_sided
     groups = seeds.reshape(-1, s.group if s.estimator == "fzoo" else 1)
     scalars, losses, clipped = np.zeros(groups.shape, np.int64), np.zeros(len(groups)), 0
@@ -69,7 +71,8 @@ def walked(
     with forward_only(tunable, data):
         for step, (group, micro) in enumerate(zip(groups.tolist(), batches, strict=True)):
             batch = batch_of(tunable, data, list(micro[0]))
-            losses[step], found, back = measure(group, s.eps, go, partial(mean_loss, tunable, batch), left)
+            loss = partial(mean_loss, tunable, batch, loss_of)
+            losses[step], found, back = measure(group, s.eps, go, loss, left)
             if not all(map(math.isfinite, found)):
                 raise diverged(losses[step], step + 1)
             progress.say("training", step + 1, len(groups), float(losses[step]))

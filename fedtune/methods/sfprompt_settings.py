@@ -97,6 +97,12 @@ class SFPromptSettings(TrainedTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
+        if not self.train.objective.plain:
+            yield (
+                f"method.train.objective.loss = '{self.train.objective.loss}' with a split model",
+                "cross-entropy",
+                "remove [method.train.objective]",
+            )
         if self.pruning == "none" and self.keep < 1:
             yield (
                 f"method.keep = {self.keep} with method.pruning = 'none'",

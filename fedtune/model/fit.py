@@ -23,9 +23,10 @@ from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import autocast, carries, check_room, summed_loss, tokens_in
+from fedtune.model.loss import autocast, carries, check_room, tokens_in
 from fedtune.model.rates import rates_of, with_rates
 from fedtune.model.settings import TrainSettings
+from fedtune.model.training_loss import TrainingLoss
 from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
 
@@ -78,6 +79,7 @@ def fit(
     parameters = tunable.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
     optimizer = make_optimizer(tunable, settings, rates or {})
+    loss_of = TrainingLoss.of(settings.objective, tunable, encoded)
     plan = list(step_batches(len(encoded), settings, seed))
     loss_sum, examples, tokens = 0.0, 0, 0
     with training(tunable, settings, seed):
@@ -91,7 +93,7 @@ def fit(
             if backward:
                 loss = backward(micro, batches, terms)
             else:
-                loss = in_memory(tunable, encoded, micro, batches, terms, settings)
+                loss = in_memory(tunable, encoded, micro, batches, terms, settings, loss_of)
             if not math.isfinite(loss):
                 raise ClientFailed(
                     "W607",
@@ -123,6 +125,7 @@ def in_memory(
     batches: Sequence[dict[str, torch.Tensor]],
     terms: int,
     settings: TrainSettings,
+    loss_of: TrainingLoss,
 ) -> float:
     """A step's loss with its micro-batches, or with halves of them as often as memory is too small; what was
     enough is enough for this process's later steps and clients, too."""
@@ -136,6 +139,7 @@ def in_memory(
                 batches if len(pieces) == len(micro) else [encoded.collate(piece) for piece in pieces],
                 terms,
                 settings.autocast,
+                loss_of,
             )
         except RuntimeError as error:
             most = halve(base, "training", max(map(len, pieces)), error)
@@ -144,12 +148,18 @@ def in_memory(
         release(base)
 
 
-def here(tunable: TunableModel, batches: Sequence[dict[str, torch.Tensor]], terms: int, mixed: str) -> float:
+def here(
+    tunable: TunableModel,
+    batches: Sequence[dict[str, torch.Tensor]],
+    terms: int,
+    mixed: str,
+    loss_of: Callable[[TunableModel, dict[str, torch.Tensor]], torch.Tensor],
+) -> float:
     """A step's loss and gradients by the tunable model's own network."""
     parts = []
     for batch in batches:
         with autocast(tunable, mixed):
-            part = summed_loss(tunable, batch)[0] / terms
+            part = loss_of(tunable, batch) / terms
         part.backward()
         parts.append(part.detach())
     return sum(float(part) for part in parts)  # at the end: each asks the device to finish

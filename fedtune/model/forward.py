@@ -13,6 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
+from fedtune.model.training_loss import TrainingLoss
 from fedtune.model.tunable import TunableModel
 
 
@@ -36,13 +37,16 @@ def batch_of(tunable: TunableModel, encoded: Encoded, indices: list[int]) -> dic
     return {name: value.to(tunable.base.device) for name, value in encoded.collate(indices).items()}
 
 
-def mean_loss(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> float:
-    """Cross entropy in nats, a token or an example."""
+def mean_loss(
+    tunable: TunableModel, batch: dict[str, torch.Tensor], loss_of: TrainingLoss | None = None
+) -> float:
+    """Cross entropy in nats, or what else is trained by, a token or an example."""
 
     def loss(start: int, stop: int) -> float:
         part = {name: value[start:stop] for name, value in batch.items()}
         with autocast(tunable, "auto"):
-            return float(summed_loss(tunable, part)[0].item())
+            total = loss_of(tunable, part) if loss_of else summed_loss(tunable, part)[0]
+            return float(total.item())
 
     count = len(batch["labels"])
     total = sum(losses_in_parts(tunable.base, count, count, loss))

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from fedtune.model.adapters.base import Adapter
+from fedtune.model.objectives import CrossEntropy, ObjectiveTable
 from fedtune.settings import Settings, path_below
 
 
@@ -83,6 +85,8 @@ class TrainSettings(Settings):
     """Share of all steps over which the rate rises from 0."""
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     """Mixed precision: auto uses bfloat16 on CUDA devices that have it, and is off on the CPU."""
+    objective: ObjectiveTable = CrossEntropy()
+    """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
 
@@ -151,3 +155,13 @@ def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:
     return train.model_copy(
         update={"steps": train.steps * rounds} if train.steps else {"epochs": train.epochs * rounds}
     )
+
+
+def objective_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[str, str, str]]:
+    """A loss that refers to the model without its adapter needs one that can be switched off."""
+    if train.objective.refers and not adapter.switches_off:
+        yield (
+            f"method.train.objective.loss = '{train.objective.loss}' with kind = '{adapter.kind}'",
+            "an adapter that can be switched off: lora or ia3",
+            "choose one, or another loss",
+        )

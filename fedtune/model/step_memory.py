@@ -24,7 +24,9 @@ from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import image_size
 from fedtune.hf.statistics import freeze_statistics
+from fedtune.model.objectives import Context
 from fedtune.model.settings import TrainSettings
+from fedtune.model.training_loss import TrainingLoss
 from fedtune.model.tunable import TunableModel
 
 
@@ -150,7 +152,8 @@ def training_peak(tunable: TunableModel, train: TrainSettings, batch: int, lengt
     if train.checkpointing:
         recompute(net, True)
     with fused_attention(), StorageWatch() as watch:
-        here(tunable, [batch_of(tunable, batch, length)], batch, train.autocast)
+        loss_of = TrainingLoss(train.objective, Context((1,) * len(tunable.base.labels)))
+        here(tunable, [batch_of(tunable, batch, length)], batch, train.autocast, loss_of)
     return int(max(0, watch.peak - 4 * tunable.trainable))
 
 
@@ -200,7 +203,9 @@ def watched(tunable: TunableModel) -> Peak:
             return None
 
     def peak(train: TrainSettings | None, batch: int, length: int) -> int | None:
-        decisive = train and TrainSettings(autocast=train.autocast, checkpointing=train.checkpointing)
+        decisive = train and TrainSettings(
+            autocast=train.autocast, checkpointing=train.checkpointing, objective=train.objective
+        )
         return tried(decisive, batch, length)
 
     return peak

@@ -23,12 +23,14 @@ class Adapter(Settings):
     caches   whether the adapter lives in the model's cache of keys and values
     has_encoder  whether its tokens come from a network of its own, of which peft's file keeps what it says
                  and not the network
+    switches_off whether the network can be asked without it while it is there
     """
 
     kind: str
     merges: ClassVar[bool] = False
     caches: ClassVar[bool] = False
     has_encoder: ClassVar[bool] = False
+    switches_off: ClassVar[bool] = False
 
     @property
     def virtual_tokens(self) -> int:

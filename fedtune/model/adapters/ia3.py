@@ -20,6 +20,7 @@ class IA3(LayerAdapter):
 
     kind: Literal["ia3"] = "ia3"
     merges: ClassVar[bool] = True
+    switches_off: ClassVar[bool] = True
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         """all-linear means just those; a linear that narrows outside the attention is taken for the second

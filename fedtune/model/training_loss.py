@@ -1,0 +1,64 @@
+"""A recipe's objective on a client's batches."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.errors import FedtuneError
+from fedtune.hf.config import LM_TASKS
+from fedtune.model.encode import Encoded
+from fedtune.model.loss import inputs_of, summed_loss
+from fedtune.model.objectives import Context, Objective
+from fedtune.model.tunable import TunableModel
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """The loss of a batch, summed over what carries it. Cross entropy itself is taken as scores take it, in
+    pieces where logits are large; other objectives need all logits of a batch at once."""
+
+    objective: Objective
+    context: Context
+
+    @classmethod
+    def of(cls, objective: Objective, tunable: TunableModel, encoded: Encoded) -> TrainingLoss:
+        classes = 0 if objective.plain or tunable.base.task in LM_TASKS else len(tunable.base.labels)
+        return cls(objective, Context.of(encoded, classes))
+
+    def __call__(self, tunable: TunableModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.objective.plain:
+            return summed_loss(tunable, batch)[0]
+        reference = None
+        if self.objective.refers:
+            with torch.no_grad(), switched_off(tunable):
+                reference, _ = logits_of(tunable, batch)
+        logits, labels = logits_of(tunable, batch)
+        return self.objective.summed(logits, labels, self.context, reference)
+
+
+def logits_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in float32 and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and
+    (B, T - 1)."""
+    arguments, labels = inputs_of(tunable, batch)
+    logits = tunable.net(**arguments).logits
+    if tunable.base.task in LM_TASKS:
+        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    return logits.float(), labels
+
+
+def switched_off(tunable: TunableModel) -> AbstractContextManager[None]:
+    """The network without its adapter, as peft switches it off. Raises M306 for a kind that has no switch."""
+    if tunable.settings is None:
+        return nullcontext()
+    if not tunable.settings.switches_off:
+        raise FedtuneError(
+            "M306",
+            f"a loss that refers to the model without its adapter, with kind '{tunable.kind}'",
+            "lora or ia3",
+            "choose one of them, or another method.train.objective",
+        )
+    switch: AbstractContextManager[None] = tunable.net.disable_adapter()
+    return switch
