@@ -17,11 +17,11 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.tokenizer import refuse_unknown
 from fedtune.model import chat, pixels
 from fedtune.model.base import Base
+from fedtune.model.objectives.base import IGNORED
 from fedtune.model.template import THE_DATE
 
 LOOKED_AT = 64  # examples in which unknown tokens are counted
 PART = 1024  # texts that a tokenizer is given at once
-IGNORED = -100  # the label that torch's cross entropy leaves out
 Example = dict[str, np.ndarray]
 Row = Mapping[str, Any]
 Alive = Callable[[], None]  # called while it gets on

@@ -13,8 +13,9 @@ import numpy as np
 from fedtune.hf.config import locate
 from fedtune.hf.tokenizer import load_tokenizer
 from fedtune.model.base import Base, context_of, reading
-from fedtune.model.encode import IGNORED, Encoded, encode
+from fedtune.model.encode import Encoded, encode
 from fedtune.model.memory_plan import weightless
+from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import ModelSettings
 
 WHOLE = 1 << 30  # a length that cuts nothing

@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.blocks import is_encoder
-from fedtune.model.encode import IGNORED, Encoded
+from fedtune.model.encode import Encoded
 from fedtune.model.loss_pieces import before_output, in_pieces, summed_in_pieces
+from fedtune.model.objectives.base import IGNORED
 from fedtune.model.tunable import TunableModel
 
 

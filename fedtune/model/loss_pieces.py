@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedtune.hf.draws import own_draws
 from fedtune.model.base import Base
-from fedtune.model.encode import IGNORED
+from fedtune.model.objectives.base import IGNORED
 
 PIECE = 256 << 20  # bytes of float32 logits: of one piece, and up to which there are no pieces
 

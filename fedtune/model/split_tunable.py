@@ -17,7 +17,8 @@ from fedtune.model.adapters import Adapter, Full, Lora
 from fedtune.model.adapters.layers import linear_layers, open_for_training
 from fedtune.model.adapters.wrap import peft_arguments, plain, with_peft
 from fedtune.model.base import Base
-from fedtune.model.encode import IGNORED, Encoded
+from fedtune.model.encode import Encoded
+from fedtune.model.objectives.base import IGNORED
 from fedtune.model.tunable import TunableModel
 
 PROMPTS = "prompts"  # their name among the trained tensors

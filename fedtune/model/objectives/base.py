@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from fedtune.model.encode import Encoded
 
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
 
 @dataclass(frozen=True)
 class Context:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedtune.model.encode import IGNORED
+from fedtune.model.objectives.base import IGNORED
 
 
 def log_probabilities(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
