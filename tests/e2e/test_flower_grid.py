@@ -115,9 +115,12 @@ def test_a_node_that_fails_in_a_round_is_left_out_of_it_and_the_run_goes_on(
     ] * 5  # (round, client), ascending
 
 
-def test_a_run_on_a_grid_without_failures_is_a_local_run(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """The fake itself must not be what makes the tests above pass."""
-    recipe = small.recipe(tiny_bert, data, **MEMORY)
+@pytest.mark.parametrize("changes", [MEMORY, {"chain": [{"step": "mask"}]}], ids=["memory", "mask"])
+def test_a_run_on_a_grid_without_failures_is_a_local_run(
+    changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """The fake itself must not be what makes the tests above pass. Secrets of masked sums are where memories are."""
+    recipe = small.recipe(tiny_bert, data, **changes)
     folder = create(tmp_path, "", "run")
     server_app.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)
     assert journal(folder) == journal(small.play(recipe, tmp_path / "local")[0])

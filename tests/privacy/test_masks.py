@@ -121,13 +121,15 @@ def test_server_and_colluders_below_the_threshold_learn_nothing_but_the_sum() ->
         m: joined({o + 1: parties.sessions[o].held[m][:SHARE] for o in sorted(vectors)[:4]}) for m in vectors
     }
     known = parties.covered[victim].copy()
-    shift(known, own_key(seeds[victim], parties.roll.bound, victim), -1)  # an honest opening gives seeds away
+    shift(
+        known, [(own_key(seeds[victim], parties.roll.bound, victim), -1)]
+    )  # an honest opening gives seeds away
     for spy in spies:
         pair = sorted((spy, victim))
         key = pair_key(
             b"mask", parties.sessions[spy].mask, parties.roll.keys[victim][32:64], parties.roll.bound, *pair
         )
-        shift(known, key, -1 if victim < spy else +1)
+        shift(known, [(key, -1 if victim < spy else +1)])
     # three honest members' pair masks are left on it: uniform, and unlike the answer
     left = known - vectors[victim]
     assert np.count_nonzero(left) > 490

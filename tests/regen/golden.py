@@ -54,6 +54,7 @@ def messages() -> dict[str, bytes]:
         "values": encode(values(), HEADER),
         "levels": encode(levels(), HEADER),
         "ring": encode(Update({"w": np.uint32([[0, 1], [2**31, 2**32 - 1]])}, 1.0), HEADER),
+        "ring64": encode(Update({"w": np.uint64([0, 1, 2**63, 2**64 - 1])}, 1.0), HEADER),
         "state": named(encode_state(seeds, HEADER), Schema.of(seeds)),
         "changes": encode_changes(accumulators(), {"pool": np.bool_([True, False, True])}, HEADER),
     }

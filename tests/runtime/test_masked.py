@@ -12,6 +12,7 @@ import pytest
 
 from fedtune.errors import ClientFailed, FedtuneError, Paused
 from fedtune.events import ClientLeftOut, Noted, RoundDone
+from fedtune.runtime.check import check, rows
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.protocol import Ask, Link, Reply, Transport
@@ -216,3 +217,29 @@ def test_a_client_without_the_keys_of_a_sum_is_left_out(tiny_bert: Path, data: P
     _, result, events = small.play(recipe, tmp_path / "m", carry=carry)
     assert [e.code for e in events if isinstance(e, ClientLeftOut)] == ["W608"]
     assert result["state_sha256"] == end(tiny_bert, data, tmp_path / "p", {"train": {2}}, chain=RING)[0]
+
+
+def test_check_says_who_sees_what_and_how_many_bytes_it_takes(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    for chain, method in ((MASK, {}), (RING, {}), (MASK, {"method": POOL})):
+        recipe = small.recipe(tiny_bert, data, **{**FIVE, "chain": chain, "rounds": 1, **method})
+        checked = check(recipe)
+        folder, _, _ = small.play(recipe, tmp_path / f"{chain}{len(method)}")
+        kept = Journal(folder.journal)
+        said = [(answer.up_bytes, answer.down_bytes) for _, answer in kept.answers() if answer.client]
+        kept.close()
+        assert len(said) == 4  # protobuf leaves out the number of client 0
+        for up, down in said:
+            assert up == pytest.approx(checked.up_bytes, abs=16)
+            assert down <= checked.down_bytes + 16  # a state of zeros takes less, as changes
+        lines = rows(checked)
+        server = next(line for line in lines if line.startswith("server    verb 'train'"))
+        if chain is MASK:
+            assert "sees the sum only; through ring > mask" in server
+            assert any(line.startswith("masks     who came through which step") for line in lines)
+            assert any(
+                line.startswith("figures   of masked answers, as sums over members only") for line in lines
+            )
+        else:
+            assert "sees each client's answer as it passes, uses the sum only; through ring" in server

@@ -87,10 +87,18 @@ def test_levels_arrive_to_the_bit(shape: str) -> None:
     assert same(decode(encode(update, HEADER), expect)[1], update)
 
 
-def test_ring_numbers_arrive() -> None:
-    update = Update({"w": np.uint32([0, 1, 2**32 - 1])}, 4.0)
-    expect = replace(EXPECT, schema=Schema.of(update.tensors), kinds=frozenset({"ring"}))
-    assert same(decode(encode(update, HEADER), expect)[1], update)
+@pytest.mark.parametrize(("kind", "stored"), [("ring", np.uint32), ("ring64", np.uint64)])
+def test_ring_numbers_arrive(kind: str, stored: type[np.unsignedinteger]) -> None:
+    update = Update({"w": np.array([0, 1, np.iinfo(stored).max], stored)}, 4.0)
+    expect = replace(EXPECT, schema=Schema.of(update.tensors), kinds=frozenset({kind}))
+    data = encode(update, HEADER)
+    assert same(decode(data, expect)[1], update)
+    other = {"ring": "ring64", "ring64": "ring"}[kind]
+    with pytest.raises(Refused, match=f"W603.*'{kind}'"):
+        decode(data, replace(expect, kinds=frozenset({other})))
+    half = replace(expect, schema=Schema((("w", (2,)),)))
+    with pytest.raises(Refused, match="W603"):
+        decode(data, half)
 
 
 def test_a_state_keeps_its_types_and_can_name_itself() -> None:
@@ -126,7 +134,7 @@ def test_size_is_four_bytes_a_number_and_a_header() -> None:
     )  # tag and length of the payload
 
 
-@pytest.mark.parametrize("name", ["values", "levels", "ring", "state", "changes"])
+@pytest.mark.parametrize("name", ["values", "levels", "ring", "ring64", "state", "changes"])
 def test_messages_of_version_1_can_be_read_for_ever(name: str) -> None:
     from tests.regen import golden
 
@@ -144,6 +152,7 @@ def test_messages_of_version_1_can_be_read_for_ever(name: str) -> None:
         "values": golden.values(),
         "levels": golden.levels(),
         "ring": Update({"w": np.uint32([[0, 1], [2**31, 2**32 - 1]])}, 1.0),
+        "ring64": Update({"w": np.uint64([0, 1, 2**63, 2**64 - 1])}, 1.0),
     }[name]
     assert same(decode(data, replace(expect, schema=Schema.of(tensors.tensors)))[1], tensors)
 

@@ -152,9 +152,9 @@ class Session:
             self._require("ready")
             after = replace(self, step="masked", done=(mark,))
         covered = vector.copy()
-        shift(covered, own_key(self.seed, self.bound, self.me), +1)
-        for member in sorted(self.held.keys() - {self.me}):
-            shift(covered, self._masking(member), +1 if self.me < member else -1)
+        others = sorted(self.held.keys() - {self.me})
+        pairs = ((self._masking(other), +1 if self.me < other else -1) for other in others)
+        shift(covered, [(own_key(self.seed, self.bound, self.me), +1), *pairs])
         return after, covered
 
     def open(self, alive: Collection[int], dropped: Collection[int]) -> tuple[Session, dict[int, bytes]]:

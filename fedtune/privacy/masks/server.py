@@ -80,13 +80,13 @@ def unmask(
         member: secret_of(member, roll, opened, lambda secret, key: public(secret) == key[32:64])
         for member in sorted(dropped)
     }
-    for member, seed in seeds.items():
-        shift(total, own_key(seed, roll.bound, member), -1)
+    streams = [(own_key(seed, roll.bound, member), -1) for member, seed in seeds.items()]
     for lost, secret in masks.items():
         for member in sorted(alive):
             pair = sorted((lost, member))
             key = pair_key(b"mask", secret, roll.keys[member][32:64], roll.bound, *pair)
-            shift(total, key, +1 if lost < member else -1)
+            streams.append((key, +1 if lost < member else -1))
+    shift(total, streams)
 
 
 def secret_of(

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-PIECE = 1 << 18  # bytes at a time: what the second cache holds
-ZEROS = bytes(PIECE)
+PIECE = 1 << 16  # bytes at a time: what the second cache holds, with the stream and the zeros that it covers
+ZEROS = memoryview(bytes(PIECE))
 START = bytes(16)  # counter and nonce: a key makes one stream, ever
 
 
-def shift(vector: np.ndarray, key: bytes, sign: int) -> None:
-    """Add the stream of a key to a flat vector of unsigned numbers, in place; sign -1 subtracts it. All
-    modulo 2**32 or 2**64, as the vector's type wraps."""
-    cipher = Cipher(algorithms.ChaCha20(key, START), mode=None).encryptor()
-    size = vector.dtype.itemsize
+def shift(vector: np.ndarray, streams: Iterable[tuple[bytes, int]]) -> None:
+    """Add the streams of some keys to a flat vector of unsigned numbers, in place, each with a sign: +1, or
+    -1 to subtract it. All modulo 2**32 or 2**64, as the type of the vector wraps."""
+    ciphers = [
+        (Cipher(algorithms.ChaCha20(key, START), mode=None).encryptor(), sign) for key, sign in streams
+    ]
     made = bytearray(PIECE)
     stream = np.frombuffer(made, vector.dtype.newbyteorder("<"))
-    step = PIECE // size
-    for at in range(0, vector.size, step):
-        part = vector[at : at + step]
-        cipher.update_into(memoryview(ZEROS)[: part.size * size], made)
-        if sign > 0:
-            part += stream[: part.size]
-        else:
-            part -= stream[: part.size]
+    for at in range(0, vector.size, stream.size):
+        part = vector[at : at + stream.size]  # every stream passes over it before the next piece is read
+        for cipher, sign in ciphers:
+            cipher.update_into(ZEROS[: part.nbytes], made)
+            if sign > 0:
+                part += stream[: part.size]
+            else:
+                part -= stream[: part.size]
