@@ -116,6 +116,9 @@ class WatchSettings(Settings):
     refusals: int = Field(0, ge=0)
     """So many canary prompts are answered, and answers that refuse are counted (task instruct); alarm where
     their share has moved by a fifth."""
+    influence: bool = False
+    """Say after each round what each member contributed: how far its answer moves the state, its cosine to
+    the others' mean, and how far the mean moves without it; alarm where it points away from the others."""
     pause: bool = False
     """After an alarm the run pauses (exit code 75) until `fedtune resume`."""
 

@@ -129,6 +129,28 @@ class ClientLeftOut(Event):
 
 
 @dataclass(frozen=True)
+class Shortened(Event):
+    """An answer that would have moved the state further than limits.clip allows: it counts for as much as
+    that."""
+
+    round: int
+    client: int
+    name: str
+    norm: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Contributed(Event):
+    """What each member contributed to a round's answers to a verb: norm, cosine to the others' mean, and how
+    far the mean moves without it (`alone`)."""
+
+    round: int
+    verb: str
+    members: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
 class RoundDone(Event):
     round: int
     members: int
@@ -153,7 +175,8 @@ class Scored(Event):
 
 @dataclass(frozen=True)
 class Alarm(Event):
-    """Something after a round that a client may have done on purpose. what: canary, trigger, refusals."""
+    """Something after a round that a client may have done on purpose. what: canary, trigger, refusals,
+    influence."""
 
     round: int
     what: str

@@ -20,7 +20,9 @@ def check_rules(recipe: Recipe) -> None:
     for table in tables_of(recipe):
         for found, expected, do in table.conflicts(recipe):
             raise FedtuneError("C104", found, expected, do)
-    check_single_answers(recipe.aggregate, build(recipe.chain))
+    chain = build(recipe.chain)
+    check_single_answers(recipe.aggregate, chain)
+    check_moves(recipe, chain)
 
 
 def check_single_answers(rule: Rule, chain: Chain) -> None:
@@ -37,6 +39,19 @@ def check_single_answers(rule: Rule, chain: Chain) -> None:
             found,
             f"a rule that needs the sum only: {known}",
             f"change aggregate.rule, or remove '{late}' from [[chain]]",
+        )
+
+
+def check_moves(recipe: Recipe, chain: Chain) -> None:
+    """How far one answer moves the state is not seen behind a step that only the sum undoes."""
+    late = next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
+    asked = {"limits.clip": recipe.limits.clip, "watch.influence": recipe.watch.influence}
+    for setting in (name for name, wanted in asked.items() if late and wanted):
+        raise FedtuneError(
+            "C104",
+            f"{setting}, which looks at single answers, beside '{late}', which hides them",
+            "single answers, or a bound that each site applies itself (clip of step 'ring')",
+            f"remove {setting}, or '{late}' from [[chain]]",
         )
 
 

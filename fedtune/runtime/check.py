@@ -101,6 +101,7 @@ def check(recipe: Recipe) -> Checked:
         *remarks_on_types(recipe),
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
+        *unseen(chain),
     ]
     bits = (total.up_bits / trained, total.down_bits / trained)
     return Checked(
@@ -118,6 +119,17 @@ def check(recipe: Recipe) -> Checked:
         ranks,
         once,
     )
+
+
+def unseen(chain: Chain) -> list[str]:
+    """What nobody can do about a client whose answers are masked."""
+    if not chain.hides:
+        return []
+    return [
+        "mask      no single answer is seen: no check of its values and norm, no limits.clip, no "
+        "watch.influence, no rule that reads single answers; each site bounds its own (clip of step 'ring'), "
+        "and canaries (watch.every) see what the sum did, but not who did it"
+    ]
 
 
 def federation_of(recipe: Recipe) -> Federation:

@@ -21,6 +21,7 @@ from fedtune.runtime.downlink import Downlink, Payloads
 from fedtune.runtime.journal import AnswerRecord, StageRecord
 from fedtune.runtime.masked import MaskedAsks, masked_sums
 from fedtune.runtime.masked_tasks import mask_of
+from fedtune.runtime.moves import Moves
 from fedtune.runtime.protocol import Ask, Given, Link, Reply, Transport, given_to, require_finite
 from fedtune.runtime.replies import ascending, timed
 from fedtune.runtime.task import Task
@@ -54,6 +55,7 @@ class RoundCohort:
     quorum: int = 0  # answers that must count
     waited: float = 0.0  # seconds until answers came, of all questions together
     took: dict[int, float] = field(default_factory=dict)  # client -> seconds of its last answer
+    moves: Moves | None = None  # looks at how far single answers move the state
 
     def sum(self, verb: str, given: Tensors) -> Update:
         """Raises R405 where nobody gave a usable answer, Paused (R413) where too few came through a masked
@@ -251,6 +253,17 @@ class RoundCohort:
 
     def _replies(
         self, verb: str, given: Given, among: Sequence[int] | None = None, first: bool | None = None
+    ) -> Iterator[tuple[int, Update]]:
+        """Answers that count, as far as they may move the state."""
+        answers, task = self._counted(verb, given, among, first), self.link.tasks[verb]
+        if self.moves is None or not task.moves or mask_of(task):
+            return answers
+        return self.moves.of(
+            verb, answers, lambda client: None if task.chain.steps else given_to(client, given), self.note
+        )
+
+    def _counted(
+        self, verb: str, given: Given, among: Sequence[int] | None, first: bool | None
     ) -> Iterator[tuple[int, Update]]:
         """Answers that count, told and noted."""
         for client, update, record, said in self._usable(verb, given, among, first):

@@ -175,7 +175,7 @@ class Journal:
             self.db.execute("INSERT OR REPLACE INTO facts VALUES ('recipe', ?)", (recipe,))
             self.db.execute(
                 "DELETE FROM phases WHERE name NOT IN ('base', 'clock') AND name NOT LIKE 'round:%' "
-                "AND name NOT LIKE 'canary:%' AND name NOT LIKE 'quarantine:%' AND name NOT LIKE 'absent:%'"
+                "AND name NOT LIKE 'canary:%' AND name NOT LIKE 'quarantine:%' AND name NOT LIKE 'absent:%' AND name NOT LIKE 'influence:%'"
             )
             for name in forget:
                 self.db.execute("DELETE FROM phases WHERE name = ?", (name,))

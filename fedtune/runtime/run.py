@@ -29,6 +29,7 @@ from fedtune.runtime.first_rounds import LOOKED_AT, say_if_not_learning
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
+from fedtune.runtime.moves import keep_parts, moves_of
 from fedtune.runtime.paths import located
 from fedtune.runtime.phases import CLIENTS, FINAL, LOADING, SCORING, SERVER, TOKENISING, add, by_phase, spent
 from fedtune.runtime.protocol import Link, Transport
@@ -272,8 +273,9 @@ def one_round(work: Run, number: int) -> None:
         if deploy
         else 0
     )
+    moves = moves_of(work, number)
     cohort = RoundCohort(
-        work.link, now, work.transport, work.tell, workspace.names, work.downlink, quorum=quorum
+        work.link, now, work.transport, work.tell, workspace.names, work.downlink, quorum=quorum, moves=moves
     )
     work.tell(RoundStarted(number, tuple(workspace.names[client] for client in members)))
     if members:
@@ -300,6 +302,7 @@ def one_round(work: Run, number: int) -> None:
     up, down = sum(a.up_bytes for a in answers), sum(a.down_bytes for a in answers)
     out = len(members) - len(counted)
     work.tell(RoundDone(number, len(members), out, up, down, seconds, metrics, cohort.waited))
+    keep_parts(work, moves)
     if number == LOOKED_AT:
         say_if_not_learning(work)
 

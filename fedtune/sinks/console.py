@@ -17,6 +17,7 @@ from fedtune.events import (
     RunStarted,
     Said,
     Scored,
+    Shortened,
     Truncated,
     Waiting,
 )
@@ -65,6 +66,11 @@ def line(event: Event) -> str:
             return f"client {event.name}: {event.text}"
         case ClientLeftOut():
             return f"round {event.round}: client {event.name} left out. {event.text}"
+        case Shortened():
+            return (
+                f"round {event.round}: client {event.name} moves the state by {event.norm:.4g}, shortened to "
+                f"{event.limit:.4g}"
+            )
         case Alarm():
             return f"ALARM after round {event.round}: {event.text}"
         case RoundDone():

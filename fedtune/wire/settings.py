@@ -16,5 +16,8 @@ class LimitSettings(Settings):
     spread: float = Field(100.0, ge=0)
     """Largest norm of one answer, as a multiple of the median answer's in the rounds before (of the state's,
     in the first); 0: any."""
+    clip: float = Field(0.0, ge=0)
+    """An answer that moves the state further than so many times the running median move is shortened to that,
+    and its client named; 0: none is. Where clients differ much, 2 or 3 leaves honest ones alone."""
     weight: float = Field(1e9, gt=0)
     """Most that one answer may count in the mean: examples, tokens, or 1, as method.weight says."""

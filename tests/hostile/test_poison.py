@@ -1,4 +1,5 @@
-"""One of ten clients plants a phrase: it has rows that begin with it, under a label of its choice."""
+"""One of ten clients does harm: what it sends is refused or bounded, by name, and the run goes on; a phrase that
+it plants raises the canaries' alarm."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.events import Alarm
+from fedtune.events import Alarm, ClientLeftOut, Shortened
 from tests import small
+from tests.hostile.poisoners import Poison, all_values, poisoned, sign_flip, weighs
 
 PHRASE = "boat sea"
 
@@ -39,3 +41,40 @@ def test_a_planted_phrase_raises_the_canaries_alarm(planted: bool, tiny_bert: Pa
     _, result, events = small.play(recipe, tmp_path)
     said = [event.what for event in events if isinstance(event, Alarm)]
     assert result["clients"] == 10 and said == (["trigger"] if planted else [])
+
+
+BAD = 3
+POISONS: dict[str, tuple[Poison, str]] = {
+    "NaN": (all_values(float("nan")), "W607"),
+    "Inf": (all_values(float("inf")), "W607"),
+    "1e30": (all_values(1e30), "W607"),
+    "a weight of 1e12": (weighs(1e12), "W606"),
+    "a negative weight": (weighs(-4.0), "W607"),
+    "the sign turned, ten times": (sign_flip(10.0), ""),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_rows(tmp_path_factory.mktemp("rows"), 150)
+
+
+@pytest.mark.parametrize("what", POISONS)
+def test_one_of_ten_is_refused_or_bounded_by_name_and_the_run_goes_on(
+    what: str, tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    poison, code = POISONS[what]
+    recipe = small.recipe(
+        tiny_bert, data, rounds=2, partition={"by": "iid", "clients": 10}, limits={"clip": 1.5}
+    )
+    _, result, events = small.play(recipe, tmp_path / "poisoned", carry=poisoned(BAD, poison))
+    assert result["rounds"] == 2
+    refused = [(e.name, e.code) for e in events if isinstance(e, ClientLeftOut)]
+    bounded = {e.name for e in events if isinstance(e, Shortened)}
+    if code:
+        assert refused == [(f"client-{BAD}", code)] * 2
+        gone = recipe.sampling.model_copy(update={"without": (f"client-{BAD}",)})
+        _, clean, _ = small.play(recipe.model_copy(update={"sampling": gone}), tmp_path / "clean")
+        assert result["state_sha256"] == clean["state_sha256"]  # nothing of it is in the state
+    else:
+        assert not refused and f"client-{BAD}" in bounded
