@@ -96,6 +96,7 @@ CATALOGUE: dict[str, str] = {
     "T706": "A client's key is revoked or not on the allow list.",
     "T707": "A signature does not match what was signed.",
     "T708": "A name of a federation, member or host is malformed, taken or unknown.",
+    "T709": "An audit log was changed.",
     # E: the exchange of updates between coordinator and clients
     "E801": "The coordinator cannot be reached, or cannot listen on its address.",
     "E802": "The TLS connection to the coordinator failed.",

@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands; each module under fedtune/cli/ adds its own."""
     from fedtune import __version__
     from fedtune.cli import (
+        audit,
         chat,
         check,
         compare,
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (
         init, data, check, simulate, leak_test, runs, ui, chat, serve, compare, merge, experts, forget,
-        deploy, site, keys, explain, schema, completion,
+        audit, deploy, site, keys, explain, schema, completion,
     ):  # fmt: skip
         module.add_commands(commands)
     return parser

@@ -17,9 +17,10 @@ from fedtune.deploy.sites import at_coordinator
 from fedtune.deploy.supervisor import end_with_parent
 from fedtune.deploy.transport import PAUSE, Exchanged
 from fedtune.errors import FedtuneError, Refused
-from fedtune.events import Event, Noted
+from fedtune.events import Noted
 from fedtune.exchange import ServerStore
 from fedtune.flower.nodes import Judge, Nodes, Site, memory_of, read_report
+from fedtune.runtime.audit import audit_sink
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
@@ -73,9 +74,8 @@ def conduct(grid: Any, folder: RunFolder) -> None:
     raised."""
     end_with_parent()
     (folder.path / FAILED).unlink(missing_ok=True)
-    tell = sink_of(folder.path, recipe_of(folder).sinks)
     try:
-        carried(grid, folder, tell)
+        carried(grid, folder)
     except FedtuneError as error:
         if error.code != "R407":  # one process too many: the other goes on
             folder.write_json(
@@ -89,9 +89,10 @@ def conduct(grid: Any, folder: RunFolder) -> None:
         raise
 
 
-def carried(grid: Any, folder: RunFolder, tell: Callable[[Event], None]) -> None:
+def carried(grid: Any, folder: RunFolder) -> None:
     where, recipe = Deployed.read(folder), recipe_of(folder)
     signing = following(Path(where.keys))
+    tell = sink_of(folder.path, recipe.sinks, audit_sink(folder, signing))
     coordinator = signing()
     server_store = ServerStore(Path(where.home) / "exchange")
     at, allowed = bound(Path(where.home)), AllowList(coordinator.folder / ALLOWED)

@@ -2,6 +2,7 @@
 
 HOME/ledger.jsonl      a line for each answer, before it leaves
 HOME/spool/*.receipt   the coordinator's signed word for each update that it accepted
+HOME/audit.jsonl       the same and what was refused, each line under this site's signature (chained_log.py)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cryptography import x509
 from fedtune.disk import disk_errors, write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.trust import Receipt, Signed, receipt
+from fedtune.trust.chained_log import ChainedLog
 
 LEDGER, SPOOL = "ledger.jsonl", "spool"
 DAY = 24 * 3600.0
@@ -39,8 +41,10 @@ class Sent:
     sha256: str = ""
 
 
-def note_sent(home: Path, sent: Sent) -> None:
-    """A line of the ledger: what leaves the house, before it does. Raises R404."""
+def note_sent(home: Path, sent: Sent, log: ChainedLog) -> None:
+    """A line of the ledger and one of the audit log: what leaves the house, before it does. Raises R404,
+    T709."""
+    log.write("sent", datetime.fromtimestamp(sent.at, UTC), **asdict(sent))
     with disk_errors(home / LEDGER), (home / LEDGER).open("a", encoding="utf-8") as file:
         file.write(line_of(sent))
 

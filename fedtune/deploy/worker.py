@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.split.facts import SplitFacts
 from fedtune.trust import Peer, Signed, Ticket, load, ticket
 from fedtune.trust.certificates import utc_now
+from fedtune.trust.chained_log import FILE, ChainedLog
 from fedtune.trust.envelope import PROTOCOL
 from fedtune.trust.roster import Roster, pinned
 from fedtune.trust.signed import seal, signer
@@ -87,6 +88,7 @@ class Worker:
         self.home = Path(config.home)
         self.identity = load(Path(config.keys))
         self.policy = read_policy(config.policy)
+        self.log = ChainedLog(self.home / FILE, lambda: self.identity)
         self.exchange = ExchangeClient(
             config.coordinator, self.identity, self.home, PATIENCE, config.cache_bytes
         )
@@ -125,6 +127,8 @@ class Worker:
             except Exception as cause:  # whatever it is, it is about this ticket: the worker lives on
                 outcome, sentence = numbered(failure_of(cause, self.identity.name.name, self.home / "errors"))
                 self.tell(Noted(sentence))
+                with contextlib.suppress(FedtuneError):  # a log that is not in order has said so already
+                    self.log.write("refused", utc_now(), sentence=sentence, **outcome)
                 return outcome
             finally:
                 progress.say(IDLE)
@@ -257,8 +261,9 @@ class Worker:
         note_sent(
             self.home,
             Sent(time.time(), size, about.run, about.round, about.verb, link.run, rows, sha256),
+            self.log,
         )
-        self.exchange.send(about, reply.payload)
+        self.log.write("receipt", utc_now(), **asdict(self.exchange.send(about, reply.payload)))
         self.tell(
             Noted(
                 f"sent: {size:,} bytes for round {about.round} of run {about.run}, sha256 {sha256[:16]}, and "
