@@ -2,7 +2,7 @@
 #   docker build --target server -t fedtune-server --build-arg TORCH_INDEX=URL .
 # Without TORCH_INDEX torch comes from pip's own index, with CUDA and several GB more; the driver comes from the host: docker run --gpus all
 #   docker build --target client -t fedtune-client:cuda .
-# Without a network: pip wheel -c constraints.txt -w wheels torch '.[demo]' hatchling, elsewhere; a folder wheels/ is used if it is there.
+# Without a network: pip wheel -c constraints.txt -w wheels torch '.[flower,zeroth,parquet,demo]' hatchling, elsewhere; a folder wheels/ is used if it is there.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM scratch AS wheels

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from fedtune.api import live as live
     from fedtune.api import load as load
     from fedtune.api import merge as merge
+    from fedtune.api import patch as patch
     from fedtune.api import predict as predict
     from fedtune.api import recipe as recipe
     from fedtune.api import simulate as simulate
     from fedtune.api import stream as stream
+    from fedtune.api import sweep as sweep
     from fedtune.config import Recipe
     from fedtune.errors import FedtuneError
 
@@ -38,10 +40,12 @@ API = (
     "live",
     "load",
     "merge",
+    "patch",
     "predict",
     "recipe",
     "simulate",
     "stream",
+    "sweep",
 )
 __all__ = [*API, "FedtuneError", "Recipe", "__version__"]
 

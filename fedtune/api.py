@@ -32,10 +32,13 @@ from fedtune import config
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
+from fedtune.extras import require
+from fedtune.overrides import toml
 
 if TYPE_CHECKING:
     from fedtune.runtime.forget import Forgotten
     from fedtune.runtime.merge import Merged
+    from fedtune.runtime.trainer import Federated
 
 Source = str | Path | Mapping[str, Any] | Recipe | None
 
@@ -72,19 +75,6 @@ def recipe(source: Source = None, /, **changes: Any) -> Recipe:
         else copy.deepcopy(dict(source))
     )
     return config.parse_with(tree, overrides, "recipe")
-
-
-def toml(value: Any) -> str:
-    """A Python value as TOML writes it in one line.
-
-    >>> toml({"step": "quantize", "bits": 4})
-    '{step = "quantize", bits = 4}'
-    """
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {toml(below)}" for key, below in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
 def simulate(
@@ -131,6 +121,7 @@ def simulate(
     try:
         folder.begin(known)
         if engine == "flower":
+            require("flwr", "flower", "the engine 'flower'", "F501")
             from fedtune.flower.simulation import simulation
 
             values = simulation(known, folder, tell)
@@ -235,6 +226,43 @@ def export(
     return export_run(existing(place), form, target, rank, round, program)
 
 
+def sweep(
+    source: Source = None,
+    /,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    seeds: int = 1,
+    jobs: int = 1,
+    halve: int = 0,
+    trials: int = 0,
+    samples: Sequence[str] = (),
+    to: str | Path = "sweeps/sweep",
+    on_run: Callable[[str], None] | None = None,
+    **changes: Any,
+) -> list[dict[str, Any]]:
+    """Runs of a recipe with other settings and seeds; a row each of settings, mean score and spread, the best
+    first. The same call goes on with a sweep that was killed.
+
+    grid     dotted path -> values: {"method.adapter.rank": [4, 8]}; every combination is tried
+    seeds    of each, from the recipe's on
+    jobs     runs at once, each in a process of its own
+    halve    successive halving by this factor; 0: all run to the end
+    trials   instead of a grid: so many that Optuna suggests, from `samples` such as
+             "method.train.lr=log:1e-4..1e-1"
+    on_run   is told each run's result in a sentence
+
+    Raises C103, C104, C107, R406, and what a recipe of it is refused with.
+    """
+    from fedtune.sweeps.plan import combinations
+    from fedtune.sweeps.sweep import Plan
+    from fedtune.sweeps.sweep import sweep as swept
+
+    settings = [] if trials else combinations(grid or {})
+    plan = Plan(recipe(source, **changes), settings, tuple(samples), trials, seeds, jobs, halve)
+    rows = swept(plan, Path(to).expanduser().resolve(), on_run or (lambda text: None))
+    return [row.values() for row in rows]
+
+
 def merge(
     adapters: Sequence[str | Path],
     to: str | Path,
@@ -308,6 +336,28 @@ def load(
 
     tunable = loaded(Path(folder).expanduser(), base, device, round)
     return tunable.net, tunable.base.tokenizer
+
+
+def patch(
+    trainer: Any,
+    *,
+    rounds: int = 3,
+    partition: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int = 1,
+) -> Federated:
+    """Let a Hugging Face Trainer's `train` run a federation, simulated in this process, with its own loss,
+    collator and callbacks; returns what holds the clients and, afterwards, the history.
+
+    partition  as [partition] in a recipe; a `column` is one of the training rows'. Default: four equal shares
+    sampling   as [sampling] in a recipe
+
+    A schedule of the learning rate begins anew at each client and in each round. Raises C101 to C104, D204,
+    D205.
+    """
+    from fedtune.runtime.trainer import patch as patched
+
+    return patched(trainer, rounds=rounds, partition=partition, sampling=sampling, seed=seed)
 
 
 def predict(

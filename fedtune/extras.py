@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import importlib
-from importlib.util import find_spec
 from typing import Any
 
 from fedtune.errors import FedtuneError
 
 
 def require(module: str, extra: str, what: str, code: str = "C107") -> Any:
-    """An optional module, imported. Raises `code` where it is not installed.
+    """An optional module, imported. Raises `code` where its package is not installed; what a broken one
+    raises stays as it is.
 
     extra  of pyproject.toml, which brings it
     what   needs it, as the sentence begins
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        if find_spec(module.partition(".")[0]) is not None and not isinstance(error, ModuleNotFoundError):
-            raise  # it is there, and broken: that is no missing package
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != module.partition(".")[0]:
+            raise  # one of its own dependencies
         raise missing(module, extra, what, code) from None
 
 
 def missing(module: str, extra: str, what: str, code: str = "C107") -> FedtuneError:
-    package = module.partition(".")[0]
+    package = module.partition(".")[0].replace("_", "-")
     return FedtuneError(
         code,
         sentence=f"{what} needs the package {package}, which is not installed",

@@ -3,8 +3,10 @@ table."""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -25,10 +27,7 @@ def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
             "path=value such as rounds=3",
             "write the path, an equals sign and the value",
         )
-    try:
-        value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = raw
+    value = value_of(raw)
     node: Any = tree
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -50,6 +49,27 @@ def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
                 "C103", f"--set '{override}'", f"a table at '{'.'.join(keys[:depth])}'", "shorten the path"
             )
     return tuple(keys)
+
+
+def value_of(text: str) -> Any:
+    """A value as TOML reads it, or the text itself where it is none."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def toml(value: Any) -> str:
+    """A Python value as TOML writes it in one line.
+
+    >>> toml({"step": "quantize", "bits": 4})
+    '{step = "quantize", bits = 4}'
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {toml(below)}" for key, below in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
 def drop_unused(

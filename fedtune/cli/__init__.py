@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         serve,
         simulate,
         site,
+        sweep,
         ui,
     )
 
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (
-        init, data, check, simulate, leak_test, runs, ui, chat, serve, compare, merge, experts, forget,
+        init, data, check, simulate, sweep, leak_test, runs, ui, chat, serve, compare, merge, experts, forget,
         audit, deploy, site, keys, explain, schema, completion,
     ):  # fmt: skip
         module.add_commands(commands)

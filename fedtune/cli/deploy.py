@@ -11,6 +11,7 @@ from fedtune.cli.common import add_recipe
 from fedtune.cli.showing import add_showing, shown
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Said, event_of
+from fedtune.extras import require
 from fedtune.plain import plain
 from fedtune.quiet import quiet
 
@@ -164,6 +165,8 @@ def server(options: argparse.Namespace) -> int:
     """Begin or go on with the recipes' runs, until all have ended."""
     from fedtune.config import read
 
+    require("flwr", "flower", "fedtune server", "F501")
+
     recipes = [
         (read(path, options.set), Path(path).stem if path else "demo") for path in options.recipe or [None]
     ]
@@ -249,6 +252,7 @@ def said_by(tell: Callable[[Event], None]) -> Callable[[Mapping[str, Any]], None
 
 def client(options: argparse.Namespace) -> int:
     """Take part until ended by Ctrl-C or SIGTERM."""
+    require("flwr", "flower", "fedtune client", "F501")
     from fedtune.deploy.client import attend
     from fedtune.deploy.ports import split_address
     from fedtune.deploy.site_config import SiteConfig

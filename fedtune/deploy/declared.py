@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Recipe
+from fedtune.extras import require
 from fedtune.runtime.site_scores import SCORE
 
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
@@ -45,6 +46,7 @@ def declared(data: str) -> dict[str, int]:
 def rows_of(path: Path, size: int, changed: int) -> int:
     """At least as many as the file has: ends of lines where a row is one, otherwise a row a byte."""
     if path.suffix == ".parquet":
+        require("pyarrow.parquet", "parquet", "a Parquet file", "D208")
         import pyarrow.parquet
 
         return int(pyarrow.parquet.ParquetFile(path).metadata.num_rows)

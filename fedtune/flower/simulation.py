@@ -85,7 +85,7 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
         raise FedtuneError(
             "F501",
             sentence="Flower's simulation engine needs Ray, which is not installed",
-            do="run: pip install 'flwr[simulation]'",
+            do="run: pip install 'fedtune[flower]'",
         ) from None
     grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
     failures: list[BaseException] = []

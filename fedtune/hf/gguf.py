@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError
+from fedtune.extras import missing
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
@@ -69,12 +70,7 @@ def cache() -> Path:
 def dequantise(file: Path, place: Path) -> Path:
     """Write the folder. Two processes that do it at once both do it; the second finds the first one's."""
     if importlib.util.find_spec("gguf") is None:
-        raise FedtuneError(
-            "M301",
-            f"'{file}' and no package that reads GGUF files",
-            "the package gguf",
-            "install it: pip install 'fedtune[gguf]'",
-        )
+        raise missing("gguf", "gguf", f"'{file}'", "M301")
     place.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=place.parent, prefix=".part-"))
     try:

@@ -25,6 +25,7 @@ import numpy as np
 
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError, Refused
+from fedtune.extras import require
 from fedtune.methods import integers
 from fedtune.methods.base import weight_of
 from fedtune.methods.fedkseed_costs import FedKSeedCosts
@@ -73,6 +74,7 @@ class FedKSeed:
         from fedtune.model.initial_values import keep_origin
         from fedtune.model.tunable import attach
 
+        require("numba", "zeroth", "method.type = 'fedkseed'")  # now, and not at each client
         tunable = attach(base, self.settings.trained, seed_of("adapter", seed))
         keep_origin(tunable, seed)
         return tunable

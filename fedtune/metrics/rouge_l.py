@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
 
-from fedtune.errors import FedtuneError
+from fedtune.extras import missing
 from fedtune.metrics.base import Metric
 
 
@@ -21,11 +21,7 @@ class RougeL(Metric):
 
     def ready(self) -> None:
         if find_spec("rouge_score") is None:
-            raise FedtuneError(
-                "D208",
-                sentence="metric = 'rouge-l' needs rouge-score, which is not installed",
-                do="run: pip install rouge-score",
-            )
+            raise missing("rouge_score", "metrics", "metric = 'rouge-l'", "D208")
 
     def measure(self, said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
         self.ready()

@@ -20,10 +20,17 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types, uint32, uint64
 
+from fedtune.extras import missing
 from fedtune.zeroth import philox
 from fedtune.zeroth.philox import BYTES, ROTATION, SHARED, SIGNS
+
+try:
+    from numba import njit, types, uint32, uint64
+except ModuleNotFoundError as error:
+    if error.name != "numba":
+        raise
+    raise missing("numba", "zeroth", "method.type = 'fedkseed'") from None
 
 TILE = 4096  # parameters: 512 bytes of signs, 16 KB of float32
 WORDS = TILE // 32  # of signs; direction bytes take 32 bits for 4 parameters

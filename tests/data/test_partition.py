@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.data.partition import PARTITIONS
 from fedtune.errors import FedtuneError
-from fedtune.rng import seed_of
+from fedtune.rng import seed_of, stream
 from tests.tables import partition_of
 
 KEYS = [str(number % 10) for number in range(1003)]  # ten labels, in turn; 1003 divides by nothing here
@@ -112,3 +112,22 @@ def test_a_size_of_nothing_is_told() -> None:
     ) as caught:
         groups("size", keys=KEYS[:20])  # the first of eight is due 20 / 36 of a row
     assert caught.value.code == "D205"
+
+
+@pytest.mark.parametrize("rows", [8, 37, 100, 1003])
+@pytest.mark.parametrize("by", ["iid", "size"])
+def test_shares_are_those_of_flwr_datasets(by: str, rows: int) -> None:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner, LinearPartitioner
+
+    order = stream("partition", 5).permutation(rows).tolist()
+    theirs = {"iid": IidPartitioner, "size": LinearPartitioner}[by](8)
+    theirs.dataset = Dataset.from_dict({"row": order})
+    keys = KEYS[:rows]
+    try:
+        wanted = [sorted(theirs.load_partition(client)["row"]) for client in range(8)]
+    except ValueError:
+        with pytest.raises(FedtuneError, match="D205"):
+            groups(by, 5, keys)
+    else:
+        assert groups(by, 5, keys) == wanted

@@ -4,15 +4,12 @@ site has its own rows."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from fedtune.errors import FedtuneError
 from fedtune.settings import Settings
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Groups = list[tuple[str, list[int]]]  # a client's name and its row numbers, which rise
 
@@ -91,17 +88,3 @@ class KeyedPartition(Partition):
                 "a column to skew",
                 "set partition.column, or partition.by = 'iid'",
             )
-
-
-def load_partitions(
-    partitioner: Any, order: np.ndarray, clients: int, keys: Sequence[str] | None = None
-) -> list[list[int]]:
-    """Row numbers of each client of a flwr-datasets partitioner, which sees a table of row numbers (and
-    keys): no data is copied through Arrow."""
-    from datasets import Dataset
-
-    columns: dict[str, list[Any]] = {"row": order.tolist()}
-    if keys is not None:
-        columns["key"] = [keys[row] for row in order]
-    partitioner.dataset = Dataset.from_dict(columns)
-    return [list(partitioner.load_partition(client)["row"]) for client in range(clients)]

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from fedtune.data.rows import Rows, Table
 from fedtune.data.settings import PathSource
 from fedtune.errors import FedtuneError
+from fedtune.extras import require
 
 
 class Hub(PathSource):
@@ -21,10 +22,9 @@ class Hub(PathSource):
         return self  # a data set's name, or a folder that is meant as it stands
 
     def table(self) -> Table:
-        """The split `data.split`; classes kept as numbers with names become their names. Raises D201 and
-        D202."""
-        import datasets
-
+        """The split `data.split`; classes kept as numbers with names become their names. Raises D201,
+        D202 and D208."""
+        datasets = require("datasets", "hub", "data.source = 'hub'", "D208")
         path = str(self.path)
         if path.startswith("~"):
             path = str(Path(path).expanduser())

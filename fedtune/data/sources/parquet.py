@@ -10,6 +10,7 @@ from fedtune.data.settings import PathSource
 from fedtune.data.sources.files import read
 from fedtune.data.text_files import read_bytes
 from fedtune.errors import FedtuneError
+from fedtune.extras import require
 
 
 class Parquet(PathSource):
@@ -22,9 +23,8 @@ class Parquet(PathSource):
         return read(self, self.rows_of)
 
     def rows_of(self, path: Path) -> Rows:
-        import pyarrow
-        import pyarrow.parquet
-
+        pyarrow = require("pyarrow", "parquet", "data.source = 'parquet'", "D208")
+        require("pyarrow.parquet", "parquet", "data.source = 'parquet'", "D208")
         try:
             rows: Rows = pyarrow.parquet.read_table(pyarrow.BufferReader(read_bytes(path))).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:

@@ -1,0 +1,80 @@
+"""A newcomer's path as it is run, from an empty folder with a CSV file: each command is one that the command before
+it has named, and none needs a page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import small, tiny
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("newcomer")
+    tiny.bert(folder / "model")
+    rows = small.rows(90)
+    with (folder / "notes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def fedtune(home: Path, *words: str) -> str:
+    """What a command prints; its seconds go to the test's own output."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "fedtune", *words],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    print(f"fedtune {' '.join(words)}: {time.perf_counter() - began:.1f} s")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_from_a_file_to_predictions(home: Path) -> None:
+    assert "init" in fedtune(home, "--help")
+
+    said = fedtune(home, "init", "notes.csv", "--model", "model")
+    named = [line.split() for line in said.splitlines() if line.startswith("  fedtune ")]
+    assert [words[1] for words in named] == ["data", "check", "simulate"]
+    looked, checked = (fedtune(home, *words[1:]) for words in named[:2])
+    assert "labels    3" in looked and "clients   4," in checked and "per client and round" in checked
+
+    quick = ["--set", "rounds=2", "--set", "evaluate.local=false", "--set", "evaluate.centralised=false"]
+    said = fedtune(home, *named[2][1:], *quick)
+    run = home / "runs" / "notes"
+    assert "federated" in said and str(run / "adapter") in said.replace("runs/notes", str(run))
+
+    fedtune(home, "report", "runs/notes")
+    assert "</html>" in (run / "report.html").read_text()
+    fedtune(home, "predict", "runs/notes", "notes.csv", "--to", "said.csv")
+    with (home / "said.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 90 and {row["prediction"] for row in rows} <= set(small.WORDS)
+    assert all(0 < float(row["probability"]) <= 1 for row in rows)
+    assert json.loads((run / "data.json").read_text())["labels"] == sorted(small.WORDS)
+
+
+def test_the_first_mistakes_are_sentences(home: Path) -> None:
+    for words, expected in (
+        (["init", "nothing.csv"], "D201"),
+        (["simulate", "nothing.toml"], "C105"),
+        (["predict", "runs/nothing", "notes.csv"], "M304"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fedtune", *words], cwd=home, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+        assert done.stderr.count("\n") == 1
