@@ -17,6 +17,7 @@ import transformers
 import fedtune
 from fedtune.cli import main
 from fedtune.errors import FedtuneError
+from fedtune.model import gguf_file
 from tests import small, tiny
 
 ASKED = "the red fox sleeps by the fire"
@@ -107,6 +108,34 @@ def test_a_gguf_file_is_the_merged_model(
     with pytest.raises(FedtuneError, match=r"C107.*pip install 'fedtune\[gguf\]'"):
         fedtune.export(language, tmp_path / "other", program="gguf")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_architectures_come_back_from_a_gguf_file(
+    kind: str, dtype: torch.dtype, place: Path, tmp_path: Path
+) -> None:
+    """Biases of Qwen2's projections, norms of Qwen3's heads, and a base in bfloat16."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama")
+    width = 128 if kind == "Qwen3" else 8  # transformers' reader takes Qwen3's default, whatever a file says
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=width,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+        initializer_range=0.2, sliding_window=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
+        for value in net.parameters():  # biases and norms, too, which begin as zeros and ones
+            value.data += 0.1 * torch.rand_like(value)
+    gguf_file.write(net, tokenizer, tmp_path / "model.gguf", "tiny")
+    back = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    got = dict(back.named_parameters())
+    assert all(torch.equal(value.float(), got[name]) for name, value in net.named_parameters())
+    if dtype == torch.float32:
+        np.testing.assert_allclose(logits(back, tokenizer), logits(net, tokenizer), rtol=1e-4, atol=1e-5)
 
 
 def test_sentence_transformers_encodes_with_the_tuned_backbone(place: Path, tmp_path: Path) -> None:
