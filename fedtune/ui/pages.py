@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from fedtune.deploy.coordinator_run import FAILED
-from fedtune.deploy.members import NODES, read_nodes
-from fedtune.deploy.server import HOME
 from fedtune.events import event_of
 from fedtune.plain import plain
 from fedtune.report.chart import number
@@ -27,6 +24,7 @@ from fedtune.sinks.live import clients_in_words, figures_in_words, now_in_words
 from fedtune.sinks.standing import Standing, duration
 from fedtune.ui.serve import Answer
 
+FAILED = "failed.json"  # as deploy/coordinator_run.py calls it; simulations do not need its packages
 AGAIN = 2.0  # seconds for which a drawn page is shown again, whatever has happened since
 LOG = 16_384  # bytes of a log's end that are shown
 DRAWN = 16  # pages that are kept
@@ -158,6 +156,11 @@ def row_of(folder: RunFolder) -> dict[str, str]:
 def sites(data: RunData, runs: Path) -> Iterator[dict[str, str]]:
     """Of a run on real sites: who is here, and what each did last."""
     names = (data.config.get("deploy") or {}).get("sites") or ()
+    if not names:
+        return
+    from fedtune.deploy.members import NODES, read_nodes
+    from fedtune.deploy.server import HOME
+
     here = read_nodes(runs / HOME / NODES)
     for name in names:
         rounds = [number for number, who in data.answers if who == name]
@@ -178,6 +181,8 @@ def logs(data: RunData, folder: RunFolder, runs: Path) -> Iterator[tuple[str, st
     """The ends of the coordinator's logs, of a run on real sites."""
     if not (folder.path / "deploy.json").exists():
         return
+    from fedtune.deploy.server import HOME
+
     for path in [*sorted((runs / HOME / "logs").glob("*.log")), folder.path / "crash.log"]:
         if path.is_file():
             yield path.name, end_of(path)
