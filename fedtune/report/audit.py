@@ -4,8 +4,9 @@ which steps it was covered, what was refused, versions and hashes. All of it is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 from fedtune import transforms
@@ -16,6 +17,7 @@ from fedtune.report.read import read_events
 from fedtune.runtime.exposure import exposure
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import AnswerRecord, Journal
+from fedtune.runtime.moves import PARTS
 from fedtune.runtime.quarantine import absences, said_of
 from fedtune.trust.chained_log import FILE, verify
 
@@ -27,6 +29,7 @@ def audit_report(folder: RunFolder) -> str:
         journal.check()
         facts, rounds, answers = journal.facts(), journal.rounds(), journal.answers()
         said, out = said_of(journal), absences(journal)
+        parts_of = journal.phases(PARTS)
     finally:
         journal.close()
     names = recipe.deploy.sites or json.loads(facts.get("clients", "[]"))
@@ -44,6 +47,11 @@ def audit_report(folder: RunFolder) -> str:
         table(("question", "what the coordinator sees", "steps on the way"), seen(recipe, facts)),
         "## Differential privacy",
         privacy(folder),
+        "## What each member contributed (watch.influence)",
+        table(
+            ("client", "answers", "mean norm", "mean cosine to the others", "the mean moves without it"),
+            contributed(parts_of.values()),
+        ),
         "## Answers that were refused or did not come",
         table(
             ("round", "client", "code", "why"),
@@ -96,6 +104,23 @@ def privacy(folder: RunFolder) -> str:
     result = folder.read_json("result.json") if (folder.path / "result.json").exists() else {}
     said = result.get("privacy") or []
     return "\n".join(f"* {cell(line)}" for line in said) or "No differential privacy."
+
+
+def contributed(rounds: Iterable[Mapping[str, Mapping[str, Mapping[str, float]]]]) -> list[list[str]]:
+    """Means over a member's answers, whatever they answered to."""
+    found: dict[str, list[Mapping[str, float]]] = {}
+    for verbs in rounds:
+        for members in verbs.values():
+            for name, part in members.items():
+                found.setdefault(name, []).append(part)
+    return [
+        [
+            name,
+            str(len(own)),
+            *(f"{fmean(one[key] for one in own):.3g}" for key in ("norm", "cosine", "alone")),
+        ]
+        for name, own in sorted(found.items())
+    ]
 
 
 def absent(said: dict[str, dict[str, Any]], out: dict[str, list[list[int | None]]]) -> list[list[str]]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LOOKED_BACK = 5  # rounds whose medians are the running one: moves grow shorter as training goes on
 SIZE = 2048  # numbers of a sketch: cosines are right to about 0.02
 AGAINST = -0.5  # the cosine to the others' mean below which a member's answer raises an alarm
+PARTS = "influence:"  # how the journal names what each member contributed to a round
 NOTED = "move/"  # a round's figure: the median move of a verb's answers
 
 
@@ -181,4 +182,4 @@ def moves_of(work: Run, number: int) -> Moves:
 def keep_parts(work: Run, moves: Moves) -> None:
     """What each member contributed, where somebody wants to know, in the journal."""
     if told := moves.told():
-        work.journal.finish(f"influence:{moves.number}", told)
+        work.journal.finish(f"{PARTS}{moves.number}", told)

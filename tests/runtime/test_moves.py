@@ -12,6 +12,7 @@ import pytest
 from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Alarm, ClientDone, Contributed, Shortened
+from fedtune.report.audit import audit_report
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.moves import Parts, limit_of, shortened
 from fedtune.runtime.run import run
@@ -84,13 +85,14 @@ def test_who_turns_around_is_shortened_and_named(
     recipe = small.recipe(
         tiny_bert, data, rounds=2, chain=chain, limits={"clip": 1.5}, watch={"influence": True}
     )
-    _, result, events = small.play(recipe, tmp_path, carry=poisoned(2, sign_flip(10.0)))
+    folder, result, events = small.play(recipe, tmp_path, carry=poisoned(2, sign_flip(10.0)))
     cut = {(e.round, e.name) for e in events if isinstance(e, Shortened)}
     assert {(1, "client-2"), (2, "client-2")} <= cut and result["left_out"] == 0
     limits = [(e.norm, e.limit) for e in events if isinstance(e, Shortened) and e.name == "client-2"]
     assert all(norm > 3 * limit for norm, limit in limits)
     said = [e.text for e in events if isinstance(e, Alarm)]
     assert said and all("'client-2' moves the state against the others: cosine -" in text for text in said)
+    assert "| client-2 | 2 | " in audit_report(folder).partition("contributed")[2]
     parts = [e.members for e in events if isinstance(e, Contributed)]
     assert all(
         part["client-2"]["cosine"] < min(p["cosine"] for n, p in part.items() if n != "client-2")
