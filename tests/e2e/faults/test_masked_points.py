@@ -14,7 +14,7 @@ from tests.waiting import LONG, wait_for
 STEPS = ("train.keys", "train.shares", "train.peers", "train", "train.opening")  # all of one round
 POINTS = {  # where the process that dies is: the answers are there; secrets are kept, and nothing has left
     "serverapp": ("fedtune.exchange.server_store:ServerStore.close_round", "args[3] == {!r}"),
-    "worker": ("fedtune.deploy.worker:note_sent", "args[1].verb == {!r}"),
+    "worker": ("fedtune.deploy.site_books:note_sent", "args[1].verb == {!r}"),
 }
 MASK, RING = ({"rounds": 1, "chain": [{"step": step}]} for step in ("mask", "ring"))
 
