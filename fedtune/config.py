@@ -23,6 +23,8 @@ from fedtune.methods import METHODS, FedPEFTTable, Method, MethodSettings, Metho
 from fedtune.metrics import GenerateSettings, MetricTable
 from fedtune.model.settings import ModelSettings
 from fedtune.overrides import apply_override, drop_unused
+from fedtune.privacy.releases import Release
+from fedtune.privacy.settings import PrivacySettings
 from fedtune.recipes import BUILT_IN, text_of
 from fedtune.rules import check_rules
 from fedtune.settings import Settings, path_below, union_of
@@ -181,6 +183,7 @@ class Recipe(Settings):
     chain: tuple[ChainStep, ...] = ()
     """Steps between a client's update and the server's sum, in the client's order."""
     downlink: DownlinkSettings = Plain()
+    privacy: PrivacySettings = PrivacySettings()
     aggregate: AggregateSettings = Mean()
     limits: LimitSettings = LimitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -198,6 +201,12 @@ class Recipe(Settings):
     @property
     def notes(self) -> tuple[str, ...]:
         return self._notes
+
+    @property
+    def spends(self) -> tuple[Release, ...]:
+        """What one answer of a client gives away of it or of one of its rows; () where nothing bounds it."""
+        every = (*(step.spends for step in self.chain), self.method.spends)
+        return tuple(release for release in every if release)
 
     def canonical(self) -> str:
         """The resolved recipe as canonical JSON, as clients get it: without [watch] and [[sinks]], which are

@@ -107,6 +107,10 @@ CATALOGUE: dict[str, str] = {
     "E807": "A stored file does not match its checksum.",
     "E808": "Client and coordinator do not understand each other.",
     "E809": "A ticket is older than another one that the site has had.",
+    # P: privacy
+    "P901": "A package that privacy needs is not installed.",
+    "P902": "The privacy budget does not allow what is planned.",
+    "P903": "Private training left no trace.",
     # X: defects
     "X900": "fedtune met an error that it does not know.",
 }

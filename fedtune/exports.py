@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def export_final(
             form,
             which(number, int(result["rounds"]), result["best"]),
             data,
+            result["privacy"],
         )
         method.export(form, state, tunable, temporary, text, recipe.seed)
 
@@ -113,12 +114,14 @@ def card(
     form: str = "adapter",
     chosen: str = "",
     data: Mapping[str, Any] | None = None,
+    privacy: Sequence[str] = (),
 ) -> str:
     """README.md of an export: recipe, rounds, data, privacy, fingerprints.
 
     form    of the method's, or the program that it is for
     chosen  why it is this round
     data    what data.json of the run says
+    privacy what the run says of its own
     """
     scores = [
         f"| {key} | {result[key]:.4f} |"
@@ -143,7 +146,7 @@ def card(
             f"- licence of the base: {licence or 'not stated where it was read; ask its authors'}",
             f"- seed: {recipe.seed}; recipe SHA-256: {recipe.fingerprint}",
             f"- base model SHA-256: {base}",
-            NO_PRIVACY,
+            *privacy_lines(privacy),
             "",
             "```toml",
             *recipe_lines(recipe),
@@ -176,6 +179,11 @@ def sizes(data: Mapping[str, Any]) -> list[str]:
         f"- rows: {data['train']:,} that train at {len(clients)} clients ({min(clients):,} to "
         f"{max(clients):,} each), {data['test']:,} in the test set"
     ]
+
+
+def privacy_lines(said: Sequence[str]) -> list[str]:
+    """What a run says of its privacy; of a round before its last one, that holds all the more."""
+    return [f"- differential privacy: {one}" for one in said] or [NO_PRIVACY]
 
 
 def which(number: int, rounds: int, best: Mapping[str, Any] | None) -> str:

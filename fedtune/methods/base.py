@@ -18,6 +18,7 @@ from fedtune.model.settings import (
     objective_conflicts,
     whole_run,
 )
+from fedtune.privacy.releases import Release
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
@@ -25,6 +26,7 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.encode import Encoded
+    from fedtune.model.fit import FitReport
     from fedtune.model.memory_plan import Plan
     from fedtune.model.tunable import TunableModel
 
@@ -87,12 +89,36 @@ class AdapterTable(TrainedTable):
     adapter: AdapterSettings = Lora()
 
     @property
+    def spends(self) -> Release | None:
+        return self.train.spends
+
+    @property
     def trains(self) -> str:
         return self.adapter.kind
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
         yield from objective_conflicts(self.train, self.adapter)
+
+
+def names_of_figures(settings: TrainedTable) -> tuple[str, ...]:
+    """Of an answer: private training tells no loss, which no noise would cover."""
+    return () if settings.spends else ("loss",)
+
+
+def figures(settings: TrainedTable, report: FitReport) -> dict[str, float]:
+    return dict.fromkeys(names_of_figures(settings), report.loss)
+
+
+def shown(train: TrainSettings) -> str:
+    """What an answer shows of a row, where that is bounded; for the exposure table."""
+    p = train.private
+    return (
+        f"trained privately: no row moves a step's gradient by more than {p.max_grad_norm:g}, under noise of "
+        f"{p.noise_multiplier * p.max_grad_norm:g}"
+        if train.spends
+        else ""
+    )
 
 
 class AveragedTensors:
@@ -121,7 +147,11 @@ class AdapterMethod(AveragedTensors):
 
     @property
     def facts(self) -> Facts:
-        return Facts(self.settings.type, f"{self.settings.type} / {self.settings.adapter.kind}")
+        return Facts(
+            self.settings.type,
+            f"{self.settings.type} / {self.settings.adapter.kind}",
+            metrics=names_of_figures(self.settings),
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -134,6 +164,7 @@ class AdapterMethod(AveragedTensors):
             lambda tunable, client, now: Schema.of(tunable.named),
             lambda given, now: given,
             moves=True,
+            shows=shown(self.settings.train),
         )
         return {"train": train} | features_verbs(self.settings.head_start)
 
@@ -149,7 +180,9 @@ class AdapterMethod(AveragedTensors):
         tunable.write(given)
         seed = seed_of("train", now.seed, now.number, client.id)
         report = fit(tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
-        return Update.of(tunable.read(), weight_of(self.settings.weight, client.data), {"loss": report.loss})
+        return Update.of(
+            tunable.read(), weight_of(self.settings.weight, client.data), figures(self.settings, report)
+        )
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit

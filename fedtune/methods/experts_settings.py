@@ -23,6 +23,11 @@ class ExpertsSettings(AdapterTable):
     type: Literal["experts"] = "experts"
     experts: ExpertSettings = Clusters()
 
+    @property
+    def spends(self) -> None:
+        """Nothing is bounded: groups are made from what clients tell of themselves."""
+        return None
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
         if not isinstance(self.adapter, Lora) or self.adapter.dora:

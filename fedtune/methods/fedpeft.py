@@ -33,7 +33,7 @@ from fedtune.aggregate import (
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import FedtuneError
-from fedtune.methods.base import AdapterMethod, weight_of
+from fedtune.methods.base import AdapterMethod, figures, names_of_figures, shown, weight_of
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
@@ -241,7 +241,14 @@ class FedPEFT(AdapterMethod):
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
-        train = Verb(self.train, self.given, self.answer, reads_each=not self.rule.linear, moves=True)
+        train = Verb(
+            self.train,
+            self.given,
+            self.answer,
+            reads_each=not self.rule.linear,
+            moves=True,
+            shows=shown(self.settings.train),
+        )
         return {"train": train} | features_verbs(self.settings.starts_head)
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
@@ -266,7 +273,7 @@ class FedPEFT(AdapterMethod):
         values = unstack(values, self.extra) if self.extra else values
         client.memory.update({OWN + name: values[name] for name in own})
         sent = {name: values[name] for name in sorted(self.sent(values, now.number))}
-        return Update.of(sent, weight_of(self.settings.weight, client.data), {"loss": report.loss})
+        return Update.of(sent, weight_of(self.settings.weight, client.data), figures(self.settings, report))
 
     # --- around a run
     # -------------------------------------------------------------------------------------------
@@ -277,6 +284,7 @@ class FedPEFT(AdapterMethod):
             "fedpeft",
             f"fedpeft / {self.settings.adapter.kind}"
             + (f" / {self.rule.rule}" if self.rule.rule != "mean" else ""),
+            metrics=names_of_figures(self.settings),
         )
 
     @property

@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedtune.privacy.releases import Release
 from fedtune.schema import Schema
 from fedtune.settings import Settings
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
@@ -200,6 +201,11 @@ class MethodTable(Settings):
     def by_steps(self) -> bool:
         """Whether a client's work in a round is the same whatever number of rows it has."""
         return True
+
+    @property
+    def spends(self) -> Release | None:
+        """What one answer gives away of a row, where training bounds it."""
+        return None
 
     @property
     def undecided(self) -> str:

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -24,10 +24,12 @@ from fedtune.model.adapters.wrap import plain
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, tokens_in
+from fedtune.model.private_steps import private_backward, sampled
 from fedtune.model.rates import rates_of, with_rates
 from fedtune.model.settings import TrainSettings
 from fedtune.model.training_loss import TrainingLoss
 from fedtune.model.tunable import TunableModel
+from fedtune.privacy.noise import Secret
 from fedtune.rng import seed_of, stream
 
 
@@ -80,9 +82,15 @@ def fit(
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
     optimizer = make_optimizer(tunable, settings, rates or {})
     loss_of = TrainingLoss.of(settings.objective, tunable, encoded)
-    plan = list(step_batches(len(encoded), settings, seed))
+    secret = Secret() if settings.private.max_grad_norm else None
+    plan = list(
+        sampled(len(encoded), settings, secret) if secret else step_batches(len(encoded), settings, seed)
+    )
     loss_sum, examples, tokens = 0.0, 0, 0
-    with training(tunable, settings, seed):
+    with (
+        training(tunable, settings, seed),
+        private_backward(tunable, encoded, settings, secret) if secret else nullcontext(backward) as backward,
+    ):
         for number, micro in enumerate(plan):
             factor = schedule_factor(settings, progress, number, len(plan))
             for group in optimizer.param_groups:

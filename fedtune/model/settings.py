@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -10,6 +11,8 @@ from pydantic import Field
 
 from fedtune.model.adapters.base import Adapter
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
+from fedtune.privacy.releases import Release
+from fedtune.privacy.settings import PrivateTraining, asked_before
 from fedtune.settings import Settings, path_below
 
 
@@ -89,6 +92,7 @@ class TrainSettings(Settings):
     """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    private: PrivateTraining = PrivateTraining()
 
     @classmethod
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
@@ -108,6 +112,16 @@ class TrainSettings(Settings):
         """In words."""
         head = f", the task head at {self.head_lr}" if self.head_lr else ""
         return f"{self.optimizer} at {self.lr}{head}"
+
+    @property
+    def private_steps(self) -> int:
+        """Steps of private training: passes are counted by the rows that a step has on average."""
+        return self.steps or math.ceil(self.epochs / self.private.sample_rate)
+
+    @property
+    def spends(self) -> Release | None:
+        """What a round of training gives away of a row; None where that is not bounded."""
+        return self.private.spends(self.private_steps)
 
     def depends_on_rounds(self) -> list[str]:
         """Settings that look at the number of rounds while they train."""
@@ -136,8 +150,51 @@ class TrainSettings(Settings):
                 "a schedule that falls",
                 "set method.train.schedule = 'cosine' or 'linear', or remove it",
             )
+        yield from self.private_conflicts(recipe)
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
+
+    def private_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        here = "method.train.private"
+        if not self.private.max_grad_norm:
+            if self.private.model_fields_set:
+                yield f"[{here}] without max_grad_norm", "a bound", f"set {here}.max_grad_norm, such as 1.0"
+            return
+        if recipe.method.spends is None:
+            yield (
+                f"{here} with method.type = '{recipe.method.type}'",
+                "a method all of whose clients train an adapter, and send nothing else",
+                f"set method.type = 'fedpeft', or remove {here}",
+            )
+        if not isinstance(self.objective, CrossEntropy):
+            yield (
+                f"method.train.objective.kind = '{self.objective.kind}' with {here}"
+                if hasattr(self.objective, "kind")
+                else f"[method.train.objective] with {here}",
+                "cross entropy, of which each row has its own",
+                "remove method.train.objective",
+            )
+        if recipe.aggregate.carries:
+            yield (
+                f"{here} with aggregate.rule = '{recipe.aggregate.rule}'",
+                "a rule that carries nothing beside the adapter, on which noise would fall too",
+                "change aggregate.rule",
+            )
+        for key, idle in (("clip", 0.0), ("accumulate", 1)):
+            if getattr(self, key) != idle:
+                yield f"method.train.{key} with {here}", f"no method.train.{key}", "remove it"
+        if recipe.method.model_dump().get("weight") == "tokens":
+            yield (
+                f"method.weight = 'tokens' with {here}",
+                "a weight that no row's length changes",
+                "set method.weight = 'examples' or 'equal'",
+            )
+        if first := asked_before(recipe):
+            yield (
+                f"the question '{first[0]}' of method.type = '{recipe.method.type}' with {here}",
+                "nothing that is told of rows without noise",
+                "set method.head_start = 'random'",
+            )
 
 
 def float16_conflicts(recipe: Any) -> Iterator[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ from fedtune.config import Recipe, method_of, with_rates
 from fedtune.data import Federation, Slice, histogram, load
 from fedtune.errors import FedtuneError
 from fedtune.methods import Method, Verb
+from fedtune.runtime import privacy
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.masked_tasks import STAGES, stage_of, with_masks
 from fedtune.runtime.sampling import sample
@@ -102,6 +103,7 @@ def check(recipe: Recipe) -> Checked:
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
         *unseen(chain),
+        *privacy.in_words(recipe, len(federation.clients), plan.trainable),
     ]
     bits = (total.up_bits / trained, total.down_bits / trained)
     return Checked(

@@ -34,9 +34,10 @@ def exposure(method: Method, chain: Chain, tunable: Any) -> list[Exposure]:
             total = "each group's sum" if about.by_group else "the sum"
             hidden = any(s.hides for s in steps)
             sees = f"{total} only" if hidden else f"each client's answer as it passes, uses {total} only"
+        sees += "".join(f", {step.words}" for step in steps if step.words)
         sees += f" ({about.shows})" if about.shows else ""
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
-    figures = ", ".join(method.facts.metrics)
+    figures = "" if any(step.drops_figures for step in chain.steps) else ", ".join(method.facts.metrics)
     rows += [Exposure(what, sees, ()) for what, sees in beside(figures, bool(chain.hides)).items()]
     rows += [Exposure(what, sees, ()) for what, sees in method.capabilities.also_see.items()]
     return rows

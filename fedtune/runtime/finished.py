@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fedtune.aggregate import Mean
-from fedtune.config import method_of, read_method
+from fedtune.config import Recipe, method_of, read_method
 from fedtune.data import Federation, load_slice
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError
@@ -20,6 +20,7 @@ from fedtune.exports import which as which_round
 from fedtune.methods import MethodTable
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings
+from fedtune.runtime import privacy
 from fedtune.runtime.baselines import own_scores, score_test
 from fedtune.runtime.best import best_round, committed_round, round_scores
 from fedtune.runtime.checkpoints import Memories, load_state
@@ -101,6 +102,7 @@ def export_run(
         program or form,
         reason(folder, number),
         data_facts(folder),
+        privacy_of(folder, recipe),
     )
     with whole_folder(target) as temporary:
         if program:
@@ -150,6 +152,15 @@ def reason(folder: RunFolder, number: int) -> str:
         journal.close()
     best = {"round": number, **scores[number]} if best_round(scores) == number else None
     return which_round(number, last, best)
+
+
+def privacy_of(folder: RunFolder, recipe: Recipe) -> list[str]:
+    """What a run gave away so far, in sentences."""
+    journal = Journal(folder.journal)
+    try:
+        return list(privacy.told(recipe, journal)["privacy"])
+    finally:
+        journal.close()
 
 
 def export_seeds(file: Path, base: str, form: str, to: Path) -> None:

@@ -143,8 +143,8 @@ def forget(
     keys  of a member that signs the certificate
     tell  who is told the new run's events, beside its folder
 
-    Raises C104 for a deployed run, R421 where this machine computes other bytes than the run's, R401, and
-    what `plan` and `run` raise. The old run is left as it is.
+    Raises C104 for a deployed or private run, R421 where this machine computes other bytes than the run's,
+    R401, and what `plan` and `run` raise. The old run is left as it is.
     """
     if deployed(folder):
         gone = json.dumps([*recipe_of(folder).sampling.without, *names])
@@ -155,6 +155,13 @@ def forget(
             f"start a new run of its recipe with sampling.without = {gone}: fedtune server",
         )
     record, old = Record.of(folder), recipe_of(folder)
+    if any(release.noise for release in old.spends):
+        raise FedtuneError(
+            "C104",
+            "a private run, whose noise nobody can draw again",
+            "a run whose rounds can be replayed",
+            "start a new run of its recipe with sampling.without",
+        )
     federation = members(old, folder, record)
     planned = plan(folder, names, federation)
     began = RunFolder(target)

@@ -22,6 +22,7 @@ from typing import Any
 
 from fedtune.disk import disk_errors, json_text
 from fedtune.errors import FedtuneError
+from fedtune.privacy.ledger import Ledger, Line
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS facts  (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -89,6 +90,7 @@ class Journal:
                 "PRAGMA synchronous=FULL"
             )  # WAL's default may lose the last commit at a power cut
             self.db.executescript(TABLES)
+            self.ledger = Ledger(self.db)
 
     def close(self) -> None:
         self.db.close()
@@ -152,6 +154,18 @@ class Journal:
                 "INSERT INTO stages VALUES (?, ?, ?, ?, ?)",
                 [(number, s.verb, s.attempt, s.stage, json_text(s.members)) for s in stages],
             )
+            self.ledger.close(number)
+
+    def charge(self, lines: Iterable[Line]) -> None:
+        """Write down what a round will show of each client, before it is asked; once, however often the round
+        begins."""
+        with self._transaction():
+            self.ledger.charge(lines)
+
+    def charges(self) -> list[Line]:
+        """What was charged so far, in order."""
+        with sentences(self.path):
+            return self.ledger.lines()
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """The result of a finished phase (base, local, centralised), so that a resumed run need not repeat

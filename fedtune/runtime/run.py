@@ -18,6 +18,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, RoundStarted, RunDone, RunStarted, Waiting
+from fedtune.runtime import privacy
 from fedtune.runtime.baselines import compare, finished_phase, score_test, spread_of
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.canary import watch_round
@@ -116,7 +117,8 @@ def run(
                     waited = recipe.stop.patience
                     tell(Noted(f"stopped after round {number - 1}: {waited} scores without a better one"))
                     break
-                one_round(work, number)
+                if not one_round(work, number):
+                    break
                 with work.spent(SCORING):
                     score_round(work, number)
                     watch_round(work, number)
@@ -135,7 +137,11 @@ def finished(folder: RunFolder, journal: Journal, recipe: Recipe) -> dict[str, A
     journal.check()
     result = folder.read_json("result.json")
     rounds = journal.rounds()
-    through = rounds and (rounds[-1].number == recipe.rounds or stopping_round(recipe, round_scores(journal)))
+    through = rounds and (
+        rounds[-1].number == recipe.rounds
+        or stopping_round(recipe, round_scores(journal))
+        or journal.phase(privacy.BUDGET)
+    )
     if not through or result.get("state_sha256") != rounds[-1].state_sha256:
         return None
     load_state(folder, rounds[-1].number, rounds[-1].file_sha256)
@@ -155,6 +161,7 @@ def open_run(
     """Build the workspace, and take up the state where the journal left it. Raises R403, R406."""
     for metric in recipe.metrics:
         metric.ready()
+    privacy.require_accountant(recipe)
     place = folder.origin()
     method = method_of(located(recipe, place))
     memories = Memories(folder)
@@ -259,14 +266,17 @@ def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
     journal.remember(dict(facts) | {"versions": json.dumps(versions())})
 
 
-def one_round(work: Run, number: int) -> None:
-    """Sample, converse, commit: the state file first, then the journal's row that makes it count."""
+def one_round(work: Run, number: int) -> bool:
+    """Sample, charge, converse, commit: the state file first, then the journal's row that makes it count.
+    False where the privacy budget does not allow the round."""
     began = time.time()
     recipe, workspace = work.recipe, work.workspace
     deploy = recipe.deploy if work.deployed else None
     drawn = sample(recipe.sampling, len(workspace.names), recipe.seed, number, deploy.over if deploy else 0.0)
     present = present_now(work, number)
     members = tuple(client for client in drawn if client in present)
+    if not privacy.charge(work, number, members):
+        return False
     now = Round(number, recipe.seed, members)
     quorum = (
         math.ceil(deploy.quorum * min(len(members), wanted(recipe.sampling, len(workspace.names))))
@@ -305,6 +315,7 @@ def one_round(work: Run, number: int) -> None:
     keep_parts(work, moves)
     if number == LOOKED_AT:
         say_if_not_learning(work)
+    return True
 
 
 def finish(work: Run) -> dict[str, Any]:
@@ -377,7 +388,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "seconds_by_phase": by_phase(work.clock),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "state_sha256": rounds[-1].state_sha256,
-        "epsilon": None,
+        **privacy.told(work.recipe, work.journal),
         "phases": {name: scores[name] for name in ("loss", "clients_metric") if name in scores},
         "trainable": work.workspace.tunable.trainable,
         "total": work.workspace.tunable.total,

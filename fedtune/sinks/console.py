@@ -121,6 +121,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{size(result['down_bytes_per_client_round'])}",
         f"{'seconds':<34}{result['seconds']:.1f} (first round after {result['first_round_seconds']:.1f})",
         f"{'adapter':<34}{result['adapter']}",
+        *(f"{'privacy':<34}{said}" for said in result.get("privacy") or ()),
     ]
     for number, sample in enumerate(result.get("samples") or (), 1):
         out += sample_lines(number, sample)

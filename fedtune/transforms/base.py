@@ -17,6 +17,7 @@ from functools import reduce
 from typing import ClassVar, Literal
 
 from fedtune.errors import FedtuneError
+from fedtune.privacy.releases import Release
 from fedtune.schema import Schema
 from fedtune.settings import Settings
 from fedtune.types import Client, Round, Tensors, Update
@@ -52,6 +53,9 @@ class Transform:
     gives: ClassVar[Kind] = "real"
     hides: ClassVar[bool] = False  # after it, a single client's answer can no longer be read
     wide: bool = False  # ring numbers are of 64 bits
+    drops_figures: ClassVar[bool] = False  # answers carry no loss and no weight of their own
+    relative: bool = True  # it works on the difference to what was given
+    words: str = ""  # what it does to an answer, for who decides on it
 
     tolerance: float | None = (
         # of a code: how far the decoded mean may be from the mean sent, as a share of its L2 norm; None: no
@@ -87,6 +91,11 @@ class StepSettings(Settings):
 
     step: str
 
+    @property
+    def spends(self) -> Release | None:
+        """What one answer gives away of its client, where the step bounds it."""
+        return None
+
     def build(self) -> Transform:
         raise NotImplementedError(f"{type(self).__name__} builds no step")
 
@@ -103,6 +112,7 @@ class Chain:
         held = check_order(steps)
         self.steps = tuple(steps)
         ring = "ring64" if any(step.wide for step in steps) else "ring"
+        self.relative = any(step.relative for step in steps)
         self.kinds = frozenset(
             {{"real": "values", "ring": ring, "packed": "levels"}[held]}
         )  # what a receiver may expect
@@ -120,18 +130,22 @@ class Chain:
     def send(self, update: Update, client: Client, now: Round, near: Tensors | None = None) -> Update:
         """The client's halves, in order. A step holds nothing of one answer: clients may go through one chain
         at the same time."""
-        if self.steps and near is not None:
+        if self.relative and near is not None:
             update = update.shifted(near, -1)
         return reduce(lambda u, step: step.on_client(u, client, now), self.steps, update)
 
     def receive(self, update: Update, client: int, now: Round) -> Update:
-        """The server's halves for one reply, in reverse."""
-        return reduce(lambda u, step: step.on_reply(u, client, now), reversed(self.steps), update)
+        """The server's halves for one reply, in reverse, down to one that only the sum undoes."""
+        for step in reversed(self.steps):
+            update = step.on_reply(update, client, now)
+            if step.undone == "sum":
+                break
+        return update
 
     def settle(self, total: Update, now: Round, near: Tensors | None = None) -> Update:
         """The server's halves for the sum, in reverse."""
         total = reduce(lambda u, step: step.on_sum(u, now), reversed(self.steps), total)
-        return total.shifted(near, +1) if self.steps and near is not None else total
+        return total.shifted(near, +1) if self.relative and near is not None else total
 
 
 def check_order(steps: Sequence[Transform]) -> Kind:

@@ -15,6 +15,7 @@ from fedtune.transforms.auto import AutoSettings
 from fedtune.transforms.base import Chain, StepSettings
 from fedtune.transforms.dither import DitherSettings
 from fedtune.transforms.mask import MaskSettings
+from fedtune.transforms.private import PrivateSettings
 from fedtune.transforms.quantize import DeadzoneSettings, QuantizeSettings, SignSettings
 from fedtune.transforms.ring import RingSettings
 from fedtune.transforms.sparsify import TernarySettings, TopkSettings
@@ -28,7 +29,8 @@ ChainStep = Annotated[
     | TopkSettings
     | AutoSettings
     | RingSettings
-    | MaskSettings,
+    | MaskSettings
+    | PrivateSettings,
     Field(discriminator="step"),
 ]
 if not TYPE_CHECKING:

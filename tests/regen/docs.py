@@ -29,6 +29,7 @@ LETTERS = {
     "S": "Split models",
     "T": "Keys and trust",
     "E": "The exchange of updates between coordinator and clients",
+    "P": "Privacy",
     "X": "Defects of fedtune",
 }
 

@@ -1,0 +1,162 @@
+"""Client-level differential privacy: no answer is longer than a bound, and noise hides whether any one client
+took part (McMahan et al. 2018, arXiv:1710.06963).
+
+All clients count alike, so that the sum of answers changes by at most `clip` where one of them is replaced by
+zeros; the number of answers is taken to be known. No amplification by sampling is claimed: members are drawn
+from the run's seed, which is no secret.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fedtune.errors import ClientFailed
+from fedtune.privacy.noise import Secret, add_gaussian
+from fedtune.privacy.releases import Release
+from fedtune.transforms.base import StepSettings, Transform
+from fedtune.types import Client, Round, Update
+
+
+class PrivateSettings(StepSettings):
+    """[[chain]] step = "private": no answer is longer than a bound, and noise hides whether a client took
+    part."""
+
+    step: Literal["private"]
+    clip: float = Field(1.0, ge=0)
+    """Greatest L2 norm of what one answer changes, over all tensors; longer ones are shortened. 0: no bound,
+    and then there can be no noise."""
+    noise_multiplier: float = Field(1.0, ge=0)
+    """Standard deviation of the noise in every number, in multiples of clip; 0: none."""
+    place: Literal["coordinator", "client"] = "coordinator"
+    """Who adds the noise. coordinator: once, to the sum; it sees the answers before. client: each to its own
+    answer, so that nobody has to be trusted; the mean then has as much more noise as there are clients, in
+    the root."""
+
+    def build(self) -> Transform:
+        made = NoiseOnSum if self.place == "coordinator" else NoiseOnAnswer
+        return made(self.clip, self.noise_multiplier)
+
+    @property
+    def spends(self) -> Release:
+        return Release("gaussian" if self.clip else "none", "client", self.noise_multiplier)
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        here = "[[chain]] step = 'private'"
+        if self.noise_multiplier and not self.clip:
+            yield (
+                f"{here} with clip = 0 and noise_multiplier = {self.noise_multiplier}",
+                "a bound, of which the noise is a multiple",
+                "set clip above 0, or noise_multiplier = 0",
+            )
+        if sum(step.step == self.step for step in recipe.chain) > 1:
+            yield f"{here} twice", "one", "remove one of them"
+        weight = recipe.method.model_dump().get("weight", "equal")
+        if weight != "equal":
+            yield (
+                f"method.weight = '{weight}' with {here}",
+                "clients that count alike, or the weight would say how much data a client has",
+                "set method.weight = 'equal'",
+            )
+        method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
+        if method.capabilities.split:
+            yield (
+                f"method.type = '{recipe.method.type}' with {here}",
+                "a method whose clients send nothing but answers; hidden states would leave unprotected",
+                "choose another method.type",
+            )
+        headless = recipe.data.task in ("causal-lm", "instruct")
+        for name, verb in method.verbs.items():
+            if not verb.moves and not (verb.once and headless):
+                yield (
+                    f"the question '{name}' of method.type = '{recipe.method.type}' with {here}",
+                    "questions whose answers are differences to what was given",
+                    "set method.head_start = 'random'" if verb.once else "choose another method.type",
+                )
+
+
+class NoiseOnSum(Transform):
+    """Answers bounded by their client, and again on the coordinator, which trusts no client to have done it;
+    noise on their sum."""
+
+    name = "private"
+    undone: ClassVar[Literal["reply", "sum"]] = "sum"
+    drops_figures: ClassVar[bool] = True
+
+    def __init__(self, clip: float, noise_multiplier: float) -> None:
+        self.clip, self.sigma = clip, clip * noise_multiplier
+        self.relative = bool(clip)
+        self.words = f"cut to a length of {clip:g}; before it is used, it gets noise of {self.sigma:g}"
+
+    def on_client(self, update: Update, client: Client, now: Round) -> Update:
+        return as_sent(bounded(update, self.clip, client.name))
+
+    def on_reply(self, update: Update, client: int, now: Round) -> Update:
+        return bounded(update, self.clip, str(client))
+
+    def on_sum(self, total: Update, now: Round) -> Update:
+        return noisy(total, self.sigma)
+
+
+class NoiseOnAnswer(Transform):
+    """Answers bounded, with noise on each before it leaves its client."""
+
+    name = "private"
+    undone: ClassVar[Literal["reply", "sum"]] = "reply"
+    drops_figures: ClassVar[bool] = True
+
+    def __init__(self, clip: float, noise_multiplier: float) -> None:
+        self.clip, self.sigma = clip, clip * noise_multiplier
+        self.relative = bool(clip)
+        self.words = f"cut to a length of {clip:g}, with noise of {self.sigma:g} on every number"
+
+    def on_client(self, update: Update, client: Client, now: Round) -> Update:
+        return noisy(bounded(update, self.clip, client.name), self.sigma)
+
+
+def bounded(update: Update, clip: float, name: str) -> Update:
+    """The update with weight 1, at most `clip` long (0: however long), and without figures, which no noise
+    covers. Raises ClientFailed W607 for a length that is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = {key: np.asarray(value) / update.weight for key, value in update.tensors.items()}
+        norm = length(values)
+    if not math.isfinite(norm):
+        raise ClientFailed(
+            "W607",
+            f"an answer of client '{name}' whose length is {norm}",
+            "finite numbers",
+            "lower the learning rate or set method.train.clip",
+        )
+    factor = clip / norm if clip and norm > clip else 1.0
+    return Update({key: value * factor for key, value in values.items()}, notes=update.notes)
+
+
+def as_sent(update: Update) -> Update:
+    """Rounded as the wire rounds, so that the coordinator finds the length that the client has found."""
+    return replace(
+        update,
+        tensors={
+            name: np.asarray(value, np.float32).astype(np.float64) for name, value in update.tensors.items()
+        },
+    )
+
+
+def length(values: dict[str, np.ndarray]) -> float:
+    """L2 norm over all tensors together."""
+    return math.sqrt(sum(float(np.vdot(value, value)) for _, value in sorted(values.items())))
+
+
+def noisy(update: Update, sigma: float) -> Update:
+    """The update with N(0, sigma^2) on every number, from a secret of its own."""
+    if not sigma:
+        return update
+    secret = Secret()
+    return replace(
+        update,
+        tensors={name: add_gaussian(value, sigma, secret) for name, value in update.tensors.items()},
+    )

@@ -1,0 +1,93 @@
+"""A ledger only grows, and a crash between the charge, the noise and the commit charges once."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from fedtune.privacy.ledger import Line, by_unit
+from fedtune.privacy.releases import Release
+from fedtune.runtime.journal import AnswerRecord, Journal
+
+NOISY = Release("gaussian", "client", 2.0)
+
+
+def commit(journal: Journal, number: int) -> None:
+    journal.commit(number, f"s{number}", "f", 0.1, {}, [AnswerRecord(0, "ok"), AnswerRecord(1, "W607")])
+
+
+def charged(journal: Journal) -> list[tuple[int, int, str]]:
+    return [(line.round, line.client, line.draw) for line in journal.charges()]
+
+
+def test_a_round_is_charged_once_however_often_it_begins(tmp_path: Path) -> None:
+    for _ in range(3):  # a crash each time
+        journal = Journal(tmp_path / "journal.db")
+        journal.charge(1, [(0, NOISY), (1, NOISY)])
+        journal.close()
+    journal = Journal(tmp_path / "journal.db")
+    commit(journal, 1)  # client 1's answer was rejected, and stays charged
+    assert charged(journal) == [(1, 0, "0"), (1, 1, "0")]
+    journal.charge(2, [(1, NOISY)])
+    assert charged(journal)[2:] == [(2, 1, "0")]
+
+
+def test_a_round_that_counted_and_is_asked_again_is_another_draw(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    journal.charge(1, [(0, NOISY)])
+    commit(journal, 1)
+    journal.db.execute("DELETE FROM rounds")  # somebody undid it
+    journal.db.execute("DELETE FROM answers")
+    journal.charge(1, [(0, NOISY)])
+    journal.charge(1, [(0, NOISY)])
+    assert charged(journal) == [(1, 0, "0"), (1, 0, "1")]
+
+
+def test_nothing_is_taken_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.db")
+    journal.charge(1, [(0, NOISY)])
+    for statement in ("DELETE FROM privacy", "UPDATE privacy SET release = '{}'"):
+        with pytest.raises(sqlite3.IntegrityError, match="only grows"):
+            journal.db.execute(statement)
+    assert charged(journal) == [(1, 0, "0")]
+
+
+def killed(path: Path) -> None:
+    """Charge, draw, and die before the commit."""
+    journal = Journal(path)
+    journal.charge(7, [(0, NOISY), (1, NOISY)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_charge_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    for _ in range(2):
+        process = multiprocessing.get_context("spawn").Process(target=killed, args=(path,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert charged(Journal(path)) == [(7, 0, "0"), (7, 1, "0")]
+
+
+def test_the_most_of_one_client_counts() -> None:
+    row = Release("poisson-gaussian", "example", 1.0, 0.1, 10)
+    lines = [Line(0, 1, NOISY), Line(0, 2, NOISY), Line(1, 1, NOISY), Line(1, 1, row)]
+    found = by_unit(lines, 1e-5)
+    assert found["client"] == by_unit(lines[:2], 1e-5)["client"] != by_unit(lines[2:3], 1e-5)["client"]
+    assert 0 < found["example"].epsilon < math.inf
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_unknown_of_one_client_is_unknown(order: int) -> None:
+    lines = [
+        Line(0, 1, NOISY),
+        Line(1, 1, Release("magic", "client", 1.0)),
+        Line(2, 1, Release("none", "client")),
+    ]
+    assert by_unit(lines[::order], 1e-5)["client"].unknown == ("magic",)
