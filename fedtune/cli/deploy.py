@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(command=server)
 
     parser = commands.add_parser("client", help="join a federation with this site's data")
-    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator")
+    parser.add_argument("--server", default="", metavar="HOST:PORT", help="the coordinator")
     parser.add_argument("--data", default="", metavar="FILE", help="this site's rows")
     parser.add_argument(
         "--map",
@@ -80,7 +80,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument(
         "--keys",
-        required=True,
+        default="",
         metavar="DIR",
         help="this site's keys, as the coordinator's operator issued them",
     )
@@ -127,6 +127,12 @@ def add_commands(commands: Any) -> None:
         help="with --check RECIPE: change one value of it",
     )
     add_showing(parser)
+    parser.add_argument(
+        "--explain",
+        default="",
+        metavar="TICKET|RECIPE",
+        help="do not join: say in words what would leave this site, and what --policy does to it",
+    )
     parser.set_defaults(command=client)
 
     parser = commands.add_parser(
@@ -252,6 +258,18 @@ def said_by(tell: Callable[[Event], None]) -> Callable[[Mapping[str, Any]], None
 
 def client(options: argparse.Namespace) -> int:
     """Take part until ended by Ctrl-C or SIGTERM."""
+    if options.explain:
+        from fedtune.deploy.explain import explained
+        from fedtune.deploy.policy import read_policy
+
+        for line in explained(options.explain, read_policy(options.policy), Path(options.home).expanduser()):
+            print(plain(line), flush=True)
+        return 0
+    for option in ("server", "keys"):
+        if not getattr(options, option):
+            raise FedtuneError(
+                "C103", f"fedtune client without --{option}", "--server and --keys", f"add --{option}"
+            )
     require("flwr", "flower", "fedtune client", "F501")
     from fedtune.deploy.client import attend
     from fedtune.deploy.ports import split_address

@@ -8,6 +8,12 @@ methods = ["fedpeft"]            # what may be done here; empty: everything
 adapters = ["lora"]              # what may be trained; empty: everything
 models = ["/models/llama"]       # base models, as the recipe or --model names them; empty: every one
 require = ["sign"]               # chain steps without which nothing leaves the house
+sums_only = true                 # nothing that the coordinator could read singly: only under the step "mask"
+max_norm = 0.5                   # greatest length of what an answer changes; longer ones are cut here
+noise = 1.0                      # noise of this site's own on every answer, in multiples of max_norm
+max_epsilon = 8.0                # of a row here, over everything that this site has ever answered
+delta = 1e-5                     # that max_epsilon is counted at
+min_class_rows = 5               # fewest rows of a class whose sum is told
 verbs = ["train"]                # what may be asked; empty: all that the method asks
 scores = false                   # whether figures of held-out rows may leave (the verb `score`)
 min_rows = 100                   # least rows that train; 8 where nothing is said
@@ -35,11 +41,14 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from fedtune.config import Recipe
+from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
+from fedtune.methods.head_start import FEATURES
 from fedtune.runtime.site_scores import SCORE
 from fedtune.settings import Settings
 from fedtune.validation import sentence
+
+MASK = "mask"  # the step of a chain behind which only sums can be read
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,12 @@ class Policy(Settings):
     adapters: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     require: tuple[str, ...] = ()
+    sums_only: bool = False
+    max_norm: float = Field(0.0, ge=0)
+    noise: float = Field(0.0, ge=0)
+    max_epsilon: float = Field(0.0, ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    min_class_rows: int = Field(1, ge=1)
     verbs: tuple[str, ...] = ()
     scores: bool = True
     min_rows: int = Field(8, ge=1)
@@ -101,6 +116,11 @@ class Policy(Settings):
             raise forbidden(f"base model '{recipe.model.name}'", f"one of {', '.join(self.models)}")
         if lacking := [name for name in self.require if name not in steps]:
             raise forbidden(f"a message chain without '{lacking[0]}'", f"one with {', '.join(self.require)}")
+        if self.sums_only and (MASK not in steps or reads_single(recipe, asked.verb)):
+            raise forbidden(
+                f"'{asked.verb}' without a mask, or read singly",
+                f"sums under [[chain]] step = '{MASK}' only (sums_only)",
+            )
         if self.update_bytes and asked.budget > self.update_bytes:
             raise forbidden(f"updates of up to {asked.budget} bytes", f"at most {self.update_bytes}")
         if asked.verb == SCORE and not self.scores:
@@ -146,6 +166,14 @@ class Policy(Settings):
                 f"up to {sum(asked.sent) + asked.budget} bytes in 24 hours", f"at most {self.bytes_a_day}"
             )
 
+    def check_classes(self, verb: str, counts: Mapping[str, int]) -> None:
+        """Before sums by class are told: of a class with one row, the sum is that row. Raises F507."""
+        if verb == FEATURES and counts and min(counts.values()) < self.min_class_rows:
+            raise forbidden(
+                f"a sum of {min(counts.values())} rows of a class",
+                f"at least {self.min_class_rows} (min_class_rows)",
+            )
+
     def check_rows(self, recipe: Recipe, rows: int) -> None:
         """Once the rows are known, before any is trained on: an update of one row says what stands in it.
         Raises F507."""
@@ -161,6 +189,9 @@ def examples_of(recipe: Recipe, rows: int) -> int:
     tables: list[Mapping[str, Any]] = [
         table for table in (method, method.get("train", {})) if "batch" in table
     ]
+    private = method.get("train", {}).get("private", {})
+    if private.get("max_grad_norm") and method["train"]["steps"]:  # rows are in a step by chance
+        return min(rows, int(rows * private["sample_rate"] * method["train"]["steps"]))
     counts = [
         min(rows, table["steps"] * table["batch"])
         if table.get("steps")
@@ -178,6 +209,12 @@ def least_of(recipe: Recipe, name: str) -> int:
     return min((int(number) for number in found if number), default=1 << 30)
 
 
+def reads_single(recipe: Recipe, verb: str) -> bool:
+    """Whether the recipe's method reads single answers to a question."""
+    about = method_of(recipe).verbs.get(verb)
+    return about is not None and about.reads_each
+
+
 def within(hours: str, hour: int) -> bool:
     """Whether an hour is inside a span that may go over midnight."""
     first, last = map(int, hours.split("-"))
@@ -189,11 +226,11 @@ def forbidden(found: str, expected: str) -> FedtuneError:
 
 
 def read_policy(path: str) -> Policy:
-    """The site's file, "" for none: what stands above as a default. Raises C105, C103, C101, C102."""
+    """The site's file, "" for none: what stands above as a default. Raises C101 to C105."""
     if not path:
         return Policy()
     try:
-        return Policy.model_validate(
+        policy = Policy.model_validate(
             tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig")), strict=False
         )
     except (OSError, UnicodeDecodeError) as error:
@@ -209,3 +246,11 @@ def read_policy(path: str) -> Policy:
         ) from None
     except ValidationError as error:
         raise sentence(error, Policy) from None
+    if policy.noise and not policy.max_norm:
+        raise FedtuneError(
+            "C104",
+            f"noise = {policy.noise} without max_norm",
+            "a length that it is a multiple of",
+            "set max_norm",
+        )
+    return policy

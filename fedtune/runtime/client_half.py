@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from fedtune.errors import ClientFailed, Refused
 from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
 from fedtune.schema import Schema
 from fedtune.transforms.downlink import HeldState, hold, holding
-from fedtune.types import Client, Tensors
+from fedtune.types import Client, Tensors, Update
 from fedtune.wire import EVERYONE, decode, decode_state, encode
 
+Cover = Callable[[Update, Tensors | None], Update]
 Versions = dict[int, dict[str, np.ndarray]]  # round -> what a client's memory was after it
 
 
@@ -27,8 +30,11 @@ def memory_after(versions: Versions, ask: Ask, memory: dict[str, np.ndarray]) ->
     return {number: tensors for number, tensors in kept.items() if tensors}
 
 
-def respond(link: Link, client: Client, ask: Ask) -> Reply:
-    """One question: decode, do, send through the chain, encode. Raises ClientFailed, Refused."""
+def respond(link: Link, client: Client, ask: Ask, cover: Cover | None = None) -> Reply:
+    """One question: decode, do, send through the chain, encode. Raises ClientFailed, Refused.
+
+    cover  what this client's site does to an answer first, given what the answer is the difference to
+    """
     task = link.tasks.get(ask.verb)
     if task is None:
         raise Refused(
@@ -47,6 +53,7 @@ def respond(link: Link, client: Client, ask: Ask) -> Reply:
         raise ClientFailed("D205", found, expected, "give it rows, or raise data.max_length")
     update = task.work(client, given, ask.now)
     require_finite(update, client.name)
+    update = cover(update, task.near(given)) if cover else update
     sent = task.chain.send(update, client, ask.now, task.near(given))
     payload = encode(sent, link.header(ask.verb, client.id, ask.now, task.sent(schema, ask.now)))
     return Reply(client.id, payload, said="; ".join(sent.notes))

@@ -43,6 +43,11 @@ def root_of(verb: str) -> str:
     return verb.partition(".")[0]
 
 
+def says_of_rows(verb: str) -> bool:
+    """Whether an answer says anything of rows: keys, shares and openings do not."""
+    return not set(verb.split(".")[1:]) & set(STAGES)
+
+
 def mask_of(task: Task) -> Mask | None:
     return next((step for step in task.chain.steps if isinstance(step, Mask)), None)
 

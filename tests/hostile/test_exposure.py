@@ -11,6 +11,7 @@ import pytest
 
 from fedtune.config import method_of
 from fedtune.deploy import transport
+from fedtune.deploy.site_privacy import book
 from fedtune.exchange.uploads import Uploads
 from fedtune.runtime.exposure import beside, exposure
 from fedtune.transforms import build
@@ -75,6 +76,8 @@ def test_the_table_names_all_that_leaves_a_site(
             return reply
 
         made.conduct(FakeGrid(workers, instead))
+        written = {(line.round, line.release.mechanism) for line in book(workers[101].home)}
+        assert {(1, "none"), (2, "none")} <= written  # every answer is in the site's own ledger
         method = method_of(made.recipe)
         assert workers[101].built
         table = {

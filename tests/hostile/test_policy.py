@@ -24,6 +24,8 @@ from tests.deploy.inside import SITES
 from tests.hostile.coordinator import Taken, taken
 
 HERE = datetime.now().hour
+NOISE = {"step": "private", "clip": 1.0, "noise_multiplier": 4.0, "place": "client"}
+ROWS = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,45 @@ LINES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
     "models": ('models = ["org/other"]', {}, {}, "base model"),
     "require": ('require = ["sign"]', {}, {}, "a message chain without 'sign'"),
+    "sums_only": ("sums_only = true", {}, {}, "'train' without a mask"),
+    "sums_only of scores": (
+        "sums_only = true",
+        {},
+        {"verb": "score"},
+        "'score' without a mask",
+    ),
+    "max_epsilon": ("max_epsilon = 1000.0", {}, {}, "epsilon unbounded"),
+    "max_epsilon by the coordinator's word": (
+        "max_epsilon = 1000.0",
+        {"chain": [NOISE | {"place": "coordinator"}], "method__weight": "equal"},
+        {},
+        "epsilon unbounded",
+    ),
+    "max_epsilon by a recipe that says how many rows": (
+        "max_epsilon = 1000.0",
+        {"chain": [NOISE]},
+        {},
+        "epsilon unbounded",
+    ),
+    "max_epsilon with sums beside private training": (
+        "max_epsilon = 1000.0",
+        {"method__train__private": ROWS, "method__head_start": "lda"},
+        {},
+        "epsilon unbounded",
+    ),
+    "max_epsilon of scores": ("max_epsilon = 1000.0", {}, {"verb": "score"}, "epsilon unbounded"),
+    "delta": (
+        "max_epsilon = 2.2\ndelta = 1e-9",
+        {"chain": [NOISE], "method__weight": "equal"},
+        {},
+        "at delta 1e-09 of a row here, over 1 answers",
+    ),
+    "min_class_rows": (
+        "min_class_rows = 100",
+        {"method__head_start": "lda"},
+        {"verb": "features"},
+        "rows of a class",
+    ),
     "verbs": ('verbs = ["importance"]', {}, {}, "the verb 'train'"),
     "scores": ("scores = false", {}, {"verb": "score"}, "a score of rows"),
     "min_rows": ("min_rows = 1000", {}, {}, "rows that train"),
@@ -82,7 +123,7 @@ def test_a_line_holds(line: str, hostile: Taken, tmp_path: Path, monkeypatch: py
     trained: list[Any] = []
     monkeypatch.setattr("fedtune.deploy.worker.respond", lambda *args: trained.append(args))
     base = "" if line.startswith(("min_rows", "scores")) else "b" * 64
-    if line.startswith("min_rows"):  # as the coordinator would know it
+    if line.startswith(("min_rows", "min_class")):  # as the coordinator would know it
         worker.workspace(read(recipe := hostile.recipe(**changes)), *workspace_of(worker, recipe))
         base = worker.built[2].base  # type: ignore[index]
     said = hostile.asks(worker, hostile.recipe(**changes), base=base, **about)
@@ -103,7 +144,7 @@ def workspace_of(worker: Any, recipe: Any) -> tuple[Any, Any]:
 
 
 def test_every_line_of_a_policy_is_tried() -> None:
-    elsewhere = {"minutes"}  # below: of work that is under way
+    elsewhere = {"minutes", "max_norm", "noise"}  # below: of work that is under way; test_site_privacy.py
     assert {name.split()[0] for name in LINES} | elsewhere == set(Policy.model_fields)
 
 
