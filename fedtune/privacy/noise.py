@@ -67,7 +67,7 @@ def add_gaussian(value: np.ndarray, sigma: float, secret: Secret) -> np.ndarray:
     if not sigma:
         return value
     step = math.ldexp(1.0, math.frexp(sigma)[1] - STEPS)  # a power of two: division by it is exact
-    out = np.rint(np.asarray(value, np.float64) / step)
+    out = np.asarray(np.rint(np.asarray(value, np.float64) / step))  # an array also where it is one number
     flat = out.reshape(-1)
     for start in range(0, flat.size, PIECE):
         part = flat[start : start + PIECE]

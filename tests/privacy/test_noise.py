@@ -67,6 +67,12 @@ def test_no_noise_is_no_change() -> None:
     assert add_gaussian(value, 0.0, Secret()) is value
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 2), (70_000,)])
+def test_every_number_gets_noise_whatever_the_shape(shape: tuple[int, ...]) -> None:
+    noisy = add_gaussian(np.zeros(shape), 1.0, Secret())
+    assert noisy.shape == shape and np.count_nonzero(noisy) == math.prod(shape)
+
+
 def test_the_last_bits_say_nothing() -> None:
     """Two inputs leave outputs on the same grid, whatever bits they had themselves (Mironov 2012)."""
     step = 2.0**-31
