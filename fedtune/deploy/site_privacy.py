@@ -28,8 +28,10 @@ from fedtune.privacy.releases import Release
 from fedtune.rules import tables_of
 from fedtune.runtime.client_half import Cover
 from fedtune.runtime.journal import sentences
+from fedtune.runtime.masked_tasks import root_of, says_of_rows
 from fedtune.runtime.site_scores import SCORE
 from fedtune.transforms.private import PrivateSettings, length
+from fedtune.trust import Ticket
 from fedtune.types import Tensors, Update
 
 BOOK = "privacy.db"
@@ -59,10 +61,10 @@ def release(policy: Policy, recipe: Recipe, verb: str) -> Release:
 
 def require_within(policy: Policy, home: Path, recipe: Recipe, verb: str) -> None:
     """Before anything is computed. Raises F507 where an answer more would exceed `max_epsilon`, P901."""
-    if not policy.max_epsilon:
+    if not (policy.max_epsilon and says_of_rows(verb)):
         return
     lines = [line.release for line in book(home)]
-    would = spent([*lines, release(policy, recipe, verb)], policy.delta)
+    would = spent([*lines, release(policy, recipe, root_of(verb))], policy.delta)
     if not would.epsilon <= policy.max_epsilon:
         raise forbidden(
             f"{would} of a row here, over {len(lines) + 1} answers",
@@ -78,20 +80,23 @@ def book(home: Path) -> Sequence[Line]:
         return Ledger(db).lines()
 
 
-def charge(home: Path, run: str, round: int, client: int, release: Release, sha256: str) -> None:
+def charge(policy: Policy, home: Path, recipe: Recipe, about: Ticket, client: int, sha256: str) -> None:
     """Write an answer down before it leaves; the same bytes, sent again, are the same line. Raises R404."""
+    if not says_of_rows(about.verb):
+        return
+    shown = release(policy, recipe, root_of(about.verb))
     with (
         disk_errors(home / BOOK),
         sentences(home / BOOK),
         closing(sqlite3.connect(home / BOOK, isolation_level=None)) as db,
     ):
         db.execute("PRAGMA synchronous=FULL")
-        Ledger(db).charge([Line(client, round, release, run, sha256)])
+        Ledger(db).charge([Line(client, about.round, shown, about.run, sha256)])
 
 
-def cover(policy: Policy) -> Cover | None:
+def cover(policy: Policy, verb: str = TRAIN) -> Cover | None:
     """What the site does to an answer before the recipe's chain has it; None: nothing."""
-    if not policy.max_norm:
+    if not policy.max_norm or not says_of_rows(verb) or root_of(verb) == SCORE:
         return None
 
     def covered(update: Update, near: Tensors | None) -> Update:

@@ -34,7 +34,7 @@ from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.resources import require_disk, require_memory
 from fedtune.deploy.site_books import DAY, Sent, forget, note_sent, sent_since
 from fedtune.deploy.site_config import SiteConfig, require_own
-from fedtune.deploy.site_privacy import charge, cover, release, require_within
+from fedtune.deploy.site_privacy import charge, cover, require_within
 from fedtune.deploy.sites import Details, at_site, columns_of
 from fedtune.deploy.ticket_window import TicketWindow
 from fedtune.deploy.watchdog import PACE, STILL, Watchdog, first_to_go, weights_at
@@ -46,7 +46,7 @@ from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before, respond
 from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
 from fedtune.runtime.failures import failure_of, numbered
-from fedtune.runtime.masked_tasks import root_of, says_of_rows
+from fedtune.runtime.masked_tasks import root_of
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.site_scores import SCORE
 from fedtune.runtime.workspace import Workspace, build_workspace, link_of, verbs_of
@@ -169,8 +169,7 @@ class Worker:
         if self.exchange.held(about):
             return ""
         self.policy.check(mine, self.asked(content, about, details, recipe))
-        if says_of_rows(about.verb):
-            require_within(self.policy, self.home, recipe, root_of(about.verb))
+        require_within(self.policy, self.home, recipe, about.verb)
         require_disk(self.home, about)
         workspace, link = self.prepared(recipe, mine, details, about.verb)
         if link.base != about.base:
@@ -183,8 +182,8 @@ class Worker:
             )
         if link.tasks[about.verb].trains:
             self.policy.check_rows(workspace.recipe, len(workspace.train(details.number)))
-            own = workspace.federation.clients[details.number].train
-            self.policy.check_classes(about.verb, histogram(own))
+            mine_here = workspace.federation.clients[details.number].train
+            self.policy.check_classes(about.verb, histogram(mine_here))
         with self.watchdog.bounded(f"an answer to run '{about.run}'", 60.0 * self.policy.minutes):
             return self.computed(about, details, workspace, link)
 
@@ -208,15 +207,8 @@ class Worker:
         """For the policy: who asks for what, and what has left this house lately."""
         key = self.speaker(content).key
         sent = sent_since(self.home, time.time() - DAY)
-        return Asked(
-            recipe.fingerprint,
-            root_of(about.verb),
-            about.budget,
-            len(details.members),
-            key,
-            approved(self.home, self.policy.approvals),
-            sent,
-        )
+        known, verb = approved(self.home, self.policy.approvals), root_of(about.verb)
+        return Asked(recipe.fingerprint, verb, about.budget, len(details.members), key, known, sent)
 
     def speaker(self, content: bytes) -> Peer:
         """Who signed a ticket, where the newest list of members that this site has names it. Raises T702 to
@@ -260,13 +252,10 @@ class Worker:
         held = load_versions(place, ask.client)
         vault = FolderVault(self.home / "vault" / about.run)
         client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body, vault=vault)
-        says = says_of_rows(about.verb)
-        reply = respond(link, client, ask, cover(self.policy) if says and about.verb != SCORE else None)
+        reply = respond(link, client, ask, cover(self.policy, about.verb))
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         size, sha256 = len(reply.payload), hashlib.sha256(reply.payload).hexdigest()
-        if says:
-            shown = release(self.policy, workspace.recipe, root_of(about.verb))
-            charge(self.home, about.run, about.round, ask.client, shown, sha256)
+        charge(self.policy, self.home, workspace.recipe, about, ask.client, sha256)
         note_sent(
             self.home,
             Sent(time.time(), size, about.run, about.round, about.verb, link.run, rows, sha256),

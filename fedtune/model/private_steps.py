@@ -23,8 +23,9 @@ from torch.nn.functional import cross_entropy
 from fedtune.errors import ClientFailed
 from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
-from fedtune.model.encode import IGNORED, Encoded
+from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, inputs_of, summed_loss
+from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
 from fedtune.privacy.noise import Secret, add_gaussian

@@ -166,13 +166,11 @@ class TrainSettings(Settings):
                 "a method all of whose clients train an adapter, and send nothing else",
                 f"set method.type = 'fedpeft', or remove {here}",
             )
-        if not isinstance(self.objective, CrossEntropy):
+        if self.objective != CrossEntropy():
             yield (
-                f"method.train.objective.kind = '{self.objective.kind}' with {here}"
-                if hasattr(self.objective, "kind")
-                else f"[method.train.objective] with {here}",
+                f"[method.train.objective] with {here}",
                 "cross entropy, of which each row has its own",
-                "remove method.train.objective",
+                "remove [method.train.objective]",
             )
         if recipe.aggregate.carries:
             yield (

@@ -267,8 +267,7 @@ def check_same(journal: Journal, facts: Mapping[str, str]) -> None:
 
 
 def one_round(work: Run, number: int) -> bool:
-    """Sample, charge, converse, commit: the state file first, then the journal's row that makes it count.
-    False where the privacy budget does not allow the round."""
+    """Sample, charge, converse, commit: first the state file, then its row. False: beyond the budget."""
     began = time.time()
     recipe, workspace = work.recipe, work.workspace
     deploy = recipe.deploy if work.deployed else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedtune.privacy.accountant import spent
 from fedtune.privacy.releases import Release
 from fedtune.runtime.client_half import respond
 from fedtune.runtime.protocol import Ask
+from fedtune.trust import ticket
 from fedtune.types import Round, Update
 from fedtune.wire import EVERYONE, decode, encode_state
 from tests import small
@@ -111,10 +113,14 @@ def test_the_worker_does_what_its_policy_says_and_writes_it_down(
     while spent([Release("gaussian", "example", 4.0, count=count + 1)], 1e-5).epsilon <= 2.0:
         count += 1
     assert one < 2.0 and count > 1
-    shown = release(worker.policy, read(recipe), "train")
+    about = ticket.read(hostile.ticket(recipe, run="another-run"), worker.identity)
     for number in range(count):
-        charge(worker.home, "another-run", number, 0, shown, f"{number}")
-        charge(worker.home, "another-run", number, 0, shown, f"{number}")  # the same bytes once more
+        asked_then = replace(about, round=number)
+        charge(worker.policy, worker.home, read(recipe), asked_then, 0, f"{number}")
+        charge(
+            worker.policy, worker.home, read(recipe), asked_then, 0, f"{number}"
+        )  # the same bytes once more
+        charge(worker.policy, worker.home, read(recipe), replace(about, verb="train.keys"), 0, "keys")
     assert len(book(worker.home)) == count
     said = hostile.asks(worker, recipe, base=base, round=2)
     assert said["code"] == "F507" and len(asked) == 1  # over all runs: nothing is left for this one
