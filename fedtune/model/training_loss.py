@@ -11,7 +11,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import inputs_of, summed_loss
-from fedtune.model.objectives import Context, Objective
+from fedtune.model.objectives import Context, Objective, Predictions
 from fedtune.model.tunable import TunableModel
 
 
@@ -36,7 +36,7 @@ class TrainingLoss:
             with torch.no_grad(), switched_off(tunable):
                 reference, _ = logits_of(tunable, batch)
         logits, labels = logits_of(tunable, batch)
-        return self.objective.summed(logits, labels, self.context, reference)
+        return self.objective.summed(Predictions(logits, labels, self.context, reference))
 
 
 def logits_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.objectives import OBJECTIVES, Context, CrossEntropy, Objective
+from fedtune.model.objectives import OBJECTIVES, Context, CrossEntropy, Objective, Predictions
 from fedtune.model.objectives.asft import Asft, Dft
 from fedtune.model.objectives.balanced import Balanced
 from fedtune.model.objectives.focal import Focal
@@ -86,7 +86,7 @@ def test_the_loss_is_its_formula(objective: Objective, ndim: int) -> None:
         return
     logits, labels, reference = made(ndim)
     context = Context(COUNTS if ndim == 1 else ())
-    found = objective.summed(logits, labels, context, reference if objective.refers else None)
+    found = objective.summed(Predictions(logits, labels, context, reference if objective.refers else None))
     want = by_hand(objective, logits.numpy(), labels.numpy(), reference.numpy())
     assert found.item() == pytest.approx(want, rel=1e-12)
 
@@ -100,9 +100,9 @@ def test_the_gradient_is_a_numerical_one(objective: Objective, ndim: int) -> Non
     context = Context(COUNTS if ndim == 1 else ())
     logits.requires_grad_(True)
     if objective.by_values:
-        assert torch.autograd.gradcheck(lambda z: objective.summed(z, labels, context), logits)
+        assert torch.autograd.gradcheck(lambda z: objective.summed(Predictions(z, labels, context)), logits)
         return
-    objective.summed(logits, labels, context, reference if objective.refers else None).backward()
+    objective.summed(Predictions(logits, labels, context, reference if objective.refers else None)).backward()
     there = labels != -100
     p, q = logits.detach().softmax(-1)[there], reference.softmax(-1)[there]
     one = torch.nn.functional.one_hot(labels[there], 4)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedtune.model.objectives.asft import Asft, Dft
 from fedtune.model.objectives.balanced import Balanced
-from fedtune.model.objectives.base import Context, Objective
+from fedtune.model.objectives.base import Context, Objective, Predictions
 from fedtune.model.objectives.cross_entropy import CrossEntropy
 from fedtune.model.objectives.focal import Focal
 from fedtune.model.objectives.logit_adjusted import LogitAdjusted
@@ -24,4 +24,4 @@ if not TYPE_CHECKING:
 
 OBJECTIVES: dict[str, type[Objective]] = classes_by_tag(ObjectiveTable, "loss")
 
-__all__ = ["OBJECTIVES", "Context", "CrossEntropy", "Objective", "ObjectiveTable"]
+__all__ = ["OBJECTIVES", "Context", "CrossEntropy", "Objective", "ObjectiveTable", "Predictions"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from fedtune.model.objectives.base import Context, Objective
+from fedtune.model.objectives.base import Objective, Predictions
 
 if TYPE_CHECKING:
     import torch
@@ -15,28 +15,22 @@ LANGUAGE = frozenset({"causal-lm", "instruct"})
 
 
 class Dft(Objective):
-    """loss = "dft": sg(p) (-log p), where sg stops the gradient (Wu et al. 2025, arXiv:2508.05629, eq. 9)."""
+    """loss = "dft": sg(p) (-log p), where sg stops the gradient (Wu et al. 2025, arXiv:2508.05629)."""
 
     loss: Literal["dft"] = "dft"
     tasks: ClassVar[frozenset[str]] = LANGUAGE
     by_values: ClassVar[bool] = False
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def summed(self, said: Predictions) -> torch.Tensor:
         from fedtune.model.objectives.terms import log_probabilities
 
-        said, _ = log_probabilities(logits, labels)
-        return -(said.detach().exp() * said).sum()
+        likely, _ = log_probabilities(said.logits, said.labels)
+        return -(likely.detach().exp() * likely).sum()
 
 
 class Asft(Dft):
     """loss = "asft": DFT, and `anchor` times KL(reference || model), where the reference is the model without
-    its adapter (ASFT, arXiv:2509.23753, eq. 10): one more forward pass, no second model in memory."""
+    its adapter (ASFT, arXiv:2509.23753): one more forward pass, no second model in memory."""
 
     loss: Literal["asft"] = "asft"  # type: ignore[assignment]
     anchor: float = Field(0.05, ge=0)
@@ -46,20 +40,14 @@ class Asft(Dft):
     def refers(self) -> bool:
         return bool(self.anchor)
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def summed(self, said: Predictions) -> torch.Tensor:
         from torch.nn.functional import kl_div
 
         from fedtune.model.objectives.terms import log_probabilities
 
-        total = super().summed(logits, labels, context)
-        if reference is None:
+        total = super().summed(said)
+        if said.reference is None:
             return total
-        _, there = log_probabilities(logits, labels)
-        now, before = logits[there].log_softmax(-1), reference[there].log_softmax(-1)
+        _, there = log_probabilities(said.logits, said.labels)
+        now, before = said.logits[there].log_softmax(-1), said.reference[there].log_softmax(-1)
         return total + self.anchor * kl_div(now, before, reduction="sum", log_target=True)

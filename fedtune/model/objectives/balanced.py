@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fedtune.model.objectives.base import Context, Objective
+from fedtune.model.objectives.base import Context, Objective, Predictions
 
 if TYPE_CHECKING:
     import torch
@@ -13,27 +13,22 @@ if TYPE_CHECKING:
 class Balanced(Objective):
     """loss = "balanced": cross entropy in which every class of the client weighs the same, whatever its rows;
     of a language model, every text of a batch, whatever its length (MFTCoder's balance by data, Liu et al.
-    2023, arXiv:2311.02303, eq. 4). The weights of a client's rows are 1 on average."""
+    2023, arXiv:2311.02303). The weights of a client's rows are 1 on average."""
 
     loss: Literal["balanced"] = "balanced"
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def summed(self, said: Predictions) -> torch.Tensor:
         from fedtune.model.objectives.terms import log_probabilities
 
-        said, there = log_probabilities(logits, labels)
+        labels = said.labels
+        likely, there = log_probabilities(said.logits, labels)
         if labels.ndim == 1:
-            weights = class_weights(context, said)[labels[there]]
+            weights = class_weights(said.context, likely)[labels[there]]
         else:  # tokens of a text share what all tokens have, divided by the texts
             tokens = there.sum(-1)
             share = there.sum() / (tokens > 0).sum().clamp_min(1)
             weights = (share / tokens.clamp_min(1))[:, None].expand(labels.shape)[there]
-        return -(weights.to(said.dtype) * said).sum()
+        return -(weights.to(likely.dtype) * likely).sum()
 
 
 def class_weights(context: Context, like: torch.Tensor) -> torch.Tensor:

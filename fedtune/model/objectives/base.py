@@ -35,6 +35,20 @@ class Context:
         return cls(tuple(found[label] for label in range(classes)))
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of a batch, and what was wanted.
+
+    logits, reference  (B, C) or, of language models, (B, T, C), in float32; the reference has no gradient
+    labels             (B,) or (B, T); -100 carries no loss
+    """
+
+    logits: torch.Tensor
+    labels: torch.Tensor
+    context: Context
+    reference: torch.Tensor | None = None
+
+
 class Objective(Settings):
     """[method.train.objective]: the union of these classes is the registry (__init__.py).
 
@@ -64,16 +78,6 @@ class Objective(Settings):
         """Whether it compares with what the model says without its adapter."""
         return False
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The loss summed over what carries it, as a scalar.
-
-        logits, reference  (B, C) or, of language models, (B, T, C), in float32; the reference has no gradient
-        labels             (B,) or (B, T); -100 carries no loss
-        """
+    def summed(self, said: Predictions) -> torch.Tensor:
+        """The loss summed over what carries it, as a scalar."""
         raise NotImplementedError(f"'{self.loss}' has no formula")

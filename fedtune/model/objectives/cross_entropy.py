@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fedtune.model.objectives.base import Context, Objective
+from fedtune.model.objectives.base import Objective, Predictions
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +24,8 @@ class CrossEntropy(Objective):
     def plain(self) -> bool:
         return not self.smoothing
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def summed(self, said: Predictions) -> torch.Tensor:
         from torch.nn.functional import cross_entropy
 
-        flat = logits.reshape(-1, logits.shape[-1])
-        return cross_entropy(flat, labels.reshape(-1), reduction="sum", label_smoothing=self.smoothing)
+        flat = said.logits.reshape(-1, said.logits.shape[-1])
+        return cross_entropy(flat, said.labels.reshape(-1), reduction="sum", label_smoothing=self.smoothing)

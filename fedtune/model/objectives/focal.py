@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fedtune.model.objectives.base import Context, Objective
+from fedtune.model.objectives.base import Objective, Predictions
 
 if TYPE_CHECKING:
     import torch
@@ -23,16 +23,10 @@ class Focal(Objective):
     def plain(self) -> bool:
         return not self.gamma
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def summed(self, said: Predictions) -> torch.Tensor:
         from torch import expm1
 
         from fedtune.model.objectives.terms import log_probabilities
 
-        said, _ = log_probabilities(logits, labels)
-        return -((-expm1(said)).clamp_min(0) ** self.gamma * said).sum()
+        likely, _ = log_probabilities(said.logits, said.labels)
+        return -((-expm1(likely)).clamp_min(0) ** self.gamma * likely).sum()

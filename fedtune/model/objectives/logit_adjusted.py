@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from fedtune.model.objectives.base import Context, Objective
+from fedtune.model.objectives.base import Objective, Predictions
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class LogitAdjusted(Objective):
     """loss = "logit-adjusted": cross entropy of logits + tau log(share of the class in the client's rows)
-    (Menon et al. 2021, eq. 10; at clients: FedLC, Zhang et al. 2022). Only while training; a class that the
+    (Menon et al. 2021; at clients: FedLC, Zhang et al. 2022). Only while training; a class that the
     client does not have counts as a tenth of a row."""
 
     loss: Literal["logit-adjusted"] = "logit-adjusted"
@@ -26,15 +26,9 @@ class LogitAdjusted(Objective):
     def plain(self) -> bool:
         return not self.tau
 
-    def summed(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        context: Context,
-        reference: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def summed(self, said: Predictions) -> torch.Tensor:
         from torch.nn.functional import cross_entropy
 
-        shares = logits.new_tensor([max(count, 0.1) for count in context.counts])
-        shifted = logits + self.tau * (shares / shares.sum()).log()
-        return cross_entropy(shifted, labels, reduction="sum")
+        shares = said.logits.new_tensor([max(count, 0.1) for count in said.context.counts])
+        shifted = said.logits + self.tau * (shares / shares.sum()).log()
+        return cross_entropy(shifted, said.labels, reduction="sum")
