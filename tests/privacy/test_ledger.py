@@ -22,6 +22,12 @@ def commit(journal: Journal, number: int) -> None:
     journal.commit(number, f"s{number}", "f", 0.1, {}, [AnswerRecord(0, "ok"), AnswerRecord(1, "W607")])
 
 
+def charge(journal: Journal, number: int, *clients: int) -> None:
+    """As a run does it, before it asks anybody."""
+    draw = journal.ledger.draw(number)
+    journal.charge([Line(client, number, NOISY, draw=draw) for client in clients])
+
+
 def charged(journal: Journal) -> list[tuple[int, int, str]]:
     return [(line.round, line.client, line.draw) for line in journal.charges()]
 
@@ -29,29 +35,29 @@ def charged(journal: Journal) -> list[tuple[int, int, str]]:
 def test_a_round_is_charged_once_however_often_it_begins(tmp_path: Path) -> None:
     for _ in range(3):  # a crash each time
         journal = Journal(tmp_path / "journal.db")
-        journal.charge(1, [(0, NOISY), (1, NOISY)])
+        charge(journal, 1, 0, 1)
         journal.close()
     journal = Journal(tmp_path / "journal.db")
     commit(journal, 1)  # client 1's answer was rejected, and stays charged
     assert charged(journal) == [(1, 0, "0"), (1, 1, "0")]
-    journal.charge(2, [(1, NOISY)])
+    charge(journal, 2, 1)
     assert charged(journal)[2:] == [(2, 1, "0")]
 
 
 def test_a_round_that_counted_and_is_asked_again_is_another_draw(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    journal.charge(1, [(0, NOISY)])
+    charge(journal, 1, 0)
     commit(journal, 1)
     journal.db.execute("DELETE FROM rounds")  # somebody undid it
     journal.db.execute("DELETE FROM answers")
-    journal.charge(1, [(0, NOISY)])
-    journal.charge(1, [(0, NOISY)])
+    charge(journal, 1, 0)
+    charge(journal, 1, 0)
     assert charged(journal) == [(1, 0, "0"), (1, 0, "1")]
 
 
 def test_nothing_is_taken_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.db")
-    journal.charge(1, [(0, NOISY)])
+    charge(journal, 1, 0)
     for statement in ("DELETE FROM privacy", "UPDATE privacy SET release = '{}'"):
         with pytest.raises(sqlite3.IntegrityError, match="only grows"):
             journal.db.execute(statement)
@@ -61,7 +67,7 @@ def test_nothing_is_taken_back(tmp_path: Path) -> None:
 def killed(path: Path) -> None:
     """Charge, draw, and die before the commit."""
     journal = Journal(path)
-    journal.charge(7, [(0, NOISY), (1, NOISY)])
+    charge(journal, 7, 0, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
