@@ -162,7 +162,7 @@ def cell(text: str) -> str:
     """Names and sentences come from clients: nothing of them may end a cell or begin HTML.
 
     >>> cell("a|b <i>\\n`c`")
-    'a\\\\|b &lt;i&gt; c'
+    'a\\\\|b &lt;i&gt;·c'
     """
     line = " ".join(plain(text).split()).replace("`", "")
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|")

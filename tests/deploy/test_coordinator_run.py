@@ -382,8 +382,8 @@ def test_an_update_that_was_finished_and_not_sent_is_sent_later_and_not_computed
         workers[102].exchange.patience = 0.5
         respond, computed = worker.respond, []
 
-        def counted(link: Any, client: Any, ask: Any) -> Reply:
-            answer = respond(link, client, ask)
+        def counted(link: Any, client: Any, ask: Any, *more: Any) -> Reply:
+            answer = respond(link, client, ask, *more)
             computed.append(client.id)
             if client.id == 1 and len(computed) == computed.index(1) + 1:
                 made.server.stop(0)
