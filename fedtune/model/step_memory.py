@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import image_size
-from fedtune.hf.statistics import freeze_statistics
 from fedtune.model.objectives import Context
 from fedtune.model.settings import TrainSettings
 from fedtune.model.training_loss import TrainingLoss
@@ -145,13 +144,9 @@ def batch_of(tunable: TunableModel, batch: int, length: int) -> dict[str, torch.
 def training_peak(tunable: TunableModel, train: TrainSettings, batch: int, length: int) -> int:
     """Bytes that live at once in a step's two passes, beside the model, the optimiser and a gradient of every
     trained value. `tunable` holds fake tensors."""
-    from fedtune.model.fit import here, recompute
+    from fedtune.model.fit import here, training
 
-    net = tunable.net.train()
-    freeze_statistics(tunable.base.net)
-    if train.checkpointing:
-        recompute(net, True)
-    with fused_attention(), StorageWatch() as watch:
+    with fused_attention(), StorageWatch() as watch, training(tunable, train, 0):
         loss_of = TrainingLoss(train.objective, Context((1,) * len(tunable.base.labels)))
         here(tunable, [batch_of(tunable, batch, length)], batch, train.autocast, loss_of)
     return int(max(0, watch.peak - 4 * tunable.trainable))

@@ -79,6 +79,23 @@ def test_logits_count_and_pieces_of_them_too(workspace: Any, monkeypatch: pytest
     assert pieces == pytest.approx(step, rel=0.15)
 
 
+def test_a_question_leaves_nothing_to_the_next(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither recomputation nor gradients."""
+    adapter = adapter_of(kind="lora", rank=4)
+    plain, thrifty = TrainSettings(batch=4), TrainSettings(batch=4, checkpointing=True)
+
+    def fresh() -> Any:
+        monkeypatch.setattr(step_memory, "known", {})
+        return plan(workspace.settings("causal"), adapter, "causal-lm", 0).peak
+
+    first, other = fresh(), fresh()
+    assert first(plain, 2, 48) < first(plain, 4, 48) == other(plain, 4, 48)  # as if nobody had asked before
+    thrifty_first = fresh()
+    assert thrifty_first(thrifty, 4, 48) == pytest.approx(first(thrifty, 4, 48), rel=0.02)
+    assert thrifty_first(plain, 4, 48) == pytest.approx(first(plain, 4, 48), rel=0.02)
+    assert first(thrifty, 4, 48) < 0.9 * first(plain, 4, 48)
+
+
 def test_without_a_trial_sizes_follow_from_the_configuration(workspace: Any) -> None:
     adapter, train = adapter_of(kind="lora", rank=4), TrainSettings(batch=4, checkpointing=True)
     from dataclasses import replace
