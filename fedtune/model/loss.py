@@ -44,14 +44,23 @@ def summed_loss(
         with before_output(net):
             hidden = tunable.net(**arguments).logits
         return summed_in_pieces(net, hidden[:, -labels.shape[1] : -1], labels[:, 1:]), None, labels[:, 1:]
-    logits = tunable.net(**arguments).logits
-    if tunable.base.task in LM_TASKS:
-        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    logits, labels = logits_of(tunable, arguments, labels)
     return (
         cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"),
         logits,
         labels,
     )
+
+
+def logits_of(
+    tunable: TunableModel, arguments: dict[str, Any], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and (B, T - 1); `arguments`
+    and `labels` as `inputs_of` makes them."""
+    logits = tunable.net(**arguments).logits
+    if tunable.base.task in LM_TASKS:
+        return logits[:, -labels.shape[1] : -1], labels[:, 1:]
+    return logits, labels
 
 
 def carries(task: str, batch: dict[str, torch.Tensor]) -> int:

@@ -24,7 +24,7 @@ from fedtune.errors import ClientFailed
 from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import autocast, carries, inputs_of, summed_loss
+from fedtune.model.loss import autocast, carries, inputs_of, logits_of, summed_loss
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
@@ -176,11 +176,9 @@ def by_row(value: nn.Parameter, rows: int) -> torch.Tensor:
 
 def row_losses(tunable: TunableModel, batch: Batch) -> torch.Tensor:
     """(rows,) mean cross entropy of each row over its own predicted tokens, or of its class."""
-    arguments, labels = inputs_of(tunable, batch)
-    logits = tunable.net(**arguments).logits
+    logits, labels = logits_of(tunable, *inputs_of(tunable, batch))
     if tunable.base.task not in LM_TASKS:
         return cross_entropy(logits.float(), labels, reduction="none")
-    logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
     terms = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     return terms.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 

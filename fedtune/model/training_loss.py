@@ -10,7 +10,7 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import inputs_of, summed_loss
+from fedtune.model.loss import inputs_of, logits_of, summed_loss
 from fedtune.model.objectives import Context, Objective, Predictions
 from fedtune.model.tunable import TunableModel
 
@@ -34,19 +34,9 @@ class TrainingLoss:
         reference = None
         if self.objective.refers:
             with torch.no_grad(), switched_off(tunable):
-                reference, _ = logits_of(tunable, batch)
-        logits, labels = logits_of(tunable, batch)
-        return self.objective.summed(Predictions(logits, labels, self.context, reference))
-
-
-def logits_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in float32 and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and
-    (B, T - 1)."""
-    arguments, labels = inputs_of(tunable, batch)
-    logits = tunable.net(**arguments).logits
-    if tunable.base.task in LM_TASKS:
-        logits, labels = logits[:, -labels.shape[1] : -1], labels[:, 1:]
-    return logits.float(), labels
+                reference = logits_of(tunable, *inputs_of(tunable, batch))[0].float()
+        logits, labels = logits_of(tunable, *inputs_of(tunable, batch))
+        return self.objective.summed(Predictions(logits.float(), labels, self.context, reference))
 
 
 def switched_off(tunable: TunableModel) -> AbstractContextManager[None]:

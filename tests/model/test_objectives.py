@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.model.loss import inputs_of, logits_of
 from fedtune.model.objectives import OBJECTIVES, Context, CrossEntropy, Objective, Predictions
 from fedtune.model.objectives.asft import Asft, Dft
 from fedtune.model.objectives.balanced import Balanced
 from fedtune.model.objectives.focal import Focal
 from fedtune.model.objectives.logit_adjusted import LogitAdjusted
 from fedtune.model.settings import TrainSettings
-from fedtune.model.training_loss import TrainingLoss, logits_of, switched_off
+from fedtune.model.training_loss import TrainingLoss, switched_off
 from fedtune.model.tunable import attach
 from fedtune.rng import stream
 from tests import small
@@ -148,19 +149,21 @@ def test_the_reference_is_the_model_without_its_adapter(workspace: Any) -> None:
     encoded = workspace.encoded("causal")
     batch = encoded.collate([0, 1])
     with torch.no_grad():
-        bare = logits_of(tunable, dict(batch))[0]  # B is zero: the adapter does nothing yet
+        bare = logits_of(tunable, *inputs_of(tunable, dict(batch)))[
+            0
+        ]  # B is zero: the adapter does nothing yet
         for name, value in tunable.named.items():
             if "lora_B" in name:
                 value.normal_(generator=torch.Generator().manual_seed(1))
-        tuned = logits_of(tunable, dict(batch))[0]
+        tuned = logits_of(tunable, *inputs_of(tunable, dict(batch)))[0]
         with switched_off(tunable):
-            reference = logits_of(tunable, dict(batch))[0]
+            reference = logits_of(tunable, *inputs_of(tunable, dict(batch)))[0]
     torch.testing.assert_close(reference, bare)
     assert (tuned - bare).abs().max() > 1e-3
     plain, anchored = (
         TrainingLoss.of(one, tunable, encoded)(tunable, dict(batch)) for one in (Dft(), Asft(anchor=1.0))
     )
-    logits, labels = logits_of(tunable, dict(batch))
+    logits, labels = logits_of(tunable, *inputs_of(tunable, dict(batch)))
     there = labels != -100
     q, p = bare[there].log_softmax(-1), logits[there].log_softmax(-1)
     torch.testing.assert_close(anchored - plain, (q.exp() * (q - p)).sum(), rtol=1e-3, atol=1e-4)
