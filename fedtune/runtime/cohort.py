@@ -259,7 +259,7 @@ class RoundCohort:
         if self.moves is None or not task.moves or mask_of(task):
             return answers
         return self.moves.of(
-            verb, answers, lambda client: None if task.chain.steps else given_to(client, given), self.note
+            verb, answers, lambda client: None if task.chain.relative else given_to(client, given), self.note
         )
 
     def _counted(

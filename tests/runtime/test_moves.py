@@ -114,6 +114,20 @@ def test_a_killed_run_shortens_as_one_that_was_not(tiny_bert: Path, data: Path, 
     assert again["state_sha256"] == whole["state_sha256"]
 
 
+def test_a_chain_that_sends_values_is_shortened_as_no_chain_is(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """A move is how far an answer is from what was given, whether or not the chain sends differences."""
+    idle = [{"step": "private", "place": "client", "clip": 0.0, "noise_multiplier": 0.0}]
+    more = {"rounds": 2, "limits": {"clip": 0.7}, "method__weight": "equal"}
+    plain, chained = (
+        small.play(small.recipe(tiny_bert, data, chain=chain, **more), tmp_path / str(len(chain)))
+        for chain in ([], idle)
+    )
+    assert chained[1]["state_sha256"] == plain[1]["state_sha256"]
+    assert any(isinstance(event, Shortened) for event in chained[2])
+
+
 @pytest.mark.parametrize("asked", [{"limits": {"clip": 2.0}}, {"watch": {"influence": True}}])
 def test_what_a_mask_hides_cannot_be_looked_at(asked: dict[str, Any], tiny_bert: Path, data: Path) -> None:
     chain = [{"step": "ring", "clip": 0.1}, {"step": "mask"}]
