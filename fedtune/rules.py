@@ -25,10 +25,15 @@ def check_rules(recipe: Recipe) -> None:
     check_moves(recipe, chain)
 
 
+def unseen_behind(chain: Chain) -> str:
+    """The step behind which no single answer is seen; "" where there is none."""
+    return next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
+
+
 def check_single_answers(rule: Rule, chain: Chain) -> None:
     """A rule that reads single answers cannot stand beside a step that only the sum undoes, such as a
     mask."""
-    late = next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
+    late = unseen_behind(chain)
     if late and not rule.linear:
         known = ", ".join(sorted(tag for tag, other in RULES.items() if other.linear))
         found = (
@@ -44,7 +49,7 @@ def check_single_answers(rule: Rule, chain: Chain) -> None:
 
 def check_moves(recipe: Recipe, chain: Chain) -> None:
     """How far one answer moves the state is not seen behind a step that only the sum undoes."""
-    late = next((step.name for step in chain.steps if step.undone == "sum" or step.hides), "")
+    late = unseen_behind(chain)
     asked = {"limits.clip": recipe.limits.clip, "watch.influence": recipe.watch.influence}
     for setting in (name for name, wanted in asked.items() if late and wanted):
         raise FedtuneError(

@@ -44,8 +44,11 @@ def canaries(journal: Journal) -> dict[int, dict[str, Any]]:
 def watch_round(work: Run, number: int) -> None:
     """Score the canaries after a round that was committed (0: before the first), once, and tell what is
     wrong. Raises Paused R422 where [watch] says so."""
-    settings, before = work.recipe.watch, canaries(work.journal)
-    if not settings.every or number in before or not is_due(work, number, bool(before)):
+    settings = work.recipe.watch
+    if not settings.every:
+        return
+    before = canaries(work.journal)
+    if number in before or not is_due(work, number, bool(before)):
         return
     try:
         figures = measured(work)

@@ -174,7 +174,8 @@ class Moves:
 
 def moves_of(work: Run, number: int) -> Moves:
     """Of a round that begins now."""
-    recipe, earlier = work.recipe, [row.metrics for row in work.journal.rounds()]
+    recipe = work.recipe
+    earlier = [row.metrics for row in work.journal.rounds()] if recipe.limits.clip else []
     parts: dict[str, Parts] | None = {} if recipe.watch.influence else None
     return Moves(number, work.workspace.names, work.tell, recipe.limits.clip, earlier, parts)
 
