@@ -19,7 +19,7 @@ import torch
 
 from fedtune.runtime.checkpoints import load_state
 from tests import small, tiny
-from tests.conformance.test_laws import METHODS
+from tests.conformance.recipes import METHODS
 from tests.model.cases import VARIANTS
 
 FILE = Path(__file__).parents[1] / "golden" / "states.json"

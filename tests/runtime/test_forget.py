@@ -30,7 +30,7 @@ from fedtune.trust.authority import create
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.signed import Signed, check
 from tests import small
-from tests.conformance.test_laws import METHODS
+from tests.conformance.recipes import METHODS
 
 VARIANTS = [
     "fedpeft-lora",

@@ -19,7 +19,7 @@ from fedtune.runtime.workers import Workers, hindrance, workers_for
 from fedtune.runtime.workspace import Workspace
 from fedtune.types import Client
 from tests import small
-from tests.conformance.test_laws import METHODS
+from tests.conformance.recipes import METHODS
 
 MANY = (
     "fedpeft-lora",
