@@ -3,10 +3,12 @@ when there is room."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,17 +20,25 @@ from tests import small
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 600 KB: room for the first states of a run of 84 KB each and the journal, not for
-    all."""
+    """A file system of 2 MB: room for a run whose states take 88 KB each."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves no byte of the disk to anybody else."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"0" * 4096):
+            pass
+    return filler
 
 
 @pytest.mark.skipif(
@@ -37,31 +47,24 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
     tiny_disk: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
-    tree = small.tree(tiny_bert, small.write_rows(tmp_path), method__adapter={"kind": "full"}, rounds=3)
+    tree = small.tree(tiny_bert, small.write_rows(tmp_path), method__adapter={"kind": "full"}, rounds=60)
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(tree))
-    filler = tiny_disk / "filler"
-    filler.write_bytes(b"0" * 360_000)
-
-    def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fedtune", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-
-    stopped = fedtune("simulate", str(tmp_path / "mine.toml"), "--runs", str(tiny_disk))
     run = tiny_disk / "mine"
-    assert (
-        stopped.returncode == 2
-        and "R404" in stopped.stderr
-        and "no space left" in stopped.stderr
-        and "Traceback" not in stopped.stderr
+    command = [sys.executable, "-m", "fedtune"]
+    simulation = subprocess.Popen(
+        [*command, "simulate", str(tmp_path / "mine.toml"), "--runs", str(tiny_disk)],
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    while simulation.poll() is None and not (run / "state" / "round-0001.safetensors").exists():
+        time.sleep(0.005)
+    filler = fill(tiny_disk)
+    _, said = simulation.communicate(timeout=120)
+    assert simulation.returncode == 2 and "R404" in said and "no space left" in said, said
+    assert "Traceback" not in said
     assert not (run / "result.json").exists() and not list(run.glob("**/*.part"))
     filler.unlink()
-    done = fedtune("resume", str(run))
+    done = subprocess.run([*command, "resume", str(run)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     _, undisturbed, _ = small.play(small.config.parse(tree), tmp_path / "elsewhere")
     assert json.loads((run / "result.json").read_text())["state_sha256"] == undisturbed["state_sha256"]

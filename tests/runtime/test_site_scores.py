@@ -103,10 +103,11 @@ def test_a_method_without_a_verb_called_train_can_be_scored(tiny_bert: Path, tmp
         return asked(last, link.method.round(start, first, first.now).shared, workspace.tunable)
 
     renamed = score_after_a_round(
-        Link("run", usual.base, method, Chain([]), more={SCORE: score_task(method, 4)})
+        Link("run", usual.base, method, Chain([]), more={SCORE: score_task(method, 4, Chain([]), "run")})
     )
     assert (
-        renamed == score_after_a_round(replace(usual, more={SCORE: score_task(usual.method, 4)}))
+        renamed
+        == score_after_a_round(replace(usual, more={SCORE: score_task(usual.method, 4, usual.chain, "run")}))
         and renamed["loss"] > 0
     )
 
@@ -117,6 +118,6 @@ def test_what_nobody_knows_how_to_answer_is_refused(tiny_bert: Path, tmp_path: P
     payload = encode_state(given, link.header("prune", EVERYONE, now, Schema.of(given)))
     with pytest.raises(Refused, match="W604: found the verb 'prune', expected one of train"):
         respond(link, workspace.client_with(0, {}), Ask(0, "prune", now, payload))
-    twice = replace(link, more={"train": score_task(link.method, 4)})
+    twice = replace(link, more={"train": score_task(link.method, 4, link.chain, "run")})
     with pytest.raises(RuntimeError, match="'train', which is the run's own"):
         respond(twice, workspace.client_with(0, {}), Ask(0, "train", now, payload))
