@@ -76,6 +76,8 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = (
         "0"  # else Flower's late calls after Ctrl-C would start a second Ray
     )
+    # Ray starts actors at niceness 15, where one busy program beside them makes a round take minutes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         import ray
         from flwr.clientapp import ClientApp

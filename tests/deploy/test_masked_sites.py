@@ -18,21 +18,10 @@ from tests import small
 from tests.deploy.inside import SITES, FakeGrid, Inside, inside
 from tests.runtime.test_masked import losing
 
+pytestmark = pytest.mark.usefixtures("quick")
 STEPS = ("train.keys", "train.shares", "train.peers", "train", "train.opening")
 ONE = {"rounds": 1, "partition__clients": 3}
 MASKED = {**ONE, "chain": [{"step": "mask"}]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "AGAIN", 0.3)
-    monkeypatch.setattr(transport, "PAUSE", 0.02)
-    monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="module")

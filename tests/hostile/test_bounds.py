@@ -14,8 +14,8 @@ from fedtune.deploy import transport
 from fedtune.deploy.coordinator_run import with_reported_ranks
 from fedtune.deploy.declared import declared, heaviest
 from tests import small
+from tests.deploy.conducting import notes, outcomes
 from tests.deploy.inside import SITES, FakeGrid, Inside, inside
-from tests.deploy.test_coordinator_run import notes, outcomes
 from tests.hostile.site import Liar, Lie, times
 
 KSEED = {"method": {"type": "fedkseed", "size": 64, "estimator": "spsa", "steps": 2, "batch": 4, "lr": 1e-3}}

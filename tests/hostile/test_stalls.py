@@ -25,8 +25,8 @@ from fedtune.runtime.journal import Journal
 from fedtune.trust.authority import revoke
 from fedtune.wire.v1 import exchange_pb2 as pb
 from tests import small
+from tests.deploy.conducting import notes, outcomes
 from tests.deploy.inside import FakeGrid, inside
-from tests.deploy.test_coordinator_run import notes, outcomes
 from tests.e2e.deploying import MEMORY
 from tests.exchange.federation import Federation
 from tests.waiting import wait_for

@@ -1,0 +1,24 @@
+"""Rows, and short waits, for the tests of coordinators and sites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.deploy import transport
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_rows(tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks that take seconds at real sites take hundredths."""
+    monkeypatch.setattr(transport, "AGAIN", 0.3)
+    monkeypatch.setattr(transport, "PAUSE", 0.02)
+    monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("fedtune.flower.nodes.GREETING_SECONDS", 1.0)
