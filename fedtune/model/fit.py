@@ -246,7 +246,7 @@ def training(tunable: TunableModel, settings: TrainSettings, seed: int) -> Itera
             "a model that can recompute, and no prefixes (they are a cache)",
             "turn method.train.checkpointing off",
         )
-    with own_draws(seed_of("dropout", seed), [device] if device.type == "cuda" else []):
+    with own_draws(seed_of("dropout", seed), device):
         tunable.net.train()
         freeze_statistics(tunable.base.net)
         if settings.checkpointing:

@@ -49,7 +49,7 @@ def logits_apart(base: Base) -> bool:
         return False
     device = base.device
     ids = torch.ones(1, 1, dtype=torch.long, device=device)
-    draws = own_draws(devices=[device] if device.type == "cuda" else [])
+    draws = own_draws(device=device)
     with draws, torch.inference_mode(False), torch.no_grad(), before_output(base.net) as heard:
         logits = base.net(input_ids=ids, use_cache=False).logits
     return len(heard) == 1 and logits is heard[0][0] and logits._version == heard[0][1]

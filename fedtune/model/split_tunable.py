@@ -73,7 +73,7 @@ def add_lora(
             "a block in head or tail",
             "set method.head or method.tail",
         )
-    with own_draws(seed):
+    with own_draws(seed, base.device):
         _, named = with_peft(
             base, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **peft_arguments(base))
         )

@@ -121,9 +121,7 @@ def write(
         use_cache="prompts" not in tunable.named,
     )
     prompt = torch.tensor([ids], device=device)
-    draws = (
-        own_draws(wish.seed, [device] if device.type == "cuda" else []) if wish.temperature else nullcontext()
-    )
+    draws = own_draws(wish.seed, device) if wish.temperature else nullcontext()
     net.eval()
     with torch.no_grad(), autocast(tunable, "off"), draws:
         net.generate(

@@ -74,7 +74,7 @@ class Federated:
         from fedtune.hf.draws import own_draws
 
         seed = seed_of("trainer", self.recipe.seed, number, client) % SEEDS
-        with on_rows(self.trainer, self.clients[client][1], seed), own_draws(seed):
+        with on_rows(self.trainer, self.clients[client][1], seed), own_draws(seed, self.trainer.args.device):
             return self.train_alone()
 
     def told(self, number: int, members: Sequence[int], loss: float) -> None:
