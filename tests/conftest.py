@@ -137,3 +137,11 @@ def forgetful(workspace: Workspace) -> Iterator[None]:
     base.fits.clear()
     yield
     base.fits.clear()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of text with three labels, as `small.recipe` wants them."""
+    from tests import small
+
+    return small.write_rows(tmp_path_factory.mktemp("rows"))

@@ -24,11 +24,6 @@ from tests.conformance.test_laws import sha
 from tests.proxy import with_work
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def test_a_client_that_answers_nan_is_left_out_and_named(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
 

@@ -63,11 +63,6 @@ UNCODED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 Played = tuple[small.RunFolder, dict[str, Any], list[Event]]
 
 

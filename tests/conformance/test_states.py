@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import small
 from tests.conformance.states import FILE, RECIPES, end_of, machine
 
 KNOWN = json.loads(FILE.read_text())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")

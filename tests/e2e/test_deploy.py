@@ -19,7 +19,6 @@ from fedtune.exchange.tls import secure_channel
 from fedtune.trust import load
 from fedtune.trust.authority import create, revoke
 from fedtune.wire.v1 import fleet_pb2
-from tests import small
 from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, held, local
 from tests.e2e.test_flower import journal
 from tests.waiting import PATIENCE, free_ports
@@ -30,11 +29,6 @@ KSEED: dict[str, Any] = {
     "method": {"type": "fedkseed", "size": 256, "estimator": "spsa", "steps": 4, "batch": 4, "lr": 1e-3},
     "rounds": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")

@@ -49,11 +49,6 @@ MEMORY = {
 }  # what a client did not get to say, it keeps until the next round
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def journal(folder: RunFolder) -> list[Any]:
     """All that a journal says, but for the seconds, and the memories, which a node far away keeps to
     itself."""

@@ -24,11 +24,6 @@ from tests.e2e.test_flower import MEMORY, client_app, journal, messages, server_
 from tests.runtime.test_groups import grouped
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 class FakeGrid:
     """Flower's Grid without Flower: nodes are called at once, in this process. `broken` says what a node does
     instead.

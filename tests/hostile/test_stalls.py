@@ -24,7 +24,6 @@ from fedtune.exchange.tls import SERVER_OPTIONS, secure_channel
 from fedtune.runtime.journal import Journal
 from fedtune.trust.authority import revoke
 from fedtune.wire.v1 import exchange_pb2 as pb
-from tests import small
 from tests.deploy.conducting import notes, outcomes
 from tests.deploy.inside import FakeGrid, inside
 from tests.e2e.deploying import MEMORY
@@ -38,11 +37,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "PAUSE", 0.02)
     monkeypatch.setattr(transport, "GRACE", 0.5)
     monkeypatch.setattr("fedtune.flower.nodes.LOOK_SECONDS", 0.02)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
 
 
 def silent_from(node: int, first: int, until: int = 1 << 30) -> Any:

@@ -26,11 +26,6 @@ from tests import small
 HALVES = {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def experts(model: Path, data: Path, by: dict[str, Any], **changes: Any) -> Any:
     return small.recipe(model, data, method__type="experts", method__experts=by, **changes)
 

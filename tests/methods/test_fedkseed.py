@@ -26,12 +26,6 @@ from fedtune.wire import EVERYONE, encode_state
 from tests import small
 from tests.methods.kseed import recipe_of, weights
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 ALIKE: list[dict[str, Any]] = [
     {},
     {"pool": "independent"},

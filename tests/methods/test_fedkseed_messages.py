@@ -29,12 +29,6 @@ from tests import small, tiny
 from tests.methods.kseed import SGD, recipe_of
 from tests.proxy import WithVerbs
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 # --- who does not fit is refused
 # ------------------------------------------------------------------------------------------
 

@@ -26,11 +26,6 @@ from tests.methods.test_fedpeft_rules import A, B, factors, states
 from tests.proxy import with_work
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def test_a_rule_that_reads_single_answers_is_refused_beside_a_step_that_hides_them() -> None:
     class Mask(Transform):
         name, undone, hides = "mask", "sum", True

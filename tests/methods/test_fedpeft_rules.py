@@ -26,11 +26,6 @@ from tests import small
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def played(
     model: Path, data: Path, root: Path, rule: str, **more: Any
 ) -> tuple[small.RunFolder, list[Event], dict[str, Any]]:

@@ -22,11 +22,6 @@ from fedtune.runtime.run import run
 from tests import small
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def needs_of(recipe: Recipe, labels: int) -> Needs:
     return needs_by_settings(recipe.method, recipe, labels)  # type: ignore[arg-type]
 

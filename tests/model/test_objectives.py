@@ -114,11 +114,6 @@ def test_the_gradient_is_a_numerical_one(objective: Objective, ndim: int) -> Non
     assert not logits.grad[~there].any()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("data"))
-
-
 NEUTRAL = ({"loss": "focal", "gamma": 0.0}, {"loss": "logit-adjusted", "tau": 0.0})
 
 

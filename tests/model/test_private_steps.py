@@ -252,11 +252,6 @@ PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 0.5, "sample_rate": 0.2}
 TRAIN = {"lr": 0.01, "steps": 3, "batch": 4, "private": PRIVATE}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def test_a_private_run_counts_its_epsilon_and_exports_what_it_trained(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

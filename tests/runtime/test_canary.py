@@ -64,11 +64,6 @@ def test_a_refusal_is_known_by_its_words(text: str, refuses: bool) -> None:
     assert bool(REFUSES.search(text)) is refuses
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def figures(folder: RunFolder) -> dict[int, dict[str, Any]]:
     journal = Journal(folder.journal)
     try:

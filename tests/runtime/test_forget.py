@@ -74,11 +74,6 @@ def mute(silent: int) -> Any:
     return carry
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def recipe_for(name: str, rounds: int, seed: int, model: Path, data: Path, **more: Any) -> Recipe:
     changes: dict[str, Any] = {"partition": {"by": "iid", "clients": CLIENTS}, "sampling": {"count": 3}}
     return small.recipe(model, data, **{**METHODS[name], **changes, "rounds": rounds, "seed": seed, **more})

@@ -48,11 +48,6 @@ class Hidden(Transform):
     hides: ClassVar[bool] = True
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 @pytest.fixture
 def made(tiny_bert: Path, data: Path) -> tuple[Workspace, Link]:
     return small.workspace_of(small.recipe(tiny_bert, data, partition__clients=5))

@@ -34,11 +34,6 @@ POOL = {
 Lost = dict[str, set[int]]  # verb -> members whose answers to it are lost in round 1
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def losing(lost: Lost, seen: list[tuple[Ask, Reply]] | None = None) -> Callable[[Link, Workspace], Transport]:
     """The local transport, over which some answers are lost; what passes is put into `seen`."""
 

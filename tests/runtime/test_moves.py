@@ -73,11 +73,6 @@ def test_a_part_is_what_the_mean_would_be_without_it() -> None:
     assert Parts(1).told() == {}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 @pytest.mark.parametrize("chain", [[], [{"step": "quantize", "bits": 8}]])
 def test_who_turns_around_is_shortened_and_named(
     chain: list[dict[str, Any]], tiny_bert: Path, data: Path, tmp_path: Path

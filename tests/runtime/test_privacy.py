@@ -33,11 +33,6 @@ LOUD = {"step": "private", "clip": 0.1, "noise_multiplier": 1.0}
 MUTE = {"step": "private", "clip": 0.1, "noise_multiplier": 0.0}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def private(model: Path, data: Path, step: dict[str, Any] | None = None, **changes: Any) -> Recipe:
     chain = [step] if step else []
     return small.recipe(model, data, **{"method__weight": "equal", "chain": chain, "rounds": 2} | changes)

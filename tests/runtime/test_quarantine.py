@@ -23,11 +23,6 @@ NOW = datetime.now(UTC)
 TWO_WAYS = {"chain": [{"step": "sign", "error_feedback": True}], "downlink": {"step": "delta"}}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def asked(folder: RunFolder) -> dict[int, set[int]]:
     """Who was asked, by round."""
     found: dict[int, set[int]] = {}
