@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -24,6 +25,7 @@ class Adapter(Settings):
     has_encoder  whether its tokens come from a network of its own, of which peft's file keeps what it says
                  and not the network
     switches_off whether the network can be asked without it while it is there
+    sparse   whether it trains chosen positions of weights, which every party derives from the base
     """
 
     kind: str
@@ -31,6 +33,7 @@ class Adapter(Settings):
     caches: ClassVar[bool] = False
     has_encoder: ClassVar[bool] = False
     switches_off: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -47,6 +50,16 @@ class Adapter(Settings):
         raise NotImplementedError(f"kind '{self.kind}' cannot be attached")
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+WHOLE = (0.0, 1.0)  # the band of all blocks
+
+
+def band_conflicts(band: tuple[float, float]) -> Iterator[tuple[str, str, str]]:
+    """For a table's `conflicts`."""
+    if band[0] >= band[1]:
+        yield f"method.adapter.band = [{band[0]:g}, {band[1]:g}]", "from less to more", "correct it"
+
+
 class LayerAdapter(Adapter):
     """A kind that stands beside chosen linear layers."""
 
@@ -54,9 +67,27 @@ class LayerAdapter(Adapter):
     """Names of modules, or all-linear."""
     last: int = Field(0, ge=0)
     """Adapt the last so many blocks only, which also ends the backward pass there; 0 means all."""
+    band: tuple[Share, Share] = WHOLE
+    """Adapt the blocks of this part of the depth only, counted from the input. [0.25, 0.5] is CoFiTune's, for
+    up_proj and down_proj (Zhang et al. 2024, arXiv:2404.10306)."""
     modules_to_save: tuple[str, ...] = ()
     """Modules beside the task head that are trained whole and travel, by the ends of their names, such as
     "embed_tokens"."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from band_conflicts(self.band)
+        if self.last and self.band != WHOLE:
+            yield "method.adapter.last with method.adapter.band", "one of them", "remove one"
+
+
+class SparseAdapter(LayerAdapter):
+    """A kind that trains chosen weights of linear layers."""
+
+    merges: ClassVar[bool] = True
+    switches_off: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
+    rank: int = Field(8, ge=1)
+    """As many weights of a layer as LoRA of this rank has: rank x (inputs + outputs)."""
 
 
 class PromptAdapter(Adapter):

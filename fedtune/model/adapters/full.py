@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedtune.errors import FedtuneError
-from fedtune.model.adapters.base import Adapter
+from fedtune.model.adapters.base import WHOLE, Adapter, Share, band_conflicts
 
 if TYPE_CHECKING:
     from fedtune.model.adapters.base import Named
@@ -21,13 +22,19 @@ class Full(Adapter):
     only: tuple[str, ...] = ()
     """Names of parameters, shell patterns such as "*.layers.4.*"; the task head is always trained; empty
     means all."""
+    band: tuple[Share, Share] = WHOLE
+    """Of these, only what is in the blocks of this part of the depth, counted from the input, such as
+    [0.25, 0.5]."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from band_conflicts(self.band)
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         """Tied parameters once. Raises M302."""
         from fnmatch import filter as matching
         from fnmatch import fnmatchcase
 
-        from fedtune.model.adapters.layers import in_head, open_for_training
+        from fedtune.model.adapters.layers import in_band, in_head, open_for_training
 
         for pattern in self.only:
             if not matching(base.weights, pattern):
@@ -38,11 +45,14 @@ class Full(Adapter):
                     f"names such as {some}",
                     "correct the pattern",
                 )
+        body = [name for name in base.weights if not in_head(base, name)]
+        within = in_band(base, body, self.band)
         chosen = {
             name
             for name in base.weights
-            if not self.only
-            or in_head(base, name)
-            or any(fnmatchcase(name, pattern) for pattern in self.only)
+            if in_head(base, name)
+            or (
+                name in within and (not self.only or any(fnmatchcase(name, pattern) for pattern in self.only))
+            )
         }
         return base.net, open_for_training(base, chosen)

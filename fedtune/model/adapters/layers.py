@@ -4,6 +4,7 @@ training."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
+from fedtune.model.adapters.base import WHOLE
 from fedtune.model.base import Base
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def target_layers(base: Base, s: LayerAdapter) -> list[str]:
                 'correct method.adapter.targets or use ["all-linear"]',
             )
         found |= set(hits)
-    blocks_of = {name: int(number.group(1)) for name in known if (number := re.search(r"\.(\d+)\.", name))}
+    blocks_of = block_numbers(known)
     count = max(blocks_of.values(), default=-1) + 1
     if s.last > count:
         raise FedtuneError(
@@ -123,7 +125,36 @@ def target_layers(base: Base, s: LayerAdapter) -> list[str]:
             "lower it, or set it to 0 for all",
         )
     first = count - s.last if s.last else 0
-    return [name for name in known if name in found and blocks_of.get(name, 0 if not s.last else -1) >= first]
+    within = in_band(base, known, s.band)
+    return [
+        name
+        for name in known
+        if name in found and name in within and blocks_of.get(name, 0 if not s.last else -1) >= first
+    ]
+
+
+def block_numbers(names: Iterable[str]) -> dict[str, int]:
+    """The block of every name that is in one."""
+    return {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
+
+
+def in_band(base: Base, names: Collection[str], band: tuple[float, float]) -> set[str]:
+    """Those in blocks i of n with band[0] <= i / n < band[1]; all, with what is in no block, for the whole
+    depth. Raises M302 for a band without blocks."""
+    if band == WHOLE:
+        return set(names)
+    blocks_of = block_numbers(names)
+    count = max(blocks_of.values(), default=-1) + 1
+    found = {name for name, block in blocks_of.items() if band[0] * count <= block < band[1] * count}
+    if not found:
+        raise FedtuneError(
+            "M302",
+            f"method.adapter.band = [{band[0]:g}, {band[1]:g}], in which none of the {count} blocks of "
+            f"{base.name} lies",
+            "a band of some blocks",
+            "widen it",
+        )
+    return found
 
 
 def narrows(base: Base, name: str) -> bool:
