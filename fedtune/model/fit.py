@@ -23,6 +23,7 @@ from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
+from fedtune.model.lora_steps import faster, project
 from fedtune.model.loss import autocast, carries, check_room, tokens_in
 from fedtune.model.private_steps import private_backward, sampled
 from fedtune.model.rates import rates_of, with_rates
@@ -176,15 +177,17 @@ def here(
 def make_optimizer(
     tunable: TunableModel, s: TrainSettings, rates: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD; the task head, and tensors in `rates`, are groups of their own where they have their own
-    rate."""
+    """AdamW or SGD; the task head, LoRA+'s B, and tensors in `rates`, are groups of their own where they have
+    their own rate."""
     if s.open:
         s = with_rates(s, rates_of(tunable.kind), width_of(tunable.base.net.config))
     head = {name for name in tunable.named if s.head_lr and in_head(tunable.base, plain(name))}
-    rest = tunable.named.keys() - head - rates.keys()
+    ratio, fast = faster(tunable)
+    rest = tunable.named.keys() - head - rates.keys() - fast
     parts = [
         (s.lr, [v for n, v in tunable.named.items() if n in rest]),
         (s.head_lr, [v for n, v in tunable.named.items() if n in head]),
+        (s.lr * ratio, [v for n, v in tunable.named.items() if n in fast - rates.keys()]),
     ]
     parts += [(rate, [tunable.named[name]]) for name, rate in rates.items()]
     groups: list[dict[str, Any]] = [
@@ -192,8 +195,11 @@ def make_optimizer(
     ]
     if s.optimizer == "adamw":
         fused = tunable.base.device.type == "cuda"  # one kernel for all tensors; the CPU's bits stay
-        return torch.optim.AdamW(groups, weight_decay=s.weight_decay, fused=fused or None)
-    return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
+        made = torch.optim.AdamW(groups, weight_decay=s.weight_decay, fused=fused or None)
+    else:
+        made = torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov)
+    project(made, tunable)
+    return made
 
 
 def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[Sequence[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -29,6 +30,24 @@ class Lora(LayerAdapter):
     """Rank-stabilised scale."""
     dora: bool = False
     """Weight-decomposed (DoRA)."""
+    lr_ratio: float = Field(1.0, ge=1, le=1000)
+    """LoRA+: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354, who take 16 with an lr of about
+    half the usual one). 1: the same."""
+    projected: bool = False
+    """LoRA-FA's optimiser, where A rests (aggregate.rule = "ffa"; of "rolora", the rounds of B): B's gradient
+    becomes the one whose step is nearest to full tuning's (Zhang et al. 2023, arXiv:2308.03303)."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from super().conflicts(recipe)
+        if not self.projected:
+            return
+        here = "method.adapter.projected"
+        a, b = "blocks.0.x.lora_A.weight", "blocks.0.x.lora_B.weight"
+        if a in recipe.aggregate.trains((a, b), 1) or b not in recipe.aggregate.trains((a, b), 1):
+            found = f"{here} with aggregate.rule = '{recipe.aggregate.rule}'"
+            yield found, "a rule under which B alone is trained", "set aggregate.rule = 'ffa'"
+        if self.dora:
+            yield f"{here} with method.adapter.dora", "one of them", "remove one"
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         """A is Kaiming-uniform from the seed, B is zero: the first state is the base itself."""
