@@ -173,7 +173,11 @@ class Worker:
         require_disk(self.home, about)
         workspace, link = self.prepared(recipe, mine, details, about.verb)
         if link.base != about.base:
-            found = f"base model {link.base[:12]} at this site (weights, tokenizer and chat template)"
+            adapter = workspace.tunable.settings
+            sparse = adapter is not None and adapter.sparse
+            what = "weights, tokenizer and chat template"
+            what += "; of a sparse kind also which weights it trains, where LAPACK may differ" * sparse
+            found = f"base model {link.base[:12]} at this site ({what})"
             raise Refused(
                 "W604",
                 found,

@@ -23,6 +23,7 @@ from fedtune.model.adapters import ADAPTERS, read_adapter
 from fedtune.model.adapters.wrap import file_name
 from fedtune.model.base import Base
 from fedtune.model.blocks import is_encoder
+from fedtune.model.sparse_support import without_positions
 from fedtune.model.tunable import TunableModel, attach, detach
 from fedtune.model.usage import usage
 
@@ -123,6 +124,7 @@ def load_adapter(base: Base, folder: str | Path) -> TunableModel:
             )
     tunable = attach(base, settings, 0)
     try:
+        tensors = without_positions(tunable.net, tensors, str(place))
         tunable.write(without_statistics(tunable, tensors))
     except FedtuneError:
         detach(tunable)

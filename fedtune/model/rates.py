@@ -23,6 +23,7 @@ class Rates(NamedTuple):
     fresh_head_lr: float = 2e-2  # of one that starts at random
     optimizer: Literal["adamw", "sgd"] = "adamw"
     matrices: bool = True  # whether what is trained are matrices, whose rate goes with 1 / width
+    tuned: bool = True  # whether it was found by runs, rather than taken from what others use
 
 
 RATES: dict[str, Rates] = {
@@ -35,6 +36,8 @@ RATES: dict[str, Rates] = {
     "prompt": Rates(1e-2, matrices=False),
     "prefix": Rates(1e-2, matrices=False),
     "p-tuning": Rates(1e-3),
+    "shira": Rates(1e-3, tuned=False),  # ten times full tuning's, as LIFT's authors have at width 4,096
+    "lift": Rates(1e-3, tuned=False),
     "head": Rates(0.5, 0.5, 5.0, "sgd"),
 }
 OTHER = Rates(1e-3)  # kinds that plug-ins bring

@@ -217,6 +217,6 @@ def objective_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tupl
     if train.objective.refers and not adapter.switches_off:
         yield (
             f"method.train.objective.loss = '{train.objective.loss}' with kind = '{adapter.kind}'",
-            "an adapter that can be switched off: lora or ia3",
+            "an adapter that can be switched off: lora, ia3, shira or lift",
             "choose one, or another loss",
         )

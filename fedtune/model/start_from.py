@@ -15,6 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.config import LM_TASKS
 from fedtune.model.adapters import Lora
 from fedtune.model.export import OWN_FILE, SIDECAR
+from fedtune.model.sparse_support import without_positions
 from fedtune.model.tunable import TunableModel
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,7 +31,7 @@ def start_from(tunable: TunableModel, folder: str) -> None:
         about = json.loads((place / SIDECAR).read_text()) if (place / SIDECAR).exists() else None
         config = json.loads((place / CONFIG).read_text()) if (place / CONFIG).exists() else None
         file = place / OWN_FILE if (place / OWN_FILE).exists() else place / TENSORS
-        tensors = {name: np.asarray(value, np.float32) for name, value in load_file(str(file)).items()}
+        tensors = load_file(str(file))
     except (OSError, ValueError, SafetensorError) as error:
         found = f"no adapter in '{folder}' ({type(error).__name__})"
         raise FedtuneError(
@@ -40,7 +41,8 @@ def start_from(tunable: TunableModel, folder: str) -> None:
         require_same_base(tunable, about, folder)
     elif config is not None:
         require_same_scale(tunable, config, folder)
-    tunable.write(tensors)
+    tensors = without_positions(tunable.net, tensors, folder)
+    tunable.write({name: np.asarray(value, np.float32) for name, value in tensors.items()})
 
 
 def require_same_base(tunable: TunableModel, about: dict[str, Any], folder: str) -> None:

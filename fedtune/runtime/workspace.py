@@ -225,9 +225,11 @@ def link_of(workspace: Workspace, method: Method, agreed: Recipe | None = None) 
     recipe = agreed or workspace.recipe
     run, chain = recipe.fingerprint[:16], transforms.build(recipe.chain)
     more = {SCORE: score_task(method, recipe.evaluate.batch, chain, run)}
+    from fedtune.model.sparse_support import base_print
+
     return Link(
         run,
-        workspace.base.fingerprint,
+        base_print(workspace.base),
         method,
         chain,
         recipe.downlink,

@@ -18,6 +18,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "p-tuning": {"kind": "p-tuning", "tokens": 4},
     "ia3": {"kind": "ia3"},
     "layernorm": {"kind": "layernorm"},
+    "shira": {"kind": "shira"},
+    "shira magnitude": {"kind": "shira", "support": "magnitude"},
+    "lift": {"kind": "lift", "filter_rank": 4},
     "head": {"kind": "head"},
     "full": {"kind": "full"},
 }

@@ -40,6 +40,7 @@ CASES = [  # model, kind, whether opacus finds the gradients of all rows at once
     ("encoder", "full", False),  # its positions are numbered once for all rows
     ("causal", "dora", False),
     ("causal", "ia3", False),
+    ("encoder", "shira", False),
     ("causal", "prompt", False),
     ("causal", "prefix", True),
     ("causal", "full", False),

@@ -24,6 +24,7 @@ holds for the task head too, unless `head_lr` says otherwise.
 """
 
 WALKS = """
+Not tuned: no runs of ours stand behind the rate, which is what others use.
 SFPrompt's tail counts as `full`, its LoRA as `lora`, and the last norm alone as `prompt`; `method.prompt_lr` is the prompts' own.
 
 ## FedKSeed
@@ -35,7 +36,7 @@ SFPrompt's tail counts as `full`, its LoRA as `lora`, and the last norm alone as
 
 def generate() -> dict[str, str]:
     kinds = [
-        f"| {name} | {r.optimizer} | {r.lr:g} | {'yes' if r.matrices else 'no'} | {r.head_lr:g} | {r.fresh_head_lr:g} |"
+        f"| {name}{'' if r.tuned else ' (not tuned)'} | {r.optimizer} | {r.lr:g} | {'yes' if r.matrices else 'no'} | {r.head_lr:g} | {r.fresh_head_lr:g} |"
         for name, r in RATES.items()
     ]
     walks = [

@@ -16,15 +16,17 @@ from fedtune.model.adapters.full import Full
 from fedtune.model.adapters.head import Head
 from fedtune.model.adapters.ia3 import IA3
 from fedtune.model.adapters.layernorm import LayerNorm
+from fedtune.model.adapters.lift import Lift
 from fedtune.model.adapters.lora import Lora
 from fedtune.model.adapters.p_tuning import PTuning
 from fedtune.model.adapters.prefix import Prefix
 from fedtune.model.adapters.prompt import Prompt
+from fedtune.model.adapters.shira import Shira
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 AdapterSettings = Annotated[
-    Lora | Bias | Bottleneck | Prompt | Prefix | PTuning | IA3 | LayerNorm | Head | Full,
+    Lora | Bias | Bottleneck | Prompt | Prefix | PTuning | IA3 | LayerNorm | Shira | Lift | Head | Full,
     Field(discriminator="kind"),
 ]
 if not TYPE_CHECKING:
