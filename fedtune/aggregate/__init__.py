@@ -23,6 +23,7 @@ from fedtune.aggregate.ffa import FFA
 from fedtune.aggregate.flexlora import FlexLoRA
 from fedtune.aggregate.flora import FLoRA
 from fedtune.aggregate.hetlora import HetLoRA
+from fedtune.aggregate.hft import HFT
 from fedtune.aggregate.krum import Krum
 from fedtune.aggregate.mean import Mean
 from fedtune.aggregate.median import Median
@@ -42,6 +43,7 @@ AggregateSettings = Annotated[
     | FFA
     | RoLoRA
     | FedSA
+    | HFT
     | FedSB
     | FLoRA
     | FlexLoRA
