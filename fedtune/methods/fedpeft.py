@@ -38,6 +38,8 @@ from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, 
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.methods.lora_inputs import begun, kept_until_begun, moments_verbs
+from fedtune.methods.lora_start import residual_rank, started_pairs
 from fedtune.model.adapters import Lora
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
@@ -45,6 +47,7 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
+    from fedtune.model.encode import Encoded
     from fedtune.model.memory_plan import Plan
     from fedtune.model.tunable import TunableModel
 
@@ -54,8 +57,8 @@ OWN = "own/"
 
 
 class FedPEFT(AdapterMethod):
-    """State: the adapter's tensors and, for rules that carry one, a residual of extra rank (shared with
-    clients); the server optimiser's moments (kept)."""
+    """State: the adapter's tensors and, for rules that carry one and starts that need one, a residual of
+    extra rank (shared with clients); the server optimiser's moments (kept)."""
 
     settings: FedPEFTSettings
 
@@ -70,7 +73,8 @@ class FedPEFT(AdapterMethod):
             )
         self.settings, self.rounds, self.rule = settings, rounds, rule or Mean()
         self.client_ranks = settings.lora_rank_by_client
-        self.extra = self.rule.residual_rank
+        self.fixed = residual_rank(settings)  # of a residual that no round changes
+        self.extra = self.rule.residual_rank + self.fixed
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.lora_ranks import freeze
@@ -119,14 +123,17 @@ class FedPEFT(AdapterMethod):
         own = self.rule.stays(tensors)
         shared = {name: value for name, value in tensors.items() if name not in own}
         shared |= {name: np.zeros(shape, np.float32) for name, shape in self.carried(Schema.of(tensors))}
+        shared |= started_pairs(self.settings.lora_start, tunable, *self.seat())
         return State(
             shared,
             {OWN + name: tensors[name] for name in sorted(own)}
-            | kept_until_started(self.settings.starts_head, tunable),
+            | kept_until_started(self.settings.starts_head, tunable)
+            | kept_until_begun(self.settings.lora_start, tunable),
         )
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        return self.trained(started(self.settings.starts_head, state, cohort), cohort, now)
+        state = begun(started(self.settings.starts_head, state, cohort), cohort)
+        return self.trained(state, cohort, now)
 
     def trained(self, state: State, cohort: Cohort, now: Round) -> State:
         if self.rule.core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
@@ -143,7 +150,9 @@ class FedPEFT(AdapterMethod):
         if self.settings.server.optimizer != "none":
             from fedtune.model.server_step import outer_step
 
-            return State(*outer_step(state.shared, mean, state.kept, self.settings.server))
+            adapter, residual = apart(state.shared)
+            after, kept = outer_step(adapter, mean, state.kept, self.settings.server)
+            return State(after | residual, kept)
         after = self.rule.from_mean(before, mean)
         own = {name: after.pop(name) if name in after else value for name, value in own.items()}
         return State(after, {OWN + name: value for name, value in own.items()})
@@ -151,7 +160,7 @@ class FedPEFT(AdapterMethod):
     def combined(self, state: State, cohort: Cohort, now: Round) -> dict[str, np.ndarray]:
         """The next shared tensors, from single answers; figures of the rule go with the round's."""
         adapter, residual = apart(state.shared)
-        before = Combined(adapter, residual_of(residual))
+        before = Combined(adapter, {} if self.fixed else residual_of(residual))
         _, scale = self.seat()
         given: dict[tuple[int, float], Tensors] = {self.seat(): state.shared}
 
@@ -173,7 +182,8 @@ class FedPEFT(AdapterMethod):
             *((f"error/{module}", error) for module, error in after.layers.items()),
         ):
             cohort.note(name, number)
-        return {**after.tensors, **padded(flat_residual(after.residual), self.extra)}
+        carried = residual if self.fixed else padded(flat_residual(after.residual), self.extra)
+        return {**after.tensors, **carried}
 
     def install(self, state: State, tunable: TunableModel) -> None:
         own = own_of(state)
@@ -249,7 +259,8 @@ class FedPEFT(AdapterMethod):
             moves=True,
             shows=shown(self.settings.train),
         )
-        return {"train": train} | features_verbs(self.settings.starts_head)
+        before = features_verbs(self.settings.starts_head) | moments_verbs(self.settings.lora_start)
+        return {"train": train} | before
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit
@@ -262,21 +273,30 @@ class FedPEFT(AdapterMethod):
         }
         self.write(tunable, {**given, **own}, self.seat(client.id))
         seed = seed_of("train", now.seed, now.number, client.id)
-        with (
-            with_cores(tunable, given),
-            training_only(tunable, self.trains(tunable.named, now.number), self.extra),
-        ):
-            report = fit(
-                tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds)
-            )
-            values = tunable.read()
+        with with_cores(tunable, given):
+            trained, sent = (what(tunable.named, now.number) for what in (self.trains, self.sent))
+            with training_only(tunable, trained, self.extra):
+                report = fit(
+                    tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds)
+                )
+                values = tunable.read()
         values = unstack(values, self.extra) if self.extra else values
         client.memory.update({OWN + name: values[name] for name in own})
-        sent = {name: values[name] for name in sorted(self.sent(values, now.number))}
-        return Update.of(sent, weight_of(self.settings.weight, client.data), figures(self.settings, report))
+        return Update.of(
+            {name: values[name] for name in sorted(sent)},
+            weight_of(self.settings.weight, client.data),
+            figures(self.settings, report),
+        )
 
     # --- around a run
     # -------------------------------------------------------------------------------------------
+
+    def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
+        from fedtune.model.lora_ranks import training_only
+
+        self.install(state, tunable)  # at its rank, before anything is said of its slices
+        with training_only(tunable, tunable.named, self.fixed):
+            super().alone(tunable, data, state, seed)
 
     @property
     def facts(self) -> Facts:

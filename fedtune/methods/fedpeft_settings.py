@@ -11,6 +11,7 @@ from pydantic import Field
 from fedtune.aggregate import RULES, Rule
 from fedtune.methods.base import AdapterTable
 from fedtune.methods.head_start import FROM_DATA, HeadStart
+from fedtune.methods.lora_start import LoraStart, start_conflicts
 from fedtune.methods.memory_ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
@@ -38,6 +39,12 @@ class FedPEFTSettings(AdapterTable):
     lora_alpha_by_client: tuple[float, ...] = Field((), max_length=4096)
     """Alphas of the clients, by number, in turns; empty: in proportion to the rank, so that all have one
     scale."""
+    lora_start: LoraStart = "zero"
+    """How LoRA's factors begin. zero: A drawn, B at zero. pissa, olora: both as the greatest singular
+    directions of the weight, or its first orthogonal ones, which a residual beside them takes away again, so
+    that the base stays as everybody holds it; it doubles the way down and the rank of an export. eva: A as
+    the directions in which a layer's inputs vary most, from clients' summed second moments, in one question.
+    All are computed once, by the coordinator."""
     server: ServerSettings = TakeMean()
 
     def located(self, place: Path) -> Self:
@@ -137,6 +144,7 @@ class FedPEFTSettings(AdapterTable):
                 "remove one of them",
             )
         yield from super().conflicts(recipe)
+        yield from start_conflicts(self, recipe)
         if self.train.weight_decay and rule.carries:
             yield (
                 f"method.train.weight_decay with {name}",
