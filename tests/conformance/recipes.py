@@ -32,7 +32,21 @@ METHODS: dict[
         "sampling": {"count": 3},
     },
     "fedpeft-ffa": {"aggregate": {"rule": "ffa"}},
+    "fedpeft-lora-fa": {
+        "aggregate": {"rule": "ffa"},
+        "method__adapter": {"kind": "lora", "rank": 2, "projected": True, "lr_ratio": 4.0},
+    },
     "fedpeft-rolora": {"aggregate": {"rule": "rolora"}},
+    "fedpeft-hft": {"aggregate": {"rule": "hft"}, "method__adapter": {"kind": "full"}},
+    "fedpeft-lift": {
+        "method__adapter": {"kind": "lift", "rank": 2, "filter_rank": 4},
+        "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
+    },
+    "fedpeft-eva": {"method__lora_start": "eva"},
+    "fedpeft-pissa": {
+        "method__lora_start": "pissa",
+        "method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9},
+    },
     "fedpeft-fedsa": {"aggregate": {"rule": "fedsa"}},
     "fedpeft-flexlora": {"aggregate": {"rule": "flexlora"}, "method__lora_rank_by_client": [1, 2, 3]},
     "fedpeft-hetlora": {

@@ -39,6 +39,8 @@ MORE: dict[str, dict[str, Any]] = {
     "step deadzone": {"chain": [{"step": "deadzone", "error_feedback": True}]},
     "step topk": {"chain": [{"step": "topk", "keep": 0.1, "error_feedback": True}]},
     "step auto": {"chain": [{"step": "auto"}]},
+    "rule hft": {"aggregate": {"rule": "hft"}},
+    "start olora": {"method__lora_start": "olora", "aggregate": {"rule": "median"}},
     "rule median": {"aggregate": {"rule": "median"}},
     "rule trimmed": {"aggregate": {"rule": "trimmed", "trim": 0.25}},
     "rule krum": {"aggregate": {"rule": "krum", "faulty": 0, "chosen": 2}},

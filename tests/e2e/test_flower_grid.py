@@ -20,6 +20,7 @@ from fedtune.runtime.workspace import link_of, workspace_of
 from fedtune.schema import digest
 from fedtune.types import Round
 from tests import small
+from tests.conformance.recipes import METHODS
 from tests.e2e.test_flower import MEMORY, client_app, journal, messages, server_app
 from tests.runtime.test_groups import grouped
 
@@ -110,7 +111,13 @@ def test_a_node_that_fails_in_a_round_is_left_out_of_it_and_the_run_goes_on(
     ] * 5  # (round, client), ascending
 
 
-@pytest.mark.parametrize("changes", [MEMORY, {"chain": [{"step": "mask"}]}], ids=["memory", "mask"])
+ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
+    name: METHODS[name]
+    for name in ("fedpeft-lora-fa", "fedpeft-hft", "fedpeft-lift", "fedpeft-pissa", "fedpeft-eva")
+}
+
+
+@pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE)
 def test_a_run_on_a_grid_without_failures_is_a_local_run(
     changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
