@@ -49,7 +49,13 @@ OWN_SEEDS = [
     "fedkseed-ridge",
     "fedkseed-lda",
 ]  # every client walks along seeds of its own, so that clones differ by their number
-MASKED = ["fedpeft-mask", "experts-mask", "fedkseed-mask", "sfprompt-mask"]  # of three members or more
+MASKED = [
+    "fedpeft-mask",
+    "fedpeft-lift",
+    "experts-mask",
+    "fedkseed-mask",
+    "sfprompt-mask",
+]  # of three members or more
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
 UNCODED = [
     *EXACT,
