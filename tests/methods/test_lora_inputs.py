@@ -18,11 +18,6 @@ from fedtune.types import State
 from tests import small
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def inputs_by_hook(tunable: Any, encoded: Any, module: str) -> np.ndarray:
     """(tokens, k): what one layer is given, row by row, so that nothing is padded."""
     seen: list[torch.Tensor] = []

@@ -28,11 +28,6 @@ STARTS = ("pissa", "olora")
 every_start = pytest.mark.parametrize("kind", STARTS)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_rows(tmp_path_factory.mktemp("rows"))
-
-
 def logits(tunable: Any, encoded: Any) -> torch.Tensor:
     with torch.no_grad():
         return summed_loss(tunable, encoded.collate(range(6)))[1]
