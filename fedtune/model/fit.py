@@ -187,7 +187,7 @@ def make_optimizer(
     parts = [
         (s.lr, [v for n, v in tunable.named.items() if n in rest]),
         (s.head_lr, [v for n, v in tunable.named.items() if n in head]),
-        (s.lr * ratio, [v for n, v in tunable.named.items() if n in fast - rates.keys()]),
+        (ratio * float(s.lr), [v for n, v in tunable.named.items() if n in fast - rates.keys()]),
     ]
     parts += [(rate, [tunable.named[name]]) for name, rate in rates.items()]
     groups: list[dict[str, Any]] = [
