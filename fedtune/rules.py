@@ -23,6 +23,18 @@ def check_rules(recipe: Recipe) -> None:
     chain = build(recipe.chain)
     check_single_answers(recipe.aggregate, chain)
     check_moves(recipe, chain)
+    check_together(recipe, chain)
+
+
+def check_together(recipe: Recipe, chain: Chain) -> None:
+    """Under masks a client's answer is made with its secrets, and so by itself."""
+    if chain.hides and recipe.method.together > 1:
+        raise FedtuneError(
+            "C104",
+            f"method.train.together = {recipe.method.together} with '{chain.hides}' in the chain",
+            "clients that answer one by one",
+            "set method.train.together = 1",
+        )
 
 
 def unseen_behind(chain: Chain) -> str:

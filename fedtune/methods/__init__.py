@@ -9,7 +9,7 @@ from pydantic import Field
 from fedtune.methods.experts import ExpertsTable
 from fedtune.methods.fedkseed import FedKSeedTable
 from fedtune.methods.fedpeft import FedPEFTTable
-from fedtune.methods.interface import Capabilities, Costs, Facts, Method, MethodTable, Verb, Work
+from fedtune.methods.interface import Capabilities, Costs, Facts, Method, MethodTable, Together, Verb, Work
 from fedtune.methods.sfprompt import SFPromptTable
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
@@ -30,6 +30,7 @@ __all__ = [
     "Method",
     "MethodSettings",
     "MethodTable",
+    "Together",
     "Verb",
     "Work",
 ]

@@ -51,6 +51,10 @@ class TrainedTable(MethodTable):
     train: TrainSettings = TrainSettings()
 
     @property
+    def together(self) -> int:
+        return self.train.together
+
+    @property
     def trains(self) -> str:
         """Kind of adapter that the training is like, for its learning rate."""
         raise NotImplementedError(f"'{self.type}' does not say what it trains")

@@ -11,7 +11,7 @@ says how answers become one adapter, and may leave parts of it at home.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from fedtune.aggregate import (
 )
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
-from fedtune.errors import FedtuneError
+from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.base import AdapterMethod, figures, names_of_figures, shown, weight_of
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
@@ -48,6 +48,7 @@ from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.encode import Encoded
+    from fedtune.model.fit import FitReport
     from fedtune.model.memory_plan import Plan
     from fedtune.model.tunable import TunableModel
 
@@ -258,6 +259,7 @@ class FedPEFT(AdapterMethod):
             reads_each=not self.rule.linear,
             moves=True,
             shows=shown(self.settings.train),
+            together=(self.settings.train.together, self.train_together),
         )
         before = features_verbs(self.settings.starts_head) | moments_verbs(self.settings.lora_start)
         return {"train": train} | before
@@ -267,10 +269,7 @@ class FedPEFT(AdapterMethod):
         from fedtune.model.lora_ranks import training_only, unstack, with_cores
 
         tunable: TunableModel = client.model
-        own = {
-            name: client.memory.get(OWN + name, np.zeros(tuple(tunable.named[name].shape), np.float32))
-            for name in self.rule.stays(tunable.named)
-        }
+        own = self.kept_by(client)
         self.write(tunable, {**given, **own}, self.seat(client.id))
         seed = seed_of("train", now.seed, now.number, client.id)
         with with_cores(tunable, given):
@@ -281,12 +280,52 @@ class FedPEFT(AdapterMethod):
                 )
                 values = tunable.read()
         values = unstack(values, self.extra) if self.extra else values
+        return self.update_of(client, values, list(own), sent, report)
+
+    def kept_by(self, client: Client) -> dict[str, np.ndarray]:
+        """What this client keeps to itself."""
+        named = client.model.named
+        return {
+            name: client.memory.get(OWN + name, np.zeros(tuple(named[name].shape), np.float32))
+            for name in self.rule.stays(named)
+        }
+
+    def update_of(
+        self, client: Client, values: Tensors, own: Sequence[str], sent: Collection[str], report: FitReport
+    ) -> Update:
         client.memory.update({OWN + name: values[name] for name in own})
         return Update.of(
             {name: values[name] for name in sorted(sent)},
             weight_of(self.settings.weight, client.data),
             figures(self.settings, report),
         )
+
+    def train_together(
+        self, clients: Sequence[Client], given: Sequence[Tensors], now: Round
+    ) -> list[Update | ClientFailed]:
+        """`train` of several clients in one pass over the base; none has a core, an extra or a rank of its
+        own."""
+        from fedtune.model.together import Trainee, fit_together
+
+        tunable: TunableModel = clients[0].model
+        homes = [self.kept_by(client) for client in clients]
+        whole = [{**tensors, **own} for tensors, own in zip(given, homes, strict=True)]
+        trainees = [
+            Trainee(client.data, start, seed_of("train", now.seed, now.number, client.id))
+            for client, start in zip(clients, whole, strict=True)
+        ]
+        trained, sent = (what(tunable.named, now.number) for what in (self.trains, self.sent))
+        found = fit_together(
+            tunable,
+            trainees,
+            self.settings.train,
+            trained,
+            progress=(now.number - 1, self.rounds),
+        )
+        return [
+            one if isinstance(one, ClientFailed) else self.update_of(client, one[1], list(own), sent, one[0])
+            for client, own, one in zip(clients, homes, found, strict=True)
+        ]
 
     # --- around a run
     # -------------------------------------------------------------------------------------------

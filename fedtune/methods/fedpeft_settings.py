@@ -74,6 +74,16 @@ class FedPEFTSettings(AdapterTable):
         """How the head starts; an adapter to start from brings its own."""
         return "random" if self.start_from else self.head_start
 
+    def trains_alone(self, rule: Rule) -> str:
+        if rule.carries or rule.core:
+            return f"aggregate.rule = '{rule.rule}'"
+        if self.mixed:
+            return "clients of different ranks or alphas"
+        lora = self.adapter if isinstance(self.adapter, Lora) else None
+        if not self.adapter.stacks or (lora and (lora.dora or lora.modules_to_save)):
+            return f"method.adapter.kind = '{self.adapter.kind}'" + (" as it is set" if lora else "")
+        return ""
+
     @property
     def mixed(self) -> bool:
         return bool(self.lora_rank_by_client or self.lora_alpha_by_client)

@@ -43,6 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fedtune.errors import ClientFailed
 from fedtune.privacy.releases import Release
 from fedtune.schema import Schema
 from fedtune.settings import Settings
@@ -53,6 +54,14 @@ if TYPE_CHECKING:
     from fedtune.methods.split import Split
     from fedtune.model.memory_plan import Plan
     from fedtune.model.settings import ModelSettings
+
+
+class Together(Protocol):
+    """The same for several clients at once: an answer or a failure for each, in their order."""
+
+    def __call__(
+        self, clients: Sequence[Client], given: Sequence[Tensors], now: Round
+    ) -> Sequence[Update | ClientFailed]: ...
 
 
 class Work(Protocol):
@@ -77,7 +86,9 @@ class Verb:
     whole       answers are whole numbers, exact at any weight
     shows       what an answer shows of a client's data, where that is more than a trained model does
     once        a client is asked it once in a run: before the first round's own question, or when it is
-    first needed applies     tunable model or plan -> whether it is asked of such a model
+    first needed
+    together    so many clients at most can be asked at once, and how; (1, None) where each is asked alone
+    applies     tunable model or plan -> whether it is asked of such a model
     """
 
     work: Work
@@ -90,6 +101,7 @@ class Verb:
     whole: bool = False
     shows: str = ""
     once: bool = False
+    together: tuple[int, Together | None] = (1, None)
     applies: Callable[[Any], bool] = lambda tunable: True
 
 
@@ -206,6 +218,15 @@ class MethodTable(Settings):
     def spends(self) -> Release | None:
         """What one answer gives away of a row, where training bounds it."""
         return None
+
+    @property
+    def together(self) -> int:
+        """So many clients may go through the model in one pass."""
+        return 1
+
+    def trains_alone(self, rule: Any) -> str:
+        """What keeps several clients from being trained in one pass, as a setting; "" where nothing does."""
+        return f"method.type = '{self.type}'"
 
     @property
     def undecided(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from fedtune.errors import ClientFailed
 from fedtune.model.base import Base
 
-Use = Literal["training", "losses"]
+Use = Literal["training", "losses", "together"]
 Result = TypeVar("Result")
 # what CUDA's libraries say where torch's own allocator was not asked
 ALSO = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")

@@ -93,9 +93,7 @@ def fit(
         private_backward(tunable, encoded, settings, secret) if secret else nullcontext(backward) as backward,
     ):
         for number, micro in enumerate(plan):
-            factor = schedule_factor(settings, progress, number, len(plan))
-            for group in optimizer.param_groups:
-                group["lr"] = factor * group["full_lr"]
+            set_rates(optimizer, schedule_factor(settings, progress, number, len(plan)))
             batches = [encoded.collate(indices) for indices in micro]
             terms = sum(carries(tunable.base.task, batch) for batch in batches)
             optimizer.zero_grad(set_to_none=True)
@@ -103,21 +101,8 @@ def fit(
                 loss = backward(micro, batches, terms)
             else:
                 loss = in_memory(tunable, encoded, micro, batches, terms, settings, loss_of)
-            if not math.isfinite(loss):
-                raise ClientFailed(
-                    "W607",
-                    f"a loss of {loss} at local step {number + 1}",
-                    "a finite number",
-                    "lower method.train.lr, set method.train.clip, or look at this client's data",
-                )
-            for value, start in zip(
-                parameters, origin, strict=False
-            ):  # FedProx: the gradient of mu/2 ||w - w_round||^2; no origin, no term
-                pull = (value.detach() - start).mul_(settings.prox)
-                value.grad = pull if value.grad is None else value.grad.add_(pull)
-            if settings.clip:
-                torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimizer.step()
+            require_finite_loss(loss, number)
+            take_step(optimizer, parameters, origin, settings)
             progress_of.say("training", number + 1, len(plan), loss)
             loss_sum, examples, tokens = (
                 loss_sum + loss,
@@ -125,6 +110,38 @@ def fit(
                 tokens + sum(map(tokens_in, batches)),
             )
     return FitReport(loss_sum / max(len(plan), 1), len(plan), examples, tokens, time.perf_counter() - began)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["full_lr"]
+
+
+def require_finite_loss(loss: float, number: int) -> None:
+    """Raises ClientFailed W607."""
+    if not math.isfinite(loss):
+        raise ClientFailed(
+            "W607",
+            f"a loss of {loss} at local step {number + 1}",
+            "a finite number",
+            "lower method.train.lr, set method.train.clip, or look at this client's data",
+        )
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    origin: Sequence[torch.Tensor],
+    settings: TrainSettings,
+) -> None:
+    """One step with the gradients that are there. FedProx adds the gradient of mu/2 ||w - w_round||^2;
+    without an origin there is no such term."""
+    for value, start in zip(parameters, origin, strict=False):
+        pull = (value.detach() - start).mul_(settings.prox)
+        value.grad = pull if value.grad is None else value.grad.add_(pull)
+    if settings.clip:
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+    optimizer.step()
 
 
 def in_memory(

@@ -88,6 +88,10 @@ class TrainSettings(Settings):
     """Share of all steps over which the rate rises from 0."""
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
     """Mixed precision: auto uses bfloat16 on CUDA devices that have it, and is off on the CPU."""
+    together: int = Field(1, ge=1, le=1024)
+    """So many clients go through the shared base in one pass, each with its own adapter on its own rows,
+    where one process asks them (not on Flower's engine, nor at real sites). Faster where a client's batch is
+    small; a run's bytes then depend on who was trained with whom."""
     objective: ObjectiveTable = CrossEntropy()
     """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case."""
     checkpointing: bool = False
@@ -151,8 +155,18 @@ class TrainSettings(Settings):
                 "set method.train.schedule = 'cosine' or 'linear', or remove it",
             )
         yield from self.private_conflicts(recipe)
+        yield from self.together_conflicts(recipe)
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
+
+    def together_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        here = f"method.train.together = {self.together}"
+        if self.together == 1:
+            return
+        if alone := recipe.method.trains_alone(recipe.aggregate):
+            yield f"{here} with {alone}", "fedpeft with lora or head", "set method.train.together = 1"
+        if self.private.max_grad_norm:
+            yield f"{here} with method.train.private", "one of them", "set method.train.together = 1"
 
     def private_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         here = "method.train.private"

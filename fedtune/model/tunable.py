@@ -95,10 +95,7 @@ class TunableModel:
 
     def read(self) -> dict[str, np.ndarray]:
         """Float32 copies of the trained tensors."""
-        return {
-            name: value.detach().to("cpu", torch.float32, copy=True).numpy()
-            for name, value in self.named.items()
-        }
+        return read(self.named)
 
     def read_one(self, name: str) -> np.ndarray:
         """A float32 copy of one of them."""
@@ -135,6 +132,11 @@ class TunableModel:
         with torch.no_grad():
             for name, value in self.named.items():
                 value.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
+
+
+def read(named: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Float32 copies."""
+    return {name: value.detach().to("cpu", torch.float32, copy=True).numpy() for name, value in named.items()}
 
 
 def attach(base: Base, settings: Adapter, seed: int) -> TunableModel:

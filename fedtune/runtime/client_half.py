@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from fedtune.errors import ClientFailed, Refused
 from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
+from fedtune.runtime.task import Task
 from fedtune.schema import Schema
 from fedtune.transforms.downlink import HeldState, hold, holding
 from fedtune.types import Client, Tensors, Update
 from fedtune.wire import EVERYONE, decode, decode_state, encode
 
 Cover = Callable[[Update, Tensors | None], Update]
+Opened = tuple[Task, Schema, Tensors]
 Versions = dict[int, dict[str, np.ndarray]]  # round -> what a client's memory was after it
 
 
@@ -35,6 +37,44 @@ def respond(link: Link, client: Client, ask: Ask, cover: Cover | None = None) ->
 
     cover  what this client's site does to an answer first, given what the answer is the difference to
     """
+    task, schema, given = opened(link, client, ask)
+    update = task.work(client, given, ask.now)
+    return answered(link, client, ask, (task, schema, given), update, cover)
+
+
+def respond_together(link: Link, clients: Sequence[Client], asks: Sequence[Ask]) -> list[Reply | Exception]:
+    """The same question to several clients at once, whose work is done in one pass; a reply, or what went
+    wrong, for each in its order."""
+    said: list[Reply | Exception] = []
+    ready: list[int] = []
+    questions: dict[int, Opened] = {}
+    for place, (client, ask) in enumerate(zip(clients, asks, strict=True)):
+        try:
+            questions[place] = opened(link, client, ask)
+            ready.append(place)
+            said.append(RuntimeError("the pass ended without an answer"))
+        except Exception as error:  # about this client
+            said.append(error)
+    if not ready:
+        return said
+    work = questions[ready[0]][0].together[1]
+    assert work is not None
+    try:
+        found = work([clients[n] for n in ready], [questions[n][2] for n in ready], asks[0].now)
+    except Exception as error:  # about all of them
+        return [error if place in questions else one for place, one in enumerate(said)]
+    for place, update in zip(ready, found, strict=True):
+        try:
+            if isinstance(update, ClientFailed):
+                raise update
+            said[place] = answered(link, clients[place], asks[place], questions[place], update)
+        except Exception as error:
+            said[place] = error
+    return said
+
+
+def opened(link: Link, client: Client, ask: Ask) -> Opened:
+    """A question, its task, and what the client is given with it. Raises ClientFailed, Refused."""
     task = link.tasks.get(ask.verb)
     if task is None:
         raise Refused(
@@ -51,7 +91,14 @@ def respond(link: Link, client: Client, ask: Ask, cover: Cover | None = None) ->
             "at least one: a text whose whole response is cut at data.max_length is none",
         )
         raise ClientFailed("D205", found, expected, "give it rows, or raise data.max_length")
-    update = task.work(client, given, ask.now)
+    return task, schema, given
+
+
+def answered(
+    link: Link, client: Client, ask: Ask, question: Opened, update: Update, cover: Cover | None = None
+) -> Reply:
+    """What the client found, covered, through the chain, encoded."""
+    task, schema, given = question
     require_finite(update, client.name)
     update = cover(update, task.near(given)) if cover else update
     sent = task.chain.send(update, client, ask.now, task.near(given))

@@ -1,4 +1,5 @@
-"""The local transport: every client in this process, one after the other, on one shared model."""
+"""The local transport: every client in this process, on one shared model; one after the other, or several in
+one pass where the recipe says so."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtune.runtime.client_half import respond
+from fedtune.runtime.client_half import respond, respond_together
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.protocol import Ask, Link, Reply, Transport
 from fedtune.types import Client
@@ -17,21 +18,38 @@ def local_transport(
     link: Link, client: Callable[[Ask], Client], done: Callable[[Ask, Client], None], logs: Path | None = None
 ) -> Transport:
     """Ask members by calling their half, `client` before and `done` after it; memory does not grow with their
-    number.
+    number, but with that of clients in one pass.
 
     logs  where the traceback of a client's unforeseen error goes
     """
 
     def carry(asks: Sequence[Ask]) -> Iterator[Reply]:
-        for ask in asks:
-            name, began = str(ask.client), time.monotonic()
-            try:
-                workspace = client(ask)
-                name = workspace.name
-                reply = respond(link, workspace, ask)
-                done(ask, workspace)
-            except Exception as error:  # whatever it is, it is about this client
-                reply = Reply(ask.client, failure=failure_of(error, name, logs))
-            yield replace(reply, seconds=time.monotonic() - began)
+        left = list(asks)
+        while left:
+            task = link.tasks.get(left[0].verb)
+            most = task.together[0] if task else 1
+            group, left = left[:most], left[most:]
+            yield from several(group) if len(group) > 1 else [single(group[0])]
+
+    def single(ask: Ask) -> Reply:
+        name, began = str(ask.client), time.monotonic()
+        try:
+            workspace = client(ask)
+            name = workspace.name
+            reply = respond(link, workspace, ask)
+            done(ask, workspace)
+        except Exception as error:  # whatever it is, it is about this client
+            reply = Reply(ask.client, failure=failure_of(error, name, logs))
+        return replace(reply, seconds=time.monotonic() - began)
+
+    def several(asks: Sequence[Ask]) -> Iterator[Reply]:
+        began = time.monotonic()
+        clients = [client(ask) for ask in asks]
+        for ask, one, said in zip(asks, clients, respond_together(link, clients, asks), strict=True):
+            if isinstance(said, Reply):
+                done(ask, one)
+            else:
+                said = Reply(ask.client, failure=failure_of(said, one.name, logs))
+            yield replace(said, seconds=(time.monotonic() - began) / len(asks))
 
     return carry

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedtune.methods import Method, Verb, Work
+from fedtune.methods import Method, Together, Verb, Work
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain, Question
 from fedtune.types import Round, Tensors
@@ -27,6 +27,7 @@ class Task:
     reads_each  the server reads single answers
     by_group    the server reads sums of groups
     figures     names of the figures that an answer may carry
+    together    how many clients at most can be asked at once, and how
     """
 
     work: Work
@@ -39,6 +40,7 @@ class Task:
     reads_each: bool = False
     by_group: bool = False
     figures: tuple[str, ...] = ()
+    together: tuple[int, Together | None] = (1, None)
 
     def kinds(self, answer: Schema) -> frozenset[str]:
         """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them
@@ -72,6 +74,7 @@ def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
             reads_each=verb.reads_each,
             by_group=verb.by_group,
             figures=figures,
+            together=verb.together,
         )
 
     return {name: task(name, verb) for name, verb in method.verbs.items()}

@@ -26,6 +26,7 @@ class Adapter(Settings):
                  and not the network
     switches_off whether the network can be asked without it while it is there
     sparse   whether it trains chosen positions of weights, which every party derives from the base
+    stacks   whether several clients' tensors fit into one pass (fedtune/model/stacked.py)
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Adapter(Settings):
     has_encoder: ClassVar[bool] = False
     switches_off: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
 
     @property
     def virtual_tokens(self) -> int:

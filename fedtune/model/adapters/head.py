@@ -17,6 +17,7 @@ class Head(Adapter):
 
     kind: Literal["head"] = "head"
     merges: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         from fedtune.hf.config import LM_TASKS

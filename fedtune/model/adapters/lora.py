@@ -20,6 +20,7 @@ class Lora(LayerAdapter):
     kind: Literal["lora"] = "lora"
     merges: ClassVar[bool] = True
     switches_off: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
     rank: int = Field(8, ge=1)
     """Rank r."""
     alpha: float = Field(16.0, gt=0)
