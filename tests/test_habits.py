@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_paths_that_a_page_names_are_there(page: str) -> None:
     named = code + re.findall(r"\]\(([\w./-]+)[)#]", text)
     gone = [name for name in named if not (ROOT / name).exists()]
     assert len(named) > 2 and not gone
+
+
+def test_what_is_cited_is_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert cited["version"] == project["version"] and "Apache License" in (ROOT / "LICENSE").read_text()
+    assert cited["license"] == "Apache-2.0" and cited["cff-version"] == "1.2.0"
 
 
 def test_type_checkers_see_the_annotations() -> None:

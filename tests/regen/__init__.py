@@ -11,7 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.regen import architecture, cli, docs, golden, models, rates, results, stubs
+from tests.regen import (
+    api,
+    architecture,
+    choose,
+    cli,
+    decisions,
+    docs,
+    golden,
+    models,
+    peers,
+    pictures,
+    rates,
+    results,
+    stubs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
@@ -22,6 +36,11 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "schema": docs.schema,
     "rates": rates.generate,
     "cli": cli.generate,
+    "api": api.generate,
+    "decisions": decisions.generate,
+    "pictures": pictures.generate,
+    "choose": choose.generate,
+    "peers": peers.generate,
     "architecture": architecture.generate,
     "results": results.generate,
     "models": models.generate,

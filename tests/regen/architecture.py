@@ -1,5 +1,5 @@
-"""docs/architecture.md: its table of packages and its picture of imports, from the imports that are there and
-the floors that .importlinter enforces."""
+"""docs/architecture.md: its tables of packages and of libraries, from the imports that are there and the floors that
+.importlinter enforces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ def generate() -> dict[str, str]:
     )
     rooms = between_rooms(graph)
     text = block(text, "rooms", "\n".join(table(floors, ground, rooms)))
-    text = block(text, "picture", "\n".join(picture(floors, rooms)))
     return {path: block(text, "libraries", "\n".join(users(graph)))}
 
 
@@ -76,30 +75,6 @@ def about(name: str) -> str:
         .replace("\n", " ")
     )
     return text.partition(". ")[0].rstrip(".")
-
-
-def picture(floors: list[list[str]], rooms: Graph) -> Iterator[str]:
-    """A Mermaid flowchart of the packages above the ground; an arrow that follows from two others is left
-    out."""
-    shown = [name for names in floors for name in names]
-    arrows = {name: rooms.get(name, set()) & set(shown) for name in shown}
-    yield from ("```mermaid", "flowchart TD")
-    for name in shown:
-        for other in sorted(arrows[name]):
-            ways = (via for via in arrows[name] - {other} if via not in reached(arrows, other, name))
-            if not any(other in reached(arrows, via, name) for via in ways):
-                yield f"  {name} --> {other}"
-    yield "```"
-
-
-def reached(arrows: Graph, start: str, without: str) -> set[str]:
-    """Everything that one package imports, directly or not, on ways that avoid another."""
-    found, todo = set[str](), [start]
-    while todo:
-        new = arrows[todo.pop()] - found - {without}
-        found |= new
-        todo += new
-    return found
 
 
 def users(graph: grimp.ImportGraph) -> Iterator[str]:

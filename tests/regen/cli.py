@@ -48,7 +48,11 @@ def page(name: str, about: str, parser: argparse.ArgumentParser) -> list[str]:
     ]
     words = [usage(action) for action in sorted(actions, key=lambda action: bool(action.option_strings))]
     rows = [f"| `{usage(action).strip('[]')}` | {cell(meaning(action))} |" for action in actions]
-    lines = [f"## {name}\n", f"{about[:1].upper()}{about[1:]}.\n", f"    {' '.join([name, *words])}\n"]
+    lines = [
+        f"## {name}\n",
+        f"{about[:1].upper()}{about[1:]}.\n",
+        f"```text\n{' '.join([name, *words])}\n```\n",
+    ]
     return [*lines, "| argument | meaning |", "|---|---|", *rows, ""] if rows else lines
 
 

@@ -110,7 +110,7 @@ def generate() -> dict[str, str]:
         if (path := ROOT / "simulations" / "results" / f"{name}.json").exists()
     }
     front = (ROOT / "README.md").read_text(encoding="utf-8")
-    front = block(front, "demo", "```\n" + demo(tables["demo"]) + "\n```" if "demo" in tables else "")
+    front = block(front, "demo", "```text\n" + demo(tables["demo"]) + "\n```" if "demo" in tables else "")
     front = block(
         front,
         "kinds",

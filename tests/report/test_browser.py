@@ -4,8 +4,6 @@ between a telephone and a wide screen, in light and in dark."""
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,9 @@ from PIL import Image
 
 from fedtune.report import write_report
 from tests import small
+from tests.browser import browse, needs_browser, requests_of
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +25,6 @@ def page(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(json.dumps(e.record(), default=str) + "\n" for e in events)
     )
     return write_report([folder])
-
-
-def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    assert BROWSER
-    return subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", *options, page.as_uri()],
-        capture_output=True, text=True, check=True, timeout=300,
-    )  # fmt: skip
-
-
-def requests_of(log: Path) -> list[str]:
-    """What a page asked of a network, and not the browser for itself."""
-    asked = [one.get("params", {}) for one in json.loads(log.read_text())["events"]]
-    return [
-        one["url"]
-        for one in asked
-        if str(one.get("url")).startswith("http") and one.get("initiator", "not an origin") != "not an origin"
-    ]
 
 
 def test_a_page_that_asks_is_noticed(tmp_path: Path) -> None:

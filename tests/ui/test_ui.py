@@ -19,7 +19,7 @@ from fedtune.events import ClientDone, Event, Noted, RoundDone, RoundStarted, Ru
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.ui.pages import RunPages
 from fedtune.ui.serve import MOST, Server
-from tests.report.test_browser import BROWSER
+from tests.browser import BROWSER, needs_browser
 from tests.waiting import wait_for
 
 pytest.importorskip("matplotlib")
@@ -136,7 +136,7 @@ def test_many_silent_connections_leave_room_again(server: Server) -> None:
     wait_for(answers, "an answer after the silent ones have gone")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
+@needs_browser
 def test_a_browser_follows_a_run(server: Server, runs: Path, tmp_path: Path) -> None:
     """The page asks for itself again when a round is done, while the browser is open."""
     asked: list[list[str]] = []
