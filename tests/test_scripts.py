@@ -16,9 +16,14 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
-    str(path.relative_to(ROOT))
-    for folder in ("benchmarks", "simulations")
-    for path in (ROOT / folder).glob("*.py")
+    [
+        "benchmarks/peers/compare.py",
+        *(
+            str(path.relative_to(ROOT))
+            for folder in ("benchmarks", "simulations")
+            for path in (ROOT / folder).glob("*.py")
+        ),
+    ]
 )
 LONG = {
     "benchmarks/simulation.py",
@@ -76,7 +81,7 @@ def test_a_script_can_be_imported_and_explains_itself(
     [
         pytest.param(path, marks=[pytest.mark.slow] if path in LONG else [])
         for path in SCRIPTS
-        if path.startswith("benchmarks/") and "record" not in path
+        if path.startswith("benchmarks/") and "record" not in path and "peers" not in path
     ],
 )
 def test_a_benchmark_ends_with_its_claims(
@@ -95,6 +100,40 @@ def test_both_sides_of_the_simulation_benchmark(
 ) -> None:
     load("benchmarks/simulation.py").worker(kind, 2, 1, 1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["round_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--only", "loop", "fedtune", "nvflare", "--turns", "1", "--cases", "nan"], id="quick"),
+        pytest.param(
+            ["--only", "loop", "fedtune", "flower", "fedtune-flower"], id="all", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_peers_are_compared(
+    more: list[str], start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start("benchmarks/peers/compare.py", "--tiny", *more, "--out", tmp_path / "cells.json")
+    said = capsys.readouterr().out.splitlines()
+    (claim, *_), rows = json.loads(said[-1]), json.loads((tmp_path / "cells.json").read_text())["rows"]
+    assert (
+        claim["ours"] > 0
+        and claim["other"] > 0
+        and (said[0].startswith("absent: NVFLARE")) == ("nvflare" in more)
+    )
+    spoiled = rows["one client sends NaN"]
+    assert spoiled["plain loop"] == "model is NaN, exit code 0"
+    assert spoiled["fedtune"] == "goes on without the client"
+    assert rows["lines that a user writes"]["fedtune"] < 40 < rows["lines that a user writes"]["plain loop"]
+    if "flower" in more:
+        assert (
+            rows["same weights twice"]["fedtune"]
+            == rows["same weights twice"]["fedtune on Flower's engine"]
+            == "yes"
+        )
+        assert rows["killed in round 2, started again"]["fedtune"] == "goes on in round 2, same weights"
+        assert rows["killed in round 2, started again"]["plain loop"].startswith("begins anew")
 
 
 def test_benchmarks_are_recorded(start: Start, tmp_path: Path) -> None:
