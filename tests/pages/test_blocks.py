@@ -18,7 +18,7 @@ from tests.pages.commands import commands, wrong
 from tests.pages.test_python import ELSEWHERE, RUN
 
 BLOCKS = blocks()
-CHECKED = {"console", "indented", "ini", "python", "toml"}
+CHECKED = {"console", "indented", "ini", "python", "sh", "toml"}
 PLAIN = {"text"}  # output and figures: nothing that a program reads
 
 
@@ -31,13 +31,13 @@ def test_every_block_says_what_it_is() -> None:
     assert not odd, "no language, or one that no test knows"
     indented = {block.page for block in of("indented")}
     assert not [page for page in indented if page.startswith("docs/")], "fence it, and name its language"
-    assert len(of("console")) > 30 and len(of("toml")) > 8 and len(of("python")) > 8
+    assert len(of("console", "sh")) > 30 and len(of("toml")) > 8 and len(of("python")) > 8
 
 
 def test_commands_are_what_their_programs_take() -> None:
     said = [
         f"{block}: {line}: {problem}"
-        for block in of("console", "indented")
+        for block in of("console", "indented", "sh")
         for line in commands(block.text)
         if (problem := wrong(line))
     ]
