@@ -20,7 +20,7 @@ from tests.pages.blocks import ROOT, Block, blocks_of
 PAGE = list(blocks_of(ROOT / "docs" / "getting-started.md"))
 QUICK = {  # added to the page's command
     "init": ["--model", "model"],
-    "simulate": ["--set", "rounds=2", "--set", "method.train.steps=1", "--set", "method.train.batch=4"],
+    "simulate": [f"--set={key}" for key in ("rounds=2", "method.train.steps=1", "method.head_start=random")],
 }
 
 
