@@ -91,8 +91,8 @@ class TrainSettings(Settings):
     together: int = Field(1, ge=1, le=1024)
     """So many clients go through the shared base in one pass, each with its own adapter on its own rows,
     where one process asks them (not on Flower's engine, nor at real sites). Faster where a client's batch is
-    one or a few short examples, slower otherwise (benchmarks/together.py); a run's bytes then depend on who was
-    trained with whom."""
+    one or a few short examples, slower otherwise (benchmarks/together.py); a run's bytes then depend on who
+    was trained with whom."""
     objective: ObjectiveTable = CrossEntropy()
     """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case."""
     checkpointing: bool = False
