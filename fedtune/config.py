@@ -27,6 +27,7 @@ from fedtune.privacy.releases import Release
 from fedtune.privacy.settings import PrivacySettings
 from fedtune.recipes import BUILT_IN, text_of
 from fedtune.rules import check_rules
+from fedtune.selection import SelectTable
 from fedtune.settings import Settings, path_below, union_of
 from fedtune.sinks import SinkTable
 from fedtune.transforms import ChainStep
@@ -178,6 +179,8 @@ class Recipe(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = Docstrings()
     partition: PartitionSettings = Dirichlet()
+    select: tuple[SelectTable, ...] = ()
+    """What each client does with its training rows before the first round, in this order."""
     method: MethodSettings = FedPEFTTable()
     sampling: SamplingSettings = SamplingSettings()
     chain: tuple[ChainStep, ...] = ()

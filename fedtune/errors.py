@@ -30,6 +30,7 @@ CATALOGUE: dict[str, str] = {
     "D206": "A label is not in the label set.",
     "D207": "A text has more tokens than the model or the recipe allows.",
     "D208": "What a recipe or a command asks for needs a Python package that is not installed.",
+    "D209": "A selection of rows finds nothing for a client to train on.",
     # M: model and adapter
     "M301": "The model cannot be found or loaded.",
     "M302": "A target module of the adapter is not in the model.",

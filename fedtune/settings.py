@@ -21,6 +21,7 @@ DISCRIMINATORS = (
     "sink",
     "metric",
     "loss",
+    "input",
 )  # keys that choose the class of a table
 
 

@@ -28,7 +28,7 @@ class Update:
 
     tensors  name -> array, already times `weight`; float64 unless a transform changed them, so that a sum of
              up to 2**20 weighted float32 values divides back to the float32 it came from
-    weight   how much this answer counts (examples, tokens, or 1)
+    weight   how much this answer counts, as method.weight says
     metrics  name -> number, already times `weight`
     scales   name -> array, filled only by transforms that turn tensors into integer levels
     notes    what the client's transforms chose, and why, for the run's events; no part of the message, and of

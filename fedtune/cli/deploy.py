@@ -68,6 +68,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--server", default="", metavar="HOST:PORT", help="the coordinator")
     parser.add_argument("--data", default="", metavar="FILE", help="this site's rows")
     parser.add_argument(
+        "--shared",
+        default="",
+        metavar="FILE",
+        help="this site's copy of the rows that all sites mix into their own, where a recipe has data.share",
+    )
+    parser.add_argument(
         "--map",
         default="",
         metavar="NAME=COLUMN,...",
@@ -280,13 +286,13 @@ def client(options: argparse.Namespace) -> int:
     quiet()
     split_address(options.server, "--server")
     columns_of(options.map)
-    keys, home, data, policy = (
-        absolute(text) for text in (options.keys, options.home, options.data, options.policy)
+    keys, home, data, shared, policy = (
+        absolute(text) for text in (options.keys, options.home, options.data, options.shared, options.policy)
     )
-    for option, path in (("--data", data), ("--policy", policy), ("--keys", keys)):
+    for option, path in (("--data", data), ("--shared", shared), ("--policy", policy), ("--keys", keys)):
         if path and not Path(path).exists():
             raise FedtuneError(
-                "D201" if option == "--data" else "C105",
+                "D201" if path in (data, shared) else "C105",
                 f"nothing at '{path}' for {option}",
                 "a file or folder",
                 f"correct {option}",
@@ -302,6 +308,7 @@ def client(options: argparse.Namespace) -> int:
         policy,
         options.partition,
         options.map,
+        shared,
         int(max(0.0, options.cache_gib) * (1 << 30)),
         max(0, options.keep_days),
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedtune.data.partition import Partition
 from fedtune.data.rows import BLANK, Clean, Rows, Table, clean
-from fedtune.data.settings import Source
+from fedtune.data.settings import PathSource, Source
 from fedtune.errors import FedtuneError
 from fedtune.rng import stream
 
@@ -130,6 +130,8 @@ def load(data: Source, partition: Partition, seed: int) -> Federation:
     for client in clients:
         if len(client.train) < partition.min_rows:
             raise partition.too_few(client.name, len(client.train))
+    shared = shared_rows(data)
+    clients = tuple(replace(one, train=mixed(data, one.train, shared, seed)) for one in clients)
     if held is None:
         held = [row for client in clients for row in client.test]
     if not held and (table.test is not None or data.client_test_share):
@@ -140,7 +142,7 @@ def load(data: Source, partition: Partition, seed: int) -> Federation:
             "correct the data or raise data.test_share",
         )
     notes = [*table.notes, *odd_labels([*rows.rows, *held]), *leaks(clients, held)]
-    return Federation(clients, held, label_set(data, [*rows.rows, *held]), dropped, tuple(notes))
+    return Federation(clients, held, label_set(data, [*rows.rows, *held, *shared]), dropped, tuple(notes))
 
 
 def load_slice(data: Source, seed: int, id: int = 0, name: str = "site") -> tuple[Slice, dict[str, int]]:
@@ -173,7 +175,31 @@ def load_slice(data: Source, seed: int, id: int = 0, name: str = "site") -> tupl
             "at least one",
             "use more data or lower data.client_test_share",
         )
-    return mine, dropped
+    return replace(mine, train=mixed(data, mine.train, shared_rows(data), seed)), dropped
+
+
+def shared_rows(data: Source) -> Rows:
+    """The rows of data.shared, where a client mixes some in. Raises D201 to D204, D206."""
+    if not isinstance(data, PathSource) or not data.share:
+        return []
+    table = data.model_copy(update={"path": data.shared}).table()
+    rows = clean(data, table.rows, table.where, table.folder).rows
+    if not rows:
+        raise FedtuneError(
+            "D202", f"no usable rows in {table.where}", "at least one", "correct data.shared, or remove it"
+        )
+    return rows
+
+
+def mixed(data: Source, own: Rows, shared: Rows, seed: int) -> Rows:
+    """A client's rows, and behind them so many shared ones that those are data.share of all; all of them
+    before any comes again."""
+    if not own or not shared:
+        return own
+    assert isinstance(data, PathSource)
+    again, more = divmod(round(len(own) * data.share / (1 - data.share)), len(shared))
+    drawn = sorted(stream("shared rows", seed).permutation(len(shared))[:more].tolist())
+    return [*own, *shared * again, *(shared[number] for number in drawn)]
 
 
 def key_of(row: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@
     classify         {"text": str, "label": str}
     image-classify   {"image": path or uint8 array (height, width, channels), "label": str}
 
+and "group": str where data.group names a column.
+
 Nothing is cast but labels and client names: whole numbers become their digits and truth values true or false,
 because files keep
 classes as any of them.
@@ -70,6 +72,8 @@ def clean(data: Source, rows: Rows, where: str, folder: Path | None = None, colu
         shaped = shape(data, row, at, folder)
         if shaped is None:
             continue
+        if data.group:
+            shaped["group"] = name_of(row, data.group, at, "data.group")
         made.append(shaped)
         keys.append(name_of(row, column, at, "partition.column") if column else shaped.get("label", ""))
     return Clean(made, keys, len(rows) - len(made))

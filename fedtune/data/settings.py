@@ -61,6 +61,8 @@ class Source(Settings):
     date: datetime.date = datetime.date(2025, 1, 1)
     """What chat templates that ask for today's date are told, on every day and at every site, as in
     "2025-01-01"."""
+    group: str = ""
+    """Column that says which of several tasks or sorts a row is of, for [[select]] by = "group"."""
     image: str = "image"
     """Column of the image (image-classify)."""
     labels: tuple[str, ...] = ()
@@ -176,9 +178,28 @@ class PathSource(Source):
     out otherwise. Subfolders become the column `folder`: by = "column", column = "folder" makes each a
     client."""
 
+    shared: str = ""
+    """A file or folder of rows, of the same form, that every client mixes into its own. Real sites have a
+    copy each (fedtune client --shared); what a recipe names is not read there."""
+    share: float = Field(0.0, ge=0, lt=1)
+    """How much of a client's training rows are shared ones, the same for all as far as they go; where there
+    are fewer, they come again."""
+
     @property
     def is_placed(self) -> bool:
         return bool(self.path)
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        yield from super().conflicts(recipe)
+        sites = "deploy" in recipe.model_fields_set and recipe.deploy.data == "sites"
+        if self.share and not self.shared and not sites:
+            yield f"data.share = {self.share} without data.shared", "a file of rows", "set data.shared"
+        if self.share and recipe.method.spends:
+            yield (
+                "data.share with method.train.private",
+                "rows whose number does not depend on others",
+                "remove data.share",
+            )
 
     def located(self, place: Path) -> Self:
         path = (
@@ -186,7 +207,7 @@ class PathSource(Source):
             if isinstance(self.path, str)
             else tuple(path_below(place, one) for one in self.path)
         )
-        return self.model_copy(update={"path": path})
+        return self.model_copy(update={"path": path, "shared": path_below(place, self.shared)})
 
 
 class TextFileSource(PathSource):

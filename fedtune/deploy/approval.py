@@ -18,6 +18,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.deploy.sites import ROLES
 from fedtune.disk import disk_errors
 from fedtune.runtime.exposure import beside
+from fedtune.selection import telling
 
 APPROVED = "approved.txt"  # in a site's home
 
@@ -56,7 +57,7 @@ def in_words(recipe: Recipe) -> Iterator[str]:
     train = tree.get("train", tree)
     adapter = tree.get("adapter", {}).get("kind", "")
     named = data.model_dump()
-    columns = [f"{role} '{named[role]}'" for role in ROLES[data.task] if named.get(role)]
+    columns = [f"{role} '{named[role]}'" for role in (*ROLES[data.task], "group") if named.get(role)]
     yield f"recipe        {recipe.fingerprint}"
     revision = f", revision {recipe.model.revision}" if recipe.model.revision else ""
     yield f"model         {recipe.model.name}{revision}"
@@ -73,7 +74,8 @@ def in_words(recipe: Recipe) -> Iterator[str]:
         use = "and uses it singly" if about.reads_each else "and uses the sum"
         shows = f" ({about.shows})" if about.shows else ""
         yield f"{verb!r:<14}the coordinator sees each site's answer, {use}{shows}"
-    for what, sees in beside(", ".join(method.facts.metrics)).items():
+    also = beside(", ".join(method.facts.metrics), method.facts.weight) | telling(recipe.select)
+    for what, sees in also.items():
         yield f"{what:<14}{sees}"
     yield "not hidden    updates can reveal training data, the more, the fewer rows, steps and members"
 

@@ -294,7 +294,7 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
         ),
         "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
     }
-    kept = json.dumps(walls(flower, [config.keys, config.data, config.home, config.policy]))
+    kept = json.dumps(walls(flower, [config.keys, config.data, config.shared, config.home, config.policy]))
     logs = {name: home / "logs" / f"{name}.log" for name in commands}
     flowers = [
         Program(name, commands[name], logs[name], theirs, walls=kept) for name in ("supernode", "superexec")

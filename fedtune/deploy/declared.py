@@ -11,6 +11,7 @@ from typing import Any
 
 from fedtune.config import Recipe
 from fedtune.extras import require
+from fedtune.methods import weights
 from fedtune.runtime.site_scores import SCORE
 
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
@@ -19,8 +20,13 @@ PIECE = 1 << 20
 SPECIAL = 16  # tokens of a row that stand for no byte of it, at most: heads of turns, the end
 
 
-def declared(data: str) -> dict[str, int]:
-    """Rows and bytes of a file, a folder or a pattern; nothing where there is none."""
+def declared(*places: str) -> dict[str, int]:
+    """Rows and bytes of files, folders or patterns together; nothing where there are none."""
+    known = [counted for place in places if (counted := counts(place))]
+    return {key: sum(one[key] for one in known) for key in ("rows", "bytes")} if known else {}
+
+
+def counts(data: str) -> dict[str, int]:
     place = Path(data)
     files = (
         [place]
@@ -66,13 +72,12 @@ def heaviest(recipe: Recipe, report: Mapping[str, Any], verb: str) -> float:
         return math.inf
     language = recipe.data.task in ("causal-lm", "instruct")
     tokens = float(size + SPECIAL * rows)
-    weight = str(recipe.method.model_dump().get("weight", "examples"))
-    if verb == SCORE or weight == "examples":
-        return (
-            tokens
-            if verb == SCORE and language
-            else float(rows)
-            if recipe.data.task != "causal-lm"
-            else tokens
-        )
-    return tokens if weight == "tokens" else 1.0
+    if verb == SCORE:
+        return tokens if language else float(rows)
+    if recipe.data.task == "image-classify":
+        tokens = float(rows)  # an image counts as one
+    tokens += rows * sum(one.longer for one in recipe.select)
+    if stride := getattr(recipe.data, "stride", 0):
+        tokens *= math.ceil(recipe.data.max_length / stride)  # blocks overlap
+    examples = tokens if recipe.data.task == "causal-lm" else float(rows)
+    return weights.heaviest(str(recipe.method.model_dump().get("weight", "rows")), examples, tokens)

@@ -40,7 +40,7 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
     yield from reached(config.coordinator, identity)
     require_own(config)
     if config.data:
-        known = declared(config.data)
+        known = declared(config.data, config.shared)
         yield (
             f"data      {config.data}: at most {known.get('rows', 0):,} rows, {known.get('bytes', 0):,} "
             "bytes; so much is declared with the greeting"
@@ -49,7 +49,8 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
         here = recipe.model_copy(
             update={"deploy": recipe.deploy.model_copy(update={"sites": (identity.name.name,)})}
         )
-        mine = at_site(here, 0, config.data, config.partition, columns_of(config.columns)).clients[0]
+        columns = columns_of(config.columns)
+        mine = at_site(here, 0, config.data, config.partition, columns, config.shared).clients[0]
         yield f"rows      {len(mine.train):,} to train on, {len(mine.test):,} held out, by this recipe"
         policy.check(
             recipe,

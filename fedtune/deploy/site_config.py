@@ -16,6 +16,7 @@ class SiteConfig:
     model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own
     device
     columns        --map as it was given: the recipe's names of columns and this site's
+    shared         this site's copy of the rows that all sites mix into their own
     partition      for demos: the recipe may say which rows and which model's folder are read here
     cache_bytes    of states that are kept, so that they need not be sent again
     keep_days      for which receipts and lines of the ledger are kept; 0: for good
@@ -31,6 +32,7 @@ class SiteConfig:
     policy: str = ""
     partition: bool = False
     columns: str = ""
+    shared: str = ""
     cache_bytes: int = 4 << 30
     keep_days: int = 0
 

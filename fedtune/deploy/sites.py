@@ -83,7 +83,7 @@ def at_coordinator(recipe: Recipe) -> Federation:
         return load(recipe.data, recipe.partition, recipe.seed)
     test: list[dict[str, Any]] = []
     if deploy.test:
-        data = data_at(recipe.data, deploy.test, client_test_share=0.0, limit=0)
+        data = data_at(recipe.data, deploy.test, client_test_share=0.0, limit=0, group="", share=0.0)
         with called("data.path", "deploy.test"):
             mine, _ = load_slice(data, recipe.seed, 0, "the coordinator")
         test = [*mine.train, *mine.test]
@@ -138,7 +138,7 @@ def mapped(data: Source, columns: Mapping[str, str]) -> dict[str, str]:
             if data.messages
             else [role for role in roles if role != "prompt" or "{" not in data.template]
         )
-    made = {role: own(named[role]) for role in roles}
+    made = {role: own(named[role]) for role in [*roles, *(["group"] if data.group else [])]}
     if "{" in data.template:
         inner = [name for name in COLUMN.findall(data.template) if name not in ("prompt", "response")]
         template = COLUMN.sub(
@@ -149,10 +149,15 @@ def mapped(data: Source, columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def at_site(
-    recipe: Recipe, number: int, data: str, partition: bool = False, columns: Mapping[str, str] | None = None
+    recipe: Recipe,
+    number: int,
+    data: str,
+    partition: bool = False,
+    columns: Mapping[str, str] | None = None,
+    shared: str = "",
 ) -> Federation:
-    """One site's own rows, under its number; of the others nothing. They come from `data` and from nowhere
-    else: what a recipe names is read only where the
+    """One site's own rows, under its number; of the others nothing. They come from `data`, and those that all
+    sites share from `shared`, and from nowhere else: what a recipe names is read only where the
     site's operator has said so (`partition`, for demos). Raises F507, and what the data raise."""
     if recipe.deploy.data == "partition":
         if not partition:
@@ -175,11 +180,17 @@ def at_site(
         raise FedtuneError(
             "D201", "no data of this site", "a file or folder", "start it with: fedtune client --data FILE"
         )
-    name = recipe.deploy.sites[number]
-    with called("data.path", "--data"):
-        mine, dropped = load_slice(
-            data_at(recipe.data, data, **mapped(recipe.data, columns or {})), recipe.seed, number, name
+    if recipe.data.share and not shared:
+        raise FedtuneError(
+            "D201",
+            f"no shared rows of this site, where data.share = {recipe.data.share}",
+            "its copy of them",
+            "start it with: fedtune client --shared FILE",
         )
+    name = recipe.deploy.sites[number]
+    own = {**mapped(recipe.data, columns or {}), "shared": shared}
+    with called("data.path", "--data"):
+        mine, dropped = load_slice(data_at(recipe.data, data, **own), recipe.seed, number, name)
     slices = tuple(
         mine if other == number else Slice(other, whose, [], [])
         for other, whose in enumerate(recipe.deploy.sites)

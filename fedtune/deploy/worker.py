@@ -149,7 +149,7 @@ class Worker:
         can = {**means(self.config.device), "speed": round(speed(self.config.device), 1)}
         return {
             **can,
-            **declared(self.config.data),
+            **declared(self.config.data, self.config.shared),
             "disk": shutil.disk_usage(self.home).free,
             "protocol": PROTOCOL,
             "versions": versions(),
@@ -311,9 +311,8 @@ class Worker:
                 f"that of '{self.identity.name.name}'",
                 "report this",
             )
-        federation = at_site(
-            mine, details.number, self.config.data, self.config.partition, columns_of(self.config.columns)
-        )
+        c = self.config
+        federation = at_site(mine, details.number, c.data, c.partition, columns_of(c.columns), c.shared)
         require_memory(mine, len(federation.labels), mine.model.device)
 
         def load_ends(known: Federation) -> Base:  # of a model that is split, a site holds the ends only

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
+from fedtune.methods.weights import TELLS, Weight, weight_of
 from fedtune.model.adapters import AdapterSettings, Lora
 from fedtune.model.rates import rate_conflicts, rates_of, with_rates
 from fedtune.model.settings import (
@@ -30,19 +31,13 @@ if TYPE_CHECKING:
     from fedtune.model.memory_plan import Plan
     from fedtune.model.tunable import TunableModel
 
-Weight = Literal["examples", "tokens", "equal"]
-
-
-def weight_of(kind: Weight, data: Encoded) -> float:
-    """What a client's answer counts for in the mean."""
-    return {"examples": float(len(data)), "tokens": float(data.tokens), "equal": 1.0}[kind]
-
 
 class TrainedTable(MethodTable):
     """[method] of a method whose clients train for some steps or epochs."""
 
-    weight: Weight = "examples"
-    """What a client's answer counts for in the mean."""
+    weight: Weight = "rows"
+    """What a client's answer counts for in the mean: its rows; its tokens that carry loss; equal: as much as
+    any other; loss-speed: more where its training loss falls slowly (dynamic weight average)."""
     head_start: HeadStart = "auto"
     """How a fresh task head starts: random; or from sums over clients' features, by class, in one question
     before the first round: means (of each class), ridge (a least-squares map) or lda (linear discriminants),
@@ -67,6 +62,9 @@ class TrainedTable(MethodTable):
         yield from rate_conflicts(self.train, self.trains, rates_of(self.trains))
         yield from float16_conflicts(recipe)
         yield from start_conflicts(self.head_start, recipe)
+
+    def require(self, tokenizer: Any, name: str) -> None:
+        self.train.require(tokenizer, name)
 
     @property
     def rates_open(self) -> bool:
@@ -155,6 +153,7 @@ class AdapterMethod(AveragedTensors):
             self.settings.type,
             f"{self.settings.type} / {self.settings.adapter.kind}",
             metrics=names_of_figures(self.settings),
+            weight=TELLS[self.settings.weight],
         )
 
     @property
@@ -184,9 +183,8 @@ class AdapterMethod(AveragedTensors):
         tunable.write(given)
         seed = seed_of("train", now.seed, now.number, client.id)
         report = fit(tunable, client.data, self.settings.train, seed, progress=(now.number - 1, self.rounds))
-        return Update.of(
-            tunable.read(), weight_of(self.settings.weight, client.data), figures(self.settings, report)
-        )
+        weight = weight_of(self.settings.weight, client, report.loss)
+        return Update.of(tunable.read(), weight, figures(self.settings, report))
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit

@@ -34,10 +34,11 @@ from fedtune.experts.state import (
     sketches_of,
     with_groups,
 )
-from fedtune.methods.base import AdapterMethod, weight_of
+from fedtune.methods.base import AdapterMethod
 from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.methods.weights import TELLS, weight_of
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
@@ -274,7 +275,7 @@ class Experts(AdapterMethod):
         loss = self.fitted(client, now, "train", self.rule.trains(tunable.named, now.number))
         sent = self.rule.sends(tunable.named, now.number)
         values = {name: value for name, value in tunable.read().items() if name in sent}
-        return Update.of(values, weight_of(self.settings.weight, client.data), {"loss": loss})
+        return Update.of(values, weight_of(self.settings.weight, client, loss), {"loss": loss})
 
     def tell_sketch(self, client: Client, given: Tensors, now: Round) -> Update:
         """Where this client's rows alone would move the general expert's B."""
@@ -310,7 +311,7 @@ class Experts(AdapterMethod):
             loss = self.fitted(client, now, SPECIALISE, trained, extra)
             values = unstack(tunable.read(), extra)
         sent = {OWN + name: values[name] for name in sorted(self.rule.sends(own, now.number))}
-        return Update.of(sent, weight_of(self.settings.weight, client.data), {LOSS: loss})
+        return Update.of(sent, weight_of(self.settings.weight, client, loss, SPECIALISE), {LOSS: loss})
 
     def fitted(self, client: Client, now: Round, verb: str, names: frozenset[str], extra: int = 0) -> float:
         """Train these tensors on the client's rows; the mean loss."""
@@ -332,7 +333,12 @@ class Experts(AdapterMethod):
 
     @property
     def facts(self) -> Facts:
-        return Facts("experts", f"experts / {self.grouping.by}", metrics=("loss", LOSS))
+        return Facts(
+            "experts",
+            f"experts / {self.grouping.by}",
+            metrics=("loss", LOSS),
+            weight=TELLS[self.settings.weight],
+        )
 
     @property
     def capabilities(self) -> Capabilities:

@@ -27,7 +27,6 @@ from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError, Refused
 from fedtune.extras import require
 from fedtune.methods import integers
-from fedtune.methods.base import weight_of
 from fedtune.methods.fedkseed_costs import FedKSeedCosts
 from fedtune.methods.fedkseed_gradient import projected, takes_gradients
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
@@ -44,6 +43,7 @@ from fedtune.methods.head_start import (
 )
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.seeds import save_seeds, seeds_of
+from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.rates import WIDTH
 from fedtune.model.settings import whole_run
 from fedtune.rng import seed_of
@@ -216,17 +216,15 @@ class FedKSeed:
             first_loss(tunable, client.data, self.settings.batch, seed) if now.number == 1 else None
         )  # the server compares all rounds with the first
         gradient = takes_gradients(self.settings, client.id, tunable, client.data)
+        turn = (now.number - 1, self.rounds)
+        epoch = self.epoch(now.number)
         if gradient:
-            pool, progress = self.pool(tunable, self.epoch(now.number)), (now.number - 1, self.rounds)
-            found_out = projected(
-                tunable, client.data, pool, seed, self.settings, self.scale.unit, self.most, progress
-            )
+            pool, s = self.pool(tunable, epoch), self.settings
+            found_out = projected(tunable, client.data, pool, seed, s, self.scale.unit, self.most, turn)
         else:
-            seeds = self.draw(given, now, client.id)
-            found_out = self.walk(
-                tunable, client.data, self.epoch(now.number), seeds, seed, self.curvature(tunable, given, now)
-            )
-        weight = int(weight_of(self.settings.weight, client.data))
+            seeds, by = self.draw(given, now, client.id), self.curvature(tunable, given, now)
+            found_out = self.walk(tunable, client.data, epoch, seeds, seed, by, turn)
+        weight = int(weight_of(self.settings.weight, client, found_out.loss))
         if self.settings.sends_steps:
             tensors = {"steps": integers.packed(found_out.scalars, self.settings.bits)}
         else:
@@ -260,10 +258,11 @@ class FedKSeed:
         seeds: np.ndarray,
         seed: int,
         by: Mapping[str, Any] | None = None,
+        turn: tuple[int, int] = (0, 1),
     ) -> Walk:
-        """Steps by forward passes alone along these seeds (steps,), in place; `by` is the curvature's factor
-        of each parameter."""
-        return walked(tunable, data, self.pool(tunable, epoch), seeds, seed, self.settings, self.scale, by)
+        """Steps by forward passes alone along these seeds (steps,), in place; further as for `walked`."""
+        pool, s = self.pool(tunable, epoch), self.settings
+        return walked(tunable, data, pool, seeds, seed, s, self.scale, by, turn)
 
     def belongs(self, given: Tensors, tunable: TunableModel) -> bool:
         """Whether accumulators were made for the values that this tunable model starts from, and for these
@@ -336,7 +335,7 @@ class FedKSeed:
             f"{s.pool} pool of {s.size}"
         )
         forms = ("seeds", "merged", "adapter") if s.space == "adapter" else ("seeds", "merged")
-        return Facts("fedkseed", title, forms, ("clipped", "gradient", "loss", "start"))
+        return Facts("fedkseed", title, forms, ("clipped", "gradient", "loss", "start"), TELLS[s.weight])
 
     @property
     def capabilities(self) -> Capabilities:

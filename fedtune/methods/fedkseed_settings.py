@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field
 
-from fedtune.methods.base import Weight
 from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
+from fedtune.methods.weights import Weight
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
 from fedtune.model.rates import Rates, rate_conflicts, with_rates
 from fedtune.model.settings import TrainSettings, float16_conflicts, objective_conflicts
@@ -103,8 +103,8 @@ class FedKSeedSettings(MethodTable):
     uplink: Literal["auto", "steps", "pool"] = "auto"
     """steps: each step's scalar, which the server reads; pool: K sums, which it adds; auto: steps where all
     clients use spsa."""
-    weight: Weight = "examples"
-    """What a client's answer counts for in the mean."""
+    weight: Weight = "rows"
+    """As for fedpeft."""
     head_start: HeadStart = "auto"
     """As for fedpeft. The head's first values then travel
     too, once to each client that holds them."""
@@ -119,6 +119,9 @@ class FedKSeedSettings(MethodTable):
     @classmethod
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
         return set() if table.get("space") == "adapter" else {"adapter"}
+
+    def require(self, tokenizer: Any, name: str) -> None:
+        self.train.require(tokenizer, name)
 
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
@@ -166,6 +169,12 @@ class FedKSeedSettings(MethodTable):
     def walking_conflicts(self) -> Iterator[tuple[str, str, str]]:
         objective = self.train.objective
         walks = "spsa" in self.estimators if self.estimators else self.estimator != "gradient"
+        if walks and not self.train.uds.idle:
+            yield (
+                "method.train.uds with clients that walk",
+                "training with gradients",
+                "set method.estimator = 'gradient', or remove [method.train.uds]",
+            )
         if walks and not objective.by_values:
             yield (
                 f"method.train.objective.loss = '{objective.loss}' with clients that walk",

@@ -51,16 +51,19 @@ def walked(
     s: FedKSeedSettings,
     scale: Scale,
     by: Mapping[str, Any] | None = None,
+    turn: tuple[int, int] = (0, 1),
 ) -> Walk:
-    """Walk along the directions `seeds` (steps,) in place; `by` is the curvature's factor of each parameter.
-    Raises ClientFailed W607."""
-    from fedtune.model.fit import step_batches
+    """Walk along the directions `seeds` (steps,) in place; `by` is the curvature's factor of each parameter,
+    `turn` = (rounds done, rounds). Both sides of a step read the same inputs. Raises ClientFailed W607."""
+    from fedtune.model.changed_inputs import ChangedInputs
+    from fedtune.model.fit import share_done, step_batches
     from fedtune.model.forward import batch_of, forward_only, mean_loss
     from fedtune.model.training_loss import TrainingLoss
     from fedtune.zeroth import views, walk
 
     go: Go = partial(walk, views(tunable.named), pool, by=by)
-    loss_of = TrainingLoss.of(s.train.objective, tunable, data)
+    inputs = ChangedInputs.of(s.train.inputs, tunable, seed)
+    loss_of = inputs.around(TrainingLoss.of(s.train.objective, tunable, data))
     measure = one_sided if s.estimator == "fzoo" else two_sided
     groups = seeds.reshape(-1, s.group if s.estimator == "fzoo" else 1)
     scalars, losses, clipped = np.zeros(groups.shape, np.int64), np.zeros(len(groups)), 0
@@ -70,7 +73,8 @@ def walked(
     batches = step_batches(len(data), TrainSettings(steps=len(groups), batch=s.batch), seed)
     with forward_only(tunable, data):
         for step, (group, micro) in enumerate(zip(groups.tolist(), batches, strict=True)):
-            batch = batch_of(tunable, data, list(micro[0]))
+            read = inputs.at(data, step, share_done(turn, step, len(groups)))
+            batch = batch_of(tunable, read, list(micro[0]))
             loss = partial(mean_loss, tunable, batch, loss_of)
             losses[step], found, back = measure(group, s.eps, go, loss, left)
             if not all(map(math.isfinite, found)):

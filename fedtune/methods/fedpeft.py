@@ -33,13 +33,14 @@ from fedtune.aggregate import (
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import ClientFailed, FedtuneError
-from fedtune.methods.base import AdapterMethod, figures, names_of_figures, shown, weight_of
+from fedtune.methods.base import AdapterMethod, figures, names_of_figures, shown
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.lora_inputs import begun, kept_until_begun, moments_verbs
 from fedtune.methods.lora_start import residual_rank, started_pairs
+from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.adapters import Lora
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
@@ -294,10 +295,9 @@ class FedPEFT(AdapterMethod):
         self, client: Client, values: Tensors, own: Sequence[str], sent: Collection[str], report: FitReport
     ) -> Update:
         client.memory.update({OWN + name: values[name] for name in own})
+        weight = weight_of(self.settings.weight, client, report.loss)
         return Update.of(
-            {name: values[name] for name in sorted(sent)},
-            weight_of(self.settings.weight, client.data),
-            figures(self.settings, report),
+            {name: values[name] for name in sorted(sent)}, weight, figures(self.settings, report)
         )
 
     def train_together(
@@ -344,6 +344,7 @@ class FedPEFT(AdapterMethod):
             f"fedpeft / {self.settings.adapter.kind}"
             + (f" / {self.rule.rule}" if self.rule.rule != "mean" else ""),
             metrics=names_of_figures(self.settings),
+            weight=TELLS[self.settings.weight],
         )
 
     @property

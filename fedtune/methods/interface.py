@@ -113,12 +113,14 @@ class Facts:
     title    type and what is trained
     forms    in which a state can be exported; a run leaves the first
     metrics  names of the figures that an answer carries
+    weight   what the weight of an answer tells of its client
     """
 
     type: str
     title: str
     forms: tuple[str, ...] = ("adapter", "merged")
     metrics: tuple[str, ...] = ("loss",)
+    weight: str = "the number of its rows or tokens, or 1"
 
 
 class Costs(Protocol):
@@ -246,6 +248,9 @@ class MethodTable(Settings):
                 refused (M308)
         """
         return self
+
+    def require(self, tokenizer: Any, name: str) -> None:
+        """Raises C104 where the model of this name, with its tokenizer, lacks what the table needs."""
 
     @property
     def rates_open(self) -> bool:

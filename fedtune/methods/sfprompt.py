@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
-from fedtune.methods.base import AveragedTensors, weight_of
+from fedtune.methods.base import AveragedTensors
 from fedtune.methods.head_start import features_verbs, needs_moments
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
+from fedtune.methods.weights import TELLS, weight_of
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
 from fedtune.types import Client, Round, State, Tensors, Update
@@ -84,7 +85,7 @@ class SFPrompt(AveragedTensors):
         figures = one_turn(
             tunable, client.data, self.settings, body, (now.number, client.id), seed, progress, client.memory
         )
-        return Update.of(tunable.read(), weight_of(self.settings.weight, client.data), figures)
+        return Update.of(tunable.read(), weight_of(self.settings.weight, client, figures["loss"]), figures)
 
     # --- around a run
     # -------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ class SFPrompt(AveragedTensors):
             f"sfprompt / k = {s.head}, {s.tail} in the tail, {s.prompts} prompts{lora} / "
             f"{', '.join(s.phases)}"
         )
-        return Facts("sfprompt", title, ("adapter",), figures_of(s))
+        return Facts("sfprompt", title, ("adapter",), figures_of(s), TELLS[s.weight])
 
     @property
     def capabilities(self) -> Capabilities:

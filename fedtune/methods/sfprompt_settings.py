@@ -103,6 +103,15 @@ class SFPromptSettings(TrainedTable):
                 "cross-entropy",
                 "remove [method.train.objective]",
             )
+        for key, idle in (("inputs", not self.train.inputs), ("uds", self.train.uds.idle)):
+            if not idle:
+                yield f"method.train.{key} with a split model", "training on rows as they are", "remove it"
+        if reads := [one.by for one in recipe.select if one.reads]:
+            yield (
+                f"[[select]] by = '{reads[0]}' with a split model",
+                "clients that hold the whole model",
+                "remove it",
+            )
         if self.pruning == "none" and self.keep < 1:
             yield (
                 f"method.keep = {self.keep} with method.pruning = 'none'",

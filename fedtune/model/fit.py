@@ -21,6 +21,8 @@ from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
 from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
+from fedtune.model.batch_choice import BatchChoice
+from fedtune.model.changed_inputs import ChangedInputs
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
 from fedtune.model.lora_steps import faster, project
@@ -28,7 +30,7 @@ from fedtune.model.loss import autocast, carries, check_room, tokens_in
 from fedtune.model.private_steps import private_backward, sampled
 from fedtune.model.rates import rates_of, with_rates
 from fedtune.model.settings import TrainSettings
-from fedtune.model.training_loss import TrainingLoss
+from fedtune.model.training_loss import Loss, TrainingLoss
 from fedtune.model.tunable import TunableModel
 from fedtune.privacy.noise import Secret
 from fedtune.rng import seed_of, stream
@@ -82,7 +84,9 @@ def fit(
     parameters = tunable.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
     optimizer = make_optimizer(tunable, settings, rates or {})
-    loss_of = TrainingLoss.of(settings.objective, tunable, encoded)
+    inputs = ChangedInputs.of(settings.inputs, tunable, seed)
+    loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
+    chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     secret = Secret() if settings.private.max_grad_norm else None
     plan = list(
         sampled(len(encoded), settings, secret) if secret else step_batches(len(encoded), settings, seed)
@@ -94,13 +98,15 @@ def fit(
     ):
         for number, micro in enumerate(plan):
             set_rates(optimizer, schedule_factor(settings, progress, number, len(plan)))
-            batches = [encoded.collate(indices) for indices in micro]
+            micro = chosen.kept(micro)
+            read = inputs.at(encoded, number, share_done(progress, number, len(plan)))
+            batches = [read.collate(indices) for indices in micro]
             terms = sum(carries(tunable.base.task, batch) for batch in batches)
             optimizer.zero_grad(set_to_none=True)
             if backward:
                 loss = backward(micro, batches, terms)
             else:
-                loss = in_memory(tunable, encoded, micro, batches, terms, settings, loss_of)
+                loss = in_memory(tunable, read, micro, batches, terms, settings, loss_of)
             require_finite_loss(loss, number)
             take_step(optimizer, parameters, origin, settings)
             progress_of.say("training", number + 1, len(plan), loss)
@@ -151,7 +157,7 @@ def in_memory(
     batches: Sequence[dict[str, torch.Tensor]],
     terms: int,
     settings: TrainSettings,
-    loss_of: TrainingLoss,
+    loss_of: Loss,
 ) -> float:
     """A step's loss with its micro-batches, or with halves of them as often as memory is too small; what was
     enough is enough for this process's later steps and clients, too."""
@@ -179,7 +185,7 @@ def here(
     batches: Sequence[dict[str, torch.Tensor]],
     terms: int,
     mixed: str,
-    loss_of: Callable[[TunableModel, dict[str, torch.Tensor]], torch.Tensor],
+    loss_of: Loss,
 ) -> float:
     """A step's loss and gradients by the tunable model's own network."""
     parts = []
@@ -244,11 +250,16 @@ def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[S
         done += 1
 
 
+def share_done(progress: tuple[int, int], step: int, steps: int) -> float:
+    """How much of the run lies before a step of `steps`, where `progress` = (rounds done, rounds)."""
+    done, rounds = progress
+    return (done + step / steps) / rounds
+
+
 def schedule_factor(s: TrainSettings, progress: tuple[int, int], step: int, steps: int) -> float:
     """What the learning rate is multiplied by. Counted in shares of the run, since clients may take different
     numbers of steps."""
-    done, rounds = progress
-    now, after = (done + step / steps) / rounds, (done + (step + 1) / steps) / rounds
+    now, after = (share_done(progress, number, steps) for number in (step, step + 1))
     if now < s.warmup:
         return min(1.0, after / s.warmup)
     rest = (now - s.warmup) / (1 - s.warmup)

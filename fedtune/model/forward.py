@@ -13,7 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
-from fedtune.model.training_loss import TrainingLoss
+from fedtune.model.training_loss import Loss
 from fedtune.model.tunable import TunableModel
 
 
@@ -37,9 +37,7 @@ def batch_of(tunable: TunableModel, encoded: Encoded, indices: list[int]) -> dic
     return {name: value.to(tunable.base.device) for name, value in encoded.collate(indices).items()}
 
 
-def mean_loss(
-    tunable: TunableModel, batch: dict[str, torch.Tensor], loss_of: TrainingLoss | None = None
-) -> float:
+def mean_loss(tunable: TunableModel, batch: dict[str, torch.Tensor], loss_of: Loss | None = None) -> float:
     """Cross entropy in nats, or what else is trained by, a token or an example."""
 
     def loss(start: int, stop: int) -> float:

@@ -10,7 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from fedtune.model.adapters.base import Adapter
+from fedtune.model.input_changes import InputChangeTable, Vocabulary
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
+from fedtune.model.uds import Uds
 from fedtune.privacy.releases import Release
 from fedtune.privacy.settings import PrivateTraining, asked_before
 from fedtune.settings import Settings, path_below
@@ -95,6 +97,9 @@ class TrainSettings(Settings):
     was trained with whom."""
     objective: ObjectiveTable = CrossEntropy()
     """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case."""
+    inputs: tuple[InputChangeTable, ...] = Field((), strict=False)
+    """What is altered of what the model reads while it is trained, in this order."""
+    uds: Uds = Uds()
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     private: PrivateTraining = PrivateTraining()
@@ -131,7 +136,13 @@ class TrainSettings(Settings):
     def depends_on_rounds(self) -> list[str]:
         """Settings that look at the number of rounds while they train."""
         schedule = [f"method.train.schedule = '{self.schedule}'"] if self.schedule != "constant" else []
-        return schedule + (["method.train.warmup"] if self.warmup else [])
+        ramps = [f"method.train.inputs input = '{one.input}'" for one in self.inputs if one.ramps]
+        return schedule + (["method.train.warmup"] if self.warmup else []) + ramps
+
+    def require(self, tokenizer: Any, name: str) -> None:
+        """Raises C104 where a model of this name lacks what the settings need."""
+        for change in self.inputs:
+            change.require(Vocabulary(tokenizer), name)
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         for key in sorted(self.unused({"optimizer": self.optimizer}) & self.model_fields_set):
@@ -155,6 +166,13 @@ class TrainSettings(Settings):
                 "a schedule that falls",
                 "set method.train.schedule = 'cosine' or 'linear', or remove it",
             )
+        names = [change.input for change in self.inputs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            yield (
+                f"input = '{twice[0]}' twice in [[method.train.inputs]]",
+                "each once",
+                "remove one of them",
+            )
         yield from self.private_conflicts(recipe)
         yield from self.together_conflicts(recipe)
         if self.nesterov and not self.momentum:
@@ -168,6 +186,9 @@ class TrainSettings(Settings):
             yield f"{here} with {alone}", "fedpeft with lora or head", "set method.train.together = 1"
         if self.private.max_grad_norm:
             yield f"{here} with method.train.private", "one of them", "set method.train.together = 1"
+        for key, idle in (("inputs", not self.inputs), ("uds", self.uds.idle)):
+            if not idle:
+                yield f"{here} with method.train.{key}", "one of them", "set method.train.together = 1"
 
     def private_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         here = "method.train.private"
@@ -187,6 +208,12 @@ class TrainSettings(Settings):
                 "cross entropy, of which each row has its own",
                 "remove [method.train.objective]",
             )
+        if self.inputs:
+            yield (
+                f"[[method.train.inputs]] with {here}",
+                "inputs as they are",
+                "remove [[method.train.inputs]]",
+            )
         if recipe.aggregate.carries:
             yield (
                 f"{here} with aggregate.rule = '{recipe.aggregate.rule}'",
@@ -196,11 +223,11 @@ class TrainSettings(Settings):
         for key, idle in (("clip", 0.0), ("accumulate", 1)):
             if getattr(self, key) != idle:
                 yield f"method.train.{key} with {here}", f"no method.train.{key}", "remove it"
-        if recipe.method.model_dump().get("weight") == "tokens":
+        if (weight := recipe.method.model_dump().get("weight")) in ("tokens", "loss-speed"):
             yield (
-                f"method.weight = 'tokens' with {here}",
-                "a weight that no row's length changes",
-                "set method.weight = 'examples' or 'equal'",
+                f"method.weight = '{weight}' with {here}",
+                "a weight that no row's length or loss changes",
+                "set method.weight = 'rows' or 'equal'",
             )
         if first := asked_before(recipe):
             yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from fedtune.model.encode import Encoded
 from fedtune.model.loss import inputs_of, logits_of, summed_loss
 from fedtune.model.objectives import Context, Objective, Predictions
 from fedtune.model.tunable import TunableModel
+
+Loss = Callable[[TunableModel, dict[str, torch.Tensor]], torch.Tensor]  # of a batch, summed
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def seen(recipe: Recipe, facts: dict[str, str]) -> list[list[str]]:
     costs, labels = method.capabilities.costs, json.loads(facts.get("labels", "[]"))
     try:
         plan = costs.plan(recipe.model, recipe.data.task, len(labels)) if costs else None
-        rows = exposure(method, chain, plan)
+        rows = exposure(method, chain, plan, recipe.select)
     except FedtuneError as error:  # the base model is not on this machine
         return [["-", f"the base model cannot be read here: {error}", "-"]]
     return [[row.verb, row.sees, ", ".join(row.through) or "none"] for row in rows]

@@ -60,7 +60,7 @@ class Bounds:
             raise Refused(
                 "W606",
                 f"weight {update.weight:g} of '{name}'",
-                f"at most {most:g}, the number of its rows",
+                f"at most {most:g}, by the rows and bytes that it declared",
                 "ask the site's operator",
             )
         key = (verb, tuple(sorted(update.tensors)))

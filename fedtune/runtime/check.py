@@ -116,7 +116,7 @@ def check(recipe: Recipe) -> Checked:
         round(total.down),
         bits,
         needs,
-        exposure(method, chain, plan),
+        exposure(method, chain, plan, recipe.select),
         said,
         ranks,
         once,

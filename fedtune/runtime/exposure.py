@@ -3,10 +3,12 @@ code."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedtune.methods import Method
+from fedtune.selection import Selection, telling
 from fedtune.transforms.base import Chain
 
 
@@ -20,8 +22,9 @@ class Exposure:
     through: tuple[str, ...]
 
 
-def exposure(method: Method, chain: Chain, tunable: Any) -> list[Exposure]:
-    """A row for each verb of the method that is asked of such a tunable model (or plan)."""
+def exposure(method: Method, chain: Chain, tunable: Any, select: Sequence[Selection] = ()) -> list[Exposure]:
+    """A row for each verb of the method that is asked of such a tunable model (or plan), and what else leaves
+    a client; `select`: the recipe's selections of rows."""
     rows = []
     for verb, about in method.verbs.items():
         if not about.applies(tunable):
@@ -38,14 +41,16 @@ def exposure(method: Method, chain: Chain, tunable: Any) -> list[Exposure]:
         sees += f" ({about.shows})" if about.shows else ""
         rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
     figures = "" if any(step.drops_figures for step in chain.steps) else ", ".join(method.facts.metrics)
-    rows += [Exposure(what, sees, ()) for what, sees in beside(figures, bool(chain.hides)).items()]
+    also = beside(figures, method.facts.weight, bool(chain.hides)) | telling(select)
+    rows += [Exposure(what, sees, ()) for what, sees in also.items()]
     rows += [Exposure(what, sees, ()) for what, sees in method.capabilities.also_see.items()]
     return rows
 
 
-def beside(figures: str, masked: bool = False) -> dict[str, str]:
+def beside(figures: str, weight: str, masked: bool = False) -> dict[str, str]:
     """What else leaves a client, whatever the method and the chain: the whole of it, as
-    tests/hostile/test_exposure.py compares with what passes. `masked`: answers that are summed are masked."""
+    tests/hostile/test_exposure.py compares with what passes. `weight`: what that of an answer tells of its
+    client; `masked`: answers that are summed are masked."""
     named = f", {figures}" if figures else ""
     whose = "all clients' sums" if masked else "each client's sums"
     own = {
@@ -54,15 +59,15 @@ def beside(figures: str, masked: bool = False) -> dict[str, str]:
     }
     if masked:
         own |= {
-            "figures": "of masked answers, as sums over members only: weight (rows or tokens, or 1)"
-            f"{named}, share of numbers that were cut; of others, in the clear, with what their chain "
-            "chose; the bytes of each",
+            "figures": f"of masked answers, as sums over members only: weight ({weight}){named}, "
+            "share of numbers that were cut; of others, in the clear, with what their chain chose; the "
+            "bytes of each",
             "masks": "who came through which step of each sum; public keys and sealed shares, made for "
             "that sum alone; nothing of a sum that too few came through",
         }
     else:
         own |= {
-            "figures": f"with each answer, in the clear: its weight (rows or tokens, or 1){named}, its "
+            "figures": f"with each answer, in the clear: its weight ({weight}){named}, its "
             "bytes, what its chain chose"
         }
     return own | {

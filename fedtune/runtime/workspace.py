@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune import transforms
+from fedtune import selection, transforms
 from fedtune.config import Recipe, method_of
-from fedtune.data import Federation, load
+from fedtune.data import Federation, Slice, load
 from fedtune.data.settings import Source
+from fedtune.errors import ClientFailed
 from fedtune.events import Event, Noted, Truncated
 from fedtune.methods import Method
 from fedtune.privacy.vault import MemoryVault, Vault
@@ -49,6 +51,7 @@ class Workspace:
     vaults: dict[int, Vault] = field(default_factory=dict)  # the clients' secrets, for as long as a round
     _encoded: dict[str, Any] = field(default_factory=dict)
     _fronts: dict[str, Any] = field(default_factory=dict)
+    _nothing: dict[int, ClientFailed] = field(default_factory=dict)  # clients that no row is left
 
     @property
     def names(self) -> dict[int, str]:
@@ -81,15 +84,42 @@ class Workspace:
         self.memories.held[ask.client] = memory_after(self.memories.of(ask.client), ask, client.memory)
 
     def train(self, number: int) -> Encoded:
+        """Raises ClientFailed D209 where [[select]] leaves a client nothing."""
         slice_ = self.federation.clients[number]
-        return self.encode(f"train:{number}", slice_.train, f"client {slice_.name}")
+        key = f"train:{number}"
+        rows = slice_.train if key in self._encoded else self.selected(slice_)
+        return self.encode(key, rows, f"client {slice_.name}")
+
+    def selected(self, slice_: Slice) -> list[dict[str, Any]]:
+        """The rows that [[select]] makes of a client's, by the base model as it was before any tuning."""
+        if slice_.id in self._nothing:
+            raise self._nothing[slice_.id]
+        select = self.recipe.select
+        if not select or not slice_.train:
+            return slice_.train
+        from fedtune.model.likelihood import base_alone
+
+        with base_alone(self.tunable) if any(one.reads for one in select) else nullcontext() as base:
+            how = {**how_to_encode(self.recipe.data), "alive": self.alive}
+            whose = selection.Holder(slice_.id, self.recipe.seed, base, how)
+            try:
+                return selection.selected(
+                    select,
+                    slice_.train,
+                    whose,
+                    lambda said: self.tell(Noted(f"client {slice_.name}: {said}")),
+                )
+            except ClientFailed as error:
+                self._nothing[slice_.id] = error
+                raise
 
     def encode_all(self) -> None:
         """Every client's training rows and the test set: what is wrong with a text shows before the first
-        round, on every engine."""
+        round, on every engine. A client whom [[select]] leaves nothing is left out when it is asked."""
         for slice_ in self.federation.clients:
             if slice_.train:  # of a real site, nobody but itself has rows
-                self.train(slice_.id)
+                with suppress(ClientFailed):
+                    self.train(slice_.id)
         if self.federation.test:
             self.test()
 
@@ -124,7 +154,7 @@ class Workspace:
         if "pooled" not in self._encoded:
             from fedtune.model.encode import joined
 
-            parts = [self.train(number) for number in self.present]
+            parts = [self.train(number) for number in self.present if number not in self._nothing]
             self._encoded["pooled"] = joined(parts, self.base)
         pooled: Encoded = self._encoded["pooled"]
         return pooled
@@ -197,6 +227,7 @@ def build_workspace(
     from fedtune.model.encode import check_length
 
     check_length(base, recipe.data.max_length)
+    recipe.method.require(base.tokenizer, base.name)
     for note in base.notes:
         tell(Noted(note))
     return Workspace(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell, alive)

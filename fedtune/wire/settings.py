@@ -20,4 +20,5 @@ class LimitSettings(Settings):
     """An answer that moves the state further than so many times the running median move is shortened to that,
     and its client named; 0: none is. Where clients differ much, 2 or 3 leaves honest ones alone."""
     weight: float = Field(1e9, gt=0)
-    """Most that one answer may count in the mean: examples, tokens, or 1, as method.weight says."""
+    """Most that one answer may count in the mean, in what method.weight says: rows, tokens, 1, or 1,000 to
+    2,718 by loss-speed."""

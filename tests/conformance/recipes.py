@@ -124,6 +124,8 @@ METHODS: dict[
     },
     "fedkseed-ridge": {"method": {**WALK, "lr": 1e-6, "estimator": "spsa", "head_start": "ridge"}},
     "sfprompt-means": {"method": {**SPLIT, "head_start": "means"}, "model__pooling": "mean"},
+    "fedpeft-speed": {"method__weight": "loss-speed", "sampling": {"count": 3}},
+    "fedpeft-group": {"select": [{"by": "group", "evenness": 0.5}], "data__group": "site"},
     "fedpeft-mask": {"method__head_start": "lda", "chain": [{"step": "mask"}]},
     "experts-mask": {
         "method__type": "experts",

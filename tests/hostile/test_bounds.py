@@ -106,7 +106,7 @@ def test_the_memory_that_one_site_says_ends_nobodys_run(tiny_bert: Path, rows: P
 
 def recipes(model: Path, rows: Path) -> Iterator[Any]:
     for task in ("classify", "causal-lm"):
-        for weight in ("examples", "tokens", "equal"):
+        for weight in ("rows", "tokens", "equal", "loss-speed"):
             yield small.recipe(model, rows, data__task=task, method__weight=weight, partition__by="iid")
 
 
@@ -123,10 +123,10 @@ def test_an_honest_answer_weighs_no_more_than_was_declared(tiny_bert: Path, tmp_
     for recipe in recipes(tiny_bert, rows):
         most = heaviest(recipe, report, "train")
         assert (
-            most == {"examples": 121.0, "tokens": most, "equal": 1.0}[recipe.method.weight]
+            most == {"rows": 121.0, "tokens": most, "equal": 1.0, "loss-speed": 2718.0}[recipe.method.weight]
             or recipe.data.task == "causal-lm"
         )
-        assert most >= {"examples": 120, "tokens": 120 * 9, "equal": 1}[recipe.method.weight]
+        assert most >= {"rows": 120, "tokens": 120 * 9, "equal": 1, "loss-speed": 2718}[recipe.method.weight]
     assert (
         heaviest(recipe, {}, "train") == float("inf") == heaviest(recipe, {"rows": -1, "bytes": "x"}, "train")
     )

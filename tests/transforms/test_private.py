@@ -92,7 +92,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "clip = 0 and noise_multiplier = 1.0",
     ),
     "twice": ({"chain": [{"step": "private"}] * 2}, "twice"),
-    "weights": ({"method__weight": "examples"}, "method.weight = 'examples'"),
+    "weights": ({"method__weight": "rows"}, "method.weight = 'rows'"),
     "class sums": ({"method__head_start": "means"}, "the question 'features'"),
     "single answers": ({"aggregate": {"rule": "median"}}, "which reads single answers, beside 'private'"),
     "hidden states": (
