@@ -88,10 +88,10 @@ def test_a_page_is_printed_without_torch() -> None:
 
 
 def test_an_unknown_code_is_one_sentence_with_near_misses(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "D209"]) == 2
+    assert main(["explain", "D219"]) == 2
     said = capsys.readouterr().err
     assert (
-        said.startswith("fedtune: C103: there is no error code 'D209'; did you mean D20")
+        said.startswith("fedtune: C103: there is no error code 'D219'; did you mean D20")
         and said.count("\n") == 1
     )
 
