@@ -88,6 +88,7 @@ CATALOGUE: dict[str, str] = {
     "S715": "A client sent more micro-batches at once than it may.",
     "S716": "The body service would be reachable over the network without TLS.",
     "S717": "A micro-batch or an answer does not match its number.",
+    "S721": "The model has no such emulator, or this is not the run's.",
     # T: keys and trust
     "T701": "A private key, or its folder, can be read by others.",
     "T702": "A key, certificate or allow list is missing, damaged, or does not belong with the others.",

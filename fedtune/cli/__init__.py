@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         keys,
         leak_test,
         merge,
+        offsite,
         runs,
         schema,
         serve,
@@ -100,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (
         init, data, check, simulate, sweep, leak_test, runs, ui, chat, serve, compare, merge, experts, forget,
-        audit, deploy, site, keys, explain, schema, completion,
+        audit, deploy, offsite, site, keys, explain, schema, completion,
     ):  # fmt: skip
         module.add_commands(commands)
     return parser

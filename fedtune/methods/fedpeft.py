@@ -47,6 +47,7 @@ from fedtune.schema import Schema
 from fedtune.types import Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
+    from fedtune.model.adapters import Adapter
     from fedtune.model.base import Base
     from fedtune.model.encode import Encoded
     from fedtune.model.fit import FitReport
@@ -79,10 +80,14 @@ class FedPEFT(AdapterMethod):
         self.extra = self.rule.residual_rank + self.fixed
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
+        return self.attached(base, self.settings.adapter, seed)
+
+    def attached(self, base: Base, adapter: Adapter, seed: int) -> TunableModel:
+        """An adapter on a base, of which only that is trained which the rule trains in some round."""
         from fedtune.model.lora_ranks import freeze
         from fedtune.model.tunable import attach
 
-        tunable = attach(base, self.settings.adapter, seed_of("adapter", seed))
+        tunable = attach(base, adapter, seed_of("adapter", seed))
         freeze(tunable, tunable.named.keys() - self.ever(tunable.named))
         return tunable
 

@@ -148,6 +148,24 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
+class RunEnd:
+    """What a run has when it is through.
+
+    start    the state before the first round
+    state    the one that is kept
+    tunable  the model that clients and server share in this process
+    pooled   gives all clients' training rows in one place, encoded
+    seed     for a training beside the run
+    """
+
+    start: State
+    state: State
+    tunable: Any
+    pooled: Callable[[], Any]
+    seed: int
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What only some methods can do; None where a method cannot.
 
@@ -157,7 +175,9 @@ class Capabilities:
               share of the norm that is lost
     split     the model is held in parts by different parties
     verify    refuse to install a state that was made from another start (M304)
-    also_see  who sees more of clients' data than the server sees of an answer -> what
+    also_see  who sees more of clients' data, or of the model, than the server sees of an answer -> what
+    also_scored  models that say what the run's own is worth, for the test set -> how each is made of a run
+              that is through. A method of as many rounds as one client would need for all is asked
     """
 
     costs: Costs | None = None
@@ -166,6 +186,7 @@ class Capabilities:
     split: Split | None = None
     verify: Callable[[State, Any], None] | None = None
     also_see: Mapping[str, str] = field(default_factory=dict)
+    also_scored: Mapping[str, Callable[[RunEnd], Any]] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -50,12 +50,19 @@ class TunableModel:
     before: list[tuple[Any, dict[str, Any]]] = field(repr=False)
     total: int = 0
     still: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    # what clients train in the place of this model, which only its owner has (fedtune.model.emulator)
+    emulator: TunableModel | None = None
     # fedtune.model.initial_values.Origin, where a method rebuilds the trained tensors from their first values
     origin: Any = None
 
     @property
     def kind(self) -> str:
         return self.settings.kind if self.settings else "none"
+
+    @property
+    def at_clients(self) -> TunableModel:
+        """What clients train: this model, or its emulator."""
+        return self.emulator or self
 
     @property
     def in_cache(self) -> bool:
@@ -221,6 +228,18 @@ def detach(tunable: TunableModel) -> None:
     if tunable.base.attached is tunable:
         restore(tunable.before)
         tunable.base.attached = None
+
+
+@contextmanager
+def bare(tunable: TunableModel) -> Iterator[TunableModel]:
+    """The base by itself, as something to score, for a while."""
+    base = tunable.base
+    with without(tunable):
+        base.attached = None
+        try:
+            yield TunableModel(base, None, base.net, {}, [], base.size)
+        finally:
+            base.attached = tunable
 
 
 @contextmanager

@@ -75,6 +75,8 @@ def results(runs: Sequence[RunData]) -> Table:
         [run.federated for run in runs])  # fmt: skip
     row(f"{metric}, federated, last round", [one.get("federated_last") for one in finished])
     row(f"{metric}, centralised", [run.lines.get("centralised") for run in runs])
+    for name in dict.fromkeys(name for one in finished for name in one.get("also") or {}):
+        row(f"{metric}, {name}", [(one.get("also") or {}).get(name) for one in finished])
     for key, name in (
         ("mean", "mean of clients"),
         ("worst", "worst client"),

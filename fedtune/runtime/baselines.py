@@ -12,6 +12,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored
 from fedtune.methods import Method
 from fedtune.runtime.alone import FALLING, NOT_SCORED, reason_of, trained_alone
+from fedtune.runtime.also_scored import ALSO, also_scored
 from fedtune.runtime.figures import figures
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.workspace import Workspace
@@ -60,6 +61,10 @@ def compare(
         scores["clients_metric"] = phase(
             "clients", lambda: own_scores(recipe, workspace, method, state, tell)
         )
+    scores["also"] = {
+        name.removeprefix(ALSO): phase(name, work)["value"]
+        for name, work in also_scored(recipe, workspace, start, state, tell).items()
+    }
     found = trained_alone(recipe, workspace, start, journal, tell)
     for name in ("centralised", "local"):
         values = [one for key, one in found.items() if key.partition(":")[0] == name]

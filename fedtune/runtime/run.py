@@ -374,7 +374,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "metric": scores["metric"],
         **{key: scores.get(key) for key in ("base", "local", "federated", "federated_last", "centralised")},
-        "figures": scores.get("figures", {}),
+        **{key: scores.get(key) or {} for key in ("also", "figures")},
         "samples": scores.get("samples", []),
         "per_client": spread_of(scores.get("clients_metric") or {}),
         "rounds": len(rounds),

@@ -71,7 +71,7 @@ class Workspace:
         return Client(
             number,
             self.names[number],
-            self.tunable,
+            self.tunable.at_clients,
             self.train(number),
             memory,
             self.body,
@@ -260,7 +260,7 @@ def link_of(workspace: Workspace, method: Method, agreed: Recipe | None = None) 
 
     return Link(
         run,
-        base_print(workspace.base),
+        base_print(workspace.tunable.at_clients.base),
         method,
         chain,
         recipe.downlink,

@@ -108,6 +108,9 @@ def table(result: Mapping[str, Any]) -> str:
         f"{'':<34}{metric or 'nothing was scored: no rows here (deploy.test) or held out at the sites'}",
     ]
     out += [f"{name:<34}{value:.4f}" for name, value in rows if value is not None]
+    out += [
+        f"{name:<34}{value:.4f}" for name, value in (result.get("also") or {}).items() if value is not None
+    ]
     out += figure_lines(result.get("figures") or {})
     if each := result.get("per_client"):
         out.append(

@@ -7,6 +7,14 @@ from typing import Any
 WALK = {"type": "fedkseed", "size": 256, "steps": 6, "batch": 4, "lr": 1e-3}
 PROJECT = {"train": {"optimizer": "sgd", "lr": 0.05, "steps": 2, "batch": 4}}
 SPLIT = {"type": "sfprompt", "prompts": 3, "train": {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}}
+EMULATED = {  # of two blocks, the first is trained and the second is rounded
+    "type": "offsite",
+    "first": 1,
+    "last": 0,
+    "keep": 1.0,
+    "bits": 4,
+    "train": {"lr": 0.01, "steps": 2, "batch": 4},
+}
 METHODS: dict[
     str, dict[str, Any]
 ] = {  # name of the method, a dash, the variant -> changes to the small recipe
@@ -138,6 +146,17 @@ METHODS: dict[
         "chain": [{"step": "mask", "threshold": 0.75}],
     },
     "sfprompt-mask": {"method": {**SPLIT, "head_start": "means"}, "chain": [{"step": "mask"}]},
+    "offsite-lora": {"method": {**EMULATED, "adapter": {"kind": "lora", "rank": 2}}},
+    "offsite-coded": {
+        "method": {**EMULATED, "adapter": {"kind": "full"}, "head_start": "lda"},
+        "chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}],
+        "downlink": {"step": "delta"},
+        "sampling": {"count": 3},
+    },
+    "offsite-median": {
+        "method": {**EMULATED, "adapter": {"kind": "lora", "rank": 2}},
+        "aggregate": {"rule": "median"},
+    },
     "sfprompt-tail": {
         "method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}
     },

@@ -66,6 +66,7 @@ UNCODED = [
     "fedkseed-mixed",
     "sfprompt-slim",
     "sfprompt-tail",
+    "offsite-lora",
 ]
 
 
