@@ -191,13 +191,26 @@ def check(source: Source = None, /, **changes: Any) -> list[str]:
     return rows(checked(recipe(source, **changes)))
 
 
-def evaluate(run: str | Path, data: str | Path = "", round: str = "best") -> dict[str, Any]:
+def evaluate(
+    run: str | Path,
+    data: str | Path = "",
+    round: str = "best",
+    what: Sequence[str] = (),
+    text: str | Path = "",
+) -> dict[str, Any]:
     """Scores of a run's best (or last) state: on its test set and every client's held-out rows or, with
-    `data`, on the rows of a file. Raises C103, R402, R406."""
+    `data`, on the rows of a file. Raises C103, R402, R406.
+
+    what  instead of scores: forgetting, calibration, intruders, clients: what tuning did to the model
+    text  forgetting: a file of general text, instead of the one that Python carries
+    """
+    from fedtune.runtime.effects import effects
     from fedtune.runtime.finished import evaluate_file, evaluate_run
     from fedtune.runtime.folder import existing
 
     folder = existing(Path(run).expanduser().resolve())
+    if what or text:
+        return effects(folder, what, round, text, data)
     if data:
         return evaluate_file(folder, str(Path(data).expanduser().resolve()), round)
     return evaluate_run(folder, round)
@@ -210,12 +223,14 @@ def export(
     rank: int = 0,
     round: Literal["best", "last"] = "best",
     program: str = "",
+    intruders: float | None = None,
 ) -> float:
     """Write a run's model to a new folder: adapter, merged or seeds; "" is what the run left itself.
 
     program  instead of a form: peft, merged, gguf, vllm, sentence-transformers: loads the folder as it is
     rank     cuts a LoRA adapter to this rank; returns the share of its norm that this loses, 0 otherwise
     round    best: of the rounds that were scored (evaluate.every), the last where none was; or last
+    intruders  of a LoRA adapter: the share of its intruder dimensions that is left, 0 to 1
 
     Raises C103, C107, M306, R401, R402.
     """
@@ -223,7 +238,7 @@ def export(
     from fedtune.runtime.folder import existing
 
     place, target = Path(run).expanduser().resolve(), Path(to).expanduser().resolve()
-    return export_run(existing(place), form, target, rank, round, program)
+    return export_run(existing(place), form, target, rank, round, program, intruders)
 
 
 def sweep(

@@ -42,6 +42,20 @@ def add_commands(commands: Any) -> None:
         metavar="PATH",
         help="score the rows of this file or folder instead; the run's own data is not needed",
     )
+    parser.add_argument(
+        "--what",
+        default="",
+        metavar="NAME,...",
+        help="instead, what tuning did to the model: forgetting (loss on general text, before and after), "
+        "calibration (confidence against accuracy), intruders (singular vectors that the base has not), "
+        "clients (overlap of the weights that they moved most)",
+    )
+    parser.add_argument(
+        "--text",
+        default="",
+        metavar="FILE",
+        help="general text for forgetting (default: what Python has)",
+    )
     add_round(parser)
     parser.set_defaults(command=evaluate)
 
@@ -74,6 +88,13 @@ def add_commands(commands: Any) -> None:
         default=None,
         metavar="R",
         help="reduce a LoRA adapter to this rank (SVD), and report what is lost",
+    )
+    parser.add_argument(
+        "--intruders",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="take the intruder dimensions of a LoRA adapter back, up to this share of them (0 to 1)",
     )
     add_round(parser)
     parser.add_argument("--to", required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -142,7 +163,9 @@ def evaluate(options: argparse.Namespace) -> int:
     quiet()
     from fedtune import api
 
-    print(json_text(api.evaluate(options.run, options.data or "", options.round), indent=2))
+    what = [name for name in options.what.split(",") if name]
+    found = api.evaluate(options.run, options.data or "", options.round, what, options.text)
+    print(json_text(found, indent=2))
     return 0
 
 
@@ -207,6 +230,9 @@ def export(options: argparse.Namespace) -> int:
         raise FedtuneError(
             "C103", f"--rank {options.rank}", "1 or more, together with RUN", "correct it or leave it out"
         )
+    if options.intruders is not None and (options.from_seeds or not 0 <= options.intruders < 1):
+        found, expected = f"--intruders {options.intruders}", "0 or more and below 1, together with RUN"
+        raise FedtuneError("C103", found, expected, "correct it or leave it out")
     if options.from_seeds:
         quiet()
         from fedtune.runtime.finished import export_seeds
@@ -217,7 +243,13 @@ def export(options: argparse.Namespace) -> int:
         from fedtune import api
 
         lost = api.export(
-            options.run, target, options.form, options.rank or 0, options.round, options.program
+            options.run,
+            target,
+            options.form,
+            options.rank or 0,
+            options.round,
+            options.program,
+            options.intruders,
         )
         if options.rank:
             print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")

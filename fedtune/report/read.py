@@ -11,7 +11,7 @@ from typing import Any
 
 from fedtune.errors import FedtuneError
 from fedtune.runtime.data_card import FILE as DATA
-from fedtune.runtime.folder import EXPERTS, RunFolder
+from fedtune.runtime.folder import EFFECTS, EXPERTS, RunFolder
 
 Record = dict[str, Any]
 
@@ -36,6 +36,7 @@ class RunData:
     left_out: dict[tuple[int, str], Record] = field(default_factory=dict)
     scores: dict[str, dict[int, Record]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    effects: Record | None = None
 
     @property
     def seed(self) -> int:
@@ -131,6 +132,7 @@ def read_run(folder: RunFolder) -> RunData:
         read_if_there(folder, EXPERTS),
         started,
         notes=tuple(dict.fromkeys(notes)),
+        effects=read_if_there(folder, EFFECTS),
         **parts,
     )
 

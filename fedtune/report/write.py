@@ -18,6 +18,7 @@ from fedtune.plain import plain
 from fedtune.report.chart import Chart, Group, brief
 from fedtune.report.clients import clients
 from fedtune.report.curves import curves, slug
+from fedtune.report.effects import effects
 from fedtune.report.picture import DARK, LIGHT, png, svg
 from fedtune.report.read import RunData, read_run
 from fedtune.report.tables import IDENTITY, Table, shorten, tables
@@ -70,6 +71,7 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
     groups = groups_of(runs)
     yield from curves(groups)
     yield from clients(groups)
+    yield from effects(runs)
     yield from times(groups)
 
 

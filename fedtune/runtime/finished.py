@@ -66,13 +66,19 @@ def evaluate_file(folder: RunFolder, path: str, which: str = "best") -> dict[str
 
 
 def export_run(
-    folder: RunFolder, form: str, to: Path, rank: int = 0, which: str = "best", program: str = ""
+    folder: RunFolder,
+    form: str,
+    to: Path,
+    rank: int = 0,
+    which: str = "best",
+    program: str = "",
+    intruders: float | None = None,
 ) -> float:
     """Write the best (or last) committed state in a form of its method ("": the first), or as a program reads
     it (fedtune.model.programs); the folder appears whole or not at all. Raises C103, C107, M306, R401.
 
     `rank` cuts a LoRA adapter, and what it carries beside itself, to the best one of that rank; returns the
-    share of its norm that is lost.
+    share of its norm that is lost. `intruders` leaves this share of its intruder dimensions.
     """
     target = check_target(to)
     recipe = recipe_of(folder)
@@ -91,6 +97,10 @@ def export_run(
         raise FedtuneError("M306", f"--rank for a run of {facts.title}", "a LoRA adapter", "leave --rank out")
     workspace, state, number = installed(folder, which)
     lost = shrink(state, workspace.tunable, rank) if rank and shrink else 0.0
+    if intruders is not None:
+        from fedtune.model.intruders import reduce
+
+        reduce(workspace.tunable, intruders)
     if program:
         refuse_for(program, workspace.tunable)
     text = card(

@@ -23,6 +23,7 @@ from fedtune.disk import disk_errors, json_text, took, write_atomic
 from fedtune.errors import FedtuneError
 
 EXPERTS = "experts.json"  # what `fedtune experts eval` found
+EFFECTS = "effects.json"  # what `fedtune eval --what` found
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedtune.events import Alarm, Contributed, Event, Shortened
 from fedtune.experts.sketch import sketch
 from fedtune.rng import seed_of
 from fedtune.runtime.bounds import norm_of
+from fedtune.runtime.overlaps import OVERLAPS, most_moved, pairs
 from fedtune.types import Tensors, Update
 
 if TYPE_CHECKING:
@@ -94,11 +95,13 @@ class Parts:
     seed: int
     weights: dict[int, float] = field(default_factory=dict)
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
+    most: dict[int, np.ndarray] = field(default_factory=dict)  # places of the most moved weights
 
     def add(self, client: int, update: Update, origin: Tensors | None) -> None:
         move = moved(update, origin)
         norm = norm_of(move)
         if norm is not None:
+            self.most[client] = most_moved(move.tensors)
             drawn = sketch(move.values(), SIZE, seed_of("parts", self.seed))
             self.weights[client], self.vectors[client] = update.weight, norm * drawn.astype(np.float64)
 
@@ -184,3 +187,6 @@ def keep_parts(work: Run, moves: Moves) -> None:
     """What each member contributed, where somebody wants to know, in the journal."""
     if told := moves.told():
         work.journal.finish(f"{PARTS}{moves.number}", told)
+    for parts in (moves.parts or {}).values():
+        alike = pairs({moves.names[client]: places for client, places in sorted(parts.most.items())})
+        work.journal.finish(f"{OVERLAPS}{moves.number}", alike)
