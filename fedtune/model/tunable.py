@@ -231,18 +231,6 @@ def detach(tunable: TunableModel) -> None:
 
 
 @contextmanager
-def bare(tunable: TunableModel) -> Iterator[TunableModel]:
-    """The base by itself, as something to score, for a while."""
-    base = tunable.base
-    with without(tunable):
-        base.attached = None
-        try:
-            yield TunableModel(base, None, base.net, {}, [], base.size)
-        finally:
-            base.attached = tunable
-
-
-@contextmanager
 def without(tunable: TunableModel) -> Iterator[None]:
     """The base as it was before `attach`, for a while; the tunable model comes back as it was. Gradients are
     dropped."""

@@ -67,9 +67,9 @@ def effects(
     asked = Asked(folder, workspace, str(Path(text).expanduser().resolve()) if text else "")
     refuse(asked, what)
     tuned = {name: FOUND[name](asked) for name in what}
-    from fedtune.model.tunable import bare
+    from fedtune.model.likelihood import base_alone
 
-    with bare(workspace.tunable) as base:
+    with base_alone(workspace.tunable) as base:
         plain = replace(asked, workspace=replace(workspace, tunable=base))
         before = {name: FOUND[name](plain) for name in what if name in BEFORE and comparable(asked, name)}
     found: dict[str, Any] = {

@@ -99,7 +99,9 @@ class Workspace:
             return slice_.train
         from fedtune.model.likelihood import base_alone
 
-        with base_alone(self.tunable) if any(one.reads for one in select) else nullcontext() as base:
+        with (
+            base_alone(self.tunable.at_clients) if any(one.reads for one in select) else nullcontext() as base
+        ):
             how = {**how_to_encode(self.recipe.data), "alive": self.alive}
             whose = selection.Holder(slice_.id, self.recipe.seed, base, how)
             try:
