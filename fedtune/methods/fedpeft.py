@@ -20,22 +20,18 @@ from fedtune.aggregate import (
     ClientAdapter,
     Combined,
     Mean,
-    Pair,
     Rule,
     TooFew,
     as_adapter,
     flat_residual,
-    join,
     left_out,
     residual_of,
-    split,
 )
-from fedtune.aggregate.fedsb import Core, as_pair
-from fedtune.aggregate.fedsb import start as first_core
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.base import AdapterMethod, figures, names_of_figures, shown
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
+from fedtune.methods.fedpeft_state import OWN, apart, core_of, own_of, padded, with_core, without_core
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.lora_inputs import begun, kept_until_begun, moments_verbs
@@ -53,10 +49,6 @@ if TYPE_CHECKING:
     from fedtune.model.fit import FitReport
     from fedtune.model.memory_plan import Plan
     from fedtune.model.tunable import TunableModel
-
-CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
-# in a client's memory: what the rule leaves at home; in the server's: the mean of those after the last round
-OWN = "own/"
 
 
 class FedPEFT(AdapterMethod):
@@ -392,51 +384,3 @@ class FedPEFTTable(FedPEFTSettings):
 
     def explain(self, recipe: Any, names: Sequence[str], plan: Plan) -> tuple[FedPEFTSettings, list[str]]:
         return explained(self, recipe, names, plan) if self.lora_rank_by_client else (self, [])
-
-
-def own_of(state: State) -> dict[str, np.ndarray]:
-    """What clients keep at home, as the server last heard of it."""
-    return {name.removeprefix(OWN): value for name, value in state.kept.items() if name.startswith(OWN)}
-
-
-def apart(tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The adapter, and the residual beside it."""
-    residual = {name: value for name, value in tensors.items() if ".residual_" in name}
-    return {name: value for name, value in tensors.items() if name not in residual}, residual
-
-
-def core_of(name: str) -> str:
-    return name.replace(".lora_A.weight", CORE)
-
-
-def with_core(mean: Tensors, seat: tuple[int, float]) -> dict[str, np.ndarray]:
-    """Fed-SB's fixed B and A and the first R, from the mean of one round of plain LoRA."""
-    pairs, rest = split(mean)
-    cores = {
-        module: first_core(Pair(np.multiply(pair.B, seat[1], dtype=np.float64), pair.A), *seat)
-        for module, pair in pairs.items()
-    }
-    fixed = join({module: Pair(core.B, core.A) for module, core in cores.items()}, rest)
-    return fixed | {f"{module}{CORE}": core.R for module, core in cores.items()}
-
-
-def without_core(tensors: Tensors) -> dict[str, np.ndarray]:
-    """The stock adapter (B R, A); what has no core already is one."""
-    if not any(name.endswith(CORE) for name in tensors):
-        return dict(tensors)
-    plain = {name: value for name, value in tensors.items() if not name.endswith(CORE)}
-    pairs, rest = split(plain)
-    return join(
-        {module: as_pair(Core(pair.B, tensors[f"{module}{CORE}"], pair.A)) for module, pair in pairs.items()},
-        rest,
-    )
-
-
-def padded(residual: Tensors, extra: int) -> dict[str, np.ndarray]:
-    """A residual at its full extra rank, so that its shape is known before it arrives."""
-    out = {}
-    for name, value in residual.items():
-        down = name.endswith("_A")
-        more = extra - value.shape[0 if down else 1]
-        out[name] = np.pad(value, ((0, more), (0, 0)) if down else ((0, 0), (0, more)))
-    return out

@@ -11,7 +11,7 @@ from pydantic import Field
 from fedtune.aggregate import RULES, Rule
 from fedtune.methods.base import AdapterTable
 from fedtune.methods.head_start import FROM_DATA, HeadStart
-from fedtune.methods.lora_start import LoraStart, start_conflicts
+from fedtune.methods.lora_start import LoraStart, residual_rank, start_conflicts
 from fedtune.methods.memory_ranks import SIZE
 from fedtune.model.adapters import Lora
 from fedtune.model.server_optimizers import ServerSettings, TakeMean
@@ -79,8 +79,10 @@ class FedPEFTSettings(AdapterTable):
             return f"aggregate.rule = '{rule.rule}'"
         if self.mixed:
             return "clients of different ranks or alphas"
+        if residual_rank(self):
+            return f"method.lora_start = '{self.lora_start}'"
         lora = self.adapter if isinstance(self.adapter, Lora) else None
-        if not self.adapter.stacks or (lora and (lora.dora or lora.modules_to_save)):
+        if not self.adapter.stacks or (lora and lora.own_steps):
             return f"method.adapter.kind = '{self.adapter.kind}'" + (" as it is set" if lora else "")
         return ""
 

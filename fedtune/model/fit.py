@@ -25,7 +25,7 @@ from fedtune.model.batch_choice import BatchChoice
 from fedtune.model.changed_inputs import ChangedInputs
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
-from fedtune.model.lora_steps import faster, project
+from fedtune.model.lora_steps import faster, project, train_slices
 from fedtune.model.loss import autocast, carries, check_room, tokens_in
 from fedtune.model.private_steps import private_backward, sampled
 from fedtune.model.rates import rates_of, with_rates
@@ -84,6 +84,7 @@ def fit(
     parameters = tunable.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
     optimizer = make_optimizer(tunable, settings, rates or {})
+    train_slices(optimizer, tunable, seed)
     inputs = ChangedInputs.of(settings.inputs, tunable, seed)
     loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
     chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedtune.aggregate import RULES
 from fedtune.errors import FedtuneError
+from fedtune.events import ClientDone
+from fedtune.runtime.check import check
+from tests import small
+from tests.conformance.recipes import METHODS
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 WIDE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -47,3 +53,20 @@ def test_both_factors_of_a_pair_rest_together_and_with_their_weight() -> None:
 def test_what_has_no_matrices_in_blocks_is_refused() -> None:
     with pytest.raises(FedtuneError, match=r"M306: found aggregate.rule = 'hft' with 2 tensors such as 'a'"):
         rule().trains(["prompts", "a"], 1)
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "rank": 2}])
+def test_half_of_the_bytes_of_blocks_travel_and_check_says_so(
+    adapter: dict[str, object], tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    changes = METHODS["fedpeft-hft"] | {"method__adapter": adapter}
+    recipe = small.recipe(tiny_bert, data, rounds=2, **changes)
+    up = check(recipe).up_bytes
+    whole = check(small.recipe(tiny_bert, data, method__adapter=adapter)).up_bytes
+    events = small.play(recipe, tmp_path)[2]
+    sent = {
+        number: [e.up_bytes for e in events if isinstance(e, ClientDone) and e.round == number]
+        for number in (1, 2)
+    }
+    assert all(abs(one - up) < 64 for one in sent[2])  # check counts the last round; a 0 is left out
+    assert max(map(max, sent.values())) < 0.65 * whole  # what is in no block travels in each round

@@ -39,6 +39,7 @@ MORE: dict[str, dict[str, Any]] = {
     "step deadzone": {"chain": [{"step": "deadzone", "error_feedback": True}]},
     "step topk": {"chain": [{"step": "topk", "keep": 0.1, "error_feedback": True}]},
     "step auto": {"chain": [{"step": "auto"}]},
+    "train slices": {"method__adapter": {"kind": "lora", "rank": 2, "slices": 2}},
     "rule hft": {"aggregate": {"rule": "hft"}},
     "start olora": {"method__lora_start": "olora", "aggregate": {"rule": "median"}},
     "rule median": {"aggregate": {"rule": "median"}},

@@ -14,6 +14,7 @@ from fedtune.config import parse
 from fedtune.errors import FedtuneError
 from fedtune.model.fit import fit, make_optimizer
 from fedtune.model.lora_ranks import A_END, B_END, freeze
+from fedtune.model.lora_steps import train_slices
 from fedtune.model.loss import summed_loss
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import attach, detach
@@ -74,6 +75,81 @@ def test_while_a_is_trained_too_nothing_is_projected(workspace: Any) -> None:
     assert all(np.array_equal(made[0][name], made[1][name]) for name in made[0])
 
 
+def by_rank(name: str, value: np.ndarray) -> np.ndarray:
+    """With the rank's axis first, where it has one."""
+    return value.T if name.endswith(B_END) else value
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_step_changes_one_slice_as_it_would_alone(workspace: Any, optimizer: str) -> None:
+    made = []
+    for slices in (1, 2):
+        tunable = attach(workspace.base("encoder"), adapter_of(rank=4, slices=slices), 1)
+        with torch.no_grad():
+            for name in [name for name in tunable.named if name.endswith(B_END)]:
+                tunable.named[name].add_(0.1)  # else A has no gradient
+        start = tunable.read()
+        train = TrainSettings(optimizer=optimizer, lr=1e-2, head_lr=0.0, steps=1, batch=6)
+        fit(tunable, workspace.encoded("encoder"), train, 2)
+        made.append({name: value - start[name] for name, value in tunable.read().items()})
+    plain, sliced = ({name: by_rank(name, one) for name, one in change.items()} for change in made)
+    pairs = [name for name in plain if name.endswith((A_END, B_END))]
+    first = sum(np.abs(sliced[name][:2]).sum() for name in pairs) > 0
+    part, rest = (slice(0, 2), slice(2, 4)) if first else (slice(2, 4), slice(0, 2))
+    for name in pairs:  # the same slice of each
+        np.testing.assert_array_equal(sliced[name][part], plain[name][part])
+        assert not sliced[name][rest].any()
+    assert sum(bool(plain[name][rest].any()) for name in pairs) > len(pairs) / 2
+    for name in plain.keys() - set(pairs):
+        np.testing.assert_array_equal(sliced[name], plain[name])
+
+
+def test_slices_take_turns_and_what_rests_gathers_no_momentum(workspace: Any) -> None:
+    """Under AdamW a slice that was not drawn would drift along its old moments."""
+    train = TrainSettings(lr=1e-2, head_lr=0.0, steps=1, batch=6)
+    seen = set()
+    for seed in range(8):
+        tunable = attach(workspace.base("encoder"), adapter_of(rank=2, slices=2), 1)
+        start = tunable.read()
+        fit(tunable, workspace.encoded("encoder"), train, seed)
+        name = next(name for name in start if name.endswith(B_END))
+        seen.add(tuple((tunable.read()[name] != start[name]).any(axis=0).tolist()))
+    assert seen == {(True, False), (False, True)}
+    tunable = attach(workspace.base("encoder"), adapter_of(rank=2, slices=2), 1)
+    optimizer = make_optimizer(tunable, train, {})
+    train_slices(optimizer, tunable, 3)
+    value = tunable.named[name]
+    drawn = np.zeros(2)
+    for _ in range(6):
+        before = value.detach().clone()
+        for one in tunable.parameters():
+            one.grad = torch.ones_like(one)
+        optimizer.step()
+        still = [bool(torch.equal(value[:, i], before[:, i])) for i in range(2)]
+        assert sorted(still) == [False, True]
+        drawn[still.index(False)] += 1
+        moment = optimizer.state[value]["exp_avg"].numpy()
+        np.testing.assert_allclose(moment, np.broadcast_to(1 - 0.9**drawn, moment.shape), rtol=1e-6)
+    assert drawn.all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method__adapter__slices": 3}, "of rank 2"),
+        ({"method__lora_start": "pissa"}, "with method.lora_start"),
+        ({"aggregate": {"rule": "fedex", "extra": 4}}, "with aggregate.rule = 'fedex'"),
+        (
+            {"method__lora_rank_by_client": [1, 2], "aggregate": {"rule": "flexlora"}},
+            "with method.lora_rank_by_client",
+        ),
+    ],
+)
+def test_slices_that_cannot_be_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(FedtuneError, match=rf"C104: found method.adapter.slices = \d {words}"):
+        parse(small.tree(Path("none"), tmp_path, **({"method__adapter__slices": 2} | changes)))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -81,6 +157,11 @@ def test_while_a_is_trained_too_nothing_is_projected(workspace: Any) -> None:
         ({"aggregate": {"rule": "fedsa"}}, "aggregate.rule = 'fedsa'"),
         ({"aggregate": {"rule": "hft"}}, "aggregate.rule = 'hft'"),
         ({"aggregate": {"rule": "ffa"}, "method__adapter__dora": True}, "dora"),
+        ({"aggregate": {"rule": "rolora"}, "method__lora_start": "pissa"}, "lora_start"),
+        (
+            {"aggregate": {"rule": "ffa"}, "method__type": "experts", "method__experts": {"by": "clients"}},
+            "method.experts",
+        ),
     ],
 )
 def test_a_rule_under_which_a_moves_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

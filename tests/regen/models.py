@@ -19,7 +19,8 @@ HEADINGS = {
 INTRO = """# Models
 
 One tiny random model of each family below was tried with every task that it could have, and there with every kind of adapter (FedPEFT's
-`[method.adapter] kind`) and the two other methods. What it says is whether a combination runs and is right, not how well it learns.
+`[method.adapter] kind`) but the sparse ones (`shira` and `lift` stand where `lora` does, on torch's linear layers alone: not on GPT-2's),
+and the two other methods. What it says is whether a combination runs and is right, not how well it learns.
 
 **✓** means: the model was loaded and scored; the adapter was attached, trained for two steps that moved it, scored with a finite number,
 exported, loaded again with the very same score (by plain transformers and peft with the same logits, where the kind is one of peft's), and

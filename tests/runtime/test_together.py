@@ -110,6 +110,12 @@ def test_workers_step_back(tiny_bert: Path, data: Path) -> None:
         ({"aggregate": {"rule": "fedsb"}}, "aggregate.rule = 'fedsb'"),
         ({"method__adapter": {"kind": "prompt"}}, "method.adapter.kind = 'prompt'"),
         ({"method__adapter": {"kind": "lora", "dora": True}}, "method.adapter.kind = 'lora' as it is set"),
+        (
+            {"method__adapter": {"kind": "lora", "projected": True}, "aggregate": {"rule": "ffa"}},
+            "method.adapter.kind = 'lora' as it is set",
+        ),
+        ({"method__adapter": {"kind": "lora", "slices": 2}}, "method.adapter.kind = 'lora' as it is set"),
+        ({"method__lora_start": "pissa"}, "method.lora_start = 'pissa'"),
         ({"chain": [{"step": "mask"}]}, "'mask' in the chain"),
         (
             {"aggregate": {"rule": "flexlora"}, "method__lora_rank_by_client": [1, 2]},
@@ -117,7 +123,7 @@ def test_workers_step_back(tiny_bert: Path, data: Path) -> None:
         ),
         ({"method__type": "experts"}, "method.type = 'experts'"),
     ],
-    ids=["flora", "fedsb", "prompt", "dora", "mask", "ranks", "experts"],
+    ids=["flora", "fedsb", "prompt", "dora", "projected", "slices", "start", "mask", "ranks", "experts"],
 )
 def test_what_cannot_go_together_is_refused_at_load(
     more: dict[str, Any], found: str, tiny_bert: Path, data: Path
