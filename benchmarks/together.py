@@ -23,6 +23,7 @@ from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.workspace import Workspace, build_workspace
 
 SIZES = {"small": (1, 32), "usual": (8, 128)}  # texts a step, tokens a text
+TINY = {"small": (1, 8)}
 GOALS = {"small": 0.5, "usual": 1.0}
 
 
@@ -74,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     clients, steps, repeats = (2, 1, 1) if options.tiny else (8, options.steps, options.repeats)
     claims = []
-    for size, (batch, tokens) in SIZES.items():
+    for size, (batch, tokens) in (TINY if options.tiny else SIZES).items():
         workspace = workspace_of(batch, tokens, steps, clients)
         taken(workspace, clients, ("alone", "together"))  # warm
         runs = [taken(workspace, clients, ("alone", "together")) for _ in range(repeats)]

@@ -31,6 +31,7 @@ from fedtune.schema import digest
 from fedtune.types import Client, Round, Tensors
 from tests import small
 from tests.conformance.recipes import METHODS
+from tests.conformance.states import found_in, require_known
 from tests.proxy import with_work
 from tests.transports import Disturbed, disturbed
 
@@ -92,6 +93,12 @@ def sha(recipe: Recipe, root: Path, **more: Any) -> str:
 
 def test_every_method_is_enrolled() -> None:
     assert {name.partition("-")[0] for name in METHODS} == set(methods.METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_ends_with_its_recorded_bytes(name: str, undisturbed: Callable[[str], Played]) -> None:
+    folder, result, _ = undisturbed(name)
+    require_known(name, found_in(folder, result))
 
 
 @pytest.mark.parametrize("name", EXACT)
