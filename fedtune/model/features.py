@@ -38,7 +38,7 @@ def class_sums(
     with watching(tunable) as seen, forward_only(tunable, data), autocast(tunable, "off"):
 
         def each(labels: torch.Tensor) -> None:
-            features = torch.cat(seen).double().cpu().numpy()
+            features = torch.cat([one.flatten(0, -2) for one in seen]).double().cpu().numpy()
             seen.clear()
             lengths = np.linalg.norm(features, axis=1, keepdims=True)
             unit = features / np.maximum(lengths, 1e-12)
@@ -76,10 +76,21 @@ def watching(tunable: TunableModel) -> Iterator[list[torch.Tensor]]:
         for module in tunable.base.net.modules()
         if isinstance(module, nn.Linear) and module.weight is weight
     )
-    handle = module.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].detach().flatten(0, -2))
-    )
+    scores = list[torch.Tensor]()
+
+    def keep(module: nn.Module, args: tuple[torch.Tensor, ...], said: torch.Tensor) -> None:
+        seen.append(args[0].detach())
+        scores[:] = [said.detach()]
+
+    def choose(net: nn.Module, args: Any, said: Any) -> None:
+        """Of a model that scores every token (B, T, C): the token whose scores are those of the text."""
+        if seen and seen[-1].dim() == 3:
+            at = (scores[-1] == said.logits[:, None]).all(-1).int().argmax(-1)
+            seen[-1] = seen[-1][torch.arange(len(at), device=at.device), at]
+
+    handles = [module.register_forward_hook(keep), tunable.net.register_forward_hook(choose)]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

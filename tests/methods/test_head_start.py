@@ -18,6 +18,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Scored
 from fedtune.methods.head_start import TEMPERATURE, lda_head, means_head, ridge_head
 from fedtune.model.features import class_sums
+from fedtune.model.loss import inputs_of
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.run import run
 from tests import small, tiny
@@ -80,6 +81,27 @@ def test_the_sum_over_clients_is_that_of_one_client_with_all_rows(
         and whole["sums"].shape == (3, 32)
         and (whole["moments"].shape == (32, 32) if moments else True)
     )
+
+
+def test_a_decoder_is_read_where_its_own_class_takes_the_scores_from(data: Path, tmp_path: Path) -> None:
+    """At each text's last token, however long the texts beside it in a batch are."""
+    workspace, _ = small.workspace_of(
+        recipe_of(tiny.llama(tmp_path / "llama", chat=False), data, model__pooling="auto", data__limit=20)
+    )
+    tunable, texts = workspace.tunable, workspace.pooled()
+    given, wanted = list[torch.Tensor](), np.zeros((3, 32))
+    head = next(
+        m for m in tunable.base.net.modules() if getattr(m, "weight", None) is tunable.named[tunable.head]
+    )
+    handle = head.register_forward_pre_hook(lambda module, args: given.append(args[0].detach()))
+    with torch.no_grad():
+        for at in range(len(texts)):
+            arguments, labels = inputs_of(tunable, texts.collate([at]))
+            tunable.net.eval()(**arguments)
+            last = given[-1][0, -1].double().numpy()
+            wanted[int(labels)] += last / np.linalg.norm(last) / len(texts)
+    handle.remove()
+    np.testing.assert_allclose(class_sums(tunable, texts)["sums"], wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_the_heads_are_what_their_formulas_say() -> None:
