@@ -88,7 +88,9 @@ def watching(tunable: TunableModel) -> Iterator[list[torch.Tensor]]:
             at = (scores[-1] == said.logits[:, None]).all(-1).int().argmax(-1)
             seen[-1] = seen[-1][torch.arange(len(at), device=at.device), at]
 
-    handles = [module.register_forward_hook(keep), tunable.net.register_forward_hook(choose)]
+    handles = [module.register_forward_hook(keep)]
+    if isinstance(tunable.net, nn.Module):  # the parts of a split model send the rows that the head reads
+        handles.append(tunable.net.register_forward_hook(choose))
     try:
         yield seen
     finally:
