@@ -19,6 +19,15 @@ from tests import small
 
 TRAIN = {"lr": 0.01, "steps": 2, "batch": 4}
 THREE = {"method__train": {**TRAIN, "together": 3}}
+OFFSITE = {
+    "type": "offsite",
+    "first": 1,
+    "last": 0,
+    "keep": 1.0,
+    "bits": 4,
+    "adapter": {"kind": "lora", "rank": 2},
+    "train": TRAIN,
+}
 CHAIN = {"chain": [{"step": "quantize", "bits": 8}]}
 
 
@@ -34,8 +43,9 @@ def state_of(folder: Any) -> dict[str, np.ndarray]:
         {"aggregate": {"rule": "fedsa"}},
         {"aggregate": {"rule": "rolora"}},
         {"method__adapter": {"kind": "head"}},
+        {"method": OFFSITE},
     ],
-    ids=["mean", "chain", "fedsa", "rolora", "head"],
+    ids=["mean", "chain", "fedsa", "rolora", "head", "offsite"],
 )
 def test_a_run_ends_where_it_would_have_ended(
     more: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -50,7 +60,9 @@ def test_a_run_ends_where_it_would_have_ended(
     monkeypatch.setattr(together, "fit_together", noted)
     alone, one, told = small.play(small.recipe(tiny_bert, data, **more), tmp_path / "alone")
     assert not groups
-    folder, result, events = small.play(small.recipe(tiny_bert, data, **THREE, **more), tmp_path / "together")
+    folder, result, events = small.play(
+        small.recipe(tiny_bert, data, **{**more, **THREE}), tmp_path / "together"
+    )
     assert groups == [3] * 3  # the fourth client of each round is alone
     assert [type(e) for e in events if not isinstance(e, Progress)] == [
         type(e) for e in told if not isinstance(e, Progress)
