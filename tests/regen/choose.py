@@ -47,7 +47,7 @@ TABLES: dict[str, tuple[str, dict[str, Cell]]] = {  # block -> recorded table, h
         },
     ),
     "kinds": ("clinc150-kinds-dirichlet", {**ACCURACY, **UP}),
-    "codes": ("clinc150-codes", {**ACCURACY, **UP}),
+    "codes": ("shakespeare-codes", {"perplexity": score("federated", spread), **UP}),
     "ranks": ("clinc150-ranks", {**ACCURACY, **UP}),
     "byzantine": ("byzantine", {"test loss, nats": score("loss")}),
 }
