@@ -126,7 +126,7 @@ def of_round(event: RoundDone) -> dict[str, float]:
 
 
 def of_client(event: ClientDone) -> dict[str, float]:
-    more = {"examples": event.weight, "up bytes": float(event.up_bytes), "seconds": event.seconds}
+    more = {"weight": event.weight, "up bytes": float(event.up_bytes), "seconds": event.seconds}
     return {**event.metrics, **more}
 
 

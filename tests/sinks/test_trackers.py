@@ -184,7 +184,7 @@ def test_what_was_missed_is_told_and_nothing_twice(tmp_path: Path) -> None:
     assert opened == ["", "number-7"] and heard.closed == {"rounds": 3}
     assert [step for step, values in heard.steps if "round/loss" in values] == [1, 2, 3]
     first = heard.steps[0][1]
-    assert first["clients/a/loss"] == 2.0 and first["clients/a/examples"] == 4.0 and "round/odd" not in first
+    assert first["clients/a/loss"] == 2.0 and first["clients/a/weight"] == 4.0 and "round/odd" not in first
     assert [values for _, values in heard.steps if "held-out/accuracy" in values] == [
         {"held-out/accuracy": 0.5, "held-out/loss": 1.0}
     ]
