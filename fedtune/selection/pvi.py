@@ -29,7 +29,8 @@ class Pvi(Selection):
         values = pvi(rows, holder)
         out = int(self.drop * len(rows))
         last = np.argsort(values, kind="stable")[:out]  # of equal ones the first in the file
-        kept = [dict(row) for number, row in enumerate(rows) if number not in set(last.tolist())]
+        left_out = set(last.tolist())
+        kept = [dict(row) for number, row in enumerate(rows) if number not in left_out]
         return kept, f"{out} of {len(rows)} rows left out, of PVI {mean_of(values[last])} bits on average"
 
 
