@@ -233,7 +233,7 @@ def test_check_says_who_sees_what(tiny_bert: Path, data: Path) -> None:
     [
         ({"method__adapter": {"kind": "bias"}}, "kind = 'bias'"),
         ({"method__adapter": {"kind": "lora", "dora": True}}, "dora = true"),
-        ({"aggregate": {"rule": "median"}}, "aggregate.rule = 'median'.*ffa, mean, rolora"),
+        ({"aggregate": {"rule": "median"}}, "aggregate.rule = 'median'.*ffa, hft, mean, rolora"),
         ({"aggregate": {"rule": "fedsa"}}, "aggregate.rule = 'fedsa'"),
         (
             {"chain": [{"step": "quantize", "bits": 8}], "downlink": {"step": "delta"}},

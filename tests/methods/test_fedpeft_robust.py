@@ -31,7 +31,7 @@ def test_a_rule_that_reads_single_answers_is_refused_beside_a_step_that_hides_th
         name, undone, hides = "mask", "sum", True
 
     check_single_answers(RULES["rolora"](), Chain([Mask()]))
-    with pytest.raises(FedtuneError, match=r"C104.*'median'.*'mask'.*fedsa, fedsb, ffa, mean, rolora"):
+    with pytest.raises(FedtuneError, match=r"C104.*'median'.*'mask'.*fedsa, fedsb, ffa, hft, mean, rolora"):
         check_single_answers(RULES["median"](), Chain([Mask()]))
 
 
