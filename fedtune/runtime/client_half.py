@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
 from fedtune.runtime.task import Task
 from fedtune.schema import Schema
 from fedtune.transforms.downlink import HeldState, hold, holding
-from fedtune.types import Client, Tensors, Update
+from fedtune.types import Client, Round, Tensors, Update
 from fedtune.wire import EVERYONE, decode, decode_state, encode
 
 Cover = Callable[[Update, Tensors | None], Update]
@@ -42,35 +42,45 @@ def respond(link: Link, client: Client, ask: Ask, cover: Cover | None = None) ->
     return answered(link, client, ask, (task, schema, given), update, cover)
 
 
-def respond_together(link: Link, clients: Sequence[Client], asks: Sequence[Ask]) -> list[Reply | Exception]:
-    """The same question to several clients at once, whose work is done in one pass; a reply, or what went
-    wrong, for each in its order."""
-    said: list[Reply | Exception] = []
-    ready: list[int] = []
+def respond_together(
+    link: Link, client: Callable[[Ask], Client], asks: Sequence[Ask]
+) -> list[tuple[Client | None, Reply | Exception]]:
+    """The same question to several clients at once, whose work is done in one pass. For each, in their order:
+    the client, where there is one, and a reply or what went wrong."""
+    clients: dict[int, Client] = {}
     questions: dict[int, Opened] = {}
-    for place, (client, ask) in enumerate(zip(clients, asks, strict=True)):
+    said: dict[int, Reply | Exception] = {}
+    for place, ask in enumerate(asks):
         try:
-            questions[place] = opened(link, client, ask)
-            ready.append(place)
-            said.append(RuntimeError("the pass ended without an answer"))
-        except Exception as error:  # about this client
-            said.append(error)
-    if not ready:
-        return said
-    work = questions[ready[0]][0].together[1]
-    assert work is not None
-    try:
-        found = work([clients[n] for n in ready], [questions[n][2] for n in ready], asks[0].now)
-    except Exception as error:  # about all of them
-        return [error if place in questions else one for place, one in enumerate(said)]
-    for place, update in zip(ready, found, strict=True):
+            clients[place] = client(ask)
+            questions[place] = opened(link, clients[place], ask)
+        except Exception as error:  # whatever it is, it is about this client
+            said[place] = error
+    for place, update in done_together(questions, clients, asks[0].now).items():
         try:
-            if isinstance(update, ClientFailed):
+            if isinstance(update, Exception):
                 raise update
             said[place] = answered(link, clients[place], asks[place], questions[place], update)
         except Exception as error:
             said[place] = error
-    return said
+    return [(clients.get(place), said[place]) for place in range(len(asks))]
+
+
+def done_together(
+    questions: Mapping[int, Opened], clients: Mapping[int, Client], now: Round
+) -> dict[int, Update | Exception]:
+    """The work of those whose question could be opened, in one pass; what ends that is about all of them."""
+    if not questions:
+        return {}
+    work = next(iter(questions.values()))[0].together[1]
+    assert work is not None
+    try:
+        found = work(
+            [clients[place] for place in questions], [given for _, _, given in questions.values()], now
+        )
+        return dict(zip(questions, found, strict=True))
+    except Exception as error:
+        return dict.fromkeys(questions, error)
 
 
 def opened(link: Link, client: Client, ask: Ask) -> Opened:

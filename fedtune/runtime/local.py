@@ -44,12 +44,16 @@ def local_transport(
 
     def several(asks: Sequence[Ask]) -> Iterator[Reply]:
         began = time.monotonic()
-        clients = [client(ask) for ask in asks]
-        for ask, one, said in zip(asks, clients, respond_together(link, clients, asks), strict=True):
-            if isinstance(said, Reply):
+        found = respond_together(link, client, asks)
+        for ask, (one, said) in zip(asks, found, strict=True):
+            try:
+                if isinstance(said, Exception):
+                    raise said
+                assert one is not None  # or it had said nothing
                 done(ask, one)
-            else:
-                said = Reply(ask.client, failure=failure_of(said, one.name, logs))
+            except Exception as error:
+                name = one.name if one else str(ask.client)
+                said = Reply(ask.client, failure=failure_of(error, name, logs))
             yield replace(said, seconds=(time.monotonic() - began) / len(asks))
 
     return carry

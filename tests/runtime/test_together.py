@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import ClientLeftOut, Event, Progress, RoundDone
 from fedtune.model import together
 from fedtune.runtime.checkpoints import load_state
 from fedtune.runtime.run import run
 from fedtune.runtime.workers import workers_for
+from fedtune.runtime.workspace import Workspace
 from tests import small
 
 TRAIN = {"lr": 0.01, "steps": 2, "batch": 4}
@@ -106,6 +107,24 @@ def test_a_client_that_fails_is_left_out_alone(
     dropped = [event for event in events if isinstance(event, ClientLeftOut)]
     assert result["left_out"] == 3
     assert {(event.client, event.code) for event in dropped} == {(1, "W607")}
+
+
+def test_a_client_whose_rows_cannot_be_made_ready_is_left_out_alone(
+    tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Workspace.train
+
+    def nothing_left(self: Workspace, number: int) -> Any:
+        if number == 1:
+            raise ClientFailed("D209", "nothing", "something", "look at the rows")
+        return real(self, number)
+
+    monkeypatch.setattr(Workspace, "train", nothing_left)
+    _, _, events = small.play(small.recipe(tiny_bert, data, **THREE), tmp_path)
+    dropped = [event for event in events if isinstance(event, ClientLeftOut)]
+    assert [(event.round, event.client, event.code) for event in dropped] == [
+        (number, 1, "D209") for number in (1, 2, 3)
+    ]
 
 
 def test_workers_step_back(tiny_bert: Path, data: Path) -> None:
