@@ -9,7 +9,7 @@ small to keep the machine busy.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 
 from fedtune import progress as progress_of
 from fedtune.errors import ClientFailed
+from fedtune.model.base import Base
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded, collation
 from fedtune.model.fit import (
@@ -72,21 +73,16 @@ class Local:
         self.plan = list(step_batches(len(encoded), self.settings, self.trainee.seed))
         self.loss = TrainingLoss.of(self.settings.objective, self.tunable, encoded)
 
-    def terms(self, number: int) -> int:
-        encoded, task = self.trainee.encoded, self.tunable.base.task
-        return sum(carries(task, encoded.collate(indices)) for indices in self.plan[number])
-
-    def step(self, number: int, loss: float) -> None:
+    def step(self, number: int, loss: float, tokens: int) -> None:
         try:
             require_finite_loss(loss, number)
         except ClientFailed as error:
             self.failed = error
             return
         take_step(self.optimizer, self.parameters, self.origin, self.settings)
-        batches = [self.trainee.encoded.collate(indices) for indices in self.plan[number]]
         self.losses.append(loss)
         self.examples += sum(map(len, self.plan[number]))
-        self.tokens += sum(map(tokens_in, batches))
+        self.tokens += tokens
 
 
 def fit_together(
@@ -111,8 +107,8 @@ def fit_together(
             for one in active:
                 set_rates(one.optimizer, schedule_factor(settings, progress, number, len(one.plan)))
                 one.optimizer.zero_grad(set_to_none=True)
-            for one, loss in zip(active, losses_of(tunable, places, active, number), strict=True):
-                one.step(number, loss)
+            for one, said in zip(active, losses_of(tunable, places, active, number), strict=True):
+                one.step(number, *said)
             progress_of.say("training", number + 1, steps, active[0].losses[-1] if active[0].losses else 0.0)
     seconds = (time.perf_counter() - began) / max(len(trainees), 1)
     return [
@@ -142,12 +138,13 @@ def local(
 
 def losses_of(
     tunable: TunableModel, places: dict[str, list[Place]], active: Sequence[Local], number: int
-) -> list[float]:
-    """Each client's loss of a step, its gradients added up; in smaller groups where memory asks for it."""
+) -> list[tuple[float, int]]:
+    """Each client's loss of a step and the tokens behind it, its gradients added up; in smaller groups where
+    memory asks for it."""
     most = known_to_fit(tunable.base, "together", len(active))
     if most < len(active):
         parts = (active[start : start + most] for start in range(0, len(active), most))
-        return [loss for part in parts for loss in losses_of(tunable, places, part, number)]
+        return [one for part in parts for one in losses_of(tunable, places, part, number)]
     try:
         return pass_together(tunable, places, active, number)
     except RuntimeError as error:
@@ -158,57 +155,76 @@ def losses_of(
     return losses_of(tunable, places, active, number)
 
 
+@dataclass(frozen=True)
+class SharedBatch:
+    """The rows of one micro-batch of everybody who has one, as many for each: where a client has fewer, its
+    last one again, which counts for nothing.
+
+    rows  a client's place among those who are trained -> where its own rows are
+    """
+
+    batch: Batch
+    rows: dict[int, slice]
+
+    @classmethod
+    def of(cls, active: Sequence[Local], number: int, micro: int, base: Base) -> SharedBatch:
+        chosen = {n: one.plan[number][micro] for n, one in enumerate(active) if micro < len(one.plan[number])}
+        most = max(map(len, chosen.values()))
+        rows = [
+            active[n].trainee.encoded[index]
+            for n, indices in chosen.items()
+            for index in [*indices, *[indices[-1]] * (most - len(indices))]
+        ]
+        own = {
+            n: slice(place * most, place * most + len(indices))
+            for place, (n, indices) in enumerate(chosen.items())
+        }
+        return cls(collation(rows, base)(range(len(rows))), own)
+
+    def of_client(self, n: int) -> Batch:
+        return {name: value[self.rows[n]] for name, value in self.batch.items()}
+
+
 def pass_together(
     tunable: TunableModel, places: dict[str, list[Place]], active: Sequence[Local], number: int
-) -> list[float]:
-    totals = [0.0] * len(active)
-    terms = [one.terms(number) for one in active]
-    own = {name: [one.everything[name] for one in active] for name in places}
-    for micro in range(max(len(one.plan[number]) for one in active)):
-        there = [n for n, one in enumerate(active) if micro < len(one.plan[number])]
-        group = [active[n] for n in there]
-        rows = [one.plan[number][micro] for one in group]
-        batch = batch_of(tunable, group, rows)
-        mixed = active[0].settings.autocast
-        with autocast(tunable, mixed):
-            reference = reference_of(tunable, batch) if group[0].loss.objective.refers else None
-        with put(places, {name: [own[name][n] for n in there] for name in own}):
-            with autocast(tunable, mixed):
-                said = logits_of(tunable, *inputs_of(tunable, batch))
-                parts = losses_by_client(group, list(map(len, rows)), *said, reference)
-                shares = [part / terms[n] for n, part in zip(there, parts, strict=True)]
-            torch.stack(shares).sum().backward()  # here, since recomputation goes through the network again
-        for n, share in zip(there, shares, strict=True):
+) -> list[tuple[float, int]]:
+    micros = range(max(len(one.plan[number]) for one in active))
+    batches = [SharedBatch.of(active, number, micro, tunable.base) for micro in micros]
+    terms, tokens, totals = [0] * len(active), [0] * len(active), [0.0] * len(active)
+    for shared in batches:
+        for n in shared.rows:
+            own = shared.of_client(n)
+            terms[n] += carries(tunable.base.task, own)
+            tokens[n] += tokens_in(own)
+    for shared in batches:
+        reference = reference_of(tunable, active[0], shared.batch)  # peft's switch looks at its own tensors
+        with put(places, {name: [active[n].everything[name] for n in shared.rows] for name in places}):
+            losses = losses_by_client(tunable, active, shared, reference)
+            shares = {n: loss / terms[n] for n, loss in losses.items()}
+            torch.stack(list(shares.values())).sum().backward()  # here: recomputation asks the network again
+        for n, share in shares.items():
             totals[n] += float(share.detach())
-    return totals
+    return list(zip(totals, tokens, strict=True))
 
 
-def batch_of(tunable: TunableModel, group: Sequence[Local], chosen: Sequence[Sequence[int]]) -> Batch:
-    """One batch of everybody's rows, as many for each: where a client has fewer, its last one again."""
-    most = max(map(len, chosen))
-    rows = [
-        one.trainee.encoded[index]
-        for one, indices in zip(group, chosen, strict=True)
-        for index in [*indices, *[indices[-1]] * (most - len(indices))]
-    ]
-    return collation(rows, tunable.base)(range(len(rows)))
-
-
-def reference_of(tunable: TunableModel, batch: Batch) -> torch.Tensor:
-    with torch.no_grad(), switched_off(tunable):
+def reference_of(tunable: TunableModel, one: Local, batch: Batch) -> torch.Tensor | None:
+    """What the network says without adapters, where the objective compares with that."""
+    if not one.loss.objective.refers:
+        return None
+    with torch.no_grad(), switched_off(tunable), autocast(tunable, one.settings.autocast):
         return logits_of(tunable, *inputs_of(tunable, batch))[0].float()
 
 
 def losses_by_client(
-    group: Sequence[Local],
-    counts: Sequence[int],
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    reference: torch.Tensor | None,
-) -> Iterator[torch.Tensor]:
-    """Each client's loss over its own rows, summed; `batch_of` says where they are."""
-    for n, (one, count) in enumerate(zip(group, counts, strict=True)):
-        mine = slice(n * max(counts), n * max(counts) + count)
-        without = None if reference is None else reference[mine]
-        said = Predictions(logits[mine].float(), labels[mine], one.loss.context, without)
-        yield one.loss.objective.summed(said)
+    tunable: TunableModel, active: Sequence[Local], shared: SharedBatch, reference: torch.Tensor | None
+) -> dict[int, torch.Tensor]:
+    """Each client's loss over its own rows, summed, by the network as it is."""
+    with autocast(tunable, active[0].settings.autocast):
+        logits, labels = logits_of(tunable, *inputs_of(tunable, shared.batch))
+        losses = {}
+        for n, rows in shared.rows.items():
+            without = None if reference is None else reference[rows]
+            loss = active[n].loss
+            said = Predictions(logits[rows].float(), labels[rows], loss.context, without)
+            losses[n] = loss.objective.summed(said)
+    return losses
