@@ -94,7 +94,7 @@ class Offsite(FedPEFT):
         return super().start(tunable.at_clients)
 
     def given(self, tunable: Any, client: int, now: Round) -> Schema:
-        return super().given(getattr(tunable, "at_clients", tunable), client, now)
+        return super().given(tunable.at_clients, client, now)
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         """On the emulator; what was trained is then plugged in."""

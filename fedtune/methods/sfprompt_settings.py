@@ -103,9 +103,8 @@ class SFPromptSettings(TrainedTable):
                 "cross-entropy",
                 "remove [method.train.objective]",
             )
-        for key, idle in (("inputs", not self.train.inputs), ("uds", self.train.uds.idle)):
-            if not idle:
-                yield f"method.train.{key} with a split model", "training on rows as they are", "remove it"
+        for key in self.train.reads_otherwise:
+            yield f"method.train.{key} with a split model", "training on rows as they are", "remove it"
         if reads := [one.by for one in recipe.select if one.reads]:
             yield (
                 f"[[select]] by = '{reads[0]}' with a split model",

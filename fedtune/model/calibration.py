@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fedtune.hf.config import LM_TASKS
+from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, inputs_of, logits_of
 from fedtune.model.objectives.base import IGNORED
@@ -55,16 +56,17 @@ def expected_error(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
 def answers(tunable: TunableModel, encoded: Encoded, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """The probability of each answer that the model would give, and whether it is right: (n,), (n,)."""
     order = encoded.by_length()
-    step = 1 if tunable.base.task in LM_TASKS else batch  # a vocabulary for each token is large
-    sure, right = [], []
+    most = 1 if tunable.base.task in LM_TASKS else batch  # a vocabulary for each token is large
+
+    def part(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        with autocast(tunable, "off"):
+            said = logits_of(tunable, *inputs_of(tunable, encoded.collate(order[start:stop])))
+        logits, labels = said[0].flatten(0, -2), said[1].flatten()
+        known = labels != IGNORED
+        best = logits[known].float().softmax(-1).max(-1)
+        return best.values.cpu().numpy().astype(np.float64), (best.indices == labels[known]).cpu().numpy()
+
     tunable.net.eval()
     with torch.no_grad():
-        for start in range(0, len(order), step):
-            with autocast(tunable, "off"):
-                arguments, labels = inputs_of(tunable, encoded.collate(order[start : start + step]))
-                logits, labels = logits_of(tunable, arguments, labels)
-            known = labels.reshape(-1) != IGNORED
-            best = logits.reshape(-1, logits.shape[-1])[known].float().softmax(-1).max(-1)
-            sure.append(best.values.cpu().numpy().astype(np.float64))
-            right.append((best.indices == labels.reshape(-1)[known]).cpu().numpy())
+        sure, right = zip(*losses_in_parts(tunable.base, len(order), most, part), strict=True)
     return np.concatenate(sure), np.concatenate(right)

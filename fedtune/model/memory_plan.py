@@ -50,6 +50,11 @@ class Plan:
     peak: Peak = field(default=not_tried, compare=False, repr=False)
 
     @property
+    def at_clients(self) -> Plan:
+        """As of a tunable model: what is planned is what clients hold."""
+        return self
+
+    @property
     def named(self) -> dict[str, np.ndarray]:
         """Arrays of zeros with the shapes of `TunableModel.named` and without memory."""
         return {name: np.broadcast_to(np.float32(0), shape) for name, shape in self.shapes.items()}

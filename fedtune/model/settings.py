@@ -118,6 +118,11 @@ class TrainSettings(Settings):
         return "auto" in (self.optimizer, self.lr, self.head_lr)
 
     @property
+    def reads_otherwise(self) -> list[str]:
+        """The keys by which a batch is not what its rows say."""
+        return ["inputs"] * bool(self.inputs) + ["uds"] * (not self.uds.idle)
+
+    @property
     def rates(self) -> str:
         """In words."""
         head = f", the task head at {self.head_lr}" if self.head_lr else ""
@@ -186,9 +191,8 @@ class TrainSettings(Settings):
             yield f"{here} with {alone}", "fedpeft with lora or head", "set method.train.together = 1"
         if self.private.max_grad_norm:
             yield f"{here} with method.train.private", "one of them", "set method.train.together = 1"
-        for key, idle in (("inputs", not self.inputs), ("uds", self.uds.idle)):
-            if not idle:
-                yield f"{here} with method.train.{key}", "one of them", "set method.train.together = 1"
+        for key in self.reads_otherwise:
+            yield f"{here} with method.train.{key}", "one of them", "set method.train.together = 1"
 
     def private_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         here = "method.train.private"

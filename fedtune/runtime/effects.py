@@ -102,12 +102,11 @@ def forgetting(asked: Asked) -> dict[str, Any]:
     """Loss on text that has nothing to do with the run's own."""
     from fedtune.model.score import score
 
-    key = "general text"
-    got = score(asked.tunable, general(asked, key), asked.batch)
+    got = score(asked.tunable, general(asked), asked.batch)
     return {"text": asked.text or "topics of Python's own help", "tokens": got.count, "loss": got.loss}
 
 
-def general(asked: Asked, key: str) -> Encoded:
+def general(asked: Asked) -> Encoded:
     """The text, encoded as a language model reads it."""
     from fedtune.model.encode import encode
 
@@ -117,7 +116,7 @@ def general(asked: Asked, key: str) -> Encoded:
             data_at(Text(), asked.text, task="causal-lm", client_test_share=0.0, limit=0),
             workspace.recipe.seed,
             0,
-            key,
+            "general text",
         )
         rows = [*mine.train, *mine.test]
     else:

@@ -64,7 +64,7 @@ def hindrance(recipe: Recipe, workspace: Workspace, method: Method) -> str:
         return f"the model is on {workspace.base.device}"
     if method.capabilities.split is not None:
         return "the middle of the model runs in this process"
-    if any(verb.together[0] > 1 for verb in method.verbs.values()):
+    if recipe.method.together > 1:
         return "clients go through the model together (method.train.together)"
     if build(recipe.chain).hides:
         return "secrets of masked sums are kept in this process"
