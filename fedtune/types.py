@@ -18,6 +18,7 @@ import numpy as np
 
 from fedtune.errors import FedtuneError
 
+LM_TASKS = ("causal-lm", "instruct")  # values of data.task: language models
 Tensors = Mapping[str, np.ndarray]
 Group = TypeVar("Group", bound=Hashable)
 

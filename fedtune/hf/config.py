@@ -15,6 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.code import refuse_code
 from fedtune.hf.gguf import is_gguf, unpacked
 from fedtune.hf.labels import LabelSet, choose_labels
+from fedtune.types import LM_TASKS
 
 AUTO = {
     "classify": transformers.AutoModelForSequenceClassification,
@@ -23,7 +24,6 @@ AUTO = {
     "image-classify": transformers.AutoModelForImageClassification,
 }
 PACKAGE = "package:"  # begins the name of a model that an installed package carries
-LM_TASKS = ("causal-lm", "instruct")
 
 
 def locate(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.types import LM_TASKS
 
 Pooling = Literal["own", "mean", "cls", "last"]  # own: whatever the model's class does
 STATED: dict[str, Pooling] = {
@@ -70,7 +71,7 @@ def choose_pooling(
 
     Raises M306 for a pooling that is asked for where nothing is pooled.
     """
-    if task in ("causal-lm", "instruct"):
+    if task in LM_TASKS:
         if wanted not in ("auto", "pooler"):
             raise FedtuneError(
                 "M306",

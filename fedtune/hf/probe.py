@@ -10,6 +10,7 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.draws import own_draws
+from fedtune.types import LM_TASKS
 
 SHORT, LONG = "a b c", "a b c d e f g h a b c d e f g h"
 
@@ -23,7 +24,7 @@ def padding_side(net: Any, tokenizer: Any, task: str, context: int | None, name:
     where a model for a language task changes what it says about a text's first tokens with its last one.
     """
     short, long = texts(tokenizer, context)
-    lm = task in ("causal-lm", "instruct")
+    lm = task in LM_TASKS
     slack = (
         1e-3 if next(net.parameters()).dtype == torch.float32 else 0.05
     )  # half precision rounds by 0.4 % at every layer

@@ -15,6 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods.base import AdapterCosts
 from fedtune.methods.memory_ranks import MIB, Needs, bytes_of, powers, rank_for, reason
 from fedtune.model.adapters import Lora
+from fedtune.types import LM_TASKS
 
 if TYPE_CHECKING:
     from fedtune.methods.fedpeft_settings import FedPEFTSettings
@@ -99,7 +100,7 @@ def decided(
 
 
 def label_count(recipe: Any) -> int:
-    if recipe.data.task in ("causal-lm", "instruct"):
+    if recipe.data.task in LM_TASKS:
         return 0
     return len(recipe.data.labels) or len(load(recipe.data, recipe.partition, recipe.seed).labels)
 

@@ -19,7 +19,7 @@ import numpy as np
 from fedtune.errors import FedtuneError
 from fedtune.methods.interface import Verb, Work
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import LM_TASKS, Client, Cohort, Round, State, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
@@ -122,7 +122,7 @@ def features_verbs(kind: HeadStart, work: Work | None = None) -> dict[str, Verb]
 
 def start_conflicts(kind: HeadStart, recipe: Any) -> Iterator[tuple[str, str, str]]:
     """For a table's `conflicts`."""
-    if kind in FROM_DATA and recipe.data.task in ("causal-lm", "instruct"):
+    if kind in FROM_DATA and recipe.data.task in LM_TASKS:
         yield (
             f"method.head_start = '{kind}' with data.task = '{recipe.data.task}'",
             "a task with classes",

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import AUTO, LM_TASKS, load_config, locate, position_limit, width_of
+from fedtune.hf.config import AUTO, load_config, locate, position_limit, width_of
 from fedtune.hf.draws import own_draws
 from fedtune.hf.labels import LabelSet, redraw
 from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
@@ -27,6 +27,7 @@ from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.settings import ModelSettings
 from fedtune.rng import seed_of
 from fedtune.threads import threads_for
+from fedtune.types import LM_TASKS
 
 CPU = Path("/proc/cpuinfo")
 

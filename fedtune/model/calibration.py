@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, inputs_of, logits_of
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 BINS = 15  # as in the paper
 

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.hf.pooling import set_pooling, stated
 from fedtune.hf.probe import try_once
 from fedtune.model.adapters import Adapter, Full, LayerAdapter
@@ -28,6 +27,7 @@ from fedtune.model.adapters.layers import in_head, target_layers
 from fedtune.model.base import Base, load
 from fedtune.model.settings import ModelSettings
 from fedtune.model.tunable import without
+from fedtune.types import LM_TASKS
 
 MARK = "fedtune_emulator"  # where a configuration says that its model is an emulator, and of what
 

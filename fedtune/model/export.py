@@ -17,7 +17,6 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.numpy import load_file, save_file
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model import standalone
 from fedtune.model.adapters import ADAPTERS, read_adapter
 from fedtune.model.adapters.wrap import file_name
@@ -26,6 +25,7 @@ from fedtune.model.blocks import is_encoder
 from fedtune.model.sparse_support import without_positions
 from fedtune.model.tunable import TunableModel, attach, detach
 from fedtune.model.usage import usage
+from fedtune.types import LM_TASKS
 
 SIDECAR = "fedtune.json"
 OWN_FILE = (

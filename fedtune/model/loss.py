@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded
 from fedtune.model.loss_pieces import before_output, in_pieces, summed_in_pieces
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 
 def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.encode import encode
 from fedtune.model.generate import generated, questions
 from fedtune.model.loss import autocast, inputs_of
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 Row = Mapping[str, Any]
 UNKNOWN = "?"  # where a row of the task's shape has its answer

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import ClientFailed
-from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import autocast, carries, inputs_of, logits_of, summed_loss
@@ -29,6 +28,7 @@ from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
 from fedtune.privacy.noise import Secret, add_gaussian
+from fedtune.types import LM_TASKS
 
 Batch = dict[str, torch.Tensor]
 # rows, the sums that their shortened gradients are added to -> the sum of their losses

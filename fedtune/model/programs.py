@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS, PACKAGE
+from fedtune.hf.config import PACKAGE
 from fedtune.hf.gguf import is_gguf
 from fedtune.model import gguf_file
 from fedtune.model.export import is_stock, merged_net, save_adapter, save_merged
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 MODES = {  # our pooling in sentence-transformers' words

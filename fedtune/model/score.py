@@ -11,12 +11,12 @@ import torch
 
 from fedtune import progress
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
 from fedtune.model.frozen_front import FrozenFront
 from fedtune.model.loss import autocast, carries, check_room, summed_loss
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 LARGEST = 700.0  # nats of a loss whose perplexity is still a number
 

@@ -16,6 +16,7 @@ from fedtune.model.uds import Uds
 from fedtune.privacy.releases import Release
 from fedtune.privacy.settings import PrivateTraining, asked_before
 from fedtune.settings import Settings, path_below
+from fedtune.types import LM_TASKS
 
 
 class ModelSettings(Settings):
@@ -153,7 +154,7 @@ class TrainSettings(Settings):
         for key in sorted(self.unused({"optimizer": self.optimizer}) & self.model_fields_set):
             found = f"method.train.{key} with method.train.optimizer = '{self.optimizer}'"
             yield found, "optimizer = 'sgd'", "remove it or change method.train.optimizer"
-        if self.head_lr not in ("auto", 0.0) and recipe.data.task in ("causal-lm", "instruct"):
+        if self.head_lr not in ("auto", 0.0) and recipe.data.task in LM_TASKS:
             yield (
                 f"method.train.head_lr with data.task = '{recipe.data.task}'",
                 "a task with a head of its own",

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.adapters import Lora
 from fedtune.model.export import OWN_FILE, SIDECAR
 from fedtune.model.sparse_support import without_positions
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -20,13 +20,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import image_size
 from fedtune.model.objectives import Context
 from fedtune.model.settings import TrainSettings
 from fedtune.model.training_loss import TrainingLoss
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 
 class StorageWatch(TorchDispatchMode):  # type: ignore[misc]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import inputs_of, logits_of, summed_loss
 from fedtune.model.objectives import Context, Objective, Predictions
 from fedtune.model.tunable import TunableModel
+from fedtune.types import LM_TASKS
 
 Loss = Callable[[TunableModel, dict[str, torch.Tensor]], torch.Tensor]  # of a batch, summed
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import try_once
 from fedtune.model.adapters import Adapter
 from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
 from fedtune.model.base import Base
+from fedtune.types import LM_TASKS
 
 CONTAINERS = (
     "_modules",

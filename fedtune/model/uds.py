@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from fedtune.settings import Settings
+from fedtune.types import LM_TASKS
 
 
 class Uds(Settings):
@@ -31,7 +32,7 @@ class Uds(Settings):
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.idle:
             return
-        if recipe.data.task not in ("causal-lm", "instruct"):
+        if recipe.data.task not in LM_TASKS:
             yield (
                 f"method.train.uds with data.task = '{recipe.data.task}'",
                 "causal-lm or instruct",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.hf.config import LM_TASKS
+from fedtune.types import LM_TASKS
 
 AUTO = {
     "classify": "AutoModelForSequenceClassification",

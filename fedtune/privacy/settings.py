@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedtune.privacy.releases import Release
 from fedtune.settings import Settings
+from fedtune.types import LM_TASKS
 
 
 class PrivacySettings(Settings):
@@ -52,7 +53,7 @@ class PrivateTraining(Settings):
 
 def asked_before(recipe: Any) -> list[str]:
     """Questions before the first round whose answers are sums over rows, as they are."""
-    if recipe.data.task in ("causal-lm", "instruct"):
+    if recipe.data.task in LM_TASKS:
         return []  # no head of classes that could start from them
     method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
     return [name for name, verb in method.verbs.items() if verb.once]

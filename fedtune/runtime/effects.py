@@ -16,13 +16,13 @@ from fedtune.runtime.finished import installed
 from fedtune.runtime.folder import EFFECTS, RunFolder
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.overlaps import overlaps
+from fedtune.types import LM_TASKS
 
 if TYPE_CHECKING:
     from fedtune.model.encode import Encoded
     from fedtune.model.tunable import TunableModel
     from fedtune.runtime.workspace import Workspace
 
-LANGUAGE = ("causal-lm", "instruct")
 PARAGRAPHS = 200  # of the default text: some 20,000 tokens
 
 
@@ -86,7 +86,7 @@ def effects(
 def refuse(asked: Asked, what: Sequence[str]) -> None:
     """Raises M306 where a model has no loss on text."""
     task = asked.workspace.recipe.data.task
-    if "forgetting" in what and task not in LANGUAGE:
+    if "forgetting" in what and task not in LM_TASKS:
         raise FedtuneError(
             "M306", f"forgetting of a model of data.task = '{task}', which has no loss on text",
             "a language model", "leave forgetting out of --what",

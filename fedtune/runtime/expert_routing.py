@@ -42,8 +42,8 @@ def routed(folder: RunFolder, routing: Routing, null: bool = False) -> dict[str,
 def put(base: Base, place: Path, routing: Routing, null: bool = False) -> tuple[TunableModel, Router]:
     """The base with the general expert on it and a router over all others, attached."""
     from fedtune.experts.routers import router
-    from fedtune.hf.config import LM_TASKS
     from fedtune.model.lora_files import read_expert, seated
+    from fedtune.types import LM_TASKS
 
     found = [name for name in cards(place) if name != GENERAL]
     if not found:

@@ -20,7 +20,7 @@ from fedtune.errors import ClientFailed
 from fedtune.privacy.noise import Secret, add_gaussian
 from fedtune.privacy.releases import Release
 from fedtune.transforms.base import StepSettings, Transform
-from fedtune.types import Client, Round, Update
+from fedtune.types import LM_TASKS, Client, Round, Update
 
 
 class PrivateSettings(StepSettings):
@@ -70,7 +70,7 @@ class PrivateSettings(StepSettings):
                 "a method whose clients send nothing but answers; hidden states would leave unprotected",
                 "choose another method.type",
             )
-        headless = recipe.data.task in ("causal-lm", "instruct")
+        headless = recipe.data.task in LM_TASKS
         for name, verb in method.verbs.items():
             if not verb.moves and not (verb.once and headless):
                 yield (

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fedtune.errors import FedtuneError
 from fedtune.settings import Settings
+from fedtune.types import LM_TASKS
 
 Groups = list[tuple[str, list[int]]]  # a client's name and its row numbers, which rise
 
@@ -82,7 +83,7 @@ class KeyedPartition(Partition):
         return self.column
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        if not self.column and recipe.data.task in ("causal-lm", "instruct"):
+        if not self.column and recipe.data.task in LM_TASKS:
             yield (
                 f"partition.by = '{self.by}' for a task without labels",
                 "a column to skew",

@@ -20,8 +20,8 @@ class Head(Adapter):
     stacks: ClassVar[bool] = True
 
     def attach(self, base: Base) -> tuple[Any, Named]:
-        from fedtune.hf.config import LM_TASKS
         from fedtune.model.adapters.layers import head_parameters, open_for_training, unfit
+        from fedtune.types import LM_TASKS
 
         if base.task not in LM_TASKS:
             return base.net, head_parameters(base)

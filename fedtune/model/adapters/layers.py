@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.config import LM_TASKS
 from fedtune.model.adapters.base import WHOLE
 from fedtune.model.base import Base
+from fedtune.types import LM_TASKS
 
 if TYPE_CHECKING:
     from fedtune.model.adapters.base import LayerAdapter

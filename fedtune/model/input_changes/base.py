@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedtune.settings import Settings
-
-LANGUAGE = frozenset({"causal-lm", "instruct"})
+from fedtune.types import LM_TASKS
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class InputChange(Settings):
 
     input: str
     is_noise: ClassVar[bool] = False
-    tasks: ClassVar[frozenset[str]] = LANGUAGE | {"classify"}
+    tasks: ClassVar[frozenset[str]] = frozenset({*LM_TASKS, "classify"})
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if recipe.data.task not in self.tasks:

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from fedtune.model.objectives.base import Objective, Predictions
+from fedtune.types import LM_TASKS
 
 if TYPE_CHECKING:
     import torch
-
-LANGUAGE = frozenset({"causal-lm", "instruct"})
 
 
 class Dft(Objective):
     """loss = "dft": sg(p) (-log p), where sg stops the gradient (Wu et al. 2025, arXiv:2508.05629)."""
 
     loss: Literal["dft"] = "dft"
-    tasks: ClassVar[frozenset[str]] = LANGUAGE
+    tasks: ClassVar[frozenset[str]] = frozenset(LM_TASKS)
     by_values: ClassVar[bool] = False
 
     def summed(self, said: Predictions) -> torch.Tensor:
