@@ -3,9 +3,14 @@ configure."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
@@ -26,11 +31,10 @@ DISCRIMINATORS = (
 
 
 class Settings(BaseModel):
-    """One table of a recipe. Field descriptions become docs/recipe.md."""
+    """One table of a recipe. Fields' docstrings become docs/recipe.md and the schema's descriptions; they are
+    read when somebody asks (`descriptions`), because to read them all takes half of an import's time."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     selector: ClassVar[str] = ""  # the key whose value leaves others without effect
 
@@ -48,6 +52,30 @@ class Settings(BaseModel):
         """Settings that cannot go together, each as found, expected, what to do: the recipe is refused (C104)
         with the first."""
         yield from ()
+
+
+def descriptions(cls: type[BaseModel]) -> dict[str, str]:
+    """The docstring below each field of a settings class, of its bases too; none where there is no source."""
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        if issubclass(one, BaseModel) and one is not BaseModel:
+            with suppress(OSError):
+                found |= documented(inspect.getsource(one))
+    return {name: found[name] for name in cls.model_fields if name in found}
+
+
+def documented(source: str) -> dict[str, str]:
+    """Annotated names of a class's source with the string that stands below each."""
+    (body,) = [node.body for node in ast.parse(dedent(source)).body if isinstance(node, ast.ClassDef)]
+    return {
+        field.target.id: inspect.cleandoc(below.value.value)
+        for field, below in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+        and isinstance(below.value.value, str)
+    }
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -19,6 +20,10 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+# Two hundred programs would each compile the library anew, and every run all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 WORKERS = (
     4  # at most: each holds torch, and the tests of real deployments start a dozen processes beside them

@@ -44,9 +44,19 @@ def schema_text() -> str:
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, of the classes that installed packages add, too. What it accepts has known
     keys and values of the right type; conflicts between settings are for `fedtune check` to find."""
-    from fedtune.config import Recipe
+    from pydantic.json_schema import GenerateJsonSchema
 
-    known = {"$schema": DRAFT, **Recipe.model_json_schema()}
+    from fedtune.config import Recipe
+    from fedtune.settings import descriptions
+
+    class Described(GenerateJsonSchema):
+        def model_schema(self, schema: Any) -> dict[str, Any]:
+            made = super().model_schema(schema)
+            for name, text in descriptions(schema["cls"]).items():
+                made["properties"][name]["description"] = text
+            return made
+
+    known = {"$schema": DRAFT, **Recipe.model_json_schema(schema_generator=Described)}
     return {**simplified(known), "title": "fedtune recipe"}
 
 

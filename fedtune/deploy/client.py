@@ -24,12 +24,13 @@ from typing import Any
 from fedtune.deploy.fleet_proxy import FleetProxy
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.site_config import SiteConfig
-from fedtune.deploy.supervisor import Program, alone, bare, environment, free_port, stop_all
+from fedtune.deploy.supervisor import PREFORK, Program, alone, bare, environment, free_port, stop_all
 from fedtune.deploy.walls import walls
 from fedtune.deploy.watchdog import overdue
 from fedtune.errors import CATALOGUE, FedtuneError
 from fedtune.events import Event, event_of
 from fedtune.exchange.tls_diagnosis import reason, unreachable
+from fedtune.flower.prefork import SUPEREXEC
 from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
 from fedtune.trust import COORDINATOR, Identity, renewal
@@ -276,6 +277,8 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
     config.write(told)
     port = free_port()
     node = f'worker="{config.socket}"'
+    prefork = (sys.executable, "-m", "fedtune.flower.prefork", str(flower / "bin" / PREFORK))
+    superexec = prefork if sys.platform == "linux" else (SUPEREXEC,)
     commands = {
         "worker": (sys.executable, "-m", "fedtune.deploy.worker", str(told)),
         "supernode": (
@@ -292,7 +295,7 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
             "--node-config",
             node,
         ),
-        "superexec": ("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
+        "superexec": (*superexec, "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
     }
     kept = json.dumps(walls(flower, [config.keys, config.data, config.shared, config.home, config.policy]))
     logs = {name: home / "logs" / f"{name}.log" for name in commands}

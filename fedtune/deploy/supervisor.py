@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from fedtune.disk import took
 from fedtune.errors import CATALOGUE, FedtuneError
+from fedtune.flower.prefork import APP, ASK
 from fedtune.proxies import spared
 
 FIRST, LONGEST, STEADY = (
@@ -47,20 +49,21 @@ LEASH = (
 # here has: no such handshake comes about.
 NEWEST_TLS = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES128-GCM-SHA256"}
 SANDBOX = Path(__file__).with_name("sandbox.py")
-APPS = ("flwr-clientapp", "flwr-serverapp")
+PREFORK = "prefork"  # the socket of fedtune.flower.prefork, beside the apps that ask there
 
 
 def leashed(folder: Path) -> Path:
     """A folder for the front of the path: Flower's apps, ending with the SuperExec that started them. By
-    itself an app whose SuperExec and
-    SuperNode are both gone goes on trying to tell them so for ever (flwr 1.41)."""
+    itself an app whose SuperExec and SuperNode are both gone goes on trying to tell them so for ever (flwr
+    1.41). A ClientApp is a fork of the process that serves at PREFORK, where one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in APPS if sys.platform == "linux" else ():
+    python = f"{shlex.quote(sys.executable)} -SEc"
+    fork = f'{python} {shlex.quote(ASK)} {shlex.quote(str(folder / PREFORK))} "$@" 2>/dev/null && exit 0\n'
+    for name, first in {APP: fork, "flwr-serverapp": ""}.items() if sys.platform == "linux" else ():
         path = folder / name
-        path.write_text(
-            f"#!/bin/sh\nexec '{sys.executable}' -SEc '{LEASH}' $PPID '{Path(sys.executable).parent / name}' "
-            '"$@"\n'
-        )
+        real = Path(sys.executable).parent / name
+        leash = f'{python} {shlex.quote(LEASH)} $PPID {shlex.quote(str(real))} "$@"'
+        path.write_text(f"#!/bin/sh\n{first}exec {leash}\n")
         path.chmod(0o700)
     return folder
 

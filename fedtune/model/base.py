@@ -264,7 +264,7 @@ def prepare_torch(settings: ModelSettings) -> None:
     """
     torch.set_num_threads(threads_for(settings.threads)[0])
     if pick_device(settings.device).type == "cpu":
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports torch's compiler
         torch.utils.deterministic.fill_uninitialized_memory = (
             False  # costs time and nothing here reads such memory
         )

@@ -149,7 +149,7 @@ def test_an_app_of_flowers_ends_with_whoever_started_it(tmp_path: Path) -> None:
     wait = (
         (folder / "flwr-clientapp")
         .read_text()
-        .replace(f"'{Path(sys.executable).parent / 'flwr-clientapp'}'", f"'{sys.executable}' -c 'input()'")
+        .replace(str(Path(sys.executable).parent / "flwr-clientapp"), f"'{sys.executable}' -c 'input()'")
     )
     (folder / "flwr-clientapp").write_text(wait)
     starts = (

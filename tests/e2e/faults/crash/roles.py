@@ -14,7 +14,9 @@ ROOT, WHO = (
     # whose
     # machine it plays
 )
-MODULES = {"fedtune.deploy.gateway": "gateway", "fedtune.deploy.worker": "worker"}
+MODULES = {
+    "fedtune.deploy.gateway": "gateway", "fedtune.deploy.worker": "worker", "fedtune.flower.prefork": "superexec",
+}  # fmt: skip
 SCRIPTS = {
     "flower-superlink": "superlink", "flower-superexec": "superexec", "flower-supernode": "supernode",
     "flwr-serverapp": "serverapp", "flwr-clientapp": "clientapp", "flwr": "flwr",
@@ -36,12 +38,21 @@ def role_of(command: list[str]) -> str:
     return ""
 
 
+def role(process: Path) -> str:
+    """The role of a process, by its folder in /proc."""
+    if (
+        process.joinpath("comm").read_text().strip() == "flwr-clientapp"
+    ):  # a fork, whose command is its parent's
+        return "clientapp"
+    return role_of(process.joinpath("cmdline").read_text().split("\0"))
+
+
 def mine() -> str:
     """The role of this process."""
-    return role_of(Path("/proc/self/cmdline").read_text().split("\0"))
+    return role(Path("/proc/self"))
 
 
-def processes(root: str, role: str = "", who: str = "") -> Iterator[tuple[int, str, str]]:
+def processes(root: str, wanted: str = "", who: str = "") -> Iterator[tuple[int, str, str]]:
     """Process id, role and machine of every living process of a federation; the asking one is not among
     them."""
     for path in Path("/proc").glob("[0-9]*"):
@@ -51,7 +62,7 @@ def processes(root: str, role: str = "", who: str = "") -> Iterator[tuple[int, s
                 continue
             if path.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 continue
-            found = role_of(path.joinpath("cmdline").read_text().split("\0"))
+            found = role(path)
             whose = next(
                 (
                     pair.decode().partition("=")[2]
@@ -62,5 +73,5 @@ def processes(root: str, role: str = "", who: str = "") -> Iterator[tuple[int, s
             )
         except (OSError, ValueError):  # it has just ended, or is not ours
             continue
-        if (not role or found == role) and (not who or whose == who):
+        if (not wanted or found == wanted) and (not who or whose == who):
             yield int(path.name), found, whose
