@@ -1,8 +1,8 @@
 """Run benchmarks one after the other on a quiet machine and keep their claims:
 simulations/results/benchmarks.json, with hardware and month.
 
-python benchmarks/record.py [NAME ...] [--tiny] [--out FILE]      # codec aggregate exchange split threads
-zeroth_replay zeroth_step; default: all of these
+python benchmarks/record.py [NAME ...] [--tiny] [--out FILE]      # codec aggregate deployment exchange split
+threads zeroth_replay zeroth_step; default: all of these
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("codec", "aggregate", "exchange", "split", "threads", "zeroth_replay", "zeroth_step")
+NAMES = ("codec", "aggregate", "deployment", "exchange", "split", "threads", "zeroth_replay", "zeroth_step")
 KEPT = HERE.parent / "simulations" / "results" / "benchmarks.json"
 
 

@@ -26,10 +26,11 @@ SCRIPTS = sorted(
     ]
 )
 LONG = {
+    "benchmarks/deployment.py",
     "benchmarks/simulation.py",
     "benchmarks/local_workers.py",
     "benchmarks/threads.py",
-}  # whole runs of the built-in federation in processes of their own
+}  # whole runs in processes of their own
 Start = Callable[..., Any]
 
 
