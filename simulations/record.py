@@ -123,8 +123,8 @@ BITS: dict[str, list[str]] = {  # up and down together
 }
 KINDS: dict[str, list[str]] = {  # rates: docs/rates.md
     "full": ["method.adapter.kind=full"],
-    "lora, q and v": ["method.adapter.kind=lora", "evaluate.centralised=true"],
-    "lora, all linear": ['method.adapter.targets=["query", "key", "value", "dense"]'],
+    "lora, all linear": ["method.adapter.kind=lora", "evaluate.centralised=true"],
+    "lora, q and v": ['method.adapter.targets=["query", "value"]'],
     "bias": ["method.adapter.kind=bias"],
     "adapter": ["method.adapter.kind=adapter"],
     "ia3": ["method.adapter.kind=ia3"],
