@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core for both sides
 
 import numpy as np
+from claims import claim
 
 from fedtune.aggregate import RULES, ClientAdapter, Combined, Pair, WeightedMean, split
 from fedtune.methods.fedpeft import FedPEFT
@@ -270,17 +271,6 @@ def dense(answers: list[ClientAdapter], scale: float) -> Pair:
     u, s, vt = np.linalg.svd(np.asarray(product), full_matrices=False)
     root = np.sqrt(s[:RANK] / np.float32(scale))
     return Pair(u[:, :RANK] * root, root[:, None] * vt[:RANK])
-
-
-def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bool) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "ours": float(f"{ours:.4g}"),
-        "other": float(f"{other:.4g}"),
-        "ratio": round(float(ratio), 4),
-        "goal": goal,
-        "met": bool(met),
-    }
 
 
 def main() -> None:

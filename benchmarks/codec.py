@@ -16,9 +16,9 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from claims import claim
 
 from fedtune.wire import coder
 
@@ -122,17 +122,6 @@ def measure(code: Code, levels: np.ndarray, turns: int) -> tuple[float, float, f
         if not np.array_equal(back, levels):
             raise SystemExit("what came back is not what went in")
     return 8 * len(data) / levels.size, 2e-6 * levels.size / packing, 2e-6 * levels.size / unpacking
-
-
-def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bool) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "ours": round(float(ours), 4),
-        "other": round(float(other), 4),
-        "ratio": round(float(ratio), 4),
-        "goal": goal,
-        "met": bool(met),
-    }
 
 
 def main() -> None:

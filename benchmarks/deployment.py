@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+from claims import at_most
 
 FEDTUNE = [sys.executable, "-m", "fedtune"]
 PATIENCE = 900.0  # seconds
@@ -180,12 +181,6 @@ def app_start() -> float:
     return sum(after[2:4]) - sum(before[2:4])
 
 
-def claim(text: str, ours: float, other: float, most: float) -> dict[str, object]:
-    ratio = ours / other
-    said = {"claim": text, "ours": round(ours, 3), "other": round(other, 3), "ratio": round(ratio, 3)}
-    return {**said, "goal": f"<= {most}", "met": ratio <= most}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,8 +199,8 @@ def main() -> None:
         raise SystemExit("the state differs from that of a run in one process")
     seconds, spent_by_others, app = figures["seconds a round"], figures["site others"], app_start()
     claims = [
-        claim("seconds a round, a site's worker included; other: a SuperNode's wait", seconds, ASKS, 2.0),
-        claim(
+        at_most("seconds a round, a site's worker included; other: a SuperNode's wait", seconds, ASKS, 2.0),
+        at_most(
             "CPU s a round of a site without its worker; other: one ClientApp's start",
             spent_by_others,
             app,

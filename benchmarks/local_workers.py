@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from claims import at_most
+
 from fedtune.threads import available_cores
 
 QUICK = ("rounds=3", "evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false")
@@ -64,15 +66,8 @@ def main() -> None:
     print(
         json.dumps(
             [
-                {
-                    "claim": f"{WAYS['workers'][0]} workers against {claim}",
-                    "ours": workers,
-                    "other": other,
-                    "ratio": workers / other,
-                    "goal": goal,
-                    "met": workers / other <= goal,
-                }
-                for claim, other, goal in (
+                at_most(f"{WAYS['workers'][0]} workers against {against}", workers, other, goal)
+                for against, other, goal in (
                     ("one process with one thread", one, 1 / 1.7),
                     ("one process with a thread a core", threads, 1.0),
                 )

@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: one core for both sides
 
 import numpy as np
+from claims import claim
 
 from fedtune.privacy.masks import KEYS, SEALED, SHARE, Roll, Session, unmask
 from fedtune.runtime.masked_tasks import table, told
@@ -112,17 +113,6 @@ def flowers_masks(count: int, size: int) -> float:
     for number in range(count):
         total += pseudo_rand_gen(bytes([number]) * 32, 1 << 32, [(size,)])[0]
     return 1e3 * (time.process_time() - began)
-
-
-def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bool) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "ours": round(ours, 4),
-        "other": round(other, 4),
-        "ratio": round(ratio, 4),
-        "goal": goal,
-        "met": bool(met),
-    }
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import psutil
 import torch
 import transformers
+from claims import claim
 
 from fedtune.split.batching import Merging
 from fedtune.split.body import Frozen
@@ -284,17 +285,6 @@ def serving(merged: bool) -> None:
     with listening(Frozen(Part(model(), CUT, ("body",))), Merging() if merged else None) as port:
         print(port, flush=True)
         time.sleep(600)
-
-
-def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bool) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "ours": round(float(ours), 4),
-        "other": round(float(other), 4),
-        "ratio": round(float(ratio), 4),
-        "goal": goal,
-        "met": bool(met),
-    }
 
 
 def main() -> None:

@@ -22,11 +22,11 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numba
 import numpy as np
 import torch
+from claims import at_least, at_most
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.zeroth import Layout, Pool, project, replay
@@ -90,20 +90,6 @@ def turns(works: dict[str, Callable[[], object]], count: int) -> dict[str, float
 
 def accumulators(size: int) -> np.ndarray:
     return np.random.default_rng(size).integers(-(2**20), 2**20, size)
-
-
-def claim(text: str, ours: float, other: float, goal: float, most: bool) -> dict[str, Any]:
-    """ratio = ours / other where small is good, other / ours where large is."""
-    ratio = ours / other if most else other / ours
-    met = ratio <= goal if most else ratio >= goal
-    return {
-        "claim": text,
-        "ours": round(ours, 6),
-        "other": round(other, 6),
-        "ratio": round(ratio, 4),
-        "goal": f"{'<=' if most else '>='} {goal:g}",
-        "met": bool(met),
-    }
 
 
 def main() -> None:
@@ -201,37 +187,31 @@ def main() -> None:
     print(
         json.dumps(
             [
-                claim(
+                at_most(
                     "seconds of a Hadamard replay, K = 1,024, other: np.add into an array",
                     found["K 1024"],
                     floor,
                     1.5,
-                    True,
                 ),
-                claim(
+                at_most(
                     "seconds of a Hadamard replay, K = 65,536, other: np.add into an array",
                     found["K 65536"],
                     floor,
                     1.5,
-                    True,
                 ),
-                claim(
-                    "ns per parameter and seed of independent signs, other: goal", 1e9 * each, 0.1, 1.0, True
-                ),
-                claim(
+                at_most("ns per parameter and seed of independent signs, other: goal", 1e9 * each, 0.1, 1.0),
+                at_least(
                     "seconds of a Hadamard replay, K = 1,024, other: published loop, extrapolated from 2 "
                     "seeds",
                     found["K 1024"],
                     whole,
                     5000,
-                    False,
                 ),
-                claim(
+                at_least(
                     "ns per parameter and seed of independent signs, other: published loop",
                     1e9 * each,
                     1e9 * each_reference,
                     10,
-                    False,
                 ),
             ]
         )

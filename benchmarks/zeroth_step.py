@@ -27,10 +27,10 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numba
 import torch
+from claims import claim
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.zeroth import Pool, views, walk
@@ -166,17 +166,6 @@ def turns(works: dict[str, Callable[[], None]], count: int) -> dict[str, float]:
             if turn:  # the first is not counted
                 best[name] = min(best[name], time.process_time() - start)
     return best
-
-
-def claim(text: str, ours: float, other: float, ratio: float, goal: str, met: bool) -> dict[str, Any]:
-    return {
-        "claim": text,
-        "ours": round(ours, 4),
-        "other": round(other, 4),
-        "ratio": round(ratio, 4),
-        "goal": goal,
-        "met": bool(met),
-    }
 
 
 def main() -> None:
