@@ -34,14 +34,17 @@ def main(arguments: Sequence[str]) -> int:
     place, *rest = arguments
     app, superexec = command(APP), command(SUPEREXEC)
     import_module("fedtune.flower.site_app")  # which every ClientApp loads
-    if threading.active_count() > 1:
-        raise RuntimeError("an import has started a thread, which a fork of this process would lack")
+    if (
+        threading.active_count() > 1
+    ):  # a fork would lack them: apps are programs of their own, as Flower has it
+        os.execvp(SUPEREXEC, [SUPEREXEC, *rest])
     parent = os.getpid()
     with listen(Path(place)) as listener, wakening() as woken:
         if not (first := os.fork()):
             listener.close()
             return become(SUPEREXEC, superexec, rest, parent)
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(first, signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os.kill(first, signal.SIGTERM))
         while (code := exit_code(first)) is None:
             asked = question(listener, woken)
             if asked is not None and not os.fork():
@@ -67,6 +70,7 @@ def become(name: str, run: Callable[[], object], arguments: Sequence[str], paren
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [name, *arguments]
     run()
     return 0

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSI
 class Site:
     """A SuperExec without a SuperNode, and what it would start."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **more: str) -> None:
         root /= "a folder's name that is longer than the address of a Unix socket may be " + "x" * 60
-        self.env = supervisor.environment(root)
+        self.env = supervisor.environment(root) | more
         self.app, self.log = root / "bin" / APP, root / "log"
         self.nowhere = f"127.0.0.1:{free_ports(1)[0]}"
         self.place = root / "bin" / supervisor.PREFORK
@@ -35,7 +35,7 @@ class Site:
             self.process = subprocess.Popen(
                 [*exec_, "--runtime-api-address", self.nowhere], env=self.env, stdout=out, stderr=out
             )
-        wait_for(lambda: SUPEREXEC in self.forks().values(), "the SuperExec", every=0.1)
+        wait_for(lambda: SUPEREXEC in self.names(), "the SuperExec", every=0.1)
 
     def ask(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -49,6 +49,9 @@ class Site:
             with contextlib.suppress(OSError):  # it has just been collected
                 found[int(pid)] = Path(f"/proc/{pid}/comm").read_text().strip()
         return found
+
+    def names(self) -> set[str]:
+        return {*self.forks().values(), Path(f"/proc/{self.process.pid}/comm").read_text().strip()}
 
     def start_app(self) -> int:
         """An app that waits for a SuperNode that never comes."""
@@ -83,13 +86,14 @@ def test_an_app_is_a_fork_that_does_what_the_command_does(site: Site) -> None:
     assert site.start_app() != app
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_all_end_with_it(site: Site, number: int) -> None:
     site.start_app()
     children = list(site.forks())
     site.process.send_signal(number)
     site.process.wait(PATIENCE)
     wait_for(lambda: not any(map(alive, children)), "the end of its forks")
+    assert "Traceback" not in site.log.read_text()
 
 
 def test_it_ends_with_its_superexec_whose_code_it_has(site: Site) -> None:
@@ -122,3 +126,18 @@ def test_where_nobody_serves_the_command_is_flowers_own(tmp_path: Path) -> None:
         [tmp_path / "bin" / APP, "--help"], env=env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert "Run a Flower ClientApp" in done.stdout and not done.stderr
+
+
+def test_where_an_import_starts_a_thread_nothing_is_forked(tmp_path: Path) -> None:
+    """A fork would lack it. Flower's programs are then those of their names."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    site = Site(tmp_path, PYTHONPATH=path)
+    try:
+        assert not site.place.exists() and not site.forks()
+        assert "Run a Flower ClientApp" in site.ask("--help").stdout
+    finally:
+        site.process.kill()
+        site.process.wait()
