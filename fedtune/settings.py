@@ -59,7 +59,7 @@ def descriptions(cls: type[BaseModel]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         if issubclass(one, BaseModel) and one is not BaseModel:
-            with suppress(OSError):
+            with suppress(OSError, TypeError):  # a class of a notebook, or of no file
                 found |= documented(inspect.getsource(one))
     return {name: found[name] for name in cls.model_fields if name in found}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune import config
+from fedtune.errors import FedtuneError
 from fedtune.threads import available_cores, cpu_quota, own_groups, threads_for
 
 
@@ -89,3 +91,10 @@ def test_waiting_threads_sleep_soon_unless_the_user_decided(given: dict[str, str
         ).stdout.strip()
         == seen
     )
+
+
+def test_a_number_of_threads_that_no_machine_has_is_refused() -> None:
+    """One beyond a C integer was an unforeseen error at a site, and a smaller one a million threads."""
+    for many in (1025, 10**6, 10**30):
+        with pytest.raises(FedtuneError, match=r"model\.threads"):
+            config.read(None, [f"model.threads={many}"])

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 
 from fedtune.errors import FedtuneError
+from fedtune.panics import panics_as_errors
 from fedtune.plain import plain
 
 
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code: int = options.command(options)
+        with panics_as_errors():
+            code: int = options.command(options)
     except FedtuneError as error:
         print(plain(f"fedtune: {error}"), file=sys.stderr)
         return error.exit_code

@@ -41,10 +41,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from fedtune import transforms
 from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.methods.head_start import FEATURES
 from fedtune.runtime.site_scores import SCORE
+from fedtune.runtime.task import chain_for
 from fedtune.settings import Settings
 from fedtune.validation import sentence
 
@@ -106,7 +108,7 @@ class Policy(Settings):
     def check(self, recipe: Recipe, asked: Asked) -> None:
         """Before anything is read or loaded. Raises F507."""
         self._who(recipe, asked)
-        steps = [step.step for step in recipe.chain]
+        steps = steps_for(recipe, asked.verb)
         adapter = str(recipe.method.model_dump().get("adapter", {}).get("kind", "")) or "full"
         if self.methods and recipe.method.type not in self.methods:
             raise forbidden(f"method '{recipe.method.type}'", f"one of {', '.join(self.methods)}")
@@ -115,7 +117,8 @@ class Policy(Settings):
         if self.models and expanduser(recipe.model.name) not in map(expanduser, self.models):
             raise forbidden(f"base model '{recipe.model.name}'", f"one of {', '.join(self.models)}")
         if lacking := [name for name in self.require if name not in steps]:
-            raise forbidden(f"a message chain without '{lacking[0]}'", f"one with {', '.join(self.require)}")
+            without = f"a message chain without '{lacking[0]}' for '{asked.verb}'"
+            raise forbidden(without, f"one with {', '.join(self.require)}")
         if self.sums_only and (MASK not in steps or reads_single(recipe, asked.verb)):
             raise forbidden(
                 f"'{asked.verb}' without a mask, or read singly",
@@ -213,6 +216,12 @@ def reads_single(recipe: Recipe, verb: str) -> bool:
     """Whether the recipe's method reads single answers to a question."""
     about = method_of(recipe).verbs.get(verb)
     return about is not None and about.reads_each
+
+
+def steps_for(recipe: Recipe, verb: str) -> list[str]:
+    """Names of the steps that answers to a question go through."""
+    about, chain = method_of(recipe).verbs.get(verb), transforms.build(recipe.chain)
+    return [step.name for step in (chain_for(about, chain) if about else chain).steps]
 
 
 def within(hours: str, hour: int) -> bool:

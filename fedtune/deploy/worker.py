@@ -42,6 +42,7 @@ from fedtune.deploy.worker_listener import serve
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
+from fedtune.panics import panics_as_errors
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before, respond
 from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
@@ -124,7 +125,8 @@ class Worker:
         here."""
         with self.lock, progress.heard_by(self.tell, TOLD):
             try:
-                return {"code": "", "said": self.done(content)}
+                with panics_as_errors():
+                    return {"code": "", "said": self.done(content)}
             except Exception as cause:  # whatever it is, it is about this ticket: the worker lives on
                 outcome, sentence = numbered(failure_of(cause, self.identity.name.name, self.home / "errors"))
                 self.tell(Noted(sentence))

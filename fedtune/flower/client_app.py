@@ -10,6 +10,7 @@ from safetensors.numpy import load, save
 
 from fedtune import config
 from fedtune.flower.messages import read_ask, write_answer
+from fedtune.panics import panics_as_errors
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import Versions, memory_after, memory_before, respond
 from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
@@ -36,17 +37,20 @@ def answer(message: Message, context: Context, shelf: Path | None = None) -> Mes
     """
     place, number, name = shelf, -1, "?"
     try:
-        ask = read_ask(message)
-        workspace, link = workspaces(str(message.content["ask"]["recipe"]))
-        number, name = ask.client, workspace.names.get(ask.client, str(ask.client))
-        place = shelf or (
-            Path(str(context.node_config["memory"])) / link.run if "memory" in context.node_config else None
-        )
-        versions = load_memory(context, place, ask.client)
-        client = workspace.client_with(ask.client, memory_before(versions, ask))
-        client.vault = FolderVault(place / "vault" / str(ask.client)) if place else ContextVault(context)
-        reply = respond(link, client, ask)
-        save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
+        with panics_as_errors():
+            ask = read_ask(message)
+            workspace, link = workspaces(str(message.content["ask"]["recipe"]))
+            number, name = ask.client, workspace.names.get(ask.client, str(ask.client))
+            place = shelf or (
+                Path(str(context.node_config["memory"])) / link.run
+                if "memory" in context.node_config
+                else None
+            )
+            versions = load_memory(context, place, ask.client)
+            client = workspace.client_with(ask.client, memory_before(versions, ask))
+            client.vault = FolderVault(place / "vault" / str(ask.client)) if place else ContextVault(context)
+            reply = respond(link, client, ask)
+            save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
     except Exception as cause:  # whatever it is, it is about this client
         reply = Reply(number, failure=failure_of(cause, name, place / "errors" if place else None))
     return write_answer(reply, message)

@@ -86,7 +86,7 @@ class Verb:
     whole       answers are whole numbers, exact at any weight
     shows       what an answer shows of a client's data, where that is more than a trained model does
     once        a client is asked it once in a run: before the first round's own question, or when it is
-    first needed
+                first needed; its answer goes through no code
     together    so many clients at most can be asked at once, and how; (1, None) where each is asked alone
     applies     tunable model or plan -> whether it is asked of such a model
     """

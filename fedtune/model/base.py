@@ -25,6 +25,7 @@ from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.settings import ModelSettings
+from fedtune.panics import panics_as_errors
 from fedtune.rng import seed_of
 from fedtune.threads import threads_for
 from fedtune.types import LM_TASKS
@@ -284,7 +285,8 @@ def reading(name: str) -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with panics_as_errors():
+            yield
     except FedtuneError:
         raise
     except Exception as error:  # safetensors, tokenizers and hub clients each raise their own kinds

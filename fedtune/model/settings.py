@@ -38,7 +38,7 @@ class ModelSettings(Settings):
     losses, not for training with gradients."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=1024)
     """CPU threads of torch; 0 means OMP_NUM_THREADS where it is set, else the cores that affinity and control
     groups allow. Bits may
     differ between thread counts."""

@@ -18,7 +18,7 @@ from fedtune.runtime import privacy
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.masked_tasks import STAGES, stage_of, with_masks
 from fedtune.runtime.sampling import sample
-from fedtune.runtime.task import tasks_of
+from fedtune.runtime.task import chain_for, tasks_of
 from fedtune.runtime.workspace import how_to_encode
 from fedtune.schema import Schema
 from fedtune.transforms.base import Chain, Question
@@ -255,9 +255,9 @@ def verb_traffic(
     plain_up, plain_down = (
         8.0 * sum(value.nbytes for value in zeros(schema).values()) for schema in (answer, given)
     )
-    ring = chain.bound(Question("", name, verb.moves, verb.whole, method.facts.metrics))
-    if ring.adds and not verb.reads_each:
-        sent, stored = ring.sent(answer), "uint32" if verb.moves else "uint64"
+    chain = chain_for(verb, chain).bound(Question("", name, verb.moves, verb.whole, method.facts.metrics))
+    if chain.adds:
+        sent, stored = chain.sent(answer), "uint32" if verb.moves else "uint64"
         message = Update({name: np.zeros(shape, stored) for name, shape in sent.entries}, 1.0)
         up = len(encode(message, replace(header, schema=sent.fingerprint)))
         up_bits = plain_up = 8.0 * sum(value.nbytes for value in message.tensors.values())

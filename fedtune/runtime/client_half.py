@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from fedtune.errors import ClientFailed, Refused
+from fedtune.panics import panics_as_errors
 from fedtune.runtime.protocol import Ask, Link, Reply, require_finite
 from fedtune.runtime.task import Task
 from fedtune.schema import Schema
@@ -52,8 +53,9 @@ def respond_together(
     said: dict[int, Reply | Exception] = {}
     for place, ask in enumerate(asks):
         try:
-            clients[place] = client(ask)
-            questions[place] = opened(link, clients[place], ask)
+            with panics_as_errors():
+                clients[place] = client(ask)
+                questions[place] = opened(link, clients[place], ask)
         except Exception as error:  # whatever it is, it is about this client
             said[place] = error
     for place, update in done_together(questions, clients, asks[0].now).items():
@@ -75,9 +77,10 @@ def done_together(
     work = next(iter(questions.values()))[0].together[1]
     assert work is not None
     try:
-        found = work(
-            [clients[place] for place in questions], [given for _, _, given in questions.values()], now
-        )
+        with panics_as_errors():
+            found = work(
+                [clients[place] for place in questions], [given for _, _, given in questions.values()], now
+            )
         return dict(zip(questions, found, strict=True))
     except Exception as error:
         return dict.fromkeys(questions, error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.methods import Method
+from fedtune.runtime.task import chain_for
 from fedtune.selection import Selection, telling
 from fedtune.transforms.base import Chain
 
@@ -29,9 +30,8 @@ def exposure(method: Method, chain: Chain, tunable: Any, select: Sequence[Select
     for verb, about in method.verbs.items():
         if not about.applies(tunable):
             continue
-        alone = about.reads_each
-        steps = [s for s in chain.steps if not alone or s.undone == "reply"]
-        if alone:
+        steps = chain_for(about, chain).steps
+        if about.reads_each:
             sees = "each client's answer, and uses it singly"
         else:
             total = "each group's sum" if about.by_group else "the sum"

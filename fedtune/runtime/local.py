@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedtune.panics import panics_as_errors
 from fedtune.runtime.client_half import respond, respond_together
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.protocol import Ask, Link, Reply, Transport
@@ -34,10 +35,11 @@ def local_transport(
     def single(ask: Ask) -> Reply:
         name, began = str(ask.client), time.monotonic()
         try:
-            workspace = client(ask)
-            name = workspace.name
-            reply = respond(link, workspace, ask)
-            done(ask, workspace)
+            with panics_as_errors():
+                workspace = client(ask)
+                name = workspace.name
+                reply = respond(link, workspace, ask)
+                done(ask, workspace)
         except Exception as error:  # whatever it is, it is about this client
             reply = Reply(ask.client, failure=failure_of(error, name, logs))
         return replace(reply, seconds=time.monotonic() - began)

@@ -56,10 +56,22 @@ class Task:
         return given if self.moves else None
 
 
+def chain_for(verb: Verb, chain: Chain) -> Chain:
+    """What the answers to a question go through. Where single answers are read, steps that only a sum can
+    undo are left out; where it is asked once in a run, codes are: they are for updates, whose errors later
+    rounds make up for, and sums of a bit a number start no head."""
+    return Chain(
+        [
+            step
+            for step in chain.steps
+            if not (verb.reads_each and step.undone == "sum")
+            and not (verb.once and step.tolerance is not None)
+        ]
+    )
+
+
 def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
-    """A task for each verb of a method; where single answers are read, steps that only a sum can undo are
-    left out."""
-    alone = Chain([step for step in chain.steps if step.undone == "reply"])
+    """A task for each verb of a method."""
 
     def task(name: str, verb: Verb) -> Task:
         figures = method.facts.metrics
@@ -68,7 +80,7 @@ def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
             verb.work,
             verb.given,
             verb.answer,
-            (alone if verb.reads_each else chain).bound(about),
+            chain_for(verb, chain).bound(about),
             verb.moves,
             verb.holds,
             reads_each=verb.reads_each,

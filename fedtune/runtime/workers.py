@@ -27,6 +27,7 @@ from fedtune.config import Recipe
 from fedtune.errors import ClientFailed, Paused, Refused
 from fedtune.forks import can_fork, die_with_parent, resting
 from fedtune.methods import Method
+from fedtune.panics import panics_as_errors
 from fedtune.runtime.client_half import memory_before, respond
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.local import local_transport
@@ -179,9 +180,10 @@ def answer_one(pipe: Connection, link: Link, workspace: Workspace, logs: Path) -
     ask, memory = read_ask(pipe)
     name, client = str(ask.client), None
     try:
-        client = workspace.client_with(ask.client, memory)
-        name = client.name
-        reply = respond(link, client, ask)
+        with panics_as_errors():
+            client = workspace.client_with(ask.client, memory)
+            name = client.name
+            reply = respond(link, client, ask)
     except Paused as paused:
         reply = Reply(ask.client, failure=paused)
     except Exception as error:  # whatever it is, it is about this client

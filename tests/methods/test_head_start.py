@@ -215,3 +215,30 @@ def test_classes_that_no_member_of_the_first_round_has_start_in_the_middle() -> 
         "norm": np.array([2.0]),
     }
     np.testing.assert_allclose(means_head(said), np.array([[8.0, 0.0], [0.0, 8.0], [4.0, 4.0]]))
+
+
+CODED = (
+    {"step": "sign"},
+    {"step": "ternary", "keep": 0.05},
+    {"step": "dither"},
+    {"step": "auto", "ratio": 10},
+)
+
+
+@pytest.mark.parametrize("code", CODED, ids=lambda code: str(code["step"]))
+def test_codes_for_updates_leave_what_a_head_starts_from_alone(
+    code: dict[str, Any], bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """A bit a number of class sums starts no head; the run begins where one without a code does."""
+
+    def start(name: str, *chain: dict[str, Any]) -> list[float]:
+        still = {"method__head_start": "lda", "method__train__lr": 1e-12, "chain": list(chain)}
+        recipe = small.recipe(bert, data, rounds=1, evaluate__every=1, **still)
+        _, _, events = small.play(recipe, tmp_path / name)
+        return [event.loss for event in events if isinstance(event, Scored)]
+
+    plain, coded = start("plain"), start("coded", code)
+    assert len(plain) >= 2 and np.allclose(plain, coded, rtol=1e-4)
+    shown = rows(check(small.recipe(bert, data, method__head_start="lda", chain=[code])))
+    (passes,) = [line for line in map(str, shown) if "unit features" in line]
+    assert code["step"] not in passes
