@@ -1,11 +1,9 @@
-"""The warm worker of a site: it holds model and data for as long as it lives, and does what signed tickets
-ask.
+"""A site's warm worker: it holds model and data for as long as it lives, and does what signed tickets ask.
 
 Flower starts a ClientApp process for every message; that process only hands the ticket to this one, over a
-socket in a folder that
-nobody else may open. An update is on disk before it is sent, and what the client remembers is on disk before
-the update is: a worker
-that dies goes on where it was, and never computes twice what it has finished.
+socket in a folder that nobody else may open. An update is on disk before it is sent, and what the client
+remembers is on disk before the update is: a worker that dies goes on where it was, and never computes twice
+what it has finished.
 """
 
 from __future__ import annotations
@@ -121,8 +119,7 @@ class Worker:
             self.left = time.monotonic()
 
     def outcome(self, content: bytes) -> dict[str, Any]:
-        """A ticket, done one after the other; where it was not, a code and a number: the sentence stays
-        here."""
+        """A ticket, one at a time; where it was not done, a code and a number: the sentence stays here."""
         with self.lock, progress.heard_by(self.tell, TOLD):
             try:
                 with panics_as_errors():
