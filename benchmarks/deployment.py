@@ -63,10 +63,8 @@ data = "partition"
 
 def cpu(process: psutil.Process) -> float:
     """Seconds of one core that a process has used, with its children that have ended."""
-    with contextlib.suppress(psutil.Error):
-        times = process.cpu_times()
-        return float(times.user + times.system + times.children_user + times.children_system)
-    return 0.0
+    times = process.cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
 def spent(owner: subprocess.Popen[bytes]) -> Counter[str]:
@@ -77,9 +75,8 @@ def spent(owner: subprocess.Popen[bytes]) -> Counter[str]:
         for process in [top, *top.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 words = " ".join(process.cmdline())
-                used["worker" if "deploy.worker" in words or "serverapp" in words else "others"] += cpu(
-                    process
-                )
+                what = "worker" if "deploy.worker" in words or "serverapp" in words else "others"
+                used[what] += cpu(process)
     return used
 
 

@@ -21,7 +21,9 @@ if __name__ == "__main__":
     recipe.add_server_file("model.py")
     run = recipe.execute(SimEnv(num_clients=CLIENTS, workspace_root=os.environ["PEERS_WORK"]))
     saved = Path(run.get_result(), "server/simulate_job/app_server/FL_global_model.pt")
-    state = {name: torch.as_tensor(value) for name, value in torch.load(saved)["model"].items()}
+    state = {
+        name: torch.as_tensor(value) for name, value in torch.load(saved, weights_only=True)["model"].items()
+    }
     model = build()
     set_state(model, state)
     accuracy = evaluate(model)

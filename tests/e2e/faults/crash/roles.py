@@ -40,9 +40,8 @@ def role_of(command: list[str]) -> str:
 
 def role(process: Path) -> str:
     """The role of a process, by its folder in /proc."""
-    if (
-        process.joinpath("comm").read_text().strip() == "flwr-clientapp"
-    ):  # a fork, whose command is its parent's
+    name = process.joinpath("comm").read_text().strip()
+    if name == "flwr-clientapp":  # a fork, whose command is its parent's
         return "clientapp"
     return role_of(process.joinpath("cmdline").read_text().split("\0"))
 
