@@ -161,11 +161,15 @@ class State:
     kept: Tensors = field(default_factory=dict)
 
 
-class Cohort(Protocol):
-    """This round's clients. Members that fail are left out, counted and named by the runtime."""
+class Sums(Protocol):
+    """Clients whose answers are seen as a sum only."""
 
     def sum(self, verb: str, given: Tensors) -> Update:
         """Ask every member; the caller sees the sum only."""
+
+
+class Cohort(Sums, Protocol):
+    """This round's clients. Members that fail are left out, counted and named by the runtime."""
 
     def each(
         self, verb: str, given: Tensors | Callable[[int], Tensors], among: Sequence[int] | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
+from fedtune.methods.one_client import OneClient
 from fedtune.methods.weights import TELLS, Weight, weight_of
 from fedtune.model.adapters import AdapterSettings, Lora
 from fedtune.model.rates import rate_conflicts, rates_of, with_rates
@@ -22,7 +23,7 @@ from fedtune.model.settings import (
 from fedtune.privacy.releases import Release
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Cohort, Round, State, Sums, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -132,8 +133,12 @@ class AveragedTensors:
     def start(self, tunable: TunableModel) -> State:
         return State(tunable.read(), kept_until_started(self.head_start, tunable))
 
+    def begin(self, state: State, cohort: Sums) -> State:
+        """What is made of questions that are asked once, before the first round's own."""
+        return started(self.head_start, state, cohort)
+
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        state = started(self.head_start, state, cohort)
+        state = self.begin(state, cohort)
         return State(cohort.sum("train", state.shared).values(), state.kept)
 
     def install(self, state: State, tunable: TunableModel) -> None:
@@ -189,8 +194,14 @@ class AdapterMethod(AveragedTensors):
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit
 
-        self.install(state, tunable)
+        self.begin_alone(tunable, data, state, seed)
         fit(tunable, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
+
+    def begin_alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
+        """The state of a federation of this one client before its first round, in the tunable model."""
+        self.install(state, tunable)
+        client = Client(0, "alone", tunable, data)
+        self.install(self.begin(state, OneClient(self.verbs, client, seed)), tunable)
 
     def export(
         self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int

@@ -36,7 +36,7 @@ from fedtune.experts.state import (
 )
 from fedtune.methods.base import AdapterMethod
 from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings
-from fedtune.methods.head_start import features_verbs, kept_until_started, started
+from fedtune.methods.head_start import features_verbs, kept_until_started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.weights import TELLS, weight_of
 from fedtune.rng import seed_of
@@ -79,7 +79,7 @@ class Experts(AdapterMethod):
         return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        state = started(self.settings.head_start, state, cohort)
+        state = self.begin(state, cohort)
         before = general_of(state.shared)
         general = self.rule.from_mean(before, cohort.sum("train", before).values())
         if now.number <= self.grouping.warm_up:

@@ -42,13 +42,14 @@ from fedtune.methods.head_start import (
     starts,
 )
 from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.methods.one_client import OneClient
 from fedtune.methods.seeds import save_seeds, seeds_of
 from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.rates import WIDTH
 from fedtune.model.settings import whole_run
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Cohort, Round, State, Sums, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -95,14 +96,19 @@ class FedKSeed:
             {} if self.settings.refresh else {pool_name(0): np.zeros(self.settings.size, np.int32)}, kept
         )
 
+    def begin(self, state: State, cohort: Sums) -> State:
+        """The state with the head started, where it has yet to be."""
+        head = head_of(self.settings.head_start, state.kept, cohort)
+        if not head:
+            return state
+        kept = {key: value for key, value in state.kept.items() if not key.startswith(MARK)}
+        return self.state(pools_of(state.shared), kept | {HEAD: joined(head)})
+
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        state = self.begin(state, cohort)
         name = pool_name(self.epoch(now.number))
-        pools = {key: value for key, value in state.shared.items() if key.startswith("pool-")}
+        pools = pools_of(state.shared)
         kept = {key: value.copy() for key, value in state.kept.items()}  # `gather` counts in place
-        if head := head_of(self.settings.head_start, state.kept, cohort):
-            kept = {key: value for key, value in kept.items() if not key.startswith(MARK)}
-            kept[HEAD] = joined(head)
-            state = self.state(pools, kept)
         if self.settings.sends_steps:
             total, answer = self.gather(cohort, state, kept, now)
         else:
@@ -267,7 +273,7 @@ class FedKSeed:
     def belongs(self, given: Tensors, tunable: TunableModel) -> bool:
         """Whether accumulators were made for the values that this tunable model starts from, and for these
         settings."""
-        pools = {name: value for name, value in given.items() if name.startswith("pool-")}
+        pools = pools_of(given)
         return np.array_equal(
             given["fingerprint"],
             integers.fingerprint(start_of(tunable), self.origin(given), pools).view(np.uint32),
@@ -357,6 +363,8 @@ class FedKSeed:
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         self.install(state, tunable)
+        client = Client(0, "alone", tunable, data)
+        self.install(self.begin(state, OneClient(self.verbs, client, seed)), tunable)
         if self.settings.walks_only:
             steps = self.settings.steps * self.rounds
             self.walk(tunable, data, 0, integers.draw(self.settings.size, steps, (seed, 0, 0)), seed)
@@ -382,6 +390,11 @@ class FedKSeedTable(FedKSeedSettings):
 
     def build(self, rounds: int, rule: Rule) -> FedKSeed:
         return FedKSeed(self, rounds)  # the mean is the only rule that `conflicts` lets through
+
+
+def pools_of(shared: Tensors) -> dict[str, np.ndarray]:
+    """The accumulators of every pool, by its name."""
+    return {name: value for name, value in shared.items() if name.startswith("pool-")}
 
 
 def pool_name(epoch: int) -> str:

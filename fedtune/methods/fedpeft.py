@@ -40,7 +40,7 @@ from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.adapters import Lora
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Cohort, Round, State, Sums, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.adapters import Adapter
@@ -131,8 +131,10 @@ class FedPEFT(AdapterMethod):
         )
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
-        state = begun(started(self.settings.starts_head, state, cohort), cohort)
-        return self.trained(state, cohort, now)
+        return self.trained(self.begin(state, cohort), cohort, now)
+
+    def begin(self, state: State, cohort: Sums) -> State:
+        return begun(started(self.settings.starts_head, state, cohort), cohort)
 
     def trained(self, state: State, cohort: Cohort, now: Round) -> State:
         if self.rule.core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point

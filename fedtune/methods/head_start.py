@@ -19,7 +19,7 @@ import numpy as np
 from fedtune.errors import FedtuneError
 from fedtune.methods.interface import Verb, Work
 from fedtune.schema import Schema
-from fedtune.types import LM_TASKS, Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import LM_TASKS, Client, Round, State, Sums, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
@@ -130,7 +130,7 @@ def start_conflicts(kind: HeadStart, recipe: Any) -> Iterator[tuple[str, str, st
         )
 
 
-def started(kind: HeadStart, state: State, cohort: Cohort) -> State:
+def started(kind: HeadStart, state: State, cohort: Sums) -> State:
     """The state with its head started, where it has yet to be: the server's half, before the first round's
     own question."""
     made = head_of(kind, state.kept, cohort)
@@ -140,7 +140,7 @@ def started(kind: HeadStart, state: State, cohort: Cohort) -> State:
     )
 
 
-def head_of(kind: HeadStart, kept: Tensors, cohort: Cohort) -> dict[str, np.ndarray]:
+def head_of(kind: HeadStart, kept: Tensors, cohort: Sums) -> dict[str, np.ndarray]:
     """The started head's matrix, and its bias for LDA, by their names, float32, where it has yet to start;
     nothing otherwise."""
     waiting = {key.removeprefix(MARK): value for key, value in kept.items() if key.startswith(MARK)}

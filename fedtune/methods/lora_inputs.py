@@ -17,7 +17,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods.interface import Verb
 from fedtune.methods.lora_start import A_END, LoraStart
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Round, State, Sums, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
@@ -71,7 +71,7 @@ def start_of(name: str, value: np.ndarray, given: Tensors) -> np.ndarray:
     return np.zeros_like(value) if name.endswith(".lora_B.weight") else value
 
 
-def begun(state: State, cohort: Cohort) -> State:
+def begun(state: State, cohort: Sums) -> State:
     """The state with A started, where it has yet to be: the server's half."""
     if MARK not in state.kept:
         return state

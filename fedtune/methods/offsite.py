@@ -131,6 +131,7 @@ class Offsite(FedPEFT):
         every = range(about.blocks)
         whole = emulate(end.tunable.base, replace(about, kept=tuple(every), bits=0), every)
         tunable = self.attached(whole, self.settings.adapter, end.seed)
+        self.begin_alone(tunable, end.pooled(), super().start(tunable), end.seed)
         fit(tunable, end.pooled(), whole_run(self.settings.train, self.rounds), end.seed, progress=(0, 1))
         return tunable
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods.base import AveragedTensors
 from fedtune.methods.head_start import features_verbs, needs_moments
 from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.methods.one_client import OneClient
 from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
 from fedtune.methods.weights import TELLS, weight_of
@@ -115,14 +117,16 @@ class SFPrompt(AveragedTensors):
         from fedtune.methods.sfprompt_work import one_turn
 
         self.install(state, tunable)
+        body = partial(replace, tunable.net.own_body, run=f"alone {seed}")
+        client = Client(0, "alone", tunable, data, body=body())
+        self.install(self.begin(state, OneClient(self.verbs, client, seed)), tunable)
         memory: dict[str, Any] = {}
         for number in range(1, self.rounds + 1):
-            here = replace(tunable.net.own_body, run=f"alone {seed}")
             one_turn(
                 tunable,
                 data,
                 self.settings,
-                here,
+                body(),
                 (number, 0),
                 seed_of("train", seed, number),
                 (number - 1, self.rounds),

@@ -242,3 +242,29 @@ def test_codes_for_updates_leave_what_a_head_starts_from_alone(
     shown = rows(check(small.recipe(bert, data, method__head_start="lda", chain=[code])))
     (passes,) = [line for line in map(str, shown) if "unit features" in line]
     assert code["step"] not in passes
+
+
+@pytest.mark.parametrize("start", ["means", "ridge", "lda"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        STILL,
+        {**STILL, "lora_start": "eva"},
+        {**STILL, "type": "experts", "experts": {"by": "clients"}},
+        WALK,
+        {**WALK, "estimator": "gradient", "train": {"lr": 1e-9, "head_lr": 1e-9, "steps": 1, "batch": 4}},
+        SPLIT,
+    ],
+    ids=["fedpeft", "eva", "experts", "walks", "gradients", "sfprompt"],
+)
+def test_what_the_federation_is_compared_with_starts_from_its_own_data_too(
+    method: dict[str, Any], start: str, bert: Path, data: Path, tmp_path: Path
+) -> None:
+    """Nobody moves from the start, so all rows in one place score what the federation scores."""
+    compared = {"local": True, "centralised": True, "base": True}
+    recipe = recipe_of(bert, data, method=method | {"head_start": start}, evaluate=compared)
+    _, result, _ = small.play(recipe, tmp_path)
+    loss = result["phases"]["loss"]
+    assert loss["centralised"] == pytest.approx(loss["federated"], rel=1e-3)
+    assert loss["base"] != pytest.approx(loss["federated"], rel=1e-2)
+    assert loss["local"] != pytest.approx(loss["base"], rel=1e-2)
