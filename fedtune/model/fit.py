@@ -146,8 +146,8 @@ def take_step(
     for value, start in zip(parameters, origin, strict=False):
         pull = (value.detach() - start).mul_(settings.prox)
         value.grad = pull if value.grad is None else value.grad.add_(pull)
-    if settings.clip:
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+    if longest := settings.longest_gradient:
+        torch.nn.utils.clip_grad_norm_(parameters, longest)
     optimizer.step()
 
 

@@ -71,6 +71,7 @@ def with_rates(
         "optimizer": default if train.optimizer == "auto" else train.optimizer,
         "lr": rounded(rates.lr * shrink) if train.lr == "auto" else train.lr,
         "head_lr": (own if open_ else 0.0) if train.head_lr == "auto" else train.head_lr,
+        "clip": train.longest_gradient,
     }
     return train.model_copy(update=values)
 

@@ -51,6 +51,9 @@ class ModelSettings(Settings):
         )  # else it is a hub's name
 
 
+CLIP = 1.0  # the gradient norm under which rates were found: behind a steep head, SGD falls apart without it
+
+
 class TrainSettings(Settings):
     """[method.train]: a client's local loop."""
 
@@ -79,8 +82,9 @@ class TrainSettings(Settings):
     """Examples per micro-batch."""
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step."""
-    clip: float = Field(0.0, ge=0)
-    """Largest gradient norm; 0 means no clipping."""
+    clip: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Largest gradient norm; 0 means no clipping. auto: 1.0 where `lr` is auto, whose rates were found with
+    it, or 0 where that is a number."""
     prox: float = Field(0.0, ge=0)
     """FedProx's mu: adds mu/2 * ||w - w_round||^2 to the loss (Li et al. 2020, eq. 2)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -119,6 +123,13 @@ class TrainSettings(Settings):
         return "auto" in (self.optimizer, self.lr, self.head_lr)
 
     @property
+    def longest_gradient(self) -> float:
+        """What `clip` means, as a number; 0 for no clipping."""
+        if self.clip != "auto":
+            return self.clip
+        return CLIP if self.lr == "auto" and not self.private.max_grad_norm else 0.0
+
+    @property
     def reads_otherwise(self) -> list[str]:
         """The keys by which a batch is not what its rows say."""
         return ["inputs"] * bool(self.inputs) + ["uds"] * (not self.uds.idle)
@@ -127,7 +138,8 @@ class TrainSettings(Settings):
     def rates(self) -> str:
         """In words."""
         head = f", the task head at {self.head_lr}" if self.head_lr else ""
-        return f"{self.optimizer} at {self.lr}{head}"
+        clipped = f", gradients clipped to {longest:g}" if (longest := self.longest_gradient) else ""
+        return f"{self.optimizer} at {self.lr}{head}{clipped}"
 
     @property
     def private_steps(self) -> int:
@@ -225,8 +237,8 @@ class TrainSettings(Settings):
                 "a rule that carries nothing beside the adapter, on which noise would fall too",
                 "change aggregate.rule",
             )
-        for key, idle in (("clip", 0.0), ("accumulate", 1)):
-            if getattr(self, key) != idle:
+        for key, idle in (("clip", (0.0, "auto")), ("accumulate", (1,))):
+            if getattr(self, key) not in idle:
                 yield f"method.train.{key} with {here}", f"no method.train.{key}", "remove it"
         if (weight := recipe.method.model_dump().get("weight")) in ("tokens", "loss-speed"):
             yield (

@@ -13,7 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods import METHODS
 from fedtune.model.adapters import ADAPTERS
 from fedtune.model.rates import RATES, WIDTH, with_rates
-from fedtune.model.settings import TrainSettings
+from fedtune.model.settings import CLIP, TrainSettings
 from tests import small, tiny
 
 
@@ -44,6 +44,18 @@ def test_a_rate_that_is_given_holds_for_the_head_too() -> None:
     assert with_rates(TrainSettings(head_lr=1e-2), RATES["lora"], WIDTH).head_lr == 1e-2
 
 
+def test_gradients_are_clipped_as_they_were_when_the_rates_were_found() -> None:
+    private = {"max_grad_norm": 1.0}  # which bounds each row's gradient by itself
+    for settings, longest in (
+        ({}, CLIP),
+        ({"lr": 0.1}, 0.0),
+        ({"clip": 0.0}, 0.0),
+        ({"private": private}, 0.0),
+    ):
+        train = TrainSettings.model_validate(settings)
+        assert train.longest_gradient == with_rates(train, RATES["head"], WIDTH).clip == longest
+
+
 @pytest.mark.parametrize("width", [32, 48])
 def test_a_recipe_is_decided_by_its_models_width(tmp_path: Path, width: int) -> None:
     model = tiny.bert(tmp_path / "model")
@@ -61,8 +73,11 @@ def test_a_run_keeps_the_numbers_and_ends_with_their_bytes(tmp_path: Path) -> No
     train = json.loads((open_.folder / "config.json").read_text())["method"]["train"]
     assert train["optimizer"] == "adamw" and train["head_lr"] == RATES["lora"].fresh_head_lr
     assert train["lr"] == pytest.approx(RATES["lora"].lr * WIDTH / 32, rel=0.05)
-    tree["method"]["train"] |= {key: train[key] for key in ("optimizer", "lr", "head_lr")}
-    assert fedtune.simulate(tree, runs=tmp_path / "runs").state_sha256 == open_.state_sha256
+    tree["method"]["train"] |= {key: train[key] for key in ("optimizer", "lr", "head_lr", "clip")}
+    assert (
+        train["clip"] == 1.0
+        and fedtune.simulate(tree, runs=tmp_path / "runs").state_sha256 == open_.state_sha256
+    )
 
 
 def test_an_optimiser_whose_rate_nobody_knows_is_refused(tmp_path: Path) -> None:
