@@ -109,7 +109,8 @@ class FedKSeedSettings(MethodTable):
     """As for fedpeft. The head's first values then travel
     too, once to each client that holds them."""
     guard: float = Field(2.0, ge=0)
-    """Stop the run where a round's training loss is more than this times the first one; 0 never does."""
+    """Stop the run where a round's training loss is more than this times the first one, and by more than 1
+    above it; 0 never does."""
     hold: bool = True
     """Clients keep the accumulators, so that only those that changed travel to them again; where they cannot,
     whole ones do."""

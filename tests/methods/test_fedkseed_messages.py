@@ -14,6 +14,8 @@ import torch
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import ClientDone, ClientLeftOut, RoundDone
+from fedtune.methods.fedkseed_settings import FedKSeedSettings
+from fedtune.methods.fedkseed_walk import require_converging
 from fedtune.model.initial_values import reset
 from fedtune.rng import seed_of
 from fedtune.runtime.check import check, rows
@@ -126,6 +128,16 @@ def test_divergence_is_caught_and_named(
         match=r"R408: found a training loss of .* in round \d that began at 1\..*lower method.lr",
     ):
         small.play(recipe, tmp_path)
+
+
+def test_a_loss_that_starts_low_may_rise_by_one_before_it_is_called_divergence() -> None:
+    settings = FedKSeedSettings(guard=2.0)
+    require_converging(1.4, 0.48, 2, settings)
+    require_converging(3.9, 2.0, 2, settings)
+    for loss, first in ((1.5, 0.48), (4.1, 2.0)):
+        with pytest.raises(FedtuneError, match="R408"):
+            require_converging(loss, first, 2, settings)
+    require_converging(99.0, 0.48, 2, FedKSeedSettings(guard=0.0))
 
 
 def test_a_loss_that_is_not_finite_leaves_the_client_out(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
