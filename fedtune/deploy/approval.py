@@ -17,8 +17,9 @@ from pathlib import Path
 from fedtune.config import Recipe, method_of
 from fedtune.deploy.sites import ROLES
 from fedtune.disk import disk_errors
-from fedtune.runtime.exposure import beside
+from fedtune.runtime.exposure import beside, seen
 from fedtune.selection import telling
+from fedtune.transforms import build
 
 APPROVED = "approved.txt"  # in a site's home
 
@@ -68,14 +69,11 @@ def in_words(recipe: Recipe) -> Iterator[str]:
         yield f"labels        {len(data.labels)}: {some}"
     yield f"rounds        {recipe.rounds}; in each, {work_of(train)}"
     yield f"sites         {', '.join(recipe.deploy.sites) or 'every member'}"
-    chain = " > ".join(step.step for step in recipe.chain) or "nothing: as it is"
-    yield f"each answer   through {chain}"
+    chain = build(recipe.chain)
+    yield f"each answer   through {' > '.join(step.name for step in chain.steps) or 'nothing: as it is'}"
     for verb, about in method.verbs.items():
-        use = "and uses it singly" if about.reads_each else "and uses the sum"
-        shows = f" ({about.shows})" if about.shows else ""
-        yield f"{verb!r:<14}the coordinator sees each site's answer, {use}{shows}"
-    also = beside(", ".join(method.facts.metrics), method.facts.weight) | telling(recipe.select)
-    for what, sees in also.items():
+        yield f"{verb!r:<14}the coordinator sees {seen(verb, about, chain).sees}"
+    for what, sees in (beside(method, chain) | telling(recipe.select)).items():
         yield f"{what:<14}{sees}"
     yield "not hidden    updates can reveal training data, the more, the fewer rows, steps and members"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.methods import Method
+from fedtune.methods.interface import Verb
 from fedtune.runtime.task import chain_for
 from fedtune.selection import Selection, telling
 from fedtune.transforms.base import Chain
@@ -26,32 +27,32 @@ class Exposure:
 def exposure(method: Method, chain: Chain, tunable: Any, select: Sequence[Selection] = ()) -> list[Exposure]:
     """A row for each verb of the method that is asked of such a tunable model (or plan), and what else leaves
     a client; `select`: the recipe's selections of rows."""
-    rows = []
-    for verb, about in method.verbs.items():
-        if not about.applies(tunable):
-            continue
-        steps = chain_for(about, chain).steps
-        if about.reads_each:
-            sees = "each client's answer, and uses it singly"
-        else:
-            total = "each group's sum" if about.by_group else "the sum"
-            hidden = any(s.hides for s in steps)
-            sees = f"{total} only" if hidden else f"each client's answer as it passes, uses {total} only"
-        sees += "".join(f", {step.words}" for step in steps if step.words)
-        sees += f" ({about.shows})" if about.shows else ""
-        rows.append(Exposure(verb, sees, tuple(s.name for s in steps)))
-    figures = "" if any(step.drops_figures for step in chain.steps) else ", ".join(method.facts.metrics)
-    also = beside(figures, method.facts.weight, bool(chain.hides)) | telling(select)
-    rows += [Exposure(what, sees, ()) for what, sees in also.items()]
-    rows += [Exposure(what, sees, ()) for what, sees in method.capabilities.also_see.items()]
-    return rows
+    rows = [seen(verb, about, chain) for verb, about in method.verbs.items() if about.applies(tunable)]
+    also = beside(method, chain) | telling(select) | dict(method.capabilities.also_see)
+    return rows + [Exposure(what, sees, ()) for what, sees in also.items()]
 
 
-def beside(figures: str, weight: str, masked: bool = False) -> dict[str, str]:
-    """What else leaves a client, whatever the method and the chain: the whole of it, as
-    tests/hostile/test_exposure.py compares with what passes. `weight`: what that of an answer tells of its
-    client; `masked`: answers that are summed are masked."""
-    named = f", {figures}" if figures else ""
+def seen(verb: str, about: Verb, chain: Chain) -> Exposure:
+    """The row of one verb."""
+    steps = chain_for(about, chain).steps
+    if about.reads_each:
+        sees = "each client's answer, and uses it singly"
+    else:
+        total = "each group's sum" if about.by_group else "the sum"
+        hidden = any(step.hides for step in steps)
+        sees = f"{total} only" if hidden else f"each client's answer as it passes, uses {total} only"
+    sees += "".join(f", {step.words}" for step in steps if step.words)
+    sees += f" ({about.shows})" if about.shows else ""
+    return Exposure(verb, sees, tuple(step.name for step in steps))
+
+
+def beside(method: Method, chain: Chain) -> dict[str, str]:
+    """What else leaves a client, whatever it is asked: the whole of it, as tests/hostile/test_exposure.py
+    compares with what passes."""
+    weight, masked = method.facts.weight, bool(chain.hides)
+    figures = () if any(step.drops_figures for step in chain.steps) else method.facts.metrics
+    named = "".join(f", {name}" for name in figures)
+    cut = ", share of numbers that were cut" if any(step.name == "ring" for step in chain.steps) else ""
     whose = "all clients' sums" if masked else "each client's sums"
     own = {
         "scores": f"where the server has no rows to score on: {whose} over held-out rows, of "
@@ -59,9 +60,8 @@ def beside(figures: str, weight: str, masked: bool = False) -> dict[str, str]:
     }
     if masked:
         own |= {
-            "figures": f"of masked answers, as sums over members only: weight ({weight}){named}, "
-            "share of numbers that were cut; of others, in the clear, with what their chain chose; the "
-            "bytes of each",
+            "figures": f"of masked answers, as sums over members only: weight ({weight}){named}{cut}; "
+            "of others, in the clear, with what their chain chose; the bytes of each",
             "masks": "who came through which step of each sum; public keys and sealed shares, made for "
             "that sum alone; nothing of a sum that too few came through",
         }

@@ -14,6 +14,7 @@ from fedtune.privacy.ledger import Line, by_unit
 from fedtune.privacy.releases import UNITS
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.sampling import sample
+from fedtune.transforms.private import PrivateSettings
 
 if TYPE_CHECKING:
     from fedtune.runtime.run import Run
@@ -126,12 +127,20 @@ def in_words(recipe: Recipe, clients: int, trained: int) -> list[str]:
     return said
 
 
+def more_noise(recipe: Recipe, asked: int) -> float:
+    """How many times as long the noise in a sum of all answers is as what is promised of it."""
+    for step in recipe.chain:
+        if isinstance(step, PrivateSettings):
+            honest = {"client": 1 / asked, "shares": math.ceil(step.honest * asked) / asked}
+            return 1 / math.sqrt(honest.get(step.place, 1.0))
+    return 1.0
+
+
 def doubts(recipe: Recipe, clients: int, trained: int, spent: Spent) -> list[str]:
     """Why an epsilon of whole clients may be meaningless here."""
     asked = len(sample(recipe.sampling, clients, recipe.seed, 1))
     noise = max(release.noise for release in recipe.spends if release.unit == "client")
-    alone = any(step.model_dump().get("place") == "client" for step in recipe.chain)
-    ratio = noise * math.sqrt(trained) / (math.sqrt(asked) if alone else asked)
+    ratio = noise * math.sqrt(trained) * more_noise(recipe, asked) / asked
     said = [
         f"privacy   the noise in a round's mean is {ratio:,.3g} times as long as the longest mean can be "
         f"({asked} clients, {trained:,} numbers)"

@@ -33,12 +33,21 @@ class PrivateSettings(StepSettings):
     and then there can be no noise."""
     noise_multiplier: float = Field(1.0, ge=0)
     """Standard deviation of the noise in every number, in multiples of clip; 0: none."""
-    place: Literal["coordinator", "client"] = "coordinator"
+    place: Literal["coordinator", "client", "shares"] = "coordinator"
     """Who adds the noise. coordinator: once, to the sum; it sees the answers before. client: each to its own
     answer, so that nobody has to be trusted; the mean then has as much more noise as there are clients, in
-    the root."""
+    the root. shares: each a share of it, under step `mask`, so that the coordinator is not trusted and the
+    mean has little more noise than under the first."""
+    honest: float = Field(0.4, gt=0, le=1)
+    """shares: the noise of so large a share of the members makes noise_multiplier. The others may fall out,
+    or tell what they added; where they do not, the sum has that much more noise. At most the square of
+    mask's `threshold`, which is the least share that a sum can be of."""
 
     def build(self) -> Transform:
+        if self.place == "shares":
+            from fedtune.transforms.noise_shares import NoiseShares
+
+            return NoiseShares(self.clip, self.noise_multiplier, self.honest)
         made = NoiseOnSum if self.place == "coordinator" else NoiseOnAnswer
         return made(self.clip, self.noise_multiplier)
 
@@ -56,6 +65,10 @@ class PrivateSettings(StepSettings):
             )
         if sum(step.step == self.step for step in recipe.chain) > 1:
             yield f"{here} twice", "one", "remove one of them"
+        if self.place == "shares":
+            yield from self.share_conflicts(recipe, here)
+        elif "honest" in self.model_fields_set:
+            yield f"honest with {here} and place = '{self.place}'", "place = 'shares'", "remove honest"
         weight = recipe.method.model_dump().get("weight", "equal")
         if weight != "equal":
             yield (
@@ -78,6 +91,32 @@ class PrivateSettings(StepSettings):
                     "questions whose answers are differences to what was given",
                     "set method.head_start = 'random'" if verb.once else "choose another method.type",
                 )
+
+    def share_conflicts(self, recipe: Any, here: str) -> Iterator[tuple[str, str, str]]:
+        """place = "shares" rests on sums of a known least size, that nobody reads the parts of."""
+        masks = [step.threshold for step in recipe.chain if step.step == "mask"]
+        if not masks or any(step.step == "ring" for step in recipe.chain):
+            yield (
+                f"{here} and place = 'shares' "
+                + ("with step = 'ring'" if masks else "without step = 'mask'"),
+                "'private', which makes whole numbers itself, and then 'mask'",
+                "remove 'ring'" if masks else "add [[chain]] step = 'mask'",
+            )
+        elif masks[0] ** 2 < self.honest:
+            yield (
+                f"{here} and honest = {self.honest:g} with threshold = {masks[0]:g} of 'mask'",
+                f"at most {masks[0] ** 2:.3g}, the least share of the members that a sum can be of",
+                "lower honest, or raise threshold",
+            )
+        if not self.clip:
+            yield f"{here} and place = 'shares' with clip = 0", "a bound", "set clip above 0"
+        method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
+        if any(verb.by_group for verb in method.verbs.values()):
+            yield (
+                f"method.type = '{recipe.method.type}' with {here} and place = 'shares'",
+                "a method that asks for sums of all members, which have all of the noise",
+                "set place = 'client', or choose another method.type",
+            )
 
 
 class NoiseOnSum(Transform):

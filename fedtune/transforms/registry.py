@@ -40,12 +40,13 @@ STEPS: dict[str, type[StepSettings]] = classes_by_tag(ChainStep, "step")
 
 
 def build(steps: Sequence[ChainStep]) -> Chain:
-    """The chain that a recipe's [[chain]] tables describe; a mask that no ring stands before gets one. Raises
-    C104 for an order that could not be undone."""
+    """The chain that a recipe's [[chain]] tables describe; a mask gets a ring before it where no step makes
+    ring numbers. Raises C104 for an order that could not be undone."""
+    made = [settings.build() for settings in steps]
     lone = [n for n, step in enumerate(steps) if isinstance(step, MaskSettings)]
-    if lone and not any(isinstance(step, RingSettings) for step in steps[: lone[0]]):
-        steps = [*steps[: lone[0]], RingSettings(), *steps[lone[0] :]]
-    return Chain([settings.build() for settings in steps])
+    if lone and not any(step.gives == "ring" for step in made[: lone[0]]):
+        made.insert(lone[0], RingSettings().build())
+    return Chain(made)
 
 
 def bits_per_parameter(chain: Sequence[ChainStep] | Chain, schema: Schema) -> float:

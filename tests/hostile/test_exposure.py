@@ -84,7 +84,7 @@ def test_the_table_names_all_that_leaves_a_site(
             row.verb: row.sees
             for row in exposure(method, build(made.recipe.chain), workers[101].built[1].tunable)
         }
-    words = beside(", ".join(method.facts.metrics), method.facts.weight)
+    words = beside(method, build(made.recipe.chain))
     assert words.items() <= table.items()
     # over Flower: greetings and outcomes
     reports = [json.loads(_record(c)) for kind, c in flower if kind == "query.site"]
