@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, RoundStarted, RunDone, RunStarted, Waiting
 from fedtune.runtime import privacy
-from fedtune.runtime.baselines import compare, finished_phase, score_test, spread_of
+from fedtune.runtime.baselines import compare, finished_phase, score_test
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.canary import watch_round
 from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
@@ -32,11 +31,12 @@ from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.moves import keep_parts, moves_of
 from fedtune.runtime.paths import located
-from fedtune.runtime.phases import CLIENTS, FINAL, LOADING, SCORING, SERVER, TOKENISING, add, by_phase, spent
+from fedtune.runtime.phases import CLIENTS, FINAL, LOADING, SCORING, SERVER, TOKENISING, add, spent
 from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.quarantine import present_now
 from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.site_scores import at_sites
+from fedtune.runtime.summary import summary
 from fedtune.runtime.workers import Workers, workers_for
 from fedtune.runtime.workspace import Workspace, build_workspace, link_of
 from fedtune.schema import digest
@@ -60,6 +60,7 @@ class Run:
     done: int
     start: State  # before the first round: what the comparisons begin with
     downlink: Downlink
+    trainable: int  # values that are trained; a state at the end may take a larger adapter to hold
     # seconds of all processes that worked on this run: in all, until its first round was committed, by phase
     clock: dict[str, float]
     deployed: bool = False  # on real sites: [deploy] counts
@@ -229,6 +230,7 @@ def open_run(
         done,
         start,
         downlink,
+        tunable.trainable,
         clock,
         federation is not None,
     )
@@ -364,37 +366,3 @@ def leave(work: Run, states: Mapping[int, State], result: Mapping[str, Any]) -> 
             number,
             data,
         )
-
-
-def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
-    """What other programs read (DESIGN: result.json)."""
-    answers = [a for _, a in work.journal.answers()]
-    asked = max(1, len(answers))
-    rounds = work.journal.rounds()
-    return {
-        "metric": scores["metric"],
-        **{key: scores.get(key) for key in ("base", "local", "federated", "federated_last", "centralised")},
-        **{key: scores.get(key) or {} for key in ("also", "figures")},
-        "samples": scores.get("samples", []),
-        "per_client": spread_of(scores.get("clients_metric") or {}),
-        "rounds": len(rounds),
-        "clients": len(work.workspace.present),
-        "left_out": sum(a.outcome != "ok" for a in answers),
-        "up_bytes_per_client_round": sum(a.up_bytes for a in answers) / asked,
-        "down_bytes_per_client_round": sum(a.down_bytes for a in answers) / asked,
-        "seconds": work.clock["seconds"],
-        "first_round_seconds": work.clock["first_round_seconds"],
-        "seconds_by_phase": by_phase(work.clock),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "state_sha256": rounds[-1].state_sha256,
-        **privacy.told(work.recipe, work.journal),
-        "phases": {name: scores[name] for name in ("loss", "clients_metric") if name in scores},
-        "trainable": work.workspace.tunable.trainable,
-        "total": work.workspace.tunable.total,
-        "adapter": str(work.folder.adapter),
-        "method": work.recipe.method.type,
-        "seed": work.recipe.seed,
-        "recipe_sha256": work.recipe.fingerprint,
-        "base_sha256": work.workspace.base.fingerprint,
-        "versions": versions(),
-    }

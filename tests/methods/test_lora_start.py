@@ -20,7 +20,7 @@ from fedtune.methods.lora_start import A_END, B_END
 from fedtune.model.fit import step_batches
 from fedtune.model.loss import summed_loss
 from fedtune.rng import seed_of
-from fedtune.runtime.check import check
+from fedtune.runtime.check import check, rows
 from fedtune.runtime.checkpoints import load_state
 from fedtune.types import Round, State
 from tests import small
@@ -118,8 +118,10 @@ def test_a_run_moves_the_factors_alone_and_stock_peft_loads_its_export(
     kind: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
     recipe = small.recipe(tiny_bert, data, rounds=2, method__lora_start=kind)
-    folder, _, events = small.play(recipe, tmp_path)
+    folder, result, events = small.play(recipe, tmp_path)
     checked = check(recipe)
+    said = "\n".join(rows(checked))  # though the export's rank is twice the trained one
+    assert f"trained   {result['trainable']:,} of" in said
     done = [event for event in events if isinstance(event, ClientDone)]
     assert {event.down_bytes for event in done} == {checked.down_bytes}
     assert all(abs(event.up_bytes - checked.up_bytes) < 64 for event in done)
