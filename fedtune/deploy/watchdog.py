@@ -29,7 +29,7 @@ from fedtune.errors import ClientFailed
 ATTEMPT, REFUSED = "attempt.json", "refused.json"
 STILL = 600.0  # seconds without a sign of life; a step takes a fraction of one, on a busy machine a few
 PACE = 2 << 20  # bytes of weights that the slowest disk reads in a second
-DEATHS = 2  # of the worker in the middle of something, after which that is not tried again
+DEATHS = 2  # in a row, of the worker in the middle of something, after which that is not tried again
 KEPT = 256  # things that are refused, the newest
 OFTEN = 0.5  # seconds between two signs of life
 SPARE = 1 << 30  # bytes that a process maps and never touches: stacks of threads, arenas
@@ -65,6 +65,7 @@ class Watchdog:
         try:
             with most_memory(memory):
                 yield
+            self.deaths.pop(key, None)  # what gets done is not what ends the worker
         except MemoryError:
             raise too_much(
                 what, f"it wants more than the {memory >> 20} MiB of memory that are free"

@@ -176,6 +176,15 @@ def test_what_ended_a_worker_twice_is_not_tried_a_third_time(tmp_path: Path) -> 
         pass
 
 
+def test_what_gets_done_in_between_is_tried_again(tmp_path: Path) -> None:
+    """A worker that somebody kills now and then is not ended by what it was at."""
+    for _ in range(3 * watchdog.DEATHS):
+        guard = Watchdog(tmp_path)
+        with guard.bounded("model 'x'", 60.0):
+            pass
+        guard.bounded("model 'x'", 60.0).__enter__()  # and the process is gone
+
+
 def test_who_gets_on_is_never_overdue(tmp_path: Path) -> None:
     guard = Watchdog(tmp_path)
     with guard.bounded("model 'x'", 1.0):
