@@ -76,8 +76,8 @@ class EvaluateSettings(Settings):
     """Compare with clients that train alone, each for the steps of a client that takes part in every
     round."""
     centralised: bool = True
-    """Compare with one training on the pooled data, for as many examples as all clients in all rounds
-    together."""
+    """Compare with one training on the pooled data: as many steps as a client makes in all rounds, each on
+    the batches of all clients that a round asks."""
     seeds: int = Field(1, ge=1)
     """Train each comparison so many times, with different seeds; the result has the means."""
 

@@ -30,7 +30,8 @@ from fedtune.runtime.client_half import Cover
 from fedtune.runtime.journal import sentences
 from fedtune.runtime.masked_tasks import root_of, says_of_rows
 from fedtune.runtime.site_scores import SCORE
-from fedtune.transforms.private import PrivateSettings, length
+from fedtune.transforms.bounded import length
+from fedtune.transforms.private import PrivateSettings
 from fedtune.trust import Ticket
 from fedtune.types import Tensors, Update
 

@@ -16,6 +16,7 @@ from fedtune.model.rates import rate_conflicts, rates_of, with_rates
 from fedtune.model.settings import (
     ModelSettings,
     TrainSettings,
+    at_once,
     float16_conflicts,
     objective_conflicts,
     whole_run,
@@ -55,9 +56,8 @@ class TrainedTable(MethodTable):
         """Kind of adapter that the training is like, for its learning rate."""
         raise NotImplementedError(f"'{self.type}' does not say what it trains")
 
-    @property
-    def by_steps(self) -> bool:
-        return bool(self.train.steps)
+    def at_once(self, clients: int) -> Self:
+        return self.model_copy(update={"train": at_once(self.train, clients)})
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from rate_conflicts(self.train, self.trains, rates_of(self.trains))

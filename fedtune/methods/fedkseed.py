@@ -43,7 +43,7 @@ from fedtune.methods.head_start import (
 )
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.one_client import OneClient
-from fedtune.methods.seeds import save_seeds, seeds_of
+from fedtune.methods.seeds import pool_name, pools_of, save_seeds, seeds_of
 from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.rates import WIDTH
 from fedtune.model.settings import whole_run
@@ -390,15 +390,6 @@ class FedKSeedTable(FedKSeedSettings):
 
     def build(self, rounds: int, rule: Rule) -> FedKSeed:
         return FedKSeed(self, rounds)  # the mean is the only rule that `conflicts` lets through
-
-
-def pools_of(shared: Tensors) -> dict[str, np.ndarray]:
-    """The accumulators of every pool, by its name."""
-    return {name: value for name, value in shared.items() if name.startswith("pool-")}
-
-
-def pool_name(epoch: int) -> str:
-    return f"pool-{epoch:04d}"
 
 
 def start_of(tunable: TunableModel) -> bytes:

@@ -12,7 +12,7 @@ from fedtune.methods.interface import MethodTable
 from fedtune.methods.weights import Weight
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
 from fedtune.model.rates import Rates, rate_conflicts, with_rates
-from fedtune.model.settings import TrainSettings, float16_conflicts, objective_conflicts
+from fedtune.model.settings import TrainSettings, at_once, float16_conflicts, objective_conflicts
 
 
 class Found(NamedTuple):
@@ -157,6 +157,9 @@ class FedKSeedSettings(MethodTable):
     def fitting_rates(self, width: int) -> str:
         open_ = {"lr": "auto", "gain": "auto", "train": ProjectSettings()}
         return self.model_copy(update=open_).with_rates(width).rates
+
+    def at_once(self, clients: int) -> Self | None:
+        return None if self.walks_only else self.model_copy(update={"train": at_once(self.train, clients)})
 
     @property
     def walks_only(self) -> bool:

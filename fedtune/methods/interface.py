@@ -177,7 +177,7 @@ class Capabilities:
     verify    refuse to install a state that was made from another start (M304)
     also_see  who sees more of clients' data, or of the model, than the server sees of an answer -> what
     also_scored  models that say what the run's own is worth, for the test set -> how each is made of a run
-              that is through. A method of as many rounds as one client would need for all is asked
+              that is through. The method of one place that has all rows is asked
     """
 
     costs: Costs | None = None
@@ -232,10 +232,10 @@ class MethodTable(Settings):
         """The method for a run of so many rounds, under an aggregation rule."""
         raise NotImplementedError(f"'{self.type}' builds no method")
 
-    @property
-    def by_steps(self) -> bool:
-        """Whether a client's work in a round is the same whatever number of rows it has."""
-        return True
+    def at_once(self, clients: int) -> MethodTable | None:
+        """The settings of one place each of whose steps takes the batches of so many clients; None where
+        steps cannot, and it makes as many times more of them."""
+        return None
 
     @property
     def spends(self) -> Release | None:

@@ -97,3 +97,12 @@ def read_seeds(path: Path) -> Seeds:
         raise FedtuneError(
             "R403", f"no seed file at '{path}' ({why})", f"a {FILE} that fedtune wrote", make
         ) from error
+
+
+def pools_of(shared: Tensors) -> dict[str, np.ndarray]:
+    """The accumulators of every pool, by its name."""
+    return {name: value for name, value in shared.items() if name.startswith("pool-")}
+
+
+def pool_name(epoch: int) -> str:
+    return f"pool-{epoch:04d}"

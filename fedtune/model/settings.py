@@ -271,6 +271,13 @@ def whole_run(train: TrainSettings, rounds: int) -> TrainSettings:
     )
 
 
+def at_once(train: TrainSettings, clients: int) -> TrainSettings:
+    """A loop whose steps take the batches of so many clients. Private steps draw a share of the rows that are
+    there, which is that already."""
+    private = bool(train.private.max_grad_norm)
+    return train.model_copy(update={"accumulate": train.accumulate * (1 if private else clients)})
+
+
 def objective_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[str, str, str]]:
     """A loss that refers to the model without its adapter needs one that can be switched off."""
     if train.objective.refers and not adapter.switches_off:

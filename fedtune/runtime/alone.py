@@ -1,8 +1,9 @@
 """What a federation is measured against: every client by itself, and all rows in one place, from its first
 state.
 
-A client alone trains for the steps of one that takes part in every round; the one place for as many examples
-as all clients of all rounds together. Where the model is small, these trainings run side by side, one a core.
+A client alone trains for the steps of one that takes part in every round. So does the one place, on the
+batches of all clients at once: as many steps, and as many examples as in the whole federation. Where the model
+is small, these trainings run side by side, one a core.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored, Waiting
 from fedtune.forks import Forks
+from fedtune.methods import Method
 from fedtune.rng import seed_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.sampling import wanted
@@ -76,7 +78,7 @@ def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, numbe
     repeat = int(name.rpartition(":seed")[2]) - 1 if ":seed" in name else 0
     seed = seed_of("alone", recipe.seed, number + 1, *([repeat] if repeat else []))
     try:
-        method = recipe.method.build(rounds_of(recipe, workspace, number), recipe.aggregate)
+        method = one_place(recipe, workspace) if number < 0 else client_alone(recipe)
         method.alone(
             workspace.tunable, workspace.pooled() if number < 0 else workspace.train(number), start, seed
         )
@@ -86,11 +88,17 @@ def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, numbe
     return {"metric": got.name, "value": got.metric, "loss": got.loss}
 
 
-def rounds_of(recipe: Recipe, workspace: Workspace, number: int) -> int:
-    """So many rounds of one client: of all clients of all rounds, for the one place (number -1)."""
-    if number >= 0 or not recipe.method.by_steps:
-        return recipe.rounds
-    return recipe.rounds * min(wanted(recipe.sampling, len(workspace.names)), len(workspace.present))
+def client_alone(recipe: Recipe) -> Method:
+    return recipe.method.build(recipe.rounds, recipe.aggregate)
+
+
+def one_place(recipe: Recipe, workspace: Workspace) -> Method:
+    """As many steps as a client makes in all rounds, each of which takes the batches of all clients that a
+    round asks: the examples of the whole federation, with as little noise in a step as its mean has."""
+    clients = min(wanted(recipe.sampling, len(workspace.names)), len(workspace.present))
+    table = recipe.method.at_once(clients)
+    rounds = recipe.rounds if table else recipe.rounds * clients
+    return (table or recipe.method).build(rounds, recipe.aggregate)
 
 
 def side_by_side(workspace: Workspace) -> int:

@@ -10,7 +10,7 @@ from fedtune.config import Recipe
 from fedtune.events import Event, Scored, Waiting
 from fedtune.methods.interface import RunEnd
 from fedtune.rng import seed_of
-from fedtune.runtime.alone import rounds_of
+from fedtune.runtime.alone import one_place
 from fedtune.runtime.workspace import Workspace
 from fedtune.types import State
 
@@ -21,7 +21,7 @@ def also_scored(
     recipe: Recipe, workspace: Workspace, start: State, state: State, tell: Callable[[Event], None]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Name in the journal -> what scores the model on the test set, as `baselines.finished_phase` does it."""
-    method = recipe.method.build(rounds_of(recipe, workspace, -1), recipe.aggregate)
+    method = one_place(recipe, workspace)
     end = RunEnd(start, state, workspace.tunable, workspace.pooled, seed_of("alone", recipe.seed, 0))
 
     def work(name: str, made: Callable[[RunEnd], Any]) -> dict[str, Any]:

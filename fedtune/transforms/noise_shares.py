@@ -24,7 +24,7 @@ import numpy as np
 from fedtune.privacy.noise import Secret
 from fedtune.schema import Schema
 from fedtune.transforms.base import Kind, Transform
-from fedtune.transforms.private import bounded
+from fedtune.transforms.bounded import bounded
 from fedtune.transforms.ring import FIGURES, LIMBS, UNIT, from_limbs, limbs, unfit
 from fedtune.types import Client, Round, Update
 

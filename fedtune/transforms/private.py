@@ -8,7 +8,6 @@ from the run's seed, which is no secret.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -16,10 +15,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from fedtune.errors import ClientFailed
 from fedtune.privacy.noise import Secret, add_gaussian
 from fedtune.privacy.releases import Release
 from fedtune.transforms.base import StepSettings, Transform
+from fedtune.transforms.bounded import bounded
+from fedtune.transforms.noise_shares import NoiseShares
 from fedtune.types import LM_TASKS, Client, Round, Update
 
 
@@ -45,8 +45,6 @@ class PrivateSettings(StepSettings):
 
     def build(self) -> Transform:
         if self.place == "shares":
-            from fedtune.transforms.noise_shares import NoiseShares
-
             return NoiseShares(self.clip, self.noise_multiplier, self.honest)
         made = NoiseOnSum if self.place == "coordinator" else NoiseOnAnswer
         return made(self.clip, self.noise_multiplier)
@@ -158,23 +156,6 @@ class NoiseOnAnswer(Transform):
         return noisy(bounded(update, self.clip, client.name), self.sigma)
 
 
-def bounded(update: Update, clip: float, name: str) -> Update:
-    """The update with weight 1, at most `clip` long (0: however long), and without figures, which no noise
-    covers. Raises ClientFailed W607 for a length that is not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = {key: np.asarray(value) / update.weight for key, value in update.tensors.items()}
-        norm = length(values)
-    if not math.isfinite(norm):
-        raise ClientFailed(
-            "W607",
-            f"an answer of client '{name}' whose length is {norm}",
-            "finite numbers",
-            "lower the learning rate or set method.train.clip",
-        )
-    factor = clip / norm if clip and norm > clip else 1.0
-    return Update({key: value * factor for key, value in values.items()}, notes=update.notes)
-
-
 def as_sent(update: Update) -> Update:
     """Rounded as the wire rounds, so that the coordinator finds the length that the client has found."""
     return replace(
@@ -183,11 +164,6 @@ def as_sent(update: Update) -> Update:
             name: np.asarray(value, np.float32).astype(np.float64) for name, value in update.tensors.items()
         },
     )
-
-
-def length(values: dict[str, np.ndarray]) -> float:
-    """L2 norm over all tensors together."""
-    return math.sqrt(sum(float(np.vdot(value, value)) for _, value in sorted(values.items())))
 
 
 def noisy(update: Update, sigma: float) -> Update:
