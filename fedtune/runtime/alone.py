@@ -2,8 +2,8 @@
 state.
 
 A client alone trains for the steps of one that takes part in every round. So does the one place, on the
-batches of all clients at once: as many steps, and as many examples as in the whole federation. Where the model
-is small, these trainings run side by side, one a core.
+batches of all clients at once: as many steps, and as many examples as in the whole federation. Where the
+model is small, these trainings run side by side, one a core.
 """
 
 from __future__ import annotations
