@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
-from fedtune.methods.one_client import OneClient
+from fedtune.methods.one_client import begin_alone
 from fedtune.methods.weights import TELLS, Weight, weight_of
 from fedtune.model.adapters import AdapterSettings, Lora
 from fedtune.model.rates import rate_conflicts, rates_of, with_rates
@@ -194,14 +194,8 @@ class AdapterMethod(AveragedTensors):
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.fit import fit
 
-        self.begin_alone(tunable, data, state, seed)
+        begin_alone(self, tunable, data, state, seed)
         fit(tunable, data, whole_run(self.settings.train, self.rounds), seed, progress=(0, 1))
-
-    def begin_alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
-        """The state of a federation of this one client before its first round, in the tunable model."""
-        self.install(state, tunable)
-        client = Client(0, "alone", tunable, data)
-        self.install(self.begin(state, OneClient(self.verbs, client, seed)), tunable)
 
     def export(
         self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int

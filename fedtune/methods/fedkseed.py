@@ -42,7 +42,7 @@ from fedtune.methods.head_start import (
     starts,
 )
 from fedtune.methods.interface import Capabilities, Facts, Verb
-from fedtune.methods.one_client import OneClient
+from fedtune.methods.one_client import begin_alone
 from fedtune.methods.seeds import pool_name, pools_of, save_seeds, seeds_of
 from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.rates import WIDTH
@@ -302,9 +302,8 @@ class FedKSeed:
     def sums(self, tunable: TunableModel, given: Tensors) -> list[tuple[Pool, np.ndarray]]:
         """Pools and their accumulators, the oldest first."""
         return [
-            (self.pool(tunable, int(name.removeprefix("pool-"))), given[name])
-            for name in sorted(given)
-            if name.startswith("pool-")
+            (self.pool(tunable, int(name.removeprefix("pool-"))), value)
+            for name, value in sorted(pools_of(given).items())
         ]
 
     def curvature(self, tunable: TunableModel, given: Tensors, now: Round) -> Mapping[str, Any] | None:
@@ -362,9 +361,7 @@ class FedKSeed:
             )
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
-        self.install(state, tunable)
-        client = Client(0, "alone", tunable, data)
-        self.install(self.begin(state, OneClient(self.verbs, client, seed)), tunable)
+        begin_alone(self, tunable, data, state, seed)
         if self.settings.walks_only:
             steps = self.settings.steps * self.rounds
             self.walk(tunable, data, 0, integers.draw(self.settings.size, steps, (seed, 0, 0)), seed)

@@ -17,6 +17,7 @@ from fedtune.methods.fedpeft import FedPEFT
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts
 from fedtune.methods.interface import Capabilities, Facts, RunEnd
 from fedtune.methods.offsite_settings import OffsiteSettings
+from fedtune.methods.one_client import begin_alone
 from fedtune.model.settings import whole_run
 from fedtune.schema import Schema
 from fedtune.types import Round, State
@@ -131,7 +132,7 @@ class Offsite(FedPEFT):
         every = range(about.blocks)
         whole = emulate(end.tunable.base, replace(about, kept=tuple(every), bits=0), every)
         tunable = self.attached(whole, self.settings.adapter, end.seed)
-        self.begin_alone(tunable, end.pooled(), super().start(tunable), end.seed)
+        begin_alone(self, tunable, end.pooled(), super().start(tunable), end.seed)
         fit(tunable, end.pooled(), whole_run(self.settings.train, self.rounds), end.seed, progress=(0, 1))
         return tunable
 

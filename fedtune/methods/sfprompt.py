@@ -24,7 +24,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods.base import AveragedTensors
 from fedtune.methods.head_start import features_verbs, needs_moments
 from fedtune.methods.interface import Capabilities, Facts, Verb
-from fedtune.methods.one_client import OneClient
+from fedtune.methods.one_client import begin_alone
 from fedtune.methods.sfprompt_parties import SFPromptCosts, SplitModel
 from fedtune.methods.sfprompt_settings import SFPromptSettings, figures_of
 from fedtune.methods.weights import TELLS, weight_of
@@ -116,10 +116,8 @@ class SFPrompt(AveragedTensors):
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.methods.sfprompt_work import one_turn
 
-        self.install(state, tunable)
         body = partial(replace, tunable.net.own_body, run=f"alone {seed}")
-        client = Client(0, "alone", tunable, data, body=body())
-        self.install(self.begin(state, OneClient(self.verbs, client, seed)), tunable)
+        begin_alone(self, tunable, data, state, seed, body())
         memory: dict[str, Any] = {}
         for number in range(1, self.rounds + 1):
             one_turn(

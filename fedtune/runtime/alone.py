@@ -78,18 +78,15 @@ def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, numbe
     repeat = int(name.rpartition(":seed")[2]) - 1 if ":seed" in name else 0
     seed = seed_of("alone", recipe.seed, number + 1, *([repeat] if repeat else []))
     try:
-        method = one_place(recipe, workspace) if number < 0 else client_alone(recipe)
-        method.alone(
-            workspace.tunable, workspace.pooled() if number < 0 else workspace.train(number), start, seed
-        )
+        if number < 0:
+            method, data = one_place(recipe, workspace), workspace.pooled()
+        else:
+            method, data = recipe.method.build(recipe.rounds, recipe.aggregate), workspace.train(number)
+        method.alone(workspace.tunable, data, start, seed)
         got = score(workspace.tunable, workspace.test(), recipe.evaluate.batch, workspace.front())
     except Exception as error:
         return {**NOT_SCORED, "reason": reason_of(error)}
     return {"metric": got.name, "value": got.metric, "loss": got.loss}
-
-
-def client_alone(recipe: Recipe) -> Method:
-    return recipe.method.build(recipe.rounds, recipe.aggregate)
 
 
 def one_place(recipe: Recipe, workspace: Workspace) -> Method:

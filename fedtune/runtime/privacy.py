@@ -14,6 +14,7 @@ from fedtune.privacy.ledger import Line, by_unit
 from fedtune.privacy.releases import UNITS
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.sampling import sample
+from fedtune.transforms.noise_shares import noise_makers
 from fedtune.transforms.private import PrivateSettings
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def more_noise(recipe: Recipe, asked: int) -> float:
     """How many times as long the noise in a sum of all answers is as what is promised of it."""
     for step in recipe.chain:
         if isinstance(step, PrivateSettings):
-            honest = {"client": 1 / asked, "shares": math.ceil(step.honest * asked) / asked}
-            return 1 / math.sqrt(honest.get(step.place, 1.0))
+            makers = {"client": 1, "shares": noise_makers(step.honest, asked)}
+            return math.sqrt(asked / makers.get(step.place, asked))
     return 1.0
 
 

@@ -74,8 +74,13 @@ class NoiseShares(Transform):
         return Update(tensors, float(from_limbs(total.tensors[FIGURES])[0]) / UNIT)
 
 
+def noise_makers(honest: float, members: int) -> int:
+    """So many of the members make the whole noise."""
+    return math.ceil(honest * members - 1e-9)
+
+
 def scale_of(clip: float, sigma: float, honest: float, members: int) -> tuple[float, float]:
     """Steps in a whole, so that all answers and their noise fit into 32 bits; and the deviation of one
     client's share of the noise."""
-    share = sigma / math.sqrt(math.ceil(honest * members - 1e-9))
+    share = sigma / math.sqrt(noise_makers(honest, members))
     return (2**31 - 1) / (members * clip + TAIL * share * math.sqrt(members)), share

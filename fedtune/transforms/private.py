@@ -63,8 +63,9 @@ class PrivateSettings(StepSettings):
             )
         if sum(step.step == self.step for step in recipe.chain) > 1:
             yield f"{here} twice", "one", "remove one of them"
+        method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
         if self.place == "shares":
-            yield from self.share_conflicts(recipe, here)
+            yield from self.share_conflicts(recipe, method, here)
         elif "honest" in self.model_fields_set:
             yield f"honest with {here} and place = '{self.place}'", "place = 'shares'", "remove honest"
         weight = recipe.method.model_dump().get("weight", "equal")
@@ -74,7 +75,6 @@ class PrivateSettings(StepSettings):
                 "clients that count alike, or the weight would say how much data a client has",
                 "set method.weight = 'equal'",
             )
-        method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
         if method.capabilities.split:
             yield (
                 f"method.type = '{recipe.method.type}' with {here}",
@@ -90,7 +90,7 @@ class PrivateSettings(StepSettings):
                     "set method.head_start = 'random'" if verb.once else "choose another method.type",
                 )
 
-    def share_conflicts(self, recipe: Any, here: str) -> Iterator[tuple[str, str, str]]:
+    def share_conflicts(self, recipe: Any, method: Any, here: str) -> Iterator[tuple[str, str, str]]:
         """place = "shares" rests on sums of a known least size, that nobody reads the parts of."""
         masks = [step.threshold for step in recipe.chain if step.step == "mask"]
         if not masks or any(step.step == "ring" for step in recipe.chain):
@@ -108,7 +108,6 @@ class PrivateSettings(StepSettings):
             )
         if not self.clip:
             yield f"{here} and place = 'shares' with clip = 0", "a bound", "set clip above 0"
-        method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
         if any(verb.by_group for verb in method.verbs.values()):
             yield (
                 f"method.type = '{recipe.method.type}' with {here} and place = 'shares'",
