@@ -118,42 +118,60 @@ def test_features_of_the_sentence_encoder_are_sentence_transformers_own() -> Non
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "bias", "prompt"])
-@pytest.mark.parametrize("method", ["fedpeft", "fedkseed"])
-def test_an_export_pools_in_a_process_of_its_own_without_fedtune(
-    method: str, kind: str, tiny_bert: Path, tmp_path: Path
-) -> None:
-    data = small.write_rows(tmp_path)
-    space = {"space": "adapter", "estimator": "gradient", "size": 64} if method == "fedkseed" else {}
-    table = {
-        "type": method,
-        "adapter": {"kind": kind},
-        "train": {"lr": 0.01, "steps": 2, "batch": 4},
-        **space,
-    }
-    result = fedtune.simulate(
-        small.tree(tiny_bert, data, rounds=1, model__pooling="mean", method=table), runs=tmp_path / "runs"
-    )
-    folder = tmp_path / "out"
+WITHOUT_FEDTUNE = """
+import importlib.util, json, sys
+for folder in sys.argv[2:]:
+    spec = importlib.util.spec_from_file_location("load", folder + "/load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    net, tokenizer = module.load()
+    batch = tokenizer(json.loads(sys.argv[1]), padding=True, return_tensors="pt", return_token_type_ids=False)
+    print(json.dumps(net(**batch).logits.tolist()))
+assert "fedtune" not in sys.modules
+"""
+
+
+def exported(folder: Path, tiny_bert: Path, data: Path, method: str, kind: str) -> list[list[float]]:
+    """The logits of a run's adapter, which is exported to a folder."""
     from fedtune.runtime.finished import export_run
     from fedtune.runtime.folder import existing
 
-    export_run(existing(result.folder), "adapter", folder)
-    model, tokenizer = fedtune.load(folder)
+    space = {"space": "adapter", "estimator": "gradient", "size": 64} if method == "fedkseed" else {}
+    train = {"lr": 0.01, "steps": 2, "batch": 4}
+    table = {"type": method, "adapter": {"kind": kind}, "train": train, **space}
+    recipe = small.tree(tiny_bert, data, rounds=1, model__pooling="mean", method=table)
+    export_run(existing(fedtune.simulate(recipe, runs=folder / "runs").folder), "adapter", folder / "out")
+    model, tokenizer = fedtune.load(folder / "out")
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        want = model(
-            **tokenizer(TEXTS, padding=True, return_tensors="pt", return_token_type_ids=False)
-        ).logits.tolist()
-    batch = f"t({TEXTS!r}, padding=True, return_tensors='pt', return_token_type_ids=False)"
-    code = (
-        f"import json\nfrom load import load\nm, t = load()\nprint(json.dumps(m(**{batch}).logits.tolist()))"
-    )
+        logits: list[list[float]] = model(**batch).logits.tolist()
+    return logits
+
+
+def test_exports_pool_in_a_process_of_their_own_without_fedtune(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    cases = [(method, kind) for method in ("fedpeft", "fedkseed") for kind in ("lora", "bias", "prompt")]
+    folders = [tmp_path / f"{method}-{kind}" for method, kind in cases]
+    want = [exported(folder, tiny_bert, data, *case) for folder, case in zip(folders, cases, strict=True)]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+        [
+            sys.executable,
+            "-c",
+            WITHOUT_FEDTUNE,
+            json.dumps(TEXTS),
+            *(str(folder / "out") for folder in folders),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert not done.returncode, done.stderr
-    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), want, atol=1e-5)
-    assert "from load import load" in (folder / "README.md").read_text()
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    np.testing.assert_allclose(said, want, atol=1e-5)
+    for folder in folders:
+        assert "from load import load" in (folder / "out" / "README.md").read_text()
 
 
 def test_a_merged_model_pools_by_the_script_beside_it(tiny_bert: Path, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(
 ) -> None:
     """Two of four clients a round, six rounds: some come back after a while. The same model as when
     everything travels, in fewer bytes."""
-    many = {"size": 1024, "steps": 40, **changes}
+    many = {"size": 1024, "steps": 16, **changes}
     _, held, events = small.play(
         recipe_of(tiny_bert, data, many, rounds=6, sampling={"count": 2}), tmp_path / "a"
     )

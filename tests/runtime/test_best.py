@@ -29,6 +29,8 @@ from tests import small
 from tests.e2e.test_flower_grid import FakeGrid
 from tests.e2e.test_kill import DIE_IN
 
+slow = pytest.mark.slow
+
 FIVE: dict[str, Any] = {"rounds": 5, "evaluate__every": 1, "data__client_test_share": 0.3}
 
 
@@ -132,8 +134,8 @@ def test_scoring_changes_no_state_and_stopping_ends_a_run_early(
     ("place", "when"),
     [
         ("fedtune.runtime.best:scored", "calls == 2"),  # the round is committed, its score is not there
-        ("fedtune.runtime.best:prune_states", "calls == 3"),  # the score is there
-        ("fedtune.runtime.run:leave", "True"),  # the best state is chosen, nothing is exported
+        pytest.param("fedtune.runtime.best:prune_states", "calls == 3", marks=slow),  # the score is there
+        pytest.param("fedtune.runtime.run:leave", "True", marks=slow),  # chosen, and nothing is exported
     ],
 )
 def test_a_killed_run_chooses_the_same_round(

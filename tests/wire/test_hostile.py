@@ -27,12 +27,13 @@ from tests.wire.fuzz import CORPUS, HEADER, TAIL, judge, mutated, reseal
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("count", [10_000, pytest.param(50_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dishonest", [False, True], ids=["damaged", "dishonest"])
-def test_fifty_thousand_mutations(dishonest: bool) -> None:
+def test_thousands_of_mutations(dishonest: bool, count: int) -> None:
     rng, taken, originals = random.Random(dishonest), 0, {data for data, _ in CORPUS}
     bound = min(expect.bound for _, expect in CORPUS)
     peak = 0
-    for turn in range(50_000):
+    for turn in range(count):
         if traced := turn // len(CORPUS) % 5 == 0:  # tracing takes several times as long as what is traced
             tracemalloc.start()
         data, expect = CORPUS[turn % len(CORPUS)]
@@ -45,7 +46,7 @@ def test_fifty_thousand_mutations(dishonest: bool) -> None:
             peak = max(peak, tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peak < 2 * bound
-    assert not dishonest or taken > 100  # the mutations reach what lies behind the digest
+    assert not dishonest or taken > count // 500  # the mutations reach what lies behind the digest
 
 
 @given(st.binary(max_size=300), st.integers(0, len(CORPUS) - 1), st.booleans())
