@@ -83,6 +83,7 @@ def simulate(
     *,
     runs: str | Path = "runs",
     engine: Literal["local", "flower"] = "local",
+    ray: str = "",
     workers: int = 0,
     on_event: Callable[[Event], None] | None = None,
     stem: str = "",
@@ -93,6 +94,8 @@ def simulate(
     in threads; those take turns while they train.
 
     engine    local: on this machine's cores; flower: Flower's simulation engine (Ray), with the same result
+    ray       flower: the address of a Ray cluster that is there already (host:port, or auto), over whose
+              nodes clients are spread; "": RAY_ADDRESS, or else a Ray of our own on this machine
     workers   processes of the local engine that train clients side by side, with one thread each; 0: one for
               each core where `model.threads` is 1 and the model is neither tiny nor large. The result does
               not depend on it
@@ -106,9 +109,10 @@ def simulate(
     from fedtune.runtime.folder import create, discard_if_empty
     from fedtune.sinks import sink_of
 
-    if workers > 1 and engine != "local":
-        found, expected = f"{workers} workers with engine = '{engine}'", "the local engine"
-        raise FedtuneError("C104", found, expected, "leave workers out: Flower starts its own actors")
+    for option, given, wanted in (("workers", workers > 1, "local"), ("ray", bool(ray), "flower")):
+        if given and engine != wanted:
+            found, expected = f"{option} with engine = '{engine}'", f"engine = '{wanted}'"
+            raise FedtuneError("C104", found, expected, f"leave {option} out, or take the other engine")
     if workers > 1:  # each of them computes with one
         changes = {"model__threads": 1, **changes}
     known = config.decided(recipe(source, **changes))
@@ -122,9 +126,10 @@ def simulate(
         folder.begin(known)
         if engine == "flower":
             require("flwr", "flower", "the engine 'flower'", "F501")
+            from fedtune.flower.cluster import address_of
             from fedtune.flower.simulation import simulation
 
-            values = simulation(known, folder, tell)
+            values = simulation(known, folder, tell, address_of(ray))
         else:
             from fedtune.runtime.run import run
 

@@ -25,6 +25,13 @@ def add_commands(commands: Any) -> None:
         default="local",
         help="local: on this machine's cores; flower: Flower's simulation engine (Ray)",
     )
+    parser.add_argument(
+        "--ray",
+        default="",
+        metavar="ADDRESS",
+        help="with --engine flower: a Ray cluster that is there already (host:port, or auto), instead of one "
+        "of our own; default: RAY_ADDRESS, where that is set",
+    )
     add_workers(parser)
     parser.add_argument(
         "--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)"
@@ -47,6 +54,7 @@ def simulate(options: argparse.Namespace) -> int:
             recipe,
             runs=options.runs,
             engine=options.engine,
+            ray=options.ray,
             workers=options.workers,
             on_event=tell,
             stem=stem,

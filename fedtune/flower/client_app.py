@@ -27,32 +27,36 @@ def hello(message: Message, context: Context) -> Message:
     )
 
 
-def answer(message: Message, context: Context, shelf: Path | None = None) -> Message:
+def answer(
+    message: Message, context: Context, shelf: Path | None = None, place: Path | None = None
+) -> Message:
     """Do what is asked; a mistake travels back as its code and sentence, never as a traceback.
 
     The client's memory lies on `shelf`, or in the folder that the node's config calls `memory`, and then
     outlives the
     SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where: it has no say
     over a site's disk.
+
+    place  where the recipe's relative paths are meant from; None: from the working directory
     """
-    place, number, name = shelf, -1, "?"
+    keeps, number, name = shelf, -1, "?"
     try:
         with panics_as_errors():
             ask = read_ask(message)
-            workspace, link = workspaces(str(message.content["ask"]["recipe"]))
+            workspace, link = workspaces(str(message.content["ask"]["recipe"]), place)
             number, name = ask.client, workspace.names.get(ask.client, str(ask.client))
-            place = shelf or (
+            keeps = shelf or (
                 Path(str(context.node_config["memory"])) / link.run
                 if "memory" in context.node_config
                 else None
             )
-            versions = load_memory(context, place, ask.client)
+            versions = load_memory(context, keeps, ask.client)
             client = workspace.client_with(ask.client, memory_before(versions, ask))
-            client.vault = FolderVault(place / "vault" / str(ask.client)) if place else ContextVault(context)
+            client.vault = FolderVault(keeps / "vault" / str(ask.client)) if keeps else ContextVault(context)
             reply = respond(link, client, ask)
-            save_memory(context, place, ask.client, memory_after(versions, ask, client.memory))
+            save_memory(context, keeps, ask.client, memory_after(versions, ask, client.memory))
     except Exception as cause:  # whatever it is, it is about this client
-        reply = Reply(number, failure=failure_of(cause, name, place / "errors" if place else None))
+        reply = Reply(number, failure=failure_of(cause, name, keeps / "errors" if keeps else None))
     return write_answer(reply, message)
 
 
@@ -61,12 +65,12 @@ _worlds: dict[
 ] = {}  # this process's model and data, by recipe: an actor answers for many clients
 
 
-def workspaces(recipe_json: str) -> tuple[Workspace, Link]:
-    """Build the workspace of a recipe once a process."""
+def workspaces(recipe_json: str, place: Path | None = None) -> tuple[Workspace, Link]:
+    """Build the workspace of a recipe once a process; `place`: where its relative paths are meant from."""
     if recipe_json not in _worlds:
         recipe = config.Recipe.model_validate_json(recipe_json)
         method = config.method_of(recipe)
-        workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+        workspace = build_workspace(recipe, method, Memories(None), lambda event: None, place=place)
         _worlds.clear()  # one recipe at a time: two models may not fit
         _worlds[recipe_json] = workspace, link_of(workspace, method)
     return _worlds[recipe_json]

@@ -22,6 +22,7 @@ from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.flower.client_app import answer, hello
+from fedtune.flower.cluster import cluster_size, connected, prepare
 from fedtune.flower.messages import Grid
 from fedtune.flower.server_app import find_nodes, flower_transport
 from fedtune.proxies import spared
@@ -32,17 +33,25 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.threads import available_cores, threads_for
 
 
-def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None]) -> dict[str, Any]:
-    """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501, F504."""
+def simulation(
+    recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event], None], cluster: str = ""
+) -> dict[str, Any]:
+    """The run on Flower's simulation engine (Ray), one virtual node per client. Raises F501, F504.
+
+    cluster  the address of a Ray cluster that is there already; "": a Ray of our own on this machine
+    """
     with contextlib.ExitStack() as stack:
 
         def carry(link: Link, workspace: Workspace) -> Transport:
-            nodes = len(workspace.names)
-            grid = stack.enter_context(
-                engine(
-                    nodes, actor_size(recipe.model.threads, workspace.base.device.type), folder.path.resolve()
-                )
-            )
+            threads, device = threads_for(recipe.model.threads)[0], workspace.base.device.type
+            nodes, shelf = len(workspace.names), folder.path.resolve()
+            if cluster:
+                ray = stack.enter_context(joined(cluster))
+                size = cluster_size(ray, threads, recipe.model.device)
+                kept = prepare(ray, recipe, workspace.federation.fingerprint, link.base, shelf, tell)
+                grid = stack.enter_context(virtual_nodes(ray, nodes, size, kept, Path.cwd()))
+            else:
+                grid = stack.enter_context(engine(nodes, actor_size(threads, device), shelf))
             return flower_transport(grid, recipe, find_nodes(grid, nodes))
 
         return run(recipe, folder, tell, carry)
@@ -50,45 +59,72 @@ def simulation(recipe: config.Recipe, folder: RunFolder, tell: Callable[[Event],
 
 def actor_size(threads: int, device: str) -> dict[str, float]:
     """What one Ray actor takes. An actor computes with as many threads as the local engine would, because
-    bits may
-    depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to itself."""
+    bits may depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to
+    itself."""
     if device == "cuda":
         return {"num_cpus": 1, "num_gpus": 1}
-    return {"num_cpus": threads_for(threads)[0], "num_gpus": 0}
+    return {"num_cpus": threads, "num_gpus": 0}
 
 
 @contextlib.contextmanager
 def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Iterator[Grid]:
-    """Flower's simulation engine with virtual nodes 0 to nodes - 1; it is gone when the block ends. Raises
-    F501, F504.
-
-    `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's
-    back and
-    takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call. It runs
-    in a thread,
-    so that a run's own errors, and Ctrl-C, happen where they do in a local run.
-    """
-    os.environ.update(spared(os.environ))  # Ray and Flower talk to their own parts on this machine
+    """Flower's simulation engine with virtual nodes 0 to nodes - 1, on a Ray of our own; it is gone when the
+    block ends. Raises F501, F504."""
     # Ray listens on all interfaces, and without a token it obeys anybody who can connect; it reads both when
     # it is imported.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray starts actors at niceness 15, where one busy program beside them makes a round take minutes.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray = imported_ray()
+    with (
+        hushed(ray._private.worker),
+        ray_cluster(ray, nodes, size),
+        virtual_nodes(ray, nodes, size, shelf) as grid,
+    ):
+        yield grid
+
+
+def imported_ray() -> Any:
+    """Ray, which reads its settings from the environment when it is imported. Raises F501."""
+    os.environ.update(spared(os.environ))  # Ray and Flower talk to their own parts on this machine
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = (
         "0"  # else Flower's late calls after Ctrl-C would start a second Ray
     )
-    # Ray starts actors at niceness 15, where one busy program beside them makes a round take minutes.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
+        import flwr.simulation  # noqa: F401
         import ray
-        from flwr.clientapp import ClientApp
-        from flwr.serverapp import ServerApp
-        from flwr.simulation import run_simulation
     except ImportError:
         raise FedtuneError(
             "F501",
             sentence="Flower's simulation engine needs Ray, which is not installed",
             do="run: pip install 'fedtune[flower]'",
         ) from None
+    return ray
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[Any]:
+    """Ray, connected to somebody else's cluster; its token is the user's own, and none is made up here."""
+    ray = imported_ray()
+    with hushed(ray._private.worker), connected(ray, address):
+        yield ray
+
+
+@contextlib.contextmanager
+def virtual_nodes(
+    ray: Any, nodes: int, size: dict[str, float], shelf: Path | None, place: Path | None = None
+) -> Iterator[Grid]:
+    """Flower's simulation engine with virtual nodes 0 to nodes - 1 on a Ray that is connected. Raises F504.
+
+    `run_simulation` is deprecated in favour of `flwr run`, which keeps a SuperLink running behind the user's
+    back and takes 12 s longer to start; the pin on flwr 1.41 makes it safe to use, and this is its only call.
+    It runs in a thread, so that a run's own errors, and Ctrl-C, happen where they do in a local run.
+    """
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
     grids: queue.SimpleQueue[Grid | None] = queue.SimpleQueue()
     failures: list[BaseException] = []
     over = threading.Event()
@@ -100,9 +136,8 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
     server, client = ServerApp(), ClientApp()
     server.main()(main)
     client.query("hello")(hello)
-    client.train("ask")(
-        partial(answer, shelf=shelf)
-    )  # memories in the run's own folder, where resume looks for them
+    # Memories in the run's own folder, where resume looks for them; paths from where the user stands.
+    client.train("ask")(partial(answer, shelf=shelf, place=place))
     # A killed actor is started again and asked once more: the same seeds, the same bytes.
     resources = {**size, "max_restarts": -1, "max_task_retries": 1}
 
@@ -113,20 +148,19 @@ def engine(nodes: int, size: dict[str, float], shelf: Path | None = None) -> Ite
             failures.append(error)
         grids.put(None)
 
-    with hushed(ray._private.worker), ray_cluster(ray, nodes, size):
-        thread = threading.Thread(target=work, name="flower", daemon=True)
-        thread.start()
-        try:
-            yield Watched(grids.get(), thread, failures)
-        finally:
-            over.set()
-            thread.join(5)
-            if (
-                thread.is_alive()
-            ):  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
-                getattr(
-                    concurrent.futures.thread, "_threads_queues", {}
-                ).clear()  # so that Python's exit does not wait for the pool
+    thread = threading.Thread(target=work, name="flower", daemon=True)
+    thread.start()
+    try:
+        yield Watched(grids.get(), thread, failures)
+    finally:
+        over.set()
+        thread.join(5)
+        if (
+            thread.is_alive()
+        ):  # stopped amid a client's work: Flower's pool waits for an answer of Ray's that will not come
+            getattr(
+                concurrent.futures.thread, "_threads_queues", {}
+            ).clear()  # so that Python's exit does not wait for the pool
 
 
 @dataclass(frozen=True)
