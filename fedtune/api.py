@@ -97,8 +97,7 @@ def simulate(
     ray       flower: the address of a Ray cluster that is there already (host:port, or auto), over whose
               nodes clients are spread; "": RAY_ADDRESS, or else a Ray of our own on this machine
     workers   processes of the local engine that train clients side by side, with one thread each; 0: one for
-              each core where `model.threads` is 1 and the model is neither tiny nor large. The result does
-              not depend on it
+              each core where `model.threads` is 1 and the model is neither tiny nor large
     on_event  is told everything as it happens (fedtune.events); nothing is printed
     stem      begins the folder's name, where the recipe names none: the recipe's file name
     began     time.time() at which the clock of the run starts; None: now
@@ -116,10 +115,8 @@ def simulate(
     if workers > 1:  # each of them computes with one
         changes = {"model__threads": 1, **changes}
     known = config.decided(recipe(source, **changes))
-    stem = stem or (
-        Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
-    )
-    folder = create(Path(runs).expanduser(), known.name, stem)
+    named = Path(source).stem if isinstance(source, (str, Path)) else "demo" if source is None else "run"
+    folder = create(Path(runs).expanduser(), known.name, stem or named)
     tell = sink_of(folder.path, known.sinks, *([on_event] if on_event else []))
 
     try:

@@ -66,7 +66,7 @@ def lines(server: Server, home: Path, refusals: Refusals) -> Iterator[str]:
         {"": len(server.door.present())},
     )
     yield from metric(
-        "fedtune_uploads", "uploads under way", "gauge", {"": len(server.service.intake.active)}
+        "fedtune_uploads", "uploads under way", "gauge", {"": len(server.service.uploads.active)}
     )
     yield from metric(
         "fedtune_disk_free_bytes",

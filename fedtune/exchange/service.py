@@ -49,7 +49,7 @@ class Service:
         runs: Callable[[], Iterable[pb.RunStatus]] = tuple,
     ) -> None:
         self.server_store, self.door, self.limits, self.runs = server_store, door, limits, runs
-        self.intake = Uploads(server_store, coordinator, door.allowed, limits, tell)
+        self.uploads = Uploads(server_store, coordinator, door.allowed, limits, tell)
         self._watched: dict[int, tuple[float, Callable[[], object]]] = {}
         self._lock, self._fetching = threading.Lock(), Counter[str]()
         self._turns = Turns(limits.downloads, limits.waiting, limits.wait_seconds, "downloads")
@@ -102,14 +102,14 @@ class Service:
                 "install the same version of fedtune on both sides",
             )
         certificate = bytes(context.auth_context()["x509_pem_cert"][0])
-        with self.intake.receive(
+        with self.uploads.receive(
             peer, certificate, first.offer.envelope, first.offer.signature, context
         ) as upload:
             if isinstance(upload, Signed):
                 signed = upload
             else:
                 yield pb.PushReply(offset=upload.written)
-                signed = self.intake.take(upload, pieces(requests))
+                signed = self.uploads.take(upload, pieces(requests))
         yield pb.PushReply(
             receipt=pb.Receipt(
                 record=signed.record, signature=signed.signature, certificate=signed.certificate
@@ -142,7 +142,7 @@ class Service:
         names = self.door.present()
         reply.present = len(names)
         reply.names.extend([] if member else names)
-        reply.uploads = len(self.intake.active)
+        reply.uploads = len(self.uploads.active)
         reply.free_bytes = max(self.server_store.store.free() - self.limits.free_bytes, 0)
         return reply
 
@@ -172,7 +172,7 @@ class Service:
 
     def cut_stalled(self) -> None:
         """End streams that have not moved for too long: nobody keeps a slot by doing nothing."""
-        self.intake.cut_stalled()
+        self.uploads.cut_stalled()
         with self._lock:
             stalled = [
                 cancel

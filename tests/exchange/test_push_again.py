@@ -109,7 +109,7 @@ def test_one_upload_a_client_and_a_second_connection_replaces_a_dead_one(
 
     hanging = client._push(slowly())
     wait_for(
-        lambda: any(upload.written == CHUNK for upload in federation.server.service.intake.active.values()),
+        lambda: any(upload.written == CHUNK for upload in federation.server.service.uploads.active.values()),
         "a first piece",
     )
     federation.open(2)
@@ -137,7 +137,7 @@ def test_who_is_revoked_during_an_upload_does_not_count(federation: Federation) 
             yield pb.PushRequest(piece=piece)
 
     call = client._push(requests(), timeout=PATIENCE)
-    wait_for(lambda: federation.server.service.intake.active, "an upload")
+    wait_for(lambda: federation.server.service.uploads.active, "an upload")
     revoke(federation.authority.place("coordinator"), "site-a")
     gate.set()
     assert code_of(lambda: list(call)) == "T706" and not federation.server_store.accepted("run-1", 1, "train")
@@ -177,7 +177,7 @@ def test_who_stalls_loses_the_slot_and_not_the_bytes(tmp_path: Path) -> None:
             gate.wait(PATIENCE)
 
         call = client._push(requests())
-        wait_for(lambda: federation.server.service.intake.active, "an upload")
+        wait_for(lambda: federation.server.service.uploads.active, "an upload")
         assert (
             federation.client().send(federation.ticket(), SMALL).row == 1
         )  # the other one waits for the slot, not for ever
