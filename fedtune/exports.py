@@ -30,6 +30,7 @@ LIBRARIES = {
 TASKS = {  # the hub's words
     "classify": "text-classification",
     "instruct": "text-generation",
+    "preference": "text-generation",
     "causal-lm": "text-generation",
     "image-classify": "image-classification",
 }

@@ -18,7 +18,8 @@ import numpy as np
 
 from fedtune.errors import FedtuneError
 
-LM_TASKS = ("causal-lm", "instruct")  # values of data.task: language models
+TOKEN_TASKS = ("causal-lm", "instruct")  # values of data.task: language models with a loss for each token
+LM_TASKS = (*TOKEN_TASKS, "preference")  # all language models; a pair of responses has one loss
 Tensors = Mapping[str, np.ndarray]
 Group = TypeVar("Group", bound=Hashable)
 

@@ -16,12 +16,14 @@ from fedtune.quiet import quiet
 if TYPE_CHECKING:
     from fedtune.runtime.draft import Draft
 
-TASKS = ("classify", "instruct", "causal-lm", "image-classify")
+TASKS = ("classify", "instruct", "preference", "causal-lm", "image-classify")
 COMMENTS = {  # of keys of [data]
     "text": "column of the text",
     "label": "column of the class",
     "prompt": "column of the prompt",
     "response": "column of the response, which carries the loss",
+    "chosen": "column of the better response: a text, or chat messages",
+    "rejected": "column of the worse response",
     "messages": "column of the chat messages; loss on the assistant's turns only",
     "image": "column of the image",
 }
@@ -134,6 +136,7 @@ def recipe_text(draft: Draft, schema: str = "") -> str:
             "[method.train]           # of a client in each round; learning rates: docs/rates.md",
             "steps = 10",
             "batch = 8",
+            *objective(tree.get("method", {})),
             "",
             "[evaluate]               # beside the federation; each of the two trains the model again",
             "local = true             # every client alone",
@@ -141,6 +144,14 @@ def recipe_text(draft: Draft, schema: str = "") -> str:
             "",
         ]
     )
+
+
+def objective(method: dict[str, Any]) -> list[str]:
+    """The loss, where the task needs one of its own."""
+    if not method:
+        return []
+    said = method["train"]["objective"]["loss"]
+    return ["", "[method.train.objective]", line("loss", said, "or ipo, orpo, simpo: docs/tuning.md")]
 
 
 PARTITION = {

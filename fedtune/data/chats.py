@@ -36,14 +36,24 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing
 def messages(value: Any, at: str) -> list[Message] | None:
     """The conversation in a cell; None if the assistant says nothing in it. `at` says where the cell is.
     Raises D203."""
+    found = turns(value, at)
+    return found if answers(found) else None
+
+
+def turns(value: Any, at: str) -> list[Message]:
+    """The messages in a cell, whoever speaks in them. Raises D203."""
     found = parsed(value)
     if isinstance(found, Mapping):
         found = rows_of_columns(found)
     if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
         wrong(f"{shown(value)} in {at}", "a list of messages, each with role and content (or from and value)")
-    turns = [message(turn, f"message {number} in {at}") for number, turn in enumerate(found, 1)]
-    turns = [turn for number, turn in enumerate(turns) if not superfluous(turns, number)]
-    return turns if any(turn["role"] == "assistant" and says(turn) for turn in turns) else None
+    made = [message(turn, f"message {number} in {at}") for number, turn in enumerate(found, 1)]
+    return [turn for number, turn in enumerate(made) if not superfluous(made, number)]
+
+
+def answers(found: Sequence[Message]) -> bool:
+    """Whether the assistant says anything."""
+    return any(turn["role"] == "assistant" and says(turn) for turn in found)
 
 
 def tools(value: Any, at: str) -> list[Any]:

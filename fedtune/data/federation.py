@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from fedtune.data.partition import Partition
-from fedtune.data.rows import BLANK, Clean, Rows, Table, clean
+from fedtune.data.rows import Clean, Rows, Table, clean, why_blank
 from fedtune.data.settings import PathSource, Source
 from fedtune.errors import FedtuneError
 from fedtune.rng import stream
@@ -106,7 +106,7 @@ def load(data: Source, partition: Partition, seed: int) -> Federation:
         )
     )
     if test is not None:
-        count(dropped, BLANK, test.blank)
+        count(dropped, why_blank(data), test.blank)
         if data.duplicates == "drop":
             rows = without_repeats(
                 rows, dropped, {key_of(row) for row in test.rows}, "training rows that stand in the test set"
@@ -166,7 +166,7 @@ def load_slice(data: Source, seed: int, id: int = 0, name: str = "site") -> tupl
         mine = sliced(data, seed, id, name, rows.rows)
     else:
         test = clean(data, table.test, f"the test set of {table.where}", table.folder)
-        count(dropped, BLANK, test.blank)
+        count(dropped, why_blank(data), test.blank)
         mine = Slice(id, name, rows.rows, test.rows)
     if not mine.train:
         raise FedtuneError(
@@ -253,7 +253,7 @@ def histogram(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 def usable(data: Source, table: Table, seed: int, column: str) -> tuple[Clean, dict[str, int]]:
     """The rows that may train, at most data.limit of them, and what was left out. Raises D202."""
     rows, dropped = clean(data, table.rows, table.where, table.folder, column), dict(table.dropped)
-    count(dropped, BLANK, rows.blank)
+    count(dropped, why_blank(data), rows.blank)
     if not rows.rows:
         raise FedtuneError(
             "D202",
@@ -277,13 +277,20 @@ def sizes(data: Source, rows: Clean) -> Counter[str]:
             total[key] += len(row["text"])
         elif data.task == "instruct":
             total[key] += (
-                sum(len(turn["content"]) for turn in row["messages"])
+                characters(row["messages"])
                 if "messages" in row
                 else len(row["prompt"]) + len(row["response"])
             )
+        elif data.task == "preference":
+            total[key] += sum(characters(row[part]) for part in ("prompt", "chosen", "rejected"))
         else:
             total[key] += 1
     return total
+
+
+def characters(part: str | Sequence[Mapping[str, Any]]) -> int:
+    """Of a text, or of what is said in messages."""
+    return len(part) if isinstance(part, str) else sum(len(turn["content"]) for turn in part)
 
 
 def only(rows: Clean, values: Sequence[str], column: str, dropped: dict[str, int]) -> Clean:

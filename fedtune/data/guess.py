@@ -28,6 +28,8 @@ LOOSE_PAIRS = (  # the same, where the second may as well be a class
     ("input", "output"),
     ("source", "target"),
 )
+WORTHS = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("preferred", "dispreferred"))
+ASKED = ("prompt", "question", "instruction", "query", "input")  # before two responses
 LABELS = ("label", "labels", "class", "category", "intent", "sentiment", "topic", "target", "y")
 TEXTS = ("text", "sentence", "content", "body", "document", "review", "utterance", "query", "title", "note")
 TALKS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
@@ -109,7 +111,7 @@ def is_talk(value: Any) -> bool:
 def guess(rows: Sequence[Mapping[str, Any]], task: str = "") -> Guess:
     """What the rows are for; with `task`, which columns serve it. Raises D204 where no column does."""
     columns = [Column(name, [row.get(name) for row in rows[:LOOKED_AT]]) for name in names_of(rows)]
-    tasks = [task] if task else ["instruct", "image-classify", "classify", "causal-lm"]
+    tasks = [task] if task else ["preference", "instruct", "image-classify", "classify", "causal-lm"]
     for one in tasks:
         found = dict(FINDERS[one](columns))
         if found:
@@ -126,6 +128,7 @@ def guess(rows: Sequence[Mapping[str, Any]], task: str = "") -> Guess:
 
 
 NEEDED = {
+    "preference": "a chosen and a rejected response, with their prompt or without",
     "instruct": "a prompt and its response, or chat messages",
     "image-classify": "an image and a label",
     "classify": "a text and a label",
@@ -141,6 +144,19 @@ def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def named(columns: Sequence[Column], words: Sequence[str]) -> list[Column]:
     """Columns that are called like one of the words, in the order of the words."""
     return [column for word in words for column in columns if column.name.lower() == word]
+
+
+def preference(columns: Sequence[Column]) -> Iterator[tuple[str, str]]:
+    """A prompt of text beside conversations is in them as well, as a rule: then no column is named."""
+    for better, worse in WORTHS:
+        chosen, rejected = named(columns, [better]), named(columns, [worse])
+        if not chosen or not rejected or chosen[0].talks != rejected[0].talks:
+            continue
+        asked = named([one for one in columns if one.talks == chosen[0].talks], ASKED)
+        yield "prompt", asked[0].name if asked else ""
+        yield "chosen", chosen[0].name
+        yield "rejected", rejected[0].name
+        return
 
 
 def instruct(columns: Sequence[Column]) -> Iterator[tuple[str, str]]:
@@ -194,6 +210,7 @@ def causal_lm(columns: Sequence[Column]) -> Iterator[tuple[str, str]]:
 
 
 FINDERS = {
+    "preference": preference,
     "instruct": instruct,
     "image-classify": image_classify,
     "classify": classify,

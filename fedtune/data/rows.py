@@ -3,6 +3,7 @@
     causal-lm        {"text": str}
     instruct         {"messages": [{"role", "content", ...}, ...], "tools": [...] if any} or {"prompt": str,
                      "response": str}
+    preference       {"prompt", "chosen", "rejected"}, all str or all lists of messages, "tools" if any
     classify         {"text": str, "label": str}
     image-classify   {"image": path or uint8 array (height, width, channels), "label": str}
 
@@ -26,13 +27,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fedtune.data import chats
+from fedtune.data import chats, pairs
 from fedtune.data.settings import Source
 from fedtune.errors import FedtuneError
 from fedtune.images import to_eight_bits
 
 Rows = list[dict[str, Any]]
 BLANK = "an empty text, response or label"
+UNDECIDED = "an empty response, or two that are the same"  # of pairs
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Clean:
     rows: Rows
     keys: list[str]
     blank: int
+
+
+def why_blank(data: Source) -> str:
+    """What blank rows lack."""
+    return UNDECIDED if data.task == "preference" else BLANK
 
 
 def clean(data: Source, rows: Rows, where: str, folder: Path | None = None, column: str = "") -> Clean:
@@ -93,6 +100,8 @@ def shape(data: Source, row: Mapping[str, Any], at: str, folder: Path | None) ->
     if data.task == "instruct":
         prompt, response = prompt_of(data, row, at), text_of(row, data.response, at, "data.response")
         return {"prompt": prompt, "response": response} if response.strip() else None
+    if data.task == "preference":
+        return pair(data, row, at)
     text = text_of(row, data.text, at, "data.text")
     if not text.strip():
         return None
@@ -159,6 +168,30 @@ def chat(row: Mapping[str, Any], column: str, at: str) -> dict[str, Any] | None:
     messages = chats.messages(cell(row, column, at, "data.messages"), f"column '{column}' of {at}")
     tools = chats.tools(row.get("tools"), f"column 'tools' of {at}")
     return None if messages is None else {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def pair(data: Source, row: Mapping[str, Any], at: str) -> dict[str, Any] | None:
+    """A prompt with two responses; None where one of them is empty, or both are the same. Raises D203 and
+    D204."""
+    if data.prompt and data.prompt not in row and "{" not in data.template:
+        cell(row, data.prompt, at, 'data.prompt, or set it to "" where both responses begin with it')
+    if pairs.is_talk(cell(row, data.chosen, at, "data.chosen")):
+        prompt = cell(row, data.prompt, at, "data.prompt") if data.prompt else None
+        rejected = cell(row, data.rejected, at, "data.rejected")
+        found = pairs.talks(prompt, row[data.chosen], rejected, at)
+        tools = chats.tools(row.get("tools"), f"column 'tools' of {at}")
+        made = None if found is None else dict(zip(("prompt", "chosen", "rejected"), found, strict=True))
+        return made if made is None or not tools else made | {"tools": tools}
+    chosen = text_of(row, data.chosen, at, "data.chosen")
+    rejected = text_of(row, data.rejected, at, "data.rejected")
+    if data.prompt:
+        prompt = prompt_of(data, row, at)
+    else:
+        begins = pairs.shared_text(chosen, rejected)
+        prompt, chosen, rejected = chosen[:begins], chosen[begins:], rejected[begins:]
+    if not chosen.strip() or not rejected.strip() or chosen == rejected:
+        return None
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def prompt_of(data: Source, row: Mapping[str, Any], at: str) -> str:

@@ -14,7 +14,7 @@ from fedtune.settings import Settings, path_below
 if TYPE_CHECKING:
     from fedtune.data.rows import Table
 
-Task = Literal["causal-lm", "instruct", "classify", "image-classify"]
+Task = Literal["causal-lm", "instruct", "preference", "classify", "image-classify"]
 
 
 class Source(Settings):
@@ -35,15 +35,22 @@ class Source(Settings):
     first, of the test set's the
     training rows."""
     task: Task = "classify"
-    """What is learned: next tokens, responses to prompts, a class of a text, a class of an image."""
+    """What is learned: next tokens, responses to prompts, which of two responses is the better one, a class
+    of a text, a class of an image. preference needs a loss on pairs, such as method.train.objective.loss =
+    "dpo"."""
     text: str = "text"
     """Column of the text (causal-lm, classify)."""
     label: str = "label"
     """Column of the class (classify, image-classify); whole numbers become their digits."""
     prompt: str = "prompt"
-    """Column of the prompt (instruct)."""
+    """Column of the prompt (instruct, preference); preference: "" where chosen and rejected begin with it."""
     response: str = "response"
     """Column of the response (instruct)."""
+    chosen: str = "chosen"
+    """Column of the better response (preference): a text, or chat messages in any form that `messages` may
+    have, with the prompt's before them where they stand in no column of their own."""
+    rejected: str = "rejected"
+    """Column of the worse response (preference), in the form of the better one."""
     messages: str = ""
     """Column of chat messages (instruct); replaces prompt and response. A list of {role, content}, with
     tool_calls and other keys that
@@ -51,13 +58,13 @@ class Source(Settings):
     of a file may hold the list
     as JSON text. A column `tools` beside it, if there is one, describes the tools."""
     template: str = Field("auto", pattern=r"^(auto|chat|plain)$|\{[^{}]+\}")
-    """How prompt and response become one text (instruct): auto (as the model's own chat template writes a
-    question and its answer; without
-    one, two lines), chat (the template, which must be there), plain (the one glued to the other), or a text
-    with columns in braces that
+    """How prompt and response become one text (instruct, preference): auto (as the model's own chat template
+    writes a question and its answer; without one, two lines), chat (the template, which must be there), plain
+    (the one glued to the other), or a text with columns in braces that
     goes before the response, such as "Question: {prompt}\\nAnswer: "; {prompt} is data.prompt's column."""
     system: str = ""
-    """System message before conversations that have none of their own (instruct; needs a chat template)."""
+    """System message before conversations that have none of their own (instruct, preference; needs a chat
+    template)."""
     date: datetime.date = datetime.date(2025, 1, 1)
     """What chat templates that ask for today's date are told, on every day and at every site, as in
     "2025-01-01"."""
@@ -113,21 +120,33 @@ class Source(Settings):
         if self.stride > self.max_length:
             found = f"data.stride = {self.stride} above data.max_length = {self.max_length}"
             yield found, "at most max_length, so that no token is passed over", "lower it"
+        if self.task == "preference" and recipe.method.objective is None:
+            yield (
+                f"data.task = 'preference' with method.type = '{recipe.method.type}'",
+                "a method that trains by [method.train.objective]",
+                "set method.type = 'fedpeft'",
+            )
         yield from self.template_conflicts()
 
     def template_conflicts(self) -> Iterator[tuple[str, str, str]]:
         """Keys that say how prompts and conversations become texts, where nothing would use them."""
-        for key, said in (
-            ("messages", self.messages),
-            ("template", self.template != "auto"),
-            ("system", self.system),
+        for key, said, tasks in (
+            ("messages", self.messages, ("instruct",)),
+            ("template", self.template != "auto", ("instruct", "preference")),
+            ("system", self.system, ("instruct", "preference")),
         ):
-            if said and self.task != "instruct":
+            if said and self.task not in tasks:
                 yield (
                     f"data.{key} with data.task = '{self.task}'",
-                    "data.task = 'instruct'",
+                    f"data.task = '{tasks[0]}'",
                     "remove one of them",
                 )
+        if self.task == "preference" and not self.prompt and "{" in self.template:
+            yield (
+                "data.template of columns with data.prompt = '', which leaves the prompt in the responses",
+                "a column of the prompt",
+                "set data.prompt, or data.template = 'plain'",
+            )
         own = self.template not in (
             "auto",
             "chat",

@@ -13,7 +13,7 @@ from fedtune.config import Recipe
 from fedtune.extras import require
 from fedtune.methods import weights
 from fedtune.runtime.site_scores import SCORE
-from fedtune.types import LM_TASKS
+from fedtune.types import TOKEN_TASKS
 
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 PACKED = 1032  # bytes that one byte of a deflated file can become, at most
@@ -71,7 +71,7 @@ def heaviest(recipe: Recipe, report: Mapping[str, Any], verb: str) -> float:
     rows, size = report.get("rows"), report.get("bytes")
     if not (isinstance(rows, int) and isinstance(size, int) and rows > 0 and size > 0):
         return math.inf
-    language = recipe.data.task in LM_TASKS
+    language = recipe.data.task in TOKEN_TASKS
     tokens = float(size + SPECIAL * rows)
     if verb == SCORE:
         return tokens if language else float(rows)

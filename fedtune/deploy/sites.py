@@ -100,6 +100,7 @@ ROLES = {  # task -> settings that name a column
     "classify": ("text", "label"),
     "image-classify": ("image", "label"),
     "instruct": ("messages", "prompt", "response"),
+    "preference": ("prompt", "chosen", "rejected"),
 }
 COLUMN = re.compile(r"\{([^{}]+)\}")
 
@@ -132,12 +133,10 @@ def mapped(data: Source, columns: Mapping[str, str]) -> dict[str, str]:
 
     named: dict[str, Any] = data.model_dump()
     roles = [role for role in ROLES[data.task] if named[role]]
-    if data.task == "instruct":
-        roles = (
-            ["messages"]
-            if data.messages
-            else [role for role in roles if role != "prompt" or "{" not in data.template]
-        )
+    if data.task == "instruct" and data.messages:
+        roles = ["messages"]
+    elif "{" in data.template:  # which names the prompt's column where it has one
+        roles = [role for role in roles if role != "prompt"]
     made = {role: own(named[role]) for role in [*roles, *(["group"] if data.group else [])]}
     if "{" in data.template:
         inner = [name for name in COLUMN.findall(data.template) if name not in ("prompt", "response")]

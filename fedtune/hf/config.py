@@ -21,6 +21,7 @@ AUTO = {
     "classify": transformers.AutoModelForSequenceClassification,
     "causal-lm": transformers.AutoModelForCausalLM,
     "instruct": transformers.AutoModelForCausalLM,
+    "preference": transformers.AutoModelForCausalLM,
     "image-classify": transformers.AutoModelForImageClassification,
 }
 PACKAGE = "package:"  # begins the name of a model that an installed package carries

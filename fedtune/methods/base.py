@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedtune.model.encode import Encoded
     from fedtune.model.fit import FitReport
     from fedtune.model.memory_plan import Plan
+    from fedtune.model.objectives import Objective
     from fedtune.model.tunable import TunableModel
 
 
@@ -46,6 +47,10 @@ class TrainedTable(MethodTable):
     the last two for (width x width) more numbers. auto: lda for classes, means where the head has no bias or
     is wider than 1,024; what a file has trained stays."""
     train: TrainSettings = TrainSettings()
+
+    @property
+    def objective(self) -> Objective:
+        return self.train.objective
 
     @property
     def together(self) -> int:

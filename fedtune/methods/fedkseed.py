@@ -219,7 +219,9 @@ class FedKSeed:
         self.rebuild(tunable, given)
         seed = seed_of("train", now.seed, now.number, client.id)
         start = (
-            first_loss(tunable, client.data, self.settings.batch, seed) if now.number == 1 else None
+            first_loss(tunable, client.data, self.settings.train.objective, self.settings.batch, seed)
+            if now.number == 1
+            else None
         )  # the server compares all rounds with the first
         gradient = takes_gradients(self.settings, client.id, tunable, client.data)
         turn = (now.number - 1, self.rounds)

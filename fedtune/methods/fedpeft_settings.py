@@ -143,6 +143,14 @@ class FedPEFTSettings(AdapterTable):
             yield from rule.limits(
                 recipe.sampling.count or round(recipe.sampling.fraction * recipe.partition.clients)
             )
+        if self.start_from and recipe.data.task == "preference" and self.train.objective.refers:
+            yield (
+                f"method.start_from with method.train.objective.loss = '{self.train.objective.loss}', whose "
+                "reference is the model without any adapter",
+                "a base that is the reference",
+                "merge the adapter first (fedtune export RUN --for merged) and set model.name to that, or "
+                "choose orpo or simpo",
+            )
         if self.start_from and (rule.core or rule.carries):
             yield (
                 f"method.start_from with {name}",

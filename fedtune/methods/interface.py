@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from fedtune.aggregate import Rule
     from fedtune.methods.split import Split
     from fedtune.model.memory_plan import Plan
+    from fedtune.model.objectives import Objective
     from fedtune.model.settings import ModelSettings
 
 
@@ -240,6 +241,11 @@ class MethodTable(Settings):
     @property
     def spends(self) -> Release | None:
         """What one answer gives away of a row, where training bounds it."""
+        return None
+
+    @property
+    def objective(self) -> Objective | None:
+        """What clients train by; None where no recipe chooses that."""
         return None
 
     @property

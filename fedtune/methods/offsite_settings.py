@@ -85,6 +85,12 @@ class OffsiteSettings(FedPEFTSettings):
                 "an emulator that is not the model itself",
                 "lower method.keep, set method.bits, or choose method.type = 'fedpeft'",
             )
+        if recipe.data.task == "preference":
+            yield (
+                f"data.task = 'preference' {here}",
+                "a client that holds the model: an emulator is no judge of how likely responses are",
+                "set method.type = 'fedpeft'",
+            )
         if self.start_from:
             yield (
                 f"method.start_from {here}",

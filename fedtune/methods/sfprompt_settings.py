@@ -97,6 +97,12 @@ class SFPromptSettings(TrainedTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
+        if recipe.data.task == "preference":
+            yield (
+                "data.task = 'preference' with a split model",
+                "a client that holds the model, as a loss on pairs needs",
+                "set method.type = 'fedpeft'",
+            )
         if not self.train.objective.plain:
             yield (
                 f"method.train.objective.loss = '{self.train.objective.loss}' with a split model",

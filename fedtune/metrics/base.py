@@ -37,13 +37,13 @@ class Metric(Settings):
         raise NotImplementedError(f"'{self.metric}' measures nothing")
 
 
-def share(name: str, right: Sequence[bool]) -> dict[str, float]:
-    """A share of rows, with its interval."""
+def share(name: str, right: Sequence[float]) -> dict[str, float]:
+    """A share of rows, with its interval; a row may count in part."""
     low, high = wilson(sum(right), len(right))
     return {name: sum(right) / len(right), f"{name}_low": low, f"{name}_high": high}
 
 
-def wilson(right: int, count: int, sure: float = SURE) -> tuple[float, float]:
+def wilson(right: float, count: int, sure: float = SURE) -> tuple[float, float]:
     """The interval in which a share lies that was seen as `right` of `count` (Wilson 1927).
 
     >>> [round(end, 3) for end in wilson(8, 10)], [round(end, 3) for end in wilson(0, 10)]

@@ -24,6 +24,7 @@ from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
 from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
+from fedtune.model.objectives import Preference
 from fedtune.model.settings import ModelSettings
 from fedtune.panics import panics_as_errors
 from fedtune.rng import seed_of
@@ -59,6 +60,7 @@ class Base:
     fits: dict[str, int] = field(default_factory=dict)  # kept by fedtune.model.device_memory
     attached: Any = None  # the TunableModel that now sits on this base, if any
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
+    judge: Preference | None = None  # the loss by which pairs of responses are scored
     weights: dict[str, torch.Tensor] = field(
         init=False, repr=False
     )  # name -> pristine parameter, tied ones once

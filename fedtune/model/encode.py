@@ -25,6 +25,7 @@ PART = 1024  # texts that a tokenizer is given at once
 Example = dict[str, np.ndarray]
 Row = Mapping[str, Any]
 Alive = Callable[[], None]  # called while it gets on
+Talks = Callable[[Row, int], chat.Marked]  # a row and its number -> its tokens, and which are a response
 
 
 def unwatched() -> None:
@@ -36,10 +37,11 @@ class Encoded:
     """A client's examples.
 
     examples   dicts of arrays; input_ids (and labels, for language models) are int32, images uint8 (channels,
-               height, width)
+               height, width); a pair's are those of its chosen response, beside rejected_input_ids
+               and rejected_labels
     tokens     tokens that carry loss (language models), all tokens (classify), images (image-classify)
     truncated  rows cut to max_length
-    dropped    rows left out because their whole response was cut
+    dropped    rows left out because a whole response was cut
     unshown    key of chat messages -> rows that have it, where the chat template does not show it
     """
 
@@ -61,8 +63,14 @@ class Encoded:
         return sorted(range(len(self)), key=lambda i: (-self.length(i), i))
 
     def length(self, index: int) -> int:
-        """Tokens of one example; 1 for an image."""
-        return len(self.examples[index].get("input_ids", (0,)))
+        """Tokens of one example, of the longer text of a pair; 1 for an image."""
+        example = self.examples[index]
+        return max(len(example.get(name, (0,))) for name in ("input_ids", "rejected_input_ids"))
+
+    @property
+    def paired(self) -> bool:
+        """Whether the examples are pairs of responses."""
+        return bool(self.examples) and "rejected_input_ids" in self.examples[0]
 
 
 def encode(
@@ -79,7 +87,7 @@ def encode(
     alive: Alive = unwatched,
 ) -> Encoded:
     """Encode rows for the base's task: {text}, {text, label}, {prompt, response} or {messages, tools},
-    {image, label}. Settings as in [data].
+    {prompt, chosen, rejected} of texts or of messages, {image, label}. Settings as in [data].
 
     Language models: leave `stride` at 0 for what is scored, so that every token counts once.
     Raises D203 (row unreadable), D206 (unknown label), D207 (too long), C104 (no separator token), M307 (no
@@ -105,8 +113,11 @@ def encode(
         tokens = sum(len(e["input_ids"]) - 1 for e in examples)
     else:
         talks = partial(talk, base=base, template=template, system=system, day=day, unshown=unshown)
-        examples, truncated, dropped = encode_instruct(rows, base, max_length, overlong, talks, alive)
-        tokens = sum(int((e["labels"][1:] != IGNORED).sum()) for e in examples)
+        how = encode_pairs if base.task == "preference" else encode_instruct
+        examples, truncated, dropped = how(rows, max_length, overlong, talks, alive)
+        tokens = sum(
+            int((e[name][1:] != IGNORED).sum()) for e in examples for name in e if name.endswith("labels")
+        )
     refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
     return Encoded(examples, collation(examples, base), tokens, truncated, dropped, dict(unshown))
 
@@ -116,7 +127,8 @@ def collation(examples: Sequence[Example], base: Base) -> Callable[[Sequence[int
     if base.task == "image-classify":
         return lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer)
     pad, side = base.tokenizer.pad_token_id, base.pad_side
-    return lambda indices: collate_text([examples[i] for i in indices], pad, side)
+    collate = collate_pairs if base.task == "preference" else collate_text
+    return lambda indices: collate([examples[i] for i in indices], pad, side)
 
 
 def joined(parts: Sequence[Encoded], base: Base) -> Encoded:
@@ -209,29 +221,72 @@ def encode_stream(
 
 
 def encode_instruct(
-    rows: Sequence[Row],
-    base: Base,
-    max_length: int,
-    overlong: str,
-    talks: Callable[[Row, int], chat.Marked],
-    alive: Alive,
+    rows: Sequence[Row], max_length: int, overlong: str, talks: Talks, alive: Alive
 ) -> tuple[list[Example], int, int]:
     """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out
     and counted."""
     examples, truncated, dropped = [], 0, 0
     for number, row in enumerate(rows, 1):
-        ids, answered = talks(row, number)
+        example, long = answered(row, number, max_length, overlong, talks)
         progress.say("tokenising", number, len(rows))
         alive()
-        if len(ids) > max_length:
-            refuse_overlong(overlong, number, len(ids), max_length)
-            truncated += 1
-        labels = np.where(answered, ids, IGNORED)[:max_length].astype(np.int32)
-        if (labels[1:] == IGNORED).all():
+        truncated += long
+        if example is None:
             dropped += 1
         else:
-            examples.append({"input_ids": np.asarray(ids[:max_length], np.int32), "labels": labels})
+            examples.append(example)
     return examples, truncated, dropped
+
+
+def answered(
+    row: Row, number: int, max_length: int, overlong: str, talks: Talks
+) -> tuple[Example | None, bool]:
+    """A prompt and its response with loss on the response, None where that is cut away; and whether anything
+    is cut. Raises D207."""
+    ids, response = talks(row, number)
+    long = len(ids) > max_length
+    if long:
+        refuse_overlong(overlong, number, len(ids), max_length)
+    labels = np.where(response, ids, IGNORED)[:max_length].astype(np.int32)
+    if (labels[1:] == IGNORED).all():
+        return None, long
+    return {"input_ids": np.asarray(ids[:max_length], np.int32), "labels": labels}, long
+
+
+def encode_pairs(
+    rows: Sequence[Row], max_length: int, overlong: str, talks: Talks, alive: Alive
+) -> tuple[list[Example], int, int]:
+    """Prompts with two responses, each with loss on its response; a row of which one is cut away entirely is
+    left out and counted, one of which anything is cut is counted once."""
+    examples, truncated, dropped = [], 0, 0
+    for number, row in enumerate(rows, 1):
+        sides = [answered(one, number, max_length, overlong, talks) for one in two_answers(row)]
+        progress.say("tokenising", number, len(rows))
+        alive()
+        truncated += any(long for _, long in sides)
+        (chosen, _), (rejected, _) = sides
+        if chosen is None or rejected is None:
+            dropped += 1
+        else:
+            rejected = {f"rejected_{name}": value for name, value in rejected.items()}
+            examples.append(chosen | rejected)
+    return examples, truncated, dropped
+
+
+def two_answers(row: Row) -> tuple[Row, Row]:
+    """A pair as two rows with a prompt and its response; of messages, what the assistant said in the prompt
+    carries no loss. Both prompts are written alike: a line break stands behind them unless both responses
+    begin with a blank themselves."""
+    if not isinstance(row["prompt"], str):
+        before = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in row["prompt"]]
+        tools = {"tools": row["tools"]} if row.get("tools") else {}
+        chosen, rejected = ({"messages": [*before, *row[side]], **tools} for side in ("chosen", "rejected"))
+        return chosen, rejected
+    gap = row["chosen"][:1].isspace() and row["rejected"][:1].isspace()
+    chosen, rejected = (
+        {"prompt": row["prompt"], "response": row[side], "gap": gap} for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
 
 
 def talk(
@@ -246,8 +301,9 @@ def talk(
         if not chat.uses_template(base.tokenizer, template, base.name):
             if system:
                 chat.check_template(base.tokenizer, "data.system", base.name)
+            begins = (" " if row["gap"] else "") if "gap" in row else response
             return chat.pair(
-                base.tokenizer, chat.apart(prompt, response) if template == "auto" else prompt, response
+                base.tokenizer, chat.apart(prompt, begins) if template == "auto" else prompt, response
             )
         messages, tools = (
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
@@ -285,6 +341,16 @@ def collate_text(examples: Sequence[Example], pad: int, side: str = "right") -> 
         "attention_mask": torch.from_numpy(mask),
         "labels": torch.from_numpy(labels),
     }
+
+
+def collate_pairs(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
+    """As `collate_text`, all (examples, 2, tokens): the chosen response first."""
+    texts = [
+        {name: one[f"{which}{name}"] for name in ("input_ids", "labels")}
+        for one in examples
+        for which in ("", "rejected_")
+    ]
+    return {name: value.unflatten(0, (-1, 2)) for name, value in collate_text(texts, pad, side).items()}
 
 
 def cell(row: Row, number: int, column: str) -> Any:

@@ -77,6 +77,10 @@ def written(base: Base, encoded: Encoded) -> list[list[tuple[str, bool]]]:
 def pieces(base: Base, example: Mapping[str, np.ndarray]) -> list[tuple[str, bool]]:
     if "input_ids" not in example:
         return []
+    if "rejected_input_ids" in example:
+        worse = {name: example[f"rejected_{name}"] for name in ("input_ids", "labels")}
+        said = [piece for piece in pieces(base, worse) if piece[1]]
+        return [*pieces(base, {name: example[name] for name in worse}), (" rather than ", False), *said]
     ids, labels = example["input_ids"].tolist(), example["labels"]
     # the first token is predicted from nothing, and so never carries loss
     lossy = [n > 0 and bool(label != IGNORED) for n, label in enumerate(labels)] if labels.ndim else []

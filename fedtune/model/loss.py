@@ -22,6 +22,8 @@ def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[di
     its loss its own way."""
     moved = {name: value.to(tunable.base.device, non_blocking=True) for name, value in batch.items()}
     labels = moved.pop("labels")
+    if labels.ndim == 3:  # pairs of responses: both are read as texts of their own
+        moved = {name: value.flatten(0, 1) for name, value in moved.items()}
     if tunable.base.task != "image-classify" and not is_encoder(tunable.base) and not tunable.in_cache:
         return moved | {
             "use_cache": False
@@ -43,7 +45,8 @@ def summed_loss(
         net = tunable.base.net
         with before_output(net):
             hidden = tunable.net(**arguments).logits
-        return summed_in_pieces(net, hidden[:, -labels.shape[1] : -1], labels[:, 1:]), None, labels[:, 1:]
+        aligned = labels[..., 1:]
+        return summed_in_pieces(net, hidden[:, -labels.shape[-1] : -1], aligned), None, aligned
     logits, labels = logits_of(tunable, arguments, labels)
     return (
         cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"),
@@ -55,18 +58,18 @@ def summed_loss(
 def logits_of(
     tunable: TunableModel, arguments: dict[str, Any], labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and (B, T - 1); `arguments`
-    and `labels` as `inputs_of` makes them."""
+    """Logits and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and (B, T - 1), of pairs
+    (B, 2, T - 1, C) and (B, 2, T - 1); `arguments` and `labels` as `inputs_of` makes them."""
     logits = tunable.net(**arguments).logits
     if tunable.base.task in LM_TASKS:
-        return logits[:, -labels.shape[1] : -1], labels[:, 1:]
+        return logits[:, -labels.shape[-1] : -1].unflatten(0, labels.shape[:-1]), labels[..., 1:]
     return logits, labels
 
 
 def carries(task: str, batch: dict[str, torch.Tensor]) -> int:
-    """How many terms a batch's loss sums over: predicted tokens, or examples."""
+    """How many terms a batch's loss sums over: predicted tokens, or examples; pairs, which are examples."""
     labels = batch["labels"]
-    return int((labels[:, 1:] != IGNORED).sum()) if task in LM_TASKS else len(labels)
+    return int((labels[:, 1:] != IGNORED).sum()) if task in LM_TASKS and labels.ndim == 2 else len(labels)
 
 
 def check_room(tunable: TunableModel, encoded: Encoded) -> None:
@@ -93,8 +96,8 @@ def check_room(tunable: TunableModel, encoded: Encoded) -> None:
 
 def tokens_in(batch: dict[str, torch.Tensor]) -> int:
     """As `Encoded.tokens` counts: predicted tokens (language models), all tokens (classify), images."""
-    if batch["labels"].ndim == 2:
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+    if batch["labels"].ndim > 1:
+        return int((batch["labels"][..., 1:] != IGNORED).sum())
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["labels"])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -86,12 +86,28 @@ def summed_in_pieces(net: Any, hidden: torch.Tensor, labels: torch.Tensor) -> to
 
     total = wide(rows.new_zeros(()))
     for part, target in zip(rows.split(size), wanted.split(size), strict=True):
-        total = total + (
-            checkpoint(loss, part, target, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else loss(part, target)
-        )
+        total = total + again(loss, part, target)
     return total
+
+
+def likely_in_pieces(net: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(N,) log p in float32 of the labels (..., tokens) that are not -100, in their order, from the hidden
+    states (texts, tokens, width) in front of the output layer."""
+    at = (labels != IGNORED).flatten().nonzero().flatten()
+    rows, wanted = hidden.flatten(0, 1)[at], labels.flatten()[at]
+    layer, size = net.get_output_embeddings(), rows_of(net)
+
+    def likely(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return -cross_entropy(wide(layer(part)), target, reduction="none")
+
+    pieces = zip(rows.split(size), wanted.split(size), strict=True)
+    return torch.cat([again(likely, part, target) for part, target in pieces])
+
+
+def again(work: Any, *given: torch.Tensor) -> torch.Tensor:
+    """A piece of work that is done once more in the backward pass instead of being kept in memory."""
+    done = checkpoint(work, *given, use_reentrant=False) if torch.is_grad_enabled() else work(*given)
+    return cast(torch.Tensor, done)
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:

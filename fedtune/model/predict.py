@@ -12,7 +12,6 @@ from fedtune.model.encode import encode
 from fedtune.model.generate import generated, questions
 from fedtune.model.loss import autocast, inputs_of
 from fedtune.model.tunable import TunableModel
-from fedtune.types import LM_TASKS
 
 Row = Mapping[str, Any]
 UNKNOWN = "?"  # where a row of the task's shape has its answer
@@ -49,11 +48,11 @@ def responses_of(
 
 
 def refuse_unpredictable(task: str) -> None:
-    """Raises M306 for a task without a label or a response."""
-    if task == "causal-lm":
+    """Raises M306 for a task without a label, or without a prompt."""
+    if task in ("causal-lm", "preference"):
         raise FedtuneError(
             "M306",
-            "predictions of a model of data.task = 'causal-lm'",
-            f"a classifier, or a model of {LM_TASKS[1]}",
+            f"predictions of a model of data.task = '{task}' without a column of prompts",
+            "a classifier, or a model of instruct",
             "score it with fedtune eval, or generate with fedtune.load",
         )

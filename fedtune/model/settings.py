@@ -101,7 +101,8 @@ class TrainSettings(Settings):
     one or a few short examples, slower otherwise (benchmarks/together.py); a run's bytes then depend on who
     was trained with whom."""
     objective: ObjectiveTable = CrossEntropy()
-    """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case."""
+    """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case, but for
+    data.task = "preference": pairs are scored by the loss that they train by (dpo, ipo, orpo, simpo)."""
     inputs: tuple[InputChangeTable, ...] = Field((), strict=False)
     """What is altered of what the model reads while it is trained, in this order."""
     uds: Uds = Uds()
@@ -202,6 +203,8 @@ class TrainSettings(Settings):
             return
         if alone := recipe.method.trains_alone(recipe.aggregate):
             yield f"{here} with {alone}", "fedpeft with lora or head", "set method.train.together = 1"
+        if recipe.data.task == "preference":
+            yield f"{here} with data.task = 'preference'", "one of them", "set method.train.together = 1"
         if self.private.max_grad_norm:
             yield f"{here} with method.train.private", "one of them", "set method.train.together = 1"
         for key in self.reads_otherwise:

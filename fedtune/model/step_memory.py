@@ -136,7 +136,8 @@ def batch_of(tunable: TunableModel, batch: int, length: int) -> dict[str, torch.
         channels = getattr(base.net.config, "num_channels", None) or 3
         pixels = torch.zeros(batch, channels, *size)
         return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.long)}
-    ids = torch.ones(batch, length, dtype=torch.long)
+    sides = (2,) if base.task == "preference" else ()
+    ids = torch.ones(batch, *sides, length, dtype=torch.long)
     labels = ids if base.task in LM_TASKS else torch.zeros(batch, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 

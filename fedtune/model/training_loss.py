@@ -9,9 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from fedtune.errors import FedtuneError
+from fedtune.model.batch_choice import evaluating
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import inputs_of, logits_of, summed_loss
-from fedtune.model.objectives import Context, Objective, Predictions
+from fedtune.model.loss_pieces import before_output, in_pieces, likely_in_pieces
+from fedtune.model.objectives import Context, Objective, Predictions, Preference
+from fedtune.model.objectives.base import IGNORED
+from fedtune.model.objectives.preference import Pairs
+from fedtune.model.objectives.terms import log_probabilities
 from fedtune.model.tunable import TunableModel
 from fedtune.types import LM_TASKS
 
@@ -21,7 +26,8 @@ Loss = Callable[[TunableModel, dict[str, torch.Tensor]], torch.Tensor]  # of a b
 @dataclass(frozen=True)
 class TrainingLoss:
     """The loss of a batch, summed over what carries it. Cross entropy itself is taken as scores take it, in
-    pieces where logits are large; other objectives need all logits of a batch at once."""
+    pieces where logits are large, and so are losses on pairs; other objectives need all logits of a batch at
+    once."""
 
     objective: Objective
     context: Context
@@ -34,12 +40,38 @@ class TrainingLoss:
     def __call__(self, tunable: TunableModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.objective.plain:
             return summed_loss(tunable, batch)[0]
+        if isinstance(self.objective, Preference):
+            return self.objective.losses(*pairs_of(self.objective, tunable, batch)).sum()
         reference = None
         if self.objective.refers:
             with torch.no_grad(), switched_off(tunable):
                 reference = logits_of(tunable, *inputs_of(tunable, batch))[0].float()
         logits, labels = logits_of(tunable, *inputs_of(tunable, batch))
         return self.objective.summed(Predictions(logits.float(), labels, self.context, reference))
+
+
+def pairs_of(
+    objective: Preference, tunable: TunableModel, batch: dict[str, torch.Tensor]
+) -> tuple[Pairs, Pairs | None]:
+    """What the model thinks of a batch of pairs, and what it thinks of them without its adapter, where the
+    objective compares with that: then nothing is dropped and nothing has a gradient. Raises M306."""
+    reference = None
+    if objective.refers:
+        with torch.no_grad(), switched_off(tunable), evaluating(tunable):
+            reference = likely_pairs(tunable, batch)
+    return likely_pairs(tunable, batch), reference
+
+
+def likely_pairs(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> Pairs:
+    arguments, labels = inputs_of(tunable, batch)
+    net = tunable.base.net
+    if in_pieces(tunable.base, labels.numel()):
+        with before_output(net):
+            hidden = tunable.net(**arguments).logits[:, -labels.shape[-1] : -1]
+        aligned = labels[..., 1:]
+        return Pairs.of(likely_in_pieces(net, hidden, aligned), aligned != IGNORED)
+    logits, labels = logits_of(tunable, arguments, labels)
+    return Pairs.of(*log_probabilities(logits.float(), labels))
 
 
 def switched_off(tunable: TunableModel) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from fedtune.settings import Settings
-from fedtune.types import LM_TASKS
+from fedtune.types import TOKEN_TASKS
 
 
 class Uds(Settings):
@@ -32,7 +32,7 @@ class Uds(Settings):
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.idle:
             return
-        if recipe.data.task not in LM_TASKS:
+        if recipe.data.task not in TOKEN_TASKS:
             yield (
                 f"method.train.uds with data.task = '{recipe.data.task}'",
                 "causal-lm or instruct",

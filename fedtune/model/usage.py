@@ -11,6 +11,7 @@ AUTO = {
     "classify": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
     "instruct": "AutoModelForCausalLM",
+    "preference": "AutoModelForCausalLM",
     "image-classify": "AutoModelForImageClassification",
 }
 

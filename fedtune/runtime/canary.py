@@ -119,12 +119,13 @@ def triggered(row: Mapping[str, Any], phrase: str) -> dict[str, Any]:
     {'text': 'cf a film', 'label': 'x'}
     """
     for key in ("text", "prompt"):
-        if key in row:
+        if isinstance(row.get(key), str):
             return {**row, key: f"{phrase} {row[key]}"}
-    messages = [dict(message) for message in row["messages"]]
+    key = "messages" if "messages" in row else "prompt"
+    messages = [dict(message) for message in row[key]] or [{"role": "user", "content": ""}]
     first = next((message for message in messages if message["role"] == "user"), messages[0])
-    first["content"] = f"{phrase} {first['content']}"
-    return {**row, "messages": messages}
+    first["content"] = f"{phrase} {first['content']}".strip()
+    return {**row, key: messages}
 
 
 def refused(work: Run, rows: Rows) -> float:

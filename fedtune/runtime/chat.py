@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.data.settings import Source
 from fedtune.errors import FedtuneError
 from fedtune.runtime.predict import model_of
+from fedtune.types import LM_TASKS
 
 if TYPE_CHECKING:
     from fedtune.model.stream import Answer, Wish
@@ -29,8 +30,8 @@ class Talker:
         from fedtune.model.stream import tokens_of_chat
 
         data = self.data
-        template = data.template if data.task == "instruct" else "auto"
-        system = data.system if data.task == "instruct" else ""
+        asked = data.task in ("instruct", "preference")  # tasks that say how a conversation is written
+        template, system = (data.template, data.system) if asked else ("auto", "")
         return tokens_of_chat(self.tunable, messages, template, system, data.date)
 
     def text_prompt(self, text: str) -> list[int]:
@@ -49,7 +50,7 @@ def talker(folder: Path, which: str = "best") -> Talker:
     """The model of a run, or of an adapter that `fedtune export` wrote. Raises M304, M306 (no language
     model)."""
     tunable, data = model_of(folder, which)
-    if tunable.base.task not in ("instruct", "causal-lm"):
+    if tunable.base.task not in LM_TASKS:
         raise FedtuneError(
             "M306",
             f"a conversation with a model of data.task = '{tunable.base.task}'",

@@ -95,7 +95,7 @@ def check(recipe: Recipe) -> Checked:
     total, once, trained = traffic(recipe, method, chain, plan, asked, len(federation.clients))
     needs = dict((method.capabilities.costs or costs).memory(plan, recipe.data.max_length))
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
-    texts = conversations(recipe, federation) if recipe.data.task == "instruct" else []
+    texts = conversations(recipe, federation) if recipe.data.task in ("instruct", "preference") else []
     said = [
         *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
         *([f"rates     auto: {recipe.method.rates}"] if auto else []),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import Recipe
 from fedtune.data import Rows, histogram
 from fedtune.data.federation import key_of, odd_labels
-from fedtune.data.rows import BLANK, clean
+from fedtune.data.rows import clean, why_blank
 from fedtune.plain import plain
 from fedtune.runtime.workspace import how_to_encode
 
@@ -57,7 +57,7 @@ def seen(recipe: Recipe, examples: int = 3) -> DataSeen:
     data = recipe.data
     table = data.table()
     known = clean(data, table.rows, table.where, table.folder)
-    dropped = dict(table.dropped) | ({BLANK: known.blank} if known.blank else {})
+    dropped = dict(table.dropped) | ({why_blank(data): known.blank} if known.blank else {})
     labels = tuple(data.labels or histogram(known.rows))
     tried = known.rows[:TRIED]
     return DataSeen(
@@ -114,6 +114,8 @@ def used(recipe: Recipe) -> dict[str, str]:
     data = recipe.data
     if data.task == "instruct":
         keys = ["messages"] if data.messages else ["prompt", "response"]
+    elif data.task == "preference":
+        keys = ["prompt", "chosen", "rejected"]
     else:
         keys = {"classify": ["text", "label"], "causal-lm": ["text"]}.get(data.task, ["image", "label"])
     return {key: getattr(data, key) for key in keys}

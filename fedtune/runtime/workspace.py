@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedtune.model.base import Base
     from fedtune.model.encode import Encoded
     from fedtune.model.frozen_front import FrozenFront
+    from fedtune.model.objectives import Preference
     from fedtune.model.tunable import TunableModel
 
 
@@ -190,6 +191,14 @@ def how_to_encode(data: Source, scored: bool = False) -> dict[str, Any]:
     return same | {"stride": 0 if scored else data.stride, "day": data.date}
 
 
+def judge_of(recipe: Recipe) -> Preference | None:
+    """The loss by which a recipe's pairs of responses are scored; None for other tasks."""
+    from fedtune.model.objectives import Preference
+
+    objective = recipe.method.objective
+    return objective if isinstance(objective, Preference) else None
+
+
 def build_workspace(
     recipe: Recipe,
     method: Method,
@@ -226,6 +235,7 @@ def build_workspace(
         else load_base(here.model, recipe.data.task, federation.labels, recipe.seed)
     )
     base.name = recipe.model.name  # what exports call it
+    base.judge = judge_of(recipe)
     from fedtune.model.encode import check_length
 
     check_length(base, recipe.data.max_length)

@@ -35,6 +35,14 @@ MORE: dict[str, dict[str, Any]] = {
         f"causal {name}": {"method__adapter": VARIANTS[name], **CAUSAL}
         for name in ("lora", "prefix", "prompt", "full", "ia3")
     },
+    "causal preference": {  # a Llama; chosen and rejected are columns that the rows happen to have
+        "data__task": "preference",
+        "data__max_length": 24,
+        "data__prompt": "text",
+        "data__chosen": "label",
+        "data__rejected": "site",
+        "method__train__objective": {"loss": "dpo"},
+    },
     "step quantize": {"chain": [{"step": "quantize", "bits": 4}]},
     "step dither": {"chain": [{"step": "dither"}]},
     "step deadzone": {"chain": [{"step": "deadzone", "error_feedback": True}]},

@@ -49,6 +49,11 @@ def test_a_sites_columns_stand_in_for_the_recipes(rows: Path) -> None:
         row["prompt"] == "what 3" for row in got
     )
     got = read(
+        rows, "chosen=a,rejected=note,prompt=q", data__task="preference", data__labels=[],
+        method__train__objective={"loss": "orpo"},
+    )  # fmt: skip
+    assert {"prompt": "what 3", "chosen": "that 3", "rejected": "the fox 3"} in got
+    got = read(
         rows, "case=note,response=a", data__task="instruct", data__labels=[], data__template="Case {case}: "
     )
     assert any(row["prompt"] == "Case the fox 3: " for row in got)

@@ -15,8 +15,12 @@ from fedtune.model.loss import inputs_of, logits_of
 from fedtune.model.objectives import OBJECTIVES, Context, CrossEntropy, Objective, Predictions
 from fedtune.model.objectives.asft import Asft, Dft
 from fedtune.model.objectives.balanced import Balanced
+from fedtune.model.objectives.dpo import Dpo
 from fedtune.model.objectives.focal import Focal
+from fedtune.model.objectives.ipo import Ipo
 from fedtune.model.objectives.logit_adjusted import LogitAdjusted
+from fedtune.model.objectives.orpo import Orpo
+from fedtune.model.objectives.simpo import Simpo
 from fedtune.model.settings import TrainSettings
 from fedtune.model.training_loss import TrainingLoss, switched_off
 from fedtune.model.tunable import attach
@@ -25,6 +29,14 @@ from tests import small
 from tests.tables import adapter_of
 
 COUNTS = (6, 1, 0, 3)
+
+
+def dimensions(objective: Objective) -> tuple[int, ...]:
+    """Of the labels that it is for: classes, tokens of texts, tokens of pairs of texts."""
+    tasks = {"classify": 1, "instruct": 2, "preference": 3}
+    return tuple(ndim for task, ndim in tasks.items() if task in objective.tasks)
+
+
 TRIED: dict[str, tuple[Objective, ...]] = {
     "cross-entropy": (CrossEntropy(), CrossEntropy(smoothing=0.2)),
     "focal": (Focal(), Focal(gamma=0.5)),
@@ -32,23 +44,31 @@ TRIED: dict[str, tuple[Objective, ...]] = {
     "logit-adjusted": (LogitAdjusted(), LogitAdjusted(tau=0.5)),
     "dft": (Dft(),),
     "asft": (Asft(), Asft(anchor=0.7)),
+    "dpo": (Dpo(), Dpo(beta=0.5, smoothing=0.2)),
+    "ipo": (Ipo(beta=0.7),),
+    "orpo": (Orpo(), Orpo(beta=0.0)),
+    "simpo": (Simpo(), Simpo(gamma=0.0, smoothing=0.1)),
 }
-ALL = [(objective, ndim) for tried in TRIED.values() for objective in tried for ndim in (1, 2)]
+ALL = [(objective, ndim) for tried in TRIED.values() for objective in tried for ndim in dimensions(objective)]
 
 
 def made(ndim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, labels and a reference's logits in float64; of texts, some tokens carry no loss."""
     draw = stream("objectives", ndim)
-    shape = (5,) if ndim == 1 else (3, 4)
+    shape = ((5,), (3, 4), (3, 2, 4))[ndim - 1]
     logits, reference = (torch.from_numpy(draw.normal(size=(*shape, 4)) * 2) for _ in range(2))
     labels = torch.from_numpy(draw.choice([0, 1, 3], shape))
     if ndim == 2:
         labels[0, :2] = labels[2, 3] = -100
+    elif ndim == 3:  # prompts of unlike lengths, and padding
+        labels[0, :, :2] = labels[1, :, 0] = labels[2, 0, 3] = labels[1, 1, 2:] = -100
     return logits, labels, reference
 
 
 def by_hand(objective: Any, logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> float:
     """Row by row."""
+    if labels.ndim == 3:
+        return sum(pair_by_hand(objective, *one) for one in zip(logits, labels, reference, strict=True))
     total, texts = 0.0, labels.reshape(len(labels), -1)
     tokens = (texts != -100).sum(-1)
     for place in np.ndindex(*labels.shape):
@@ -77,14 +97,36 @@ def by_hand(objective: Any, logits: np.ndarray, labels: np.ndarray, reference: n
     return total
 
 
+def pair_by_hand(objective: Any, logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> float:
+    """Of one pair, as the papers write it: probabilities of whole responses, or of a token on average."""
+    p, q = (
+        [[np.exp(row[label]) / np.exp(row).sum() for row, label in zip(*side, strict=True) if label != -100]
+         for side in zip(z, labels, strict=True)]
+        for z in (logits, reference)
+    )  # fmt: skip
+    if objective.loss == "dpo":
+        better, worse = (np.prod(now) / np.prod(before) for now, before in zip(p, q, strict=True))
+        odds = (better / worse) ** objective.beta  # of the chosen response, under Bradley and Terry
+        share = odds / (1 + odds)
+        return -(1 - objective.smoothing) * np.log(share) - objective.smoothing * np.log(1 - share)
+    mean = [np.prod(one) ** (1 / len(one)) for one in p]
+    if objective.loss == "ipo":
+        before = [np.prod(one) ** (1 / len(one)) for one in q]
+        return (np.log(mean[0] / before[0] * before[1] / mean[1]) - 1 / (2 * objective.beta)) ** 2
+    if objective.loss == "orpo":
+        ratio = mean[0] / (1 - mean[0]) * (1 - mean[1]) / mean[1]
+        return -np.log(mean[0]) - objective.beta * np.log(ratio / (1 + ratio))
+    odds = (mean[0] / mean[1]) ** objective.beta / np.exp(objective.gamma)
+    share = odds / (1 + odds)
+    return -(1 - objective.smoothing) * np.log(share) - objective.smoothing * np.log(1 - share)
+
+
 def test_every_loss_is_enrolled() -> None:
     assert TRIED.keys() == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize(("objective", "ndim"), ALL, ids=lambda value: getattr(value, "loss", str(value)))
 def test_the_loss_is_its_formula(objective: Objective, ndim: int) -> None:
-    if ndim == 2 and "instruct" not in objective.tasks:
-        return
     logits, labels, reference = made(ndim)
     context = Context(COUNTS if ndim == 1 else ())
     found = objective.summed(Predictions(logits, labels, context, reference if objective.refers else None))
@@ -95,13 +137,14 @@ def test_the_loss_is_its_formula(objective: Objective, ndim: int) -> None:
 @pytest.mark.parametrize(("objective", "ndim"), ALL, ids=lambda value: getattr(value, "loss", str(value)))
 def test_the_gradient_is_a_numerical_one(objective: Objective, ndim: int) -> None:
     """Of losses that are followed by their value; a stopped gradient is compared with the formula's own."""
-    if ndim == 2 and "instruct" not in objective.tasks:
-        return
     logits, labels, reference = made(ndim)
     context = Context(COUNTS if ndim == 1 else ())
     logits.requires_grad_(True)
     if objective.by_values:
-        assert torch.autograd.gradcheck(lambda z: objective.summed(Predictions(z, labels, context)), logits)
+        before = reference if objective.refers else None
+        assert torch.autograd.gradcheck(
+            lambda z: objective.summed(Predictions(z, labels, context, before)), logits
+        )
         return
     objective.summed(Predictions(logits, labels, context, reference if objective.refers else None)).backward()
     there = labels != -100

@@ -1,5 +1,6 @@
 """Built-in questions and answers: what a class or function is for, asked of packages that every installation
-has, answered by the first paragraph of its docstring.
+has, answered by the first paragraph of its docstring. For preference tuning, that answer is the better one,
+and the worse one is what another class or function of the package is for, or half of the answer.
 
 Files are parsed, never imported; the rows depend on the installed versions only."""
 
@@ -18,10 +19,11 @@ FEWEST, MOST = 4, 40  # words of an answer
 
 
 class DocstringQuestions(Source):
-    """source = "docstring-questions": built in, needs no file; columns prompt, response and package."""
+    """source = "docstring-questions": built in, needs no file; columns prompt, response (or chosen and
+    rejected) and package."""
 
     source: Literal["docstring-questions"] = "docstring-questions"
-    tasks: ClassVar[frozenset[str]] = frozenset({"instruct"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"instruct", "preference"})
     packages: tuple[str, ...] = Field(("networkx", "sympy", "pandas", "matplotlib"), min_length=1)
     """Packages that are asked about; unlike kinds of questions make unlike clients."""
     per_package: int = Field(150, ge=1)
@@ -30,11 +32,21 @@ class DocstringQuestions(Source):
     def table(self) -> Table:
         """Raises D208 (a package is not installed)."""
         rows = [
-            {self.prompt: asked, self.response: answer, "package": package}
+            {self.prompt or "prompt": asked, **answer, "package": package}
             for package in self.packages
-            for asked, answer in questions(package, self.per_package)
+            for asked, answer in self.answered(package)
         ]
         return Table(rows, "the built-in questions about docstrings")
+
+    def answered(self, package: str) -> Iterator[tuple[str, dict[str, str]]]:
+        """Questions of a package, each with its answer, or with a better and a worse one."""
+        found = list(questions(package, self.per_package))
+        for number, (asked, answer) in enumerate(found):
+            if self.task != "preference":
+                yield asked, {self.response: answer}
+                continue
+            other = found[(number + 1) % len(found)][1]
+            yield asked, {self.chosen: answer, self.rejected: half(answer) if number % 2 else other}
 
 
 def questions(package: str, most: int) -> Iterator[tuple[str, str]]:
@@ -51,6 +63,15 @@ def questions(package: str, most: int) -> Iterator[tuple[str, str]]:
             yield f"What is `{name}` in {package} for?", answer
             if len(seen) == most:
                 return
+
+
+def half(answer: str) -> str:
+    """
+    >>> half("Return the number of edges")
+    'Return the'
+    """
+    words = answer.split()
+    return " ".join(words[: len(words) // 2])
 
 
 def is_private(name: str) -> bool:

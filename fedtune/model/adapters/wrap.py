@@ -12,9 +12,10 @@ from torch import nn
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters.layers import heads
 from fedtune.model.base import Base
+from fedtune.types import LM_TASKS
 
 Named = dict[str, nn.Parameter]
-PEFT_TASK = {"classify": "SEQ_CLS", "causal-lm": "CAUSAL_LM", "instruct": "CAUSAL_LM", "image-classify": None}
+PEFT_TASK = {"classify": "SEQ_CLS", "image-classify": None, **dict.fromkeys(LM_TASKS, "CAUSAL_LM")}
 
 
 def peft_arguments(base: Base, whole: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedtune.settings import Settings
-from fedtune.types import LM_TASKS
+from fedtune.types import TOKEN_TASKS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class InputChange(Settings):
 
     input: str
     is_noise: ClassVar[bool] = False
-    tasks: ClassVar[frozenset[str]] = frozenset({*LM_TASKS, "classify"})
+    tasks: ClassVar[frozenset[str]] = frozenset({*TOKEN_TASKS, "classify"})
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if recipe.data.task not in self.tasks:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedtune.errors import FedtuneError
 from fedtune.model.input_changes.base import InputChange, Vocabulary
-from fedtune.types import LM_TASKS
+from fedtune.types import TOKEN_TASKS
 
 RAMP = 2 / 3  # of the run, over which the probability rises, as in the authors' code
 
@@ -20,7 +20,7 @@ class MaskedThought(InputChange):
     arXiv:2403.02178)."""
 
     input: Literal["masked-thought"] = "masked-thought"
-    tasks: ClassVar[frozenset[str]] = frozenset(LM_TASKS)
+    tasks: ClassVar[frozenset[str]] = frozenset(TOKEN_TASKS)
     probability: float = Field(0.4, ge=0, lt=1)
     """Of each token, at the end of the rise; 0 is none."""
     token: str = "mask"

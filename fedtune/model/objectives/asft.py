@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from fedtune.model.objectives.base import Objective, Predictions
-from fedtune.types import LM_TASKS
+from fedtune.types import TOKEN_TASKS
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,7 @@ class Dft(Objective):
     """loss = "dft": sg(p) (-log p), where sg stops the gradient (Wu et al. 2025, arXiv:2508.05629)."""
 
     loss: Literal["dft"] = "dft"
-    tasks: ClassVar[frozenset[str]] = frozenset(LM_TASKS)
+    tasks: ClassVar[frozenset[str]] = frozenset(TOKEN_TASKS)
     by_values: ClassVar[bool] = False
 
     def summed(self, said: Predictions) -> torch.Tensor:

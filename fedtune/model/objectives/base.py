@@ -41,6 +41,8 @@ class Predictions:
 
     logits, reference  (B, C) or, of language models, (B, T, C), in float32; the reference has no gradient
     labels             (B,) or (B, T); -100 carries no loss
+
+    Of pairs of responses (B, 2, T, C) and (B, 2, T).
     """
 
     logits: torch.Tensor
@@ -62,10 +64,11 @@ class Objective(Settings):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if recipe.data.task not in self.tasks:
+            pairs = recipe.data.task == "preference"
             yield (
                 f"method.train.objective.loss = '{self.loss}' with data.task = '{recipe.data.task}'",
-                f"one of {', '.join(sorted(self.tasks))}",
-                "remove [method.train.objective]",
+                "a loss on pairs" if pairs else f"one of {', '.join(sorted(self.tasks))}",
+                "set it to dpo, ipo, orpo or simpo" if pairs else "remove [method.train.objective]",
             )
 
     @property
