@@ -11,6 +11,7 @@ from fedtune.methods.head_start import HeadStart, start_conflicts
 from fedtune.methods.interface import MethodTable
 from fedtune.methods.weights import Weight
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
+from fedtune.model.objectives import Objective
 from fedtune.model.rates import Rates, rate_conflicts, with_rates
 from fedtune.model.settings import TrainSettings, at_once, float16_conflicts, objective_conflicts
 
@@ -126,6 +127,10 @@ class FedKSeedSettings(MethodTable):
 
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
+
+    @property
+    def objective(self) -> Objective:
+        return self.train.objective
 
     @property
     def trained(self) -> Adapter:

@@ -72,10 +72,10 @@ def test_pairs_are_learned(loss: str, llama: Path, pairs: Path, tmp_path: Path) 
         method__train__steps=6, method__train__batch=8, evaluate__base=True, evaluate__local=True,
     )  # fmt: skip
     assert result["metric"] == "accuracy" and result["left_out"] == 0
-    figures = result["figures"]["federated"]
+    figures, losses = result["figures"]["federated"], result["phases"]["loss"]
     assert result["federated"] == figures["accuracy"] > 0.75
     assert figures["accuracy_low"] < figures["accuracy"] <= figures["accuracy_high"] <= 1
-    assert result["loss"]["federated"] < result["loss"]["base"]
+    assert losses["federated"] < losses["base"]
     assert figures["margin"] > result["figures"]["base"]["margin"]
     assert result["local"] is not None
     assert ("likelier_per_token" in figures) == (loss in ("dpo", "ipo"))
@@ -112,7 +112,8 @@ def test_rules_that_carry_keep_the_base_as_reference(llama: Path, pairs: Path, t
         llama, pairs, tmp_path / "run", "dpo",
         rounds=2, aggregate={"rule": "flora", "extra": 4}, evaluate__base=True,
     )  # fmt: skip
-    assert result["base"] == 0.5 and result["loss"]["federated"] < result["loss"]["base"]
+    losses = result["phases"]["loss"]
+    assert result["base"] == 0.5 and losses["federated"] < losses["base"]
 
 
 def test_sites_and_flower_end_with_the_same_bytes(llama: Path, pairs: Path, tmp_path: Path) -> None:
