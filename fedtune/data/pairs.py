@@ -5,11 +5,11 @@ responses."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from fedtune.data import chats
 
-Part = TypeVar("Part", str, list[chats.Message])
+Talk = list[chats.Message]
 
 
 def is_talk(value: Any) -> bool:
@@ -42,19 +42,15 @@ def shared_turns(one: Sequence[chats.Message], other: Sequence[chats.Message]) -
     return alike.index(False) if False in alike else len(alike)
 
 
-def talks(
-    prompt: Any, chosen: Any, rejected: Any, at: str
-) -> tuple[list[chats.Message], list[chats.Message], list[chats.Message]] | None:
+def talks(prompt: Any, chosen: Any, rejected: Any, at: str) -> tuple[Talk, Talk, Talk] | None:
     """Messages of the prompt and of both responses; None where the assistant says nothing in one of them, or
     the same in both. A prompt of messages stands by itself, and so does one of text before a response that
     begins with the assistant; otherwise both conversations begin with it. Raises D203.
 
     prompt  None where no column holds it
     """
-    first, second = (
-        chats.turns(chosen, f"the chosen response in {at}"),
-        chats.turns(rejected, f"the rejected response in {at}"),
-    )
+    first = chats.turns(chosen, f"the chosen response in {at}")
+    second = chats.turns(rejected, f"the rejected response in {at}")
     if prompt is not None and is_talk(prompt):
         asked = chats.turns(prompt, f"the prompt in {at}")
     elif isinstance(prompt, str) and first[:1] and first[0]["role"] == "assistant":

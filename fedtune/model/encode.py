@@ -65,7 +65,7 @@ class Encoded:
     def length(self, index: int) -> int:
         """Tokens of one example, of the longer text of a pair; 1 for an image."""
         example = self.examples[index]
-        return max(len(example.get(name, (0,))) for name in ("input_ids", "rejected_input_ids"))
+        return max(len(example.get("input_ids", (0,))), len(example.get("rejected_input_ids", ())))
 
     @property
     def paired(self) -> bool:
