@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,11 @@ def results(runs: Sequence[RunData]) -> Table:
     row(f"{metric}, centralised", [run.lines.get("centralised") for run in runs])
     for name in dict.fromkeys(name for one in finished for name in one.get("also") or {}):
         row(f"{metric}, {name}", [(one.get("also") or {}).get(name) for one in finished])
+    for whose in ("federated", "base"):
+        shown = [in_words((one.get("figures") or {}).get(whose) or {}) for one in finished]
+        for name in dict.fromkeys(name for one in shown for name in one):
+            more = ", and its interval" if name == metric else ""  # the score itself stands above
+            row(f"{name.replace('_', ' ')}, {whose}{more}", [one.get(name) for one in shown], str)
     for key, name in (
         ("mean", "mean of clients"),
         ("worst", "worst client"),
@@ -92,6 +97,21 @@ def results(runs: Sequence[RunData]) -> Table:
     row("peak memory", [one.get("peak_rss_bytes") for one in finished], size)
     row("state", [one.get("state_sha256") for one in finished], lambda text: str(text)[:16])
     return Table("results", "Results", ("", *(run.name for run in runs)), rows)
+
+
+def in_words(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Figures of a model on the test set, with their interval where they have one.
+
+    >>> in_words({"accuracy": 0.8, "accuracy_low": 0.72, "accuracy_high": 0.86, "rows": 40})
+    {'accuracy': '0.8 (0.72 to 0.86 at 95 %)'}
+    """
+    found = {}
+    for name, value in figures.items():
+        if name != "rows" and not name.endswith(("_low", "_high")):
+            ends = [figures.get(f"{name}{end}") for end in ("_low", "_high")]
+            between = "" if None in ends else f" ({number(ends[0])} to {number(ends[1])} at 95 %)"
+            found[name] = number(value) + between
+    return found
 
 
 def differences(runs: Sequence[RunData]) -> Table:

@@ -19,7 +19,7 @@ from fedtune.report import csv_files, png_files, write_report
 from fedtune.report.clients import left_out
 from fedtune.report.picture import DARK, LIGHT, STANDING
 from fedtune.report.read import RunData, read_events, read_run
-from fedtune.report.tables import changes
+from fedtune.report.tables import changes, results
 from fedtune.report.words import headline
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.journal import Journal
@@ -55,6 +55,15 @@ def run_data(**more: Any) -> RunData:
         "started": None,
     }
     return RunData("run", **(known | more))
+
+
+def test_figures_stand_in_the_results_with_their_intervals() -> None:
+    told = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 0.9, "margin": 1.5, "rows": 8}
+    one = run_data(result={**RESULT, "figures": {"federated": told, "base": {"margin": 0.0}}})
+    found = {row[0]: row[1:] for row in results([one, run_data()]).rows}
+    assert found["accuracy, federated"] == ["0.75", "0.75"]
+    assert found["accuracy, federated, and its interval"] == ["0.75 (0.5 to 0.9 at 95 %)", ""]
+    assert found["margin, federated"] == ["1.5", ""] and found["margin, base"] == ["0", ""]
 
 
 @pytest.fixture(scope="module")
