@@ -101,6 +101,18 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--device", default="", help="the device, instead of the recipe's: cpu, cuda, cuda:1")
     parser.add_argument(
+        "--load",
+        default="",
+        choices=("full", "8bit", "4bit", "auto"),
+        help="in how many bits the base is held here, instead of the recipe's model.load",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="the type of the base's numbers here, instead of the recipe's model.dtype",
+    )
+    parser.add_argument(
         "--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)"
     )
     parser.add_argument(
@@ -311,6 +323,8 @@ def client(options: argparse.Namespace) -> int:
         shared,
         int(max(0.0, options.cache_gib) * (1 << 30)),
         max(0, options.keep_days),
+        load=options.load,
+        dtype=options.dtype,
     )
     if options.check is not None:
         from fedtune.config import read

@@ -12,7 +12,7 @@ from fedtune.config import Recipe
 from fedtune.deploy.approval import approved
 from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import Asked, read_policy
-from fedtune.deploy.site_config import SiteConfig, require_own
+from fedtune.deploy.site_config import SiteConfig, require_own, with_own_model
 from fedtune.deploy.sites import at_site, columns_of
 from fedtune.errors import FedtuneError
 from fedtune.exchange import ExchangeClient
@@ -46,7 +46,8 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
             "bytes; so much is declared with the greeting"
         )
     if recipe is not None:
-        here = recipe.model_copy(
+        here = with_own_model(recipe, config)
+        here = here.model_copy(
             update={"deploy": recipe.deploy.model_copy(update={"sites": (identity.name.name,)})}
         )
         columns = columns_of(config.columns)

@@ -6,15 +6,17 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedtune.config import Recipe
 from fedtune.deploy.sites import called
+from fedtune.errors import FedtuneError
 
 
 @dataclass(frozen=True)
 class SiteConfig:
     """What the site's operator says; not a word of it comes from the coordinator.
 
-    model, device  in place of the recipe's, "" leaves them: the same base under another path, this site's own
-    device
+    model, device, load, dtype  in place of the recipe's, "" leaves them: the same base under another path,
+                   this site's own device, and how it holds the base there
     columns        --map as it was given: the recipe's names of columns and this site's
     shared         this site's copy of the rows that all sites mix into their own
     partition      for demos: the recipe may say which rows and which model's folder are read here
@@ -35,6 +37,8 @@ class SiteConfig:
     shared: str = ""
     cache_bytes: int = 4 << 30
     keep_days: int = 0
+    load: str = ""
+    dtype: str = ""
 
     @classmethod
     def read(cls, path: Path) -> SiteConfig:
@@ -58,3 +62,15 @@ def require_own(config: SiteConfig) -> None:
 
         with called("model.name", "--model"), reading(config.model):
             require_model(config.model)
+
+
+def with_own_model(recipe: Recipe, config: SiteConfig) -> Recipe:
+    """The coordinator's recipe with this site's model. Raises C104 for a --load that the recipe cannot
+    take."""
+    own = {"name": config.model, "device": config.device, "load": config.load, "dtype": config.dtype}
+    model = recipe.model.model_copy(update={key: value for key, value in own.items() if value})
+    mine = recipe.model_copy(update={"model": model})
+    with called("model.load", "--load"):
+        for found, expected, do in model.conflicts(mine):
+            raise FedtuneError("C104", found, expected, do)
+    return mine

@@ -31,7 +31,7 @@ from fedtune.deploy.declared import declared
 from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.resources import require_disk, require_memory
 from fedtune.deploy.site_books import DAY, Sent, forget, note_sent, sent_since
-from fedtune.deploy.site_config import SiteConfig, require_own
+from fedtune.deploy.site_config import SiteConfig, require_own, with_own_model
 from fedtune.deploy.site_privacy import charge, cover, require_within
 from fedtune.deploy.sites import Details, at_site, columns_of
 from fedtune.deploy.ticket_window import TicketWindow
@@ -274,7 +274,7 @@ class Worker:
         return reply.said
 
     def own(self, recipe: Recipe) -> Recipe:
-        """The coordinator's recipe with this site's paths and device."""
+        """The coordinator's recipe with this site's paths and means."""
         if (
             not self.config.model
             and not self.config.partition
@@ -286,12 +286,7 @@ class Worker:
                 "and this site was given no folder of its own",
                 do="start it with: fedtune client --model DIR",
             )
-        model = {
-            key: value
-            for key, value in (("name", self.config.model), ("device", self.config.device))
-            if value
-        }
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update=model)})
+        return with_own_model(recipe, self.config)
 
     def workspace(self, recipe: Recipe, mine: Recipe, details: Details) -> tuple[Workspace, Link]:
         """Model and data of a recipe, loaded at its first ticket."""

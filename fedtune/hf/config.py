@@ -68,6 +68,7 @@ def load_config(
     refuse_code(place, known)
     refuse_adapter(place, known)
     config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
+    refuse_quantised(config, place)
     refuse_architecture(config, place, task)
     if task in LM_TASKS or labels is None:  # None: whoever loads needs no task head
         return config, LabelSet((), kept=True)
@@ -93,6 +94,21 @@ def refuse_adapter(place: str, known: dict[str, Any]) -> None:
             "the files of a base model alone",
             "merge the adapter into its base first (peft: merge_and_unload, or fedtune export --as merged), "
             "or move it to a folder of its own",
+        )
+
+
+def refuse_quantised(config: Any, place: str) -> None:
+    """Raises M301 for a checkpoint that somebody has quantised: what it was made from is rounded here, so
+    that all sites know their base by the same file."""
+    told = getattr(config, "quantization_config", None)
+    if told:
+        how = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+        raise FedtuneError(
+            "M301",
+            f"a checkpoint that is quantised already ({getattr(how, 'value', how) or 'quantization_config'}) "
+            f"at '{place}'",
+            "the model that it was made from, with its weights in 16 or 32 bits",
+            "give that one, and set model.load = '4bit' or '8bit'",
         )
 
 

@@ -104,6 +104,9 @@ class AdapterTable(TrainedTable):
     def trains(self) -> str:
         return self.adapter.kind
 
+    def needs_weights(self) -> str:
+        return "" if self.adapter.beside else f"method.adapter.kind = '{self.adapter.kind}'"
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
         yield from objective_conflicts(self.train, self.adapter)

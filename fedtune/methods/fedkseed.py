@@ -392,8 +392,10 @@ class FedKSeedTable(FedKSeedSettings):
 
 
 def start_of(tunable: TunableModel) -> bytes:
-    """SHA-256 of what training starts from: base model, tokenizer, first values, and the run's seed, which
-    names the pools."""
+    """SHA-256 of what training starts from: base model as it is held, tokenizer, first values, and the run's
+    seed, which names the pools."""
     return hashlib.sha256(
-        bytes.fromhex(tunable.base.fingerprint) + tunable.origin.digest + str(tunable.origin.seed).encode()
+        bytes.fromhex(tunable.base.held_fingerprint)
+        + tunable.origin.digest
+        + str(tunable.origin.seed).encode()
     ).digest()

@@ -86,6 +86,11 @@ class FedPEFTSettings(AdapterTable):
             return f"method.adapter.kind = '{self.adapter.kind}'" + (" as it is set" if lora else "")
         return ""
 
+    def needs_weights(self) -> str:
+        return super().needs_weights() or (
+            f"method.lora_start = '{self.lora_start}'" if residual_rank(self) else ""
+        )
+
     @property
     def mixed(self) -> bool:
         return bool(self.lora_rank_by_client or self.lora_alpha_by_client)

@@ -257,6 +257,11 @@ class MethodTable(Settings):
         """What keeps several clients from being trained in one pass, as a setting; "" where nothing does."""
         return f"method.type = '{self.type}'"
 
+    def needs_weights(self) -> str:
+        """What needs the base's own weights as they are in its file, rather than in 4 or 8 bits, as a
+        setting; "" where nothing does."""
+        return f"method.type = '{self.type}'"
+
     @property
     def undecided(self) -> str:
         """What has to be known of the clients before the run begins, as a key; "" where the table says

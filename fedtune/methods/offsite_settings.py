@@ -60,6 +60,9 @@ class OffsiteSettings(FedPEFTSettings):
         """Of a network of so many blocks, the numbers of those at the ends."""
         return frozenset({*range(self.first), *range(blocks - self.last, blocks)})
 
+    def needs_weights(self) -> str:
+        return f"method.type = '{self.type}'"  # its emulator is made of them
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         here = "with method.type = 'offsite'"
         if not self.first and not self.last:

@@ -61,7 +61,16 @@ def seeds_of(base: Base, seed: int, rounds: int, method: Mapping[str, Any], tens
     stored = str(next(iter(base.weights.values())).dtype).removeprefix("torch.")
     pooling = stated(base.pooling)
     return Seeds(
-        base.name, base.fingerprint, stored, base.task, base.labels, seed, rounds, method, tensors, pooling
+        base.name,
+        base.held_fingerprint,
+        stored,
+        base.task,
+        base.labels,
+        seed,
+        rounds,
+        method,
+        tensors,
+        pooling,
     )
 
 

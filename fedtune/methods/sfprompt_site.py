@@ -28,8 +28,8 @@ from fedtune.model.base import (
     reading,
     redraw_head,
     said_of,
-    tokenizer_text,
 )
+from fedtune.model.fingerprint import tokenizer_text
 from fedtune.model.settings import ModelSettings
 from fedtune.model.tunable import TunableModel, without
 from fedtune.split import selftest

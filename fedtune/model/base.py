@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,18 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.checkpoint import stored_type
 from fedtune.hf.config import AUTO, load_config, locate, position_limit, width_of
 from fedtune.hf.draws import own_draws
 from fedtune.hf.labels import LabelSet, redraw
+from fedtune.hf.linears import body_linears, heads
 from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
 from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.objectives import Preference
+from fedtune.model.fingerprint import HALF, digest, tokenizer_text
+from fedtune.model.quantised import fitting, quantise
 from fedtune.model.settings import ModelSettings
 from fedtune.panics import panics_as_errors
 from fedtune.rng import seed_of
@@ -59,6 +61,10 @@ class Base:
     logits_apart: bool | None = None  # as fedtune.model.loss_pieces found it; None: not asked yet
     fits: dict[str, int] = field(default_factory=dict)  # kept by fedtune.model.device_memory
     attached: Any = None  # the TunableModel that now sits on this base, if any
+    load: str = "full"  # full, 8bit or 4bit
+    # the checkpoint's weights and buffers once more, where those that are held here do not say them
+    checkpoint: Callable[[], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] | None = None
+    whole: Callable[[], Base] | None = None  # the base with all its bits on the CPU, where it lacks some here
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
     judge: Preference | None = None  # the loss by which pairs of responses are scored
     weights: dict[str, torch.Tensor] = field(
@@ -69,30 +75,50 @@ class Base:
     )  # name -> buffer that the model's file holds, such as running statistics
 
     def __post_init__(self) -> None:
-        self.weights = dict(self.net.named_parameters())
-        self.buffers = saved_buffers(self.net)
+        self.weights, self.buffers = tensors_of(self.net)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the pretrained weights (not the fresh head), the buffers of the file and the
-        tokenizer, as hex. Computed at first use."""
-        total = hashlib.sha256()
-        for name in sorted(self.weights.keys() - self.fresh):
-            value = self.weights[name].detach().cpu().contiguous()
-            total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            total.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        for name, value in sorted(self.buffers.items()):
-            total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        """SHA-256 over the checkpoint, as hex: the pretrained weights (not the fresh head) and the buffers of
+        the file as float32, whatever they are held in here, and the tokenizer. Computed at first use."""
+        tensors = self.checkpoint() if self.checkpoint else (self.weights, self.buffers)
+        return self.printed(*tensors, as_float32=True)
+
+    @cached_property
+    def held_fingerprint(self) -> str:
+        """The same over the weights in the type that they are held in: of models that are rebuilt from them
+        to the bit."""
+        held = {value.dtype for value in (*self.weights.values(), *self.buffers.values())}
+        if self.checkpoint is None and held.isdisjoint(HALF):
+            return self.fingerprint
+        return self.printed(self.weights, self.buffers, as_float32=False)
+
+    def printed(self, *tensors: Mapping[str, torch.Tensor], as_float32: bool) -> str:
+        total = digest(*tensors, besides=self.fresh, as_float32=as_float32)
         total.update(tokenizer_text(self.tokenizer).encode())
         if self.pooling != "own":
             total.update(f"pooling: {self.pooling}".encode())
-        return total.hexdigest()
+        return str(total.hexdigest())
+
+    def is_called(self, fingerprint: str | None) -> bool:
+        """Whether it is this base's, as this or an earlier version made it."""
+        return fingerprint == self.fingerprint or fingerprint == self.held_fingerprint
 
     @cached_property
     def size(self) -> int:
-        """Number of parameters of the pristine network, tied ones once."""
+        """Number of parameters of the pristine network, tied ones once; of a quantised one, what `load`
+        counted."""
         return sum(value.numel() for value in self.weights.values())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network on the CPU as it was read, and what came with it."""
+
+    net: Any
+    tokenizer: Any
+    fresh: frozenset[str]
+    chosen: LabelSet
 
 
 def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -> Base:
@@ -103,7 +129,44 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     M306 (an architecture that cannot do the task, or on whose answers padding has an influence).
     """
     prepare_torch(settings)
-    device = pick_device(settings.device)
+    device, dtype = pick_device(settings.device), dtype_of(settings)
+    again = partial(read, settings, task, labels, seed)
+    load_as = load_for(settings, task, labels)
+    # what is not rounded is not copied: a checkpoint stays mapped until it is, a layer at a time
+    lean = load_as != "full" and task in LM_TASKS
+    found = again(stored_here(settings) if lean else dtype)
+    net, fresh = found.net, found.fresh
+    size = sum(value.numel() for value in net.parameters())
+    if load_as != "full":
+        quantise(net, body_linears(net, heads(net, task, fresh)), load_as, dtype, device)
+    net.requires_grad_(False).eval().to(device)
+    with reading(settings.name):
+        known: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
+        pooling, note = choose_pooling(
+            settings.pooling, locate(settings.name), task, found.chosen.kept, **known
+        )
+    said = (*said_of(found.chosen), *((note,) if note else ()))
+    if task == "image-classify" and net.main_input_name != "pixel_values":
+        wrong = f"a {type(net).__name__}, which reads images as {net.main_input_name}"
+        raise FedtuneError("M306", wrong, "a model of pixels, such as ViT or ResNet", "choose another model")
+    base = Base(
+        net, found.tokenizer, task, found.chosen.labels, device, settings.name, None, fresh,
+        notes=said, kept_head=found.chosen.kept, pooling=pooling, load=load_as,
+    )  # fmt: skip
+    base.size = size
+    if load_as != "full":
+        whole = settings.model_copy(update={"load": "full", "device": "cpu"})
+        base.whole = partial(load, whole, task, labels, seed)
+    if base.whole or (dtype != torch.float32 and stored_here(settings) != dtype):
+        base.checkpoint = lambda: tensors_of(again(stored_here(settings)).net)
+    if task != "image-classify":
+        fit_text(base, settings.name)
+    set_pooling(net, pooling)  # last: the probes look at single tokens
+    return base
+
+
+def read(settings: ModelSettings, task: str, labels: Sequence[str], seed: int, dtype: torch.dtype) -> Found:
+    """Network and tokenizer from their files, on the CPU, with numbers of a type. Raises M301, M306."""
     place = locate(settings.name)
     known: dict[str, Any] = {"revision": settings.revision} if settings.revision else {}
     with (
@@ -115,7 +178,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         net, info = AUTO[task].from_pretrained(
             place,
             config=config,
-            dtype=dtype_of(settings),
+            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=task not in LM_TASKS,  # a classifier of another label set is replaced
             output_loading_info=True,
@@ -124,21 +187,29 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     fresh = fresh_names(net, info, settings.name)
     if not chosen.kept:
         fresh = redraw_head(net, fresh, seed)
-    net.requires_grad_(False).eval().to(device)
+    return Found(net, tokenizer, fresh, chosen)
+
+
+def tensors_of(net: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters, tied ones once, and buffers that the model's file holds."""
+    return dict(net.named_parameters()), saved_buffers(net)
+
+
+def stored_here(settings: ModelSettings) -> torch.dtype:
+    """The type of the checkpoint's numbers."""
+    return stored_type(locate(settings.name), settings.revision)
+
+
+def load_for(settings: ModelSettings, task: str, labels: Sequence[str] | None) -> str:
+    """full, 8bit or 4bit: what model.load means here. Raises M301, M306."""
+    if settings.load != "auto":
+        return settings.load
+    known = {"revision": settings.revision} if settings.revision else {}
     with reading(settings.name):
-        pooling, note = choose_pooling(settings.pooling, place, task, chosen.kept, **known)
-    said = (*said_of(chosen), *((note,) if note else ()))
-    if task == "image-classify" and net.main_input_name != "pixel_values":
-        found = f"a {type(net).__name__}, which reads images as {net.main_input_name}"
-        raise FedtuneError("M306", found, "a model of pixels, such as ViT or ResNet", "choose another model")
-    base = Base(
-        net, tokenizer, task, chosen.labels, device, settings.name, None, fresh,
-        notes=said, kept_head=chosen.kept, pooling=pooling,
-    )  # fmt: skip
-    if task != "image-classify":
-        fit_text(base, settings.name)
-    set_pooling(net, pooling)  # last: the probes look at single tokens
-    return base
+        config = load_config(locate(settings.name), task, labels, known)[0]
+        with torch.device("meta"):
+            net = AUTO[task].from_config(config, dtype=dtype_of(settings))
+    return fitting(net, body_linears(net, heads(net, task, ())), pick_device(settings.device))
 
 
 def fit_text(base: Base, name: str) -> None:
@@ -203,24 +274,6 @@ def context_of(net: Any, tokenizer: Any = None) -> int | None:
         getattr(tokenizer, "model_max_length", None),
     )
     return min((int(number) for number in stated if number and 0 < number < 10**9), default=None)
-
-
-def tokenizer_text(tokenizer: Any) -> str:
-    """What the tokenizer is, as canonical JSON: without the padding and truncation state that calls leave
-    behind."""
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        known = json.loads(tokenizer.backend_tokenizer.to_str())
-        known["truncation"] = known["padding"] = None
-        known["chat_template"] = tokenizer.chat_template
-    elif hasattr(tokenizer, "get_vocab"):
-        known = {"vocabulary": tokenizer.get_vocab(), "chat_template": tokenizer.chat_template}
-    else:
-        known = {
-            name: value
-            for name, value in tokenizer.to_dict().items()
-            if name not in ("transformers_version", "_processor_class")
-        }
-    return json.dumps(known, sort_keys=True, default=str)
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from fedtune.model.adapters.wrap import file_name
 from fedtune.model.base import Base
 from fedtune.model.blocks import is_encoder
 from fedtune.model.sparse_support import without_positions
-from fedtune.model.tunable import TunableModel, attach, detach
+from fedtune.model.tunable import TunableModel, attach, detach, read
 from fedtune.model.usage import usage
 from fedtune.types import LM_TASKS
 
@@ -114,7 +114,7 @@ def load_adapter(base: Base, folder: str | Path) -> TunableModel:
         ("labels", list(base.labels), about["labels"]),
         ("base model", base.fingerprint, about["base_fingerprint"]),
     ):
-        alike = what == "task" and {want, have} <= set(LM_TASKS)
+        alike = (what == "task" and {want, have} <= set(LM_TASKS)) or base.is_called(have)
         if want != have and not alike:
             raise FedtuneError(
                 "M304",
@@ -167,7 +167,8 @@ def no_adapter(place: Path, error: Exception) -> FedtuneError:
 
 def merged_net(tunable: TunableModel) -> Any:
     """A copy of the model, on the CPU, with the adapter folded in; trained values are rounded to the base's
-    dtype. Raises M306 for kinds that add layers or tokens."""
+    dtype. Nothing is folded into weights of 4 or 8 bits: those of the checkpoint are read again. Raises M306
+    for kinds that add layers or tokens."""
     if tunable.settings and not tunable.settings.merges:
         known = ", ".join(kind for kind, adapter in ADAPTERS.items() if adapter.merges)
         raise FedtuneError(
@@ -176,6 +177,8 @@ def merged_net(tunable: TunableModel) -> Any:
             f"one of {known}",
             "export it with --as adapter",
         )
+    if tunable.base.whole:
+        tunable = on_whole_base(tunable)
     merged: Any = copy.deepcopy(tunable.net).to("cpu")
     if is_stock(tunable):
         with warnings.catch_warnings():
@@ -187,6 +190,14 @@ def merged_net(tunable: TunableModel) -> Any:
             if isinstance(module, ModulesToSaveWrapper):
                 merged.set_submodule(name, module.modules_to_save["default"])
     return merged.to(next(iter(tunable.base.weights.values())).dtype)
+
+
+def on_whole_base(tunable: TunableModel) -> TunableModel:
+    """The same trained tensors on the base as its checkpoint has it."""
+    assert tunable.base.whole is not None and tunable.settings is not None
+    made = attach(tunable.base.whole(), tunable.settings, 0)
+    made.write(read({**tunable.named, **tunable.still}))
+    return made
 
 
 def save_merged(tunable: TunableModel, folder: str | Path, card: str) -> None:

@@ -13,6 +13,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.utils.integrations import dequantize_module_weight
 
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters import Lora
@@ -62,7 +63,7 @@ def matrices(tunable: TunableModel) -> Iterator[tuple[str, torch.Tensor, torch.T
         if isinstance(tunable.settings, Lora) and not tunable.settings.dora:
             for name, layer in tunable.net.named_modules():
                 if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-                    base = layer.get_base_layer().weight.detach()
+                    base = dequantize_module_weight(layer.get_base_layer()).detach()
                     yield plain(f"{name}.weight"), base, base + layer.get_delta_weight("default").detach()
         return
     for name, value in tunable.named.items():

@@ -222,7 +222,7 @@ def seated(base: Base, expert: Expert, tensors: Mapping[str, np.ndarray], rank: 
     """The base with tensors like this expert's, of one rank and scale 1. Raises M304 for another base than
     the expert's, M302, M305, M306."""
     made_for = expert.about.get("base_fingerprint")
-    if made_for and made_for != base.fingerprint:
+    if made_for and not base.is_called(made_for):
         raise FedtuneError(
             "M304",
             f"base model {base.fingerprint[:12]}",

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from fedtune.hf.config import AUTO, load_config, locate
+from fedtune.hf.linears import body_linears, heads
 from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import load_tokenizer
 from fedtune.model.adapters import Adapter
 from fedtune.model.base import Base, context_of, dtype_of, pick_device, reading, said_of
 from fedtune.model.encode import Encoded, encode
+from fedtune.model.quantised import fitting, quantise, quantised
 from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.step_memory import Peak, peak_of
 from fedtune.model.tunable import TunableModel, attach
@@ -73,12 +75,16 @@ def weightless(model: ModelSettings, task: str, labels: int | Sequence[str], dev
         pooling, note = choose_pooling(model.pooling, place, task, chosen.kept, **known)
         with torch.device(device):
             net = AUTO[task].from_config(config, dtype=dtype_of(model))
+    size, linear = sum(value.numel() for value in net.parameters()), body_linears(net, heads(net, task, ()))
+    load = fitting(net, linear, pick_device(model.device)) if model.load == "auto" else model.load
+    if load != "full":
+        quantise(net, linear, load, dtype_of(model), torch.device(device))
     set_pooling(net, pooling)
     if task != "image-classify" and net.config.pad_token_id is None:
         net.config.pad_token_id = (
             0  # loading takes one from the tokenizer; a generative classifier will not run without any
         )
-    return Base(
+    base = Base(
         net.requires_grad_(False).eval(),
         None,
         task,
@@ -90,7 +96,10 @@ def weightless(model: ModelSettings, task: str, labels: int | Sequence[str], dev
         notes=(*said_of(chosen), *((note,) if note else ())),
         kept_head=chosen.kept,
         pooling=pooling,
+        load=load,
     )
+    base.size = size
+    return base
 
 
 def encoded_without_weights(
@@ -120,6 +129,7 @@ def plan_of(tunable: TunableModel) -> Plan:
     """The sizes of a tunable model."""
     text = tunable.base.net.config.get_text_config()
     weights = sum(value.numel() * value.element_size() for value in tunable.base.weights.values())
+    weights += sum(layer.scale_bytes for layer in quantised(tunable.base.net).values())
     shapes = {name: tuple(value.shape) for name, value in tunable.named.items()}
     context = None if tunable.base.task == "image-classify" else context_of(tunable.base.net)
     wide = 2 if next(iter(tunable.base.weights.values())).dtype == torch.float32 else 1

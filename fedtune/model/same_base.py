@@ -21,6 +21,7 @@ import transformers
 from safetensors import safe_open
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.checkpoint import folder_of, weight_files
 from fedtune.hf.config import locate
 from fedtune.model.base import load
 from fedtune.model.lora_files import BIAS, EMBEDDING, PREFIX, Expert
@@ -59,14 +60,7 @@ class BaseName:
             place = self.home / Path(locate(self.name)).expanduser()
         except FedtuneError:
             return None
-        if (place / "config.json").exists():
-            return place
-        try:
-            from huggingface_hub import snapshot_download
-
-            return Path(snapshot_download(self.name, revision=self.revision or None, local_files_only=True))
-        except (OSError, ValueError):  # not in the cache, or no name that a hub could have
-            return None
+        return folder_of(str(place) if (place / "config.json").exists() else self.name, self.revision)
 
 
 def named(expert: Expert, home: Path) -> BaseName:
@@ -128,10 +122,9 @@ def model_config(folder: Path) -> dict[str, Any]:
 def places_of(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if not path.name.startswith("adapter_model"):
-            with safe_open(str(path), framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+    for path in weight_files(folder):
+        with safe_open(str(path), framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
     return found
 
 
@@ -173,11 +166,11 @@ def check_union(experts: Sequence[Expert], base: BaseName) -> None:
 
 
 def fits_print(expert: Expert, place: Path, wanted: str) -> bool:
-    """A fingerprint is of weights in the type that they were loaded in, which the adapter's folder does not
-    say."""
+    """Whether a fingerprint is that of the base here. Earlier versions made it of the weights in the type
+    that they were loaded in, which the adapter's folder does not say."""
     task, labels = str(expert.about.get("task")), tuple(expert.about.get("labels") or ())
     return any(
-        load(ModelSettings(name=str(place), dtype=dtype), task, labels, 0).fingerprint == wanted
+        load(ModelSettings(name=str(place), dtype=dtype), task, labels, 0).is_called(wanted)
         for dtype in ("float32", "bfloat16", "float16")
     )
 

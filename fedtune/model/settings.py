@@ -34,8 +34,13 @@ class ModelSettings(Settings):
     left out."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base; trainable tensors are float32 always. auto: bfloat16 where the device computes
-    with it, else float32; all machines of a federation need the same. float16: for clients that only ask for
-    losses, not for training with gradients."""
+    with it, else float32. Sites may have others than the recipe says, but with fedkseed. float16: for clients
+    that only ask for losses, not for training with gradients."""
+    load: Literal["full", "8bit", "4bit", "auto"] = "full"
+    """In how many bits the linear layers of the frozen base are held (docs/tuning.md): full, as `dtype` says;
+    8bit, of each row; 4bit, QLoRA's NF4. auto: the first of these in which the weights take no more than half
+    of the device's memory. Only adapters that leave the base's own weights alone can be trained on fewer
+    bits; sites of one federation need not have the same."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
     threads: int = Field(0, ge=0, le=1024)
@@ -49,6 +54,15 @@ class ModelSettings(Settings):
             if (place / self.name).exists()
             else self
         )  # else it is a hub's name
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        needs = recipe.method.needs_weights()
+        if self.load != "full" and needs:
+            yield (
+                f"model.load = '{self.load}' with {needs}, which needs the base's weights as they are",
+                "an adapter beside them: lora, ia3, prompt, prefix, p-tuning, adapter, layernorm or head",
+                "set model.load = 'full', or change the other",
+            )
 
 
 CLIP = 1.0  # the gradient norm under which rates were found: behind a steep head, SGD falls apart without it

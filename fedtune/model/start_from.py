@@ -52,7 +52,7 @@ def require_same_base(tunable: TunableModel, about: dict[str, Any], folder: str)
         ("base model", base.fingerprint, about.get("base_fingerprint")),
         ("labels", list(base.labels), about.get("labels")),
     ):
-        if want != have:
+        if want != have and not base.is_called(have):
             raise FedtuneError(
                 "M304",
                 f"'{folder}', made for {what} {str(have)[:80]}",

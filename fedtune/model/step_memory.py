@@ -172,7 +172,7 @@ def peak_of(tunable: TunableModel) -> Peak:
     base, adapter = tunable.base, tunable.settings
     dtypes = sorted({str(value.dtype) for value in base.weights.values()})
     kind = type(adapter).__name__ + (adapter.model_dump_json() if adapter else "")
-    key = (base.net.config.to_json_string(), base.task, base.pooling, kind, *dtypes)
+    key = (base.net.config.to_json_string(), base.task, base.pooling, base.load, kind, *dtypes)
     if key not in known:
         while len(known) >= 8:
             known.pop(next(iter(known)))

@@ -99,7 +99,7 @@ def check(recipe: Recipe) -> Checked:
     said = [
         *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
         *([f"rates     auto: {recipe.method.rates}"] if auto else []),
-        *remarks_on_types(recipe),
+        *remarks_on_types(recipe, base.load),
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
         *unseen(chain),
@@ -185,12 +185,13 @@ def check_context(recipe: Recipe, labels: Sequence[str]) -> Base:
     return base
 
 
-def remarks_on_types(recipe: Recipe) -> list[str]:
-    """Which type "auto" stands for here, and a warning of one that this machine has no arithmetic for."""
+def remarks_on_types(recipe: Recipe, load: str) -> list[str]:
+    """What "auto" stands for here, and a warning of a type that this machine has no arithmetic for."""
     from fedtune.model.base import dtype_of, has_bfloat16, pick_device
 
     stored, device = str(dtype_of(recipe.model)).removeprefix("torch."), pick_device(recipe.model.device)
     said = [f"dtype     auto: {stored} on {device}"] if recipe.model.dtype == "auto" else []
+    said += [f"load      auto: {load} on {device}"] * (recipe.model.load == "auto")
     if stored == "bfloat16" and not has_bfloat16(device):
         said.append(
             f"dtype     {device} has no arithmetic for bfloat16: a step may take 20 times as long as with "

@@ -188,7 +188,7 @@ def export_seeds(file: Path, base: str, form: str, to: Path) -> None:
         )
     model = ModelSettings.model_validate({"name": base, "dtype": seeds.dtype, "pooling": seeds.pooling})
     loaded = load_base(model, seeds.task, seeds.labels, seeds.seed)
-    if loaded.fingerprint != seeds.base_fingerprint:
+    if not loaded.is_called(seeds.base_fingerprint):
         found, expected = (
             f"base model {loaded.fingerprint[:12]} at '{base}'",
             f"{seeds.base_fingerprint[:12]}, which the seeds were made for",
@@ -256,7 +256,7 @@ def installed(folder: RunFolder, which: str = "best", data: bool = False) -> tup
             "the rows of the run, so that none that was trained on is scored",
             "score a file with: fedtune eval RUN --data FILE",
         )
-    if workspace.base.fingerprint != facts.get("base", ""):
+    if not workspace.base.is_called(facts.get("base")):
         found, expected = (
             f"base model {workspace.base.fingerprint[:12]}",
             f"{facts.get('base', '')[:12]}, which this run was trained on",

@@ -27,6 +27,8 @@ class Adapter(Settings):
     switches_off whether the network can be asked without it while it is there
     sparse   whether it trains chosen positions of weights, which every party derives from the base
     stacks   whether several clients' tensors fit into one pass (fedtune/model/stacked.py)
+    beside   whether it neither trains nor reads weights of the base's linear layers, which may then be held
+             in 4 or 8 bits (model.load)
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Adapter(Settings):
     switches_off: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
 
     @property
     def virtual_tokens(self) -> int:
@@ -95,6 +98,7 @@ class SparseAdapter(LayerAdapter):
 class PromptAdapter(Adapter):
     """A kind that learns tokens before the text."""
 
+    beside: ClassVar[bool] = True
     tokens: int = Field(10, ge=1)
     """Virtual tokens."""
 

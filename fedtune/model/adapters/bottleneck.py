@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ class Bottleneck(Adapter):
     2019, arXiv:1902.00751, as in FedPEFT's code)."""
 
     kind: Literal["adapter"] = "adapter"
+    beside: ClassVar[bool] = True
     reduction: int = Field(8, ge=1)
     """Hidden size divided by this is the width of the bottleneck."""
     shared: bool = True

@@ -16,6 +16,7 @@ class Head(Adapter):
     embeddings."""
 
     kind: Literal["head"] = "head"
+    beside: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
 

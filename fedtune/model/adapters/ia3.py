@@ -19,6 +19,7 @@ class IA3(LayerAdapter):
     2022, arXiv:2205.05638)."""
 
     kind: Literal["ia3"] = "ia3"
+    beside: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     switches_off: ClassVar[bool] = True
 

@@ -17,6 +17,7 @@ class LayerNorm(Adapter):
     arXiv:2312.11420)."""
 
     kind: Literal["layernorm"] = "layernorm"
+    beside: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
     def attach(self, base: Base) -> tuple[Any, Named]:

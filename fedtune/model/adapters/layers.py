@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.errors import FedtuneError
+from fedtune.hf import linears
 from fedtune.model.adapters.base import WHOLE
 from fedtune.model.base import Base
-from fedtune.types import LM_TASKS
 
 if TYPE_CHECKING:
     from fedtune.model.adapters.base import LayerAdapter
@@ -23,25 +23,12 @@ Named = dict[str, nn.Parameter]
 
 
 def heads(base: Base) -> tuple[str, ...]:
-    """Modules that start fresh: the children of a classifier beside its backbone, and a pooler that the
-    pretrained file lacks.
-
-    Whatever is fresh is trained and travels; a frozen random layer would be lost in an export.
-    """
-    children = [] if base.task in LM_TASKS else list(base.net.named_children())
-    beside = [
-        name
-        for name, module in children
-        if name != base.net.base_model_prefix and any(True for _ in module.parameters())
-    ]
-    missing = sorted(
-        {".".join(name.split(".")[:2]) for name in base.fresh if name.partition(".")[0] not in beside}
-    )
-    return (*beside, *missing)
+    """Modules that start fresh."""
+    return linears.heads(base.net, base.task, base.fresh)
 
 
 def in_head(base: Base, name: str) -> bool:
-    return any(name == head or name.startswith(head + ".") for head in heads(base))
+    return linears.within(name, heads(base))
 
 
 def head_parameters(base: Base) -> Named:
@@ -64,24 +51,8 @@ def open_for_training(base: Base, names: set[str]) -> Named:
 
 
 def linear_layers(base: Base) -> list[str]:
-    """Names of the linear layers that peft adapts (quantised ones as well), without the task head and the
-    output layer.
-
-    torch's own attention module reads the weights of its output layer without calling it, so an adapter there
-    would never be seen.
-    """
-    output = base.net.get_output_embeddings()
-    uncalled = {
-        id(module.out_proj) for module in base.net.modules() if isinstance(module, nn.MultiheadAttention)
-    }
-    found = [
-        (name, module) for name, module in base.net.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    return [
-        name
-        for name, module in found
-        if module is not output and id(module) not in uncalled and not in_head(base, name)
-    ]
+    """Names of the linear layers that peft adapts, without the task head and the output layer."""
+    return linears.body_linears(base.net, heads(base))
 
 
 def target_layers(base: Base, s: LayerAdapter) -> list[str]:

@@ -18,6 +18,7 @@ class Lora(LayerAdapter):
     """kind = "lora": a low-rank update beside chosen linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
     kind: Literal["lora"] = "lora"
+    beside: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     switches_off: ClassVar[bool] = True
     stacks: ClassVar[bool] = True

@@ -13,6 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.model.adapters.layers import heads
 from fedtune.model.base import Base
 from fedtune.types import LM_TASKS
+from fedtune.model.quantised import quantised
 
 Named = dict[str, nn.Parameter]
 PEFT_TASK = {"classify": "SEQ_CLS", "image-classify": None, **dict.fromkeys(LM_TASKS, "CAUSAL_LM")}
@@ -32,6 +33,14 @@ def peft_arguments(base: Base, whole: tuple[str, ...] = ()) -> dict[str, Any]:
                 f"the module '{name}' to save, which {base.name} does not have",
                 f"names such as {some}",
                 "correct modules_to_save",
+            )
+        if any(quantised(base.net.get_submodule(path)) for path in found):
+            found_ = f"modules_to_save = '{name}' with model.load = '{base.load}', which rounds its weights"
+            raise FedtuneError(
+                "M306",
+                found_,
+                "a module without quantised layers",
+                "leave it out, or set model.load = 'full'",
             )
         tied = base.net.get_output_embeddings()
         embeddings = base.net.get_input_embeddings()
