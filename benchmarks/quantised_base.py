@@ -49,7 +49,8 @@ def docstrings(count: int) -> list[str]:
     found = set()
     for name in MODULES:
         for _, one in inspect.getmembers(importlib.import_module(name)):
-            text = inspect.cleandoc(getattr(one, "__doc__", None) or "") if callable(one) else ""
+            said = getattr(one, "__doc__", None) if callable(one) else None
+            text = inspect.cleandoc(said) if isinstance(said, str) else ""
             found |= {text} if 80 < len(text) < 400 else set()
     return sorted(found)[:count]
 
