@@ -24,8 +24,8 @@ from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
 from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
-from fedtune.model.objectives import Preference
 from fedtune.model.fingerprint import HALF, digest, tokenizer_text
+from fedtune.model.objectives import Preference
 from fedtune.model.quantised import fitting, quantise
 from fedtune.model.settings import ModelSettings
 from fedtune.panics import panics_as_errors

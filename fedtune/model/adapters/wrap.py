@@ -12,8 +12,8 @@ from torch import nn
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters.layers import heads
 from fedtune.model.base import Base
-from fedtune.types import LM_TASKS
 from fedtune.model.quantised import quantised
+from fedtune.types import LM_TASKS
 
 Named = dict[str, nn.Parameter]
 PEFT_TASK = {"classify": "SEQ_CLS", "image-classify": None, **dict.fromkeys(LM_TASKS, "CAUSAL_LM")}
