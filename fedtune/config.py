@@ -24,7 +24,7 @@ from fedtune.metrics import GenerateSettings, MetricTable
 from fedtune.model.settings import ModelSettings
 from fedtune.overrides import apply_override, drop_unused
 from fedtune.privacy.releases import Release
-from fedtune.privacy.settings import PrivacySettings
+from fedtune.privacy.settings import PrivacySettings, spent_before
 from fedtune.recipes import BUILT_IN, text_of
 from fedtune.rules import check_rules
 from fedtune.selection import SelectTable
@@ -210,6 +210,11 @@ class Recipe(Settings):
         """What one answer of a client gives away of it or of one of its rows; () where nothing bounds it."""
         every = (*(step.spends for step in self.chain), self.method.spends)
         return tuple(release for release in every if release)
+
+    @property
+    def spends_before(self) -> tuple[Release, ...]:
+        """The same of the questions before the first round, which are asked once."""
+        return spent_before(self) if self.spends else ()
 
     def canonical(self) -> str:
         """The resolved recipe as canonical JSON, as clients get it: without [watch] and [[sinks]], which are

@@ -14,6 +14,7 @@ from fedtune.deploy.sites import Details
 from fedtune.deploy.worker import understood
 from fedtune.errors import FedtuneError, Refused
 from fedtune.privacy.accountant import spent
+from fedtune.privacy.settings import asked_before
 from fedtune.runtime.masked_tasks import root_of
 from fedtune.trust import Signed, canonical
 from fedtune.trust.ticket import FORMS, TAG
@@ -24,8 +25,9 @@ def explained(file: str, policy: Policy, home: Path) -> Iterator[str]:
     recipe, verb = asked_for(file)
     yield from in_words(recipe)
     yield from own_demands(policy)
-    shown = release(policy, recipe, verb)
-    yield f"of a row      {spent([shown], policy.delta)} for each answer to '{verb}', by noise added here"
+    for asked in [*(asked_before(recipe) if verb == "train" else ()), verb]:
+        shown = spent([release(policy, recipe, asked)], policy.delta)
+        yield f"of a row      {shown} for each answer to '{asked}', by noise added here"
     if lines := book(home):
         yield f"so far        {spent([line.release for line in lines], policy.delta)}, {len(lines)} answers"
     key = policy.coordinators[0] if policy.coordinators else ""

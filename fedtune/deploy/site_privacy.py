@@ -20,11 +20,13 @@ import numpy as np
 from fedtune.config import Recipe
 from fedtune.deploy.policy import Policy, forbidden
 from fedtune.disk import disk_errors
+from fedtune.methods.head_start import FEATURES
 from fedtune.model.settings import TrainSettings
 from fedtune.privacy.accountant import spent
 from fedtune.privacy.ledger import Ledger, Line
 from fedtune.privacy.noise import Secret, add_gaussian
 from fedtune.privacy.releases import Release
+from fedtune.privacy.settings import asked_before
 from fedtune.rules import tables_of
 from fedtune.runtime.client_half import Cover
 from fedtune.runtime.journal import sentences
@@ -55,7 +57,14 @@ def release(policy: Policy, recipe: Recipe, verb: str) -> Release:
         return Release("gaussian", "example", max(found))
     trains = [table for table in tables_of(recipe.method) if isinstance(table, TrainSettings)]
     rows = recipe.method.spends
-    if verb == TRAIN and rows and rows.noise and not any(any(t.private_conflicts(recipe)) for t in trains):
+    if verb == FEATURES and (about := asked_before(recipe).get(verb)):
+        rows = about.spends
+    if (
+        verb in (TRAIN, FEATURES)
+        and rows
+        and rows.noise
+        and not any(any(t.private_conflicts(recipe)) for t in trains)
+    ):
         return rows
     return Release("none", "example")
 
@@ -95,27 +104,28 @@ def charge(policy: Policy, home: Path, recipe: Recipe, about: Ticket, client: in
         Ledger(db).charge([Line(client, about.round, shown, about.run, sha256)])
 
 
-def cover(policy: Policy, verb: str = TRAIN) -> Cover | None:
-    """What the site does to an answer before the recipe's chain has it; None: nothing."""
+def cover(policy: Policy, verb: str = TRAIN, directed: bool = False) -> Cover | None:
+    """What the site does to an answer before the recipe's chain has it; None: nothing. An answer of which
+    only the direction counts becomes as long as may be."""
     if not policy.max_norm or not says_of_rows(verb) or root_of(verb) == SCORE:
         return None
 
     def covered(update: Update, near: Tensors | None) -> Update:
         whole = any(np.asarray(value).dtype.kind in "iu" for value in update.tensors.values())
-        if whole or near is None:
+        if whole or (near is None and not directed):
             what = "whole numbers" if whole else "an answer that is no difference to what was given"
             raise forbidden(
                 f"{what}, whose length cannot be cut here", f"differences (max_norm = {policy.max_norm:g})"
             )
-        moved = update.shifted(near, -1)
+        moved = update if near is None else update.shifted(near, -1)
         values = {name: np.asarray(value) / update.weight for name, value in moved.tensors.items()}
         norm, secret, sigma = length(values), Secret(), policy.noise * policy.max_norm
-        factor = policy.max_norm / norm if norm > policy.max_norm else 1.0
+        factor = policy.max_norm / norm if norm > policy.max_norm or (directed and norm) else 1.0
         values = {name: add_gaussian(value * factor, sigma, secret) for name, value in values.items()}
         figures = {} if sigma else update.metrics
         made = replace(
             update, tensors={name: value * update.weight for name, value in values.items()}, metrics=figures
         )
-        return made.shifted(near, +1)
+        return made if near is None else made.shifted(near, +1)
 
     return covered

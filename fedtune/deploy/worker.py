@@ -255,7 +255,8 @@ class Worker:
         held = load_versions(place, ask.client)
         vault = FolderVault(self.home / "vault" / about.run)
         client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body, vault=vault)
-        reply = respond(link, client, ask, cover(self.policy, about.verb))
+        directed = about.verb in link.tasks and link.tasks[about.verb].directed
+        reply = respond(link, client, ask, cover(self.policy, about.verb, directed))
         save_versions(place, ask.client, memory_after(held, ask, client.memory))
         size, sha256 = len(reply.payload), hashlib.sha256(reply.payload).hexdigest()
         charge(self.policy, self.home, workspace.recipe, about, ask.client, sha256)

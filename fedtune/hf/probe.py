@@ -77,18 +77,8 @@ def try_once(net: Any, base: Any) -> bool:
 
     True where the answer depends on anything that is to be trained.
     """
+    inputs = smallest(net, base)
     device = next(iter(base.weights.values())).device
-    if base.task == "image-classify":
-        size = image_size(net.config, base.tokenizer)
-        inputs = {
-            "pixel_values": torch.zeros(
-                1, getattr(net.config, "num_channels", None) or 3, *size, device=device
-            )
-        }
-    else:
-        short = texts(base.tokenizer, base.context)[0] if base.tokenizer is not None else [1, 2, 3]
-        ids = torch.tensor([short], device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     dtype = next(iter(base.weights.values())).dtype
     half = (
         torch.autocast(device.type, dtype)
@@ -97,6 +87,19 @@ def try_once(net: Any, base: Any) -> bool:
     )
     with torch.enable_grad(), own_draws(), half:
         return bool(net(**inputs).logits.requires_grad)
+
+
+def smallest(net: Any, base: Any) -> dict[str, torch.Tensor]:
+    """An input that is as small as possible, on the base's device: a text of a few tokens, an empty image."""
+    device = next(iter(base.weights.values())).device
+    if base.task == "image-classify":
+        channels = getattr(net.config, "num_channels", None) or 3
+        return {
+            "pixel_values": torch.zeros(1, channels, *image_size(net.config, base.tokenizer), device=device)
+        }
+    short = texts(base.tokenizer, base.context)[0] if base.tokenizer is not None else [1, 2, 3]
+    ids = torch.tensor([short], device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def image_size(config: Any, processor: Any) -> tuple[int, int]:

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from fedtune.methods.head_start import HeadStart, features_verbs, kept_until_started, start_conflicts, started
+from fedtune.methods.head_start import (
+    HeadNoise,
+    HeadStart,
+    features_verbs,
+    kept_until_started,
+    noise_conflicts,
+    start_conflicts,
+    started,
+)
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.methods.one_client import begin_alone
 from fedtune.methods.weights import TELLS, Weight, weight_of
@@ -95,6 +103,11 @@ class AdapterTable(TrainedTable):
     """[method] of a method that trains an adapter."""
 
     adapter: AdapterSettings = Lora()
+    head_noise: HeadNoise = "off"
+    """Makes the class sums of head_start = 'means' private: clients tell the sums of unit features by class
+    and nothing beside, under noise of so many times what one row changes them by (1), for
+    method.train.private. 0: no noise of their own, where step 'private' or a site's policy covers whole
+    answers. off: as they are, with counts and lengths."""
 
     @property
     def spends(self) -> Release | None:
@@ -110,6 +123,7 @@ class AdapterTable(TrainedTable):
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
         yield from objective_conflicts(self.train, self.adapter)
+        yield from noise_conflicts(self.head_start, self.head_noise, recipe)
 
 
 def names_of_figures(settings: TrainedTable) -> tuple[str, ...]:
@@ -135,11 +149,11 @@ def shown(train: TrainSettings) -> str:
 class AveragedTensors:
     """State: the tensors of the tunable model. A round's are the mean of the answers to `train`."""
 
-    def __init__(self, head_start: HeadStart, rounds: int) -> None:
-        self.head_start, self.rounds = head_start, rounds
+    def __init__(self, head_start: HeadStart, rounds: int, head_noise: HeadNoise = "off") -> None:
+        self.head_start, self.rounds, self.head_noise = head_start, rounds, head_noise
 
     def start(self, tunable: TunableModel) -> State:
-        return State(tunable.read(), kept_until_started(self.head_start, tunable))
+        return State(tunable.read(), kept_until_started(self.head_start, tunable, self.head_noise))
 
     def begin(self, state: State, cohort: Sums) -> State:
         """What is made of questions that are asked once, before the first round's own."""
@@ -157,7 +171,7 @@ class AdapterMethod(AveragedTensors):
     """FedAvg of an adapter."""
 
     def __init__(self, settings: AdapterTable, rounds: int) -> None:
-        super().__init__(settings.head_start, rounds)
+        super().__init__(settings.head_start, rounds, settings.head_noise)
         self.settings = settings
 
     @property
@@ -182,7 +196,8 @@ class AdapterMethod(AveragedTensors):
             moves=True,
             shows=shown(self.settings.train),
         )
-        return {"train": train} | features_verbs(self.settings.head_start)
+        s = self.settings
+        return {"train": train} | features_verbs(s.head_start, noise=s.head_noise)
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.tunable import attach

@@ -37,6 +37,12 @@ class ExpertsSettings(AdapterTable):
                 "plain LoRA, whose pairs add up",
                 "set method.adapter.kind = 'lora' without dora",
             )
+        if self.head_noise != "off":
+            yield (
+                "method.head_noise with method.type = 'experts'",
+                "a method whose groups are not made from what clients tell of themselves",
+                "remove method.head_noise, or set method.type = 'fedpeft'",
+            )
         rule: Rule = recipe.aggregate
         if not sums_up(rule):
             known = ", ".join(

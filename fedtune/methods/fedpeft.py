@@ -126,7 +126,7 @@ class FedPEFT(AdapterMethod):
         return State(
             shared,
             {OWN + name: tensors[name] for name in sorted(own)}
-            | kept_until_started(self.settings.starts_head, tunable)
+            | kept_until_started(self.settings.starts_head, tunable, self.settings.head_noise)
             | kept_until_begun(self.settings.lora_start, tunable),
         )
 
@@ -261,7 +261,8 @@ class FedPEFT(AdapterMethod):
             shows=shown(self.settings.train),
             together=(self.settings.train.together, self.train_together),
         )
-        before = features_verbs(self.settings.starts_head) | moments_verbs(self.settings.lora_start)
+        s = self.settings
+        before = features_verbs(s.starts_head, noise=s.head_noise) | moments_verbs(s.lora_start)
         return {"train": train} | before
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:

@@ -85,6 +85,9 @@ class Verb:
                 downlink may be lossy
     holds       clients keep the whole numbers that they are given, so that later only changes need travel
     whole       answers are whole numbers, exact at any weight
+    directed    only the direction of an answer counts, and nothing else is in it: whatever length it is
+                given, and noise on it, change no more than that
+    spends      what an answer gives away of a row, where noise at the client bounds it
     shows       what an answer shows of a client's data, where that is more than a trained model does
     once        a client is asked it once in a run: before the first round's own question, or when it is
                 first needed; its answer goes through no code
@@ -100,6 +103,8 @@ class Verb:
     moves: bool = False
     holds: bool = False
     whole: bool = False
+    directed: bool = False
+    spends: Release | None = None
     shows: str = ""
     once: bool = False
     together: tuple[int, Together | None] = (1, None)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedtune.hf.probe import smallest
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
 from fedtune.model.loss import autocast, inputs_of
@@ -65,6 +66,15 @@ def through_net(tunable: TunableModel) -> Through:
             each(labels)
 
     return run
+
+
+def public_length(tunable: TunableModel) -> float:
+    """How long a feature is, of an input that everybody knows: the least that shows the model at work."""
+    with watching(tunable) as seen, torch.no_grad():
+        training = tunable.net.training
+        tunable.net.eval()(**smallest(tunable.base.net, tunable.base))
+        tunable.net.train(training)
+        return float(seen[-1].flatten(0, -2).double().norm(dim=1).mean())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fedtune.model.input_changes import InputChangeTable, Vocabulary
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
 from fedtune.model.uds import Uds
 from fedtune.privacy.releases import Release
-from fedtune.privacy.settings import PrivateTraining, asked_before
+from fedtune.privacy.settings import NOISE_OR_NONE, PrivateTraining, asked_before
 from fedtune.settings import Settings, path_below
 from fedtune.types import LM_TASKS
 
@@ -263,12 +263,13 @@ class TrainSettings(Settings):
                 "a weight that no row's length or loss changes",
                 "set method.weight = 'rows' or 'equal'",
             )
-        if first := asked_before(recipe):
-            yield (
-                f"the question '{first[0]}' of method.type = '{recipe.method.type}' with {here}",
-                "nothing that is told of rows without noise",
-                "set method.head_start = 'random'",
-            )
+        for name, verb in asked_before(recipe).items():
+            if not verb.spends or (self.private.noise_multiplier and not verb.spends.noise):
+                yield (
+                    f"the question '{name}' of method.type = '{recipe.method.type}' with {here}",
+                    "nothing that is told of rows without noise",
+                    NOISE_OR_NONE.format("2.0"),
+                )
 
 
 def float16_conflicts(recipe: Any) -> Iterator[tuple[str, str, str]]:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 import secrets
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+from fedtune.types import Update
 
 # Steps in a standard deviation. Rounding moves a value by half a step at most, so the sensitivity of 1e8
 # numbers grows by 1e8**0.5 / 2**32 < 3e-6 of a noise of its own size.
@@ -74,6 +77,17 @@ def add_gaussian(value: np.ndarray, sigma: float, secret: Secret) -> np.ndarray:
         part += np.rint(secret.normal(part.size) * (sigma / step))
     out *= step
     return out
+
+
+def noisy(update: Update, sigma: float) -> Update:
+    """The update with N(0, sigma^2) on every number, from a secret of its own."""
+    if not sigma:
+        return update
+    secret = Secret()
+    return replace(
+        update,
+        tensors={name: add_gaussian(value, sigma, secret) for name, value in update.tensors.items()},
+    )
 
 
 def discrete_gaussian(count: int, sigma: float, secret: Secret) -> np.ndarray:

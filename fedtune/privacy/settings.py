@@ -11,6 +11,9 @@ from fedtune.privacy.releases import Release
 from fedtune.settings import Settings
 from fedtune.types import LM_TASKS
 
+# what to do about a question before the first round; {} is the noise that covers its answers
+NOISE_OR_NONE = "set method.head_start = 'means' and method.head_noise = {}, or method.head_start = 'random'"
+
 
 class PrivacySettings(Settings):
     """[privacy]: in what epsilon is counted, and how much there may be of it (docs/privacy.md)."""
@@ -51,9 +54,20 @@ class PrivateTraining(Settings):
         return Release("poisson-gaussian", "example", self.noise_multiplier, self.sample_rate, steps)
 
 
-def asked_before(recipe: Any) -> list[str]:
-    """Questions before the first round whose answers are sums over rows, as they are."""
+def asked_before(recipe: Any) -> dict[str, Any]:
+    """The questions before the first round, whose answers are sums over rows: name -> Verb."""
     if recipe.data.task in LM_TASKS:
-        return []  # no head of classes that could start from them
+        return {}  # no head of classes that could start from them
     method = recipe.method.provisional.build(recipe.rounds, recipe.aggregate)
-    return [name for name, verb in method.verbs.items() if verb.once]
+    return {name: verb for name, verb in method.verbs.items() if verb.once}
+
+
+def spent_before(recipe: Any) -> tuple[Release, ...]:
+    """What one answer to each of those gives away: of a row where its training is bounded, of a client where
+    a step of the chain bounds answers."""
+    rows, found = recipe.method.spends, list[Release]()
+    for verb in asked_before(recipe).values():
+        if verb.directed:
+            found += [step.spends for step in recipe.chain if step.spends]
+            found += [verb.spends or Release("none", rows.unit)] if rows else []
+    return tuple(found)

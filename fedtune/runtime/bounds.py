@@ -52,9 +52,18 @@ class Bounds:
     _said: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
     def check(
-        self, number: int, client: int, name: str, verb: str, update: Update, given: Tensors, spread: float
+        self,
+        number: int,
+        client: int,
+        name: str,
+        verb: str,
+        update: Update,
+        given: Tensors,
+        spread: float,
+        noise: float = 0.0,
     ) -> None:
-        """Raises Refused W606, W607. An answer that passes is remembered for the rounds after."""
+        """Raises Refused W606, W607. An answer that passes is remembered for the rounds after. `noise`: the
+        standard deviation of what its client laid on every number of the sum over its rows."""
         self._begin(number)
         if update.weight > (most := self.most(client, verb)):
             raise Refused(
@@ -65,7 +74,8 @@ class Bounds:
             )
         key = (verb, tuple(sorted(update.tensors)))
         norm = norm_of(update)
-        if spread and norm is not None and norm > (limit := spread * self._before(key, given)):
+        drowned = noise * math.sqrt(sum(value.size for value in update.tensors.values())) / update.weight
+        if spread and norm is not None and norm > (limit := spread * (self._before(key, given) + drowned)):
             raise Refused(
                 "W606",
                 f"an answer of norm {norm:.4g} from '{name}'",

@@ -18,10 +18,10 @@ from fedtune.runtime import privacy
 from fedtune.runtime.exposure import Exposure, exposure
 from fedtune.runtime.masked_tasks import STAGES, stage_of, with_masks
 from fedtune.runtime.sampling import sample
-from fedtune.runtime.task import chain_for, tasks_of
+from fedtune.runtime.task import chain_for, question_of, tasks_of
 from fedtune.runtime.workspace import how_to_encode
 from fedtune.schema import Schema
-from fedtune.transforms.base import Chain, Question
+from fedtune.transforms.base import Chain
 from fedtune.types import Round, Update
 from fedtune.wire import EVERYONE, Header, encode, encode_state
 
@@ -256,7 +256,7 @@ def verb_traffic(
     plain_up, plain_down = (
         8.0 * sum(value.nbytes for value in zeros(schema).values()) for schema in (answer, given)
     )
-    chain = chain_for(verb, chain).bound(Question("", name, verb.moves, verb.whole, method.facts.metrics))
+    chain = chain_for(verb, chain).bound(question_of(name, verb, method))
     if chain.adds:
         sent, stored = chain.sent(answer), "uint32" if verb.moves else "uint64"
         message = Update({name: np.zeros(shape, stored) for name, shape in sent.entries}, 1.0)

@@ -339,7 +339,9 @@ class RoundCohort:
         _, said = decode(reply.payload, self.link.expect(verb, client, self.now, sent, kinds))
         update = task.chain.receive(said, client, self.now)
         require_finite(update, name)
-        bounds.check(self.now.number, client, name, verb, update, given, self.link.limits.spread)
+        bounds.check(
+            self.now.number, client, name, verb, update, given, self.link.limits.spread, task.row_noise
+        )
         return update
 
     def _asked(

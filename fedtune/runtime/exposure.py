@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtune.methods import Method
 from fedtune.methods.interface import Verb
-from fedtune.runtime.task import chain_for
+from fedtune.runtime.task import chain_for, question_of
 from fedtune.selection import Selection, telling
 from fedtune.transforms.base import Chain
 
@@ -27,14 +27,18 @@ class Exposure:
 def exposure(method: Method, chain: Chain, tunable: Any, select: Sequence[Selection] = ()) -> list[Exposure]:
     """A row for each verb of the method that is asked of such a tunable model (or plan), and what else leaves
     a client; `select`: the recipe's selections of rows."""
-    rows = [seen(verb, about, chain) for verb, about in method.verbs.items() if about.applies(tunable)]
+    rows = [
+        seen(verb, about, chain_for(about, chain).bound(question_of(verb, about, method)))
+        for verb, about in method.verbs.items()
+        if about.applies(tunable)
+    ]
     also = beside(method, chain) | telling(select) | dict(method.capabilities.also_see)
     return rows + [Exposure(what, sees, ()) for what, sees in also.items()]
 
 
 def seen(verb: str, about: Verb, chain: Chain) -> Exposure:
-    """The row of one verb."""
-    steps = chain_for(about, chain).steps
+    """The row of one verb, whose answers go through this chain."""
+    steps = chain.steps
     if about.reads_each:
         sees = "each client's answer, and uses it singly"
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Noted
+from fedtune.methods.head_start import waits
 from fedtune.privacy.accountant import Spent, library
 from fedtune.privacy.ledger import Line, by_unit
 from fedtune.privacy.releases import UNITS
@@ -20,6 +21,7 @@ from fedtune.transforms.private import PrivateSettings
 if TYPE_CHECKING:
     from fedtune.runtime.run import Run
 
+BEFORE = "/before"  # ends the name of a draw: of what is asked before the first round's own question
 BUDGET = "budget"  # how the journal names why a run ended before its last round
 FEW = 30  # clients: below that, hiding one among the others takes more noise than the others can make up for
 LARGE = 10.0  # epsilon: whoever looks may be exp(10) = 22,000 times as sure as before
@@ -31,9 +33,20 @@ def require_accountant(recipe: Recipe) -> None:
         library()
 
 
-def charges(recipe: Recipe, number: int, members: Iterable[int], draw: str = "0") -> list[Line]:
-    """What a round charges, one line for each member and unit."""
-    return [Line(client, number, release, draw=draw) for client in members for release in recipe.spends]
+def charges(
+    recipe: Recipe, number: int, members: Iterable[int], draw: str = "0", before: bool = False
+) -> list[Line]:
+    """What a round charges, one line for each member and release; `before`: questions before the first
+    round's own are asked in it, whose noise is another draw."""
+    lines = []
+    for client in members:
+        lines += [Line(client, number, release, draw=draw) for release in recipe.spends]
+        lines += [
+            Line(client, number, release, draw=f"{draw}{BEFORE}")
+            for release in recipe.spends_before
+            if before
+        ]
+    return lines
 
 
 def planned(recipe: Recipe, clients: int, rounds: int) -> list[Line]:
@@ -41,7 +54,9 @@ def planned(recipe: Recipe, clients: int, rounds: int) -> list[Line]:
     return [
         line
         for number in range(1, rounds + 1)
-        for line in charges(recipe, number, sample(recipe.sampling, clients, recipe.seed, number))
+        for line in charges(
+            recipe, number, sample(recipe.sampling, clients, recipe.seed, number), before=number == 1
+        )
     ]
 
 
@@ -69,7 +84,7 @@ def charge(work: Run, number: int, members: Sequence[int]) -> bool:
     recipe, journal = work.recipe, work.journal
     if not recipe.spends:
         return True
-    lines = charges(recipe, number, members, journal.ledger.draw(number))
+    lines = charges(recipe, number, members, journal.ledger.draw(number), waits(work.state))
     known = journal.charges()
     there = {(line.client, line.round, line.draw) for line in known}
     new = [line for line in lines if (line.client, line.round, line.draw) not in there]
@@ -118,6 +133,12 @@ def in_words(recipe: Recipe, clients: int, trained: int) -> list[str]:
     said = [
         f"privacy   {one} after {rounds} rounds; hidden: {UNITS[unit]}" for unit, one in sorted(spent.items())
     ]
+    if recipe.spends_before:
+        first = by_unit(before_first(recipe), recipe.privacy.delta)
+        said += [
+            f"privacy   {one} of it for the class sums before the first round"
+            for _, one in sorted(first.items())
+        ]
     if rounds < recipe.rounds:
         said.append(
             f"privacy   the budget of {recipe.privacy.budget:g} ends the run after round {rounds} of "
@@ -126,6 +147,11 @@ def in_words(recipe: Recipe, clients: int, trained: int) -> list[str]:
     if "client" in spent:
         said += doubts(recipe, clients, trained, spent["client"])
     return said
+
+
+def before_first(recipe: Recipe) -> list[Line]:
+    """What a client is charged before the first round's own question."""
+    return [Line(0, 1, release) for release in recipe.spends_before]
 
 
 def more_noise(recipe: Recipe, asked: int) -> float:

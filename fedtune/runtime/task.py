@@ -23,6 +23,8 @@ class Task:
     moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may
             be lossy
     holds   clients keep the whole numbers that they are given, so that later only changes need travel
+    directed  only the direction of the answer counts
+    row_noise  standard deviation of the noise of its client's on every number of the sum over its rows
     trains  the client's half needs training rows
     reads_each  the server reads single answers
     by_group    the server reads sums of groups
@@ -36,6 +38,8 @@ class Task:
     chain: Chain = field(default_factory=Chain)
     moves: bool = False
     holds: bool = False
+    directed: bool = False
+    row_noise: float = 0.0
     trains: bool = True
     reads_each: bool = False
     by_group: bool = False
@@ -70,12 +74,16 @@ def chain_for(verb: Verb, chain: Chain) -> Chain:
     )
 
 
+def question_of(name: str, verb: Verb, method: Method, run: str = "") -> Question:
+    """What the steps of a chain may know of a verb."""
+    return Question(run, name, verb.moves, verb.whole, verb.directed, method.facts.metrics)
+
+
 def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
     """A task for each verb of a method."""
 
     def task(name: str, verb: Verb) -> Task:
-        figures = method.facts.metrics
-        about = Question(run, name, verb.moves, verb.whole, figures)
+        about = question_of(name, verb, method, run)
         return Task(
             verb.work,
             verb.given,
@@ -83,9 +91,11 @@ def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
             chain_for(verb, chain).bound(about),
             verb.moves,
             verb.holds,
+            verb.directed,
+            verb.spends.noise if verb.spends else 0.0,
             reads_each=verb.reads_each,
             by_group=verb.by_group,
-            figures=figures,
+            figures=about.figures,
             together=verb.together,
         )
 

@@ -32,6 +32,7 @@ class Question:
     run, verb  whose it is, and what is asked
     moves      the answers are differences to what was given
     whole      they are whole numbers
+    directed   only their direction counts
     figures    names of the figures that they may carry
     attempt    1, or more where it is asked again in one round, from the keys on
     """
@@ -40,6 +41,7 @@ class Question:
     verb: str = ""
     moves: bool = True
     whole: bool = False
+    directed: bool = False
     figures: tuple[str, ...] = ()
     attempt: int = 1
 

@@ -10,9 +10,10 @@ from fedtune.errors import ClientFailed
 from fedtune.types import Update
 
 
-def bounded(update: Update, clip: float, name: str) -> Update:
+def bounded(update: Update, clip: float, name: str, fill: bool = False) -> Update:
     """The update with weight 1, at most `clip` long (0: however long), and without figures, which no noise
-    covers. Raises ClientFailed W607 for a length that is not finite."""
+    covers. `fill`: a shorter one becomes as long. Raises ClientFailed W607 for a length that is not
+    finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = {key: np.asarray(value) / update.weight for key, value in update.tensors.items()}
         norm = length(values)
@@ -23,10 +24,15 @@ def bounded(update: Update, clip: float, name: str) -> Update:
             "finite numbers",
             "lower the learning rate or set method.train.clip",
         )
-    factor = clip / norm if clip and norm > clip else 1.0
+    factor = clip / norm if clip and (norm > clip or (fill and norm)) else 1.0
     return Update({key: value * factor for key, value in values.items()}, notes=update.notes)
 
 
 def length(values: dict[str, np.ndarray]) -> float:
     """L2 norm over all tensors together."""
     return math.sqrt(sum(float(np.vdot(value, value)) for _, value in sorted(values.items())))
+
+
+def to_length(clip: float, fill: bool) -> str:
+    """What `bounded` does, in words."""
+    return f"{'brought' if fill else 'cut'} to a length of {clip:g}"

@@ -23,8 +23,8 @@ import numpy as np
 
 from fedtune.privacy.noise import Secret
 from fedtune.schema import Schema
-from fedtune.transforms.base import Kind, Transform
-from fedtune.transforms.bounded import bounded
+from fedtune.transforms.base import Kind, Question, Transform
+from fedtune.transforms.bounded import bounded, to_length
 from fedtune.transforms.ring import FIGURES, LIMBS, UNIT, from_limbs, limbs, unfit
 from fedtune.types import Client, Round, Update
 
@@ -38,12 +38,16 @@ class NoiseShares(Transform):
     gives: ClassVar[Kind] = "ring"
     drops_figures: ClassVar[bool] = True
 
-    def __init__(self, clip: float, noise_multiplier: float, honest: float) -> None:
-        self.clip, self.sigma, self.honest = clip, clip * noise_multiplier, honest
+    def __init__(self, clip: float, noise_multiplier: float, honest: float, fill: bool = False) -> None:
+        self.clip, self.multiplier, self.honest, self.fill = clip, noise_multiplier, honest, fill
+        self.sigma = clip * noise_multiplier
         self.words = (
-            f"cut to a length of {clip:g}, with a share of noise on every number, of which a sum has "
+            f"{to_length(clip, fill)}, with a share of noise on every number, of which a sum has "
             f"{self.sigma:g} or more"
         )
+
+    def bound(self, question: Question) -> NoiseShares:
+        return NoiseShares(1.0, self.multiplier, self.honest, True) if question.directed else self
 
     def sent(self, answer: Schema) -> Schema:
         return Schema(tuple(sorted((*answer.entries, (FIGURES, (LIMBS,))))))
@@ -56,7 +60,7 @@ class NoiseShares(Transform):
         if share and scale * share < FINEST:
             raise unfit(f"noise of {scale * share:,.0f} steps for client '{client.name}'")
         secret, tensors = Secret(), {}
-        for name, value in bounded(update, self.clip, client.name).tensors.items():
+        for name, value in bounded(update, self.clip, client.name, self.fill).tensors.items():
             levels = np.trunc(scale * np.asarray(value, np.float64))
             if share:
                 levels += np.rint(secret.normal(levels.size).reshape(levels.shape) * (scale * share))

@@ -2,8 +2,9 @@
 took part (McMahan et al. 2018, arXiv:1710.06963).
 
 All clients count alike, so that the sum of answers changes by at most `clip` where one of them is replaced by
-zeros; the number of answers is taken to be known. No amplification by sampling is claimed: members are drawn
-from the run's seed, which is no secret.
+zeros; the number of answers is taken to be known. Answers of which only the direction counts (class sums that
+a head starts from) are brought to a length of 1, under noise of `noise_multiplier`. No amplification by
+sampling is claimed: members are drawn from the run's seed, which is no secret.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from fedtune.privacy.noise import Secret, add_gaussian
+from fedtune.privacy.noise import noisy
 from fedtune.privacy.releases import Release
-from fedtune.transforms.base import StepSettings, Transform
-from fedtune.transforms.bounded import bounded
+from fedtune.privacy.settings import NOISE_OR_NONE
+from fedtune.transforms.base import Question, StepSettings, Transform
+from fedtune.transforms.bounded import bounded, to_length
 from fedtune.transforms.noise_shares import NoiseShares
 from fedtune.types import LM_TASKS, Client, Round, Update
 
@@ -83,11 +85,11 @@ class PrivateSettings(StepSettings):
             )
         headless = recipe.data.task in LM_TASKS
         for name, verb in method.verbs.items():
-            if not verb.moves and not (verb.once and headless):
+            if not (verb.moves or verb.directed or (verb.once and headless)):
                 yield (
                     f"the question '{name}' of method.type = '{recipe.method.type}' with {here}",
-                    "questions whose answers are differences to what was given",
-                    "set method.head_start = 'random'" if verb.once else "choose another method.type",
+                    "questions whose answers are differences to what was given, or directions",
+                    NOISE_OR_NONE.format(0) if verb.once else "choose another method.type",
                 )
 
     def share_conflicts(self, recipe: Any, method: Any, here: str) -> Iterator[tuple[str, str, str]]:
@@ -124,13 +126,17 @@ class NoiseOnSum(Transform):
     undone: ClassVar[Literal["reply", "sum"]] = "sum"
     drops_figures: ClassVar[bool] = True
 
-    def __init__(self, clip: float, noise_multiplier: float) -> None:
-        self.clip, self.sigma = clip, clip * noise_multiplier
+    def __init__(self, clip: float, noise_multiplier: float, fill: bool = False) -> None:
+        self.clip, self.multiplier, self.fill = clip, noise_multiplier, fill
+        self.sigma = clip * noise_multiplier
         self.relative = bool(clip)
-        self.words = f"cut to a length of {clip:g}; before it is used, it gets noise of {self.sigma:g}"
+        self.words = f"{to_length(clip, fill)}; before it is used, it gets noise of {self.sigma:g}"
+
+    def bound(self, question: Question) -> NoiseOnSum:
+        return NoiseOnSum(1.0, self.multiplier, True) if question.directed and self.clip else self
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
-        return as_sent(bounded(update, self.clip, client.name))
+        return as_sent(bounded(update, self.clip, client.name, self.fill))
 
     def on_reply(self, update: Update, client: int, now: Round) -> Update:
         return bounded(update, self.clip, str(client))
@@ -146,13 +152,17 @@ class NoiseOnAnswer(Transform):
     undone: ClassVar[Literal["reply", "sum"]] = "reply"
     drops_figures: ClassVar[bool] = True
 
-    def __init__(self, clip: float, noise_multiplier: float) -> None:
-        self.clip, self.sigma = clip, clip * noise_multiplier
+    def __init__(self, clip: float, noise_multiplier: float, fill: bool = False) -> None:
+        self.clip, self.multiplier, self.fill = clip, noise_multiplier, fill
+        self.sigma = clip * noise_multiplier
         self.relative = bool(clip)
-        self.words = f"cut to a length of {clip:g}, with noise of {self.sigma:g} on every number"
+        self.words = f"{to_length(clip, fill)}, with noise of {self.sigma:g} on every number"
+
+    def bound(self, question: Question) -> NoiseOnAnswer:
+        return NoiseOnAnswer(1.0, self.multiplier, True) if question.directed and self.clip else self
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
-        return noisy(bounded(update, self.clip, client.name), self.sigma)
+        return noisy(bounded(update, self.clip, client.name, self.fill), self.sigma)
 
 
 def as_sent(update: Update) -> Update:
@@ -162,15 +172,4 @@ def as_sent(update: Update) -> Update:
         tensors={
             name: np.asarray(value, np.float32).astype(np.float64) for name, value in update.tensors.items()
         },
-    )
-
-
-def noisy(update: Update, sigma: float) -> Update:
-    """The update with N(0, sigma^2) on every number, from a secret of its own."""
-    if not sigma:
-        return update
-    secret = Secret()
-    return replace(
-        update,
-        tensors={name: add_gaussian(value, sigma, secret) for name, value in update.tensors.items()},
     )
