@@ -217,6 +217,27 @@ def test_byzantine(shakespeare: list[str], start: Start, tmp_path: Path) -> None
     assert set(rows_of(tmp_path / "byzantine.json")) > {"mean", "krum"}
 
 
+def test_privacy(start: Start, tmp_path: Path) -> None:
+    """Two domains of three intents each, whose words the tiny tokenizer knows."""
+    words = ["fox", "dog", "song", "piano", "rain", "roof"]
+    pairs = {
+        split: [[f"the {word} {n % 3}", word] for word in words for n in range(20)]
+        for split in ("train", "test")
+    }
+    (tmp_path / "data_full.json").write_text(json.dumps(pairs))
+    (tmp_path / "domains.json").write_text(json.dumps({"one": words[:3], "two": words[3:]}))
+    sets = [f"--set=data.path={tmp_path}", f"--set=model.name={tiny.bert(tmp_path / 'bert')}"]
+    few = ["--rows", "10", "--seeds", "1", "--epsilons", "inf", "8", "--what", "means", "head"]
+    start("simulations/privacy.py", *sets, *few, "--results", tmp_path)
+    found = rows_of(tmp_path / "privacy.json")
+    assert set(found) == {f"{what}, epsilon {e}" for what in ("class means", "head") for e in ("inf", "8")}
+    assert (
+        7.5 < found["head, epsilon 8"]["1"]["epsilon"] <= 8
+        and found["head, epsilon inf"]["1"]["epsilon"] is None
+    )
+    assert all(0 <= row["1"][name] <= 1 for row in found.values() for name in ("accuracy", "auc"))
+
+
 @pytest.mark.parametrize(
     ("case", "file"),
     [("one-start", "merging"), pytest.param("strangers", "merging-strangers", marks=pytest.mark.slow)],

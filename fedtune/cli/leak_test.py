@@ -1,5 +1,5 @@
-"""fedtune leak-test: what whoever runs the body can read off one batch of a client, by two known attacks on
-the recipe's own cut."""
+"""fedtune leak-test: what can be read off one batch of a client, by known attacks on the recipe's own
+updates, or on its cut where the model is split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedtune.quiet import quiet
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "leak-test",
-        help="show what the body's operator can reconstruct from a client's batch (method sfprompt)",
+        help="show what a client's update, or its hidden states where the model is split, give away",
         description=__doc__,
     )
     add_recipe(parser)
@@ -30,18 +30,23 @@ def add_commands(commands: Any) -> None:
         type=int,
         default=600,
         metavar="N",
-        help="steps of gradient descent, where that is the attack (default: 600)",
+        help="steps of gradient descent, where that is the attack on a split model (default: 600)",
     )
     parser.set_defaults(command=leak_test)
 
 
 def leak_test(options: argparse.Namespace) -> int:
-    """Attack, and say what was recovered; the attacker knows the frozen head, which is public, and sees the
-    numbers that go through the cut."""
-    from fedtune.config import read
+    """Attack, and say what was recovered; the attacker knows what is public, and sees what goes by."""
+    from fedtune.config import method_of, read
 
     recipe = read(options.recipe, options.set)
     quiet()
+    if method_of(recipe).capabilities.split is None:
+        from fedtune.runtime import update_leak
+
+        found = update_leak.update_leaks(recipe, options.client, options.examples)
+        print("\n".join(update_leak.sentences(found)))
+        return 0
     from fedtune.runtime.split_leak import leaks, sentences
 
     print("\n".join(sentences(recipe, leaks(recipe, options.client, options.examples, options.steps))))

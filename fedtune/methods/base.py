@@ -185,7 +185,7 @@ class AdapterMethod(AveragedTensors):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(costs=AdapterCosts(self.settings))
+        return Capabilities(costs=AdapterCosts(self.settings), begin=self.begin)
 
     @property
     def verbs(self) -> Mapping[str, Verb]:

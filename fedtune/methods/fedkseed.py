@@ -346,7 +346,7 @@ class FedKSeed:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(costs=FedKSeedCosts(self.settings), verify=self.verify)
+        return Capabilities(costs=FedKSeedCosts(self.settings), begin=self.begin, verify=self.verify)
 
     def verify(self, state: State, tunable: TunableModel) -> None:
         """Refuse to install a state on another start. Raises M304."""

@@ -351,7 +351,8 @@ class FedPEFT(AdapterMethod):
     def capabilities(self) -> Capabilities:
         lora = isinstance(self.settings.adapter, Lora)
         ranks = RanksByClient(self.seat) if self.settings.mixed else None
-        return Capabilities(FedPEFTCosts(self.settings, self.extra), ranks, self.shrink if lora else None)
+        costs, shrink = FedPEFTCosts(self.settings, self.extra), self.shrink if lora else None
+        return Capabilities(costs, ranks, shrink, begin=self.begin)
 
     def shrink(self, state: State, tunable: TunableModel, rank: int) -> float:
         """Put the best adapter of a rank into the tunable model, whatever the rule carries beside it; the

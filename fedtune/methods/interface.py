@@ -47,7 +47,7 @@ from fedtune.errors import ClientFailed
 from fedtune.privacy.releases import Release
 from fedtune.schema import Schema
 from fedtune.settings import Settings
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Cohort, Round, State, Sums, Tensors, Update
 
 if TYPE_CHECKING:
     from fedtune.aggregate import Rule
@@ -180,6 +180,7 @@ class Capabilities:
     shrink    state, tunable, rank -> the best adapter of that rank in the tunable model; returns the
               share of the norm that is lost
     split     the model is held in parts by different parties
+    begin     state, cohort -> the state behind what is asked once, before the first round's own question
     verify    refuse to install a state that was made from another start (M304)
     also_see  who sees more of clients' data, or of the model, than the server sees of an answer -> what
     also_scored  models that say what the run's own is worth, for the test set -> how each is made of a run
@@ -190,6 +191,7 @@ class Capabilities:
     ranks: Ranks | None = None
     shrink: Callable[[State, Any, int], float] | None = None
     split: Split | None = None
+    begin: Callable[[State, Sums], State] | None = None
     verify: Callable[[State, Any], None] | None = None
     also_see: Mapping[str, str] = field(default_factory=dict)
     also_scored: Mapping[str, Callable[[RunEnd], Any]] = field(default_factory=dict)

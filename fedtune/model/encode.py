@@ -58,6 +58,11 @@ class Encoded:
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
 
+    def some(self, which: Sequence[int]) -> Encoded:
+        """These examples, in this order."""
+        examples = [self.examples[number] for number in which]
+        return replace(self, examples=examples, collate=lambda rows: self.collate([which[n] for n in rows]))
+
     def by_length(self) -> list[int]:
         """Numbers of the examples, long ones first, so that batches hold little padding."""
         return sorted(range(len(self)), key=lambda i: (-self.length(i), i))

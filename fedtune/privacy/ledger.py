@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from fedtune.privacy.accountant import Spent, spent
+from fedtune.privacy.accountant import Spent, by_renyi, counted, spent
 from fedtune.privacy.releases import Release
 
 TABLES = """
@@ -83,3 +83,35 @@ def by_unit(lines: Iterable[Line], delta: float) -> dict[str, Spent]:
         one = spent(releases, delta)
         most[unit] = max(most.get(unit, one), one, key=lambda each: (bool(each.unknown), each.epsilon))
     return most
+
+
+def by_round(lines: Iterable[Line], delta: float, most: int = 100) -> dict[str, list[tuple[int, float]]]:
+    """For each unit, (round, the most that was spent of one client until then), by Renyi divergences, which
+    are quick to compute; of more than `most` rounds, as many of them, evenly. Units of which something is
+    unbounded or unknown are left out. Raises P901."""
+    known = list(lines)
+    unfit = {line.release.unit for line in known if not line.release.bounded}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for unit in sorted({line.release.unit for line in known} - unfit):
+        mine = [line for line in known if line.release.unit == unit]
+        rounds = sorted({line.round for line in mine})
+        step = -(-len(rounds) // most)
+        for number in sorted({*rounds[::-step]}):
+            of_client = defaultdict[int, list[Release]](list)
+            for line in mine:
+                if line.round <= number:
+                    of_client[line.client].append(line.release)
+            histories = {frozenset(counted(releases).items()) for releases in of_client.values()}
+            spent_most = max(by_renyi(history, delta) for history in largest(histories))
+            found.setdefault(unit, []).append((number, spent_most))
+    return found
+
+
+def largest(histories: Collection[frozenset[tuple[Release, int]]]) -> list[frozenset[tuple[Release, int]]]:
+    """Without those that another one contains."""
+    counts = [dict(history) for history in histories]
+
+    def inside(one: dict[Release, int], other: dict[Release, int]) -> bool:
+        return one != other and all(other.get(release, 0) >= count for release, count in one.items())
+
+    return [frozenset(one.items()) for one in counts if not any(inside(one, other) for other in counts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fedtune.privacy.releases import UNITS
 from fedtune.report.chart import Chart, Curve, Group, draw_band, number, whole_rounds
 from fedtune.report.picture import Draw, Palette
 from fedtune.report.read import RunData
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_PARTS = 8  # lines of one figure that is told in parts; more are one band
 RULES = 6  # charts of figures that rules and methods tell
+NOUNS = {"example": "row"}  # what a unit is called elsewhere
 DOWN = ("perplexity",)  # figures that are better when they are lower
 
 
@@ -23,6 +25,7 @@ def curves(groups: Sequence[Group]) -> Iterator[Chart]:
     yield from quality(groups)
     yield from loss(groups)
     yield from traffic(groups)
+    yield from privacy(groups)
     yield from rules(groups)
 
 
@@ -208,6 +211,21 @@ def traffic(groups: Sequence[Group]) -> Iterator[Chart]:
         "bytes", f"{metric.capitalize()} against bytes", f"{ends}.", draw, ("run", "bytes so far", metric),
         rows, "As counted on the wire, of all clients and rounds so far; of several seeds, the first.",
     )  # fmt: skip
+
+
+def privacy(groups: Sequence[Group]) -> Iterator[Chart]:
+    """Epsilon by round, of each unit that is hidden."""
+    for unit, words in UNITS.items():
+        if shown := drawn((group, [run.epsilon.get(unit, []) for run in group.runs]) for group in groups):
+            title = f"Epsilon by round, of one {NOUNS.get(unit, unit)}"
+            about = (
+                f"Hidden: {words}. Of whom most was charged in the ledger, by Renyi divergences; the "
+                "result has the smaller bound, by privacy loss distributions."
+            )
+            yield Chart(
+                f"epsilon-{unit}", title, moves(shown, "epsilon"), plain_lines(groups, shown, "epsilon"),
+                ("round", *(group.name for group, _ in shown)), table(shown), about,
+            )  # fmt: skip
 
 
 def rules(groups: Sequence[Group]) -> Iterator[Chart]:

@@ -12,6 +12,7 @@ from typing import Any
 from fedtune.errors import FedtuneError
 from fedtune.runtime.data_card import FILE as DATA
 from fedtune.runtime.folder import EFFECTS, EXPERTS, RunFolder
+from fedtune.runtime.privacy import epsilon_by_round
 
 Record = dict[str, Any]
 
@@ -23,6 +24,7 @@ class RunData:
     rounds  RoundDone by number; one that a resumed run has told twice counts once, as it ended
     answers, left_out  ClientDone and ClientLeftOut, once for each client and round
     scores  Scored: phase -> round -> record
+    epsilon  unit that is hidden -> (round, the most that was spent of one client until then)
     """
 
     name: str
@@ -37,6 +39,7 @@ class RunData:
     scores: dict[str, dict[int, Record]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     effects: Record | None = None
+    epsilon: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -133,6 +136,7 @@ def read_run(folder: RunFolder) -> RunData:
         started,
         notes=tuple(dict.fromkeys(notes)),
         effects=read_if_there(folder, EFFECTS),
+        epsilon=epsilon_by_round(folder),
         **parts,
     )
 

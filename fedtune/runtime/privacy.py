@@ -11,8 +11,9 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Noted
 from fedtune.methods.head_start import waits
 from fedtune.privacy.accountant import Spent, library
-from fedtune.privacy.ledger import Line, by_unit
+from fedtune.privacy.ledger import Line, by_round, by_unit
 from fedtune.privacy.releases import UNITS
+from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.sampling import sample
 from fedtune.transforms.noise_shares import noise_makers
@@ -119,6 +120,22 @@ def told(recipe: Recipe, journal: Journal) -> dict[str, Any]:
         "epsilon": most if math.isfinite(most) else None,
         "privacy": [f"{spent}; hidden: {UNITS.get(unit, unit)}" for unit, spent in sorted(found.items())],
     }
+
+
+def epsilon_by_round(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """What a run has given away after each round, by unit; {} where nothing is private, or nobody here can
+    count it. As `by_round`."""
+    if not folder.journal.exists() or not (recipe := recipe_of(folder)).spends:
+        return {}
+    journal = Journal(folder.journal)
+    try:
+        return by_round(journal.charges(), recipe.privacy.delta)
+    except FedtuneError as error:
+        if error.code != "P901":
+            raise
+        return {}
+    finally:
+        journal.close()
 
 
 def in_words(recipe: Recipe, clients: int, trained: int) -> list[str]:

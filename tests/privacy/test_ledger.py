@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.privacy.ledger import Line, by_unit
+from fedtune.privacy.ledger import Line, by_round, by_unit
 from fedtune.privacy.releases import Release
 from fedtune.runtime.journal import AnswerRecord, Journal
 
@@ -97,3 +97,25 @@ def test_what_is_unknown_of_one_client_is_unknown(order: int) -> None:
         Line(2, 1, Release("none", "client")),
     ]
     assert by_unit(lines[::order], 1e-5)["client"].unknown == ("magic",)
+
+
+def test_epsilon_by_round_is_that_of_whom_most_was_charged_until_then() -> None:
+    """Members change from round to round; the bound by Renyi divergences, of dp-accounting itself."""
+    from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    members = {1: (0, 1), 2: (1, 2), 3: (0, 2), 4: (1, 2)}
+    lines = [Line(client, number, NOISY) for number, who in members.items() for client in who]
+    lines += [
+        Line(3, 1, Release("none", "example")),
+        Line(0, 1, Release("gaussian", "client", 2.0), draw="b"),
+    ]
+    found = by_round(lines, 1e-5)
+    assert set(found) == {"client"} and [number for number, _ in found["client"]] == [1, 2, 3, 4]
+    for (_, epsilon), (often, more) in zip(found["client"], [(1, 1), (2, 0), (2, 1), (3, 0)], strict=True):
+        own = RdpAccountant()
+        own.compose(SelfComposedDpEvent(GaussianDpEvent(NOISY.noise), often))
+        if more:
+            own.compose(GaussianDpEvent(2.0))
+        assert epsilon == pytest.approx(own.get_epsilon(1e-5), rel=1e-9)
+    assert [number for number, _ in by_round(lines, 1e-5, most=2)["client"]] == [2, 4]

@@ -65,6 +65,12 @@ SMALL: dict[
         "python simulations/byzantine.py --set model.name=... --set data.path=...",
         {"loss": "test loss, nats", "share": "share of what the mean gains where nobody lies"},
     ),
+    "privacy": (
+        "Differential privacy of rows at five sites, delta 1e-5: CLINC150, accuracy on 150 intents, and what a "
+        "membership attack on the final model's loss finds (area under its curve; 0.5 is chance)",
+        "python simulations/privacy.py --set data.path=FOLDER",
+        {"accuracy": "accuracy", "auc": "membership AUC"},
+    ),
     "merging": (
         "Six experts that never met become one adapter: pooled test perplexity; one random start for all, a "
         "base that never saw a play",

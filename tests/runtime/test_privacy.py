@@ -211,3 +211,21 @@ def test_the_exposure_table_says_what_noise_covers(tiny_bert: Path, data: Path) 
     )
     assert "with noise of 0.1 on every number" in at_client["train"]
     assert "loss" not in at_sum["figures"] and "loss" in sees({"step": "sign"})["figures"]
+
+
+def test_the_report_draws_epsilon_by_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
+    from fedtune.report.curves import privacy as drawn
+    from fedtune.report.picture import LIGHT
+    from fedtune.report.read import read_run
+    from fedtune.report.write import groups_of
+
+    folder, result, _ = small.play(private(tiny_bert, data, LOUD, rounds=3), tmp_path)
+    (chart,) = drawn(groups_of([read_run(folder)]))
+    assert [row[0] for row in chart.rows] == ["1", "2", "3"]
+    assert float(chart.rows[-1][1]) == pytest.approx(
+        spent([Release("gaussian", "client", 1.0, count=3)], 1e-5).renyi, rel=1e-2
+    )
+    assert float(chart.rows[-1][1]) >= result["epsilon"] and "by Renyi divergences" in chart.about
+    chart.draw(LIGHT)
+    plain, _, _ = small.play(private(tiny_bert, data), tmp_path / "plain")
+    assert not list(drawn(groups_of([read_run(plain)])))

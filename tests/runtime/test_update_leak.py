@@ -1,0 +1,106 @@
+"""fedtune leak-test on updates: what the attacks find where nothing protects, under masks, and under noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli import main
+from fedtune.errors import FedtuneError
+from fedtune.rng import stream
+from fedtune.runtime.update_leak import Leaks, Seen, sentences, update_leaks
+from tests import small
+
+SGD = {"optimizer": "sgd", "lr": 0.2, "steps": 4, "batch": 4}
+MASK = {"chain": [{"step": "ring"}, {"step": "mask"}]}
+LOUD = {"max_grad_norm": 0.1, "noise_multiplier": 100.0, "sample_rate": 0.5}
+WORDS = [word for words in small.WORDS.values() for word in words.split()]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of a dozen classes, each of one word over and over beside others."""
+    draw = stream("leaking rows", 0)
+    rows = [
+        {"text": " ".join([WORDS[n % 12]] * 3 + draw.choice(WORDS, 2).tolist()), "label": f"class {n % 12}"}
+        for n in draw.permutation(192).tolist()
+    ]
+    path = tmp_path_factory.mktemp("many") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def found(model: Path, data: Path, examples: int = 4, **changes: Any) -> Leaks:
+    train = {"method__train": SGD, "method__head_start": "random"}
+    return update_leaks(small.recipe(model, data, **train | changes), 0, examples)
+
+
+def at(leaks: Leaks, place: str) -> Seen:
+    return next(seen for seen in leaks.seen if seen.place == place)
+
+
+def test_an_update_of_everything_tells_classes_words_and_members(tiny_bert: Path, many: Path) -> None:
+    leaks = found(tiny_bert, many, method__adapter={"kind": "full"})
+    bare, all_ = at(leaks, "without protection"), at(leaks, "to everybody")
+    assert [seen.place for seen in leaks.seen] == ["without protection", "to everybody"]
+    assert bare.classes and bare.classes.found == bare.classes.sought > 12 * bare.classes.chance / 4
+    assert bare.words and bare.words.found == bare.words.sought and bare.words.chance < 0.5
+    assert bare.update > 0.7 and bare.loss > 0.7 and all_.members == 4
+
+
+def test_words_lie_in_what_lora_has_moved_by(tiny_bert: Path, many: Path) -> None:
+    """One row, so that the directions of its words are few."""
+    lora = {"kind": "lora", "rank": 8}
+    leaks = found(tiny_bert, many, 2, method__adapter=lora, method__train=SGD | {"steps": 8, "lr": 1.0})
+    words = at(leaks, "without protection").words
+    assert words and "LoRA" in words.how and words.found / words.sought > 2 * words.chance
+
+
+def test_a_mask_shows_the_sum_of_all(tiny_bert: Path, many: Path) -> None:
+    leaks = found(tiny_bert, many, method__adapter={"kind": "full"}, **MASK)
+    alone, summed = at(leaks, "without protection"), at(leaks, "to the coordinator")
+    assert (alone.members, summed.members) == (1, 4)
+    assert summed.update == at(leaks, "to everybody").update <= alone.update
+    lines = sentences(leaks)
+    assert "to the coordinator  (the sum of 4)" in lines[2] and "by chance" in lines[1]
+
+
+def test_noise_leaves_the_attacks_what_chance_finds(tiny_bert: Path, many: Path) -> None:
+    train = SGD | {"private": LOUD}
+    leaks = found(tiny_bert, many, 8, method__train=train, method__adapter={"kind": "full"})
+    bare, noisy = at(leaks, "without protection"), at(leaks, "to the coordinator")
+    assert bare.update > 0.7 and abs(noisy.update - 0.5) < 4 * leaks.spread
+    assert noisy.words and bare.words and noisy.words.found < bare.words.found == bare.words.sought
+
+
+def test_a_step_at_the_coordinator_protects_from_everybody_else(tiny_bert: Path, many: Path) -> None:
+    step = {"step": "private", "clip": 0.5, "noise_multiplier": 1000.0}
+    leaks = found(tiny_bert, many, 8, chain=[step], method__weight="equal", method__adapter={"kind": "full"})
+    seen, rest = at(leaks, "to the coordinator"), at(leaks, "to everybody")
+    assert seen.words and seen.words.found == seen.words.sought and seen.update > 0.7
+    assert rest.words and rest.words.found < rest.words.sought and abs(rest.update - 0.5) < 4 * leaks.spread
+
+
+def test_scalars_of_a_walk_can_be_asked_too(tiny_bert: Path, many: Path) -> None:
+    walk = {"type": "fedkseed", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "estimator": "spsa"}
+    leaks = found(tiny_bert, many, method=walk | {"head_start": "random"}, method__train={})
+    assert 0 <= at(leaks, "without protection").update <= 1
+
+
+@pytest.mark.parametrize("options", [{"client": 9}, {"client": 0, "examples": 1}])
+def test_what_cannot_be_asked_is_said(options: dict[str, int], tiny_bert: Path, many: Path) -> None:
+    with pytest.raises(FedtuneError, match="--client") as caught:
+        update_leaks(small.recipe(tiny_bert, many), **{"examples": 4} | options)
+    assert caught.value.code == "C103"
+
+
+def test_the_command_prints_every_place(
+    tiny_bert: Path, many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = small.write_recipe(tmp_path / "r.toml", tiny_bert, many, **MASK)
+    assert main(["leak-test", str(path), "--examples", "4"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("membership AUC") == 3 and "only noise" in told
