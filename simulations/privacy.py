@@ -51,8 +51,8 @@ SITES = [
 ]
 ROUNDS, STEPS, RATE, SHARE = 3, 6, 0.1, 0.7
 KINDS = {
-    "head": ["method.adapter.kind=head", "method.train.lr=3e-3", "method.train.head_lr=0.0"],
-    "lora": ["method.adapter.kind=lora", "method.train.lr=1e-3", "method.train.head_lr=3e-3"],
+    "head": ["method.adapter.kind=head", "method.train.lr=1e-3", "method.train.optimizer=adamw"],
+    "lora": ["method.adapter.kind=lora", "method.train.lr=1e-3", "method.train.optimizer=adamw"],
 }
 NORM = 1.0  # of a row's gradient
 

@@ -18,6 +18,7 @@ from fedtune import transforms
 from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.privacy.settings import PrivateTraining
+from fedtune.rng import stream
 from fedtune.runtime.sampling import sample
 from fedtune.runtime.task import tasks_of
 from fedtune.runtime.workspace import Workspace, workspace_of
@@ -83,18 +84,18 @@ def update_leaks(recipe: Recipe, client: int, examples: int) -> Leaks:
             "fedpeft, fedkseed or sfprompt",
             "change method.type for the test",
         )
-    mine = workspace.train(client)
-    count = min(examples, len(mine) // 2)
+    rows = len(workspace.train(client))
+    count = min(examples, rows // 2)
     if count < 2:
-        found = f"{len(mine)} training rows at client {client}"
+        found = f"{rows} training rows at client {client}"
         raise FedtuneError("C103", found, "four or more: half are trained on", "choose another --client")
     asked = sample(recipe.sampling, len(workspace.names), recipe.seed, 1)
     members = tuple(sorted({client, *[one for one in asked if one != client][: MOST - 1]}))
     now = Round(1, recipe.seed, members)
-    data = {one: first_rows(workspace.train(one), 0, count) for one in members}
-    others = first_rows(mine, count, 2 * count)
+    data = {one: drawn(workspace, one, 0, count) for one in members}
+    others = drawn(workspace, client, count, 2 * count)
     tunable = workspace.tunable
-    more = {one: first_rows(workspace.train(one), 0, BEGIN // len(members)) for one in members}
+    more = {one: drawn(workspace, one, 0, BEGIN // len(members)) for one in members}
     start, begin = method.start(tunable), method.capabilities.begin
     start = begin(start, Overheard(workspace, recipe, now, more, members)) if begin else start
     seen = tuple(
@@ -228,9 +229,11 @@ def standing(method: Method, state: State, workspace: Workspace) -> dict[str, np
     return workspace.tunable.read()
 
 
-def first_rows(encoded: Encoded, start: int, end: int) -> Encoded:
-    """Some of the examples, in their order."""
-    return encoded.some(range(start, min(end, len(encoded))))
+def drawn(workspace: Workspace, client: int, start: int, end: int) -> Encoded:
+    """Some of a client's examples, in an order that the seed draws: a source's may be class by class."""
+    encoded = workspace.train(client)
+    order = stream("leak test", workspace.recipe.seed, client).permutation(len(encoded))
+    return encoded.some(order[start:end].tolist())
 
 
 def sentences(found: Leaks) -> list[str]:
