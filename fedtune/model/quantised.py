@@ -13,6 +13,7 @@ device. docs/decisions/0018 says why no library does it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -141,6 +142,8 @@ def quantise(
     for value in net.parameters():
         if value.is_floating_point():
             value.data = value.data.to(dtype)
+    with suppress(OSError, AttributeError):  # no glibc, whose heap keeps what was freed between the codes
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantised(net: nn.Module) -> dict[str, QuantisedLinear]:

@@ -19,6 +19,7 @@ METHODS: dict[
     str, dict[str, Any]
 ] = {  # name of the method, a dash, the variant -> changes to the small recipe
     "fedpeft-lora": {},
+    "fedpeft-4bit": {"model__load": "4bit", "chain": [{"step": "quantize", "bits": 8}]},
     "fedpeft-bias": {"method__adapter": {"kind": "bias"}},
     "fedpeft-full": {"method__adapter": {"kind": "full"}},
     "fedpeft-outer": {"method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True}},

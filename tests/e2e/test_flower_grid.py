@@ -113,7 +113,14 @@ def test_a_node_that_fails_in_a_round_is_left_out_of_it_and_the_run_goes_on(
 
 ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
     name: METHODS[name]
-    for name in ("fedpeft-lora-fa", "fedpeft-hft", "fedpeft-lift", "fedpeft-pissa", "fedpeft-eva")
+    for name in (
+        "fedpeft-lora-fa",
+        "fedpeft-hft",
+        "fedpeft-lift",
+        "fedpeft-pissa",
+        "fedpeft-eva",
+        "fedpeft-4bit",
+    )
 }
 
 
