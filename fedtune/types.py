@@ -172,6 +172,10 @@ class Sums(Protocol):
 class Cohort(Sums, Protocol):
     """This round's clients. Members that fail are left out, counted and named by the runtime."""
 
+    def sum(self, verb: str, given: Tensors | Callable[[int], Tensors]) -> Update:
+        """Ask every member; the caller sees the sum only. Members may be given different tensors, by client
+        id, as long as those that they move are the same."""
+
     def each(
         self, verb: str, given: Tensors | Callable[[int], Tensors], among: Sequence[int] | None = None
     ) -> Iterator[tuple[int, Update]]:

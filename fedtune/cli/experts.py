@@ -33,12 +33,16 @@ def add_commands(commands: Any) -> None:
     made = verb("route", "score a router over all experts, token by token", route)
     made.add_argument(
         "--gate",
-        choices=("means", "arrow"),
-        default="means",
-        help="means: by what owners' rows look like; arrow: by the adapters alone",
+        choices=("trained", "means", "arrow"),
+        default="",
+        help="trained: the gate that the run has trained, and the default where there is one; means: by what "
+        "owners' rows look like; arrow: by the adapters alone",
     )
     made.add_argument(
-        "--keep", choices=("topk", "topp", "dense"), default="topk", help="which experts have a say"
+        "--keep",
+        choices=("topk", "topp", "dense"),
+        default="topk",
+        help="means, arrow: which experts have a say",
     )
     made.add_argument("--k", type=int, default=2, help="topk: how many")
     made.add_argument("--p", type=float, default=0.6, help="topp: until their shares add up to this")
@@ -89,14 +93,18 @@ def show(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.experts.cards import cards
     from fedtune.runtime.expert_library import library
+    from fedtune.runtime.expert_routing import gate_in
 
     print(f"{'expert':<20}{'made by':<9}{'on':<12}{'rank':>5}{'owners':>8}{'rounds':>8}{'loss':>9}")
-    for card in cards(library(opened(options.run))).values():
+    place = library(opened(options.run))
+    for card in cards(place).values():
         loss = f"{card.losses[-1]:.4f}" if card.losses else "-"
         print(
             f"{card.id:<20}{card.made_by:<9}{card.beneath or 'the base':<12}{card.rank:>5}{card.owners:>8}"
             f"{card.rounds:>8}{loss:>9}"
         )
+    if about := gate_in(place):
+        print(f"a trained gate over {', '.join(about['experts'])}: {about['keep']}")
     return 0
 
 
@@ -134,11 +142,14 @@ def route(options: argparse.Namespace) -> int:
         )
     quiet()
     from fedtune.experts.routers import Routing
-    from fedtune.runtime.expert_routing import routed
+    from fedtune.runtime.expert_library import library
+    from fedtune.runtime.expert_routing import gate_in, routed
     from fedtune.runtime.expert_scores import alone, evaluate
 
     folder = opened(options.run)
-    done = routed(folder, Routing(options.gate, options.keep, options.k, options.p), options.null)
+    trained = options.gate == "trained" or (not options.gate and gate_in(library(folder)))
+    routing = None if trained else Routing(options.gate or "means", options.keep, options.k, options.p)
+    done = routed(folder, routing, options.null)
     rows, local = evaluate(folder).report(), alone(folder) if options.local else {}
     print("losses on the second half of each client's held-out rows")
     columns = ("base", "general", "own", "best", "oracle")

@@ -21,6 +21,7 @@ from fedtune.events import Noted
 from fedtune.exchange import ServerStore
 from fedtune.flower.nodes import Judge, Nodes, Site, memory_of, read_report
 from fedtune.runtime.audit import audit_sink
+from fedtune.runtime.client_half import asked_with
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
@@ -206,10 +207,10 @@ def enough(recipe: Recipe) -> Callable[[int], int]:
 
 def budget(link: Link, workspace: Workspace, asks: Sequence[Ask]) -> int:
     """Most bytes of one answer: its numbers as float64, and room for a frame with names."""
-    tasks = link.tasks
+    distinct = {ask.payload: ask for ask in asks}.values()
     schemas = (
-        tasks[ask.verb].sent(tasks[ask.verb].given(workspace.tunable, ask.client, ask.now), ask.now)
-        for ask in asks
+        link.tasks[ask.verb].sent(asked_with(link.tasks[ask.verb], workspace.tunable, ask), ask.now)
+        for ask in distinct
     )
     return max(8 * schema.count + 256 * len(schema.entries) for schema in schemas) + (1 << 16)
 

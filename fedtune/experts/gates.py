@@ -80,7 +80,7 @@ def tensor(value: np.ndarray) -> torch.Tensor:
 def as_tensors(gates: Mapping[str, Gate]) -> dict[str, np.ndarray]:
     """For a file."""
     return {
-        f"{name}.{part}": value.numpy()
+        f"{name}.{part}": value.detach().cpu().numpy()
         for name, gate in gates.items()
         for part, value in (("weight", gate.weight), ("bias", gate.bias))
     }

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from fedtune.experts.cluster import Directions, clusters, matched, nearest
+from fedtune.experts.gate_table import GateTable
 from fedtune.settings import Settings
 
 Groups = Mapping[str, tuple[int, ...]]  # id of an expert -> its clients, ascending
@@ -31,14 +32,24 @@ class Grouping(Settings):
     min_clients: int = Field(3, ge=2)
     """Clients that an expert is summed over at least, in every round; members of smaller groups have the
     general expert alone."""
-
+    rank: Literal["equal", "auto"] = "equal"
+    """Ranks of experts: equal, as method.adapter.rank; or auto: from one round of training on, more for
+    groups whose sums have more directions, at most twice that, and as much in all (not under the rule
+    ffa)."""
     inputs: bool = True
     """In the last round, groups also sum up means and mean squares of what comes into each adapted layer, by
     which a router knows whose rows a text is like (not under the rule ffa)."""
 
+    gate: GateTable = GateTable()
+
     @property
     def least(self) -> int:
         return self.min_clients
+
+    @property
+    def slots(self) -> int:
+        """Experts at most."""
+        raise NotImplementedError
 
     def due(self, number: int) -> bool:
         """Whether all members of this round are asked for sketches, and grouped anew."""
@@ -66,6 +77,10 @@ class Given(Grouping):
     groups: Annotated[tuple[GroupName, ...], Field(min_length=1, max_length=4096)]
     """Names of the clients' groups, by number, in turns; "" has the general expert alone."""
 
+    @property
+    def slots(self) -> int:
+        return len(set(self.groups) - {""})
+
     def of(self, client: int, groups: Groups) -> str:
         return self.groups[client % len(self.groups)]
 
@@ -86,6 +101,10 @@ class Clusters(Grouping):
     """Rounds between groupings; 0 groups once. Clients that come later join the nearest group."""
     hysteresis: float = Field(0.05, ge=0, le=1)
     """A client changes its expert only where the cosine with the other group's centre is greater by this."""
+
+    @property
+    def slots(self) -> int:
+        return self.most
 
     def due(self, number: int) -> bool:
         since = number - self.warm_up - 1
@@ -144,6 +163,10 @@ class Clients(Grouping):
     @property
     def least(self) -> int:
         return 1
+
+    @property
+    def slots(self) -> int:
+        return 0  # nobody knows: it has no gate
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if "min_clients" in self.model_fields_set:

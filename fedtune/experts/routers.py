@@ -9,8 +9,8 @@ it: `generate` and a cache of keys and values work, and detaching gives the base
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +24,19 @@ from fedtune.errors import FedtuneError
 from fedtune.experts.gates import Gate, arrow, as_tensors, fixed, from_tensors, means
 from fedtune.types import Tensors
 
-SETTINGS, GATES, PREFIX = "router.json", "router.safetensors", "base_model.model."
+SETTINGS, GATES, PREFIX = "gate.json", "gate.safetensors", "base_model.model."
 
 
 @dataclass(frozen=True)
 class Routing:
     """How many experts have a say.
 
-    gate         as in gates.py
+    gate         as in gates.py; trained: by a run's clients, from `means` on
     keep         topk: the k best; topp: the best until their shares add up to p; dense: all
     temperature  of the softmax over scores; higher is more even
     """
 
-    gate: Literal["arrow", "means", "fixed"] = "arrow"
+    gate: Literal["arrow", "means", "fixed", "trained"] = "arrow"
     keep: Literal["topk", "topp", "dense"] = "topk"
     k: int = 2
     p: float = 0.6
@@ -44,9 +44,14 @@ class Routing:
 
     def shares(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (..., K) -> shares that add up to 1."""
+        return self.parts(scores)[2]
+
+    def parts(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores (..., K) -> shares of all, 1 for those that have a say and 0 for the others, and shares of
+        those, which add up to 1 as well."""
         part = torch.softmax(scores / self.temperature, -1)
         if self.keep == "dense":
-            return part
+            return part, torch.ones_like(part), part
         if self.keep == "topk":
             chosen = part.topk(min(self.k, part.shape[-1]), -1).indices
             kept = torch.zeros_like(part).scatter_(-1, chosen, 1.0)
@@ -55,8 +60,8 @@ class Routing:
             kept = torch.zeros_like(part).scatter_(
                 -1, order, ((best.cumsum(-1) - best) < self.p).to(part.dtype)
             )
-        part = part * kept
-        return part / part.sum(-1, keepdim=True)
+        some = part * kept
+        return part, kept, some / some.sum(-1, keepdim=True)
 
 
 @dataclass
@@ -70,6 +75,12 @@ class Layer:
     always: int
     summed: Any = 0.0  # of the prefix: scores, and how many tokens they are of
     tokens: Any = 0.0
+
+    def to(self, device: torch.device) -> None:
+        self.A, self.B, self.ranks = self.A.to(device), self.B.to(device), self.ranks.to(device)
+        if self.gate.weight.device != device:
+            moved = {"weight": self.gate.weight.to(device), "bias": self.gate.bias.to(device)}
+            self.gate = replace(self.gate, **moved)
 
 
 @dataclass
@@ -93,7 +104,8 @@ class Health:
 @dataclass
 class Router:
     """Experts by name on a network, for as long as they are attached. `null` gives a share to nobody: what
-    comes last among the gate's scores."""
+    comes last among the gate's scores. `also` makes a term of a loss of each layer's shares in a forward pass
+    (all, who has a say, which tokens are no padding); `extra` holds those of the last one."""
 
     names: tuple[str, ...]
     routing: Routing
@@ -101,15 +113,18 @@ class Router:
     causal: bool
     null: bool = False
     health: Health = field(init=False)
-    _hooks: list[Any] = field(default_factory=list)
+    also: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    extra: list[torch.Tensor] = field(default_factory=list)
+    _hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     _mask: torch.Tensor | None = None
+    _goes_on: bool = True  # whether more tokens of the same texts may follow, from a cache
 
     def __post_init__(self) -> None:
         self.health = Health(np.zeros(len(self.names) + self.null))
 
     def attach(self, net: nn.Module) -> None:
         """Raises M305 for a layer that the network has not."""
-        modules = dict(net.named_modules())
+        modules, device = dict(net.named_modules()), next(net.parameters()).device
         for name, layer in self.layers.items():
             if name not in modules:
                 raise FedtuneError(
@@ -118,12 +133,21 @@ class Router:
                     "layers of this model",
                     "give the base that they are for",
                 )
-            self._hooks.append(modules[name].register_forward_hook(self._at(layer)))
-        self._hooks.append(net.register_forward_pre_hook(self._begin, with_kwargs=True))
+            layer.to(device)
+            self._hooks.append((modules[name], modules[name].register_forward_hook(self._at(layer)).id))
+        self._hooks.append((net, net.register_forward_pre_hook(self._begin, with_kwargs=True).id))
 
     def detach(self) -> None:
+        """By number: an adapter that was taken off and put back has the hooks in other dicts, which a hook's
+        own handle does not know."""
         while self._hooks:
-            self._hooks.pop().remove()
+            module, number = self._hooks.pop()
+            for held in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                held.pop(number, None)
 
     def _begin(self, net: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
         """Before a pass of the whole model: a new text, or the next tokens of one that is in the cache."""
@@ -131,14 +155,19 @@ class Router:
         if past is None or not past.get_seq_length():
             for layer in self.layers.values():
                 layer.summed, layer.tokens = 0.0, 0.0
+        self._goes_on = named.get("use_cache") is not False
+        self.extra.clear()
         mask = named.get("attention_mask")
         self._mask = mask if mask is not None and mask.dim() == 2 else None
 
     def _at(self, layer: Layer) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0].to(layer.A.dtype)
-            shares = self.routing.shares(self._scores(layer, x))
-            self._note(shares)
+            part, kept, shares = self.routing.parts(self._scores(layer, x))
+            real = self._seen(x)
+            self._note(shares, real)
+            if self.also is not None:
+                self.extra.append(self.also(part, kept, real))
             middle = x @ layer.A.T
             mine = shares[..., : len(self.names)].to(middle.dtype)
             gates = mine.repeat_interleave(layer.ranks, -1, output_size=len(layer.A) - layer.always)
@@ -160,35 +189,46 @@ class Router:
                 .expand_as(scores)
                 .float()
             )
-        run, seen = wide.cumsum(1) + layer.summed, counts.cumsum(1) + layer.tokens
-        layer.summed, layer.tokens = run[:, -1:], seen[:, -1:]
+        run, seen = wide.cumsum(1), counts.cumsum(1)
+        if self._goes_on:
+            run, seen = run + layer.summed, seen + layer.tokens
+            layer.summed, layer.tokens = run[:, -1:], seen[:, -1:]
         return (run / seen.clamp_min(1)).float()
 
     def _seen(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, 1): which of these tokens are no padding."""
-        if self._mask is None or self._mask.shape[1] < x.shape[1] or len(self._mask) != len(x):
-            return torch.ones(*x.shape[:2], 1, device=x.device)
-        return self._mask[:, -x.shape[1] :, None]
+        mask = self._mask
+        if mask is None or x.dim() != 3 or mask.shape[1] < x.shape[1] or len(mask) != len(x):
+            return torch.ones(*x.shape[:-1], 1, device=x.device)
+        return mask[:, -x.shape[1] :, None]
 
-    def _note(self, shares: torch.Tensor) -> None:
+    def _note(self, shares: torch.Tensor, real: torch.Tensor) -> None:
         flat = shares.detach().reshape(-1, shares.shape[-1]).double()
-        self.health.shares += flat.sum(0).cpu().numpy()
-        self.health.entropy += float(-(flat * flat.clamp_min(1e-30).log()).sum())
-        self.health.tokens += len(flat)
+        here = real.reshape(-1, 1).double()
+        self.health.shares += (flat * here).sum(0).cpu().numpy()
+        self.health.entropy += float(-(here * flat * flat.clamp_min(1e-30).log()).sum())
+        self.health.tokens += float(here.sum())
 
     # --- on disk
 
-    def save(self, folder: Path) -> None:
-        """Settings and gates; the experts themselves are in folders of their own."""
+    def save(self, folder: Path, **card: Any) -> None:
+        """Settings and gates, and what else is known of them (`card`); the experts themselves are in folders
+        of their own."""
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "experts": list(self.names),
             "causal": self.causal,
             "null": self.null,
+            "of_prefix": any(layer.gate.of_prefix for layer in self.layers.values()),
             **asdict(self.routing),
+            **card,
         }
         (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-        save_file(as_tensors({name: layer.gate for name, layer in self.layers.items()}), folder / GATES)
+        save_file(as_tensors(self.gates), folder / GATES)
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        return {name: layer.gate for name, layer in self.layers.items()}
 
 
 def router(
@@ -199,12 +239,14 @@ def router(
     moments: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     mixture: Mapping[str, float] | None = None,
     null: bool = False,
+    gates: Mapping[str, Gate] | None = None,
 ) -> Router:
     """Over experts whose pairs are at scale 1, by id; `always` (the general expert's pairs, or nothing) has
     no gate.
 
     moments  by expert and layer, for gate = "means": (mean, mean square) of its inputs
     mixture  for gate = "fixed"
+    gates    by layer, for gate = "trained": their scores are of the experts in the order of their ids
     null     whatever looks like nobody's goes to nobody (gate "means": the mean of all; "arrow": score 0)
     """
     names = tuple(sorted(experts))
@@ -214,7 +256,13 @@ def router(
     for module in sorted({module for some in (*pairs.values(), beneath) for module in some}):
         parts = [pairs[name].get(module) for name in names]
         held = [pair for pair in (beneath.get(module), *parts) if pair is not None]
-        gate = gate_of(routing, module, names, parts, moments or {}, mixture or {}, held[0].A.shape[1], null)
+        gate = (
+            gates[module]
+            if gates is not None
+            else gate_of(
+                routing, module, names, parts, moments or {}, mixture or {}, held[0].A.shape[1], null
+            )
+        )
         layers[module] = Layer(
             torch.from_numpy(np.concatenate([pair.A for pair in held]).astype(np.float32)),
             torch.from_numpy(np.concatenate([pair.B for pair in held], axis=1).astype(np.float32)),
@@ -255,17 +303,33 @@ def gate_of(
 def loaded(folder: Path, experts: Mapping[str, Tensors], always: Tensors) -> Router:
     """The router that `save` wrote, over its experts. Raises M305 where one is missing."""
     about = json.loads((folder / SETTINGS).read_text())
-    names, causal, null = (about.pop(key) for key in ("experts", "causal", "null"))
+    names, causal, null, of_prefix = (about[key] for key in ("experts", "causal", "null", "of_prefix"))
+    routing = Routing(**{one.name: about[one.name] for one in fields(Routing)})
     if gone := sorted(set(names) - set(experts)):
         raise FedtuneError(
             "M305", f"a router over '{gone[0]}', which is not there", "its experts", "make the router again"
         )
     chosen = {name: experts[name] for name in names}
-    made = router(chosen, always, Routing(gate="fixed"), causal, null=null)  # until the file's own gates
-    gates = from_tensors(load_file(folder / GATES), about["gate"] == "arrow", about["gate"] == "means")
-    for module, layer in made.layers.items():
-        layer.gate = gates[module]
-    return Router(made.names, Routing(**about), made.layers, causal, null)
+    gates = from_tensors(load_file(folder / GATES), routing.gate == "arrow", of_prefix)
+    return router(chosen, always, routing, causal, null=null, gates=gates)
+
+
+def drop(folder: Path, name: str) -> bool:
+    """Take an expert out of a saved router, whose scores of the others stay. False, and nothing changes,
+    where fewer than two would be left to choose from; True as well where it does not know the expert."""
+    about = json.loads((folder / SETTINGS).read_text())
+    if name not in about["experts"]:
+        return True
+    place = about["experts"].index(name)
+    if len(about["experts"]) + about["null"] < 3:
+        return False
+    tensors = {key: np.delete(value, place, 0) for key, value in load_file(folder / GATES).items()}
+    about["experts"].remove(name)
+    for known in (about.get(key, {}) for key in ("shares", "sha256s")):
+        known.pop(name, None)
+    save_file(tensors, folder / GATES)
+    (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+    return True
 
 
 def plain(tensors: Tensors) -> dict[str, Pair]:

@@ -5,15 +5,17 @@ the server."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from fedtune.rng import stream
+from fedtune.schema import Schema
 from fedtune.types import State, Tensors
 
 EXPERTS, MEMBERS, SKETCH, MADE = "experts/", "members/", "sketch/", "experts_made"
 INPUTS = "inputs/"  # inputs/<id>/<layer>, kept: mean and mean square of what comes into it
+GATE = "gate/"  # gate/<layer>.weight (experts, in) and .bias, experts in the order of their ids
 OWN = "expert/"  # an expert's tensors in a message, beside the general one's
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 
@@ -23,7 +25,12 @@ def is_pair(name: str) -> bool:
 
 
 def general_of(shared: Tensors) -> dict[str, np.ndarray]:
-    return {name: value for name, value in shared.items() if not name.startswith(EXPERTS)}
+    return {name: value for name, value in shared.items() if not name.startswith((EXPERTS, GATE))}
+
+
+def gate_of(shared: Tensors) -> dict[str, np.ndarray]:
+    """The trained gate's tensors; {} where there is none."""
+    return {name: value for name, value in shared.items() if name.startswith(GATE)}
 
 
 def experts_of(shared: Tensors) -> dict[str, dict[str, np.ndarray]]:
@@ -77,8 +84,10 @@ def made_so_far(kept: Tensors) -> int:
     return int(kept[MADE]) if MADE in kept else 0
 
 
-def joined(general: Tensors, experts: Mapping[str, Tensors], kept: Tensors) -> State:
-    shared = dict(general)
+def joined(
+    general: Tensors, experts: Mapping[str, Tensors], kept: Tensors, gate: Tensors | None = None
+) -> State:
+    shared = {**general, **(gate or {})}
     for expert, tensors in experts.items():
         shared |= below(f"{EXPERTS}{expert}/", tensors)
     return State(shared, kept)
@@ -97,3 +106,17 @@ def fresh(general: Tensors, seed: int) -> dict[str, np.ndarray]:
 def fresh_a(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     bound = 1 / math.sqrt(shape[1])
     return stream(f"expert {name}", seed).uniform(-bound, bound, shape).astype(np.float32)
+
+
+def layers_of(given: Schema) -> list[tuple[str, tuple[int, ...]]]:
+    """Adapted layers, and the shapes of their A."""
+    return [(name.removesuffix(A_END), shape) for name, shape in given.entries if name.endswith(A_END)]
+
+
+def only(schema: Schema, names: Collection[str]) -> Schema:
+    return Schema(tuple(entry for entry in schema.entries if entry[0] in names))
+
+
+def rank_of(tensors: Tensors) -> int:
+    """Of all pairs of an expert, which are of one."""
+    return int(next(value.shape[1] for name, value in tensors.items() if name.endswith(B_END)))

@@ -10,7 +10,8 @@ expert learns what the general one leaves over.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
 from fedtune.experts.grouping import Clusters, direction_of
+from fedtune.experts.need import MOST, allotted, at_rank, need
 from fedtune.experts.sketch import sketch
 from fedtune.experts.state import (
     A_END,
@@ -30,12 +32,16 @@ from fedtune.experts.state import (
     groups_of,
     is_pair,
     joined,
+    layers_of,
     made_so_far,
+    only,
     sketches_of,
     with_groups,
 )
 from fedtune.methods.base import AdapterMethod
-from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings
+from fedtune.methods.experts_gate import BESIDE, GateRounds, install, write_beside
+from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings, moves_a, refuse_merging
+from fedtune.methods.fedpeft_ranks import at_rank as shape_at
 from fedtune.methods.head_start import features_verbs, kept_until_started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.weights import TELLS, weight_of
@@ -61,6 +67,7 @@ class Experts(AdapterMethod):
     def __init__(self, settings: ExpertsSettings, rounds: int, rule: Rule) -> None:
         super().__init__(settings, rounds)
         self.rule, self.grouping = rule, settings.experts
+        self.gate = GateRounds(settings, rounds, rule, self.general)
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.lora_ranks import freeze
@@ -79,6 +86,8 @@ class Experts(AdapterMethod):
         return State(tunable.read(), kept_until_started(self.settings.head_start, tunable))
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
+        if self.gate.due(now.number, experts_of(state.shared)):
+            return self.gate.round(state, cohort, self.in_groups(groups_of(state.kept), now))
         state = self.begin(state, cohort)
         before = general_of(state.shared)
         general = self.rule.from_mean(before, cohort.sum("train", before).values())
@@ -86,11 +95,7 @@ class Experts(AdapterMethod):
             return State(general, state.kept)
         kept = self.grouped(general, state.kept, cohort, now)
         groups = groups_of(kept)
-        chosen = {client: self.grouping.of(client, groups) for client in now.members}
-        sizes = Counter(chosen.values())
-        asked = {
-            client: name for client, name in chosen.items() if sizes[name] >= self.grouping.least and name
-        }
+        asked = self.in_groups(groups, now)
         known = experts_of(state.shared)
         if (
             self.grouping.asks
@@ -98,9 +103,17 @@ class Experts(AdapterMethod):
             known = {name: tensors for name, tensors in known.items() if name in groups}
         if asked:
             known, kept = self.specialised(general, known, kept, asked, cohort, now)
-            if now.number == self.rounds and self.tells_inputs:
+            if now.number == self.gate.first - 1 and self.tells_inputs:
                 kept = self.with_inputs(general, kept, asked, cohort)
         return joined(general, known, kept)
+
+    def in_groups(self, groups: Mapping[str, tuple[int, ...]], now: Round) -> dict[int, str]:
+        """The members of a round whose group has enough of them, and their experts."""
+        chosen = {client: self.grouping.of(client, groups) for client in now.members}
+        sizes = Counter(chosen.values())
+        return {
+            client: name for client, name in chosen.items() if sizes[name] >= self.grouping.least and name
+        }
 
     def grouped(self, general: Tensors, kept: Tensors, cohort: Cohort, now: Round) -> Tensors:
         """What is kept, with the sketches of this round's members and the groups that follow from them."""
@@ -139,6 +152,7 @@ class Experts(AdapterMethod):
     ) -> tuple[dict[str, dict[str, np.ndarray]], Tensors]:
         """The next experts, from one question to all groups; who has shared one is kept."""
         before = {name: known.get(name) or fresh(general, now.seed) for name in sorted(set(asked.values()))}
+        by_need = self.grouping.rank == "auto" and not known  # once, by the first sums
         try:
             sums = cohort.sum_groups(
                 SPECIALISE,
@@ -157,9 +171,18 @@ class Experts(AdapterMethod):
             cohort.note(f"{LOSS}/{name}", total.mean().metrics[LOSS])
             members = {client for client, group in asked.items() if group == name}
             groups[name] = tuple(sorted(members | set(groups.get(name, ()))))
+        known = self.ranked(known, cohort) if by_need else known
         weight = sum(total.weight for total in sums.values())
         cohort.note(LOSS, sum(total.metrics[LOSS] for total in sums.values()) / weight)
         return known, with_groups(kept, groups, sketches_of(kept), made_so_far(kept))
+
+    def ranked(self, known: Mapping[str, Tensors], cohort: Cohort) -> dict[str, dict[str, np.ndarray]]:
+        """First experts at the ranks that they need, of as many in all as before; later ones begin at equal
+        rank."""
+        ranks = allotted({name: need(tensors) for name, tensors in known.items()}, self.settings.lora.rank)
+        for name, rank in ranks.items():
+            cohort.note(f"expert_rank/{name}", rank)
+        return {name: at_rank(tensors, ranks[name]) for name, tensors in known.items()}
 
     def with_inputs(
         self, general: Tensors, kept: Tensors, asked: Mapping[int, str], cohort: Cohort
@@ -183,12 +206,24 @@ class Experts(AdapterMethod):
     @property
     def tells_inputs(self) -> bool:
         """A layer's width is told by its A, which has to travel."""
-        pair = ("a.lora_A.weight", "a.lora_B.weight")
-        return self.grouping.inputs and pair[0] in self.ever(dict.fromkeys(pair))
+        return self.grouping.inputs and moves_a(self.rule)
 
     def install(self, state: State, tunable: TunableModel) -> None:
-        """The general expert: what a client without an expert has."""
-        tunable.write(general_of(state.shared))
+        """The general expert, which is what a client without an expert has; and on top of it all others, once
+        there is a gate."""
+        install(state, tunable, self.grouping.gate)
+
+    def export(
+        self, form: str, state: State, tunable: TunableModel, folder: Path, card: str, seed: int
+    ) -> None:
+        """The general expert, as stock peft reads it; with a gate, beside it what `fedtune.load` puts on top.
+        Raises M306 for a merged model of a state with a gate."""
+        if tunable.routed is not None:
+            refuse_merging(form)
+            card += BESIDE
+        super().export(form, state, tunable, folder, card, seed)
+        if tunable.routed is not None:
+            write_beside(state, tunable, folder)
 
     # --- what travels
 
@@ -208,6 +243,7 @@ class Experts(AdapterMethod):
             reads_each=self.grouping.single,
             by_group=not self.grouping.single,
             moves=True,
+            otherwise=self.at_other_ranks if self.grouping.rank == "auto" else None,
             shows=""
             if self.grouping.single
             else f"a group has {self.grouping.least} members or more, whom the server knows",
@@ -217,6 +253,7 @@ class Experts(AdapterMethod):
             SPECIALISE: specialise,
             **self.sketches(),
             **self.inputs(),
+            **self.gate.verbs,
             **features_verbs(self.settings.head_start),
         }
 
@@ -257,11 +294,15 @@ class Experts(AdapterMethod):
         names = self.ever(tunable.named)
         return Schema.of({name: value for name, value in tunable.named.items() if name in names})
 
-    def beside(self, tunable: Any) -> Schema:
-        """The general expert, and the pairs of one expert."""
-        entries = self.general(tunable).entries
-        own = [(OWN + name, shape) for name, shape in entries if is_pair(name)]
+    def beside(self, tunable: Any, rank: int = 0) -> Schema:
+        """The general expert, and the pairs of one expert; `rank`: where it is not the general one's."""
+        entries, rank = self.general(tunable).entries, rank or self.settings.lora.rank
+        own = [(OWN + name, shape_at(name, shape, rank)) for name, shape in entries if is_pair(name)]
         return Schema(tuple(sorted([*entries, *own])))
+
+    def at_other_ranks(self, tunable: Any, client: int, now: Round) -> Iterator[Schema]:
+        equal = self.settings.lora.rank
+        return (self.beside(tunable, rank) for rank in range(1, MOST * equal + 1) if rank != equal)
 
     def sent(self, given: Schema, now: Round) -> frozenset[str]:
         own = [name.removeprefix(OWN) for name in given.shapes if name.startswith(OWN)]
@@ -336,7 +377,7 @@ class Experts(AdapterMethod):
         return Facts(
             "experts",
             f"experts / {self.grouping.by}",
-            metrics=("loss", LOSS),
+            metrics=("loss", LOSS, *self.gate.figures),
             weight=TELLS[self.settings.weight],
         )
 
@@ -347,7 +388,8 @@ class Experts(AdapterMethod):
             costs=ExpertCosts(self.settings),
             also_see={
                 "members": "the general expert and their own group's, "
-                f"which at least {least} client{'s' * (least > 1)} made; of other groups nothing"
+                f"which at least {least} client{'s' * (least > 1)} made; of other groups "
+                + ("all experts, in the rounds of the gate" if self.grouping.gate.rounds else "nothing")
             },
         )
 
@@ -357,12 +399,3 @@ class ExpertsTable(ExpertsSettings):
 
     def build(self, rounds: int, rule: Rule) -> Experts:
         return Experts(self, rounds, rule)
-
-
-def layers_of(given: Schema) -> list[tuple[str, tuple[int, ...]]]:
-    """Adapted layers, and the shapes of their A."""
-    return [(name.removesuffix(A_END), shape) for name, shape in given.entries if name.endswith(A_END)]
-
-
-def only(schema: Schema, names: frozenset[str]) -> Schema:
-    return Schema(tuple(entry for entry in schema.entries if entry[0] in names))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.aggregate import RULES, Rule
+from fedtune.errors import FedtuneError
 from fedtune.experts.grouping import Clusters, ExpertSettings
-from fedtune.experts.state import A_END
+from fedtune.experts.need import MOST
+from fedtune.experts.state import A_END, B_END
 from fedtune.methods.base import AdapterCosts, AdapterTable
 from fedtune.methods.fedpeft_ranks import plan_at
 from fedtune.model.adapters import Lora
@@ -17,11 +20,20 @@ if TYPE_CHECKING:
     from fedtune.model.memory_plan import Plan
 
 
+SHARES = 48  # experts whose shares an answer can tell
+
+
 class ExpertsSettings(AdapterTable):
     """The keys of [method] type = "experts"."""
 
     type: Literal["experts"] = "experts"
     experts: ExpertSettings = Clusters()
+
+    @property
+    def lora(self) -> Lora:
+        """The adapter, which is LoRA: `conflicts` refuses others."""
+        assert isinstance(self.adapter, Lora)
+        return self.adapter
 
     @property
     def spends(self) -> None:
@@ -53,6 +65,12 @@ class ExpertsSettings(AdapterTable):
                 f"a rule that needs sums only and leaves nothing at home: {known}",
                 "change aggregate.rule",
             )
+        if self.experts.rank == "auto" and not moves_a(rule):
+            yield (
+                f"method.experts.rank = 'auto' with aggregate.rule = '{rule.rule}'",
+                "a rule that trains both factors, so that an expert can change its rank",
+                "set aggregate.rule = 'mean', or method.experts.rank = 'equal'",
+            )
         if recipe.downlink.lossy or recipe.downlink.remembers:
             yield (
                 f"downlink.step = '{recipe.downlink.step}' with method.type = 'experts'",
@@ -77,15 +95,67 @@ class ExpertsSettings(AdapterTable):
                 f"{LEAST} or more: of two, each would know the other's answer",
                 f"set method.experts.min_clients = {LEAST}",
             )
+        if self.experts.gate.rounds:
+            yield from self.gate_conflicts(recipe)
+
+    def gate_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        """What [method.experts.gate] needs of the rest."""
+        gate, what = self.experts.gate, "method.experts.gate.rounds"
+        if self.experts.single:
+            yield (
+                f"{what} with method.experts.by = '{self.experts.by}'",
+                "groups, because every member is given all experts to train the gate",
+                "set method.experts.by = 'clusters'",
+            )
+        if not self.experts.inputs or not moves_a(recipe.aggregate):
+            yield (
+                f"{what} without the groups' mean inputs, from which the gate starts",
+                "method.experts.inputs = true, and a rule that trains both factors",
+                "set them, or leave [method.experts.gate] out",
+            )
+        if recipe.rounds - gate.rounds <= self.experts.warm_up:
+            yield (
+                f"{what} = {gate.rounds} of {recipe.rounds} rounds, after {self.experts.warm_up} of warm-up",
+                "a round at least in between, which trains the experts",
+                "raise rounds",
+            )
+        if self.experts.slots > SHARES:
+            yield (
+                f"{what} with up to {self.experts.slots} experts",
+                f"at most {SHARES}, each of whose shares is told",
+                "lower method.experts.most",
+            )
+        if self.train.private.max_grad_norm:
+            yield (
+                f"{what} with method.train.private",
+                "one of them: a gate's gradient is not bounded row by row",
+                "leave one out",
+            )
+
+    def depends_on_rounds(self) -> list[str]:
+        last = ["method.experts.gate.rounds"] if self.experts.gate.rounds else []
+        return [*super().depends_on_rounds(), *last]
+
+
+def refuse_merging(form: str) -> None:
+    """Raises M306."""
+    if form != "adapter":
+        raise FedtuneError(
+            "M306",
+            f"--as {form} for a run with a gate, whose experts are mixed anew for every token",
+            "--as adapter",
+            "export it so, or write one expert with: fedtune experts export",
+        )
+
+
+def moves_a(rule: Rule) -> bool:
+    """Whether factors A are trained, and travel, in some round."""
+    pair = (f"a{A_END}", f"a{B_END}")
+    return any(pair[0] in rule.trains(pair, number) for number in (1, 2))
 
 
 def sums_up(rule: Rule) -> bool:
-    return (
-        rule.linear
-        and not rule.core
-        and not rule.carries
-        and not rule.stays([f"a{A_END}", "a.lora_B.weight"])
-    )
+    return rule.linear and not rule.core and not rule.carries and not rule.stays([f"a{A_END}", f"a{B_END}"])
 
 
 def hiding(recipe: Any) -> str:
@@ -95,17 +165,35 @@ def hiding(recipe: Any) -> str:
 
 
 class ExpertCosts(AdapterCosts):
-    """As for any adapter, at twice the rank: the general expert stands beneath the one in training."""
+    """As for any adapter, at the ranks of the general expert and of the one in training above it."""
 
     settings: ExpertsSettings
 
     def memory(self, plan: Plan, length: int) -> Mapping[str, int]:
-        assert isinstance(self.settings.adapter, Lora)
-        return super().memory(plan_at(plan, 2 * self.settings.adapter.rank), length)
+        experts = self.settings.experts
+        above = MOST if experts.rank == "auto" else 1
+        if experts.gate.rounds:  # all experts stand on the network at once
+            above = max(above, experts.slots)
+        return super().memory(plan_at(plan, (1 + above) * self.settings.lora.rank), length)
 
     def remarks(self, recipe: object, labels: int, rows: float) -> list[str]:
         first = self.settings.experts.warm_up + 1
         return [
             f"experts   from round {first} on, members of a group train twice a round: the general expert, "
-            "then their own; the bytes above are of such a round"
+            "then their own; the bytes above are of such a round",
+            *self.of_gate(recipe, labels),
+        ]
+
+    def of_gate(self, recipe: Any, labels: int) -> list[str]:
+        gate, slots = self.settings.experts.gate, self.settings.experts.slots
+        if not gate.rounds:
+            return []
+        plan = self.plan(recipe.model, recipe.data.task, labels)
+        shapes = [(name, shape) for name, shape in plan.shapes.items() if name.endswith((A_END, B_END))]
+        pairs = sum(math.prod(shape) for _, shape in shapes)
+        up = sum((slots + gate.null) * (shape[1] + 1) for name, shape in shapes if name.endswith(A_END))
+        down = plan.trainable + slots * pairs + up
+        return [
+            f"gate      the last {gate.rounds} rounds train a gate alone: up to {4 * up:,} bytes up and "
+            f"{4 * down:,} down, with {slots} experts, which every member is given"
         ]

@@ -38,7 +38,7 @@ The runtime asks a method for nothing beside what stands here: no attribute is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -78,6 +78,9 @@ class Verb:
     work        the client's half
     given       tunable model, client's number, round -> the schema of what this client is given, so that it
                 can refuse anything else before it allocates
+    late        it is asked in a run's last rounds, in the place of others: no part of an ordinary round
+    otherwise   the same arguments -> other schemas of what a client may be given in the place of `given`,
+                where the recipe alone does not say how large that is; a message names one by its fingerprint
     answer      schema given, round -> the schema of the answer, for the same reason on the server
     reads_each  the server reads single answers, not only their sum
     by_group    the server adds up answers group by group (`Cohort.sum_groups`), and sees each group's sum
@@ -109,6 +112,8 @@ class Verb:
     once: bool = False
     together: tuple[int, Together | None] = (1, None)
     applies: Callable[[Any], bool] = lambda tunable: True
+    late: bool = False
+    otherwise: Callable[[Any, int, Round], Iterable[Schema]] | None = None
 
 
 @dataclass(frozen=True)

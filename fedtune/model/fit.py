@@ -61,12 +61,13 @@ def fit(
     progress: tuple[int, int] = (0, 1),
     backward: Backward | None = None,
     rates: Mapping[str, float] | None = None,
+    around: Callable[[Loss], Loss] = lambda loss_of: loss_of,
 ) -> FitReport:
     """Train the tunable model's tensors on the client's examples. `progress` = (rounds done, rounds) places
     the learning-rate schedule.
 
     `backward` computes a step's loss and gradients where the network is not run here; `rates` are learning
-    rates of single tensors by name.
+    rates of single tensors by name; `around` adds terms to the loss of a batch.
     A step's loss is its sum over tokens (or examples) divided by their number over all micro-batches of the
     step, so that accumulation equals
     one big batch; where the device's memory is too small for a micro-batch, it is halved and the step done
@@ -86,7 +87,7 @@ def fit(
     optimizer = make_optimizer(tunable, settings, rates or {})
     train_slices(optimizer, tunable, seed)
     inputs = ChangedInputs.of(settings.inputs, tunable, seed)
-    loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
+    loss_of = around(inputs.around(TrainingLoss.of(settings.objective, tunable, encoded)))
     chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     secret = Secret() if settings.private.max_grad_norm else None
     plan = list(

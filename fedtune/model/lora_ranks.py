@@ -59,6 +59,19 @@ def resize(tunable: TunableModel, rank: int, scale: float) -> None:
     tunable.settings = settings.model_copy(update={"rank": rank, "alpha": alpha})
 
 
+def scale_of(tunable: TunableModel) -> float:
+    """What a pair's product is multiplied by. Raises M306 for what is not LoRA."""
+    settings = tunable.settings
+    if not isinstance(settings, Lora):
+        raise FedtuneError(
+            "M306",
+            f"an expert on an adapter of kind '{tunable.kind}'",
+            "LoRA pairs of linear layers",
+            "set method.adapter.kind = 'lora'",
+        )
+    return settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+
+
 def stack(
     tensors: Mapping[str, np.ndarray], residual: Mapping[str, np.ndarray], scale: float
 ) -> dict[str, np.ndarray]:
@@ -136,15 +149,8 @@ def on_top(
     What `beneath` does not name is as the tunable model has it. Raises M306 for what is not made of linear
     pairs.
     """
-    settings, frozen = tunable.settings, sorted(tunable.still)
-    if not isinstance(settings, Lora):
-        raise FedtuneError(
-            "M306",
-            f"an expert on an adapter of kind '{tunable.kind}'",
-            "LoRA pairs of linear layers",
-            "set method.adapter.kind = 'lora'",
-        )
-    scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+    scale, settings, frozen = scale_of(tunable), tunable.settings, sorted(tunable.still)
+    assert isinstance(settings, Lora)
     thaw(tunable)
     held = {**tunable.read(), **beneath}
     added = next(value.shape[1] for name, value in own.items() if name.endswith(B_END))

@@ -54,6 +54,8 @@ class TunableModel:
     emulator: TunableModel | None = None
     # fedtune.model.initial_values.Origin, where a method rebuilds the trained tensors from their first values
     origin: Any = None
+    # fedtune.experts.routers.Router over its layers, where a state with a gate is installed
+    routed: Any = None
 
     @property
     def kind(self) -> str:

@@ -207,7 +207,7 @@ def traffic(
     total, once, trained, ranks = Traffic(), Traffic(), 0.0, method.capabilities.ranks
     for client, share in alike(method, clients).items():
         for name, verb in method.verbs.items():
-            if verb.applies(plan):
+            if verb.applies(plan) and not verb.late:
                 takes = verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client)
                 if chain.hides and not verb.reads_each:
                     takes += masks_traffic(method, chain, name, asked)

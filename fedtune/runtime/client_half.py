@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from fedtune.runtime.task import Task
 from fedtune.schema import Schema
 from fedtune.transforms.downlink import HeldState, hold, holding
 from fedtune.types import Client, Round, Tensors, Update
-from fedtune.wire import EVERYONE, decode, decode_state, encode
+from fedtune.wire import EVERYONE, decode, decode_state, encode, schema_named
 
 Cover = Callable[[Update, Tensors | None], Update]
 Opened = tuple[Task, Schema, Tensors]
@@ -96,7 +98,7 @@ def opened(link: Link, client: Client, ask: Ask) -> Opened:
             f"one of {', '.join(sorted(link.tasks))}",
             "install the same version of fedtune on both sides",
         )
-    schema = task.given(client.model, client.id, ask.now)
+    schema = asked_with(task, client.model, ask)
     given = received(link, client, ask, schema)
     if task.trains and not len(client.data):
         found, expected = (
@@ -105,6 +107,17 @@ def opened(link: Link, client: Client, ask: Ask) -> Opened:
         )
         raise ClientFailed("D205", found, expected, "give it rows, or raise data.max_length")
     return task, schema, given
+
+
+def asked_with(task: Task, tunable: Any, ask: Ask) -> Schema:
+    """The schema of what comes with a question: of several, the one that the message names; where it names
+    none of them, the first, by which it is then refused. Raises Refused W601, W602, W606."""
+    first = task.given(tunable, ask.client, ask.now)
+    if task.otherwise is None:
+        return first
+    named = schema_named(ask.payload)
+    others = task.otherwise(tunable, ask.client, ask.now)
+    return next((schema for schema in chain([first], others) if schema.fingerprint == named), first)
 
 
 def answered(

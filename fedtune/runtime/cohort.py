@@ -57,7 +57,7 @@ class RoundCohort:
     took: dict[int, float] = field(default_factory=dict)  # client -> seconds of its last answer
     moves: Moves | None = None  # looks at how far single answers move the state
 
-    def sum(self, verb: str, given: Tensors) -> Update:
+    def sum(self, verb: str, given: Given) -> Update:
         """Raises R405 where nobody gave a usable answer, Paused (R413) where too few came through a masked
         sum."""
         if mask_of(self.link.tasks[verb]):
@@ -68,7 +68,7 @@ class RoundCohort:
         if total is None:
             raise self._nobody()
         self._require_quorum()
-        return self._settled(verb, total, given)
+        return self._settled(verb, total, given_to(self.now.members[0], given))
 
     def each(
         self, verb: str, given: Given, among: Sequence[int] | None = None

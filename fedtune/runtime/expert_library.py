@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from fedtune.disk import write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.experts.cards import GENERAL, Card, cards, known, library_sha256, new_id, sha256_of, write
-from fedtune.experts.state import A_END, experts_of, fresh_a, groups_of, inputs_of, is_pair
+from fedtune.experts.state import A_END, experts_of, fresh_a, groups_of, inputs_of, rank_of
 from fedtune.exports import card as readme
 from fedtune.exports import whole_folder
 from fedtune.runtime.certificate import certificate
@@ -25,6 +25,7 @@ from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 
 if TYPE_CHECKING:
+    from fedtune.experts.routers import Router
     from fedtune.model.tunable import TunableModel
     from fedtune.types import State, Tensors
 
@@ -54,6 +55,8 @@ def make(folder: RunFolder, place: Path) -> None:
     text = readme(recipe, "experts", workspace.base.fingerprint, number)
     with whole_folder(place) as temporary:
         write_all(temporary, folder, workspace.tunable, state, text, recipe.seed)
+        if workspace.tunable.routed is not None:
+            write_gate(temporary, folder, workspace.tunable.routed)
 
 
 def write_all(
@@ -61,12 +64,13 @@ def write_all(
 ) -> None:
     """The general expert, which is installed, and every other, with the general one's task head."""
     from fedtune.model.export import save_adapter
-    from fedtune.model.lora_ranks import thaw
+    from fedtune.model.lora_ranks import resize, scale_of, thaw
 
     thaw(tunable)
-    general = tunable.read()
+    general, scale = tunable.read(), scale_of(tunable)
     groups, history, inputs = groups_of(state.kept), History(folder), inputs_of(state.kept)
     for name, tensors in {GENERAL: general, **experts_of(state.shared)}.items():
+        resize(tunable, rank_of(tensors), scale)
         tunable.write(general if name == GENERAL else {**alone(general, seed), **tensors})
         save_adapter(tunable, place / name, tunable.base.name, text)
         if name in inputs:
@@ -97,10 +101,6 @@ def alone(general: Tensors, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def rank_of(tensors: Tensors) -> int:
-    return max(min(value.shape) if value.ndim == 2 else 0 for name, value in tensors.items() if is_pair(name))
-
-
 class History:
     """What a run's journal knows of its members."""
 
@@ -116,6 +116,23 @@ class History:
 
     def losses(self, figure: str) -> tuple[float, ...]:
         return tuple(round(metrics[figure], 6) for metrics in self.metrics if figure in metrics)
+
+
+def write_gate(place: Path, folder: RunFolder, router: Router) -> None:
+    """gate.safetensors and gate.json: what it is over, how it keeps, what its clients' answers said of it."""
+    history = History(folder)
+    names = [*router.names, *(["nobody"] if router.null else [])]
+    numbers = [*map(str, range(len(router.names))), *(["null"] if router.null else [])]
+    shares = {
+        name: history.losses(f"gate_share/{number}")[-1:] for name, number in zip(names, numbers, strict=True)
+    }
+    router.save(
+        place,
+        losses=history.losses("gate_loss"),
+        entropy=history.losses("gate_entropy"),
+        shares={name: share[0] for name, share in shares.items() if share},
+        sha256s={name: sha256_of(place / name) for name in router.names},
+    )
 
 
 # --- changes
@@ -161,6 +178,15 @@ def add(folder: RunFolder, source: Path, name: str, on_general: bool = False) ->
     return cards(place)[name]
 
 
+def without(place: Path, name: str) -> None:
+    """The gate's rows of an expert go with it; a gate with nothing left to choose from goes as a whole."""
+    from fedtune.experts.routers import GATES, SETTINGS, drop
+
+    if (place / SETTINGS).exists() and not drop(place, name):
+        for file in (SETTINGS, GATES):
+            (place / file).unlink()
+
+
 def copied(source: Path, target: Path) -> None:
     """Plain files only, as an adapter's folder has them."""
     target.mkdir(parents=True)
@@ -187,6 +213,7 @@ def remove(folder: RunFolder, name: str, now: datetime, keys: Path | None = None
         )
     before = library_sha256(place)
     gone = place / f".{name}.part"
+    without(place, name)
     (place / name).replace(gone)  # from here on nobody finds it
     shutil.rmtree(gone)
     record = {

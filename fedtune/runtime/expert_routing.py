@@ -3,6 +3,7 @@ generate with."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
 
-def routed(folder: RunFolder, routing: Routing, null: bool = False) -> dict[str, Any]:
-    """Losses of the router on the second half of each client's held-out rows, by client, and what it did.
-    Raises D202, M305, R406."""
+def routed(folder: RunFolder, routing: Routing | None, null: bool = False) -> dict[str, Any]:
+    """Losses of the router on the second half of each client's held-out rows, by client, and what it did;
+    None: the gate that the run has trained. Raises D202, M305, R406."""
     place = library(folder)
     workspace, _, _ = installed(folder, "last", data=True)
     halves = halves_of(workspace)
@@ -35,13 +36,14 @@ def routed(folder: RunFolder, routing: Routing, null: bool = False) -> dict[str,
         losses = {name: scored(tunable, rows[1], workspace).loss for name, rows in halves.items()}
     finally:
         router.detach()
-    names = [*router.names, *(["nobody"] if null else [])]
+    names = [*router.names, *(["nobody"] if router.null else [])]
     return {"losses": losses, "health": router.health.report(names)}
 
 
-def put(base: Base, place: Path, routing: Routing, null: bool = False) -> tuple[TunableModel, Router]:
-    """The base with the general expert on it and a router over all others, attached."""
-    from fedtune.experts.routers import router
+def put(base: Base, place: Path, routing: Routing | None, null: bool = False) -> tuple[TunableModel, Router]:
+    """The base with the general expert on it and a router over all others, attached; None: by the library's
+    gate, over the experts that it knows. Raises M305 where there is none."""
+    from fedtune.experts.routers import loaded, router
     from fedtune.model.lora_files import read_expert, seated
     from fedtune.types import LM_TASKS
 
@@ -56,9 +58,33 @@ def put(base: Base, place: Path, routing: Routing, null: bool = False) -> tuple[
     tensors, like = summed([read_expert(place / GENERAL)])
     tunable = seated(base, like, tensors, max(ranks_of(tensors).values()))
     experts = {name: read_expert(place / name).tensors for name in found}
-    made = router(experts, {}, routing, base.task in LM_TASKS, moments_of(place, found, routing), null=null)
+    if routing is None:
+        require_gate(place)
+        made = loaded(place, experts, {})
+    else:
+        moments = moments_of(place, found, routing)
+        made = router(experts, {}, routing, base.task in LM_TASKS, moments, null=null)
     made.attach(base.net)
     return tunable, made
+
+
+def gate_in(place: Path) -> dict[str, Any]:
+    """What gate.json says of the library's trained gate; {} where there is none."""
+    from fedtune.experts.routers import SETTINGS
+
+    file = place / SETTINGS
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def require_gate(place: Path) -> None:
+    """Raises M305."""
+    if not gate_in(place):
+        raise FedtuneError(
+            "M305",
+            "a library without a trained gate",
+            "a run with [method.experts.gate]",
+            "route with --gate means or --gate arrow",
+        )
 
 
 def moments_of(place: Path, names: list[str], routing: Routing) -> Mapping[str, Mapping[str, np.ndarray]]:

@@ -15,9 +15,11 @@ from fedtune.data import Federation, load_slice
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
+from fedtune.experts.state import EXPERTS
 from fedtune.exports import card, check_target, seeds_card, whole_folder
 from fedtune.exports import which as which_round
 from fedtune.methods import MethodTable
+from fedtune.methods.experts_settings import refuse_merging
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings
 from fedtune.runtime import privacy
@@ -96,6 +98,8 @@ def export_run(
     if rank and shrink is None:
         raise FedtuneError("M306", f"--rank for a run of {facts.title}", "a LoRA adapter", "leave --rank out")
     workspace, state, number = installed(folder, which)
+    if workspace.tunable.routed is not None:
+        refuse_merging(f"{form} --for {program}" if program else form)
     lost = shrink(state, workspace.tunable, rank) if rank and shrink else 0.0
     if intruders is not None:
         from fedtune.model.intruders import reduce
@@ -280,7 +284,12 @@ def loaded(folder: Path, base: str = "", device: str = "cpu", which: str = "best
     name = base or from_origin(str(about["base"]), folder)
     model = {"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}
     labels = tuple(about["labels"])
-    return load_adapter(load_base(ModelSettings.model_validate(model), about["task"], labels, 0), place)
+    tunable = load_adapter(load_base(ModelSettings.model_validate(model), about["task"], labels, 0), place)
+    if (place / EXPERTS).is_dir():
+        from fedtune.experts.trained import load_whole, put_on
+
+        put_on(tunable, load_whole(place / EXPERTS))
+    return tunable
 
 
 def from_origin(base: str, run: Path) -> str:

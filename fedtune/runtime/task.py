@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ class Task:
 
     work    the client's half
     given   tunable model, client, round -> the schema of what that client is given
+    otherwise  other schemas of what it may be given; as of a verb
     answer  schema given, round -> the schema of the answer
     chain   the steps that an answer goes through
     moves   the answer is the given tensors, moved: under a chain the difference travels, and the downlink may
@@ -45,6 +46,7 @@ class Task:
     by_group: bool = False
     figures: tuple[str, ...] = ()
     together: tuple[int, Together | None] = (1, None)
+    otherwise: Callable[[Any, int, Round], Iterable[Schema]] | None = None
 
     def kinds(self, answer: Schema) -> frozenset[str]:
         """What numbers an answer may hold: as the method declares whole numbers, as the chain leaves them
@@ -97,6 +99,7 @@ def tasks_of(method: Method, chain: Chain, run: str) -> dict[str, Task]:
             by_group=verb.by_group,
             figures=about.figures,
             together=verb.together,
+            otherwise=verb.otherwise,
         )
 
     return {name: task(name, verb) for name, verb in method.verbs.items()}

@@ -2,7 +2,16 @@
 
 from fedtune.wire.changes import is_whole
 from fedtune.wire.guard import Expect
-from fedtune.wire.message import EVERYONE, Header, decode, decode_state, encode, encode_changes, encode_state
+from fedtune.wire.message import (
+    EVERYONE,
+    Header,
+    decode,
+    decode_state,
+    encode,
+    encode_changes,
+    encode_state,
+    schema_named,
+)
 
 __all__ = [
     "EVERYONE",
@@ -14,4 +23,5 @@ __all__ = [
     "encode_changes",
     "encode_state",
     "is_whole",
+    "schema_named",
 ]

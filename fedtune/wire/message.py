@@ -20,7 +20,7 @@ from fedtune.schema import Schema
 from fedtune.types import Tensors, Update
 from fedtune.wire import coder
 from fedtune.wire.changes import pack_changes, unpack_changes
-from fedtune.wire.frame import METRICS, VERSIONS, refuse, sealed
+from fedtune.wire.frame import METRICS, VERSIONS, opened, refuse, sealed
 from fedtune.wire.guard import Expect, accepted, check_norm
 from fedtune.wire.integers import pack_whole, unpack_whole
 from fedtune.wire.scales import blocks, expand, to_halves
@@ -218,6 +218,12 @@ def decode_state(
         tensors[name] = value
         at += size * kept.itemsize
     return header_of(message), tensors
+
+
+def schema_named(data: bytes) -> str:
+    """The fingerprint of the schema that a message says it follows, as hex; nothing else is read. Raises
+    Refused W601, W602, W606."""
+    return opened(data)[0].schema.hex()
 
 
 # --- parts

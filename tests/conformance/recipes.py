@@ -95,6 +95,43 @@ METHODS: dict[
         "method__experts": {"by": "given", "groups": ["a", "a", "b", ""], "warm_up": 1, "min_clients": 2},
         "aggregate": {"rule": "rolora"},
     },
+    "experts-auto": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "given",
+            "groups": ["a", "a", "b", "b", "b", "b"],
+            "warm_up": 1,
+            "min_clients": 2,
+            "rank": "auto",
+        },
+        "method__adapter": {"kind": "lora", "rank": 16},
+        "method__train": {"lr": 0.02, "steps": 6, "batch": 4},
+        "partition": {"by": "shards", "shards_per_client": 1, "clients": 6},
+    },
+    "experts-gate": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "clusters",
+            "warm_up": 1,
+            "min_clients": 2,
+            "sketch": 64,
+            "most": 4,
+            "gate": {"rounds": 1, "null": True, "balance": 0.01},
+        },
+        "chain": [{"step": "quantize", "bits": 8}],
+        "partition": {"by": "shards", "shards_per_client": 1, "clients": 6},
+    },
+    "experts-gate-mask": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "given",
+            "groups": ["a", "a", "b", "b", "a", "b"],
+            "warm_up": 1,
+            "gate": {"rounds": 1, "localized": 0.1},
+        },
+        "partition": {"by": "iid", "clients": 6},
+        "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
+    },
     "fedkseed-steps": {"method": {**WALK, "estimator": "spsa"}},
     "fedkseed-pro": {"method": {**WALK, "estimator": "spsa", "importance": True}},
     "fedkseed-pool": {

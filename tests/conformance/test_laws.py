@@ -54,6 +54,7 @@ MASKED = [
     "fedpeft-mask",
     "fedpeft-lift",
     "experts-mask",
+    "experts-gate-mask",
     "fedkseed-mask",
     "sfprompt-mask",
 ]  # of three members or more

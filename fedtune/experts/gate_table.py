@@ -1,0 +1,39 @@
+"""[method.experts.gate]: the last rounds of a run train a gate over its experts, which stand still."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedtune.settings import Settings
+
+
+class GateTable(Settings):
+    """A linear gate at each adapted layer, which starts from the groups' mean inputs and is then trained by
+    all clients, each on its own rows; the gate's weights alone travel up."""
+
+    rounds: int = Field(0, ge=0)
+    """So many of the run's last rounds train the gate, and nothing else; 0: there is none. Where fewer than
+    two experts have been found there is nothing to choose from, and these rounds are as all others."""
+    keep: Literal["topk", "topp", "dense"] = "topk"
+    """Which experts have a say of a token: the `k` best; the best until their shares add up to `p`; or
+    all."""
+    k: int = Field(2, ge=2, le=256)
+    """topk: how many. Shares of those that are kept add up to 1, so that one alone would teach a gate
+    nothing."""
+    p: float = Field(0.6, gt=0, le=1)
+    """topp: what the shares of those that are kept add up to at least."""
+    null: bool = False
+    """An expert that does nothing, beside the others: its share is the general expert's alone."""
+    prefix: bool = True
+    """Scores are averaged over the text so far, as a gate of mean inputs needs; false: each token's own."""
+    balance: float = Field(0.0, ge=0)
+    """Weight of the Switch Transformer's load balance (Fedus et al. 2022, eq. 4). On rows of one kind it
+    works against experts that differ: 0.01 and less, and for clients of mixed rows."""
+    localized: float = Field(0.0, ge=0)
+    """Weight of LoRAMoE's localised balance (Dou et al. 2024, arXiv:2312.09979), which leaves a group's own
+    expert a greater share. Members are then told which expert that is; whoever has none is spared the
+    term."""
+    lr: float = Field(0.01, gt=0, le=100)
+    """Learning rate of the gate; all else is as [method.train] says."""
