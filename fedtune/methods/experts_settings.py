@@ -131,6 +131,12 @@ class ExpertsSettings(AdapterTable):
                 "one of them: a gate's gradient is not bounded row by row",
                 "leave one out",
             )
+        if self.train.objective.refers:
+            yield (
+                f"{what} with method.train.objective.loss = '{self.train.objective.loss}'",
+                "one that does not refer to the model without its adapter, which would be all experts but one",
+                "choose another objective, or leave [method.experts.gate] out",
+            )
 
     def depends_on_rounds(self) -> list[str]:
         last = ["method.experts.gate.rounds"] if self.experts.gate.rounds else []

@@ -197,6 +197,7 @@ def test_the_library_keeps_the_gate_and_routes_by_it(
         (HALVES | {"gate": GATE | {"rounds": 3}}, {}, "3 of 4 rounds, after 1 of warm-up"),
         ({"by": "clusters", "most": 99, "gate": GATE | {"rounds": 1}}, {}, "99 experts"),
         (HALVES | {"gate": GATE}, {"method__train": {"private": {"max_grad_norm": 1.0}}}, "private"),
+        (HALVES | {"gate": GATE}, {"method__train": {"objective": {"loss": "asft"}}, **CAUSAL}, "asft"),
     ],
 )
 def test_what_a_gate_cannot_stand_beside_is_refused(
