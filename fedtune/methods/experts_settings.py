@@ -134,7 +134,7 @@ class ExpertsSettings(AdapterTable):
         if self.train.objective.refers:
             yield (
                 f"{what} with method.train.objective.loss = '{self.train.objective.loss}'",
-                "one that does not refer to the model without its adapter, which would be all experts but one",
+                "one that does not refer to the model without its adapter: experts would still be on it",
                 "choose another objective, or leave [method.experts.gate] out",
             )
 
