@@ -23,9 +23,8 @@ def test_four_sites_in_two_clusters_end_with_the_bytes_of_a_local_run(
 ) -> None:
     lines, kinds = [], sorted(small.WORDS)[:2]
     for number, row in enumerate(one for one in small.rows(240) if one["label"] in kinds):
-        site = kinds.index(row["label"]) + 2 * (
-            number // 2 % 2
-        )  # 0 and 2 have rows of one label, 1 and 3 of another
+        # 0 and 2 have rows of one label, 1 and 3 of another
+        site = kinds.index(row["label"]) + 2 * (number // 2 % 2)
         lines.append(json.dumps({**row, "site": f"site-{site}"}) + "\n")
     data = tmp_path / "sites.jsonl"
     data.write_text("".join(lines))
