@@ -97,9 +97,7 @@ class Experts(AdapterMethod):
         groups = groups_of(kept)
         asked = self.in_groups(groups, now)
         known = experts_of(state.shared)
-        if (
-            self.grouping.asks
-        ):  # a group that clustering no longer finds has no members, and its id is not used again
+        if self.grouping.asks:  # a group that is not found again has no members, and its id is not reused
             known = {name: tensors for name, tensors in known.items() if name in groups}
         if asked:
             known, kept = self.specialised(general, known, kept, asked, cohort, now)

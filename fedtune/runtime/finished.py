@@ -285,7 +285,7 @@ def loaded(folder: Path, base: str = "", device: str = "cpu", which: str = "best
     model = {"name": name, "device": device, "pooling": stated(about.get("pooling", "own"))}
     labels = tuple(about["labels"])
     tunable = load_adapter(load_base(ModelSettings.model_validate(model), about["task"], labels, 0), place)
-    if (place / EXPERTS).is_dir():
+    if (place / EXPERTS).is_dir():  # all experts but the general one, and the gate that mixes them
         from fedtune.experts.trained import load_whole, put_on
 
         put_on(tunable, load_whole(place / EXPERTS))

@@ -19,6 +19,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.privacy.settings import PrivateTraining
 from fedtune.rng import stream
+from fedtune.runtime.protocol import Given, given_to
 from fedtune.runtime.sampling import sample
 from fedtune.runtime.task import tasks_of
 from fedtune.runtime.workspace import Workspace, workspace_of
@@ -166,13 +167,13 @@ class Overheard:
             sent = task.chain.send(update, here, self.now, near)
             yield number, task.chain.receive(sent, number, self.now)
 
-    def sum(self, verb: str, given: Tensors) -> Update:
+    def sum(self, verb: str, given: Given) -> Update:
         total: Update | None = None
-        for _, update in self.answers(verb, lambda number: given):
+        for _, update in self.answers(verb, lambda number: given_to(number, given)):
             total = update if total is None else total + update
         assert total is not None
         task = self.tasks[verb]
-        return task.chain.settle(total, self.now, task.near(given))
+        return task.chain.settle(total, self.now, task.near(given_to(self.members[0], given)))
 
     def each(self, verb: str, given: Any, among: Sequence[int] | None = None) -> Iterator[tuple[int, Update]]:
         to = given if callable(given) else lambda number: given
