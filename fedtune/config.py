@@ -224,9 +224,10 @@ class Recipe(Settings):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the canonical JSON, without the name, [deploy], [watch] and [[sinks]], as hex: the same
-        recipe, the same bytes, wherever it runs."""
-        known = self.model_dump(mode="json", exclude={"deploy", "sinks", "watch"}) | {"name": ""}
+        """SHA-256 of the canonical JSON, without the name, [deploy], [watch], [[sinks]] and data.cache, as
+        hex: the same recipe, the same bytes, wherever it runs."""
+        left_out: dict[str, Any] = {"deploy": True, "sinks": True, "watch": True, "data": {"cache"}}
+        known = self.model_dump(mode="json", exclude=left_out) | {"name": ""}
         return hashlib.sha256(json.dumps(known, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -120,7 +120,8 @@ def add_commands(commands: Any) -> None:
         type=float,
         default=4.0,
         metavar="GIB",
-        help="of states that are kept, so that they need not be sent again (default: 4)",
+        help="of states that are kept, so that they need not be sent again, and of rows kept as tokens "
+        "(default: 4; 0: neither)",
     )
     parser.add_argument(
         "--keep-days",

@@ -93,6 +93,10 @@ class Source(Settings):
     named `test`."""
     client_test_share: float = Field(0.1, ge=0, lt=1)
     """Share of each client's rows that it holds out for itself: of n rows int((1 - share) * n) train."""
+    cache: bool = True
+    """Keep rows as tokens on disk, so that the next start need not make them again. What they say can be read
+    from these files; they lie beside what a site holds (`HOME/tokens`, none with --cache-gib 0) or in the
+    user's own cache, where nobody else may read them. No part of a run's identity."""
     order: Literal["random", "time"] = "random"
     """How a client's held-out rows are chosen: at random with the run's seed, or the last ones in file
     order."""

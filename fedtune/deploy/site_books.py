@@ -110,7 +110,11 @@ def status(home: Path) -> Iterator[str]:
     total = sum(sent.bytes for sent in held)
     yield f"{home}: {len(held)} answers to {len(runs)} runs, {total:,} bytes in all"
     yield f"last 24 hours: {len(day)} answers, {sum(sent.bytes for sent in day):,} bytes"
-    yield f"waiting to be sent: {waiting}; states in the cache: {kept:,} bytes"
+    tokens = sum(path.stat().st_size for path in (home / "tokens").glob("*.tokens"))
+    yield (
+        f"waiting to be sent: {waiting}; states in the cache: {kept:,} bytes; "
+        f"rows kept as tokens: {tokens:,} bytes"
+    )
     if held:
         yield f"{'when':<20}{'run':<28}{'round':>6} {'verb':<10}{'rows':>8}{'bytes':>14}  sha256"
     for sent in held[-NEWEST:]:

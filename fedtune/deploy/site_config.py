@@ -20,7 +20,8 @@ class SiteConfig:
     columns        --map as it was given: the recipe's names of columns and this site's
     shared         this site's copy of the rows that all sites mix into their own
     partition      for demos: the recipe may say which rows and which model's folder are read here
-    cache_bytes    of states that are kept, so that they need not be sent again
+    cache_bytes    of states that are kept, so that they need not be sent again, and of rows that are kept as
+                   tokens; 0: neither
     keep_days      for which receipts and lines of the ledger are kept; 0: for good
     """
 

@@ -40,6 +40,7 @@ from fedtune.deploy.worker_listener import serve
 from fedtune.errors import FedtuneError, Refused
 from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
+from fedtune.model.token_cache import TokenCache
 from fedtune.panics import panics_as_errors
 from fedtune.runtime.checkpoints import Memories
 from fedtune.runtime.client_half import memory_after, memory_before, respond
@@ -322,6 +323,7 @@ class Worker:
             federation,
             load_ends if split else None,
             alive=self.watchdog.alive,
+            tokens=TokenCache(self.home / "tokens", c.cache_bytes),
         )
         self.built = model, workspace, link_of(workspace, method, recipe)
         self.tell(

@@ -24,9 +24,9 @@ from fedtune.model.rates import rate_conflicts, rates_of, with_rates
 from fedtune.model.settings import (
     ModelSettings,
     TrainSettings,
+    adapter_conflicts,
     at_once,
     float16_conflicts,
-    objective_conflicts,
     whole_run,
 )
 from fedtune.privacy.releases import Release
@@ -77,8 +77,10 @@ class TrainedTable(MethodTable):
         yield from float16_conflicts(recipe)
         yield from start_conflicts(self.head_start, recipe)
 
-    def require(self, tokenizer: Any, name: str) -> None:
-        self.train.require(tokenizer, name)
+    def require(self, base: Base) -> None:
+        from fedtune.model.packing import require
+
+        require(self.train, base)
 
     @property
     def rates_open(self) -> bool:
@@ -122,7 +124,7 @@ class AdapterTable(TrainedTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from super().conflicts(recipe)
-        yield from objective_conflicts(self.train, self.adapter)
+        yield from adapter_conflicts(self.train, self.adapter)
         yield from noise_conflicts(self.head_start, self.head_noise, recipe)
 
 

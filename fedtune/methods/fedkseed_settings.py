@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -13,7 +13,10 @@ from fedtune.methods.weights import Weight
 from fedtune.model.adapters import Adapter, AdapterSettings, Full, Lora
 from fedtune.model.objectives import Objective
 from fedtune.model.rates import Rates, rate_conflicts, with_rates
-from fedtune.model.settings import TrainSettings, at_once, float16_conflicts, objective_conflicts
+from fedtune.model.settings import TrainSettings, adapter_conflicts, at_once, float16_conflicts
+
+if TYPE_CHECKING:
+    from fedtune.model.base import Base
 
 
 class Found(NamedTuple):
@@ -122,8 +125,10 @@ class FedKSeedSettings(MethodTable):
     def unused(cls, table: Mapping[str, Any]) -> set[str]:
         return set() if table.get("space") == "adapter" else {"adapter"}
 
-    def require(self, tokenizer: Any, name: str) -> None:
-        self.train.require(tokenizer, name)
+    def require(self, base: Base) -> None:
+        from fedtune.model.packing import require
+
+        require(self.train, base)
 
     def depends_on_rounds(self) -> list[str]:
         return self.train.depends_on_rounds()
@@ -193,7 +198,7 @@ class FedKSeedSettings(MethodTable):
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from rate_conflicts(self.train, self.trained.kind, self.found.train)
-        yield from objective_conflicts(self.train, self.trained)
+        yield from adapter_conflicts(self.train, self.trained)
         yield from self.walking_conflicts()
         if self.size & (self.size - 1):
             yield f"method.size = {self.size}", "a power of two", "set it to 1024, 4096 or 65536"

@@ -52,6 +52,7 @@ from fedtune.types import Client, Cohort, Round, State, Sums, Tensors, Update
 if TYPE_CHECKING:
     from fedtune.aggregate import Rule
     from fedtune.methods.split import Split
+    from fedtune.model.base import Base
     from fedtune.model.memory_plan import Plan
     from fedtune.model.objectives import Objective
     from fedtune.model.settings import ModelSettings
@@ -293,8 +294,8 @@ class MethodTable(Settings):
         """
         return self
 
-    def require(self, tokenizer: Any, name: str) -> None:
-        """Raises C104 where the model of this name, with its tokenizer, lacks what the table needs."""
+    def require(self, base: Base) -> None:
+        """Raises C104 or M306 where the model, with its tokenizer, lacks what the table needs."""
 
     @property
     def rates_open(self) -> bool:

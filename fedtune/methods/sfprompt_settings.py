@@ -109,7 +109,7 @@ class SFPromptSettings(TrainedTable):
                 "cross-entropy",
                 "remove [method.train.objective]",
             )
-        for key in self.train.reads_otherwise:
+        for key in [*self.train.reads_otherwise, *["packing"] * self.train.packing]:
             yield f"method.train.{key} with a split model", "training on rows as they are", "remove it"
         if reads := [one.by for one in recipe.select if one.reads]:
             yield (

@@ -20,6 +20,7 @@ from fedtune.hf.config import AUTO, load_config, locate, position_limit, width_o
 from fedtune.hf.draws import own_draws
 from fedtune.hf.labels import LabelSet, redraw
 from fedtune.hf.linears import body_linears, heads
+from fedtune.hf.packing import Way
 from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
 from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
@@ -59,6 +60,8 @@ class Base:
         None
     )
     logits_apart: bool | None = None  # as fedtune.model.loss_pieces found it; None: not asked yet
+    packing: Way | None = None  # as fedtune.model.packing found it; None: not tried yet
+    tokenizer_digest: str | None = None  # kept by fedtune.model.token_cache
     fits: dict[str, int] = field(default_factory=dict)  # kept by fedtune.model.device_memory
     attached: Any = None  # the TunableModel that now sits on this base, if any
     load: str = "full"  # full, 8bit or 4bit

@@ -18,6 +18,7 @@ from fedtune.errors import FedtuneError
 from fedtune.model.encode import Encoded
 from fedtune.model.input_changes import InputChange, Vocabulary
 from fedtune.model.objectives.base import IGNORED
+from fedtune.model.packing import owners_of
 from fedtune.model.training_loss import Loss
 from fedtune.model.tunable import TunableModel
 from fedtune.rng import seed_of, stream
@@ -72,29 +73,29 @@ class ChangedInputs:
             return lambda tunable, batch: loss_of(tunable, without_seeds(batch))
 
         def changed(tunable: TunableModel, batch: Batch) -> torch.Tensor:
-            with self.noisy(tunable, batch["attention_mask"].cpu().numpy() > 0, batch[SEEDS].tolist()):
+            with self.noisy(tunable, owners_of(batch), batch[SEEDS].tolist()):
                 return loss_of(tunable, without_seeds(batch))
 
         return changed
 
     @contextmanager
-    def noisy(self, tunable: TunableModel, shown: np.ndarray, seeds: Sequence[int]) -> Iterator[None]:
-        """Noise on what the network's embeddings say of a batch meanwhile; none on padding. Raises M306 where
-        the network does not ask them."""
+    def noisy(self, tunable: TunableModel, owners: np.ndarray, seeds: Sequence[int]) -> Iterator[None]:
+        """Noise on what the network's embeddings say of a batch meanwhile; none on padding. `owners` as
+        `owners_of` gives them. Raises M306 where the network does not ask them."""
         module, asked = tunable.base.net.get_input_embeddings(), False
 
         def add(module: Any, inputs: Any, said: torch.Tensor) -> torch.Tensor:
             nonlocal asked
-            if said.shape[:2] != shown.shape:  # virtual tokens
+            if said.shape[:2] != owners.shape:  # virtual tokens
                 return said
             asked = True
             total = np.zeros(said.shape, np.float32)
             for place, seed in enumerate(seeds):
-                own = shown[place]
+                own = owners == place
                 for number, change in enumerate(self.changes):
                     if change.is_noise:
                         draw = stream("input noise", seed, number)
-                        total[place, own] += change.noise(int(own.sum()), said.shape[-1], draw)
+                        total[own] += change.noise(int(own.sum()), said.shape[-1], draw)
             return said + torch.from_numpy(total).to(said)
 
         handle = module.register_forward_hook(add)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,18 +15,32 @@ from fedtune.model.template import THE_DATE, Message, Talk, exchanged, marked_ca
 Marked = tuple[list[int], np.ndarray]  # token ids, and for each whether it belongs to a response
 
 
-def pair(tokenizer: Any, prompt: str, response: str) -> Marked:
-    """Prompt, response, end of text. The beginning-of-text token is added where the tokenizer adds it
-    itself."""
+class Pair(NamedTuple):
+    prompt: str
+    response: str
+
+
+def pairs(tokenizer: Any, texts: Sequence[Pair]) -> list[Marked]:
+    """Of each: prompt, response, end of text. The beginning-of-text token is added where the tokenizer adds
+    it itself."""
+    if not texts:
+        return []
     start = (
         [tokenizer.bos_token_id]
         if tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         else []
     )
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    asked = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answered = tokenizer(response, add_special_tokens=False)["input_ids"] + end
-    return asked + answered, np.arange(len(asked) + len(answered)) >= len(asked)
+    prompts, responses = (
+        tokenizer(list(column), add_special_tokens=False)["input_ids"] for column in zip(*texts, strict=True)
+    )
+    return [
+        (
+            [*start, *asked, *answered, *end],
+            np.arange(len(start) + len(asked) + len(answered) + len(end)) >= len(start) + len(asked),
+        )
+        for asked, answered in zip(prompts, responses, strict=True)
+    ]
 
 
 def apart(prompt: str, response: str) -> str:

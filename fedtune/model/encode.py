@@ -17,6 +17,7 @@ from fedtune.errors import FedtuneError
 from fedtune.hf.tokenizer import refuse_unknown
 from fedtune.model import chat, pixels
 from fedtune.model.base import Base
+from fedtune.model.chat import Pair
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.template import THE_DATE
 
@@ -25,7 +26,8 @@ PART = 1024  # texts that a tokenizer is given at once
 Example = dict[str, np.ndarray]
 Row = Mapping[str, Any]
 Alive = Callable[[], None]  # called while it gets on
-Talks = Callable[[Row, int], chat.Marked]  # a row and its number -> its tokens, and which are a response
+# numbered rows -> the tokens of each, and which are a response
+Talks = Callable[[Sequence[tuple[int, Row]]], list[chat.Marked]]
 
 
 def unwatched() -> None:
@@ -43,6 +45,7 @@ class Encoded:
     truncated  rows cut to max_length
     dropped    rows left out because a whole response was cut
     unshown    key of chat messages -> rows that have it, where the chat template does not show it
+    max_length most tokens that an example could have; 0 where there are none
     """
 
     examples: Sequence[Example]
@@ -51,6 +54,7 @@ class Encoded:
     truncated: int = 0
     dropped: int = 0
     unshown: Mapping[str, int] = field(default_factory=dict)
+    max_length: int = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -117,14 +121,16 @@ def encode(
         examples = encode_stream(rows, base, max_length, stride or max_length, separator, alive)
         tokens = sum(len(e["input_ids"]) - 1 for e in examples)
     else:
-        talks = partial(talk, base=base, template=template, system=system, day=day, unshown=unshown)
+        talks = partial(
+            talked, base=base, template=template, system=system, day=day, unshown=unshown, alive=alive
+        )
         how = encode_pairs if base.task == "preference" else encode_instruct
-        examples, truncated, dropped = how(rows, max_length, overlong, talks, alive)
+        examples, truncated, dropped = how(rows, max_length, overlong, talks)
         tokens = sum(
             int((e[name][1:] != IGNORED).sum()) for e in examples for name in e if name.endswith("labels")
         )
     refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
-    return Encoded(examples, collation(examples, base), tokens, truncated, dropped, dict(unshown))
+    return Encoded(examples, collation(examples, base), tokens, truncated, dropped, dict(unshown), max_length)
 
 
 def collation(examples: Sequence[Example], base: Base) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
@@ -145,6 +151,7 @@ def joined(parts: Sequence[Encoded], base: Base) -> Encoded:
         sum(part.tokens for part in parts),
         sum(part.truncated for part in parts),
         sum(part.dropped for part in parts),
+        max_length=max((part.max_length for part in parts), default=0),
     )
 
 
@@ -226,29 +233,28 @@ def encode_stream(
 
 
 def encode_instruct(
-    rows: Sequence[Row], max_length: int, overlong: str, talks: Talks, alive: Alive
+    rows: Sequence[Row], max_length: int, overlong: str, talks: Talks
 ) -> tuple[list[Example], int, int]:
     """Prompts and responses with loss on the responses; a row whose response is cut away entirely is left out
-    and counted."""
+    and counted. `talks` is `talked`, a thousand rows at a time."""
     examples, truncated, dropped = [], 0, 0
-    for number, row in enumerate(rows, 1):
-        example, long = answered(row, number, max_length, overlong, talks)
-        progress.say("tokenising", number, len(rows))
-        alive()
-        truncated += long
-        if example is None:
-            dropped += 1
-        else:
-            examples.append(example)
+    for start in range(0, len(rows), PART):
+        some = list(enumerate(rows[start : start + PART], start + 1))
+        for (number, _), said in zip(some, talks(some), strict=True):
+            example, long = answered(said, number, max_length, overlong)
+            truncated += long
+            if example is None:
+                dropped += 1
+            else:
+                examples.append(example)
+        progress.say("tokenising", start + len(some), len(rows))
     return examples, truncated, dropped
 
 
-def answered(
-    row: Row, number: int, max_length: int, overlong: str, talks: Talks
-) -> tuple[Example | None, bool]:
+def answered(said: chat.Marked, number: int, max_length: int, overlong: str) -> tuple[Example | None, bool]:
     """A prompt and its response with loss on the response, None where that is cut away; and whether anything
     is cut. Raises D207."""
-    ids, response = talks(row, number)
+    ids, response = said
     long = len(ids) > max_length
     if long:
         refuse_overlong(overlong, number, len(ids), max_length)
@@ -259,22 +265,26 @@ def answered(
 
 
 def encode_pairs(
-    rows: Sequence[Row], max_length: int, overlong: str, talks: Talks, alive: Alive
+    rows: Sequence[Row], max_length: int, overlong: str, talks: Talks
 ) -> tuple[list[Example], int, int]:
     """Prompts with two responses, each with loss on its response; a row of which one is cut away entirely is
     left out and counted, one of which anything is cut is counted once."""
     examples, truncated, dropped = [], 0, 0
-    for number, row in enumerate(rows, 1):
-        sides = [answered(one, number, max_length, overlong, talks) for one in two_answers(row)]
-        progress.say("tokenising", number, len(rows))
-        alive()
-        truncated += any(long for _, long in sides)
-        (chosen, _), (rejected, _) = sides
-        if chosen is None or rejected is None:
-            dropped += 1
-        else:
-            rejected = {f"rejected_{name}": value for name, value in rejected.items()}
-            examples.append(chosen | rejected)
+    for start in range(0, len(rows), PART):
+        some = rows[start : start + PART]
+        sides = [(number, side) for number, row in enumerate(some, start + 1) for side in two_answers(row)]
+        found = (
+            answered(said, number, max_length, overlong)
+            for (number, _), said in zip(sides, talks(sides), strict=True)
+        )
+        for (chosen, long), (rejected, other) in zip(found, found, strict=True):
+            truncated += long or other
+            if chosen is None or rejected is None:
+                dropped += 1
+            else:
+                rejected = {f"rejected_{name}": value for name, value in rejected.items()}
+                examples.append(chosen | rejected)
+        progress.say("tokenising", start + len(some), len(rows))
     return examples, truncated, dropped
 
 
@@ -294,11 +304,29 @@ def two_answers(row: Row) -> tuple[Row, Row]:
     return chosen, rejected
 
 
+def talked(
+    rows: Sequence[tuple[int, Row]],
+    base: Base,
+    template: str,
+    system: str,
+    day: date,
+    unshown: Counter[str],
+    alive: Alive,
+) -> list[chat.Marked]:
+    """Rows with their numbers, as tokens: conversations one by one, prompts and responses all at once."""
+    made: list[chat.Marked | Pair] = []
+    for number, row in rows:
+        made.append(talk(row, number, base, template, system, day, unshown))
+        alive()
+    plain = iter(chat.pairs(base.tokenizer, [one for one in made if isinstance(one, Pair)]))
+    return [next(plain) if isinstance(one, Pair) else one for one in made]
+
+
 def talk(
     row: Row, number: int, base: Base, template: str, system: str, day: date, unshown: Counter[str]
-) -> chat.Marked:
-    """One row as a conversation, or as prompt and response; counts the keys of messages that the chat
-    template does not show."""
+) -> chat.Marked | Pair:
+    """One row as a conversation, or its prompt and response as they are; counts the keys of messages that the
+    chat template does not show."""
     if "messages" in row:
         messages, tools = cell(row, number, "messages"), row.get("tools") or ()
     else:
@@ -307,9 +335,7 @@ def talk(
             if system:
                 chat.check_template(base.tokenizer, "data.system", base.name)
             begins = (" " if row["gap"] else "") if "gap" in row else response
-            return chat.pair(
-                base.tokenizer, chat.apart(prompt, begins) if template == "auto" else prompt, response
-            )
+            return Pair(chat.apart(prompt, begins) if template == "auto" else prompt, response)
         messages, tools = (
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
             (),

@@ -26,7 +26,8 @@ from fedtune.model.changed_inputs import ChangedInputs
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
 from fedtune.model.lora_steps import faster, project, train_slices
-from fedtune.model.loss import autocast, carries, check_room, tokens_in
+from fedtune.model.loss import autocast, carries, check_room, tokens_in, uncast
+from fedtune.model.packing import in_rows, require_packing
 from fedtune.model.private_steps import private_backward, sampled
 from fedtune.model.rates import rates_of, with_rates
 from fedtune.model.settings import TrainSettings
@@ -81,6 +82,8 @@ def fit(
             "D205", "a client without training examples", "at least one", "give it rows or leave it out"
         )
     check_room(tunable, encoded)
+    if settings.packing:
+        require_packing(tunable.base)
     began = time.perf_counter()
     parameters = tunable.parameters()
     origin = [value.detach().clone() for value in parameters] if settings.prox else []
@@ -91,7 +94,9 @@ def fit(
     chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     secret = Secret() if settings.private.max_grad_norm else None
     plan = list(
-        sampled(len(encoded), settings, secret) if secret else step_batches(len(encoded), settings, seed)
+        sampled(len(encoded), settings, secret)
+        if secret
+        else step_batches(len(encoded), settings, seed, encoded.length)
     )
     loss_sum, examples, tokens = 0.0, 0, 0
     with (
@@ -102,6 +107,7 @@ def fit(
             set_rates(optimizer, schedule_factor(settings, progress, number, len(plan)))
             micro = chosen.kept(micro)
             read = inputs.at(encoded, number, share_done(progress, number, len(plan)))
+            read = in_rows(read) if settings.packing else read
             batches = [read.collate(indices) for indices in micro]
             terms = sum(carries(tunable.base.task, batch) for batch in batches)
             optimizer.zero_grad(set_to_none=True)
@@ -227,11 +233,14 @@ def make_optimizer(
     return made
 
 
-def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[Sequence[int]]]:
+def step_batches(
+    count: int, s: TrainSettings, seed: int, length: Callable[[int], int] = lambda index: 1
+) -> Iterator[Sequence[Sequence[int]]]:
     """Per optimiser step, its micro-batches of example numbers: every epoch is one permutation, its last
     batch may be smaller.
 
-    Steps may wrap over epochs; a client with fewer examples than a batch uses all it has.
+    Steps may wrap over epochs; a client with fewer examples than a batch uses all it has. With
+    method.train.bucket, those of so many batches are put in order of `length` before they are divided.
     """
     draw = stream("batches", seed)
 
@@ -239,8 +248,17 @@ def step_batches(count: int, s: TrainSettings, seed: int) -> Iterator[Sequence[S
         epoch = 0
         while count and (s.steps or epoch < s.epochs):
             order = draw.permutation(count).tolist()
-            yield from (order[start : start + s.batch] for start in range(0, count, s.batch))
+            if s.bucket == 1:
+                yield from (order[start : start + s.batch] for start in range(0, count, s.batch))
+            else:
+                yield from by_length(order)
             epoch += 1
+
+    def by_length(order: list[int]) -> Iterator[Sequence[int]]:
+        for first in range(0, count, s.bucket * s.batch):
+            some = sorted(order[first : first + s.bucket * s.batch], key=length, reverse=True)
+            parts = [some[start : start + s.batch] for start in range(0, len(some), s.batch)]
+            yield from (parts[place] for place in draw.permutation(len(parts)).tolist())
 
     source = batches()
     done = 0
@@ -282,7 +300,7 @@ def training(tunable: TunableModel, settings: TrainSettings, seed: int) -> Itera
             "a model that can recompute, and no prefixes (they are a cache)",
             "turn method.train.checkpointing off",
         )
-    with own_draws(seed_of("dropout", seed), device):
+    with own_draws(seed_of("dropout", seed), device), uncast(tunable, settings.autocast):
         tunable.net.train()
         freeze_statistics(tunable.base.net)
         if settings.checkpointing:

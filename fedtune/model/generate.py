@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from fedtune import progress
 from fedtune.errors import FedtuneError
-from fedtune.model.encode import talk
+from fedtune.model.encode import talked, unwatched
 from fedtune.model.loss import autocast
 from fedtune.model.template import THE_DATE
 from fedtune.model.tunable import TunableModel
@@ -38,8 +38,8 @@ def questions(
 ) -> list[Question]:
     """The last answer of each row is what is asked for."""
     made = []
-    for number, row in enumerate(rows, 1):
-        ids, answered = talk(row, number, tunable.base, template, system, day, Counter())
+    marked = talked(list(enumerate(rows, 1)), tunable.base, template, system, day, Counter(), unwatched)
+    for row, (ids, answered) in zip(rows, marked, strict=True):
         places = np.flatnonzero(answered)
         if not len(places):
             continue

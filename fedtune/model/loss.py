@@ -3,16 +3,21 @@ loss."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.packing import arguments
+from fedtune.model.adapters.lora import Lora
 from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded
 from fedtune.model.loss_pieces import before_output, in_pieces, summed_in_pieces
 from fedtune.model.objectives.base import IGNORED
+from fedtune.model.packing import OWNERS, way
 from fedtune.model.tunable import TunableModel
 from fedtune.types import LM_TASKS
 
@@ -24,6 +29,9 @@ def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[di
     labels = moved.pop("labels")
     if labels.ndim == 3:  # pairs of responses: both are read as texts of their own
         moved = {name: value.flatten(0, 1) for name, value in moved.items()}
+    if (owners := moved.pop(OWNERS, None)) is not None:
+        dtype = next(iter(tunable.base.weights.values())).dtype
+        moved |= arguments(owners, way(tunable.base), dtype)
     if tunable.base.task != "image-classify" and not is_encoder(tunable.base) and not tunable.in_cache:
         return moved | {
             "use_cache": False
@@ -112,3 +120,15 @@ def autocast(tunable: TunableModel, wanted: str) -> torch.autocast:
         wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     return torch.autocast(device, torch.bfloat16, enabled=fits)
+
+
+@contextmanager
+def uncast(tunable: TunableModel, wanted: str) -> Iterator[None]:
+    """LoRA without peft's cast of every layer's input to the adapter's float32, where mixed precision casts
+    it straight back: two kernels a layer and a copy of its input less, for the same bits. DoRA needs it."""
+    from peft.helpers import disable_input_dtype_casting
+
+    lora = tunable.settings
+    idle = not isinstance(lora, Lora) or lora.dora or not autocast(tunable, wanted)._enabled
+    with disable_input_dtype_casting(tunable.base.net, active=not idle):
+        yield

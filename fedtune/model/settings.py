@@ -16,7 +16,7 @@ from fedtune.model.uds import Uds
 from fedtune.privacy.releases import Release
 from fedtune.privacy.settings import NOISE_OR_NONE, PrivateTraining, asked_before
 from fedtune.settings import Settings, path_below
-from fedtune.types import LM_TASKS
+from fedtune.types import LM_TASKS, TOKEN_TASKS
 
 
 class ModelSettings(Settings):
@@ -114,6 +114,13 @@ class TrainSettings(Settings):
     where one process asks them (not on Flower's engine, nor at real sites). Faster where a client's batch is
     one or a few short examples, slower otherwise (benchmarks/together.py); a run's bytes then depend on who
     was trained with whom."""
+    bucket: int = Field(1, ge=1, le=4096)
+    """So many batches are drawn at once, and their texts divided among them by length, so that a batch holds
+    little padding; then they come in a drawn order. 1: what is in a batch is chance alone."""
+    packing: bool = False
+    """causal-lm, instruct: the texts of a micro-batch lie one behind another in as few rows of at most
+    data.max_length tokens as leave little padding, and none sees another. Steps, batches and weights count
+    examples as ever, and loss and gradients are the same up to rounding; dropout draws other masks."""
     objective: ObjectiveTable = CrossEntropy()
     """What a client trains by. Scores are cross entropy, accuracy and perplexity in any case, but for
     data.task = "preference": pairs are scored by the loss that they train by (dpo, ipo, orpo, simpo)."""
@@ -208,6 +215,18 @@ class TrainSettings(Settings):
             )
         yield from self.private_conflicts(recipe)
         yield from self.together_conflicts(recipe)
+        if self.bucket > 1 and recipe.data.task == "image-classify":
+            yield (
+                f"method.train.bucket = {self.bucket} with data.task = 'image-classify'",
+                "texts, which have lengths",
+                "remove it",
+            )
+        if self.packing and recipe.data.task not in TOKEN_TASKS:
+            yield (
+                f"method.train.packing with data.task = '{recipe.data.task}', which reads texts as wholes",
+                f"one of {', '.join(sorted(TOKEN_TASKS))}",
+                "remove it",
+            )
         if self.nesterov and not self.momentum:
             yield "method.train.nesterov without momentum", "momentum above 0", "set method.train.momentum"
 
@@ -241,6 +260,12 @@ class TrainSettings(Settings):
                 f"[method.train.objective] with {here}",
                 "cross entropy, of which each row has its own",
                 "remove [method.train.objective]",
+            )
+        for key in ["packing"] * self.packing + ["bucket"] * (self.bucket > 1):
+            yield (
+                f"method.train.{key} with {here}",
+                "rows that chance puts together, each by itself",
+                f"remove method.train.{key}",
             )
         if self.inputs:
             yield (
@@ -296,8 +321,15 @@ def at_once(train: TrainSettings, clients: int) -> TrainSettings:
     return train.model_copy(update={"accumulate": train.accumulate * (1 if private else clients)})
 
 
-def objective_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[str, str, str]]:
-    """A loss that refers to the model without its adapter needs one that can be switched off."""
+def adapter_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[str, str, str]]:
+    """A loss that refers to the model without its adapter needs one that can be switched off; texts of a
+    packed row, one without tokens before a row."""
+    if train.packing and adapter.virtual_tokens:
+        yield (
+            f"method.train.packing with kind = '{adapter.kind}'",
+            "a kind without virtual tokens",
+            "set method.train.packing = false, or choose another kind",
+        )
     if train.objective.refers and not adapter.switches_off:
         yield (
             f"method.train.objective.loss = '{train.objective.loss}' with kind = '{adapter.kind}'",

@@ -31,7 +31,7 @@ from fedtune.model.fit import (
     training,
 )
 from fedtune.model.loss import autocast, carries, inputs_of, logits_of, tokens_in
-from fedtune.model.objectives import Predictions
+from fedtune.model.packing import OWNERS, lengths_of, packed, require_packing, rows_of
 from fedtune.model.settings import TrainSettings
 from fedtune.model.stacked import Place, places_of, put
 from fedtune.model.training_loss import TrainingLoss, switched_off
@@ -70,7 +70,7 @@ class Local:
         self.optimizer = make_optimizer(self.tunable, self.settings, {})
         self.parameters = self.tunable.parameters()
         self.origin = [v.detach().clone() for v in self.parameters] if self.settings.prox else []
-        self.plan = list(step_batches(len(encoded), self.settings, self.trainee.seed))
+        self.plan = list(step_batches(len(encoded), self.settings, self.trainee.seed, encoded.length))
         self.loss = TrainingLoss.of(self.settings.objective, self.tunable, encoded)
 
     def step(self, number: int, loss: float, tokens: int) -> None:
@@ -96,6 +96,8 @@ def fit_together(
     in their order. A client whose loss is not finite fails alone. Raises ClientFailed M309, FedtuneError
     M306."""
     tunable.check_live()
+    if settings.packing:
+        require_packing(tunable.base)
     began = time.perf_counter()
     places = places_of(tunable.net, tunable.named)
     locals_ = [local(tunable, one, settings, trained) for one in trainees]
@@ -169,6 +171,8 @@ class SharedBatch:
     @classmethod
     def of(cls, active: Sequence[Local], number: int, micro: int, base: Base) -> SharedBatch:
         chosen = {n: one.plan[number][micro] for n, one in enumerate(active) if micro < len(one.plan[number])}
+        if active[0].settings.packing and (found := cls.packed(active, chosen)):
+            return found
         most = max(map(len, chosen.values()))
         rows = [
             active[n].trainee.encoded[index]
@@ -180,6 +184,22 @@ class SharedBatch:
             for place, (n, indices) in enumerate(chosen.items())
         }
         return cls(collation(rows, base)(range(len(rows))), own)
+
+    @classmethod
+    def packed(cls, active: Sequence[Local], chosen: dict[int, Sequence[int]]) -> SharedBatch | None:
+        """As many packed rows for each; None where every text gets a row of its own."""
+        batches = [active[n].trainee.encoded.collate(indices) for n, indices in chosen.items()]
+        most = max(active[n].trainee.encoded.max_length for n in chosen)
+        lengths = [lengths_of(batch) for batch in batches]
+        if not (plans := rows_of(lengths, most)):
+            return None
+        width = max(
+            sum(own[text] for text in row) for own, rows in zip(lengths, plans, strict=True) for row in rows
+        )
+        parts = [packed(batch, rows, width) for batch, rows in zip(batches, plans, strict=True)]
+        count = len(plans[0])
+        own = {n: slice(place * count, (place + 1) * count) for place, n in enumerate(chosen)}
+        return cls({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, own)
 
     def of_client(self, n: int) -> Batch:
         return {name: value[self.rows[n]] for name, value in self.batch.items()}
@@ -224,7 +244,6 @@ def losses_by_client(
         losses = {}
         for n, rows in shared.rows.items():
             without = None if reference is None else reference[rows]
-            loss = active[n].loss
-            said = Predictions(logits[rows].float(), labels[rows], loss.context, without)
-            losses[n] = loss.objective.summed(said)
+            owners = shared.batch[OWNERS][rows] if OWNERS in shared.batch else None
+            losses[n] = active[n].loss.said(logits[rows].float(), labels[rows], without, owners)
     return losses

@@ -17,6 +17,7 @@ from fedtune.model.objectives import Context, Objective, Predictions, Preference
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.objectives.preference import Pairs
 from fedtune.model.objectives.terms import log_probabilities
+from fedtune.model.packing import OWNERS, texts_apart
 from fedtune.model.tunable import TunableModel
 from fedtune.types import LM_TASKS
 
@@ -47,7 +48,21 @@ class TrainingLoss:
             with torch.no_grad(), switched_off(tunable):
                 reference = logits_of(tunable, *inputs_of(tunable, batch))[0].float()
         logits, labels = logits_of(tunable, *inputs_of(tunable, batch))
-        return self.objective.summed(Predictions(logits.float(), labels, self.context, reference))
+        return self.said(logits.float(), labels, reference, batch.get(OWNERS))
+
+    def said(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        reference: torch.Tensor | None,
+        owners: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The objective's sum over what was predicted; texts of packed rows are taken apart for it."""
+        if owners is not None:
+            given = (logits,) if reference is None else (logits, reference)
+            labels, logits, *more = texts_apart(owners, labels, *given)
+            reference = more[0] if more else None
+        return self.objective.summed(Predictions(logits, labels, self.context, reference))
 
 
 def pairs_of(

@@ -100,6 +100,7 @@ def check(recipe: Recipe) -> Checked:
         *(f"model     {note}" for note in base.notes),  # its own head, the order of its classes, its pooling
         *([f"rates     auto: {recipe.method.rates}"] if auto else []),
         *remarks_on_types(recipe, base.load),
+        *costs_of_comparing(recipe, asked, len(federation.clients)),
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
         *unseen(chain),
@@ -121,6 +122,17 @@ def check(recipe: Recipe) -> Checked:
         ranks,
         once,
     )
+
+
+def costs_of_comparing(recipe: Recipe, asked: int, clients: int) -> list[str]:
+    """What it takes to train each client alone, where that is more than the run itself."""
+    own, alone = asked * recipe.rounds, clients * recipe.rounds * recipe.evaluate.seeds
+    if not recipe.evaluate.local or not recipe.data.is_placed or alone <= own:
+        return []
+    return [
+        f"compare   evaluate.local trains each of {clients:,} clients alone: {alone:,} rounds of a client's "
+        f"training, where the run has {own:,}; set evaluate.local = false to do without"
+    ]
 
 
 def unseen(chain: Chain) -> list[str]:

@@ -73,13 +73,23 @@ def load_tensors(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
 
 class Memories:
     """What clients keep between rounds: on disk one file per client and counted round, so that a resumed run
-    sees just those."""
+    sees just those, and main memory holds those of the clients that a round asks.
+
+    held     client -> round -> memory after it: of this round, or without a folder of all
+    counted  client -> round of its last answer that counted, and SHA-256 of the file ("" for an empty memory)
+    """
 
     def __init__(self, folder: RunFolder | None) -> None:
         self.folder = folder
-        self.held: dict[int, dict[int, dict[str, np.ndarray]]] = {}  # client -> round -> memory after it
+        self.held: dict[int, dict[int, dict[str, np.ndarray]]] = {}
+        self.counted: dict[int, tuple[int, str]] = {}
 
     def of(self, client: int) -> dict[int, dict[str, np.ndarray]]:
+        """Raises R403 where its file is missing or altered."""
+        if self.folder and client not in self.held and client in self.counted:
+            number, sha256 = self.counted[client]
+            if sha256:
+                self.held[client] = {number: load_tensors(self.folder.memory(client, number), sha256)}
         return self.held.get(client, {})
 
     def save(self, number: int, counted: Iterable[int]) -> dict[int, str]:
@@ -92,8 +102,8 @@ class Memories:
         digests = {}
         for client in counted if self.folder else []:
             path = self.folder.memory(client, number)  # type: ignore[union-attr]
-            if self.of(client).get(number):
-                digests[client] = save_tensors(path, self.of(client)[number])
+            if remembered := self.held.get(client, {}).get(number):
+                digests[client] = save_tensors(path, remembered)
             elif path.exists():
                 digests[client] = hashlib.sha256(path.read_bytes()).hexdigest()
         return digests
@@ -112,16 +122,20 @@ class Memories:
                 path.unlink()
         for client, (number, sha256) in known.items():
             if sha256:
-                self.held[client] = {number: load_tensors(self.folder.memory(client, number), sha256)}
+                load_tensors(self.folder.memory(client, number), sha256)
+        self.counted = dict(known)
 
-    def prune(self, number: int, counted: Iterable[int]) -> None:
-        """After the commit: memories that this round's replaced."""
-        for client in counted:
-            for path in (
-                self.folder.memory(client, number).parent.glob("round-*.safetensors") if self.folder else []
-            ):
+    def prune(self, number: int, digests: Mapping[int, str]) -> None:
+        """After the commit: memories that this round's replaced go, and so does what is in main memory of
+        those on disk. `digests`: of each client whose answer counted, as `save` gave them, "" for none."""
+        if self.folder is None:
+            return
+        for client, sha256 in digests.items():
+            for path in self.folder.memory(client, number).parent.glob("round-*.safetensors"):
                 if round_of(path) < number:
                     path.unlink()
+            self.counted[client] = number, sha256
+        self.held.clear()
 
 
 def round_of(path: Path) -> int:

@@ -304,7 +304,7 @@ def one_round(work: Run, number: int) -> bool:
     work.journal.commit(
         number, digest(work.state.shared), file_sha256, seconds, metrics, answers, cohort.stages
     )
-    workspace.memories.prune(number, [a.client for a in counted])
+    workspace.memories.prune(number, {a.client: remembered.get(a.client, "") for a in counted})
     work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number, also=best_round(round_scores(work.journal)))
     add(work.clock, CLIENTS, cohort.waited)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fedtune.model.encode import Encoded
     from fedtune.model.frozen_front import FrozenFront
     from fedtune.model.objectives import Preference
+    from fedtune.model.token_cache import TokenCache
     from fedtune.model.tunable import TunableModel
 
 
@@ -49,6 +50,7 @@ class Workspace:
     tell: Callable[[Event], None]
     alive: Callable[[], None] = lambda: None  # called while rows are encoded
     body: Any = None  # the way to a body service, for methods that split the model; None: in this process
+    tokens: TokenCache | None = None  # rows as tokens, from one start to the next
     vaults: dict[int, Vault] = field(default_factory=dict)  # the clients' secrets, for as long as a round
     _encoded: dict[str, Any] = field(default_factory=dict)
     _fronts: dict[str, Any] = field(default_factory=dict)
@@ -168,7 +170,12 @@ class Workspace:
             from fedtune.model.encode import encode
 
             data = self.recipe.data
-            encoded = encode(rows, self.base, **how_to_encode(data, scored), alive=self.alive)
+            how = how_to_encode(data, scored)
+            encoded = (
+                self.tokens.encoded(rows, self.base, how, self.alive)
+                if self.tokens
+                else encode(rows, self.base, **how, alive=self.alive)
+            )
             for name, count in encoded.unshown.items():
                 self.tell(
                     Noted(
@@ -208,6 +215,7 @@ def build_workspace(
     base_of: Callable[[Federation], Base] | None = None,
     place: Path | None = None,
     alive: Callable[[], None] = lambda: None,
+    tokens: TokenCache | None = None,
 ) -> Workspace:
     """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show
     before the model's seconds are spent.
@@ -215,6 +223,7 @@ def build_workspace(
     base_of  loads the base, where a site does not hold the whole of it
     place    where the recipe's relative paths are meant from; None: from the working directory
     alive    called while rows are encoded, now and later
+    tokens   where rows are kept as tokens; None: the user's own cache, where the recipe allows it
     """
     here = located(recipe, place)
     if federation is None and here.data.begin():
@@ -239,10 +248,14 @@ def build_workspace(
     from fedtune.model.encode import check_length
 
     check_length(base, recipe.data.max_length)
-    recipe.method.require(base.tokenizer, base.name)
+    recipe.method.require(base)
     for note in base.notes:
         tell(Noted(note))
-    return Workspace(recipe, federation, base, method.prepare(base, recipe.seed), memories, tell, alive)
+    from fedtune.model.token_cache import TokenCache
+
+    kept = (tokens or TokenCache.of_user()) if recipe.data.cache else None
+    tunable = method.prepare(base, recipe.seed)
+    return Workspace(recipe, federation, base, tunable, memories, tell, alive, tokens=kept)
 
 
 def workspace_of(recipe: Recipe, place: Path | None = None) -> Workspace:

@@ -11,8 +11,8 @@ from fedtune.split.parts import Part
 
 
 class Body(Protocol):
-    """The frozen blocks. Both functions take and give float32 on the CPU, (examples, tokens, width), and keep
-    nothing.
+    """The frozen blocks. Both functions take float32 on the CPU and give float32 on the device that computed
+    it, where it is coded for its way back, (examples, tokens, width); they keep nothing.
 
     Rows must not change one another: the service puts micro-batches of several clients into one pass.
     """
@@ -34,14 +34,12 @@ class Frozen:
 
     def forward(self, hidden: torch.Tensor, side: Side) -> torch.Tensor:
         with torch.no_grad():
-            return self.part.body(self.there(hidden), self.beside(side)).float().cpu()
+            return self.part.body(self.there(hidden), self.beside(side)).float()
 
     def backward(self, hidden: torch.Tensor, side: Side, grad: torch.Tensor) -> torch.Tensor:
-        return (
-            self.part.body_backward(self.there(hidden), self.beside(side), self.there(grad), self.blockwise)
-            .float()
-            .cpu()
-        )
+        return self.part.body_backward(
+            self.there(hidden), self.beside(side), self.there(grad), self.blockwise
+        ).float()
 
     def there(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.part.device, self.part.dtype)

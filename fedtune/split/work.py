@@ -62,7 +62,9 @@ class Work:
         """What comes down: the rows asked for, or the gradient, summed over the batch where it is that of
         prompts."""
         if self.grad is None:
-            return result if self.rows is None else result.reshape(-1, result.shape[-1])[self.rows]
+            if self.rows is None:
+                return result
+            return result.reshape(-1, result.shape[-1])[self.rows.to(result.device)]
         return result[:, self.at : self.at + self.prompts].sum(0) if self.prompts else result
 
 

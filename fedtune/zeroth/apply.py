@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 SPLIT = 1 << 20  # parameters that one thread takes at a time
 CAST = 1 << 15  # parameters of another type that are float32 at a time: 128 KB
-LARGE_CAST = 1 << 18  # the same on a GPU
+LARGE_CAST = 1 << 24  # the same on a GPU: 64 MB
 FIXED = 61  # bits of a projection's sums
 
 
@@ -193,8 +193,7 @@ def change(
 
 def pieces(named: Named, base: Named | None, layout: Layout) -> Iterator[Piece]:
     """Every tensor as flat slices in canonical order: whole, or of SPLIT parameters where threads can share
-    them."""
-    shared = torch.get_num_threads() > 1
+    them, which those of a GPU cannot."""
     for name in sorted(named):
         out, first = flat(name, named[name]), None if base is None else flat(name, base[name])
         if (
@@ -205,7 +204,7 @@ def pieces(named: Named, base: Named | None, layout: Layout) -> Iterator[Piece]:
             raise ValueError(f"'{name}' has {len(out)} values; its layout or base has another number")
         if first is None and not is_float32(out):
             raise ValueError(f"'{name}' is {out.dtype}; without a base only float32 can be changed")
-        if not shared or len(out) <= SPLIT:
+        if torch.get_num_threads() < 2 or len(out) <= SPLIT or not on_cpu(out):
             yield out, first, layout.offsets[name]
             continue
         for at in range(0, len(out), SPLIT):
@@ -244,6 +243,10 @@ def side(value: Flat) -> ModuleType:
     return cpu if isinstance(value, np.ndarray) else device
 
 
+def on_cpu(value: Flat) -> bool:
+    return isinstance(value, np.ndarray) or value.is_cpu
+
+
 def is_float32(value: Flat) -> bool:
     return isinstance(value, np.ndarray) or value.dtype == torch.float32
 
@@ -252,7 +255,7 @@ def spread(work: Callable[[Part], Result], parts: Sequence[Part]) -> Iterator[Re
     """Do it to each, by as many threads as torch may use; the kernels hold no lock. Results in order."""
     batches = list(batched(parts))
     threads = min(torch.get_num_threads(), len(batches))
-    if threads < 2:
+    if threads < 2 or not all(on_cpu(part[0]) for part in parts):  # a GPU does one thing after the other
         yield from map(work, parts)
         return
     with ThreadPoolExecutor(threads) as pool:

@@ -43,6 +43,13 @@ MORE: dict[str, dict[str, Any]] = {
         "data__rejected": "site",
         "method__train__objective": {"loss": "dpo"},
     },
+    "causal packed": {
+        "data__task": "instruct",
+        "data__prompt": "label",
+        "data__response": "text",
+        "data__max_length": 56,
+        "method__train": {"lr": 0.01, "steps": 3, "batch": 3, "accumulate": 2, "bucket": 2, "packing": True},
+    },
     "step quantize": {"chain": [{"step": "quantize", "bits": 4}]},
     "step dither": {"chain": [{"step": "dither"}]},
     "step deadzone": {"chain": [{"step": "deadzone", "error_feedback": True}]},

@@ -304,6 +304,29 @@ def test_batches_are_epochs_of_permutations() -> None:
     assert [sorted(b) for (b,) in step_batches(3, TrainSettings(steps=2, batch=8), 1)] == [[0, 1, 2]] * 2
 
 
+def test_buckets_are_the_same_epochs_with_little_padding() -> None:
+    lengths = np.random.default_rng(1).integers(4, 65, 100).tolist()
+
+    def epoch(bucket: int, seed: int = 1) -> list[Any]:
+        settings = TrainSettings(steps=0, epochs=1, batch=4, bucket=bucket)
+        return [batch for (batch,) in step_batches(100, settings, seed, lengths.__getitem__)]
+
+    def places(batches: list[Any]) -> int:
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    plain, even = epoch(1), epoch(25)
+    assert sorted(i for batch in even for i in batch) == list(range(100)) and epoch(25) == even != epoch(
+        25, 2
+    )
+    assert sum(lengths) <= places(even) < 1.1 * sum(lengths) < 1.3 * sum(lengths) < places(plain)
+    order = [max(lengths[i] for i in batch) for batch in even]
+    assert order != sorted(order) and order != sorted(order, reverse=True)  # and not from long to short
+    for first in range(0, 100, 8):  # the examples of two batches stay among themselves
+        assert {i for b in epoch(2)[first // 4 : first // 4 + 2] for i in b} == {
+            i for b in plain[first // 4 : first // 4 + 2] for i in b
+        }
+
+
 def test_schedules_run_over_all_rounds() -> None:
     """4 rounds of 5 steps: 20 steps; a warm-up over a quarter of them."""
 

@@ -132,7 +132,9 @@ def test_memories_follow_the_answers_that_count(folder: RunFolder) -> None:
         memories.held[8] = {number: {}}  # an empty memory makes no file
         digests[number] = memories.save(number, [7, 8])
         if number < 3:
-            memories.prune(number, [7, 8])
+            memories.prune(number, {7: digests[number][7], 8: ""})
+            assert not memories.held  # the file is enough
+            assert memories.of(7)[number]["residual"].tolist() == [number] and not memories.of(8)
     assert list(digests[2]) == [7]
     crashed = Memories(folder)  # round 3 was never committed
     crashed.restore({7: (2, digests[2][7]), 8: (2, "")})
