@@ -18,12 +18,12 @@ from fedtune.hf.tokenizer import refuse_unknown
 from fedtune.model import chat, pixels
 from fedtune.model.base import Base
 from fedtune.model.chat import Pair
+from fedtune.model.collate import Example, collation
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.template import THE_DATE
 
 LOOKED_AT = 64  # examples in which unknown tokens are counted
 PART = 1024  # texts that a tokenizer is given at once
-Example = dict[str, np.ndarray]
 Row = Mapping[str, Any]
 Alive = Callable[[], None]  # called while it gets on
 # numbered rows -> the tokens of each, and which are a response
@@ -131,15 +131,6 @@ def encode(
         )
     refuse_unknown(base.tokenizer, base.name, [e["input_ids"].tolist() for e in examples[:LOOKED_AT]])
     return Encoded(examples, collation(examples, base), tokens, truncated, dropped, dict(unshown), max_length)
-
-
-def collation(examples: Sequence[Example], base: Base) -> Callable[[Sequence[int]], dict[str, torch.Tensor]]:
-    """Numbers of examples -> their batch."""
-    if base.task == "image-classify":
-        return lambda indices: pixels.collate([examples[i] for i in indices], base.tokenizer)
-    pad, side = base.tokenizer.pad_token_id, base.pad_side
-    collate = collate_pairs if base.task == "preference" else collate_text
-    return lambda indices: collate([examples[i] for i in indices], pad, side)
 
 
 def joined(parts: Sequence[Encoded], base: Base) -> Encoded:
@@ -350,38 +341,6 @@ def talk(
     ids, answered, lost = chat.marked(base.tokenizer, messages, number, base.name, tools, day)
     unshown.update(lost)
     return ids, answered
-
-
-def collate_text(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Padded on one side: input_ids, attention_mask (examples, tokens); labels (examples,) or (examples,
-    tokens)."""
-    width = max(len(e["input_ids"]) for e in examples)
-    ids = np.full((len(examples), width), pad, np.int64)
-    mask = np.zeros((len(examples), width), np.int64)
-    labels = np.full((len(examples), width), IGNORED, np.int64)
-    for row, example in enumerate(examples):
-        length = len(example["input_ids"])
-        place = slice(0, length) if side == "right" else slice(width - length, width)
-        ids[row, place], mask[row, place] = example["input_ids"], 1
-        if example["labels"].ndim:
-            labels[row, place] = example["labels"]
-    if examples[0]["labels"].ndim == 0:
-        labels = np.asarray([e["labels"] for e in examples], np.int64)
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "attention_mask": torch.from_numpy(mask),
-        "labels": torch.from_numpy(labels),
-    }
-
-
-def collate_pairs(examples: Sequence[Example], pad: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """As `collate_text`, all (examples, 2, tokens): the chosen response first."""
-    texts = [
-        {name: one[f"{which}{name}"] for name in ("input_ids", "labels")}
-        for one in examples
-        for which in ("", "rejected_")
-    ]
-    return {name: value.unflatten(0, (-1, 2)) for name, value in collate_text(texts, pad, side).items()}
 
 
 def cell(row: Row, number: int, column: str) -> Any:

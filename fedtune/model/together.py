@@ -18,8 +18,9 @@ import torch
 from fedtune import progress as progress_of
 from fedtune.errors import ClientFailed
 from fedtune.model.base import Base
+from fedtune.model.collate import collation
 from fedtune.model.device_memory import halve, known_to_fit, release
-from fedtune.model.encode import Encoded, collation
+from fedtune.model.encode import Encoded
 from fedtune.model.fit import (
     FitReport,
     make_optimizer,

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtune.model import loss_pieces
 from fedtune.model.base import Base
-from fedtune.model.encode import Encoded, collate_text
+from fedtune.model.collate import collate_text
+from fedtune.model.encode import Encoded
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
 from fedtune.model.score import score

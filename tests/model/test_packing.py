@@ -17,7 +17,8 @@ from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.hf.packing import arguments
 from fedtune.model import fit as fitting
 from fedtune.model.base import Base, load
-from fedtune.model.encode import Encoded, collation
+from fedtune.model.collate import collation
+from fedtune.model.encode import Encoded
 from fedtune.model.fit import fit
 from fedtune.model.input_changes import INPUT_CHANGES
 from fedtune.model.loss import carries, inputs_of, logits_of, summed_loss, tokens_in

@@ -13,7 +13,7 @@ import torch
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.model import together
 from fedtune.model.adapters import ADAPTERS
-from fedtune.model.encode import collation
+from fedtune.model.collate import collation
 from fedtune.model.fit import fit
 from fedtune.model.settings import TrainSettings
 from fedtune.model.stacked import Stacked
