@@ -25,9 +25,10 @@ from safetensors.numpy import load, save
 
 from fedtune.model import chat, template
 from fedtune.model import encode as encoding
-from fedtune.model.base import Base, tokenizer_text
+from fedtune.model.base import Base
 from fedtune.model.collate import Example, collation
 from fedtune.model.encode import Alive, Encoded, Row, encode
+from fedtune.model.fingerprint import tokenizer_text
 from fedtune.types import LM_TASKS
 
 LEAST = 64  # rows: fewer are tokenised as fast as they are found
