@@ -218,11 +218,8 @@ class FedKSeed:
             )
         self.rebuild(tunable, given)
         seed = seed_of("train", now.seed, now.number, client.id)
-        start = (
-            first_loss(tunable, client.data, self.settings.train.objective, self.settings.batch, seed)
-            if now.number == 1
-            else None
-        )  # the server compares all rounds with the first
+        # the server compares all rounds with the first
+        start = first_loss(tunable, client.data, self.settings, seed) if now.number == 1 else None
         gradient = takes_gradients(self.settings, client.id, tunable, client.data)
         turn = (now.number - 1, self.rounds)
         epoch = self.epoch(now.number)

@@ -21,7 +21,6 @@ from fedtune.model.settings import TrainSettings
 
 if TYPE_CHECKING:
     from fedtune.model.encode import Encoded
-    from fedtune.model.objectives import Objective
     from fedtune.model.tunable import TunableModel
     from fedtune.zeroth import Pool
 
@@ -127,16 +126,16 @@ def diverged(loss: float, step: int, lower: str = "method.lr") -> ClientFailed:
     return ClientFailed("W607", found, "finite numbers", f"lower {lower} or look at this client's data")
 
 
-def first_loss(tunable: TunableModel, data: Encoded, objective: Objective, batch: int, seed: int) -> float:
+def first_loss(tunable: TunableModel, data: Encoded, s: FedKSeedSettings, seed: int) -> float:
     """Mean loss of the first few batches before anything has moved."""
     from fedtune.model.fit import step_batches
     from fedtune.model.forward import batch_of, forward_only, mean_loss
     from fedtune.model.training_loss import TrainingLoss
 
-    loss_of = TrainingLoss.of(objective, tunable, data)
+    loss_of = TrainingLoss.of(s.train.objective, tunable, data)
 
     with forward_only(tunable, data):
-        batches = step_batches(len(data), TrainSettings(steps=FEW, batch=batch), seed)
+        batches = step_batches(len(data), TrainSettings(steps=FEW, batch=s.batch), seed)
         losses = (mean_loss(tunable, batch_of(tunable, data, list(micro[0])), loss_of) for micro in batches)
         return sum(losses) / FEW
 
