@@ -131,7 +131,12 @@ def means(sets: Sequence[str], seeds: Sequence[int], epsilons: Sequence[float], 
             noise = 0.0 if math.isinf(epsilon) else noises(epsilon, 1.0)[0]
             for seed in seeds:
                 state = method.begin(start, Told(total, noise))  # type: ignore[attr-defined]
-                keep("class means", epsilon, seed, measured(workspace, method, state) | {"head_noise": noise})
+                keep(
+                    "class means, all rows",
+                    epsilon,
+                    seed,
+                    measured(workspace, method, state) | {"head_noise": noise},
+                )
 
 
 def trained(
@@ -147,7 +152,7 @@ def trained(
                 )
                 folder = create(Path(runs), f"{kind}-{epsilon}-{seed}", "run")
                 result = run(recipe, folder, lambda event: None)
-                keep(kind, epsilon, seed, told(recipe, folder) | {
+                keep(f"{kind}, {rows} rows a class", epsilon, seed, told(recipe, folder) | {
                     "epsilon": result["epsilon"], "head_noise": head, "noise_multiplier": steps,
                     "seconds": result["seconds"]})  # fmt: skip
 

@@ -230,10 +230,14 @@ def test_privacy(start: Start, tmp_path: Path) -> None:
     few = ["--rows", "10", "--seeds", "1", "--epsilons", "inf", "8", "--what", "means", "head"]
     start("simulations/privacy.py", *sets, *few, "--results", tmp_path)
     found = rows_of(tmp_path / "privacy.json")
-    assert set(found) == {f"{what}, epsilon {e}" for what in ("class means", "head") for e in ("inf", "8")}
+    assert set(found) == {
+        f"{what}, epsilon {e}"
+        for what in ("class means, all rows", "head, 10 rows a class")
+        for e in ("inf", "8")
+    }
     assert (
-        7.5 < found["head, epsilon 8"]["1"]["epsilon"] <= 8
-        and found["head, epsilon inf"]["1"]["epsilon"] is None
+        7.5 < found["head, 10 rows a class, epsilon 8"]["1"]["epsilon"] <= 8
+        and found["head, 10 rows a class, epsilon inf"]["1"]["epsilon"] is None
     )
     assert all(0 <= row["1"][name] <= 1 for row in found.values() for name in ("accuracy", "auc"))
 
