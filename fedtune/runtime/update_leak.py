@@ -68,7 +68,14 @@ class Leaks:
 
 def update_leaks(recipe: Recipe, client: int, examples: int) -> Leaks:
     """Raises C103 for a client that is not there, or has too few rows; C104 for a method whose updates are
-    not one sum."""
+    not one sum, and for pairs of responses."""
+    if recipe.data.task == "preference":
+        raise FedtuneError(
+            "C104",
+            "leak-test with data.task = 'preference'",
+            "rows each of which has a cross entropy: causal-lm, instruct, classify, image-classify",
+            "test a recipe of another task on the same adapter",
+        )
     workspace = workspace_of(recipe)
     if client not in workspace.names or examples < 2:
         raise FedtuneError(

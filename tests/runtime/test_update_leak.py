@@ -97,6 +97,13 @@ def test_what_cannot_be_asked_is_said(options: dict[str, int], tiny_bert: Path, 
     assert caught.value.code == "C103"
 
 
+def test_pairs_have_no_loss_of_their_own_to_attack(tiny_bert: Path, many: Path) -> None:
+    recipe = small.recipe(tiny_bert, many)
+    pairs = recipe.model_copy(update={"data": recipe.data.model_copy(update={"task": "preference"})})
+    with pytest.raises(FedtuneError, match=r"leak-test with data\.task = 'preference'"):
+        update_leaks(pairs, 0, 4)
+
+
 def test_the_command_prints_every_place(
     tiny_bert: Path, many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
