@@ -246,7 +246,7 @@ def main() -> None:
                     f"MB of peak memory above two forwards, {size}, other: published",
                     above,
                     theirs,
-                    above / theirs,
+                    above / theirs if theirs else 1.0,  # a tiny case may take no page
                     "<= 16 MB",
                     above <= 16,
                 ),

@@ -30,7 +30,7 @@ from fedtune.config import Recipe, method_of, read
 from fedtune.methods.head_start import FEATURES
 from fedtune.model.membership import auc, losses
 from fedtune.model.score import score
-from fedtune.privacy.accountant import spent
+from fedtune.privacy.accountant import by_renyi, counted, spent
 from fedtune.privacy.noise import noisy
 from fedtune.privacy.releases import Release
 from fedtune.runtime.checkpoints import load_state
@@ -80,30 +80,34 @@ def first(pairs: Sequence[list[str]], most: int) -> list[list[str]]:
     return kept
 
 
-def least(fits: Callable[[float], bool], steps: int = 10) -> float:
-    """About the smallest noise that fits, by halving between 0.3 and 100 on a logarithmic scale."""
-    low, high = math.log(0.3), math.log(100.0)
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(math.exp(middle)) else (middle, high)
-    return math.exp(high)
+def least(released: Callable[[float], list[Release]], epsilon: float) -> float:
+    """About the smallest noise under which these releases stay below epsilon. Renyi divergences, which take
+    milliseconds, bound it from above; loss distributions, which take seconds, from there."""
+
+    def halved(low: float, high: float, fits: Callable[[float], bool], steps: int) -> float:
+        for _ in range(steps):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    def by_renyi_fits(noise: float) -> bool:
+        return by_renyi(frozenset(counted(released(noise)).items()), DELTA) <= epsilon
+
+    most = halved(0.3, 100.0, by_renyi_fits, 12)
+    return halved(0.7 * most, most, lambda noise: spent(released(noise), DELTA).epsilon <= epsilon, 4)
 
 
 def noises(epsilon: float, share: float) -> tuple[float, float]:
     """Noise of the class sums, for a share of epsilon, and of the steps, for what is left."""
-
-    def sums(noise: float) -> Release:
-        return Release("gaussian", "example", noise)
-
-    head = least(lambda noise: spent([sums(noise)], DELTA).epsilon <= share * epsilon)
+    head = least(lambda noise: [Release("gaussian", "example", noise)], share * epsilon)
     if share == 1:
         return head, 0.0
 
-    def fits(noise: float) -> bool:
+    def both(noise: float) -> list[Release]:
         steps = Release("poisson-gaussian", "example", noise, RATE, ROUNDS * STEPS)
-        return spent([sums(head), steps], DELTA).epsilon <= epsilon
+        return [Release("gaussian", "example", head), steps]
 
-    return head, least(fits)
+    return head, least(both, epsilon)
 
 
 class Told:
