@@ -57,8 +57,9 @@ def release(policy: Policy, recipe: Recipe, verb: str) -> Release:
         return Release("gaussian", "example", max(found))
     trains = [table for table in tables_of(recipe.method) if isinstance(table, TrainSettings)]
     rows = recipe.method.spends
-    if verb == FEATURES and (about := asked_before(recipe).get(verb)):
-        rows = about.spends
+    if verb == FEATURES:  # of a recipe that does not ask it, nothing bounds an answer
+        about = asked_before(recipe).get(verb)
+        rows = about.spends if about else None
     if (
         verb in (TRAIN, FEATURES)
         and rows
