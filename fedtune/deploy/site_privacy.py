@@ -20,7 +20,6 @@ import numpy as np
 from fedtune.config import Recipe
 from fedtune.deploy.policy import Policy, forbidden
 from fedtune.disk import disk_errors
-from fedtune.methods.head_start import FEATURES
 from fedtune.model.settings import TrainSettings
 from fedtune.privacy.accountant import spent
 from fedtune.privacy.ledger import Ledger, Line
@@ -32,7 +31,7 @@ from fedtune.runtime.client_half import Cover
 from fedtune.runtime.journal import sentences
 from fedtune.runtime.masked_tasks import root_of, says_of_rows
 from fedtune.runtime.site_scores import SCORE
-from fedtune.transforms.bounded import length
+from fedtune.transforms.bounded import factor_to, length
 from fedtune.transforms.private import PrivateSettings
 from fedtune.trust import Ticket
 from fedtune.types import Tensors, Update
@@ -56,16 +55,9 @@ def release(policy: Policy, recipe: Recipe, verb: str) -> Release:
     if max(found, default=0.0):
         return Release("gaussian", "example", max(found))
     trains = [table for table in tables_of(recipe.method) if isinstance(table, TrainSettings)]
-    rows = recipe.method.spends
-    if verb == FEATURES:  # of a recipe that does not ask it, nothing bounds an answer
-        about = asked_before(recipe).get(verb)
-        rows = about.spends if about else None
-    if (
-        verb in (TRAIN, FEATURES)
-        and rows
-        and rows.noise
-        and not any(any(t.private_conflicts(recipe)) for t in trains)
-    ):
+    first = None if verb == TRAIN else asked_before(recipe).get(verb)  # nothing bounds other answers
+    rows = recipe.method.spends if verb == TRAIN else first.spends if first else None
+    if rows and rows.noise and not any(any(t.private_conflicts(recipe)) for t in trains):
         return rows
     return Release("none", "example")
 
@@ -121,7 +113,7 @@ def cover(policy: Policy, verb: str = TRAIN, directed: bool = False) -> Cover | 
         moved = update if near is None else update.shifted(near, -1)
         values = {name: np.asarray(value) / update.weight for name, value in moved.tensors.items()}
         norm, secret, sigma = length(values), Secret(), policy.noise * policy.max_norm
-        factor = policy.max_norm / norm if norm > policy.max_norm or (directed and norm) else 1.0
+        factor = factor_to(norm, policy.max_norm, directed)
         values = {name: add_gaussian(value * factor, sigma, secret) for name, value in values.items()}
         figures = {} if sigma else update.metrics
         made = replace(

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +26,56 @@ def address_of(asked: str) -> str:
 
 
 @contextlib.contextmanager
-def connected(ray: Any, address: str) -> Iterator[None]:
-    """Connected to the cluster at an address (host:port, or auto). Raises F504.
-
-    Its token is the user's own, in RAY_AUTH_TOKEN or Ray's token file: none is made up here.
-    """
+def begun(ray: Any, failed: str, do: str, **options: Any) -> Iterator[None]:
+    """Ray, initialised with these options, until the block ends. Raises F504: `failed`, the reason, `do`."""
     debug = bool(os.environ.get("FEDTUNE_DEBUG"))
     level = logging.INFO if debug else logging.CRITICAL
     try:
-        ray.init(address=address, log_to_driver=debug, logging_level=level)
-    except Exception as error:  # Ray raises what comes up: ConnectionError, RuntimeError, its own
-        raise FedtuneError(
-            "F504",
-            sentence=f"no Ray cluster answers at {address} ({str(error).splitlines()[0][:200]})",
-            do="look at `ray status` there, and at RAY_AUTH_MODE and RAY_AUTH_TOKEN; or leave out --ray and "
-            "RAY_ADDRESS for a Ray of this machine",
-        ) from error
+        ray.init(log_to_driver=debug, logging_level=level, **options)
+    except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, ConnectionError, its own
+        raise FedtuneError("F504", sentence=f"{failed} ({root(error)})", do=do) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def cluster_size(ray: Any, threads: int, device: str) -> dict[str, float]:
-    """What one client's actor takes of the cluster: a GPU where it has any and the recipe does not forbid it.
+def connected(ray: Any, address: str) -> AbstractContextManager[None]:
+    """Connected to the cluster at an address (host:port, or auto). Raises F504.
 
-    threads  with which an actor computes; bits may depend on them, so it is the number of a local run
+    Its token is the user's own, in RAY_AUTH_TOKEN or Ray's token file: none is made up here.
     """
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if gpus and (device == "auto" or device.startswith("cuda")):
+    do = (
+        "look at `ray status` there, and at RAY_AUTH_MODE and RAY_AUTH_TOKEN; or leave out --ray and "
+        "RAY_ADDRESS for a Ray of this machine"
+    )
+    return begun(ray, f"no Ray cluster answers at {address}", do, address=address)
+
+
+def root(*errors: BaseException) -> str:
+    """The first line of what an error began with."""
+    for error in errors:
+        return (
+            root(error.__cause__)
+            if error.__cause__
+            else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        )
+    return "no reason given"
+
+
+def actor_size(threads: int, device: str) -> dict[str, float]:
+    """What one Ray actor takes. An actor computes with as many threads as the local engine would, because
+    bits may depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to
+    itself."""
+    if device == "cuda":
         return {"num_cpus": 1, "num_gpus": 1}
     return {"num_cpus": threads, "num_gpus": 0}
+
+
+def cluster_size(ray: Any, threads: int, device: str) -> dict[str, float]:
+    """The same of a cluster: a GPU where it has any and the recipe does not forbid it."""
+    wanted = device == "auto" or device.startswith("cuda")
+    return actor_size(threads, "cuda" if wanted and ray.cluster_resources().get("GPU", 0) else "cpu")
 
 
 def look(recipe: str, place: str, mark: str) -> dict[str, Any]:

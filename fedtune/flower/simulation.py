@@ -22,7 +22,7 @@ from fedtune import config
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.flower.client_app import answer, hello
-from fedtune.flower.cluster import cluster_size, connected, prepare
+from fedtune.flower.cluster import actor_size, begun, cluster_size, connected, prepare, root
 from fedtune.flower.messages import Grid
 from fedtune.flower.server_app import find_nodes, flower_transport
 from fedtune.proxies import spared
@@ -55,15 +55,6 @@ def simulation(
             return flower_transport(grid, recipe, find_nodes(grid, nodes))
 
         return run(recipe, folder, tell, carry)
-
-
-def actor_size(threads: int, device: str) -> dict[str, float]:
-    """What one Ray actor takes. An actor computes with as many threads as the local engine would, because
-    bits may depend on them, and so takes as many CPUs. Where the work is on a GPU, one actor has it to
-    itself."""
-    if device == "cuda":
-        return {"num_cpus": 1, "num_gpus": 1}
-    return {"num_cpus": threads, "num_gpus": 0}
 
 
 @contextlib.contextmanager
@@ -190,46 +181,23 @@ class Watched:
         return self.grid
 
 
-def root(*errors: BaseException) -> str:
-    """The first line of what an error began with."""
-    for error in errors:
-        return (
-            root(error.__cause__)
-            if error.__cause__
-            else (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        )
-    return "no reason given"
-
-
 @contextlib.contextmanager
 def ray_cluster(ray: Any, nodes: int, size: dict[str, float]) -> Iterator[None]:
     """A Ray of our own on this machine, no larger than the nodes need; its processes and files are gone
     afterwards."""
-    debug = bool(os.environ.get("FEDTUNE_DEBUG"))
-    each, level = int(size["num_cpus"]), logging.INFO if debug else logging.CRITICAL
-    with tempfile.TemporaryDirectory(
-        prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True
-    ) as folder:  # /tmp: names of sockets end at 107 characters
-        try:
-            cpus = max(each, min(available_cores(), nodes * each))
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=debug,
-                logging_level=level,
-                _temp_dir=folder,
-            )
-        except Exception as error:  # Ray raises what comes up: OSError, RuntimeError, its own
-            raise FedtuneError(
-                "F504",
-                sentence=f"Ray, Flower's simulation engine, did not start ({root(error)})",
-                do="run again with FEDTUNE_DEBUG=1 to see its log",
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    each = int(size["num_cpus"])
+    cpus = max(each, min(available_cores(), nodes * each))
+    failed, do = (
+        "Ray, Flower's simulation engine, did not start",
+        "run again with FEDTUNE_DEBUG=1 to see its log",
+    )
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="fedtune-ray-", dir="/tmp", ignore_cleanup_errors=True
+        ) as folder,  # /tmp: names of sockets end at 107 characters
+        begun(ray, failed, do, address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -50,17 +50,23 @@ def summed_loss(
     """
     arguments, labels = inputs_of(tunable, batch)
     if tunable.base.task in LM_TASKS and in_pieces(tunable.base, labels.numel()):
-        net = tunable.base.net
-        with before_output(net):
-            hidden = tunable.net(**arguments).logits
-        aligned = labels[..., 1:]
-        return summed_in_pieces(net, hidden[:, -labels.shape[-1] : -1], aligned), None, aligned
+        hidden, aligned = hidden_of(tunable, arguments, labels)
+        return summed_in_pieces(tunable.base.net, hidden, aligned), None, aligned
     logits, labels = logits_of(tunable, arguments, labels)
     return (
         cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"),
         logits,
         labels,
     )
+
+
+def hidden_of(
+    tunable: TunableModel, arguments: dict[str, Any], labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `logits_of` would make logits of, (texts, T - 1, width), and the labels."""
+    with before_output(tunable.base.net):
+        hidden = tunable.net(**arguments).logits
+    return hidden[:, -labels.shape[-1] : -1], labels[..., 1:]
 
 
 def logits_of(

@@ -17,8 +17,7 @@ import torch
 
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
-from fedtune.model.loss import carries, summed_loss
-from fedtune.model.private_steps import row_losses
+from fedtune.model.private_steps import mean_loss, row_losses
 from fedtune.model.tunable import TunableModel
 
 BATCH = 8  # rows in a forward pass, whose logits are all there at once
@@ -35,11 +34,6 @@ def losses(tunable: TunableModel, data: Encoded) -> np.ndarray:
     return found
 
 
-def row_loss(tunable: TunableModel, data: Encoded, row: int) -> torch.Tensor:
-    batch = data.collate([row])
-    return summed_loss(tunable, batch)[0] / max(carries(tunable.base.task, batch), 1)
-
-
 def cosines(tunable: TunableModel, data: Encoded, moved: Mapping[str, torch.Tensor]) -> np.ndarray:
     """(rows,) between minus each row's gradient, as the tunable model stands, and what moved."""
     trained = [tunable.named[name] for name in moved]
@@ -48,7 +42,7 @@ def cosines(tunable: TunableModel, data: Encoded, moved: Mapping[str, torch.Tens
     out, training = [], tunable.net.training
     tunable.net.eval()
     for row in range(len(data)):
-        found = torch.autograd.grad(row_loss(tunable, data, row), trained, allow_unused=True)
+        found = torch.autograd.grad(mean_loss(tunable, data.collate([row])), trained, allow_unused=True)
         pairs = [(one.float(), way) for one, way in zip(found, far, strict=True) if one is not None]
         size = math.sqrt(sum(float(one.double().square().sum()) for one, _ in pairs))
         dot = sum(float((one * way).sum()) for one, way in pairs)

@@ -77,15 +77,20 @@ def rows_of(groups: Sequence[Sequence[int]], most: int) -> list[Rows] | None:
     best: tuple[int, int, list[Rows]] | None = None
     for count in range(1, largest + 1):
         plans = [spread(lengths, count) for lengths in groups]
-        width = max(
-            sum(lengths[text] for text in row)
-            for lengths, rows in zip(groups, plans, strict=True)
-            for row in rows
-        )
+        width = fullest(groups, plans)
         if width <= max(most, longest) and (best is None or (count * width, width) < best[:2]):
             best = count * width, width, plans
     assert best is not None  # a row for each text is as wide as the longest
     return best[2] if len(best[2][0]) < largest else None
+
+
+def fullest(groups: Sequence[Sequence[int]], plans: Sequence[Rows]) -> int:
+    """Tokens of the row that has most."""
+    return max(
+        sum(lengths[text] for text in row)
+        for lengths, rows in zip(groups, plans, strict=True)
+        for row in rows
+    )
 
 
 def spread(lengths: Sequence[int], count: int) -> Rows:

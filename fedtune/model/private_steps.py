@@ -117,6 +117,11 @@ def adding(
         hooks.cleanup()
 
 
+def mean_loss(tunable: TunableModel, row: Batch) -> torch.Tensor:
+    """Of a batch of one row, over what carries its loss."""
+    return summed_loss(tunable, row)[0] / max(carries(tunable.base.task, row), 1)
+
+
 def add_row(
     tunable: TunableModel,
     trained: Sequence[nn.Parameter],
@@ -126,7 +131,7 @@ def add_row(
 ) -> float:
     """One backward pass for one row: nothing else can be in its gradient."""
     with autocast(tunable, s.autocast):
-        loss = summed_loss(tunable, row)[0] / max(carries(tunable.base.task, row), 1)
+        loss = mean_loss(tunable, row)
     found = torch.autograd.grad(loss, trained, allow_unused=True)
     gradients = [
         torch.zeros_like(total) if one is None else one.float()

@@ -32,7 +32,7 @@ from fedtune.model.fit import (
     training,
 )
 from fedtune.model.loss import autocast, carries, inputs_of, logits_of, tokens_in
-from fedtune.model.packing import OWNERS, lengths_of, packed, require_packing, rows_of
+from fedtune.model.packing import OWNERS, fullest, lengths_of, packed, require_packing, rows_of
 from fedtune.model.settings import TrainSettings
 from fedtune.model.stacked import Place, places_of, put
 from fedtune.model.training_loss import TrainingLoss, switched_off
@@ -194,9 +194,7 @@ class SharedBatch:
         lengths = [lengths_of(batch) for batch in batches]
         if not (plans := rows_of(lengths, most)):
             return None
-        width = max(
-            sum(own[text] for text in row) for own, rows in zip(lengths, plans, strict=True) for row in rows
-        )
+        width = fullest(lengths, plans)
         parts = [packed(batch, rows, width) for batch, rows in zip(batches, plans, strict=True)]
         count = len(plans[0])
         own = {n: slice(place * count, (place + 1) * count) for place, n in enumerate(chosen)}

@@ -11,8 +11,8 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.model.batch_choice import evaluating
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import inputs_of, logits_of, summed_loss
-from fedtune.model.loss_pieces import before_output, in_pieces, likely_in_pieces
+from fedtune.model.loss import hidden_of, inputs_of, logits_of, summed_loss
+from fedtune.model.loss_pieces import in_pieces, likely_in_pieces
 from fedtune.model.objectives import Context, Objective, Predictions, Preference
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.objectives.preference import Pairs
@@ -79,12 +79,9 @@ def pairs_of(
 
 def likely_pairs(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> Pairs:
     arguments, labels = inputs_of(tunable, batch)
-    net = tunable.base.net
     if in_pieces(tunable.base, labels.numel()):
-        with before_output(net):
-            hidden = tunable.net(**arguments).logits[:, -labels.shape[-1] : -1]
-        aligned = labels[..., 1:]
-        return Pairs.of(likely_in_pieces(net, hidden, aligned), aligned != IGNORED)
+        hidden, aligned = hidden_of(tunable, arguments, labels)
+        return Pairs.of(likely_in_pieces(tunable.base.net, hidden, aligned), aligned != IGNORED)
     logits, labels = logits_of(tunable, arguments, labels)
     return Pairs.of(*log_probabilities(logits.float(), labels))
 

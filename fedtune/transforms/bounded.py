@@ -24,8 +24,13 @@ def bounded(update: Update, clip: float, name: str, fill: bool = False) -> Updat
             "finite numbers",
             "lower the learning rate or set method.train.clip",
         )
-    factor = clip / norm if clip and (norm > clip or (fill and norm)) else 1.0
+    factor = factor_to(norm, clip, fill)
     return Update({key: value * factor for key, value in values.items()}, notes=update.notes)
+
+
+def factor_to(norm: float, clip: float, fill: bool) -> float:
+    """What takes a length to `clip` at most (0: however long); `fill`: to `clip`, unless it is nothing."""
+    return clip / norm if clip and (norm > clip or (fill and norm)) else 1.0
 
 
 def length(values: dict[str, np.ndarray]) -> float:

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from tests.regen.results import ABOUT, ROOT, SMALL, block, figure, mean_of, spread
+from tests.regen.recorded import ABOUT, SMALL
+from tests.regen.results import ROOT, block, figure, mean_of, spread
 
 Runs = list[dict[str, Any]]  # of one row, a run for each seed
 Cell = Callable[[Runs], str]
