@@ -120,6 +120,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
         "fedpeft-pissa",
         "fedpeft-eva",
         "fedpeft-4bit",
+        "offsite-lora",
     )
 }
 

@@ -26,6 +26,7 @@ from fedtune.runtime.emulator import write_emulator
 from fedtune.runtime.finished import export_run
 from fedtune.runtime.workspace import link_of
 from tests import small
+from tests.deploy.inside import FakeGrid, inside
 from tests.models.families import FAMILIES, make
 
 BLOCKS = 8
@@ -236,6 +237,24 @@ def test_sites_with_the_emulators_folder_alone_end_with_the_same_bytes(
     assert workspace.base.net.config.fedtune_emulator["of"] == owner.base.fingerprint
     _, other, _ = small.play(at_site, tmp_path / "run")
     assert other["state_sha256"] == result["state_sha256"]
+
+
+def test_workers_of_real_sites_train_the_emulator_and_the_owner_plugs_it_in(
+    llama: Path, data: Path, tmp_path: Path
+) -> None:
+    """The owner's model is in no site's configuration: its workers load the emulator's folder, the coordinator
+    the model. Both ends meet in the bytes, and in the result, of one process."""
+    made = {"method": TABLE, "partition__clients": 3, "rounds": 2, **CAUSAL}
+    recipe = small.recipe(llama, data, **made)
+    local, result, _ = small.play(recipe, tmp_path / "local")
+    write_emulator(recipe, tmp_path / "emulator")
+    with inside(tmp_path, llama, data, **made) as run:
+        workers = run.workers(model=str(tmp_path / "emulator"))
+        run.conduct(FakeGrid(workers))
+        found = run.folder.read_json("result.json")
+        for name in ("state_sha256", "federated", "figures"):
+            assert found[name] == result[name]
+        assert run.folder.state(2).read_bytes() == local.state(2).read_bytes()
 
 
 @pytest.mark.parametrize(
