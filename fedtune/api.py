@@ -203,7 +203,7 @@ def evaluate(
     """Scores of a run's best (or last) state: on its test set and every client's held-out rows or, with
     `data`, on the rows of a file. Raises C103, R402, R406.
 
-    what  instead of scores: forgetting, calibration, intruders, clients: what tuning did to the model
+    what  instead of scores, what tuning did: forgetting, calibration, intruders, clients, knowledge
     text  forgetting: a file of general text, instead of the one that Python carries
     """
     from fedtune.runtime.effects import effects

@@ -48,7 +48,8 @@ def add_commands(commands: Any) -> None:
         metavar="NAME,...",
         help="instead, what tuning did to the model: forgetting (loss on general text, before and after), "
         "calibration (confidence against accuracy), intruders (singular vectors that the base has not), "
-        "clients (overlap of the weights that they moved most)",
+        "clients (overlap of the weights that they moved most), knowledge (facts of data.source = 'facts', "
+        "new, updated and untouched ones)",
     )
     parser.add_argument(
         "--text",

@@ -1,4 +1,5 @@
-"""What tuning did to the model, as `fedtune eval --what` found it: a reliability diagram, who moves what."""
+"""What tuning did to the model, as `fedtune eval --what` found it: a reliability diagram, who moves what,
+what it knows."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def effects(runs: Sequence[RunData]) -> Iterator[Chart]:
     for run in runs:
-        for chart in (*reliability(run), *overlap(run)):
+        for chart in (*reliability(run), *overlap(run), *knowledge(run)):
             yield replace(chart, title=f"{chart.title}, {run.name}") if len(runs) > 1 else chart
 
 
@@ -72,3 +73,49 @@ def overlap(run: RunData) -> Iterator[Chart]:
         ("client", *map(brief, names)), rows,
         f"Of the {100 * found['share']:g} % of weights that each moved most; by chance it would be as much.",
     )  # fmt: skip
+
+
+def knowledge(run: RunData) -> Iterator[Chart]:
+    """How likely right answers are, before and after."""
+    found = (run.effects or {}).get("knowledge")
+    if not found:
+        return
+    before, after = sorts(found["base"]), sorts(found)
+    names = list(after)
+
+    def draw(palette: Palette) -> Figure:
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        axes = figure.add_subplot()
+        for place, (label, told) in enumerate((("base model", before), ("tuned", after))):
+            at = [number + 0.4 * place - 0.2 for number in range(len(names))]
+            bars = [told[name]["log_prob"] for name in names]
+            axes.bar(at, bars, 0.36, color=palette.series[place], label=label)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylabel("log-probability of the answer (nats)")
+        figure.legend(loc="outside upper center", ncols=2)
+        return figure
+
+    rows = [
+        [name, *(number(told[name][key]) for key in ("log_prob", "right") for told in (before, after))]
+        for name in names
+    ]
+    moved = [(name, number(before[name]["right"]), number(after[name]["right"])) for name in names]
+    said = "; ".join(f"{name} {old} to {new}" for name, old, new in moved)
+    yield Chart(
+        "knowledge", "What the model knows", f"Right answers, before and after tuning: {said}.", draw,
+        ("facts", "log-probability of base", "tuned", "right, of base", "tuned"), rows,
+        "Asked in other words than in training; known facts were not taught.",
+    )  # fmt: skip
+
+
+def sorts(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Each sort of facts by its name, updated ones as they were among them."""
+    told: dict[str, dict[str, float]] = {}
+    for name in ("new", "updated", "known"):
+        if name in found:
+            told[name] = found[name]
+            if "as_before" in found[name]:
+                told[f"{name}, as before"] = found[name]["as_before"]
+    return told

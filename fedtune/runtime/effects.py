@@ -1,5 +1,5 @@
-"""What tuning did to a model beside what it was for: what it forgot, how sure it is, what is new in its
-matrices, and which clients moved the same weights."""
+"""What tuning did to a model beside what it was for: what it forgot, how sure it is, what it knows, what is
+new in its matrices, and which clients moved the same weights."""
 
 from __future__ import annotations
 
@@ -91,6 +91,11 @@ def refuse(asked: Asked, what: Sequence[str]) -> None:
             "M306", f"forgetting of a model of data.task = '{task}', which has no loss on text",
             "a language model", "leave forgetting out of --what",
         )  # fmt: skip
+    if "knowledge" in what and task != "instruct":
+        raise FedtuneError(
+            "M306", f"knowledge of a model of data.task = '{task}', which is asked no questions",
+            "data.task = 'instruct'", "leave knowledge out of --what",
+        )  # fmt: skip
     if "calibration" in what and task == "preference":
         raise FedtuneError(
             "M306", "calibration on pairs of responses, of which neither is the right answer",
@@ -100,7 +105,7 @@ def refuse(asked: Asked, what: Sequence[str]) -> None:
 
 def comparable(asked: Asked, name: str) -> bool:
     """Whether the base says something without the adapter: a classifier's fresh head does not."""
-    return name == "forgetting" or not asked.workspace.base.fresh
+    return name in ("forgetting", "knowledge") or not asked.workspace.base.fresh
 
 
 def forgetting(asked: Asked) -> dict[str, Any]:
@@ -160,10 +165,18 @@ def clients(asked: Asked) -> dict[str, Any]:
         journal.close()
 
 
+def knowledge(asked: Asked) -> dict[str, Any]:
+    """Facts that the run taught, and others."""
+    from fedtune.runtime import knowledge as found
+
+    return found.knowledge(asked.workspace)
+
+
 FOUND: dict[str, Callable[[Asked], dict[str, Any]]] = {
     "forgetting": forgetting,
     "calibration": calibration,
     "intruders": intruders,
     "clients": clients,
+    "knowledge": knowledge,
 }
-BEFORE = ("forgetting", "calibration")  # what is asked of the base, too
+BEFORE = ("forgetting", "calibration", "knowledge")  # what is asked of the base, too

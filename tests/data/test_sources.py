@@ -286,6 +286,8 @@ def made_for(source: str, folder: Path) -> dict[str, Any]:
     pairs = [[row["text"], row["label"]] for row in LETTERS]
     if source in ("docstrings", "digits"):
         return {}
+    if source == "facts":
+        return {"each": 2}
     if source == "docstring-questions":
         return {"packages": ("networkx",), "per_package": 3}
     if source == "clinc150":

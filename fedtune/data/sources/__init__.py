@@ -13,6 +13,7 @@ from fedtune.data.sources.csv import Csv
 from fedtune.data.sources.digits import Digits
 from fedtune.data.sources.docstring_questions import DocstringQuestions
 from fedtune.data.sources.docstrings import Docstrings
+from fedtune.data.sources.facts import Facts
 from fedtune.data.sources.hub import Hub
 from fedtune.data.sources.images import Images
 from fedtune.data.sources.jsonl import Jsonl
@@ -23,7 +24,18 @@ from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 DataSettings = Annotated[
-    Docstrings | Jsonl | Csv | Parquet | Text | Plays | Clinc150 | Images | Digits | Hub | DocstringQuestions,
+    Docstrings
+    | Jsonl
+    | Csv
+    | Parquet
+    | Text
+    | Plays
+    | Clinc150
+    | Images
+    | Digits
+    | Hub
+    | DocstringQuestions
+    | Facts,
     Field(discriminator="source"),
 ]
 if not TYPE_CHECKING:
