@@ -38,6 +38,7 @@ from fedtune.overrides import toml
 if TYPE_CHECKING:
     from fedtune.runtime.forget import Forgotten
     from fedtune.runtime.merge import Merged
+    from fedtune.runtime.site_trainer import Joined
     from fedtune.runtime.trainer import Federated
 
 Source = str | Path | Mapping[str, Any] | Recipe | None
@@ -353,6 +354,17 @@ def load(
 
     tunable = loaded(Path(folder).expanduser(), base, device, round)
     return tunable.net, tunable.base.tokenizer
+
+
+def join(trainer: Any) -> Joined:
+    """Let a Hugging Face Trainer's `train` do the rounds of the real site that has started this script
+    (`fedtune client --trainer FILE`), with its own rows, loss, collator and callbacks, until that ends it.
+
+    Raises F505 where no site has started it, C104 for what a federation cannot keep.
+    """
+    from fedtune.runtime.site_trainer import join as joined
+
+    return joined(trainer)
 
 
 def patch(

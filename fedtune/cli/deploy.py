@@ -113,6 +113,13 @@ def add_commands(commands: Any) -> None:
         help="the type of the base's numbers here, instead of the recipe's model.dtype",
     )
     parser.add_argument(
+        "--trainer",
+        default="",
+        metavar="FILE",
+        help="a script of yours with a Hugging Face Trainer, which trains in the place of fedtune's own loop "
+        "(docs/trainer.md)",
+    )
+    parser.add_argument(
         "--policy", default="", metavar="FILE", help="what this site allows (TOML, see docs/deployment.md)"
     )
     parser.add_argument(
@@ -299,10 +306,10 @@ def client(options: argparse.Namespace) -> int:
     quiet()
     split_address(options.server, "--server")
     columns_of(options.map)
-    keys, home, data, shared, policy = (
-        absolute(text) for text in (options.keys, options.home, options.data, options.shared, options.policy)
-    )
-    for option, path in (("--data", data), ("--shared", shared), ("--policy", policy), ("--keys", keys)):
+    own = (options.keys, options.home, options.data, options.shared, options.policy, options.trainer)
+    keys, home, data, shared, policy, trainer = map(absolute, own)
+    named = {"--data": data, "--shared": shared, "--policy": policy, "--keys": keys, "--trainer": trainer}
+    for option, path in named.items():
         if path and not Path(path).exists():
             raise FedtuneError(
                 "D201" if path in (data, shared) else "C105",
@@ -322,6 +329,7 @@ def client(options: argparse.Namespace) -> int:
         options.partition,
         options.map,
         shared,
+        trainer,
         int(max(0.0, options.cache_gib) * (1 << 30)),
         max(0, options.keep_days),
         load=options.load,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.deploy.fleet_proxy import FleetProxy
+from fedtune.deploy.own_trainer import TRAINER
 from fedtune.deploy.policy import read_policy
 from fedtune.deploy.site_config import SiteConfig
 from fedtune.deploy.supervisor import PREFORK, Program, alone, bare, environment, free_port, stop_all
@@ -33,6 +34,7 @@ from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.prefork import SUPEREXEC
 from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
+from fedtune.runtime.trainer_wire import PLACE
 from fedtune.trust import COORDINATOR, Identity, renewal
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.renewal import newest
@@ -267,7 +269,8 @@ class Told:
 
 
 def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Program]:
-    """The worker, Flower's SuperNode, and the SuperExec that starts a ClientApp for each message."""
+    """The worker, Flower's SuperNode, the SuperExec that starts a ClientApp for each message, and the site's
+    own training script where it has one."""
     home = Path(config.home)
     flower = home / "flower"
     flower.mkdir(parents=True, exist_ok=True)
@@ -302,4 +305,9 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
     flowers = [
         Program(name, commands[name], logs[name], theirs, walls=kept) for name in ("supernode", "superexec")
     ]
-    return [Program("worker", commands["worker"], logs["worker"], env, own=True), *flowers]
+    programs = [Program("worker", commands["worker"], logs["worker"], env, own=True), *flowers]
+    if config.trainer:  # the user's own program, with the user's own environment
+        theirs = {**os.environ, PLACE: str(private / TRAINER)}
+        command = (sys.executable, config.trainer)
+        programs.append(Program("trainer", command, home / "logs" / "trainer.log", theirs))
+    return programs

@@ -28,6 +28,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, histogram
 from fedtune.deploy.approval import approved
 from fedtune.deploy.declared import declared
+from fedtune.deploy.own_trainer import TRAINER, OwnTrainer
 from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.resources import require_disk, require_memory
 from fedtune.deploy.site_books import DAY, Sent, forget, note_sent, sent_since
@@ -97,6 +98,7 @@ class Worker:
         self.window = TicketWindow(self.home)
         self.watchdog = Watchdog(Path(config.socket).parent)
         self.lock = threading.Lock()
+        self.trainer = OwnTrainer(Path(config.socket).with_name(TRAINER)) if config.trainer else None
         self.built: tuple[str, Workspace, Link] | None = None
         self.callers, self.left = (
             set[int](),
@@ -325,6 +327,8 @@ class Worker:
             alive=self.watchdog.alive,
             tokens=TokenCache(self.home / "tokens", c.cache_bytes),
         )
+        if self.trainer:
+            self.trainer.take(recipe, workspace.tunable)
         self.built = model, workspace, link_of(workspace, method, recipe)
         self.tell(
             WorkspaceBuilt(

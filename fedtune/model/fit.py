@@ -82,6 +82,9 @@ def fit(
             "D205", "a client without training examples", "at least one", "give it rows or leave it out"
         )
     check_room(tunable, encoded)
+    if tunable.trainer is not None:
+        report: FitReport = tunable.trainer(tunable, encoded, settings, seed)
+        return report
     if settings.packing:
         require_packing(tunable.base)
     began = time.perf_counter()

@@ -30,7 +30,10 @@ def read_open(net: Any) -> dict[str, np.ndarray]:
 
 def write_open(net: Any, tensors: Mapping[str, np.ndarray]) -> None:
     """Copy values into the parameters of these names, in place."""
-    named = dict(net.named_parameters())
+    write_into(dict(net.named_parameters()), tensors)
+
+
+def write_into(named: Mapping[str, torch.Tensor], tensors: Mapping[str, np.ndarray]) -> None:
     with torch.no_grad():
         for name, value in tensors.items():
             named[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))

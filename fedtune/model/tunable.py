@@ -3,7 +3,7 @@ else changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,8 @@ class TunableModel:
     still: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     # what clients train in the place of this model, which only its owner has (fedtune.model.emulator)
     emulator: TunableModel | None = None
+    # what trains in the place of fedtune.model.fit.fit, with its first four arguments: a site's own script
+    trainer: Callable[..., Any] | None = None
     # fedtune.model.initial_values.Origin, where a method rebuilds the trained tensors from their first values
     origin: Any = None
     # fedtune.experts.routers.Router over its layers, where a state with a gate is installed

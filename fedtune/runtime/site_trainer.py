@@ -1,0 +1,105 @@
+"""A Hugging Face Trainer of a site's own, at a real site: the script runs because the site has started it
+(`fedtune client --trainer FILE`), and trains the tensors that the site's worker hands it in each round.
+
+    trainer = Trainer(model=model, args=args, train_dataset=rows, compute_loss_func=mine)
+    fedtune.join(trainer)
+    trainer.train()
+
+No coordinator sends, names or starts code. What leaves the site leaves it through the worker, as in any run:
+by its policy, its chain, its signatures and its log.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+from fedtune.errors import FedtuneError
+from fedtune.rng import seed_of
+from fedtune.runtime.trainer import SEEDS, on_rows, refuse
+from fedtune.runtime.trainer_wire import PLACE, receive, send
+
+AGAIN = 1.0  # seconds between two tries to reach the worker, which may be starting
+MOST = 1 << 40  # bytes of tensors: the worker is the same user's, and says the size first
+
+
+@dataclass
+class Joined:
+    """A trainer whose `train` does a site's rounds, until fedtune client ends it."""
+
+    trainer: Any
+    train_alone: Any
+    place: str
+
+    def train(self, *arguments: Any, **named: Any) -> NoReturn:
+        """In the place of `Trainer.train`: waits for the worker's questions, and answers them."""
+        if arguments or any(named.values()):
+            raise FedtuneError(
+                "C104",
+                "trainer.train with arguments",
+                "none: a federation has no checkpoint",
+                "leave them out",
+            )
+        while True:
+            with suppress(OSError, EOFError):  # the worker was started anew, or will be
+                self.call()
+            time.sleep(AGAIN)
+
+    def call(self) -> None:
+        """One connection, for as long as it lasts. Raises EOFError and OSError."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as call:
+            call.connect(self.place)
+            with call.makefile("rwb") as file:
+                self.serve(file)  # type: ignore[arg-type]
+
+    def serve(self, file: BinaryIO) -> None:
+        """Round after round. Raises EOFError and OSError where the worker has gone."""
+        while True:
+            asked, tensors = receive(file, MOST)
+            try:
+                record, trained = self.trained(asked, tensors)
+            except FedtuneError as error:
+                record, trained = {"refused": str(error)}, {}
+            send(file, record, trained)
+
+    def trained(
+        self, asked: dict[str, Any], tensors: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What one round makes of the tensors. Raises M305 where they are not the model's, M304 where it says
+        something else with them than the worker's."""
+        from fedtune.hf.draws import own_draws
+        from fedtune.model.exchanged import exchanged, only_these, require_alike
+        from fedtune.model.tunable import read
+
+        net, rows = self.trainer.model, self.trainer.train_dataset
+        seed = seed_of("trainer", int(asked["seed"])) % SEEDS
+        named = exchanged(net, tensors)
+        require_alike(net, named, asked["probe"])
+        with (
+            only_these(named, asked["still"]),
+            on_rows(self.trainer, range(len(rows)), seed),
+            own_draws(seed, self.trainer.args.device),
+        ):
+            output = self.train_alone()
+        told = {"loss": float(output.training_loss), "steps": int(output.global_step), "rows": len(rows)}
+        return told, read(named)
+
+
+def join(trainer: Any) -> Joined:
+    """Let a trainer's `train` do the rounds of the site that has started this script; everything else of the
+    trainer stays. Raises F505 where no site has, C104 for what a federation cannot keep."""
+    place = os.environ.get(PLACE, "")
+    if not place:
+        raise FedtuneError(
+            "F505",
+            sentence="this script was not started by a site: there is no worker to train for",
+            do="start it with: fedtune client --trainer FILE; for a simulation, use fedtune.patch",
+        )
+    refuse(trainer)
+    made = Joined(trainer, trainer.train, place)
+    trainer.train = made.train
+    return made
