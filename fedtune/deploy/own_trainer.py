@@ -1,5 +1,5 @@
-"""The site's own training script (fedtune client --trainer): it trains in the place of fedtune's local loop, on
-the tensors that the worker hands it.
+"""The site's own training script (fedtune client --trainer): it trains in the place of fedtune's local loop,
+on the tensors that the worker hands it.
 
 The worker keeps everything else to itself: keys, policy, chain, log, the rows that count and that are scored.
 What comes back is checked as a message would be, and goes the way of every answer.

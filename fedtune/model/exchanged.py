@@ -1,5 +1,5 @@
-"""A network of somebody else's as the other end of a tunable model: the same tensors under the same names, and
-the same answers with them."""
+"""A network of somebody else's as the other end of a tunable model: the same tensors under the same names,
+and the same answers with them."""
 
 from __future__ import annotations
 

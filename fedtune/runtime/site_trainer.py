@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
@@ -45,26 +44,27 @@ class Joined:
                 "leave them out",
             )
         while True:
-            with suppress(OSError, EOFError):  # the worker was started anew, or will be
-                self.call()
-            time.sleep(AGAIN)
-
-    def call(self) -> None:
-        """One connection, for as long as it lasts. Raises EOFError and OSError."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as call:
-            call.connect(self.place)
-            with call.makefile("rwb") as file:
-                self.serve(file)  # type: ignore[arg-type]
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as call:
+                if call.connect_ex(self.place) == 0:
+                    with call.makefile("rwb") as file:
+                        self.serve(file)  # type: ignore[arg-type]
+            time.sleep(AGAIN)  # the worker was started anew, or will be
 
     def serve(self, file: BinaryIO) -> None:
-        """Round after round. Raises EOFError and OSError where the worker has gone."""
+        """Round after round, until the worker has gone. What the trainer itself raises ends the script."""
         while True:
-            asked, tensors = receive(file, MOST)
+            try:
+                asked, tensors = receive(file, MOST)
+            except (OSError, EOFError):
+                return
             try:
                 record, trained = self.trained(asked, tensors)
             except FedtuneError as error:
                 record, trained = {"refused": str(error)}, {}
-            send(file, record, trained)
+            try:
+                send(file, record, trained)
+            except OSError:
+                return
 
     def trained(
         self, asked: dict[str, Any], tensors: dict[str, Any]
