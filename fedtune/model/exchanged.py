@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 
 from fedtune.errors import FedtuneError
 from fedtune.hf.probe import image_size, texts
@@ -16,7 +17,6 @@ from fedtune.model.adapters.wrap import file_name
 from fedtune.model.open_tensors import write_into
 from fedtune.model.tunable import TunableModel
 
-SHAKEN = 0.02  # height of the wave: enough to see a wrong scale behind a factor that is zero
 ALIKE = 0.05  # of the greatest logit: bfloat16 beside float32 stays below it
 MOST = 256  # logits that are compared
 
@@ -57,53 +57,53 @@ def only_these(named: Mapping[str, torch.nn.Parameter], still: Sequence[str]) ->
 
 
 def probe(tunable: TunableModel) -> dict[str, Any]:
-    """An input, and what the model says of it while its adapter is shaken: a model that says the same has the
-    same base, the same adapter and the same scale."""
+    """An input, what the model says of it, and the scales of its LoRA pairs: a model that has the same has the
+    same base and the same adapter."""
     base = tunable.base
     if base.task == "image-classify":
         channels = getattr(base.net.config, "num_channels", None) or 3
         asked: dict[str, Any] = {"pixels": [1, channels, *image_size(base.net.config, base.tokenizer)]}
     else:
         asked = {"ids": texts(base.tokenizer, base.context)[0]}
-    named = {**tunable.named, **tunable.still}
-    return asked | {"said": shaken_answer(tunable.net, named, asked)}
+    return asked | {"said": answer_to(tunable.net, asked), "scales": scales(tunable.net)}
 
 
-def require_alike(net: Any, named: Mapping[str, torch.nn.Parameter], asked: Mapping[str, Any]) -> None:
-    """Raises M304 where a network answers a probe otherwise."""
-    said, want = np.asarray(shaken_answer(net, named, asked)), np.asarray(asked["said"])
-    if said.shape != want.shape or not np.abs(said - want).max() <= ALIKE * max(np.abs(want).max(), 1e-6):
-        raise FedtuneError(
-            "M304",
-            "a script's model that answers otherwise than the worker's, with the same tensors",
-            "the same base, the same adapter, the same scale (lora_alpha)",
-            "make the script's model of the recipe's [model] and [method.adapter]",
-        )
+def require_alike(net: Any, asked: Mapping[str, Any]) -> None:
+    """Raises M304 where a network answers a probe otherwise, with the same tensors, or scales them
+    otherwise: that shows in no answer as long as a factor is zero."""
+    said, want = np.asarray(answer_to(net, asked)), np.asarray(asked["said"])
+    same = said.shape == want.shape and np.abs(said - want).max() <= ALIKE * max(np.abs(want).max(), 1e-6)
+    if same and scales(net) == asked["scales"]:
+        return
+    raise FedtuneError(
+        "M304",
+        f"a script's model that scales its LoRA by {scales(net)}"
+        if same
+        else "a script's model that answers otherwise than the worker's, with the same tensors",
+        f"the recipe's {asked['scales']}" if same else "the same base and the same adapter",
+        "make the script's model of the recipe's [model] and [method.adapter]",
+    )
 
 
-def shaken_answer(net: Any, named: Mapping[str, torch.nn.Parameter], asked: Mapping[str, Any]) -> list[float]:
-    """The last logits of one input, with a wave added to the trained tensors, which are then as before."""
-    before = {name: value.detach().clone() for name, value in named.items()}
+def scales(net: Any) -> list[float]:
+    """By what LoRA's products are multiplied, each number once."""
+    layers = (module for module in net.modules() if isinstance(module, LoraLayer))
+    return sorted({float(scale) for layer in layers for scale in layer.scaling.values()})
+
+
+def answer_to(net: Any, asked: Mapping[str, Any]) -> list[float]:
+    """The first of the last logits of one input."""
     first = next(iter(net.parameters()))
     if "pixels" in asked:
         inputs = {"pixel_values": torch.zeros(*asked["pixels"], device=first.device)}
     else:
         ids = torch.tensor([asked["ids"]], device=first.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    half = any(value.dtype in (torch.float16, torch.bfloat16) for value in net.parameters())
     training = net.training
     try:
-        with torch.no_grad(), torch.autocast(first.device.type, torch.bfloat16, enabled=half(net)):
-            for value in named.values():
-                wave = torch.arange(value.numel(), device=value.device, dtype=torch.float32).cos()
-                value.add_(SHAKEN * wave.reshape(value.shape).to(value.dtype))
+        with torch.no_grad(), torch.autocast(first.device.type, torch.bfloat16, enabled=half):
             said = net.eval()(**inputs).logits
     finally:
-        with torch.no_grad():
-            for name, value in named.items():
-                value.copy_(before[name])
         net.train(training)
     return [float(x) for x in said.float().reshape(-1, said.shape[-1])[-1, :MOST].cpu()]
-
-
-def half(net: Any) -> bool:
-    return any(value.dtype in (torch.float16, torch.bfloat16) for value in net.parameters())

@@ -78,7 +78,7 @@ class Joined:
         net, rows = self.trainer.model, self.trainer.train_dataset
         seed = seed_of("trainer", int(asked["seed"])) % SEEDS
         named = exchanged(net, tensors)
-        require_alike(net, named, asked["probe"])
+        require_alike(net, asked["probe"])
         with (
             only_these(named, asked["still"]),
             on_rows(self.trainer, range(len(rows)), seed),

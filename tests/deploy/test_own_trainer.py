@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import fedtune
 from fedtune.deploy import own_trainer
@@ -89,18 +91,25 @@ def test_a_round_is_plain_training_and_every_round_begins_where_it_is_told(
             assert (report.loss, report.steps, report.examples) == (said.training_loss, 2, len(script.ROWS))
 
 
-@pytest.mark.parametrize("alpha", ["4", "8"])
-def test_another_scale_is_noticed_before_anything_trains(
-    alpha: str, llama: Path, tunable: TunableModel, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"ALPHA": "8"}, r"scales its LoRA by \[4\.0\], expected the recipe's \[2\.0\]"),
+     ({"MODEL": "other"}, "answers otherwise")],
+)  # fmt: skip
+def test_another_model_is_noticed_before_anything_trains(
+    changed: dict[str, str], said: str, llama: Path, tunable: TunableModel, tmp_path: Path
 ) -> None:
     trainer = OwnTrainer(tmp_path / "trainer")
     before = tunable.read()
-    with running(llama, tmp_path / "trainer", tmp_path / "out", ALPHA=alpha):
-        if alpha == "4":
-            trainer.fit(tunable, None, TrainSettings(), 1)  # type: ignore[arg-type]
-            return
-        with pytest.raises(ClientFailed, match=r"F503.*says no.*M304.*answers otherwise"):
-            trainer.fit(tunable, None, TrainSettings(), 1)  # type: ignore[arg-type]
+    if "MODEL" in changed:
+        other = transformers.AutoModelForCausalLM.from_pretrained(llama)
+        with torch.no_grad():
+            other.lm_head.weight.mul_(1.5)
+        other.save_pretrained(tmp_path / "other")
+        changed = {"MODEL": str(tmp_path / "other")}
+    refused = pytest.raises(ClientFailed, match=f"F503.*says no.*M304.*{said}")
+    with running(llama, tmp_path / "trainer", tmp_path / "out", **changed), refused:
+        trainer.fit(tunable, None, TrainSettings(), 1)  # type: ignore[arg-type]
     assert not (tmp_path / "out.rounds").exists()
     assert all(np.array_equal(value, before[name]) for name, value in tunable.read().items())
 
