@@ -57,8 +57,8 @@ def only_these(named: Mapping[str, torch.nn.Parameter], still: Sequence[str]) ->
 
 
 def probe(tunable: TunableModel) -> dict[str, Any]:
-    """An input, what the model says of it, and the scales of its LoRA pairs: a model that has the same has the
-    same base and the same adapter."""
+    """An input, what the model says of it, and the scales of its LoRA pairs: a model with the same has the same
+    base and the same adapter."""
     base = tunable.base
     if base.task == "image-classify":
         channels = getattr(base.net.config, "num_channels", None) or 3
@@ -69,8 +69,8 @@ def probe(tunable: TunableModel) -> dict[str, Any]:
 
 
 def require_alike(net: Any, asked: Mapping[str, Any]) -> None:
-    """Raises M304 where a network answers a probe otherwise, with the same tensors, or scales them
-    otherwise: that shows in no answer as long as a factor is zero."""
+    """Raises M304 where a network answers a probe otherwise, with the same tensors, or scales them otherwise:
+    that shows in no answer as long as a factor is zero."""
     said, want = np.asarray(answer_to(net, asked)), np.asarray(asked["said"])
     same = said.shape == want.shape and np.abs(said - want).max() <= ALIKE * max(np.abs(want).max(), 1e-6)
     if same and scales(net) == asked["scales"]:
