@@ -57,8 +57,8 @@ def only_these(named: Mapping[str, torch.nn.Parameter], still: Sequence[str]) ->
 
 
 def probe(tunable: TunableModel) -> dict[str, Any]:
-    """An input, what the model says of it, and the scales of its LoRA pairs: a model with the same has the same
-    base and the same adapter."""
+    """An input, what the model says of it, and the scales of its LoRA pairs: a model with the same has the
+    same base and the same adapter."""
     base = tunable.base
     if base.task == "image-classify":
         channels = getattr(base.net.config, "num_channels", None) or 3
