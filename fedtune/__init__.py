@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fedtune.api import evaluate as evaluate
     from fedtune.api import export as export
     from fedtune.api import forget as forget
-    from fedtune.api import join as join
     from fedtune.api import live as live
     from fedtune.api import load as load
     from fedtune.api import merge as merge
@@ -38,7 +37,6 @@ API = (
     "evaluate",
     "export",
     "forget",
-    "join",
     "live",
     "load",
     "merge",

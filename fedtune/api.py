@@ -38,8 +38,7 @@ from fedtune.overrides import toml
 if TYPE_CHECKING:
     from fedtune.runtime.forget import Forgotten
     from fedtune.runtime.merge import Merged
-    from fedtune.runtime.site_trainer import Joined
-    from fedtune.runtime.trainer import Federated
+    from fedtune.runtime.site_trainer import Patched
 
 Source = str | Path | Mapping[str, Any] | Recipe | None
 
@@ -356,17 +355,6 @@ def load(
     return tunable.net, tunable.base.tokenizer
 
 
-def join(trainer: Any) -> Joined:
-    """Let a Hugging Face Trainer's `train` do the rounds of the real site that has started this script
-    (`fedtune client --trainer FILE`), with its own rows, loss, collator and callbacks, until that ends it.
-
-    Raises F505 where no site has started it, C104 for what a federation cannot keep.
-    """
-    from fedtune.runtime.site_trainer import join as joined
-
-    return joined(trainer)
-
-
 def patch(
     trainer: Any,
     *,
@@ -374,17 +362,17 @@ def patch(
     partition: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
     seed: int = 1,
-) -> Federated:
+) -> Patched:
     """Let a Hugging Face Trainer's `train` run a federation, simulated in this process, with its own loss,
-    collator and callbacks; returns what holds the clients and, afterwards, the history.
+    collator and callbacks; returns what holds the clients and, afterwards, the history. In a script that a
+    real site has started (fedtune client --trainer) it does that site's rounds, and nothing below counts.
 
     partition  as [partition] in a recipe; a `column` is one of the training rows'. Default: four equal shares
     sampling   as [sampling] in a recipe
 
-    A schedule of the learning rate begins anew at each client and in each round. Raises C101 to C104, D204,
-    D205.
+    A schedule of the learning rate begins anew at each client and in each round. Raises C101 to D205.
     """
-    from fedtune.runtime.trainer import patch as patched
+    from fedtune.runtime.site_trainer import patched
 
     return patched(trainer, rounds=rounds, partition=partition, sampling=sampling, seed=seed)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
 TRAINER = "trainer"  # the socket, beside the worker's own
-STARTING = 300.0  # seconds that a script may take to load its model and to call fedtune.join
+STARTING = 300.0  # seconds that a script may take to load its model and to call fedtune.patch
 METHODS = ("fedpeft", "experts")  # whose clients train by the local loop, and by nothing else
 MORE = 1 << 20  # bytes of names and shapes beside the tensors
 

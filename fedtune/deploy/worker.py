@@ -100,10 +100,8 @@ class Worker:
         self.lock = threading.Lock()
         self.trainer = OwnTrainer(Path(config.socket).with_name(TRAINER)) if config.trainer else None
         self.built: tuple[str, Workspace, Link] | None = None
-        self.callers, self.left = (
-            set[int](),
-            time.monotonic(),
-        )  # threads that ask something now; when the last one left
+        # threads that ask something now; when the last one left
+        self.callers, self.left = set[int](), time.monotonic()
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What a ClientApp asks: who this is, or that a ticket be done; and what fedtune client asks: for how

@@ -2,7 +2,7 @@
 (`fedtune client --trainer FILE`), and trains the tensors that the site's worker hands it in each round.
 
     trainer = Trainer(model=model, args=args, train_dataset=rows, compute_loss_func=mine)
-    fedtune.join(trainer)
+    fedtune.patch(trainer)
     trainer.train()
 
 No coordinator sends, names or starts code. What leaves the site leaves it through the worker, as in any run:
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from fedtune.errors import FedtuneError
 from fedtune.rng import seed_of
-from fedtune.runtime.trainer import SEEDS, on_rows, refuse
+from fedtune.runtime.trainer import SEEDS, Federated, on_rows, patch, refuse
 from fedtune.runtime.trainer_wire import PLACE, receive, send
 
 AGAIN = 1.0  # seconds between two tries to reach the worker, which may be starting
@@ -89,16 +89,16 @@ class Joined:
         return told, read(named)
 
 
-def join(trainer: Any) -> Joined:
-    """Let a trainer's `train` do the rounds of the site that has started this script; everything else of the
-    trainer stays. Raises F505 where no site has, C104 for what a federation cannot keep."""
+Patched = Federated | Joined
+
+
+def patched(trainer: Any, **simulated: Any) -> Patched:
+    """Let a trainer's `train` do the rounds of the site that has started this script; where no site has, those
+    of a simulation. Everything else of the trainer stays. Raises C104 for what a federation cannot keep, and
+    what `fedtune.runtime.trainer.patch` raises."""
     place = os.environ.get(PLACE, "")
     if not place:
-        raise FedtuneError(
-            "F505",
-            sentence="this script was not started by a site: there is no worker to train for",
-            do="start it with: fedtune client --trainer FILE; for a simulation, use fedtune.patch",
-        )
+        return patch(trainer, **simulated)
     refuse(trainer)
     made = Joined(trainer, trainer.train, place)
     trainer.train = made.train

@@ -43,5 +43,5 @@ def trainer(model: str, out: str, alpha: float = 4.0) -> transformers.Trainer:
 
 if __name__ == "__main__":
     mine = trainer(os.environ["MODEL"], os.environ["OUT"], float(os.environ.get("ALPHA", "4")))
-    fedtune.join(mine)
+    fedtune.patch(mine)
     mine.train()

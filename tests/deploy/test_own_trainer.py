@@ -16,10 +16,9 @@ import pytest
 import torch
 import transformers
 
-import fedtune
 from fedtune.deploy import own_trainer
 from fedtune.deploy.own_trainer import OwnTrainer, require_trainable
-from fedtune.errors import ClientFailed, FedtuneError, Refused
+from fedtune.errors import ClientFailed, Refused
 from fedtune.hf.draws import own_draws
 from fedtune.model.base import load
 from fedtune.model.encode import encode
@@ -142,9 +141,3 @@ def test_what_a_script_cannot_keep_is_refused(changes: dict[str, Any], said: str
     with pytest.raises(Refused, match=f"F507.*{said}"):
         require_trainable(small.recipe(Path("bert"), data, **changes))
     require_trainable(small.recipe(Path("bert"), data))
-
-
-def test_a_script_by_itself_says_who_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(PLACE, raising=False)
-    with pytest.raises(FedtuneError, match=r"F505.*fedtune client --trainer FILE"):
-        fedtune.join(object())
