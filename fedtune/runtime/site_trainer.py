@@ -93,9 +93,9 @@ Patched = Federated | Joined
 
 
 def patched(trainer: Any, **simulated: Any) -> Patched:
-    """Let a trainer's `train` do the rounds of the site that has started this script, or those of a simulation
-    where no site has. Everything else of the trainer stays. Raises C104 for what a federation cannot keep, and
-    what `fedtune.runtime.trainer.patch` raises."""
+    """Let a trainer's `train` do the rounds of the site that has started this script, or those of a
+    simulation where no site has. Everything else of the trainer stays. Raises C104 for what a federation
+    cannot keep, and what `fedtune.runtime.trainer.patch` raises."""
     place = os.environ.get(PLACE, "")
     if not place:
         return patch(trainer, **simulated)
