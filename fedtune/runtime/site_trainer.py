@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from fedtune.errors import FedtuneError
 from fedtune.rng import seed_of
-from fedtune.runtime.trainer import SEEDS, Federated, on_rows, patch, refuse
+from fedtune.runtime.trainer import SEEDS, Federated, on_rows, patch, refuse, refuse_arguments
 from fedtune.runtime.trainer_wire import PLACE, receive, send
 
 AGAIN = 1.0  # seconds between two tries to reach the worker, which may be starting
@@ -36,13 +36,7 @@ class Joined:
 
     def train(self, *arguments: Any, **named: Any) -> NoReturn:
         """In the place of `Trainer.train`: waits for the worker's questions, and answers them."""
-        if arguments or any(named.values()):
-            raise FedtuneError(
-                "C104",
-                "trainer.train with arguments",
-                "none: a federation has no checkpoint",
-                "leave them out",
-            )
+        refuse_arguments(*arguments, *named.values())
         while True:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as call:
                 if call.connect_ex(self.place) == 0:

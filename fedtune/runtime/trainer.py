@@ -44,13 +44,7 @@ class Federated:
     def train(self, *arguments: Any, **named: Any) -> Any:
         """In the place of `Trainer.train`: all rounds. Returns the trainer's output of the last client, with
         the mean loss of the last round."""
-        if arguments or any(named.values()):
-            raise FedtuneError(
-                "C104",
-                "trainer.train with arguments",
-                "none: a federation has no checkpoint",
-                "leave them out",
-            )
+        refuse_arguments(*arguments, *named.values())
         from fedtune.model.open_tensors import read_open, write_open
 
         shared, output = read_open(self.trainer.model), None
@@ -111,6 +105,14 @@ def patch(
     made = Federated(trainer, recipe, trainer.train, clients_of(recipe, trainer.train_dataset))
     trainer.train = made.train
     return made
+
+
+def refuse_arguments(*given: Any) -> None:
+    """Raises C104 for what `train` is told of a checkpoint or a trial."""
+    if any(given):
+        raise FedtuneError(
+            "C104", "trainer.train with arguments", "none: a federation has no checkpoint", "leave them out"
+        )
 
 
 def refuse(trainer: Any) -> None:
