@@ -20,13 +20,9 @@ class SiteConfig:
     columns        --map as it was given: the recipe's names of columns and this site's
     shared         this site's copy of the rows that all sites mix into their own
     partition      for demos: the recipe may say which rows and which model's folder are read here
-<<<<<<< HEAD
+    trainer        this site's own training script, "" for fedtune's local loop
     cache_bytes    of states that are kept, so that they need not be sent again, and of rows that are kept as
                    tokens; 0: neither
-=======
-    trainer        this site's own training script, "" for fedtune's local loop
-    cache_bytes    of states that are kept, so that they need not be sent again
->>>>>>> 22c98fa (A site's own training script trains in the place of fedtune's loop, started by the site)
     keep_days      for which receipts and lines of the ledger are kept; 0: for good
     """
 
