@@ -68,7 +68,9 @@ class OwnTrainer:
         record, trained = self.answer(asked, given)
         if "refused" in record:
             raise ClientFailed(
-                "F503", sentence=f"this site's own training script says no. {record['refused']}"
+                "F503",
+                sentence=f"this site's own training script says no ({record['refused']})",
+                do="correct the script, or start this site without --trainer",
             )
         require_same(given, trained)
         loss = float(record["loss"])
@@ -101,6 +103,7 @@ class OwnTrainer:
                     raise ClientFailed(
                         "F503",
                         sentence=f"this site's own training script answers with something else ({why})",
+                        do="let nobody but fedtune.patch use its socket",
                     ) from error
         raise ClientFailed(
             "F503",

@@ -27,7 +27,7 @@ def exchanged(net: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, torch.nn
     every = {file_name(name): value for name, value in net.named_parameters()}
     trained = {name for name, value in every.items() if value.requires_grad}
     odd = sorted((tensors.keys() - every.keys()) | (trained - tensors.keys()))
-    odd = odd or [name for name, value in tensors.items() if tuple(every[name].shape) != value.shape]
+    odd = odd or sorted(name for name, value in tensors.items() if tuple(every[name].shape) != value.shape)
     if odd:
         whose = "that the recipe does not train" if odd[0] in trained else "that the script's model lacks"
         if odd[0] in tensors and odd[0] in every:
