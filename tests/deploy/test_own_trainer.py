@@ -117,7 +117,7 @@ def test_another_adapter_is_named(llama: Path, tmp_path: Path) -> None:
     base = load(ModelSettings(name=str(llama), device="cpu", threads=1), "causal-lm", (), 1)
     wider = attach(base, adapter_of(kind="lora", rank=4), 1)
     trainer = OwnTrainer(tmp_path / "trainer")
-    said = pytest.raises(ClientFailed, match=r"M305.*of shape \(2, 32\), in the recipe \(4, 32\)")
+    said = pytest.raises(ClientFailed, match=r"M305.*of shape \(2, 64\), in the recipe \(4, 64\)")
     with running(llama, tmp_path / "trainer", tmp_path / "out"), said:
         trainer.fit(wider, None, TrainSettings(), 1)  # type: ignore[arg-type]
 
