@@ -329,11 +329,11 @@ def client(options: argparse.Namespace) -> int:
         options.partition,
         options.map,
         shared,
-        trainer,
         int(max(0.0, options.cache_gib) * (1 << 30)),
         max(0, options.keep_days),
         load=options.load,
         dtype=options.dtype,
+        trainer=trainer,
     )
     if options.check is not None:
         from fedtune.config import read

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.deploy.fleet_proxy import FleetProxy
-from fedtune.deploy.own_trainer import TRAINER
 from fedtune.deploy.policy import read_policy
+from fedtune.deploy.script_program import script_program
 from fedtune.deploy.site_config import SiteConfig
 from fedtune.deploy.supervisor import PREFORK, Program, alone, bare, environment, free_port, stop_all
 from fedtune.deploy.walls import walls
@@ -34,7 +35,6 @@ from fedtune.exchange.tls_diagnosis import reason, unreachable
 from fedtune.flower.prefork import SUPEREXEC
 from fedtune.flower.worker_socket import through
 from fedtune.proxies import proxy_for, proxy_hint
-from fedtune.runtime.trainer_wire import PLACE
 from fedtune.trust import COORDINATOR, Identity, renewal
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.renewal import newest
@@ -85,7 +85,7 @@ def served(
     fleet_proxy = FleetProxy(identity, config.coordinator, home=home)
     programs: list[Program] = []
     try:
-        own = replace(config, socket=str(private / "worker"))
+        own = replace(config, socket=str(private / "worker"), trainer_token=secrets.token_hex(32))
         programs = site_programs(own, fleet_proxy.address, private)
         say(
             f"site '{identity.name.name}' of '{identity.name.federation}', coordinator "
@@ -300,14 +300,11 @@ def site_programs(config: SiteConfig, superlink: str, private: Path) -> list[Pro
         ),
         "superexec": (*superexec, "--insecure", "--runtime-api-address", f"127.0.0.1:{port}"),
     }
-    kept = json.dumps(walls(flower, [config.keys, config.data, config.shared, config.home, config.policy]))
+    theirs_not = [config.keys, config.data, config.shared, config.home, config.policy, config.trainer]
+    kept = json.dumps(walls(flower, theirs_not))
     logs = {name: home / "logs" / f"{name}.log" for name in commands}
     flowers = [
         Program(name, commands[name], logs[name], theirs, walls=kept) for name in ("supernode", "superexec")
     ]
     programs = [Program("worker", commands["worker"], logs["worker"], env, own=True), *flowers]
-    if config.trainer:  # the user's own program, with the user's own environment
-        theirs = {**os.environ, PLACE: str(private / TRAINER)}
-        command = (sys.executable, config.trainer)
-        programs.append(Program("trainer", command, home / "logs" / "trainer.log", theirs))
-    return programs
+    return [*programs, script_program(config)] if config.trainer else programs

@@ -10,8 +10,7 @@ from fedtune.config import Recipe, read
 from fedtune.deploy.approval import approved, in_words
 from fedtune.deploy.policy import Asked, Policy
 from fedtune.deploy.site_privacy import book, release, require_within
-from fedtune.deploy.sites import Details
-from fedtune.deploy.worker import understood
+from fedtune.deploy.sites import Details, understood
 from fedtune.errors import FedtuneError, Refused
 from fedtune.privacy.accountant import spent
 from fedtune.privacy.settings import asked_before

@@ -185,6 +185,24 @@ class Policy(Settings):
         if (seen := examples_of(recipe, rows)) < self.min_examples:
             raise forbidden(f"an update of {seen} examples", f"at least {self.min_examples}")
 
+    def check_trained(self, rows: int, steps: int, batch: int) -> None:
+        """What this site's own script has trained on, by the lines that a recipe's numbers are held to: its
+        rows, in so many steps of so many rows each. Raises F507."""
+        seen = min(rows, steps * batch)
+        for name, found, least in (
+            ("min_rows", rows, self.min_rows),
+            ("min_examples", seen, self.min_examples),
+            ("min_steps", steps, self.min_steps),
+            ("min_batch", batch, self.min_batch),
+        ):
+            if found < least:
+                raise FedtuneError(
+                    "F507",
+                    f"{found} {name.removeprefix('min_')} behind an update of this site's own script",
+                    f"at least {least} ({name})",
+                    "let the script train on more, or change the site's policy file",
+                )
+
 
 def examples_of(recipe: Recipe, rows: int) -> int:
     """Examples that one update is made of, by the method's own settings."""

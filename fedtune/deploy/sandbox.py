@@ -1,14 +1,16 @@
-"""Flower's programs at a site, kept from its files: python -SE sandbox.py RULES PARENT COMMAND ...
+"""Programs at a site, kept from its files: python -SE sandbox.py RULES PARENT COMMAND ...
 
-No code comes from elsewhere (app.py); this is for mistakes in code that is here. The kernel (Landlock, Linux
+For Flower's programs, and for the site's own training script. No code comes from elsewhere (app.py); this is
+for mistakes in code that is here. The kernel (Landlock, Linux
 5.13 on, no privileges needed) lets the
 program and all that it starts read what Python and the system need, and write one folder. Where the kernel
 cannot, the program starts as it is and
 says so in its log. Standard library only, and run as a file: what comes after must be able to import
 everything anew.
 
-RULES is JSON: {"read": [...], "list": [...], "write": [...]}, paths with all below them; PARENT is who
-started it, with whose end the program ends.
+RULES is JSON: {"read": [...], "list": [...], "write": [...]}, paths with all below them, and "but": [...] for
+all of the disk except these, which can be read and written; PARENT is who started it, with whose end the
+program ends.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Iterator
 
 CREATE, ADD, RESTRICT = 444, 445, 446  # system calls, the same numbers on every machine since Linux 5.13
 PDEATHSIG, DROP_CAPABILITY, NO_NEW_PRIVILEGES, SIGKILL = 1, 24, 38, 9
@@ -42,13 +45,16 @@ def restrict(rules: dict[str, list[str]]) -> str:
     ruleset = libc.syscall(CREATE, attribute, len(attribute), 0)
     if ruleset < 0:
         return os.strerror(ctypes.get_errno())
+    closed = rules.get("but", [])
+    places = {**rules, "around": list(around(closed)) if closed else []}
     for kind, access in (
         ("read", EXECUTE | READ_FILE | READ_DIR),
         ("list", READ_DIR),
         ("write", every),
+        ("around", every),
         ("devices", READ_FILE | READ_DIR | WRITE_FILE),
     ):
-        for path in rules.get(kind, []):
+        for path in places.get(kind, []):
             try:
                 place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except OSError:
@@ -62,15 +68,28 @@ def restrict(rules: dict[str, list[str]]) -> str:
     return ""
 
 
+def around(secret: list[str]) -> Iterator[str]:
+    """Everything on the disk but these paths and the folders that lead to them. No links: a rule about one
+    would be about what it leads to."""
+    closed = {path for path in secret if not any(path.startswith(f"{other}/") for other in secret)}
+    above = {"/", *(path[:at] for path in closed for at in range(1, len(path)) if path[at] == "/")}
+    for folder in sorted(above):
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.path not in above | closed and not entry.is_symlink():
+                yield entry.path
+
+
 def main() -> None:
     rules, parent, *command = sys.argv[1:]
     ctypes.CDLL(None).prctl(PDEATHSIG, SIGKILL)
     if os.getppid() != int(parent):
         sys.exit(1)
     if why := restrict(json.loads(rules)):
-        sys.stderr.write(
-            f"this system cannot keep Flower's programs from the site's files (Landlock: {why})\n"
-        )
+        sys.stderr.write(f"this system cannot keep this program from the site's files (Landlock: {why})\n")
         sys.stderr.flush()
     os.execvp(command[0], command)
 

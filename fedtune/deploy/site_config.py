@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedtune.config import Recipe
@@ -20,10 +20,11 @@ class SiteConfig:
     columns        --map as it was given: the recipe's names of columns and this site's
     shared         this site's copy of the rows that all sites mix into their own
     partition      for demos: the recipe may say which rows and which model's folder are read here
-    trainer        this site's own training script, "" for fedtune's local loop
     cache_bytes    of states that are kept, so that they need not be sent again, and of rows that are kept as
                    tokens; 0: neither
     keep_days      for which receipts and lines of the ledger are kept; 0: for good
+    trainer        this site's own training script, "" for fedtune's local loop
+    trainer_token  by which the worker knows it, new with each life of fedtune client
     """
 
     keys: str
@@ -37,11 +38,12 @@ class SiteConfig:
     partition: bool = False
     columns: str = ""
     shared: str = ""
-    trainer: str = ""
     cache_bytes: int = 4 << 30
     keep_days: int = 0
     load: str = ""
     dtype: str = ""
+    trainer: str = ""
+    trainer_token: str = field(default="", repr=False)
 
     @classmethod
     def read(cls, path: Path) -> SiteConfig:

@@ -10,16 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedtune.config import Recipe
 from fedtune.data import Federation, Slice, load, load_slice
 from fedtune.data.settings import PathSource, Source
 from fedtune.data.sources import data_at
 from fedtune.errors import FedtuneError, Refused
 from fedtune.forms import read_json
+from fedtune.runtime.masked_tasks import root_of
+from fedtune.runtime.workspace import verbs_of
 from fedtune.trust import COORDINATOR
 from fedtune.trust.allowed import read_entries
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.identity import ALLOWED
+
+UPDATE = "install the same version of fedtune on both sides"
 
 
 def resolved(recipe: Recipe, keys: Path) -> Recipe:
@@ -272,3 +278,20 @@ class Details:
                 "details of this version",
                 "install the same version of fedtune on both sides",
             ) from None
+
+
+def understood(details: Details, verb: str) -> Recipe:
+    """A ticket's recipe. Raises Refused (W602) for one that asks for what this version does not have."""
+    try:
+        recipe = Recipe.model_validate_json(details.recipe)
+        known = verbs_of(recipe)
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])[:80]
+        raise Refused(
+            "W602", f"a recipe whose '{place}' this version cannot read", "settings of this version", UPDATE
+        ) from None
+    if verb not in known:
+        raise Refused(
+            "W602", f"the verb '{verb}'", f"one of {', '.join(sorted({*map(root_of, known)}))}", UPDATE
+        )
+    return recipe

@@ -48,7 +48,7 @@ LEASH = (
 # TLS 1.2 alone (those of 1.3 are not chosen), and what stands in it needs an RSA certificate, which nobody
 # here has: no such handshake comes about.
 NEWEST_TLS = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES128-GCM-SHA256"}
-SANDBOX = Path(__file__).with_name("sandbox.py")
+SANDBOX, WARDEN = (Path(__file__).with_name(f"{name}.py") for name in ("sandbox", "warden"))
 PREFORK = "prefork"  # the socket of fedtune.flower.prefork, beside the apps that ask there
 
 
@@ -119,6 +119,8 @@ class Program:
 
     own    whether it is one of ours: a mistake that ends its first life would end every other
     walls  rules that keep it from the rest of the disk (sandbox.py, JSON), "" for none
+    group  whether it may start programs of its own, which end with it (warden.py)
+    place  the folder that it is started in; None: ours
     """
 
     name: str
@@ -127,6 +129,8 @@ class Program:
     env: Mapping[str, str]
     own: bool = False
     walls: str = ""
+    group: bool = False
+    place: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     deaths: int = 0
     lives: int = 0
@@ -163,14 +167,20 @@ class Program:
         if not self.lives:
             self.log.write_bytes(b"")
         with self.log.open("ab") as out:  # whoever shortens it finds the end again
-            first = ["-SE", str(SANDBOX), self.walls] if self.walls else ["-SEc", LEASH]
+            first = ["-SE", str(WARDEN if self.group else SANDBOX), self.walls]
+            first = first if self.walls else ["-SEc", LEASH]
             command = (
                 [sys.executable, *first, str(os.getpid()), *self.command]
                 if sys.platform == "linux"
                 else list(self.command)
             )
             self.process = subprocess.Popen(
-                command, env=dict(self.env), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                command,
+                cwd=self.place,
+                env=dict(self.env),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
         self._since, self.lives = now, self.lives + 1
 

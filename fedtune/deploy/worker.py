@@ -21,20 +21,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from fedtune import progress
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, histogram
 from fedtune.deploy.approval import approved
 from fedtune.deploy.declared import declared
-from fedtune.deploy.own_trainer import TRAINER, OwnTrainer
+from fedtune.deploy.own_trainer import OwnTrainer, require_trainable
 from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.resources import require_disk, require_memory
 from fedtune.deploy.site_books import DAY, Sent, forget, note_sent, sent_since
 from fedtune.deploy.site_config import SiteConfig, require_own, with_own_model
 from fedtune.deploy.site_privacy import charge, cover, require_within
-from fedtune.deploy.sites import Details, at_site, columns_of
+from fedtune.deploy.sites import Details, at_site, columns_of, understood
 from fedtune.deploy.ticket_window import TicketWindow
 from fedtune.deploy.watchdog import PACE, STILL, Watchdog, first_to_go, weights_at
 from fedtune.deploy.worker_listener import serve
@@ -50,7 +48,7 @@ from fedtune.runtime.failures import failure_of, numbered
 from fedtune.runtime.masked_tasks import root_of
 from fedtune.runtime.protocol import Ask, Link
 from fedtune.runtime.site_scores import SCORE
-from fedtune.runtime.workspace import Workspace, build_workspace, link_of, verbs_of
+from fedtune.runtime.workspace import Workspace, build_workspace, link_of
 from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.split.facts import SplitFacts
 from fedtune.trust import Peer, Signed, Ticket, load, ticket
@@ -65,7 +63,6 @@ from fedtune.versions import versions
 if TYPE_CHECKING:
     from fedtune.model.base import Base
 
-UPDATE = "install the same version of fedtune on both sides"
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 IDLE = "waiting for a question"
 TOLD = 1.0  # seconds between two words of how far it is
@@ -98,7 +95,7 @@ class Worker:
         self.window = TicketWindow(self.home)
         self.watchdog = Watchdog(Path(config.socket).parent)
         self.lock = threading.Lock()
-        self.trainer = OwnTrainer(Path(config.socket).with_name(TRAINER)) if config.trainer else None
+        self.trainer = OwnTrainer.of(config, self.policy)
         self.built: tuple[str, Workspace, Link] | None = None
         # threads that ask something now; when the last one left
         self.callers, self.left = set[int](), time.monotonic()
@@ -168,6 +165,8 @@ class Worker:
         mine = self.own(recipe)
         if self.exchange.held(about):
             return ""
+        if self.trainer:
+            require_trainable(recipe)
         self.policy.check(mine, self.asked(content, about, details, recipe))
         require_within(self.policy, self.home, recipe, about.verb)
         require_disk(self.home, about)
@@ -326,7 +325,7 @@ class Worker:
             tokens=TokenCache(self.home / "tokens", c.cache_bytes),
         )
         if self.trainer:
-            self.trainer.take(recipe, workspace.tunable)
+            workspace.tunable.trainer = self.trainer.fit
         self.built = model, workspace, link_of(workspace, method, recipe)
         self.tell(
             WorkspaceBuilt(
@@ -358,23 +357,6 @@ class Worker:
                 self.tell(Noted(str(error)))
             finally:
                 self.lock.release()
-
-
-def understood(details: Details, verb: str) -> Recipe:
-    """A ticket's recipe. Raises Refused (W602) for one that asks for what this version does not have."""
-    try:
-        recipe = Recipe.model_validate_json(details.recipe)
-        known = verbs_of(recipe)
-    except ValidationError as error:
-        place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])[:80]
-        raise Refused(
-            "W602", f"a recipe whose '{place}' this version cannot read", "settings of this version", UPDATE
-        ) from None
-    if verb not in known:
-        raise Refused(
-            "W602", f"the verb '{verb}'", f"one of {', '.join(sorted({*map(root_of, known)}))}", UPDATE
-        )
-    return recipe
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ class FedPEFTSettings(AdapterTable):
     """The keys of [method] type = "fedpeft"."""
 
     type: Literal["fedpeft"] = "fedpeft"
+    own_loop: ClassVar[bool] = True
     start_from: str = ""
     """An adapter to begin with instead of a fresh one: the folder of a run, of an exported adapter, or of one
     that stock peft saved for

@@ -41,7 +41,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fedtune.errors import ClientFailed
 from fedtune.privacy.releases import Release
@@ -241,6 +241,8 @@ class MethodTable(Settings):
     `MethodSettings`."""
 
     type: str
+    own_loop: ClassVar[bool] = False
+    """Whether clients train by the local loop and nothing else, so that a site's own may stand in for it."""
 
     def build(self, rounds: int, rule: Rule) -> Method:
         """The method for a run of so many rounds, under an aggregation rule."""

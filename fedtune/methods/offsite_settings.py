@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ class OffsiteSettings(FedPEFTSettings):
     """The keys of [method] type = "offsite"."""
 
     type: Literal["offsite"] = "offsite"  # type: ignore[assignment]
+    own_loop: ClassVar[bool] = False  # of a model that the client does not have
     first: int = Field(2, ge=0)
     """Blocks at the model's beginning that clients train."""
     last: int = Field(2, ge=0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedtune import progress as progress_of
-from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.errors import ClientFailed, FedtuneError, Refused
 from fedtune.hf.config import width_of
 from fedtune.hf.draws import own_draws
 from fedtune.hf.statistics import freeze_statistics, unchanged
@@ -62,7 +62,7 @@ def fit(
     progress: tuple[int, int] = (0, 1),
     backward: Backward | None = None,
     rates: Mapping[str, float] | None = None,
-    around: Callable[[Loss], Loss] = lambda loss_of: loss_of,
+    around: Callable[[Loss], Loss] | None = None,
 ) -> FitReport:
     """Train the tunable model's tensors on the client's examples. `progress` = (rounds done, rounds) places
     the learning-rate schedule.
@@ -74,7 +74,7 @@ def fit(
     one big batch; where the device's memory is too small for a micro-batch, it is halved and the step done
     again.
     Raises ClientFailed W607 where the loss is not finite, M309 where not even one example fits, D205 without
-    examples.
+    examples; Refused F507 where a site's own script stands in for this loop and is asked for more than that.
     """
     tunable.check_live()
     if not len(encoded):
@@ -83,6 +83,13 @@ def fit(
         )
     check_room(tunable, encoded)
     if tunable.trainer is not None:
+        if backward or rates or around:
+            raise Refused(
+                "F507",
+                "a loss, gradients or rates of a method's own at a site whose own script trains (--trainer)",
+                "an adapter that is trained by the local loop",
+                "start this site without --trainer for such a recipe",
+            )
         report: FitReport = tunable.trainer(tunable, encoded, settings, seed)
         return report
     if settings.packing:
@@ -93,7 +100,8 @@ def fit(
     optimizer = make_optimizer(tunable, settings, rates or {})
     train_slices(optimizer, tunable, seed)
     inputs = ChangedInputs.of(settings.inputs, tunable, seed)
-    loss_of = around(inputs.around(TrainingLoss.of(settings.objective, tunable, encoded)))
+    loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
+    loss_of = around(loss_of) if around else loss_of
     chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     secret = Secret() if settings.private.max_grad_norm else None
     plan = list(

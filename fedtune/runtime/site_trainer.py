@@ -15,15 +15,14 @@ import os
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from fedtune.errors import FedtuneError
 from fedtune.rng import seed_of
 from fedtune.runtime.trainer import SEEDS, Federated, on_rows, patch, refuse, refuse_arguments
-from fedtune.runtime.trainer_wire import PLACE, receive, send
+from fedtune.runtime.trainer_wire import LINE, MORE, PLACE, TOKEN, Garbled, Wire
 
 AGAIN = 1.0  # seconds between two tries to reach the worker, which may be starting
-MOST = 1 << 40  # bytes of tensors: the worker is the same user's, and says the size first
 
 
 @dataclass
@@ -33,6 +32,7 @@ class Joined:
     trainer: Any
     train_alone: Any
     place: str
+    token: str
 
     def train(self, *arguments: Any, **named: Any) -> NoReturn:
         """In the place of `Trainer.train`: waits for the worker's questions, and answers them."""
@@ -40,25 +40,25 @@ class Joined:
         while True:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as call:
                 if call.connect_ex(self.place) == 0:
-                    with call.makefile("rwb") as file:
-                        self.serve(file)  # type: ignore[arg-type]
+                    self.serve(Wire(call))
             time.sleep(AGAIN)  # the worker was started anew, or will be
 
-    def serve(self, file: BinaryIO) -> None:
+    def serve(self, wire: Wire) -> None:
         """Round after round, until the worker has gone. What the trainer itself raises ends the script."""
+        most = MORE + 4 * sum(value.numel() for value in self.trainer.model.parameters())
+        answer: dict[str, Any] = {"token": self.token}
+        trained: dict[str, Any] = {}
         while True:
             try:
-                asked, tensors = receive(file, MOST)
-            except (OSError, EOFError):
+                wire.send(answer, trained)
+                asked, tensors = wire.receive(LINE, most)
+            except (OSError, EOFError, Garbled):
                 return
             try:
-                record, trained = self.trained(asked, tensors)
+                answer, trained = self.trained(asked, tensors)
             except FedtuneError as error:
-                record, trained = {"refused": str(error)}, {}
-            try:
-                send(file, record, trained)
-            except OSError:
-                return
+                answer, trained = {"refused": str(error)}, {}
+            answer["number"] = asked["number"]
 
     def trained(
         self, asked: dict[str, Any], tensors: dict[str, Any]
@@ -79,7 +79,13 @@ class Joined:
             own_draws(seed, self.trainer.args.device),
         ):
             output = self.train_alone()
-        told = {"loss": float(output.training_loss), "steps": int(output.global_step), "rows": len(rows)}
+        args = self.trainer.args
+        told = {
+            "loss": float(output.training_loss),
+            "steps": int(output.global_step),
+            "rows": len(rows),
+            "batch": args.train_batch_size * args.gradient_accumulation_steps,
+        }
         return told, read(named)
 
 
@@ -94,6 +100,6 @@ def patched(trainer: Any, **simulated: Any) -> Patched:
     if not place:
         return patch(trainer, **simulated)
     refuse(trainer)
-    made = Joined(trainer, trainer.train, place)
+    made = Joined(trainer, trainer.train, place, os.environ.get(TOKEN, ""))
     trainer.train = made.train
     return made

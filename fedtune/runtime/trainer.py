@@ -125,7 +125,7 @@ def refuse(trainer: Any) -> None:
         found = "load_best_model_at_end"
     elif trainer.optimizer is not None or trainer.lr_scheduler is not None:
         found = "an optimiser that was made before training"
-    elif isinstance(getattr(trainer.train, "__self__", None), Federated):
+    elif getattr(trainer.train, "__self__", trainer) is not trainer:
         found = "a trainer that is patched already"
     if found:
         expected = "rows that can be counted and chosen, and an optimiser that the trainer makes itself"

@@ -1,11 +1,13 @@
 """A script as a site's operator may write it: a Trainer of its own on a tiny model, with LoRA by peft.
 
-python script.py, started by fedtune client --trainer; MODEL and OUT in the environment, ALPHA for the scale.
+`text` is such a script, for fedtune client --trainer: it knows its model's folder by itself, as the site's
+environment does not reach it, and writes where it was started.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -41,7 +43,12 @@ def trainer(model: str, out: str, alpha: float = 4.0) -> transformers.Trainer:
     return transformers.Trainer(net, args, train_dataset=ROWS, data_collator=collate, callbacks=[Counted()])  # type: ignore[arg-type]
 
 
-if __name__ == "__main__":
-    mine = trainer(os.environ["MODEL"], os.environ["OUT"], float(os.environ.get("ALPHA", "4")))
+def run(model: str, alpha: float = 4.0) -> None:
+    """Until fedtune client ends it."""
+    mine = trainer(model, "out", alpha)
     fedtune.patch(mine)
     mine.train()
+
+
+def text(model: Path, alpha: float = 4.0) -> str:
+    return f"from tests.deploy import script\nscript.run({str(model)!r}, {alpha})\n"

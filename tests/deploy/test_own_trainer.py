@@ -18,6 +18,7 @@ import transformers
 
 from fedtune.deploy import own_trainer
 from fedtune.deploy.own_trainer import OwnTrainer, require_trainable
+from fedtune.deploy.policy import Policy
 from fedtune.errors import ClientFailed, Refused
 from fedtune.hf.draws import own_draws
 from fedtune.model.base import load
@@ -28,10 +29,16 @@ from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.tunable import TunableModel, attach, read
 from fedtune.rng import seed_of
 from fedtune.runtime.trainer import SEEDS
-from fedtune.runtime.trainer_wire import PLACE
+from fedtune.runtime.trainer_wire import PLACE, TOKEN
 from tests import small, tiny
 from tests.deploy import script
 from tests.tables import adapter_of
+
+WORD = "0123abcd"
+
+
+def own(folder: Path) -> OwnTrainer:
+    return OwnTrainer(folder / "trainer", WORD, Policy())
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +53,10 @@ def tunable(llama: Path) -> TunableModel:
 
 
 @contextmanager
-def running(llama: Path, place: Path, out: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
-    env = {
-        **os.environ,
-        PLACE: str(place),
-        "MODEL": str(llama),
-        "OUT": str(out),
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
-    process = subprocess.Popen([sys.executable, script.__file__], env=env, stdin=subprocess.DEVNULL)
+def running(model: Path, folder: Path, alpha: float = 4.0) -> Iterator[subprocess.Popen[bytes]]:
+    env = {**os.environ, PLACE: str(folder / "trainer"), TOKEN: WORD, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script.text(model, alpha)]
+    process = subprocess.Popen(command, env=env, cwd=folder, stdin=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -67,11 +68,11 @@ def test_a_round_is_plain_training_and_every_round_begins_where_it_is_told(
     llama: Path, tunable: TunableModel, tmp_path: Path
 ) -> None:
     """Of two factors one may rest, as under rule 'ffa': then it rests in the script, too."""
-    trainer = OwnTrainer(tmp_path / "trainer")
+    trainer = own(tmp_path)
     rows = encode([{"text": "the rain falls on the roof"}], tunable.base, max_length=16)
     oracle, start = script.trainer(str(llama), str(tmp_path / "plain")), tunable.read()
     halves = [name for name in tunable.named if "lora_A" in name]
-    with running(llama, tmp_path / "trainer", tmp_path / "out"):
+    with running(llama, tmp_path):
         for seed, still in ((3, []), (4, halves)):
             tunable.write(start)
             tunable.trainer = trainer.fit
@@ -92,22 +93,22 @@ def test_a_round_is_plain_training_and_every_round_begins_where_it_is_told(
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"ALPHA": "8"}, r"scales its LoRA by \[4\.0\], expected the recipe's \[2\.0\]"),
-     ({"MODEL": "other"}, "answers otherwise")],
-)  # fmt: skip
+    [(8.0, r"scales its LoRA by \[4\.0\], expected the recipe's \[2\.0\]"), ("other", "answers otherwise")],
+)
 def test_another_model_is_noticed_before_anything_trains(
-    changed: dict[str, str], said: str, llama: Path, tunable: TunableModel, tmp_path: Path
+    changed: float | str, said: str, llama: Path, tunable: TunableModel, tmp_path: Path
 ) -> None:
-    trainer = OwnTrainer(tmp_path / "trainer")
-    before = tunable.read()
-    if "MODEL" in changed:
+    trainer, before, model, alpha = own(tmp_path), tunable.read(), llama, 4.0
+    if isinstance(changed, float):
+        alpha = changed
+    else:
         other = transformers.AutoModelForCausalLM.from_pretrained(llama)
         with torch.no_grad():
             other.lm_head.weight.mul_(1.5)
         other.save_pretrained(tmp_path / "other")
-        changed = {"MODEL": str(tmp_path / "other")}
+        model = tmp_path / "other"
     refused = pytest.raises(ClientFailed, match=f"F503.*says no.*M304.*{said}")
-    with running(llama, tmp_path / "trainer", tmp_path / "out", **changed), refused:
+    with running(model, tmp_path, alpha), refused:
         trainer.fit(tunable, None, TrainSettings(), 1)  # type: ignore[arg-type]
     assert not (tmp_path / "out.rounds").exists()
     assert all(np.array_equal(value, before[name]) for name, value in tunable.read().items())
@@ -116,9 +117,9 @@ def test_another_model_is_noticed_before_anything_trains(
 def test_another_adapter_is_named(llama: Path, tmp_path: Path) -> None:
     base = load(ModelSettings(name=str(llama), device="cpu", threads=1), "causal-lm", (), 1)
     wider = attach(base, adapter_of(kind="lora", rank=4), 1)
-    trainer = OwnTrainer(tmp_path / "trainer")
+    trainer = own(tmp_path)
     said = pytest.raises(ClientFailed, match=r"M305.*of shape \(2, 64\), in the recipe \(4, 64\)")
-    with running(llama, tmp_path / "trainer", tmp_path / "out"), said:
+    with running(llama, tmp_path), said:
         trainer.fit(wider, None, TrainSettings(), 1)  # type: ignore[arg-type]
 
 
@@ -127,13 +128,14 @@ def test_a_script_that_is_not_there_costs_a_round_and_no_more(
 ) -> None:
     monkeypatch.setattr(own_trainer, "STARTING", 0.1)
     with pytest.raises(ClientFailed, match=r"F503.*not there, or ended while it trained.*trainer.log"):
-        OwnTrainer(tmp_path / "trainer").fit(tunable, None, TrainSettings(), 1)  # type: ignore[arg-type]
+        own(tmp_path).fit(tunable, None, TrainSettings(), 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"method": {"type": "fedkseed", "estimator": "spsa"}}, "'fedkseed'"),
+        ({"method": {"type": "offsite", "adapter": {"kind": "lora"}}}, "'offsite'"),
         ({"method__train__private": {"max_grad_norm": 1.0}, "method__train__lr": 0.1}, "private"),
     ],
 )

@@ -19,16 +19,15 @@ def test_a_script_trains_at_a_real_site(data: Path, tmp_path: Path) -> None:
     }
     with deployed(tmp_path) as made:
         server = made.serve(made.recipe("run", model, data, **changes))
-        out = tmp_path / "out"
-        made.join(SITES[0], "--trainer", script.__file__, MODEL=str(model), OUT=str(out))
+        mine = tmp_path / "mine.py"
+        mine.write_text(script.text(model))
+        made.join(SITES[0], "--trainer", str(mine))
         for site in SITES[1:]:
             made.join(site)
         assert made.ended() == 0 and server.returncode == 0
         result = made.folder("run").read_json("result.json")
     assert result["left_out"] == 0 and result["rounds"] == 2
-    assert (tmp_path / "out.rounds").read_text().split() == [
-        "2",
-        "2",
-    ]  # two rounds of two steps, by the script
+    rounds = tmp_path / f"home-{SITES[0]}" / "trainer" / "out.rounds"
+    assert rounds.read_text().split() == ["2", "2"]  # two rounds of two steps, by the script
     alone = local(tmp_path / "local", model, data, **changes)[1]
     assert result["state_sha256"] != alone["state_sha256"]
