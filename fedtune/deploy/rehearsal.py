@@ -11,6 +11,7 @@ from pathlib import Path
 from fedtune.config import Recipe
 from fedtune.deploy.approval import approved
 from fedtune.deploy.declared import declared
+from fedtune.deploy.own_trainer import require_trainable
 from fedtune.deploy.policy import Asked, read_policy
 from fedtune.deploy.site_config import SiteConfig, require_own, with_own_model
 from fedtune.deploy.sites import at_site, columns_of
@@ -50,6 +51,8 @@ def rehearsed(config: SiteConfig, recipe: Recipe | None) -> Iterator[str]:
         here = here.model_copy(
             update={"deploy": recipe.deploy.model_copy(update={"sites": (identity.name.name,)})}
         )
+        if config.trainer:
+            require_trainable(recipe)
         columns = columns_of(config.columns)
         mine = at_site(here, 0, config.data, config.partition, columns, config.shared).clients[0]
         yield f"rows      {len(mine.train):,} to train on, {len(mine.test):,} held out, by this recipe"
