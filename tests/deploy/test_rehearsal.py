@@ -90,9 +90,10 @@ def test_what_would_keep_it_out(
         and "E801: found nobody who answers" in capsys.readouterr().err
     )
     (tmp_path / "mine.py").write_text("")
-    private = "method.train.private={max_grad_norm = 1.0, noise_multiplier = 1.0, sample_rate = 0.1}"
+    rows = "method.train.private={max_grad_norm = 1.0, noise_multiplier = 1.0, sample_rate = 0.1}"
+    private = ("--set", "method.head_start=random", "--set", rows)
     assert (
-        said(federation, tmp_path, "--trainer", str(tmp_path / "mine.py"), "--set", private) == 2
+        said(federation, tmp_path, "--trainer", str(tmp_path / "mine.py"), *private) == 2
         and "F507: found [method.train.private]" in capsys.readouterr().err
     )
     assert said(federation, tmp_path, "--model", "/nowhere") == 2 and "M301" in capsys.readouterr().err
