@@ -16,7 +16,7 @@ from fedtune.errors import FedtuneError
 from fedtune.rng import stream
 
 BLOCK = re.compile(r"^((?:[^.]+\.)*?)(\d+)\.(.+)$")  # what lies before a block's number, the number, the rest
-TENSOR = re.compile(r"\.(?:(?:lora|ia3|shira)_.*|weight|bias)$")
+TENSOR = re.compile(r"\.(?:(?:lora|ia3|shira|supertuning|deft)_.*|weight|bias)$")
 NORM = re.compile(r"norm|\bln_?\w*$", re.I)
 ATTENTION = re.compile(r"attn|attention", re.I)
 

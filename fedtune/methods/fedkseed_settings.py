@@ -183,12 +183,13 @@ class FedKSeedSettings(MethodTable):
     def walking_conflicts(self) -> Iterator[tuple[str, str, str]]:
         objective = self.train.objective
         walks = "spsa" in self.estimators if self.estimators else self.estimator != "gradient"
-        if walks and not self.train.uds.idle:
-            yield (
-                "method.train.uds with clients that walk",
-                "training with gradients",
-                "set method.estimator = 'gradient', or remove [method.train.uds]",
-            )
+        for key in ["uds", "curriculum"] if walks else []:
+            if key in self.train.reads_otherwise:
+                yield (
+                    f"method.train.{key} with clients that walk",
+                    "training with gradients",
+                    f"set method.estimator = 'gradient', or remove [method.train.{key}]",
+                )
         if walks and not objective.by_values:
             yield (
                 f"method.train.objective.loss = '{objective.loss}' with clients that walk",

@@ -70,6 +70,7 @@ class FedPEFT(AdapterMethod):
         self.client_ranks = settings.lora_rank_by_client
         self.fixed = residual_rank(settings)  # of a residual that no round changes
         self.extra = self.rule.residual_rank + self.fixed
+        self.started: TunableModel | None = None  # whose weights a start may take something out of
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         return self.attached(base, self.settings.adapter, seed)
@@ -114,6 +115,7 @@ class FedPEFT(AdapterMethod):
     # ------------------------------------------------------------------------------------------
 
     def start(self, tunable: TunableModel) -> State:
+        self.started = tunable
         if self.settings.start_from:
             from fedtune.model.start_from import start_from
 
@@ -127,14 +129,15 @@ class FedPEFT(AdapterMethod):
             shared,
             {OWN + name: tensors[name] for name in sorted(own)}
             | kept_until_started(self.settings.starts_head, tunable, self.settings.head_noise)
-            | kept_until_begun(self.settings.lora_start, tunable),
+            | kept_until_begun(self.settings.lora_start, tunable, self.seat()[0]),
         )
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         return self.trained(self.begin(state, cohort), cohort, now)
 
     def begin(self, state: State, cohort: Sums) -> State:
-        return begun(started(self.settings.starts_head, state, cohort), cohort)
+        s = self.settings
+        return begun(started(s.starts_head, state, cohort), cohort, s.lora_start, self.started, self.seat())
 
     def trained(self, state: State, cohort: Cohort, now: Round) -> State:
         if self.rule.core and now.number == 1:  # plain LoRA, whose mean says where the fixed factors point
@@ -262,8 +265,8 @@ class FedPEFT(AdapterMethod):
             together=(self.settings.train.together, self.train_together),
         )
         s = self.settings
-        before = features_verbs(s.starts_head, noise=s.head_noise) | moments_verbs(s.lora_start)
-        return {"train": train} | before
+        features = features_verbs(s.starts_head, noise=s.head_noise)
+        return {"train": train} | features | moments_verbs(s.lora_start, self.seat()[0])
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit

@@ -45,7 +45,8 @@ class FedPEFTSettings(AdapterTable):
     directions of the weight, or its first orthogonal ones, which a residual beside them takes away again, so
     that the base stays as everybody holds it; it doubles the way down and the rank of an export. eva: A as
     the directions in which a layer's inputs vary most, from clients' summed second moments, in one question.
-    All are computed once, by the coordinator."""
+    corda: both as the directions of the weight that those inputs use most, of the same question, with a
+    residual as pissa's. All are computed once, by the coordinator."""
     server: ServerSettings = TakeMean()
 
     def located(self, place: Path) -> Self:

@@ -23,6 +23,7 @@ from fedtune.model.adapters.layers import in_head
 from fedtune.model.adapters.wrap import plain
 from fedtune.model.batch_choice import BatchChoice
 from fedtune.model.changed_inputs import ChangedInputs
+from fedtune.model.curriculum import paced_batches
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
 from fedtune.model.lora_steps import faster, project, train_slices
@@ -108,6 +109,8 @@ def fit(
         sampled(len(encoded), settings, secret)
         if secret
         else step_batches(len(encoded), settings, seed, encoded.length)
+        if settings.curriculum.idle
+        else paced_batches(len(encoded), settings, seed, progress)
     )
     loss_sum, examples, tokens = 0.0, 0, 0
     with (

@@ -38,6 +38,8 @@ RATES: dict[str, Rates] = {
     "p-tuning": Rates(1e-3),
     "shira": Rates(1e-3, tuned=False),  # ten times full tuning's, as LIFT's authors have at width 4,096
     "lift": Rates(1e-3, tuned=False),
+    "dsee": Rates(1e-3, tuned=False),
+    "deft": Rates(1e-3, tuned=False),
     "head": Rates(0.5, 0.5, 5.0, "sgd"),
 }
 OTHER = Rates(1e-3)  # kinds that plug-ins bring

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from fedtune.model.adapters.base import Adapter
+from fedtune.model.curriculum import Curriculum
 from fedtune.model.input_changes import InputChangeTable, Vocabulary
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
 from fedtune.model.uds import Uds
@@ -127,6 +128,7 @@ class TrainSettings(Settings):
     inputs: tuple[InputChangeTable, ...] = Field((), strict=False)
     """What is altered of what the model reads while it is trained, in this order."""
     uds: Uds = Uds()
+    curriculum: Curriculum = Curriculum()
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     private: PrivateTraining = PrivateTraining()
@@ -153,8 +155,9 @@ class TrainSettings(Settings):
 
     @property
     def reads_otherwise(self) -> list[str]:
-        """The keys by which a batch is not what its rows say."""
-        return ["inputs"] * bool(self.inputs) + ["uds"] * (not self.uds.idle)
+        """The keys by which a batch is not rows that chance alone put together, as they are."""
+        idle = {"inputs": not self.inputs, "uds": self.uds.idle, "curriculum": self.curriculum.idle}
+        return [key for key, nothing in idle.items() if not nothing]
 
     @property
     def rates(self) -> str:
@@ -177,7 +180,8 @@ class TrainSettings(Settings):
         """Settings that look at the number of rounds while they train."""
         schedule = [f"method.train.schedule = '{self.schedule}'"] if self.schedule != "constant" else []
         ramps = [f"method.train.inputs input = '{one.input}'" for one in self.inputs if one.ramps]
-        return schedule + (["method.train.warmup"] if self.warmup else []) + ramps
+        paced = ["method.train.curriculum"] * (not self.curriculum.idle)
+        return schedule + (["method.train.warmup"] if self.warmup else []) + ramps + paced
 
     def require(self, tokenizer: Any, name: str) -> None:
         """Raises C104 where a model of this name lacks what the settings need."""
@@ -220,6 +224,12 @@ class TrainSettings(Settings):
                 f"method.train.bucket = {self.bucket} with data.task = 'image-classify'",
                 "texts, which have lengths",
                 "remove it",
+            )
+        if self.bucket > 1 and not self.curriculum.idle:
+            yield (
+                f"method.train.bucket = {self.bucket} with [method.train.curriculum]",
+                "one of them",
+                "remove method.train.bucket",
             )
         if self.packing and recipe.data.task not in TOKEN_TASKS:
             yield (
@@ -333,6 +343,6 @@ def adapter_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[
     if train.objective.refers and not adapter.switches_off:
         yield (
             f"method.train.objective.loss = '{train.objective.loss}' with kind = '{adapter.kind}'",
-            "an adapter that can be switched off: lora, ia3, shira or lift",
+            "an adapter that can be switched off: lora, ia3, shira, lift, dsee or deft",
             "choose one, or another loss",
         )

@@ -19,6 +19,7 @@ import numpy as np
 import peft
 import torch
 from peft.tuners.shira.layer import ShiraLayer
+from peft.tuners.supertuning.layer import SupertuningLayer
 
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters.layers import Named, target_layers
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedtune.model.adapters.base import SparseAdapter
 
 VALUES, INDICES = ".shira_weight", ".shira_indices"  # how their names in peft's file end
+PLACES = ".supertuning_indices"  # of a layer with a low-rank update beside: in the flat weight
 
 # name of a layer, its weight (rows, columns) as float64, number of positions -> those positions in the order
 # of rows, ascending
@@ -114,17 +116,32 @@ def low_rank(weight: np.ndarray, rank: int) -> np.ndarray:
     return made if tall is weight else made.T
 
 
+def choose_greatest(net: Any) -> None:
+    """Of layers with a low-rank update beside, the same places on every device: as many as peft has chosen,
+    ascending, of equal weights those that come first."""
+    for layer in sparse_layers(net).values():
+        weight, chosen = layer.get_base_layer().weight.detach(), layer.supertuning_indices["default"]
+        if weight.device.type != "meta":
+            size = np.abs(weight.to("cpu", torch.float32).numpy())
+            places = greatest(size, len(chosen)).astype(np.int32)
+            layer.supertuning_indices["default"] = torch.from_numpy(places).to(chosen.device)
+
+
 def sparse_layers(net: Any) -> dict[str, Any]:
     """Name of a layer, as the names of tensors begin -> layer."""
-    return {name: module for name, module in net.named_modules() if isinstance(module, ShiraLayer)}
+    kinds = (ShiraLayer, SupertuningLayer)
+    return {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
 
 
 def positions(net: Any) -> dict[str, np.ndarray]:
-    """Rows and columns (2, n) of what is trained, by the name that they have in peft's file."""
-    return {
-        file_name(name + INDICES): layer.shira_indices["default"].cpu().numpy().astype(np.int32)
-        for name, layer in sorted(sparse_layers(net).items())
-    }
+    """What is trained, by the name that it has in peft's file: rows and columns (2, n), or places in the flat
+    weight (n,)."""
+    found: dict[str, np.ndarray] = {}
+    for name, layer in sorted(sparse_layers(net).items()):
+        ending = INDICES if isinstance(layer, ShiraLayer) else PLACES
+        chosen = getattr(layer, ending[1:])["default"]
+        found[file_name(name + ending)] = chosen.cpu().numpy().astype(np.int32)
+    return found
 
 
 def base_print(base: Base) -> str:
@@ -142,12 +159,13 @@ def base_print(base: Base) -> str:
 
 def without_positions(net: Any, tensors: Mapping[str, np.ndarray], place: str) -> dict[str, np.ndarray]:
     """The values of an adapter's file. Raises M304 where they are for other positions than these."""
-    here, there = positions(net), {n: value for n, value in tensors.items() if n.endswith(INDICES)}
+    here = positions(net)
+    there = {name: value for name, value in tensors.items() if name.endswith((INDICES, PLACES))}
     for name, chosen in there.items():
         if name not in here or not np.array_equal(here[name], chosen):
             raise FedtuneError(
                 "M304",
-                f"'{place}', whose values are for other positions of '{name.removesuffix(INDICES)}'",
+                f"'{place}', whose values are for other positions of '{name.rpartition('.')[0]}'",
                 "the positions that follow from this base and these settings",
                 "use the settings that it was made with, or merge it with the machine that made it",
             )

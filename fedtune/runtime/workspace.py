@@ -160,7 +160,11 @@ class Workspace:
             from fedtune.model.encode import joined
 
             parts = [self.train(number) for number in self.present if number not in self._nothing]
-            self._encoded["pooled"] = joined(parts, self.base)
+            whole = joined(parts, self.base)
+            if any(one.orders for one in self.recipe.select):  # what comes first at its client comes first
+                early = [place / len(part) for part in parts for place in range(len(part))]
+                whole = whole.some(sorted(range(len(early)), key=early.__getitem__))
+            self._encoded["pooled"] = whole
         pooled: Encoded = self._encoded["pooled"]
         return pooled
 

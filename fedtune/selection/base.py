@@ -60,6 +60,11 @@ class Selection(Settings):
         return False
 
     @property
+    def orders(self) -> bool:
+        """Whether the order in which it leaves the rows means something."""
+        return False
+
+    @property
     def longer(self) -> int:
         """Tokens by which a row may become longer."""
         return 0

@@ -1,4 +1,4 @@
-"""PVI: rows whose prompt says little about their response are left out."""
+"""PVI: rows whose prompt says little about their response are left out, or come late."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ class Pvi(Selection):
     reads: ClassVar[bool] = True
     drop: float = Field(0.1, ge=0, lt=1)
     """Share of the rows that is left out: those with the least PVI. 0 leaves out none."""
+    order: bool = False
+    """Put the rows that stay in the order of their PVI, the greatest first, for [method.train.curriculum]."""
 
     @property
     def idle(self) -> bool:
-        return not self.drop
+        return not self.drop and not self.order
+
+    @property
+    def orders(self) -> bool:
+        return self.order
 
     def choose(self, rows: Sequence[Row], holder: Holder) -> tuple[list[dict[str, Any]], str]:
         values = pvi(rows, holder)
         out = int(self.drop * len(rows))
-        last = np.argsort(values, kind="stable")[:out]  # of equal ones the first in the file
-        left_out = set(last.tolist())
-        kept = [dict(row) for number, row in enumerate(rows) if number not in left_out]
-        return kept, f"{out} of {len(rows)} rows left out, of PVI {mean_of(values[last])} bits on average"
+        rising = np.argsort(values, kind="stable")  # of equal ones the first in the file
+        kept = rising[out:][::-1] if self.order else np.sort(rising[out:])
+        said = f"{out} of {len(rows)} rows left out, of PVI {mean_of(values[rising[:out]])} bits on average"
+        return [dict(rows[number]) for number in kept.tolist()], said + "; the others in order" * self.order
 
 
 def pvi(rows: Sequence[Row], holder: Holder) -> np.ndarray:

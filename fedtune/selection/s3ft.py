@@ -19,7 +19,8 @@ Judge = Annotated[ExactMatch | Answer, Field(discriminator="metric")]
 class S3ft(Selection):
     """by = "s3ft": the base model answers every prompt once, greedily; where the judge takes its answer for
     the wanted one, it stands in for the response (selective self-to-supervised fine-tuning, Gupta et al.
-    2025, arXiv:2502.08130, without its paraphrases)."""
+    2025, arXiv:2502.08130). Where not, a paraphrase of the response by the model may, if it is asked for
+    one."""
 
     by: Literal["s3ft"] = "s3ft"
     reads: ClassVar[bool] = True
@@ -28,6 +29,10 @@ class S3ft(Selection):
     [[metrics]]."""
     tokens: int = Field(128, ge=0, le=4096)
     """Longest answer of the model's own; 0 asks for none."""
+    paraphrase: str = Field("", max_length=2000, pattern=r"^$|\{response\}")
+    """What the model is asked where its own answer is refused, with the wanted one for {response}, such as
+    "Say this in your own words: {response}". What it says stands in where the judge accepts that. "" asks
+    nothing."""
 
     @property
     def idle(self) -> bool:
@@ -38,21 +43,31 @@ class S3ft(Selection):
         return self.tokens
 
     def choose(self, rows: Sequence[Row], holder: Holder) -> tuple[list[dict[str, Any]], str]:
-        said = own_answers(rows, holder, self.tokens)
-        taken = [
-            bool(one) and self.accepts(one, response_of(row)) for one, row in zip(said, rows, strict=True)
-        ]
-        if not any(taken):
+        wanted = [response_of(row) for row in rows]
+        said = self.accepted(own_answers(rows, holder, self.tokens), wanted)
+        own = sum(map(bool, said))
+        left = [number for number, one in enumerate(said) if not one]
+        if self.paraphrase and left:
+            golden = [wanted[number] for number in left]
+            asked = [asking(rows[n], self.paraphrase, one) for n, one in zip(left, golden, strict=True)]
+            again = self.accepted(own_answers(asked, holder, self.tokens), golden)
+            for number, one in zip(left, again, strict=True):
+                said[number] = one
+        if not any(said):
             raise ClientFailed(
                 "D209",
                 f"a judge (metric = '{self.judge.metric}') that accepts none of {len(rows)} own answers",
                 "some that it accepts",
                 "change judge or tokens of by = 's3ft', or remove it",
             )
-        made = [
-            answered(row, one) if own else dict(row) for row, one, own in zip(rows, said, taken, strict=True)
-        ]
-        return made, f"{sum(taken)} of {len(rows)} responses replaced by the model's own"
+        made = [answered(row, one) if one else dict(row) for row, one in zip(rows, said, strict=True)]
+        more = f", {sum(map(bool, said)) - own} by its paraphrases" if self.paraphrase else ""
+        return made, f"{own} of {len(rows)} responses replaced by the model's own{more}"
+
+    def accepted(self, said: Sequence[str], wanted: Sequence[str]) -> list[str]:
+        """The answers, "" in the place of those that the judge refuses."""
+        pairs = zip(said, wanted, strict=True)
+        return [one if one and self.accepts(one, other) else "" for one, other in pairs]
 
     def accepts(self, said: str, wanted: str) -> bool:
         return any(value == 1.0 for value in self.judge.measure([said], [wanted]).values())
@@ -71,6 +86,15 @@ def own_answers(rows: Sequence[Row], holder: Holder, tokens: int) -> list[str]:
         said |= zip(some, generated(holder.base, [asked[n][0] for n in some], tokens), strict=True)
         how["alive"]()
     return [said.get(number, "") for number in range(len(rows))]
+
+
+def asking(row: Row, paraphrase: str, wanted: str) -> dict[str, Any]:
+    """A row that asks for the wanted response in other words."""
+    text = paraphrase.replace("{response}", wanted)
+    if "messages" not in row:
+        return {**row, "prompt": text}
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": wanted}]
+    return {**row, "messages": said}
 
 
 def response_of(row: Row) -> str:

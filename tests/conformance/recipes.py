@@ -52,6 +52,7 @@ METHODS: dict[
         "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
     },
     "fedpeft-eva": {"method__lora_start": "eva"},
+    "fedpeft-corda": {"method__lora_start": "corda", "chain": [{"step": "quantize", "bits": 8}]},
     "fedpeft-pissa": {
         "method__lora_start": "pissa",
         "method__server": {"optimizer": "sgd", "lr": 0.7, "momentum": 0.9},

@@ -119,6 +119,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
         "fedpeft-lift",
         "fedpeft-pissa",
         "fedpeft-eva",
+        "fedpeft-corda",
         "fedpeft-4bit",
         "offsite-lora",
     )

@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shira": {"kind": "shira"},
     "shira magnitude": {"kind": "shira", "support": "magnitude"},
     "lift": {"kind": "lift", "filter_rank": 4},
+    "deft": {"kind": "deft", "rank": 2},
+    "dsee": {"kind": "dsee", "share": 0.05, "rank": 2},
     "head": {"kind": "head"},
     "full": {"kind": "full"},
 }

@@ -21,7 +21,7 @@ from fedtune.model.export import is_stock, load_adapter, save_adapter, save_merg
 from fedtune.model.fit import fit
 from fedtune.model.loss import summed_loss
 from fedtune.model.settings import ModelSettings, TrainSettings
-from fedtune.model.sparse_support import INDICES
+from fedtune.model.sparse_support import INDICES, PLACES
 from fedtune.model.tunable import attach
 from fedtune.schema import digest
 from tests import tiny
@@ -69,7 +69,7 @@ def test_round_trips(workspace: Any, model: str, variant: str, tmp_path: Path) -
         )
         if variant != "p-tuning":  # its network travels, what the network says is exported
             held = safetensors.numpy.load_file(folder / "adapter_model.safetensors").keys()
-            indices = {name for name in held if tunable.settings.sparse and name.endswith(INDICES)}
+            indices = {name for name in held if tunable.settings.sparse and name.endswith((INDICES, PLACES))}
             assert held - indices == state.keys()
         torch.manual_seed(99)  # the stock model's own fresh head is another one
         net = AUTO[model].from_pretrained(workspace.folders[model], **({} if causal else {"num_labels": 2}))

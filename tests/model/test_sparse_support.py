@@ -19,7 +19,7 @@ from fedtune.model.export import load_adapter, save_adapter
 from fedtune.model.fit import fit
 from fedtune.model.memory_plan import plan
 from fedtune.model.settings import TrainSettings
-from fedtune.model.sparse_support import INDICES, VALUES, base_print, greatest, low_rank, positions
+from fedtune.model.sparse_support import INDICES, PLACES, VALUES, base_print, greatest, low_rank, positions
 from fedtune.model.tunable import attach, detach
 from fedtune.runtime.workspace import link_of, workspace_of
 from fedtune.schema import Schema
@@ -172,3 +172,53 @@ def test_nothing_but_values_travels(workspace: Any) -> None:
     tunable = attach(workspace.base("encoder"), adapter_of(**KINDS["random"]), 1)
     assert not any(name.endswith(INDICES) for name in tunable.read())
     assert any(name.endswith(INDICES) for name in peft.get_peft_model_state_dict(tunable.net))
+
+
+DSEE = {"kind": "dsee", "share": 0.05, "rank": 2, "alpha": 4.0}
+
+
+def test_the_greatest_weights_and_a_pair_beside_them_are_trained(workspace: Any) -> None:
+    """The change is the sum of both, as written out by hand; positions are numpy's, whatever peft's topk says
+    of equal weights."""
+    base = workspace.base("encoder")
+    tunable = attach(base, adapter_of(**DSEE), 1)
+    fit(tunable, workspace.encoded("encoder"), TrainSettings(lr=1e-2, steps=2), 2)
+    places, values = positions(tunable.net), tunable.read()
+    assert len(places) == 13
+    for name, layer in sparse_support.sparse_layers(tunable.net).items():
+        weight = layer.get_base_layer().weight.detach().numpy()
+        chosen = places[name + PLACES]
+        size = np.abs(weight).reshape(-1)
+        assert chosen.tolist() == np.sort(np.argsort(-size, kind="stable")[: len(chosen)]).tolist()
+        assert len(chosen) == int(0.05 * weight.size)
+        wanted = np.zeros(weight.size, np.float32)
+        wanted[chosen] = values[f"{name}.supertuning_values"]
+        a, b = (values[f"{name}.supertuning_lora_{which}.weight"] for which in "AB")
+        found = layer.get_delta_weight("default").detach().numpy()
+        np.testing.assert_allclose(found, wanted.reshape(weight.shape) + 2.0 * b @ a, atol=1e-7)
+        assert np.abs(wanted).max() > 1e-3 and np.abs(b @ a).max() > 1e-5
+    planned = plan(workspace.settings("encoder"), adapter_of(**DSEE), "classify", 2)
+    assert planned.shapes == {name: tuple(value.shape) for name, value in tunable.named.items()}
+
+
+def test_a_pair_beside_a_support_has_a_print_of_its_own_too(workspace: Any, tmp_path: Path) -> None:
+    base = workspace.base("encoder")
+    attach(base, adapter_of(**DSEE), 1)
+    mine = base_print(base)
+    attach(base, adapter_of(**DSEE), 2)
+    assert base_print(base) == mine != base.fingerprint
+    tunable = attach(base, adapter_of(**{**DSEE, "share": 0.06}), 1)
+    assert base_print(base) != mine
+    save_adapter(tunable, tmp_path, "x", "")
+    file = tmp_path / "adapter_model.safetensors"
+    held = safetensors.numpy.load_file(file)
+    name = next(name for name in held if name.endswith(PLACES))
+    held[name] = held[name][::-1].copy()
+    safetensors.numpy.save_file(held, file)
+    with pytest.raises(FedtuneError, match=r"M304: .*other positions of 'base_model.model.bert"):
+        load_adapter(base, tmp_path)
+
+
+def test_a_share_of_less_than_one_weight_is_refused(workspace: Any) -> None:
+    with pytest.raises(FedtuneError, match=r"M306: .*1 / 0\.0001 weights or more"):
+        attach(workspace.base("encoder"), adapter_of(kind="dsee", share=1e-4), 1)

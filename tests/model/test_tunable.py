@@ -77,7 +77,8 @@ def test_the_seed_decides_the_start_and_another_seed_another(workspace: Any) -> 
 
 
 UNMOVED = [
-    "lora", "dora", "bias", "adapter", "ia3", "layernorm", "shira", "shira magnitude", "lift", "head", "full",
+    "lora", "dora", "bias", "adapter", "ia3", "layernorm", "shira", "shira magnitude", "lift", "dsee", "deft",
+    "head", "full",
 ]  # fmt: skip
 
 

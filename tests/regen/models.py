@@ -19,7 +19,7 @@ HEADINGS = {
 INTRO = """# Models
 
 One tiny random model of each family below was tried with every task that it could have, and there with every kind of adapter (FedPEFT's
-`[method.adapter] kind`) but the sparse ones (`shira` and `lift` stand where `lora` does, on torch's linear layers alone: not on GPT-2's),
+`[method.adapter] kind`) but the sparse ones and `deft` (`shira`, `lift`, `dsee` and `deft` stand where `lora` does, on torch's linear layers alone: not on GPT-2's),
 and the two other methods. What it says is whether a combination runs and is right, not how well it learns.
 
 **✓** means: the model was loaded and scored; the adapter was attached, trained for two steps that moved it, scored with a finite number,

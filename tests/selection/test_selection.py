@@ -16,7 +16,9 @@ from fedtune.config import method_of
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import ClientLeftOut, Noted
 from fedtune.metrics.answer import Answer
+from fedtune.model.curriculum import Curriculum, paced_batches
 from fedtune.model.encode import encode
+from fedtune.model.settings import TrainSettings
 from fedtune.runtime.exposure import exposure
 from fedtune.runtime.workspace import Workspace, how_to_encode
 from fedtune.selection import SELECTIONS, Holder, selected
@@ -186,6 +188,87 @@ def test_own_answers_stand_in_where_the_judge_accepts_them(
         space.train(1 - mine.id)
 
 
+def test_paraphrases_stand_in_where_own_answers_are_refused(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Own answers come first, then what the judge accepts of the model's other words; the rest stays."""
+    texts = ["one two", "three four", "five six"]
+    own = [{"prompt": f"say {text}", "response": text} for text in texts]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"]},
+            ]
+        }
+        for row in own
+    ]
+    asked: list[list[str]] = []
+    answers = {"say one two": "ONE two!", "again: three four": "Three, four."}
+
+    def say(rows: list[dict[str, Any]], holder: Holder, tokens: int) -> list[str]:
+        asked.append([row["prompt"] if "prompt" in row else row["messages"][0]["content"] for row in rows])
+        return [answers.get(prompt, "else") for prompt in asked[-1]]
+
+    monkeypatch.setattr("fedtune.selection.s3ft.own_answers", say)
+    chosen = S3ft(paraphrase="again: {response}")
+    for rows_, of in (
+        (own, lambda row: row["response"]),
+        (chats, lambda row: row["messages"][-1]["content"]),
+    ):
+        made, said = chosen.choose(rows_, Holder(0, 3, None, {}))
+        assert [of(row) for row in made] == ["ONE two!", "Three, four.", "five six"]
+        assert asked[-1] == ["again: three four", "again: five six"]
+        assert said == "1 of 3 responses replaced by the model's own, 1 by its paraphrases"
+        assert [of(row) for row in S3ft().choose(rows_, Holder(0, 3, None, {}))[0]][1] == "three four"
+
+
+def test_rows_come_in_the_order_of_their_pvi(workspace: Workspace) -> None:
+    from fedtune.model.likelihood import base_alone
+    from fedtune.selection.pvi import pvi
+
+    own = workspace.federation.clients[0].train
+    with base_alone(workspace.tunable) as base:
+        holder = Holder(0, 3, base, how(workspace))
+        made, said = Pvi(drop=0.25, order=True).choose(own, holder)
+        values = pvi(made, holder)
+        kept, _ = Pvi(drop=0.25).choose(own, holder)
+    assert len(made) == len(kept) > 4 and said.endswith("; the others in order")
+    assert sorted(map(str, made)) == sorted(map(str, kept)) and (np.diff(values) <= 1e-9).all()
+
+
+def test_a_curriculum_draws_from_more_and_more_rows() -> None:
+    train = TrainSettings(steps=50, batch=4, accumulate=2, curriculum=Curriculum(start=0.1, until=0.5))
+    for done, most in ((0, 0.1), (1, 0.55), (2, 1.0), (3, 1.0)):
+        plan = list(paced_batches(200, train, 7, (done, 4)))
+        assert len(plan) == 50 and plan == list(paced_batches(200, train, 7, (done, 4)))
+        assert all(len(set(micro)) == 4 for step in plan for micro in step)
+        first, last = (
+            {n for step in part for micro in step for n in micro} for part in (plan[:2], plan[-25:])
+        )
+        assert max(first) < 200 * (most + 0.05) and max(last) >= 200 * min(most + 0.2, 0.9)
+    passes = TrainSettings(steps=0, epochs=3, batch=4, curriculum=Curriculum(start=0.5))
+    assert len(list(paced_batches(18, passes, 7, (0, 1)))) == 15
+    assert {len(micro) for step in paced_batches(2, passes, 7, (0, 1)) for micro in step} == {1, 2}
+    assert (
+        passes.depends_on_rounds() == ["method.train.curriculum"] and not TrainSettings().depends_on_rounds()
+    )
+
+
+def test_all_rows_in_one_place_begin_with_what_comes_first_at_each_client(
+    tiny_llama: Path, data: Path
+) -> None:
+    changes = {
+        "select": [{"by": "pvi", "drop": 0.0, "order": True}],
+        "method__train__curriculum": {"start": 0.2},
+    }
+    space = small.workspace_of(recipe(tiny_llama, data, **changes))[0]
+    firsts = [space.train(number)[0]["input_ids"].tolist() for number in (0, 1)]
+    pooled = space.pooled()
+    assert [pooled[place]["input_ids"].tolist() for place in (0, 1)] == firsts
+    assert len(pooled) == len(space.train(0)) + len(space.train(1))
+
+
 def test_a_judge_may_look_for_a_pattern() -> None:
     judge = S3ft(judge=Answer(pattern=r"= (\d+)"))
     assert judge.accepts("so it = 12", "12 = 12") and not judge.accepts("so it = 13", "12 = 12")
@@ -201,6 +284,7 @@ def test_check_says_what_the_server_learns(workspace: Workspace) -> None:
     assert not [row for row in plain if row.verb == "selection"]
 
 
+IN_ORDER = {"select": [{"by": "pvi", "order": True}], "method__train__curriculum": {"start": 0.2}}
 PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1}
 
 
@@ -211,6 +295,12 @@ PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1}
         ({"select": [{"by": "group"}]}, "without data.group"),
         ({"select": [{"by": "pvi"}], "method__train__private": PRIVATE}, "decides about another"),
         ({"select": [{"by": "pvi", "drop": 1.0}]}, "drop"),
+        ({"select": [{"by": "pvi", "order": True}]}, "without .method.train.curriculum"),
+        ({"method__train__curriculum": {"start": 0.2}}, "rows in no order"),
+        ({**IN_ORDER, "method__train__bucket": 2}, "bucket = 2 with"),
+        ({**IN_ORDER, "method__train__together": 2}, "together = 2 with method.train.curriculum"),
+        ({**IN_ORDER, "method__type": "fedkseed", "method__estimator": "spsa"}, "clients that walk"),
+        ({"select": [{"by": "s3ft", "paraphrase": "say it again"}]}, "paraphrase"),
         ({"select": [{"by": "s3ft"}], "method": {"type": "sfprompt", "tail": 1}}, "a split model"),
     ],
 )

@@ -12,6 +12,8 @@ from pydantic import Field
 from fedtune.model.adapters.base import Adapter, LayerAdapter, PromptAdapter
 from fedtune.model.adapters.bias import Bias
 from fedtune.model.adapters.bottleneck import Bottleneck
+from fedtune.model.adapters.deft import Deft
+from fedtune.model.adapters.dsee import Dsee
 from fedtune.model.adapters.full import Full
 from fedtune.model.adapters.head import Head
 from fedtune.model.adapters.ia3 import IA3
@@ -26,7 +28,20 @@ from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 AdapterSettings = Annotated[
-    Lora | Bias | Bottleneck | Prompt | Prefix | PTuning | IA3 | LayerNorm | Shira | Lift | Head | Full,
+    Lora
+    | Bias
+    | Bottleneck
+    | Prompt
+    | Prefix
+    | PTuning
+    | IA3
+    | LayerNorm
+    | Shira
+    | Lift
+    | Dsee
+    | Deft
+    | Head
+    | Full,
     Field(discriminator="kind"),
 ]
 if not TYPE_CHECKING:
