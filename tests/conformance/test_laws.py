@@ -70,6 +70,29 @@ UNCODED = [
     "sfprompt-tail",
     "offsite-lora",
 ]
+SIBLINGS = [
+    "fedpeft-flexlora",
+    "fedpeft-flora",
+    "fedpeft-fair",
+    "fedpeft-fedrot",
+    "fedpeft-fedsa",
+    "fedpeft-ffa",
+    "fedpeft-lora-fa",
+    "fedpeft-means",
+    "fedpeft-ridge",
+    "fedpeft-pissa",
+    "fedpeft-bias",
+    "fedpeft-speed",
+    "fedpeft-group",
+    "fedpeft-sign-unbiased",
+    "fedkseed-means",
+    "fedkseed-ridge",
+    "fedkseed-steps",
+    "sfprompt-means",
+    "experts-clients",
+    "experts-rolora",
+    "experts-gate",
+]  # whose rounds, states and memories take the way of another that is tried every time; -m slow tries them too
 
 
 Played = tuple[small.RunFolder, dict[str, Any], list[Event]]
@@ -93,6 +116,7 @@ def sha(recipe: Recipe, root: Path, **more: Any) -> str:
 
 
 def test_every_method_is_enrolled() -> None:
+    assert set(SIBLINGS) < set(METHODS)
     assert {name.partition("-")[0] for name in METHODS} == set(methods.METHODS)
 
 
@@ -200,7 +224,10 @@ def clones(recipe: Recipe, count: int) -> Tensors:
     return real.round(state, cohort, now).shared
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SIBLINGS else []) for name in METHODS],
+)
 def test_stops_and_answers_in_any_order_twice_or_late_do_not_change_the_result(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path, undisturbed: Callable[[str], Played]
 ) -> None:

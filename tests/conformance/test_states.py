@@ -20,6 +20,9 @@ def test_every_recipe_is_recorded() -> None:
     assert set(json.loads(FILE.read_text())["ends"]) == set(RECIPES) and len(RECIPES) >= 40
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("kind ") else []) for name in MORE],
+)  # kinds have laws of their own in tests/model
 def test_a_recipe_ends_with_its_bytes(name: str, models: Path, data: Path, tmp_path: Path) -> None:
     require_known(name, end_of(name, models, data, tmp_path))

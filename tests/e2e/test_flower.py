@@ -298,6 +298,7 @@ def healthy(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(
     deployment: Deployment, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -313,6 +314,7 @@ def test_a_superlink_and_two_supernodes_end_with_the_bytes_of_a_local_run(
         wait_for(lambda: deployment.state(run)["status"] == "finished:completed", "the end of the run", LONG)
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_recipe_ends_the_flower_run_with_its_sentence(
     deployment: Deployment, tmp_path: Path
 ) -> None:

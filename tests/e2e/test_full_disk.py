@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import tomli_w
 
 from tests import small
+from tests.forked import Program, run_fedtune
 
 
 @pytest.fixture
@@ -50,21 +50,17 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
     tree = small.tree(tiny_bert, small.write_rows(tmp_path), method__adapter={"kind": "full"}, rounds=60)
     (tmp_path / "mine.toml").write_text(tomli_w.dumps(tree))
     run = tiny_disk / "mine"
-    command = [sys.executable, "-m", "fedtune"]
-    simulation = subprocess.Popen(
-        [*command, "simulate", str(tmp_path / "mine.toml"), "--runs", str(tiny_disk)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    simulation = Program("-m", "fedtune", "simulate", str(tmp_path / "mine.toml"), "--runs", str(tiny_disk))
     while simulation.poll() is None and not (run / "state" / "round-0001.safetensors").exists():
         time.sleep(0.005)
     filler = fill(tiny_disk)
-    _, said = simulation.communicate(timeout=120)
-    assert simulation.returncode == 2 and "R404" in said and "no space left" in said, said
+    stopped = simulation.finish()
+    said = stopped.stderr
+    assert stopped.returncode == 2 and "R404" in said and "no space left" in said, said
     assert "Traceback" not in said
     assert not (run / "result.json").exists() and not list(run.glob("**/*.part"))
     filler.unlink()
-    done = subprocess.run([*command, "resume", str(run)], capture_output=True, text=True, timeout=120)
+    done = run_fedtune("resume", str(run))
     assert done.returncode == 0, done.stderr
     _, undisturbed, _ = small.play(small.config.parse(tree), tmp_path / "elsewhere")
     assert json.loads((run / "result.json").read_text())["state_sha256"] == undisturbed["state_sha256"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.run import run
 from tests import small
+from tests.forked import Program
 
 CHANGES = {"chain": [{"step": "sign", "error_feedback": True}], "rounds": 4, "evaluate__centralised": True}
 DIE_IN = """
@@ -68,13 +67,7 @@ def test_a_run_killed_at_a_named_point_ends_with_the_same_bytes(
     folder = fresh(config, tmp_path)
     module, _, name = place.partition(":")
     program = DIE_IN.format(module=module, name=name, when=when)
-    died = subprocess.run(
-        [sys.executable, "-c", program, str(folder.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    died = Program("-c", program, str(folder.path)).finish()
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (folder.path / "result.json").exists()
     assert run(recipe_of(folder), folder, lambda event: None)["state_sha256"] == want
@@ -91,11 +84,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     folder = fresh(config, tmp_path)
     kills = 0
     for patience in (1, 4, 6):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fedtune", "resume", str(folder.path)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        process = Program("-m", "fedtune", "resume", str(folder.path))
         seen = told(folder)
         deadline = time.monotonic() + 60
         while process.poll() is None and told(folder) < seen + patience and time.monotonic() < deadline:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests import small, tiny
+from tests.forked import run_fedtune
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fedtune(home: Path, *words: str) -> str:
     """What a command prints; its seconds go to the test's own output."""
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "fedtune", *words],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_fedtune(*words, cwd=home)
     print(f"fedtune {' '.join(words)}: {time.perf_counter() - began:.1f} s")
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -73,8 +65,6 @@ def test_the_first_mistakes_are_sentences(home: Path) -> None:
         (["simulate", "nothing.toml"], "C105"),
         (["predict", "runs/nothing", "notes.csv"], "M304"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "fedtune", *words], cwd=home, capture_output=True, text=True, check=False
-        )
+        done = run_fedtune(*words, cwd=home)
         assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
         assert done.stderr.count("\n") == 1

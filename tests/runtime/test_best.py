@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from fedtune.runtime.run import run
 from tests import small
 from tests.e2e.test_flower_grid import FakeGrid
 from tests.e2e.test_kill import DIE_IN
+from tests.forked import Program
 
 slow = pytest.mark.slow
 
@@ -147,13 +146,7 @@ def test_a_killed_run_chooses_the_same_round(
     (cut.path / "state").mkdir(parents=True)
     (cut.path / "config.json").write_bytes((folder.path / "config.json").read_bytes())
     module, _, name = place.partition(":")
-    died = subprocess.run(
-        [sys.executable, "-c", DIE_IN.format(module=module, name=name, when=when), str(cut.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    died = Program("-c", DIE_IN.format(module=module, name=name, when=when), str(cut.path)).finish()
     assert died.returncode == -signal.SIGKILL, died.stderr
     result = run(recipe_of(cut), cut, lambda event: None)
     for key in ("state_sha256", "kept_round", "best", "by_round", "federated"):

@@ -33,6 +33,7 @@ from fedtune.sinks import sink_of
 from fedtune.sinks.live import Live, clients_in_words, figures_in_words, now_in_words
 from fedtune.sinks.standing import Standing
 from tests import small
+from tests.forked import run_fedtune
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -119,18 +120,18 @@ class SlowTerminal(io.StringIO):
 
 
 def test_a_run_does_not_wait_for_its_terminal_but_everything_is_shown_in_the_end() -> None:
-    terminal = SlowTerminal(0.2)
+    terminal = SlowTerminal(0.1)
     console = Console(file=terminal, force_terminal=True, width=100, highlight=False)
     with Live(console) as tell:
         wait_for(lambda: terminal.writes > 2, "a first drawing")
         began = time.perf_counter()
-        for number in range(1, 501):
+        for number in range(1, 51):
             tell(Noted(f"line {number}"))
-            tell(Progress("training", number, 500))
+            tell(Progress("training", number, 50))
         told = time.perf_counter() - began
-    assert told < 500 * 0.2 / 50  # a terminal in the way would have taken two writes a line, 200 s
+    assert told < 50 * 0.1 / 2  # a terminal in the way would have taken two writes a line, 10 s
     lines = re.findall(r"note: line (\d+)", terminal.getvalue())
-    assert lines == [str(number) for number in range(1, 501)]
+    assert lines == [str(number) for number in range(1, 51)]
 
 
 def test_the_display_rests_while_the_process_forks() -> None:
@@ -194,9 +195,8 @@ def test_a_tiny_federation_at_a_terminal(recipe: Path, tmp_path: Path) -> None:
 
 def test_lines_for_programs_and_no_lines_at_all(recipe: Path, tmp_path: Path) -> None:
     runs = ["--runs", str(tmp_path / "runs")]
-    done = subprocess.run(
-        [*COMMAND, str(recipe), *runs, "--json"], capture_output=True, text=True, check=True
-    )
+    done = run_fedtune("simulate", str(recipe), *runs, "--json")
+    assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[0]["event"] == "Waiting" and events[-1]["event"] == "RunDone"
     kinds = {event["event"] for event in events}
@@ -206,10 +206,8 @@ def test_lines_for_programs_and_no_lines_at_all(recipe: Path, tmp_path: Path) ->
     assert events[-1]["result"]["state_sha256"] == result["state_sha256"]
     phases = result["seconds_by_phase"]
     assert phases["clients"] > 0 and abs(sum(phases.values()) - result["seconds"]) < 0.01
-    done = subprocess.run(
-        [*COMMAND, str(recipe), *runs, "--quiet"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "" == done.stderr
+    done = run_fedtune("simulate", str(recipe), *runs, "--quiet")
+    assert done.returncode == 0 and done.stdout == "" == done.stderr
 
 
 def test_the_same_in_a_notebook(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

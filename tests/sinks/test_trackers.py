@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from fedtune.events import ClientDone, Event, RoundDone, RunDone, RunStarted, Sc
 from fedtune.sinks import SINKS, sink_of
 from fedtune.sinks.tracked import Tracked
 from tests import small
+from tests.forked import Program
 
 Figures = dict[str, list[tuple[int, float]]]
 
@@ -98,7 +97,10 @@ def among(values: dict[int, float], rounds: set[int]) -> Any:
     return pytest.approx({number: value for number, value in values.items() if number in rounds}, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "wandb" else []) for name in TRACKERS],
+)  # Weights & Biases waits two minutes for its own process, which died with the run
 def test_a_run_that_was_killed_and_went_on(
     name: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,10 +116,9 @@ def test_a_run_that_was_killed_and_went_on(
     folder = tmp_path / "runs" / "tracked"
     (folder / "state").mkdir(parents=True)
     (folder / "config.json").write_text(recipe.model_dump_json())
-    killed = [sys.executable, "-c", KILLED, str(folder)]
-    done = subprocess.run([*killed, "2"], check=False, capture_output=True, text=True)
+    done = Program("-c", KILLED, str(folder), "2").finish()
     assert done.returncode == -signal.SIGKILL, done.stderr
-    done = subprocess.run([*killed, "99"], check=False, capture_output=True, text=True)
+    done = Program("-c", KILLED, str(folder), "99").finish()
     assert done.returncode == 0, done.stderr
 
     told = once(read(folder))

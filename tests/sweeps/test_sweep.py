@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from fedtune.errors import FedtuneError
 from fedtune.sweeps.plan import grid
 from fedtune.sweeps.search import suggestions
 from tests import small
+from tests.forked import Program
 from tests.waiting import wait_for
 
 
@@ -75,12 +73,9 @@ def test_a_sweep_that_was_killed_goes_on(recipe: Path, whole: Path, tmp_path: Pa
     """Two runs at once, killed in the middle; the same command does the rest, and runs that were through stay as they
     are."""
     command = ["sweep", str(recipe), *GRID, "--to", str(tmp_path), "--jobs", "2"]
-    work = subprocess.Popen(
-        [sys.executable, "-m", "fedtune", *command], stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    work = Program("-m", "fedtune", *command)
     wait_for(lambda: bool(states(tmp_path)) or work.poll() is not None, "the first result")
-    os.killpg(work.pid, signal.SIGKILL)
-    work.wait()
+    work.kill_all()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
     assert 1 <= len(done) < 8
     assert main(command[:-2]) == 0

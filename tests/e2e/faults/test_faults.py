@@ -33,6 +33,7 @@ def noted(federation: Deployment, name: str = "run") -> list[str]:
     return [row[6] for row in journal(federation.folder(name)) if len(row) == 7 and row[6]]
 
 
+@slow
 def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(
     federation: Deployment, oracle: Oracle, tmp_path: Path
 ) -> None:
