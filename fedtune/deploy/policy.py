@@ -17,9 +17,9 @@ min_class_rows = 5               # fewest rows of a class whose sum is told
 verbs = ["train"]                # what may be asked; empty: all that the method asks
 scores = false                   # whether figures of held-out rows may leave (the verb `score`)
 min_rows = 100                   # least rows that train; 8 where nothing is said
-min_examples = 64                # least steps times batch behind one update; 8 where nothing is said
+min_examples = 64                # least steps times what trains of a batch, for one update; 8 by default
 min_steps = 10                   # least steps of an update, where the recipe counts them
-min_batch = 4                    # least rows in a batch
+min_batch = 4                    # least rows in a batch that train
 min_members = 3                  # least members in a round
 max_rounds = 50                  # most rounds of a run
 answers_a_day = 100              # most answers in 24 hours
@@ -31,6 +31,7 @@ hours = "20-06"                  # of the day, by this machine's clock, from the
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -205,29 +206,40 @@ class Policy(Settings):
 
 
 def examples_of(recipe: Recipe, rows: int) -> int:
-    """Examples that one update is made of, by the method's own settings."""
+    """Different examples that one update is made of, by the method's own settings: at least, where a
+    curriculum or a choice within batches leaves some out."""
     method = recipe.method.model_dump()
-    tables: list[Mapping[str, Any]] = [
-        table for table in (method, method.get("train", {})) if "batch" in table
-    ]
-    private = method.get("train", {}).get("private", {})
-    if private.get("max_grad_norm") and method["train"]["steps"]:  # rows are in a step by chance
-        return min(rows, int(rows * private["sample_rate"] * method["train"]["steps"]))
+    train = method.get("train", {})
+    private = train.get("private", {})
+    if private.get("max_grad_norm") and train["steps"]:  # rows are in a step by chance
+        return min(rows, int(rows * private["sample_rate"] * train["steps"]))
+    drawn = math.ceil(rows * train.get("curriculum", {}).get("start", 1.0))
     counts = [
-        min(rows, table["steps"] * table["batch"])
+        min(drawn, table["steps"] * batch)
         if table.get("steps")
-        else rows * int(bool(table.get("epochs", 1)))
-        for table in tables
+        else min(drawn, int(rows * kept_of(table))) * int(bool(table.get("epochs", 1)))
+        for table, batch in batches_of(recipe)
     ]
     return min(counts, default=rows)
 
 
 def least_of(recipe: Recipe, name: str) -> int:
-    """The smallest number of steps, or of rows in a batch, that a recipe names; a recipe of passes over all
-    rows has as many steps as they make."""
-    method = recipe.method.model_dump()
-    found = [table.get(name) for table in (method, method.get("train", {})) if "batch" in table]
+    """The smallest number of steps, or of rows in a batch that train, that a recipe names; a recipe of passes
+    over all rows has as many steps as they make."""
+    found = [batch if name == "batch" else table.get(name) for table, batch in batches_of(recipe)]
     return min((int(number) for number in found if number), default=1 << 30)
+
+
+def batches_of(recipe: Recipe) -> list[tuple[Mapping[str, Any], int]]:
+    """The tables of a method that name a batch, and how many of its rows train."""
+    method = recipe.method.model_dump()
+    tables = [table for table in (method, method.get("train", {})) if "batch" in table]
+    return [(table, max(1, round(table["batch"] * kept_of(table)))) for table in tables]
+
+
+def kept_of(table: Mapping[str, Any]) -> float:
+    """The share of a batch that trains (method.train.uds)."""
+    return float(table.get("uds", {}).get("keep", 1.0))
 
 
 def reads_single(recipe: Recipe, verb: str) -> bool:

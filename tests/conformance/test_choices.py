@@ -19,6 +19,7 @@ from fedtune.runtime.folder import create
 from fedtune.runtime.workspace import how_to_encode
 from fedtune.selection import SELECTIONS, Holder
 from tests import small
+from tests.deploy import inside as sites
 
 client_app = pytest.importorskip("fedtune.flower.client_app")
 server_app = pytest.importorskip("fedtune.flower.server_app")
@@ -87,7 +88,7 @@ def rows(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     made = [
         {"prompt": row["text"], "response": f"{row['label']} it is", "kind": "ab"[not number % 8]}
-        for number, row in enumerate(small.rows(40))
+        for number, row in enumerate(small.rows(48))
     ]
 
     def write() -> None:
@@ -105,14 +106,20 @@ def rows(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(model: Path, rows: Path, changes: dict[str, Any]) -> Any:
+def changed(rows: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes to the small recipe. One client of two a round: the second looks at its rows when the model is
+    tuned already."""
     same = {
         "rounds": 2, "data__task": "instruct", "data__max_length": 40, "data__template": "plain",
         "data__group": "kind", "partition__clients": 2, "sampling": {"count": 1}, "method__train__steps": 1,
         "data__test_share": 0.1,
-    }  # fmt: skip  # one client a round: the second looks at its rows when the model is tuned already
+    }  # fmt: skip
     shared = {"data__shared": str(rows / "shared.jsonl")} if "data__share" in changes else {}
-    return small.recipe(model, rows / "rows.jsonl", **{**same, **shared, **changes})
+    return {**same, **shared, **changes}
+
+
+def recipe(model: Path, rows: Path, changes: dict[str, Any]) -> Any:
+    return small.recipe(model, rows / "rows.jsonl", **changed(rows, changes))
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -147,3 +154,17 @@ def test_each_choice_is_another_run(tiny_llama: Path, rows: Path, tmp_path: Path
         for name in ["plain", *names]
     }
     assert len({one["state_sha256"] for one in ends.values()}) == len(ends)
+
+
+def test_workers_of_real_sites_end_with_the_bytes_of_one_process(
+    tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    """All choices at once, but for rows that sites share, of which each has a copy of its own."""
+    together = {key: value for key, value in CHOICES["all"].items() if key != "data__share"}
+    enough = {"partition__clients": 3, "sampling": {"count": 2}, "method__train__steps": 4}  # for a policy
+    made = changed(rows, {**together, **enough})
+    want = small.play(small.recipe(tiny_llama, rows / "rows.jsonl", **made), tmp_path / "local")[1]
+    with sites.inside(tmp_path, tiny_llama, rows / "rows.jsonl", **made) as run:
+        run.conduct(sites.FakeGrid(run.workers()))
+        found = run.folder.read_json("result.json")
+    assert found["state_sha256"] == want["state_sha256"] and found["left_out"] == want["left_out"] == 0
