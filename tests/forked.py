@@ -28,10 +28,11 @@ _context.set_forkserver_preload([*IMPORTED, __name__])
 class Program:
     """`python WORDS`, while it runs: of Python's own options -m and -c are known, or a script comes first."""
 
-    def __init__(self, *words: str, cwd: Path | None = None) -> None:
-        self.args, self._output = words, Path(tempfile.mkdtemp(prefix="program-"))
+    def __init__(self, *words: str, cwd: Path | None = None, **environment: str) -> None:
+        self.args, self._folder = words, tempfile.TemporaryDirectory(prefix="program-")
+        self._output = Path(self._folder.name)
         self._process = _context.Process(
-            target=_run, args=(words, str(cwd or Path.cwd()), dict(os.environ), self._output)
+            target=_run, args=(words, str(cwd or Path.cwd()), {**os.environ, **environment}, self._output)
         )
         self._process.start()
 

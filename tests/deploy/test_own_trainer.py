@@ -3,9 +3,6 @@ not fit is a sentence."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +29,7 @@ from fedtune.runtime.trainer import SEEDS
 from fedtune.runtime.trainer_wire import PLACE, TOKEN
 from tests import small, tiny
 from tests.deploy import script
+from tests.forked import Program
 from tests.tables import adapter_of
 
 WORD = "0123abcd"
@@ -53,10 +51,9 @@ def tunable(llama: Path) -> TunableModel:
 
 
 @contextmanager
-def running(model: Path, folder: Path, alpha: float = 4.0) -> Iterator[subprocess.Popen[bytes]]:
-    env = {**os.environ, PLACE: str(folder / "trainer"), TOKEN: WORD, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script.text(model, alpha)]
-    process = subprocess.Popen(command, env=env, cwd=folder, stdin=subprocess.DEVNULL)
+def running(model: Path, folder: Path, alpha: float = 4.0) -> Iterator[Program]:
+    told = {PLACE: str(folder / "trainer"), TOKEN: WORD}
+    process = Program("-c", script.text(model, alpha), cwd=folder, **told)
     try:
         yield process
     finally:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests import tiny
 from tests.deploy import script
 from tests.e2e.deploying import SITES, deployed, local
 
 
+@pytest.mark.slow
 def test_a_script_trains_at_a_real_site(data: Path, tmp_path: Path) -> None:
     model = tiny.llama(tmp_path / "model")
     changes = {
