@@ -74,7 +74,8 @@ def attend(
                 )
             if why := reason(identity, config.coordinator):
                 raise why
-            served(replace(config, keys=str(identity.folder)), identity, say, hear)
+            own = replace(config, keys=str(identity.folder), first_keys=config.keys)
+            served(own, identity, say, hear)
 
 
 def served(

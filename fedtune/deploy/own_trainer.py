@@ -128,7 +128,7 @@ class OwnTrainer:
         seconds = SHARE * 60.0 * self.policy.minutes
         end = time.monotonic() + seconds
         for patience in (0.0, STARTING):
-            script = self.newest(patience)
+            script = self.newest(min(patience, end - time.monotonic()))
             if script is None:
                 continue
             number = next(self.numbers)

@@ -26,6 +26,7 @@ CREATE, ADD, RESTRICT = 444, 445, 446  # system calls, the same numbers on every
 PDEATHSIG, DROP_CAPABILITY, NO_NEW_PRIVILEGES, SIGKILL = 1, 24, 38, 9
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 CHANGE = sum(1 << bit for bit in range(4, 13))  # make and remove anything
+REFER = 1 << 13  # move between folders, since the second version
 TRUNCATE = 1 << 14  # since the third version
 FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
 
@@ -40,7 +41,8 @@ def restrict(rules: dict[str, list[str]]) -> str:
     version = libc.syscall(CREATE, None, 0, 1)
     if version < 1:
         return os.strerror(ctypes.get_errno())
-    every = EXECUTE | WRITE_FILE | READ_FILE | READ_DIR | CHANGE | (TRUNCATE if version >= 3 else 0)
+    every = EXECUTE | WRITE_FILE | READ_FILE | READ_DIR | CHANGE
+    every |= (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
     attribute = struct.pack("=Q", every)
     ruleset = libc.syscall(CREATE, attribute, len(attribute), 0)
     if ruleset < 0:

@@ -49,9 +49,9 @@ def script_program(config: SiteConfig) -> Program:
         PLACE: str(private / TRAINER),
         TOKEN: config.trainer_token,
     }
-    closed = [config.keys, config.home, str(private), *([config.policy] if config.policy else [])]
+    closed = (config.keys, config.first_keys, config.home, config.policy, str(private))
     rules = {
-        "but": [str(Path(path).resolve()) for path in closed],
+        "but": [str(Path(path).resolve()) for path in closed if path],
         "list": ["/"],
         "read": [path for path in (config.trainer, config.data, config.shared) if path],
         "write": [str(place)],

@@ -23,6 +23,7 @@ class SiteConfig:
     cache_bytes    of states that are kept, so that they need not be sent again, and of rows that are kept as
                    tokens; 0: neither
     keep_days      for which receipts and lines of the ledger are kept; 0: for good
+    first_keys     the folder that was named, where renewed keys in HOME have taken its place
     trainer        this site's own training script, "" for fedtune's local loop
     trainer_token  by which the worker knows it, new with each life of fedtune client
     """
@@ -42,6 +43,7 @@ class SiteConfig:
     keep_days: int = 0
     load: str = ""
     dtype: str = ""
+    first_keys: str = ""
     trainer: str = ""
     trainer_token: str = field(default="", repr=False)
 

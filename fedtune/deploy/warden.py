@@ -1,8 +1,9 @@
 """A program that may start others, and they, end together: python -SE warden.py RULES PARENT COMMAND ...
 
 Stands between whoever looks after the program and the program itself, which sandbox.py starts, and ends with
-the code that the program ended with. Three things end the group: SIGTERM, the end of PARENT, and the end of
-the program; SIGTERM first, SIGKILL after a while. Standard library only, and run as a file.
+the code that the program ended with. Three things end them all: SIGTERM, the end of PARENT, the end of the
+program. Its group gets SIGTERM, and SIGKILL after a while; who has left the group becomes a child of this
+process (PR_SET_CHILD_SUBREAPER), and is found as such. Standard library only, and run as a file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-PDEATHSIG = 1
+PDEATHSIG, SUBREAPER = 1, 36
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL: less than supervisor.stop_all waits for all
 LOOK = 0.05
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -31,10 +32,22 @@ def strike(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
+def sweep() -> None:
+    """End all children, and theirs as they become ours."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    with contextlib.suppress(OSError):  # a kernel without the list, or no child any more
+        while found := listed.read_text().split():
+            for child in found:
+                os.kill(int(child), signal.SIGKILL)
+            os.waitpid(-1, 0)
+
+
 def main() -> int:
     rules, parent, *command = sys.argv[1:]
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
-    ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
+    libc = ctypes.CDLL(None)
+    libc.prctl(PDEATHSIG, signal.SIGTERM)
+    libc.prctl(SUBREAPER, 1)
     if os.getppid() != int(parent):
         return 1
     own = os.getpid()
@@ -52,8 +65,9 @@ def main() -> int:
                 time.sleep(LOOK)
             break
     strike(program, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-    return code if code >= 0 else 128 - code
+    last = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
+    sweep()
+    return last.si_status if last.si_code == os.CLD_EXITED else 128 + last.si_status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ said = {path: [tried(lambda: open(path).read()), tried(lambda: open(path, "a")),
 said["link"] = tried(lambda: os.link(secret[0], "linked"))
 said["own rows"] = tried(lambda: open(os.path.join(os.path.dirname(__file__), "rows.jsonl")).read())
 said["own place"] = tried(lambda: open("x", "w").write("x"))
+said["move"] = tried(lambda: os.rename("x", "tmp/x"))
 said["temporary"] = tried(lambda: __import__("tempfile").TemporaryFile().write(b"x"))
 said["worker"] = tried(lambda: open(f"/proc/{os.environ['LC_WHO']}/environ").read())
 said["helper"] = __import__("helper").WORD
@@ -45,7 +47,7 @@ __import__("time").sleep(600)
 """
 STARTS = """
 import os, subprocess, sys, time
-children = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+children = [subprocess.Popen(["sleep", "600"], start_new_session=apart) for apart in (False, True)]
 open("part", "w").write(" ".join(str(n) for n in [os.getpid(), *(c.pid for c in children)]))
 os.rename("part", "pids")
 time.sleep(float(sys.argv[1]) if sys.argv[1:] else 600)
@@ -64,13 +66,17 @@ def site(tmp_path: Path) -> SiteConfig:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "helper.py").write_text("WORD = 'helps'\n")
     (tmp_path / "mine.py").write_text(LOOKS)
+    keys = made.issue("site-a", 30)
+    shutil.copytree(keys, tmp_path / "home" / "keys")
+    (tmp_path / "shortcut").symlink_to(keys)
     return SiteConfig(
-        str(made.issue("site-a", 30)),
+        str(tmp_path / "home" / "keys"),
         "localhost:1",
         str(tmp_path / "home"),
         str(tmp_path / "private" / "worker"),
         str(tmp_path / "rows.jsonl"),
         policy=str(tmp_path / "policy.toml"),
+        first_keys=str(keys),
         trainer=str(tmp_path / "mine.py"),
         trainer_token="t" * 64,
     )
@@ -92,12 +98,12 @@ def test_a_script_gets_nothing_of_the_sites_secrets(
         monkeypatch.setenv(name, "sesame")
     monkeypatch.setenv("LC_WHO", str(os.getpid()))
     secret = [
-        *(str(path) for path in sorted(Path(site.keys).iterdir()) if "key" in path.name),
+        *(str(path) for keys in (site.keys, site.first_keys) for path in sorted(Path(keys).glob("*key*"))),
         site.policy,
         str(tmp_path / "home" / "privacy.db"),
         str(tmp_path / "private" / "worker.json"),
     ]
-    assert len(secret) > 4
+    assert len(secret) > 6
     with (tmp_path / "open").open("w") as held, running(script_program(site)) as program:
         os.set_inheritable(held.fileno(), True)
         place = tmp_path / "home" / "trainer"
@@ -110,7 +116,7 @@ def test_a_script_gets_nothing_of_the_sites_secrets(
     assert said["cwd"] == str(place) and place.stat().st_mode & 0o777 == 0o700
     assert said["files"] == [0, 1, 2] and said["stdin"] == "/dev/null"
     assert said["helper"] == "helps"
-    assert all(said[what].startswith("done") for what in ("own rows", "own place", "temporary"))
+    assert all(said[what].startswith("done") for what in ("own rows", "own place", "move", "temporary"))
     if LANDLOCK:
         assert all(said[path] == ["PermissionError"] * 3 for path in secret), said
         assert said["worker"] == "PermissionError" and said["link"] in ("PermissionError", "OSError")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -125,8 +126,6 @@ def test_a_script_that_lies_is_a_sentence(lie: str, tunable: TunableModel, tmp_p
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert error.code == code and len(str(error)) < 1000
-    import re
-
     assert re.search(words, str(error)), str(error)
     sizes = sum(value.nbytes for value in tunable.read().values())
     assert most < 16 * sizes + 8 * (MORE + LONGEST)
@@ -194,9 +193,12 @@ def test_a_script_that_hangs_is_ended(
     env = {**os.environ, PLACE: str(tmp_path / "trainer"), TOKEN: WORD}
     with subprocess.Popen([sys.executable, "-c", HANGS, how], env=env, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline() == b"asked\n"
-        error = asked(trainer, tunable)
-        assert error.code == "F503" and "has not answered" in str(error)
-        assert process.wait(20) == -9
+        try:
+            error = asked(trainer, tunable)
+            assert error.code == "F503" and "has not answered" in str(error)
+            assert process.wait(20) == -9
+        finally:
+            process.kill()
 
 
 def test_a_byte_now_and_then_is_no_answer() -> None:

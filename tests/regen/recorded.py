@@ -25,6 +25,11 @@ ABOUT = {
         "Rules of [aggregate] on tinyshakespeare: perplexity",
         "python simulations/record.py shakespeare-rules --set model.name=... --set data.path=...",
     ),
+    "preference": (
+        "Preference tuning of a model of 260,032 parameters on pairs of docstrings: share of held-out pairs in "
+        "their order",
+        "python simulations/record.py preference --set model.name=FOLDER/stories260K-fp32",
+    ),
     "clinc150-ranks": (
         "Clients of ranks 4, 8 and 16 on CLINC150, a domain of intents each, 30 local steps",
         "python simulations/record.py clinc150-ranks --set data.path=FOLDER",
