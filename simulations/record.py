@@ -183,6 +183,17 @@ MIXED: dict[str, list[str]] = {  # ten clients with a domain of intents each
     "hetlora by padding, ranks 4/8/16": ["aggregate.rule=hetlora", "aggregate.by=padding", *RANKS],
     "mean, all rank 4": ["method.adapter.rank=4", "method.adapter.alpha=8", *LONG],
 }
+TINY = [  # for a model of 260,032 parameters
+    "model.threads=1",
+    "data.max_length=160",
+    "rounds=6",
+    "method.train.steps=10",
+    "method.train.batch=8",
+    "method.train.lr=5e-3",
+]
+PAIRS: dict[str, list[str]] = {
+    loss: [*TINY, f"method.train.objective.loss={loss}"] for loss in ("dpo", "orpo")
+}
 DIRICHLET = ["partition.by=dirichlet", "partition.alpha=0.1"]
 TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "demo": ("", {"built-in": []}),
@@ -202,6 +213,7 @@ TABLES: dict[str, tuple[str, dict[str, list[str]]]] = {
         {name: [*BEST, "rounds=60", "method.train.steps=30", *sets] for name, sets in BITS.items()},
     ),
     "shakespeare-rules": ("shakespeare.toml", RULES),
+    "preference": ("preference.toml", PAIRS),
     "clinc150-ranks": ("clinc150.toml", MIXED),
     "clinc150-kinds-domains": ("clinc150.toml", KINDS),
     "clinc150-kinds-dirichlet": (

@@ -66,6 +66,7 @@ def main() -> int:
             break
     strike(program, signal.SIGKILL)
     last = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
+    assert last is not None  # as it is with WNOHANG only
     sweep()
     return last.si_status if last.si_code == os.CLD_EXITED else 128 + last.si_status
 
