@@ -31,9 +31,19 @@ from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.base import AdapterMethod, figures, names_of_figures, shown
 from fedtune.methods.fedpeft_ranks import FedPEFTCosts, RanksByClient, at_rank, decided, explained
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
-from fedtune.methods.fedpeft_state import OWN, apart, core_of, own_of, padded, with_core, without_core
+from fedtune.methods.fedpeft_state import (
+    OWN,
+    apart,
+    carried,
+    core_of,
+    own_of,
+    padded,
+    with_core,
+    without_core,
+)
 from fedtune.methods.head_start import features_verbs, kept_until_started, started
 from fedtune.methods.interface import Capabilities, Facts, Verb
+from fedtune.methods.lift_stages import check_print, print_entries, told_print, without_print
 from fedtune.methods.lora_inputs import begun, kept_until_begun, moments_verbs
 from fedtune.methods.lora_start import residual_rank, started_pairs
 from fedtune.methods.weights import TELLS, weight_of
@@ -89,10 +99,13 @@ class FedPEFT(AdapterMethod):
 
     def ever(self, names: Mapping[str, Any]) -> frozenset[str]:
         """What is trained in some round; the rest stays as the seed made it and never travels."""
-        return self.trains(names, 1) | self.trains(names, 2)
+        return self.by_rule(names, 1) | self.by_rule(names, 2)
+
+    def by_rule(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
+        return frozenset(names) if self.rule.core and number == 1 else self.rule.trains(names, number)
 
     def trains(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
-        return frozenset(names) if self.rule.core and number == 1 else self.rule.trains(names, number)
+        return self.by_rule(names, number) & self.settings.adapter.turn(names, number)
 
     def at_home(self, names: Mapping[str, Any], number: int) -> frozenset[str]:
         """What clients keep to themselves; in the last round they say it, so that there is one adapter at the
@@ -123,7 +136,9 @@ class FedPEFT(AdapterMethod):
         tensors = tunable.read()
         own = self.rule.stays(tensors)
         shared = {name: value for name, value in tensors.items() if name not in own}
-        shared |= {name: np.zeros(shape, np.float32) for name, shape in self.carried(Schema.of(tensors))}
+        shared |= {
+            name: np.zeros(shape, np.float32) for name, shape in carried(Schema.of(tensors), self.extra)
+        }
         shared |= started_pairs(self.settings.lora_start, tunable, *self.seat())
         return State(
             shared,
@@ -150,7 +165,7 @@ class FedPEFT(AdapterMethod):
                 return state
         own = own_of(state)
         before = state.shared if now.number < self.rounds else {**state.shared, **own}
-        mean = cohort.sum("train", before).values()
+        mean = cohort.sum("train", {**before, **self.prints(before, now)}).values()
         if self.settings.server.optimizer != "none":
             from fedtune.model.server_step import outer_step
 
@@ -160,6 +175,13 @@ class FedPEFT(AdapterMethod):
         after = self.rule.from_mean(before, mean)
         own = {name: after.pop(name) if name in after else value for name, value in own.items()}
         return State(after, {OWN + name: value for name, value in own.items()})
+
+    def prints(self, state: Tensors, now: Round) -> dict[str, np.ndarray]:
+        """What clients compare with what they find, of an adapter with stages."""
+        if self.started is None or not print_entries(self.settings.adapter):
+            return {}
+        self.write(self.started, state, self.seat())
+        return told_print(self.started, now.number)
 
     def combined(self, state: State, cohort: Cohort, now: Round) -> dict[str, np.ndarray]:
         """The next shared tensors, from single answers; figures of the rule go with the round's."""
@@ -186,8 +208,8 @@ class FedPEFT(AdapterMethod):
             *((f"error/{module}", error) for module, error in after.layers.items()),
         ):
             cohort.note(name, number)
-        carried = residual if self.fixed else padded(flat_residual(after.residual), self.extra)
-        return {**after.tensors, **carried}
+        beside = residual if self.fixed else padded(flat_residual(after.residual), self.extra)
+        return {**after.tensors, **beside}
 
     def install(self, state: State, tunable: TunableModel) -> None:
         own = own_of(state)
@@ -220,24 +242,8 @@ class FedPEFT(AdapterMethod):
             if self.rule.core and now.number > 1
             else []
         )
-        return Schema(tuple(sorted([*entries, *cores, *self.carried(Schema(tuple(entries)))])))
-
-    def carried(self, schema: Schema) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the residual beside an adapter."""
-        if not self.extra:
-            return []
-        a_names = [
-            (name.removesuffix(".lora_A.weight"), shape)
-            for name, shape in schema.entries
-            if name.endswith(".lora_A.weight")
-        ]
-        return [
-            *((f"{module}.residual_A", (self.extra, shape[1])) for module, shape in a_names),
-            *(
-                (f"{module}.residual_B", (schema.shapes[f"{module}.lora_B.weight"][0], self.extra))
-                for module, _ in a_names
-            ),
-        ]
+        beside = [*carried(Schema(tuple(entries)), self.extra), *print_entries(self.settings.adapter)]
+        return Schema(tuple(sorted([*entries, *cores, *beside])))
 
     def answer(self, given: Schema, now: Round) -> Schema:
         names = {name: None for name, _ in given.entries if ".residual_" not in name}
@@ -248,7 +254,7 @@ class FedPEFT(AdapterMethod):
         if self.rule.core and number == 1:
             return frozenset(names)
         home = self.rule.stays(names) if number == self.rounds else frozenset()
-        return self.rule.sends(names, number) | home
+        return self.rule.sends(names, number) & self.settings.adapter.turn(names, number) | home
 
     # --- on each client
     # -----------------------------------------------------------------------------------------
@@ -274,7 +280,8 @@ class FedPEFT(AdapterMethod):
 
         tunable: TunableModel = client.model
         own = self.kept_by(client)
-        self.write(tunable, {**given, **own}, self.seat(client.id))
+        self.write(tunable, {**without_print(given), **own}, self.seat(client.id))
+        check_print(tunable, given, now.number)
         seed = seed_of("train", now.seed, now.number, client.id)
         with with_cores(tunable, given):
             trained, sent = (what(tunable.named, now.number) for what in (self.trains, self.sent))
@@ -337,7 +344,7 @@ class FedPEFT(AdapterMethod):
         from fedtune.model.lora_ranks import training_only
 
         self.install(state, tunable)  # at its rank, before anything is said of its slices
-        with training_only(tunable, tunable.named, self.fixed):
+        with training_only(tunable, self.settings.adapter.turn(tunable.named, 1), self.fixed):
             super().alone(tunable, data, state, seed)
 
     @property

@@ -53,6 +53,10 @@ class FedPEFTSettings(AdapterTable):
         return self.model_copy(update={"start_from": path_below(place, self.start_from)})
 
     @property
+    def takes_turns(self) -> bool:
+        return True
+
+    @property
     def undecided(self) -> str:
         return "method.lora_rank_by_client" if self.lora_rank_by_client == "auto" else ""
 

@@ -7,6 +7,7 @@ import numpy as np
 from fedtune.aggregate import Pair, join, split
 from fedtune.aggregate.fedsb import Core, as_pair
 from fedtune.aggregate.fedsb import start as first_core
+from fedtune.schema import Schema
 from fedtune.types import State, Tensors
 
 CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
@@ -23,6 +24,24 @@ def apart(tensors: Tensors) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
     """The adapter, and the residual beside it."""
     residual = {name: value for name, value in tensors.items() if ".residual_" in name}
     return {name: value for name, value in tensors.items() if name not in residual}, residual
+
+
+def carried(schema: Schema, extra: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a residual of this rank beside an adapter; none where it is 0."""
+    if not extra:
+        return []
+    a_names = [
+        (name.removesuffix(".lora_A.weight"), shape)
+        for name, shape in schema.entries
+        if name.endswith(".lora_A.weight")
+    ]
+    return [
+        *((f"{module}.residual_A", (extra, shape[1])) for module, shape in a_names),
+        *(
+            (f"{module}.residual_B", (schema.shapes[f"{module}.lora_B.weight"][0], extra))
+            for module, _ in a_names
+        ),
+    ]
 
 
 def core_of(name: str) -> str:

@@ -268,6 +268,11 @@ class MethodTable(Settings):
         """So many clients may go through the model in one pass."""
         return 1
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether an adapter may have tensors that are trained in some rounds only (`Adapter.turn`)."""
+        return False
+
     def trains_alone(self, rule: Any) -> str:
         """What keeps several clients from being trained in one pass, as a setting; "" where nothing does."""
         return f"method.type = '{self.type}'"

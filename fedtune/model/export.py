@@ -22,6 +22,7 @@ from fedtune.model.adapters import ADAPTERS, read_adapter
 from fedtune.model.adapters.wrap import file_name
 from fedtune.model.base import Base
 from fedtune.model.blocks import is_encoder
+from fedtune.model.sparse_stages import is_staged, save_as_one_support
 from fedtune.model.sparse_support import without_positions
 from fedtune.model.tunable import TunableModel, attach, detach, read
 from fedtune.model.usage import usage
@@ -57,14 +58,17 @@ def save_adapter(tunable: TunableModel, folder: str | Path, base_name: str, card
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
+    staged = is_staged(tunable.net)
     if is_stock(tunable):
         config = tunable.net.peft_config["default"]
         config.base_model_name_or_path = base_name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tunable.net.save_pretrained(str(place), safe_serialization=True, save_embedding_layers=False)
+        if staged:
+            save_as_one_support(tunable.net, place)
         sort_lists(place / "adapter_config.json")
-    if not is_stock(tunable) or (tunable.settings and tunable.settings.has_encoder):
+    if not is_stock(tunable) or staged or (tunable.settings and tunable.settings.has_encoder):
         save_file(tunable.read(), str(place / OWN_FILE))
     base = tunable.base
     about = {

@@ -37,11 +37,12 @@ PLACES = ".supertuning_indices"  # of a layer with a low-rank update beside: in 
 Choice = Callable[[str, np.ndarray, int], np.ndarray]
 
 
-def with_support(base: Base, settings: SparseAdapter, choose: Choice) -> tuple[Any, Named]:
-    """The base with trained values at chosen positions of the target layers. Raises M302, M306."""
+def with_support(base: Base, settings: SparseAdapter, choose: Choice, stages: int = 1) -> tuple[Any, Named]:
+    """The base with trained values at chosen positions of the target layers; `stages` times as many must be
+    there. Raises M302, M306."""
     layers = {base.net.get_submodule(name).weight: name for name in target_layers(base, settings)}
     for weight, name in layers.items():
-        check_size(base, settings, name, tuple(weight.shape))
+        check_size(base, settings, name, tuple(weight.shape), stages)
 
     def mask(layer: Any, rank: int, **_: Any) -> torch.Tensor:
         weight = layer.weight
@@ -70,14 +71,16 @@ def with_support(base: Base, settings: SparseAdapter, choose: Choice) -> tuple[A
     return net, named
 
 
-def check_size(base: Base, settings: SparseAdapter, name: str, shape: tuple[int, ...]) -> None:
-    """Raises M306 for a layer with fewer weights than should be trained, or whose weight is no matrix."""
+def check_size(base: Base, settings: SparseAdapter, name: str, shape: tuple[int, ...], stages: int) -> None:
+    """Raises M306 for a layer with fewer weights than should be trained, in all stages together, or whose
+    weight is no matrix."""
     rows, columns = shape if len(shape) == 2 else (0, 0)
-    most = rows * columns // max(rows + columns, 1)
+    most = rows * columns // max(rows + columns, 1) // stages
     if settings.rank > most:
+        times = f" in {stages} stages" if stages > 1 else ""
         raise FedtuneError(
             "M306",
-            f"method.adapter.rank = {settings.rank} for '{name}' of {base.name} (weight of {shape})",
+            f"method.adapter.rank = {settings.rank}{times} for '{name}' of {base.name} (weight of {shape})",
             f"at most {most}, with which {most} x (rows + columns) of its weights are trained",
             "lower method.adapter.rank, or choose other method.adapter.targets",
         )

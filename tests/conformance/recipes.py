@@ -51,6 +51,11 @@ METHODS: dict[
         "method__adapter": {"kind": "lift", "rank": 2, "filter_rank": 4},
         "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
     },
+    "fedpeft-lift-stages": {
+        "method__adapter": {"kind": "lift", "rank": 2, "filter_rank": 4, "stages": 2, "refresh": 2},
+        "chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}],
+        "sampling": {"count": 3},
+    },
     "fedpeft-eva": {"method__lora_start": "eva"},
     "fedpeft-corda": {"method__lora_start": "corda", "chain": [{"step": "quantize", "bits": 8}]},
     "fedpeft-pissa": {

@@ -117,6 +117,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
         "fedpeft-lora-fa",
         "fedpeft-hft",
         "fedpeft-lift",
+        "fedpeft-lift-stages",
         "fedpeft-pissa",
         "fedpeft-eva",
         "fedpeft-corda",

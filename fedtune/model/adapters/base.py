@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -44,6 +44,10 @@ class Adapter(Settings):
     def virtual_tokens(self) -> int:
         """Tokens that the kind puts before every text."""
         return 0
+
+    def turn(self, names: Iterable[str], number: int) -> frozenset[str]:
+        """Which of what is trained has its turn in a round."""
+        return frozenset(names)
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         """Put the adapter on the base's network: the network to call, and the tensors to train by name.
