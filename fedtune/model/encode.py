@@ -20,6 +20,7 @@ from fedtune.model.base import Base
 from fedtune.model.chat import Pair
 from fedtune.model.collate import Example, collation
 from fedtune.model.objectives.base import IGNORED
+from fedtune.model.shared_rows import SharedRows
 from fedtune.model.template import THE_DATE
 
 LOOKED_AT = 64  # examples in which unknown tokens are counted
@@ -46,6 +47,8 @@ class Encoded:
     dropped    rows left out because a whole response was cut
     unshown    key of chat messages -> rows that have it, where the chat template does not show it
     max_length most tokens that an example could have; 0 where there are none
+    parts      whose examples these are, one part's behind another's; () where they are nobody else's
+    front      what the model's frozen blocks say of them (fedtune.model.kept_front)
     """
 
     examples: Sequence[Example]
@@ -55,6 +58,8 @@ class Encoded:
     dropped: int = 0
     unshown: Mapping[str, int] = field(default_factory=dict)
     max_length: int = 0
+    parts: tuple[Encoded, ...] = ()
+    front: SharedRows = field(default_factory=SharedRows, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -65,7 +70,13 @@ class Encoded:
     def some(self, which: Sequence[int]) -> Encoded:
         """These examples, in this order."""
         examples = [self.examples[number] for number in which]
-        return replace(self, examples=examples, collate=lambda rows: self.collate([which[n] for n in rows]))
+        return replace(
+            self,
+            examples=examples,
+            collate=lambda rows: self.collate([which[n] for n in rows]),
+            parts=(),
+            front=SharedRows(),
+        )
 
     def by_length(self) -> list[int]:
         """Numbers of the examples, long ones first, so that batches hold little padding."""
@@ -143,6 +154,7 @@ def joined(parts: Sequence[Encoded], base: Base) -> Encoded:
         sum(part.truncated for part in parts),
         sum(part.dropped for part in parts),
         max_length=max((part.max_length for part in parts), default=0),
+        parts=tuple(parts),
     )
 
 
@@ -152,6 +164,8 @@ def every_second(encoded: Encoded, first: int) -> Encoded:
         encoded,
         examples=encoded.examples[first::2],
         collate=lambda indices: encoded.collate([2 * index + first for index in indices]),
+        parts=(),
+        front=SharedRows(),
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from fedtune.hf.probe import smallest
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
+from fedtune.model.kept_front import behind_front, from_front
 from fedtune.model.loss import autocast, inputs_of
 from fedtune.model.tunable import TunableModel
 
@@ -36,6 +37,7 @@ def class_sums(
     classes, width = tunable.named[tunable.head].shape
     sums, shares, norm = np.zeros((classes, width)), np.zeros(classes), np.zeros(1)
     second = np.zeros((width, width))
+    data = behind_front(tunable, data) if through is None else data
     with watching(tunable) as seen, forward_only(tunable, data), autocast(tunable, "off"):
 
         def each(labels: torch.Tensor) -> None:
@@ -61,8 +63,9 @@ def through_net(tunable: TunableModel) -> Through:
 
     def run(batches: Iterable[dict[str, Any]], each: Each) -> None:
         for batch in batches:
-            arguments, labels = inputs_of(tunable, batch)
-            tunable.net(**arguments)
+            with from_front(tunable, batch) as rest:
+                arguments, labels = inputs_of(tunable, rest)
+                tunable.net(**arguments)
             each(labels)
 
     return run

@@ -26,6 +26,7 @@ from fedtune.model.changed_inputs import ChangedInputs
 from fedtune.model.curriculum import paced_batches
 from fedtune.model.device_memory import halve, known_to_fit, release
 from fedtune.model.encode import Encoded
+from fedtune.model.kept_front import behind_front, loss_from_front
 from fedtune.model.lora_steps import faster, project, train_slices
 from fedtune.model.loss import autocast, carries, check_room, tokens_in, uncast
 from fedtune.model.packing import in_rows, require_packing
@@ -101,10 +102,11 @@ def fit(
     optimizer = make_optimizer(tunable, settings, rates or {})
     train_slices(optimizer, tunable, seed)
     inputs = ChangedInputs.of(settings.inputs, tunable, seed)
-    loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
-    loss_of = around(loss_of) if around else loss_of
-    chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     secret = Secret() if settings.private.max_grad_norm else None
+    loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
+    loss_of = loss_from_front(around(loss_of) if around else loss_of)
+    whole = encoded if backward or secret else behind_front(tunable, encoded)
+    chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     plan = list(
         sampled(len(encoded), settings, secret)
         if secret
@@ -120,7 +122,7 @@ def fit(
         for number, micro in enumerate(plan):
             set_rates(optimizer, schedule_factor(settings, progress, number, len(plan)))
             micro = chosen.kept(micro)
-            read = inputs.at(encoded, number, share_done(progress, number, len(plan)))
+            read = inputs.at(whole, number, share_done(progress, number, len(plan)))
             read = in_rows(read) if settings.packing else read
             batches = [read.collate(indices) for indices in micro]
             terms = sum(carries(tunable.base.task, batch) for batch in batches)

@@ -3,7 +3,7 @@ once."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,26 +35,31 @@ class FrozenFront:
         if not first or (known is None and self.size > MOST):
             yield
             return
-        heard: list[Any] = []
-        if known is None:
-            handle = blocks[first - 1].register_forward_hook(lambda module, args, said: heard.append(said))
-        else:
-            skip(blocks[:first], known)
-        try:
+        if known is not None:
+            with skipped(blocks[:first], known):
+                yield
+            return
+        with said_by(blocks[first - 1]) as heard:
             yield
-        finally:
-            if known is None:
-                handle.remove()
-            else:
-                for block in blocks[:first]:
-                    del block.forward
         if len(heard) == 1 and isinstance(heard[0], torch.Tensor):
             self.kept[key] = heard[0]
             self.size += heard[0].numel() * heard[0].element_size()
 
 
-def skip(blocks: list[Any], hidden: torch.Tensor) -> None:
-    """Let blocks pass on what they are given, and the last one say the hidden state that is known."""
+@contextmanager
+def said_by(block: Any) -> Iterator[list[Any]]:
+    """What a block says in the forward passes meanwhile."""
+    heard: list[Any] = []
+    handle = block.register_forward_hook(lambda module, args, said: heard.append(said))
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def skipped(blocks: Sequence[Any], hidden: torch.Tensor | None = None) -> Iterator[None]:
+    """Blocks pass on what they are given, meanwhile, and the last one says the hidden state that is known."""
 
     def same(hidden_states: Any, *args: Any, **named: Any) -> Any:
         return hidden_states
@@ -63,7 +68,12 @@ def skip(blocks: list[Any], hidden: torch.Tensor) -> None:
         return hidden
 
     for block in blocks:
-        block.forward = known if block is blocks[-1] else same
+        block.forward = known if block is blocks[-1] and hidden is not None else same
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def frozen_blocks(tunable: TunableModel) -> tuple[list[Any], int]:

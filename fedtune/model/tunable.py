@@ -74,6 +74,11 @@ class TunableModel:
         return self.settings is not None and self.settings.caches
 
     @property
+    def keeps_front(self) -> bool:
+        """Whether training begins behind the frozen blocks (fedtune.model.kept_front)."""
+        return bool(getattr(self.settings, "keep_front", False))
+
+    @property
     def head(self) -> str:
         """Name of the task head's last matrix (classes, width) among the trained tensors; "" where no head of
         classes that started fresh is trained."""
@@ -180,6 +185,14 @@ def attach(base: Base, settings: Adapter, seed: int) -> TunableModel:
         base.size + sum(v.numel() for n, v in named.items() if plain(n) not in base.weights),
     )
     try_bench(tunable)
+    if tunable.keeps_front:
+        from fedtune.model.kept_front import try_front
+
+        try:
+            try_front(tunable)
+        except BaseException:
+            restore(before)
+            raise
     base.attached = tunable
     return tunable
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from fedtune import progress
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, Scored, Waiting
@@ -47,8 +48,9 @@ def trained_alone(
     tell(Waiting(f"comparisons: {len(left)} trainings from the same start, without federation"))
     jobs = [partial(attempt, recipe, workspace, start, name, numbers[name]) for name in left]
     forks = Forks(jobs, side_by_side(workspace), one_thread)
-    for place, done in forks.results():
+    for count, (place, done) in enumerate(forks.results(), 1):
         name = left[place]
+        progress.say("comparisons", count, len(left))
         if done["value"] is None:
             tell(Noted(f"not scored: {name}. {done['reason']}"))
         else:
@@ -64,10 +66,14 @@ def again(name: str, repeat: int) -> str:
 
 
 def prepare(workspace: Workspace, numbers: list[int]) -> None:
-    """Encode once, here, what all of them read."""
+    """Make once, here, what all of them read."""
     workspace.test()
-    for number in numbers:
-        workspace.pooled() if number < 0 else workspace.train(number)
+    parts = {number: workspace.pooled() if number < 0 else workspace.train(number) for number in numbers}
+    if workspace.tunable.keeps_front:
+        from fedtune.model.kept_front import rows_of
+
+        for encoded in parts.values():
+            rows_of(workspace.tunable, encoded)
 
 
 def attempt(recipe: Recipe, workspace: Workspace, start: State, name: str, number: int) -> dict[str, Any]:

@@ -91,7 +91,12 @@ class Workspace:
         slice_ = self.federation.clients[number]
         key = f"train:{number}"
         rows = slice_.train if key in self._encoded else self.selected(slice_)
-        return self.encode(key, rows, f"client {slice_.name}")
+        encoded = self.encode(key, rows, f"client {slice_.name}")
+        if self.tunable.at_clients.keeps_front:
+            from fedtune.model.kept_front import reserve
+
+            reserve(self.tunable.at_clients, encoded)  # before anybody forks
+        return encoded
 
     def selected(self, slice_: Slice) -> list[dict[str, Any]]:
         """The rows that [[select]] makes of a client's, by the base model as it was before any tuning."""

@@ -19,6 +19,7 @@ METHODS: dict[
     str, dict[str, Any]
 ] = {  # name of the method, a dash, the variant -> changes to the small recipe
     "fedpeft-lora": {},
+    "fedpeft-kept-front": {"method__adapter": {"kind": "lora", "rank": 2, "last": 1, "keep_front": True}},
     "fedpeft-4bit": {"model__load": "4bit", "chain": [{"step": "quantize", "bits": 8}]},
     "fedpeft-bias": {"method__adapter": {"kind": "bias"}},
     "fedpeft-full": {"method__adapter": {"kind": "full"}},

@@ -34,6 +34,13 @@ def test_there_is_enough_and_it_is_balanced() -> None:
     assert max(counts.values()) <= 1.25 * min(counts.values())
 
 
+def test_some_packages_have_the_rows_that_they_have_among_all() -> None:
+    some = collect(("sympy", "pandas"), 20)
+    assert Counter(label for _, label in some) == {"sympy": 20, "pandas": 20}
+    assert [label for _, label in some][:20] == ["sympy"] * 20
+    assert set(some) <= set(collect())
+
+
 def test_no_row_names_its_own_package() -> None:
     variants = {"torch": ["pytorch", "torch.nn"], "numpy": ["numpy.ndarray"], "pandas": ["pandas.DataFrame"]}
     own = {

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from fedtune.data.rows import Table
 from fedtune.data.settings import Source
 from fedtune.errors import FedtuneError
@@ -25,7 +27,19 @@ from fedtune.forks import Forks
 from fedtune.rng import stream
 from fedtune.threads import available_cores
 
-PACKAGES: dict[str, tuple[str, ...]] = {
+Package = Literal[
+    "fontTools",
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "pandas",
+    "prompt_toolkit",
+    "sqlalchemy",
+    "sympy",
+    "torch",
+    "transformers",
+]
+PACKAGES: dict[Package, tuple[str, ...]] = {
     # package (a dependency of fedtune or of its dependencies) -> other names by which texts call it, as whole
     # words
     "fontTools": ("font tools", "ttlib", "ttx"),
@@ -39,7 +53,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ("aten", "nn"),
     "transformers": ("transformer", "hugging face", "huggingface", "hf", "tf"),
 }
-PER_PACKAGE = 450  # rows; ten packages make 4,500 in the time that parsing 12 MB takes
+PER_PACKAGE = 450  # rows, unless told otherwise; ten packages make 4,500 in the time that parsing 12 MB takes
 SHARED = 10  # so many more of each are read, for those that an earlier package has too
 MIN_WORDS = 5
 SKIPPED = {"tests", "test", "testing", "_vendor", "__pycache__"}
@@ -76,47 +90,54 @@ class Docstrings(Source):
 
     source: Literal["docstrings"] = "docstrings"
     tasks: ClassVar[frozenset[str]] = frozenset({"classify", "causal-lm"})
+    packages: tuple[Package, ...] = Field(tuple(PACKAGES), min_length=1)
+    """Packages whose docstrings are read; each is a class."""
+    per_package: int = Field(PER_PACKAGE, ge=1)
+    """Docstrings of each, as far as it has so many."""
 
     def begin(self) -> bool:
-        reading()
+        reading(self.packages, self.per_package)
         return True
 
     def table(self) -> Table:
         """The same rows in every process. Raises D208 (a package is not installed)."""
+        rows = collect(self.packages, self.per_package)
         return Table(
-            [{self.text: text, self.label: label} for text, label in collect()], "the built-in docstrings"
+            [{self.text: text, self.label: label} for text, label in rows], "the built-in docstrings"
         )
 
 
 @cache
-def reading() -> Forks:
+def reading(packages: tuple[Package, ...], count: int) -> Forks:
     """The packages, being read: by forks, where this machine has cores for them."""
-    return Forks([partial(texts_of, number) for number in range(len(PACKAGES))], available_cores())
+    return Forks([partial(texts_of, package, count + SHARED) for package in packages], available_cores())
 
 
 @cache
-def collect() -> tuple[tuple[str, str], ...]:
-    """(text, package) by package; a text that two packages share stays with the first."""
-    read = dict(reading().results())
+def collect(
+    packages: tuple[Package, ...] = tuple(PACKAGES), count: int = PER_PACKAGE
+) -> tuple[tuple[str, str], ...]:
+    """(text, package) by package, `count` of each; a text that two packages share stays with the first."""
+    read = dict(reading(packages, count).results())
     seen: set[str] = set()
     pairs: list[tuple[str, str]] = []
-    for number, package in enumerate(PACKAGES):
-        most = PER_PACKAGE + SHARED
+    for number, package in enumerate(packages):
+        most = count + SHARED
         while (
-            len(fresh := [text for text in read[number] if text.lower() not in seen]) < PER_PACKAGE
+            len(fresh := [text for text in read[number] if text.lower() not in seen]) < count
             and len(read[number]) == most
         ):
             most *= 2
-            read[number] = texts_of(number, most)
-        seen |= {text.lower() for text in fresh[:PER_PACKAGE]}
-        pairs += [(text, package) for text in fresh[:PER_PACKAGE]]
+            read[number] = texts_of(package, most)
+        seen |= {text.lower() for text in fresh[:count]}
+        pairs += [(text, package) for text in fresh[:count]]
     return tuple(pairs)
 
 
-def texts_of(number: int, most: int = PER_PACKAGE + SHARED) -> list[str]:
+def texts_of(package: Package, most: int) -> list[str]:
     """The first texts of a package that differ from one another."""
     texts: dict[str, str] = {}
-    for paragraph in paragraphs(list(PACKAGES)[number], number):
+    for paragraph in paragraphs(package, list(PACKAGES).index(package)):
         text = cleaned(paragraph)
         words = [word for word in text.split() if WORD.search(word) and MASK not in word]
         if len(words) >= MIN_WORDS:
