@@ -81,8 +81,8 @@ class LayerAdapter(Adapter):
     up_proj and down_proj (Zhang et al. 2024, arXiv:2404.10306)."""
     keep_front: bool = False
     """With `last` or `band`: what the blocks in front of the adapted ones say of a row is computed once,
-    without their dropout, and every step begins behind them: with the last two of six blocks, in half the
-    time. Takes 4 bytes x width of memory for each token of a client's rows."""
+    without their dropout, and every step begins behind them, at the cost of the adapted blocks alone. Takes
+    4 bytes x width of memory for each token of a client's rows."""
     modules_to_save: tuple[str, ...] = ()
     """Modules beside the task head that are trained whole and travel, by the ends of their names, such as
     "embed_tokens"."""
