@@ -204,7 +204,12 @@ class AdapterMethod(AveragedTensors):
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.tunable import attach
 
-        return attach(base, self.settings.adapter, seed_of("adapter", seed))
+        tunable = attach(base, self.settings.adapter, seed_of("adapter", seed))
+        if tunable.keeps_front:
+            from fedtune.model.kept_front import try_front
+
+            try_front(tunable)
+        return tunable
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from fedtune.model.adapters.base import Adapter
+from fedtune.model.adapters.base import Adapter, LayerAdapter
 from fedtune.model.curriculum import Curriculum
 from fedtune.model.input_changes import InputChangeTable, Vocabulary
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
@@ -333,13 +333,24 @@ def at_once(train: TrainSettings, clients: int) -> TrainSettings:
 
 def adapter_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[str, str, str]]:
     """A loss that refers to the model without its adapter needs one that can be switched off; texts of a
-    packed row, one without tokens before a row."""
+    packed row, one without tokens before a row; states that are kept, rows that are read as they are."""
     if train.packing and adapter.virtual_tokens:
         yield (
             f"method.train.packing with kind = '{adapter.kind}'",
             "a kind without virtual tokens",
             "set method.train.packing = false, or choose another kind",
         )
+    if isinstance(adapter, LayerAdapter) and adapter.keep_front:
+        others = {  # by which each step reads a row otherwise, or runs the network in its own way
+            "packing": train.packing,
+            "together": train.together > 1,
+            "inputs": bool(train.inputs),
+            "checkpointing": train.checkpointing,
+            "private": bool(train.private.max_grad_norm),
+        }
+        for key in (key for key, used in others.items() if used):
+            here = "method.adapter.keep_front"
+            yield f"{here} with method.train.{key}", "one of them", f"remove {here}"
     if train.objective.refers and not adapter.switches_off:
         yield (
             f"method.train.objective.loss = '{train.objective.loss}' with kind = '{adapter.kind}'",

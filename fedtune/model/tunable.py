@@ -185,14 +185,6 @@ def attach(base: Base, settings: Adapter, seed: int) -> TunableModel:
         base.size + sum(v.numel() for n, v in named.items() if plain(n) not in base.weights),
     )
     try_bench(tunable)
-    if tunable.keeps_front:
-        from fedtune.model.kept_front import try_front
-
-        try:
-            try_front(tunable)
-        except BaseException:
-            restore(before)
-            raise
     base.attached = tunable
     return tunable
 

@@ -18,7 +18,7 @@ from fedtune.model.blocks import block_list
 from fedtune.model.encode import Encoded, encode, joined
 from fedtune.model.features import class_sums
 from fedtune.model.fit import fit
-from fedtune.model.kept_front import reserve, rows_of
+from fedtune.model.kept_front import reserve, rows_of, try_front
 from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.shared_rows import SharedRows
 from fedtune.model.tunable import TunableModel, attach
@@ -157,5 +157,5 @@ def test_what_reads_rows_otherwise_is_refused(tiny_bert: Path, data: Path, more:
 def test_an_adapter_before_all_blocks_leaves_nothing_in_front(workspace: Any) -> None:
     base = workspace.base("encoder")
     with pytest.raises(FedtuneError, match=r"M306: found method\.adapter\.keep_front"):
-        attach(base, adapter_of(rank=2, last=2, keep_front=True), 1)  # of two
-    attach(base, adapter_of(rank=2), 1)  # and the base is as it was
+        try_front(attach(base, adapter_of(rank=2, last=2, keep_front=True), 1))  # of two
+    try_front(behind(base))

@@ -95,8 +95,7 @@ class LayerAdapter(Adapter):
             yield from self.front_conflicts(recipe)
 
     def front_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
-        """Steps of which each reads a row otherwise, or that run the network in ways of their own."""
-        here, train = "method.adapter.keep_front", getattr(recipe.method, "train", None)
+        here = "method.adapter.keep_front"
         if not self.last and not self.band[0]:
             found = f"{here} with an adapter in the first block"
             yield found, "method.adapter.last, or a band that begins later", f"remove {here}"
@@ -104,17 +103,6 @@ class LayerAdapter(Adapter):
             yield f"{here} with method.adapter.modules_to_save", "one of them", "remove one"
         if recipe.data.task in ("preference", "image-classify"):
             yield f"{here} with data.task = '{recipe.data.task}'", "single texts", f"remove {here}"
-        if train is None:
-            return
-        others = {
-            "packing": train.packing,
-            "together": train.together > 1,
-            "inputs": bool(train.inputs),
-            "checkpointing": train.checkpointing,
-            "private": bool(train.private.max_grad_norm),
-        }
-        for key in (key for key, used in others.items() if used):
-            yield f"{here} with method.train.{key}", "one of them", f"remove {here}"
 
 
 class SparseAdapter(LayerAdapter):
