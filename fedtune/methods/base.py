@@ -202,13 +202,11 @@ class AdapterMethod(AveragedTensors):
         return {"train": train} | features_verbs(s.head_start, noise=s.head_noise)
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
+        from fedtune.model.kept_front import try_front
         from fedtune.model.tunable import attach
 
         tunable = attach(base, self.settings.adapter, seed_of("adapter", seed))
-        if tunable.keeps_front:
-            from fedtune.model.kept_front import try_front
-
-            try_front(tunable)
+        try_front(tunable)
         return tunable
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:

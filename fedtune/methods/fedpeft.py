@@ -87,10 +87,12 @@ class FedPEFT(AdapterMethod):
 
     def attached(self, base: Base, adapter: Adapter, seed: int) -> TunableModel:
         """An adapter on a base, of which only that is trained which the rule trains in some round."""
+        from fedtune.model.kept_front import try_front
         from fedtune.model.lora_ranks import freeze
         from fedtune.model.tunable import attach
 
         tunable = attach(base, adapter, seed_of("adapter", seed))
+        try_front(tunable)
         freeze(tunable, tunable.named.keys() - self.ever(tunable.named))
         return tunable
 

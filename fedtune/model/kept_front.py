@@ -113,7 +113,7 @@ def front_of(tunable: TunableModel) -> tuple[list[Any], int]:
 
 def try_front(tunable: TunableModel) -> None:
     """A model in which more goes from block to block than one hidden state shows here. Raises M306."""
-    if tunable.base.device.type == "meta":
+    if not tunable.keeps_front or tunable.base.device.type == "meta":
         return
     blocks, first = front_of(tunable)
     inputs = smallest(tunable.base.net, tunable.base)
