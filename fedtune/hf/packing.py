@@ -7,9 +7,14 @@ recurrent models and those with ALiBi heed none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any, Literal
 
 import torch
+from transformers import masking_utils
 
 from fedtune.hf.draws import own_draws
 from fedtune.hf.probe import differ, other, said, texts
@@ -32,6 +37,35 @@ def arguments(owners: torch.Tensor, way: Way, dtype: torch.dtype) -> dict[str, t
     seen = (owners[:, :, None] == owners[:, None, :]) & (place[:, :, None] >= place[:, None, :])
     scores = torch.zeros(seen.shape, dtype=dtype, device=owners.device)
     return known | {"attention_mask": scores.masked_fill(~seen, torch.finfo(dtype).min)[:, None]}
+
+
+@contextmanager
+def rows_of_one_text() -> Iterator[None]:
+    """Passes in which each row is one text, and nothing is padded. Without a mask transformers looks at every
+    row's positions for texts that begin in it, and waits for a GPU to say that there are none."""
+    known = ONE_TEXT.set(True)
+    try:
+        spare_the_look()
+        yield
+    finally:
+        ONE_TEXT.reset(known)
+
+
+ONE_TEXT = ContextVar("each row of a pass is one text", default=False)
+
+
+@cache
+def spare_the_look() -> None:
+    """Put the answer that is known in front of transformers' own function. A release without it keeps its
+    way."""
+    look = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if look is None:
+        return
+
+    def found(positions: torch.Tensor) -> Any:
+        return None if ONE_TEXT.get() else look(positions)
+
+    masking_utils.find_packed_sequence_indices = found
 
 
 def way_of(net: Any, tokenizer: Any, context: int | None) -> Way:

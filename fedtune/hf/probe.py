@@ -71,6 +71,19 @@ def is_causal(net: Any, tokenizer: Any, context: int | None) -> bool:
     return len(short) > 1 and not differ(hidden[0, 0], hidden[1, 0], 1e-3)
 
 
+def needs_mask(net: Any, tokenizer: Any, context: int | None) -> bool:
+    """Whether the model says anything else, or nothing at all, of two whole texts where no mask says that
+    they are whole. Compared to the bit."""
+    _, long = texts(tokenizer, context)
+    ids = torch.tensor([long, long[::-1]], device=next(net.parameters()).device)
+    with torch.no_grad():
+        masked = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        try:
+            return not torch.equal(masked, net(input_ids=ids).logits)
+        except Exception:  # whatever a model says that cannot do without
+            return True
+
+
 def try_once(net: Any, base: Any) -> bool:
     """One forward pass of an input that is as small as possible, to see that what was put on the network
     runs. Raises what the network raises.

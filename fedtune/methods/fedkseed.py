@@ -17,7 +17,8 @@ accumulators.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +34,17 @@ from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.fedkseed_walk import Walk, first_loss, require_converging, walked
 from fedtune.methods.head_start import (
     MARK,
-    bias_of,
     features_verbs,
     head_of,
     joined,
     joined_shape,
     kept_until_started,
+    set_first_head,
     starts,
 )
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.one_client import begin_alone
-from fedtune.methods.seeds import pool_name, pools_of, save_seeds, seeds_of
+from fedtune.methods.seeds import pool_name, pools_of, save_seeds, seeds_of, start_of
 from fedtune.methods.weights import TELLS, weight_of
 from fedtune.model.rates import WIDTH
 from fedtune.model.settings import whole_run
@@ -225,7 +226,10 @@ class FedKSeed:
         epoch = self.epoch(now.number)
         if gradient:
             pool, s = self.pool(tunable, epoch), self.settings
-            found_out = projected(tunable, client.data, pool, seed, s, self.scale.unit, self.most, turn)
+            again = self.replayed(tunable, given)
+            found_out = projected(
+                tunable, client.data, pool, seed, s, self.scale.unit, self.most, turn, again
+            )
         else:
             seeds, by = self.draw(given, now, client.id), self.curvature(tunable, given, now)
             found_out = self.walk(tunable, client.data, epoch, seeds, seed, by, turn)
@@ -272,29 +276,33 @@ class FedKSeed:
     def belongs(self, given: Tensors, tunable: TunableModel) -> bool:
         """Whether accumulators were made for the values that this tunable model starts from, and for these
         settings."""
-        pools = pools_of(given)
-        return np.array_equal(
-            given["fingerprint"],
-            integers.fingerprint(start_of(tunable), self.origin(given), pools).view(np.uint32),
+        about, pools = self.origin(given), pools_of(given)
+        return any(
+            np.array_equal(
+                given["fingerprint"],
+                integers.fingerprint(start_of(tunable, typed), about, pools).view(np.uint32),
+            )
+            for typed in (False, True)
         )
 
     def rebuild(self, tunable: TunableModel, given: Tensors) -> None:
         """The model that the accumulators mean, from the first values: one pass over the weights, whatever it
         held before."""
-        from fedtune.model.initial_values import set_first
-        from fedtune.zeroth import replay
-
         if HEAD in given:
-            values = np.ascontiguousarray(given[HEAD]).view(np.float32)
-            width = tunable.named[tunable.head].shape[1]
-            set_first(tunable, tunable.head, values[:, :width])
-            if values.shape[1] > width:
-                set_first(tunable, bias_of(tunable), values[:, width])
-        replay(
-            tunable.named,
-            self.sums(tunable, given),
-            self.replay_scale,
+            set_first_head(tunable, given[HEAD])
+        self.replayed(tunable, given)(tunable.named)
+
+    def replayed(self, tunable: TunableModel, given: Tensors) -> Callable[[Mapping[str, Any]], None]:
+        """Writes what the accumulators mean into all of the model's tensors, or into some under their
+        names."""
+        from fedtune.zeroth import Layout, replay
+
+        return partial(
+            replay,
+            sums=self.sums(tunable, given),
+            scale=self.replay_scale,
             base=tunable.origin.tensors,
+            layout=Layout.of(tunable.named),
             bent=self.settings.curvature,
         )
 
@@ -386,13 +394,3 @@ class FedKSeedTable(FedKSeedSettings):
 
     def build(self, rounds: int, rule: Rule) -> FedKSeed:
         return FedKSeed(self, rounds)  # the mean is the only rule that `conflicts` lets through
-
-
-def start_of(tunable: TunableModel) -> bytes:
-    """SHA-256 of what training starts from: base model as it is held, tokenizer, first values, and the run's
-    seed, which names the pools."""
-    return hashlib.sha256(
-        bytes.fromhex(tunable.base.held_fingerprint)
-        + tunable.origin.digest
-        + str(tunable.origin.seed).encode()
-    ).digest()

@@ -3,7 +3,8 @@ along the same directions that others walk."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,10 +24,10 @@ def takes_gradients(s: FedKSeedSettings, client: int, tunable: TunableModel, dat
         return s.estimators[client % len(s.estimators)] == "gradient"
     if s.estimator != "auto":
         return s.estimator == "gradient"
-    from fedtune.model.forward import device_bytes
+    from fedtune.model.forward import room_for
     from fedtune.model.memory_plan import plan_of, training_bytes
 
-    room = s.memory[client % len(s.memory)] * 2**30 if s.memory else device_bytes(tunable) / 2
+    room = s.memory[client % len(s.memory)] * 2**30 if s.memory else room_for(tunable)
     longest = max((data.length(i) for i in range(len(data))), default=1)
     return sum(training_bytes(plan_of(tunable), s.train, longest).values()) <= room
 
@@ -40,19 +41,33 @@ def projected(
     unit: float,
     most: int,
     progress: tuple[int, int],
+    again: Callable[[Mapping[str, Any]], None],
 ) -> Walk:
     """Train with gradients from where the model stands; send the update's coordinates, gain / K * (z_k .
-    update), in units of lr * scalar, none beyond `most`."""
+    update), in units of lr * scalar, none beyond `most`. The model then holds nothing that means anything.
+
+    again  writes the values that the model stands at into tensors, under their names
+    """
     from fedtune.model.fit import fit
     from fedtune.zeroth import project
 
-    before = {name: value.detach().clone() for name, value in tunable.named.items()}
     report = fit(tunable, data, s.train, seed, progress=progress)
-    for name, value in tunable.named.items():
-        before[name].sub_(value.detach())  # first minus last: w moves against the scalars
+    put_update(tunable, again)
     try:
-        coordinates = project(before, pool) * (float(s.gain) / (s.size * float(s.lr) * unit))
+        coordinates = project(tunable.named, pool) * (float(s.gain) / (s.size * float(s.lr) * unit))
     except FedtuneError as error:  # W607: a value that is not finite
         raise diverged(report.loss, report.steps, "method.train.lr") from error
     scalars = np.rint(np.clip(coordinates, -most, most)).astype(np.int64)
     return Walk(scalars, report.loss, report.loss, float((np.abs(coordinates) > most).mean()))
+
+
+def put_update(tunable: TunableModel, again: Callable[[Mapping[str, Any]], None]) -> None:
+    """First minus last values (w moves against the scalars) in the place of the last. The first ones are made
+    once more, a tensor at a time: a copy of all would be 4 bytes a parameter beside the model."""
+    import torch
+
+    with torch.no_grad():
+        for name, value in tunable.named.items():
+            first = torch.empty_like(value)
+            again({name: first})
+            value.copy_(first.sub_(value))

@@ -266,6 +266,17 @@ def joined(head: Tensors) -> np.ndarray:
     return np.column_stack([matrix, *(value for value in head.values() if value.ndim == 1)])
 
 
+def set_first_head(tunable: TunableModel, given: np.ndarray) -> None:
+    """What `joined` made, float32 in the bits of whole numbers, as the first values of the model's head."""
+    from fedtune.model.initial_values import set_first
+
+    values = np.ascontiguousarray(given).view(np.float32)
+    width = tunable.named[tunable.head].shape[1]
+    set_first(tunable, tunable.head, values[:, :width])
+    if values.shape[1] > width:
+        set_first(tunable, bias_of(tunable), values[:, width])
+
+
 def joined_shape(kind: HeadStart, tunable: TunableModel) -> tuple[int, int]:
     """Of what `joined` makes."""
     classes, width = tunable.named[tunable.head].shape

@@ -8,6 +8,7 @@ needed to rebuild the model from the base.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fedtune.types import Tensors
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
+    from fedtune.model.tunable import TunableModel
 
 FILE = "seeds.safetensors"
 FORMAT = 1
@@ -52,6 +54,15 @@ class Seeds:
     method: Mapping[str, Any]
     tensors: Tensors
     pooling: str = "pooler"
+
+
+def start_of(tunable: TunableModel, typed: bool = False) -> bytes:
+    """SHA-256 of what training starts from: values of the base model as it is held, tokenizer, first values,
+    and the run's seed, which names the pools. typed: as earlier versions said it, which told types apart,
+    too."""
+    base, origin = tunable.base, tunable.origin
+    held = base.typed_fingerprint if typed else base.held_fingerprint
+    return hashlib.sha256(bytes.fromhex(held) + origin.digest + str(origin.seed).encode()).digest()
 
 
 def seeds_of(base: Base, seed: int, rounds: int, method: Mapping[str, Any], tensors: Tensors) -> Seeds:

@@ -9,10 +9,12 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.base import Base
-from fedtune.model.split_tunable import PROMPTS, add_lora, attach_split, check_context, open_tail
+from fedtune.model.split_tunable import PROMPTS, add_lora, attach_split, blank_image, check_context, open_tail
 from fedtune.model.tunable import TunableModel, detach, snapshot
 from fedtune.rng import seed_of
 from fedtune.split.anatomy import block_count
@@ -122,6 +124,12 @@ class SplitNet:
     def shortcut(self, piece: Piece) -> tuple[Any, Any]:
         """Logits and labels of head straight into tail (the paper's phase 1)."""
         return self.part.tail(self.entering(piece.inputs)[0], piece.side)[1], piece.labels
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens of an image in front of the body, without prompts."""
+        with torch.no_grad():
+            return int(self.part.head(blank_image(self.base))[0].shape[1])
 
     # --- the body
     # -------------------------------------------------------------------------------------------------------

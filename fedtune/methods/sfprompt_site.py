@@ -26,10 +26,10 @@ from fedtune.model.base import (
     pick_device,
     prepare_torch,
     reading,
-    redraw_head,
     said_of,
 )
 from fedtune.model.fingerprint import tokenizer_text
+from fedtune.model.fresh_head import redraw_head
 from fedtune.model.settings import ModelSettings
 from fedtune.model.tunable import TunableModel, without
 from fedtune.split import selftest

@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from fedtune.errors import ClientFailed, FedtuneError
+from fedtune.methods.sfprompt_frames import pieces_of
 from fedtune.methods.sfprompt_net import Piece, SplitNet
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.encode import Encoded
@@ -127,8 +130,9 @@ class Share:
 
             examples = [[kept[n] for n in numbers] for numbers in micro]
             pieces = (
-                net.piece(padded(batch, length), ids) if held else net.piece(batch)
+                piece
                 for ids, batch in zip(examples, batches, strict=True)
+                for piece in self.pieces(*((padded(batch, length), ids) if held else (batch,)))
             )
             return sum(pipeline.train(self.stream, pieces, up, down))
 
@@ -144,6 +148,7 @@ class Share:
         """Mean loss of the probe through the body, and its examples' EL2N."""
         net, batches, total, found = self.net, self.batches(self.probe), 0.0, list[np.ndarray]()
         kind: Kind = "all" if net.kind == "each" else net.kind  # a text's score is a mean over its own tokens
+        pieces = partial(self.pieces, kind=kind)
 
         def up(piece: Piece) -> Micro:
             with autocast(self.tunable, "off"):
@@ -157,7 +162,7 @@ class Share:
             found.append(el2n.el2n(logits, labels).cpu().numpy())
 
         net.eval()
-        pipeline.infer(self.stream, map(net.piece, batches), up, down)
+        pipeline.infer(self.stream, chain.from_iterable(map(pieces, batches)), up, down)
         return total / sum(carries(self.tunable.base.task, batch) for batch in batches), np.concatenate(found)
 
     def features(self, moments: bool) -> dict[str, np.ndarray]:
@@ -170,11 +175,15 @@ class Share:
                 each(piece.labels)
 
             net.eval()
-            pipeline.infer(
-                self.stream, map(net.piece, batches), lambda piece: net.micro(piece, net.kind), down
-            )
+            pieces = chain.from_iterable(map(self.pieces, batches))
+            pipeline.infer(self.stream, pieces, lambda piece: net.micro(piece, net.kind), down)
 
         return class_sums(self.tunable, self.data, moments, run)
+
+    def pieces(
+        self, batch: Mapping[str, Any], samples: Sequence[int] = (), kind: Kind | None = None
+    ) -> Iterator[Piece]:
+        return pieces_of(self.net, self.stream, kind or self.net.kind, batch, samples)
 
     def batches(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         size = self.s.train.batch

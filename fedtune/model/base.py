@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -15,17 +15,19 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.checkpoint import stored_type
+from fedtune.hf.checkpoint import folder_of, stored_type, weight_files
 from fedtune.hf.config import AUTO, load_config, locate, position_limit, width_of
 from fedtune.hf.draws import own_draws
-from fedtune.hf.labels import LabelSet, redraw
+from fedtune.hf.labels import LabelSet
 from fedtune.hf.linears import body_linears, heads
 from fedtune.hf.packing import Way
 from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
-from fedtune.hf.probe import is_causal, padding_side, refuse_conflict
+from fedtune.hf.probe import is_causal, needs_mask, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.fingerprint import HALF, digest, tokenizer_text
+from fedtune.model.fresh_head import fresh_names, redraw_head
+from fedtune.model.known_digests import About, about_files, known_or
 from fedtune.model.objectives import Preference
 from fedtune.model.quantised import fitting, quantise
 from fedtune.model.settings import ModelSettings
@@ -59,6 +61,7 @@ class Base:
         # weights)
         None
     )
+    needs_mask: bool = True  # even of batches in which nothing is padded
     logits_apart: bool | None = None  # as fedtune.model.loss_pieces found it; None: not asked yet
     packing: Way | None = None  # as fedtune.model.packing found it; None: not tried yet
     tokenizer_digest: str | None = None  # kept by fedtune.model.token_cache
@@ -68,6 +71,7 @@ class Base:
     # the checkpoint's weights and buffers once more, where those that are held here do not say them
     checkpoint: Callable[[], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] | None = None
     whole: Callable[[], Base] | None = None  # the base with all its bits on the CPU, where it lacks some here
+    files: tuple[About, ...] = ()  # those that the weights were read from, where they were here before
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
     judge: Preference | None = None  # the loss by which pairs of responses are scored
     weights: dict[str, torch.Tensor] = field(
@@ -84,28 +88,58 @@ class Base:
     def fingerprint(self) -> str:
         """SHA-256 over the checkpoint, as hex: the pretrained weights (not the fresh head) and the buffers of
         the file as float32, whatever they are held in here, and the tokenizer. Computed at first use."""
-        tensors = self.checkpoint() if self.checkpoint else (self.weights, self.buffers)
-        return self.printed(*tensors, as_float32=True)
+        return self.printed(held=False)
+
+    @property
+    def held_fingerprint(self) -> str:
+        """The same over the weights as they are held here, of models that are rebuilt from them to the bit:
+        another one where they are rounded."""
+        return self.fingerprint if self.checkpoint is None else self.typed_fingerprint
 
     @cached_property
-    def held_fingerprint(self) -> str:
-        """The same over the weights in the type that they are held in: of models that are rebuilt from them
-        to the bit."""
+    def typed_fingerprint(self) -> str:
+        """The same over the weights in the type that they are held in."""
         held = {value.dtype for value in (*self.weights.values(), *self.buffers.values())}
         if self.checkpoint is None and held.isdisjoint(HALF):
             return self.fingerprint
-        return self.printed(self.weights, self.buffers, as_float32=False)
+        return self.printed(held=True)
 
-    def printed(self, *tensors: Mapping[str, torch.Tensor], as_float32: bool) -> str:
-        total = digest(*tensors, besides=self.fresh, as_float32=as_float32)
-        total.update(tokenizer_text(self.tokenizer).encode())
+    def printed(self, held: bool) -> str:
+        """The digest of what is held here, or of the checkpoint as float32; of a large model as it was found
+        earlier for the same files."""
+        also = tokenizer_text(self.tokenizer)
         if self.pooling != "own":
-            total.update(f"pooling: {self.pooling}".encode())
-        return str(total.hexdigest())
+            also += f"pooling: {self.pooling}"
+        here = (self.weights, self.buffers)
+
+        def compute() -> str:
+            tensors = self.checkpoint() if self.checkpoint and not held else here
+            total = digest(*tensors, besides=self.fresh, as_float32=not held)
+            total.update(also.encode())
+            return str(total.hexdigest())
+
+        if not self.files:
+            return compute()
+        named = [[n, str(v.dtype), list(v.shape)] for group in here for n, v in sorted(group.items())]
+        about = named if held or not self.checkpoint else [n for n, _, _ in named]
+        follows = [
+            self.files,
+            transformers.__version__,
+            type(self.net).__name__,
+            sorted(self.fresh),
+            about,
+            held,
+        ]
+        return known_or([*follows, also], self.bytes_held, compute)
+
+    @property
+    def bytes_held(self) -> int:
+        """Of the weights, tied ones once."""
+        return sum(value.numel() * value.element_size() for value in self.weights.values())
 
     def is_called(self, fingerprint: str | None) -> bool:
         """Whether it is this base's, as this or an earlier version made it."""
-        return fingerprint == self.fingerprint or fingerprint == self.held_fingerprint
+        return fingerprint == self.fingerprint or fingerprint == self.typed_fingerprint
 
     @cached_property
     def size(self) -> int:
@@ -133,7 +167,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
     """
     prepare_torch(settings)
     device, dtype = pick_device(settings.device), dtype_of(settings)
-    again = partial(read, settings, task, labels, seed)
+    again, files = partial(read, settings, task, labels, seed), files_of(settings)
     load_as = load_for(settings, task, labels)
     # what is not rounded is not copied: a checkpoint stays mapped until it is, a layer at a time
     lean = load_as != "full" and task in LM_TASKS
@@ -154,7 +188,7 @@ def load(settings: ModelSettings, task: str, labels: Sequence[str], seed: int) -
         raise FedtuneError("M306", wrong, "a model of pixels, such as ViT or ResNet", "choose another model")
     base = Base(
         net, found.tokenizer, task, found.chosen.labels, device, settings.name, None, fresh,
-        notes=said, kept_head=found.chosen.kept, pooling=pooling, load=load_as,
+        notes=said, kept_head=found.chosen.kept, pooling=pooling, load=load_as, files=files,
     )  # fmt: skip
     base.size = size
     if load_as != "full":
@@ -198,6 +232,13 @@ def tensors_of(net: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     return dict(net.named_parameters()), saved_buffers(net)
 
 
+def files_of(settings: ModelSettings) -> tuple[About, ...]:
+    """What is known of the checkpoint's files before they are read; () where they are not on this machine
+    yet."""
+    folder = folder_of(locate(settings.name), settings.revision)
+    return about_files(weight_files(folder)) if folder else ()
+
+
 def stored_here(settings: ModelSettings) -> torch.dtype:
     """The type of the checkpoint's numbers."""
     return stored_type(locate(settings.name), settings.revision)
@@ -225,47 +266,11 @@ def fit_text(base: Base, name: str) -> None:
         refuse_conflict(net, tokenizer, stated, task, base.context, name)
         base.pad_side = padding_side(net, tokenizer, task, base.context, name)
         base.causal = task in LM_TASKS or is_causal(net, tokenizer, base.context)
-
-
-def redraw_head(net: Any, fresh: frozenset[str], seed: int) -> frozenset[str]:
-    """Start those parts of the task head afresh that came from the file; returns the names of all fresh
-    parameters."""
-    old = {name.partition(".")[0] for name, _ in net.named_parameters() if name not in fresh}
-    return fresh | redraw(net, sorted(head_children(net) & old), seed_of("head", seed))
+        base.needs_mask = needs_mask(net, tokenizer, base.context)
 
 
 def said_of(chosen: LabelSet) -> tuple[str, ...]:
     return (chosen.note,) if chosen.note else ()
-
-
-def head_children(net: Any) -> set[str]:
-    """The children of a classifier beside its backbone that have parameters; none of a language model."""
-    if net.get_output_embeddings() is not None:
-        return set()
-    return {
-        name
-        for name, child in net.named_children()
-        if name != net.base_model_prefix and any(True for _ in child.parameters())
-    }
-
-
-def fresh_names(net: Any, info: dict[str, Any], name: str) -> frozenset[str]:
-    """Parameters that the pretrained file lacks (or has for another label set): a head or pooler may be
-    fresh, a backbone may not (M301)."""
-    lacking = set(info["missing_keys"]) | {
-        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
-    }
-    fresh = frozenset(lacking & dict(net.named_parameters()).keys())
-    heads = head_children(net)
-    lost = sorted(key for key in fresh if key.partition(".")[0] not in heads and ".pooler." not in key)
-    if lost:
-        raise FedtuneError(
-            "M301",
-            f"a model file of {name} without '{lost[0]}' ({len(lost)} parameters)",
-            "all weights of the pretrained network",
-            "use a complete file of the same architecture",
-        )
-    return fresh
 
 
 def context_of(net: Any, tokenizer: Any = None) -> int | None:
@@ -299,11 +304,28 @@ def pick_device(name: str) -> torch.device:
 
 
 def dtype_of(settings: ModelSettings) -> torch.dtype:
-    """Type of the frozen base. Raises M301 for a device that is not there."""
-    if settings.dtype == "auto":
-        return torch.bfloat16 if has_bfloat16(pick_device(settings.device)) else torch.float32
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    return dtype
+    """Type of the frozen base. Raises M301 for a device that is not there.
+
+    auto rounds nothing: it is bfloat16 where the checkpoint is and a GPU computes with that, else float32. On
+    a CPU it is float32 whatever that computes with, so that a recipe has the same bits on all of them."""
+    if settings.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        return dtype
+    device = pick_device(settings.device)
+    half = device.type == "cuda" and has_bfloat16(device) and own_type(settings) == torch.bfloat16
+    return torch.bfloat16 if half else torch.float32
+
+
+def own_type(settings: ModelSettings) -> torch.dtype:
+    """The type of the checkpoint's numbers, or the one that its configuration states where its files are not
+    on this machine yet. Raises M301."""
+    place = locate(settings.name)
+    if folder_of(place, settings.revision):
+        return stored_type(place, settings.revision)
+    known = {"revision": settings.revision} if settings.revision else {}
+    with reading(settings.name):
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
+    return config.dtype or torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from fedtune.errors import FedtuneError
 from fedtune.model.device_memory import losses_in_parts
 from fedtune.model.encode import Encoded
-from fedtune.model.loss import autocast, carries, check_room, summed_loss
+from fedtune.model.loss import autocast, carries, check_room, summed_loss, without_idle_mask
 from fedtune.model.training_loss import Loss
 from fedtune.model.tunable import TunableModel
 
@@ -34,7 +34,8 @@ def forward_only(tunable: TunableModel, encoded: Encoded) -> Iterator[None]:
 
 def batch_of(tunable: TunableModel, encoded: Encoded, indices: list[int]) -> dict[str, torch.Tensor]:
     """A batch on the tunable model's device."""
-    return {name: value.to(tunable.base.device) for name, value in encoded.collate(indices).items()}
+    batch = without_idle_mask(tunable, encoded.collate(indices))
+    return {name: value.to(tunable.base.device) for name, value in batch.items()}
 
 
 def mean_loss(tunable: TunableModel, batch: dict[str, torch.Tensor], loss_of: Loss | None = None) -> float:
@@ -51,8 +52,11 @@ def mean_loss(tunable: TunableModel, batch: dict[str, torch.Tensor], loss_of: Lo
     return total / carries(tunable.base.task, batch)
 
 
-def device_bytes(tunable: TunableModel) -> int:
-    """Memory of the device that the tunable model is on: of the GPU, or of the machine."""
-    if tunable.base.device.type == "cuda":
-        return int(torch.cuda.get_device_properties(tunable.base.device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def room_for(tunable: TunableModel) -> int:
+    """Bytes that a training may take of the device that the tunable model is on, this model among them: half
+    of the GPU's or the machine's memory, of a GPU no more than others have left of it."""
+    device = tunable.base.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(min(total // 2, free + torch.cuda.memory_reserved(device)))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

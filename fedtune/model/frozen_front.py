@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.model.base import head_children
 from fedtune.model.blocks import block_list
+from fedtune.model.fresh_head import head_children
 from fedtune.model.tunable import TunableModel
 
 MOST = 256 << 20  # bytes of hidden states that are kept

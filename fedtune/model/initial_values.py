@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedtune.model.adapters.wrap import plain
+from fedtune.model.known_digests import WORTH, known_or
 from fedtune.model.tunable import TunableModel
 from fedtune.rng import stream
 
@@ -59,7 +60,7 @@ def keep_origin(tunable: TunableModel, seed: int) -> None:
                 and bool(torch.equal(first.detach().float(), value.detach()))
             )
             tensors[name] = first.detach() if first is not None and same else value.detach().clone()
-    tunable.origin = Origin(tensors, digest_of(tensors), seed)
+    tunable.origin = Origin(tensors, origin_digest(tunable, tensors), seed)
     reset(tunable)
 
 
@@ -75,6 +76,24 @@ def reset(tunable: TunableModel) -> None:
     with torch.no_grad():
         for name, value in tunable.named.items():
             value.copy_(tunable.origin.tensors[name])
+
+
+def origin_digest(tunable: TunableModel, tensors: dict[str, torch.Tensor]) -> bytes:
+    """As `digest_of`; of a large model as it was found earlier for the same base."""
+    base = tunable.base
+    own = {value.data_ptr(): name for name, value in base.weights.items()}
+    size = sum(4 * value.numel() for value in tensors.values() if value.data_ptr() in own)
+
+    def compute() -> str:
+        return digest_of(tensors).hex()
+
+    if size < WORTH:
+        return bytes.fromhex(compute())
+    follows = [
+        [name, list(value.shape), own.get(value.data_ptr()) or digest_of({name: value}).hex()]
+        for name, value in tensors.items()
+    ]
+    return bytes.fromhex(known_or([base.held_fingerprint, follows], size, compute))
 
 
 def digest_of(tensors: dict[str, torch.Tensor]) -> bytes:

@@ -4,14 +4,14 @@ loss."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import FedtuneError
-from fedtune.hf.packing import arguments
+from fedtune.hf.packing import arguments, rows_of_one_text
 from fedtune.model.adapters.lora import Lora
 from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded
@@ -25,7 +25,8 @@ from fedtune.types import LM_TASKS
 def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
     """The network's arguments on its device, and the labels, which stay out of it: each model would normalise
     its loss its own way."""
-    moved = {name: value.to(tunable.base.device, non_blocking=True) for name, value in batch.items()}
+    shown = without_idle_mask(tunable, batch)
+    moved = {name: value.to(tunable.base.device, non_blocking=True) for name, value in shown.items()}
     labels = moved.pop("labels")
     if labels.ndim == 3:  # pairs of responses: both are read as texts of their own
         moved = {name: value.flatten(0, 1) for name, value in moved.items()}
@@ -37,6 +38,17 @@ def inputs_of(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> tuple[di
             "use_cache": False
         }, labels  # a cache is of no use here and costs memory; prefixes are one
     return moved, labels
+
+
+def without_idle_mask(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch on the CPU without its mask where nothing is padded: on a GPU a model waits for the device to
+    see that, in each forward pass. Virtual tokens are told from others by the mask, so it stays with them."""
+    mask = batch.get("attention_mask")
+    if mask is None or not mask.is_cpu or tunable.base.needs_mask:
+        return batch
+    if (tunable.settings and tunable.settings.virtual_tokens) or not bool(mask.all()):
+        return batch
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
 
 
 def summed_loss(
@@ -65,7 +77,7 @@ def hidden_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `logits_of` would make logits of, (texts, T - 1, width), and the labels."""
     with before_output(tunable.base.net):
-        hidden = tunable.net(**arguments).logits
+        hidden = run(tunable, arguments).logits
     return hidden[:, -labels.shape[-1] : -1], labels[..., 1:]
 
 
@@ -74,10 +86,18 @@ def logits_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and (B, T - 1), of pairs
     (B, 2, T - 1, C) and (B, 2, T - 1); `arguments` and `labels` as `inputs_of` makes them."""
-    logits = tunable.net(**arguments).logits
+    logits = run(tunable, arguments).logits
     if tunable.base.task in LM_TASKS:
         return logits[:, -labels.shape[-1] : -1].unflatten(0, labels.shape[:-1]), labels[..., 1:]
     return logits, labels
+
+
+def run(tunable: TunableModel, arguments: dict[str, Any]) -> Any:
+    """What the network answers to `arguments` as `inputs_of` makes them: without a mask and positions, each
+    row is one text."""
+    single = not {"attention_mask", "position_ids"} & arguments.keys()
+    with rows_of_one_text() if single else nullcontext():
+        return tunable.net(**arguments)
 
 
 def carries(task: str, batch: dict[str, torch.Tensor]) -> int:

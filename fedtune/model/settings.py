@@ -33,10 +33,11 @@ class ModelSettings(Settings):
     encoder's own 1_Pooling/config.json says, else
     as the model's class does; pooler: as the class does, always; mean, cls, last: of the last states, padding
     left out."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen base; trainable tensors are float32 always. auto: bfloat16 where the device computes
-    with it, else float32. Sites may have others than the recipe says, but with fedkseed. float16: for clients
-    that only ask for losses, not for training with gradients."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen base; trainable tensors are float32 always. auto: bfloat16 on a GPU that computes
+    with it where the checkpoint's own numbers are of that type, so that nothing is rounded; else, and on
+    every CPU, float32. Sites may have others than the recipe says; with fedkseed only such as round nothing.
+    float16: for clients that only ask for losses, not for training with gradients."""
     load: Literal["full", "8bit", "4bit", "auto"] = "full"
     """In how many bits the linear layers of the frozen base are held (docs/tuning.md): full, as `dtype` says;
     8bit, of each row; 4bit, QLoRA's NF4. auto: the first of these in which the weights take no more than half

@@ -132,12 +132,52 @@ def test_pickled_weights_are_refused(workspace: Any, tmp_path: Path) -> None:
         load(ModelSettings(name=str(tmp_path), threads=1), "classify", ("a", "b"), 1)
 
 
-@pytest.mark.parametrize(("flags", "wanted"), [("sse2 avx512_bf16", "bfloat16"), ("sse2 avx2", "float32")])
-def test_a_type_left_open_is_half_precision_where_the_processor_computes_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, wanted: str
+@pytest.mark.parametrize(("own", "computes", "wanted"), [
+    (torch.bfloat16, True, torch.bfloat16),
+    (torch.bfloat16, False, torch.float32),
+    (torch.float16, True, torch.float32),
+    (torch.float32, True, torch.float32),
+])  # fmt: skip
+def test_a_type_left_open_rounds_nothing(
+    own: torch.dtype, computes: bool, wanted: torch.dtype, tiny_bert: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    transformers.AutoModel.from_pretrained(tiny_bert, dtype=own).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(base, "pick_device", torch.device)
+    monkeypatch.setattr(base, "has_bfloat16", lambda device: computes)
+    settings = ModelSettings(name=str(tmp_path / "model"))
+    assert settings.dtype == "auto"
+    assert base.dtype_of(settings.model_copy(update={"device": "cuda"})) == wanted
+    assert base.dtype_of(settings.model_copy(update={"device": "cpu"})) == torch.float32
+
+
+def test_of_a_checkpoint_that_is_not_here_yet_the_configuration_says_the_type(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "folder_of", lambda place, revision: None)
+    assert base.own_type(ModelSettings(name=str(tiny_bert))) == torch.float32
+
+
+@pytest.mark.parametrize(("flags", "computes"), [("sse2 avx512_bf16", True), ("sse2 avx2", False)])
+def test_what_a_processor_computes_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, computes: bool
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
     monkeypatch.setattr(base, "CPU", tmp_path / "cpuinfo")
-    assert base.dtype_of(ModelSettings(dtype="auto", device="cpu")) == getattr(torch, wanted)
+    assert base.has_bfloat16(torch.device("cpu")) == computes
     monkeypatch.setattr(base, "CPU", tmp_path / "nothing")
-    assert base.dtype_of(ModelSettings(dtype="auto", device="cpu")) == torch.float32
+    assert not base.has_bfloat16(torch.device("cpu"))
+
+
+def test_half_precision_that_rounds_nothing_is_the_same_base(tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    net = transformers.AutoModel.from_pretrained(tiny_bert, dtype=torch.bfloat16)
+    net.save_pretrained(tmp_path / "model")
+    settings = [
+        ModelSettings(name=str(tmp_path / "model"), dtype=d, threads=1) for d in ("float32", "bfloat16")
+    ]
+    wide, half = (load(one, "classify", ("a", "b"), 5) for one in settings)
+    assert wide.held_fingerprint == half.held_fingerprint == half.fingerprint
+    assert half.typed_fingerprint != half.held_fingerprint  # what earlier versions wrote
+    assert half.is_called(half.typed_fingerprint)
