@@ -59,7 +59,7 @@ def require_own(config: SiteConfig) -> None:
     """What the site's operator named has to be there before anybody asks for it. Raises M301 for --device and
     --model. Reads no weights."""
     if config.device:
-        from fedtune.model.base import pick_device
+        from fedtune.model.device import pick_device
 
         with called("model.device", "--device"):
             pick_device(config.device)

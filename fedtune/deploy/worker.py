@@ -192,7 +192,7 @@ class Worker:
 
     def prepared(self, recipe: Recipe, mine: Recipe, details: Details, verb: str) -> tuple[Workspace, Link]:
         """Model, data and rows as tokens, within bounds of time and memory. Raises ClientFailed M311."""
-        from fedtune.model.base import pick_device
+        from fedtune.model.device import pick_device
         from fedtune.model.hardware import free_memory
 
         weights = weights_at(Path(mine.model.name).expanduser())

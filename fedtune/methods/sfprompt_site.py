@@ -23,11 +23,10 @@ from fedtune.model.base import (
     Base,
     context_of,
     dtype_of,
-    pick_device,
-    prepare_torch,
     reading,
     said_of,
 )
+from fedtune.model.device import pick_device, prepare_torch
 from fedtune.model.fingerprint import tokenizer_text
 from fedtune.model.fresh_head import redraw_head
 from fedtune.model.settings import ModelSettings

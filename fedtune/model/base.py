@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from fedtune.hf.pooling import Pooling, choose_pooling, set_pooling
 from fedtune.hf.probe import is_causal, needs_mask, padding_side, refuse_conflict
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
+from fedtune.model.device import has_bfloat16, pick_device, prepare_torch
 from fedtune.model.fingerprint import HALF, digest, tokenizer_text
 from fedtune.model.fresh_head import fresh_names, redraw_head
 from fedtune.model.known_digests import About, about_files, known_or
@@ -33,10 +32,7 @@ from fedtune.model.quantised import fitting, quantise
 from fedtune.model.settings import ModelSettings
 from fedtune.panics import panics_as_errors
 from fedtune.rng import seed_of
-from fedtune.threads import threads_for
 from fedtune.types import LM_TASKS
-
-CPU = Path("/proc/cpuinfo")
 
 
 @dataclass(eq=False)
@@ -284,25 +280,6 @@ def context_of(net: Any, tokenizer: Any = None) -> int | None:
     return min((int(number) for number in stated if number and 0 < number < 10**9), default=None)
 
 
-def pick_device(name: str) -> torch.device:
-    """auto means CUDA where there is one. Raises M301 for a device that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        known = device.type == "cpu" or (
-            device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-        )
-    except RuntimeError:
-        known = False
-    if not known:
-        raise FedtuneError(
-            "M301",
-            f"model.device = '{name}'",
-            "auto, cpu, or a CUDA device that this machine has, such as cuda:0",
-            "change model.device",
-        )
-    return device
-
-
 def dtype_of(settings: ModelSettings) -> torch.dtype:
     """Type of the frozen base. Raises M301 for a device that is not there.
 
@@ -326,30 +303,6 @@ def own_type(settings: ModelSettings) -> torch.dtype:
     with reading(settings.name):
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **known)
     return config.dtype or torch.float32
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes with bfloat16 itself. Where it does not, a step was 20 times slower than with
-    float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    with suppress(OSError):  # another system than Linux
-        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(CPU.read_text().split()))
-    return False
-
-
-def prepare_torch(settings: ModelSettings) -> None:
-    """Threads and, on the CPU, deterministic kernels.
-
-    The number of threads is always set: Ray would leave its actors one, and bits depend on the number.
-    """
-    torch.set_num_threads(threads_for(settings.threads)[0])
-    if pick_device(settings.device).type == "cpu":
-        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports torch's compiler
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # costs time and nothing here reads such memory
-        )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def width_at(model: ModelSettings, task: str) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedtune.model.base import pick_device
+from fedtune.model.device import pick_device
 from fedtune.threads import available_cores
 
 GROUP = Path("/sys/fs/cgroup")

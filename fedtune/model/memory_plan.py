@@ -15,7 +15,8 @@ from fedtune.hf.linears import body_linears, heads
 from fedtune.hf.pooling import choose_pooling, set_pooling
 from fedtune.hf.tokenizer import load_tokenizer
 from fedtune.model.adapters import Adapter
-from fedtune.model.base import Base, context_of, dtype_of, pick_device, reading, said_of
+from fedtune.model.base import Base, context_of, dtype_of, reading, said_of
+from fedtune.model.device import pick_device
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.quantised import fitting, quantise, quantised
 from fedtune.model.settings import ModelSettings, TrainSettings

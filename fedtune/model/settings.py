@@ -45,6 +45,12 @@ class ModelSettings(Settings):
     bits; sites of one federation need not have the same."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, ..."""
+    deterministic: bool = False
+    """CUDA: only kernels whose results are the same each time, as the CPU's always are. Slower; what has no
+    such kernel is an error. Bits still differ between kinds of GPU, drivers and releases of torch."""
+    tf32: bool = False
+    """CUDA: products of float32 matrices keep 10 bits of each factor (TF32), which is several times as fast.
+    It changes a run's bytes, and is for bases in float32; mixed precision does not need it."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads of torch; 0 means OMP_NUM_THREADS where it is set, else the cores that affinity and control
     groups allow. Bits may

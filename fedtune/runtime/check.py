@@ -199,7 +199,8 @@ def check_context(recipe: Recipe, labels: Sequence[str]) -> Base:
 
 def remarks_on_types(recipe: Recipe, load: str) -> list[str]:
     """What "auto" stands for here, and a warning of a type that this machine has no arithmetic for."""
-    from fedtune.model.base import dtype_of, has_bfloat16, pick_device
+    from fedtune.model.base import dtype_of
+    from fedtune.model.device import has_bfloat16, pick_device
 
     stored, device = str(dtype_of(recipe.model)).removeprefix("torch."), pick_device(recipe.model.device)
     said = [f"dtype     auto: {stored} on {device}"] if recipe.model.dtype == "auto" else []

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from fedtune.errors import FedtuneError
-from fedtune.model import base
+from fedtune.model import base, device
 from fedtune.model.base import load
 from fedtune.model.settings import ModelSettings
 from tests import tiny
@@ -164,10 +164,10 @@ def test_what_a_processor_computes_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, computes: bool
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
-    monkeypatch.setattr(base, "CPU", tmp_path / "cpuinfo")
-    assert base.has_bfloat16(torch.device("cpu")) == computes
-    monkeypatch.setattr(base, "CPU", tmp_path / "nothing")
-    assert not base.has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(device, "CPU", tmp_path / "cpuinfo")
+    assert device.has_bfloat16(torch.device("cpu")) == computes
+    monkeypatch.setattr(device, "CPU", tmp_path / "nothing")
+    assert not device.has_bfloat16(torch.device("cpu"))
 
 
 def test_half_precision_that_rounds_nothing_is_the_same_base(tiny_bert: Path, tmp_path: Path) -> None:
