@@ -50,7 +50,8 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="processes that train clients side by side, with one thread each; the result does not depend on "
-        "their number (default: one for each core where model.threads is 1 and the model's size is fitting)",
+        "their number (default: one for each core where model.threads is 1 and the model's size is fitting, "
+        "and one for each GPU where there are several)",
     )
 
 

@@ -3,6 +3,7 @@ the simulation engine."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -70,10 +71,22 @@ def workspaces(recipe_json: str, place: Path | None = None) -> tuple[Workspace, 
     if recipe_json not in _worlds:
         recipe = config.Recipe.model_validate_json(recipe_json)
         method = config.method_of(recipe)
-        workspace = build_workspace(recipe, method, Memories(None), lambda event: None, place=place)
+        own = on_own_gpu(recipe)
+        workspace = build_workspace(own, method, Memories(None), lambda event: None, place=place)
         _worlds.clear()  # one recipe at a time: two models may not fit
-        _worlds[recipe_json] = workspace, link_of(workspace, method)
+        _worlds[recipe_json] = workspace, link_of(workspace, method, agreed=recipe)
     return _worlds[recipe_json]
+
+
+def on_own_gpu(recipe: config.Recipe) -> config.Recipe:
+    """A recipe as an actor of Ray's can follow it, which sees no GPU but the one that it was given: whatever
+    its number in the machine, it has number 0 here."""
+    from fedtune.model.hardware import gpu_count
+
+    numbered = recipe.model.device.startswith("cuda:")
+    if not numbered or "CUDA_VISIBLE_DEVICES" not in os.environ or gpu_count() != 1:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
 
 
 def load_memory(context: Context, place: Path | None, client: int) -> Versions:

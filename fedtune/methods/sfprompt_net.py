@@ -9,8 +9,6 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from fedtune.errors import FedtuneError
 from fedtune.methods.sfprompt_settings import SFPromptSettings
 from fedtune.model.base import Base
@@ -128,6 +126,8 @@ class SplitNet:
     @cached_property
     def image_tokens(self) -> int:
         """Tokens of an image in front of the body, without prompts."""
+        import torch
+
         with torch.no_grad():
             return int(self.part.head(blank_image(self.base))[0].shape[1])
 

@@ -34,7 +34,7 @@ def means(device: str = "") -> dict[str, Any]:
     chosen = pick_device(device or "auto")
     known: dict[str, Any] = {
         "device": str(chosen),
-        "devices": torch.cuda.device_count(),
+        "devices": gpu_count(),
         "cores": available_cores(),
     }
     if chosen.type == "cuda":
@@ -43,6 +43,11 @@ def means(device: str = "") -> dict[str, Any]:
             "memory": int(torch.cuda.mem_get_info(chosen)[0]),
         }
     return known | {"memory": free_memory()}
+
+
+def gpu_count() -> int:
+    """CUDA devices of this machine, as far as this process may see them."""
+    return int(torch.cuda.device_count())
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fedtune import progress
@@ -27,6 +28,7 @@ from fedtune.runtime.data_card import data_facts, write_data_card
 from fedtune.runtime.downlink import Downlink
 from fedtune.runtime.first_rounds import LOOKED_AT, say_if_not_learning
 from fedtune.runtime.folder import RunFolder
+from fedtune.runtime.gpu_workers import gpus_for, on_gpus
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.moves import keep_parts, moves_of
@@ -199,7 +201,8 @@ def open_run(
     state, held = load_state(folder, done, committed[-1].file_sha256) if committed else (start, None)
     downlink = Downlink(held, {client: number for client, (number, _) in counted.items()})
     link = link_of(workspace, method)
-    transport = carry(link, workspace) if carry else here(recipe, folder, workspace, link, tell, workers)
+    by_default = partial(here, recipe, folder, workspace, link, tell, workers, federation is None)
+    transport = carry(link, workspace) if carry else by_default()
     tunable = workspace.tunable
     tell(
         RunStarted(
@@ -243,11 +246,16 @@ def here(
     link: Link,
     tell: Callable[[Event], None],
     asked: int,
+    own_rows: bool,
 ) -> Transport:
     """The transport to clients on this machine: in this process, or in several."""
     logs = folder.path / "errors"
-    count, why = workers_for(recipe, workspace, link.method, asked)
-    if why:
+    devices, why = gpus_for(recipe, workspace, link.method, own_rows, asked)
+    if devices:
+        tell(Noted(f"clients are trained on {len(devices)} GPUs, in a process for each"))
+        return on_gpus(link, workspace, logs, devices, folder.origin())
+    count, hindered = workers_for(recipe, workspace, link.method, asked)
+    if why := why or hindered:
         tell(Noted(f"one process works for all clients: {why}"))
     if count > 1:
         return Workers(link, workspace, logs, count)

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -63,17 +63,24 @@ def hindrance(recipe: Recipe, workspace: Workspace, method: Method) -> str:
         return f"a client computes with {threads} threads ({source}); set model.threads = 1"
     if workspace.base.device.type != "cpu":
         return f"the model is on {workspace.base.device}"
+    return bound_here(recipe, method) or ("" if can_fork() else "this process has threads of its own")
+
+
+def bound_here(recipe: Recipe, method: Method) -> str:
+    """What clients share that another process, of whatever sort, does not have; "" for nothing."""
     if method.capabilities.split is not None:
         return "the middle of the model runs in this process"
     if recipe.method.together > 1:
         return "clients go through the model together (method.train.together)"
     if build(recipe.chain).hides:
         return "secrets of masked sums are kept in this process"
-    return "" if can_fork() else "this process has threads of its own"
+    return ""
 
 
 @dataclass
 class Worker:
+    """A process that answers for clients. `pid`: it is a child of this one, whoever began it."""
+
     pid: int
     pipe: Connection
     ask: Ask | None = None  # what it works on
@@ -83,18 +90,26 @@ class Worker:
 class Workers:
     """A transport. Its processes begin with the first question and end with `close`, or with this process.
 
-    logs  where the traceback of a client's unforeseen error goes
+    logs   where the traceback of a client's unforeseen error goes
+    begin  begins the processes; None: they are `count` forks of this one
     """
 
-    def __init__(self, link: Link, workspace: Workspace, logs: Path, count: int) -> None:
+    def __init__(
+        self,
+        link: Link,
+        workspace: Workspace,
+        logs: Path,
+        count: int,
+        begin: Callable[[], list[Worker]] | None = None,
+    ) -> None:
         self.link, self.workspace, self.logs, self.count = link, workspace, logs, count
+        self.begin = begin or self._forks
         self.workers: list[Worker] = []
 
     def __call__(self, asks: Sequence[Ask]) -> Iterator[Reply]:
         """Replies as they come."""
         if not self.workers:
-            with resting():
-                self.workers = [self._fork() for _ in range(self.count)]
+            self.workers = self.begin()
         left = deque(asks)
         while left or any(worker.ask for worker in self.workers):
             for worker in self.workers:
@@ -106,10 +121,14 @@ class Workers:
             for pipe in wait([worker.pipe for worker in self.workers if worker.ask]):
                 yield self._taken(next(worker for worker in self.workers if worker.pipe is pipe))
 
+    def _forks(self) -> list[Worker]:
+        with resting():
+            return [self._fork() for _ in range(self.count)]
+
     def close(self) -> None:
         """No worker outlives the run."""
         for worker in self.workers:
-            self._end(worker)
+            end(worker)
         self.workers = []
 
     def _here(self, asks: Sequence[Ask]) -> Iterator[Reply]:
@@ -151,7 +170,7 @@ class Workers:
         try:
             reply, memory = read_reply(worker.pipe, ask.client)
         except (EOFError, OSError):
-            self._end(worker)
+            end(worker)
             self.workers.remove(worker)
             name = self.workspace.names.get(ask.client, str(ask.client))
             sentence = f"the process that worked for client '{name}' was ended, probably for want of memory"
@@ -166,13 +185,14 @@ class Workers:
             self.workspace.done(ask, client)
         return replace(reply, seconds=time.monotonic() - worker.since)
 
-    def _end(self, worker: Worker) -> None:
-        worker.pipe.close()
-        try:
-            os.kill(worker.pid, signal.SIGKILL)
-            os.waitpid(worker.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+
+def end(worker: Worker) -> None:
+    worker.pipe.close()
+    try:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitpid(worker.pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
 
 
 def answer_one(pipe: Connection, link: Link, workspace: Workspace, logs: Path) -> None:
