@@ -97,8 +97,7 @@ def simulate(
     ray       flower: the address of a Ray cluster that is there already (host:port, or auto), over whose
               nodes clients are spread; "": RAY_ADDRESS, or else a Ray of our own on this machine
     workers   processes of the local engine that train clients side by side, with one thread each; 0: one for
-    each core where `model.threads` is 1 and the model is neither tiny nor large, and one for each GPU
-              where there are several
+              each GPU, or core if `model.threads` is 1 and the model is neither tiny nor large
     on_event  is told everything as it happens (fedtune.events); nothing is printed
     stem      begins the folder's name, where the recipe names none: the recipe's file name
     began     time.time() at which the clock of the run starts; None: now

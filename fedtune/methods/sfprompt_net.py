@@ -126,10 +126,7 @@ class SplitNet:
     @cached_property
     def image_tokens(self) -> int:
         """Tokens of an image in front of the body, without prompts."""
-        import torch
-
-        with torch.no_grad():
-            return int(self.part.head(blank_image(self.base))[0].shape[1])
+        return int(self.part.head(blank_image(self.base))[0].shape[1])
 
     # --- the body
     # -------------------------------------------------------------------------------------------------------
