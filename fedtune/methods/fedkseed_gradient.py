@@ -49,6 +49,7 @@ def projected(
     again  writes the values that the model stands at into tensors, under their names
     """
     from fedtune.model.fit import fit
+    from fedtune.model.initial_values import put_update
     from fedtune.zeroth import project
 
     report = fit(tunable, data, s.train, seed, progress=progress)
@@ -59,15 +60,3 @@ def projected(
         raise diverged(report.loss, report.steps, "method.train.lr") from error
     scalars = np.rint(np.clip(coordinates, -most, most)).astype(np.int64)
     return Walk(scalars, report.loss, report.loss, float((np.abs(coordinates) > most).mean()))
-
-
-def put_update(tunable: TunableModel, again: Callable[[Mapping[str, Any]], None]) -> None:
-    """First minus last values (w moves against the scalars) in the place of the last. The first ones are made
-    once more, a tensor at a time: a copy of all would be 4 bytes a parameter beside the model."""
-    import torch
-
-    with torch.no_grad():
-        for name, value in tunable.named.items():
-            first = torch.empty_like(value)
-            again({name: first})
-            value.copy_(first.sub_(value))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.methods.fedkseed_gradient import put_update
 from fedtune.methods.seeds import pool_name
 from fedtune.model.forward import room_for
+from fedtune.model.initial_values import put_update
 from fedtune.model.step_memory import StorageWatch
 from fedtune.model.tunable import TunableModel, attach
 from fedtune.rng import stream
