@@ -203,7 +203,8 @@ def remarks_on_types(recipe: Recipe, load: str) -> list[str]:
     from fedtune.model.device import has_bfloat16, pick_device
 
     stored, device = str(dtype_of(recipe.model)).removeprefix("torch."), pick_device(recipe.model.device)
-    said = [f"dtype     auto: {stored} on {device}"] if recipe.model.dtype == "auto" else []
+    chosen = recipe.model.dtype == "auto" and device.type == "cuda"  # on a CPU it is float32 always
+    said = [f"dtype     auto: {stored} on {device}"] if chosen else []
     said += [f"load      auto: {load} on {device}"] * (recipe.model.load == "auto")
     if stored == "bfloat16" and not has_bfloat16(device):
         said.append(
