@@ -131,8 +131,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
 def test_a_run_on_a_grid_without_failures_is_a_local_run(
     changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The fake itself must not be what makes the tests above pass. Secrets of masked sums are where memories
-    are."""
+    """The fake itself must not be what makes the tests above pass. Secrets of masked sums are where memories are."""
     recipe = small.recipe(tiny_bert, data, **changes)
     folder = create(tmp_path, "", "run")
     server_app.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)

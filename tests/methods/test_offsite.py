@@ -1,5 +1,4 @@
-"""Offsite tuning: the emulator is the model without some blocks, and what was trained on it is plugged into
-the model."""
+"""Offsite tuning: the emulator is the model without some blocks, and what was trained on it is plugged into the model."""
 
 from __future__ import annotations
 
