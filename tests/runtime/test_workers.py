@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import Paused
+from fedtune.runtime import client_half
 from fedtune.runtime import workers as module
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.protocol import Ask, Link, Reply, Transport
@@ -83,16 +84,16 @@ def test_a_client_that_fails_is_left_out_by_the_same_words(
     tiny_bert: Path, data: Path, tmp_path: Path, made: list[Workers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small.recipe(tiny_bert, data)
-    respond = module.respond
+    opened = client_half.opened
 
-    def failing(link: Link, client: Client, ask: Ask) -> Reply:
+    def failing(link: Link, client: Client, ask: Ask) -> Any:
         if ask.client == 2:
             raise ValueError("of one client")
-        return respond(link, client, ask)
+        return opened(link, client, ask)
 
-    monkeypatch.setattr(module, "respond", failing)
+    monkeypatch.setattr(client_half, "opened", failing)
     _, result, _ = small.play(recipe, tmp_path / "run", carry=side_by_side(2, tmp_path / "logs"))
-    monkeypatch.setattr("fedtune.runtime.local.respond", failing)
+    monkeypatch.setattr("fedtune.runtime.local.opened", failing)
     _, want, _ = small.play(recipe, tmp_path / "alone")
     assert result["state_sha256"] == want["state_sha256"] and result["left_out"] == want["left_out"] == 3
     assert "of one client" in (tmp_path / "logs" / "client-2.txt").read_text()
