@@ -22,7 +22,7 @@ from fedtune.rng import seed_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.sampling import wanted
 from fedtune.runtime.workspace import Workspace
-from fedtune.threads import threads_for
+from fedtune.threads import available_cores, threads_for
 from fedtune.types import State
 
 FALLING = ("perplexity",)  # figures that are better when they are lower
@@ -105,9 +105,11 @@ def one_place(recipe: Recipe, workspace: Workspace) -> Method:
 
 
 def side_by_side(workspace: Workspace) -> int:
-    """How many trainings go on at once: as many as threads are allowed, where each can do with one."""
+    """How many trainings go on at once, where each can do with one thread: as many as threads are allowed, or
+    one a core, as clients do, where a client has one."""
     small = workspace.base.device.type == "cpu" and workspace.tunable.total <= SMALL
-    return min(threads_for(workspace.recipe.model.threads)[0], MOST) if small else 1
+    threads = threads_for(workspace.recipe.model.threads)[0]
+    return min(threads if threads > 1 else available_cores(), MOST) if small else 1
 
 
 def one_thread() -> None:
