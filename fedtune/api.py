@@ -69,12 +69,8 @@ def recipe(source: Source = None, /, **changes: Any) -> Recipe:
     overrides = [f"{name.replace('__', '.')}={toml(value)}" for name, value in changes.items()]
     if source is None or isinstance(source, (str, Path)):
         return config.read(None if source is None else str(source), overrides)
-    tree = (
-        source.model_dump(mode="json", exclude_unset=True)
-        if isinstance(source, Recipe)
-        else copy.deepcopy(dict(source))
-    )
-    return config.parse_with(tree, overrides, "recipe")
+    tree = source.model_dump(mode="json", exclude_unset=True) if isinstance(source, Recipe) else source
+    return config.parse_with(copy.deepcopy(dict(tree)), overrides, "recipe")
 
 
 def simulate(
@@ -139,10 +135,7 @@ def simulate(
 
 def stream(source: Source = None, /, **options: Any) -> Iterator[Event]:
     """`simulate`, as an iterator over its events; the last one is RunDone. Leaving the loop early ends the
-    run, which can be resumed.
-
-    Raises what `simulate` raises, where the run did.
-    """
+    run, which can be resumed. Raises what `simulate` raises, where the run did."""
     events: queue.Queue[Event | BaseException | None] = queue.Queue(1)
     left = threading.Event()
 
@@ -187,10 +180,9 @@ def live() -> AbstractContextManager[Callable[[Event], None]]:
 def check(source: Source = None, /, **changes: Any) -> list[str]:
     """What `fedtune check` prints: clients, bytes, memory, who sees what. Raises the first mistake; reads no
     weights."""
-    from fedtune.runtime.check import check as checked
-    from fedtune.runtime.check import rows
+    from fedtune.runtime import check as found
 
-    return rows(checked(recipe(source, **changes)))
+    return found.rows(found.check(recipe(source, **changes)))
 
 
 def evaluate(
@@ -199,12 +191,16 @@ def evaluate(
     round: str = "best",
     what: Sequence[str] = (),
     text: str | Path = "",
+    steer: str = "",
+    steer_weight: float | None = None,
 ) -> dict[str, Any]:
     """Scores of a run's best (or last) state: on its test set and every client's held-out rows or, with
-    `data`, on the rows of a file. Raises C103, R402, R406.
+    `data`, on the rows of a file. Raises C103, M301, M303, M306, R402, R406.
 
     what  instead of scores, what tuning did: forgetting, calibration, intruders, clients, knowledge
     text  forgetting: a file of general text, instead of the one that Python carries
+    steer         experimental: a big language model, scored with its logits moved as tuning moved the run's
+    steer_weight  how far; None: found, so that it moves as much as the run's did, and told as "steer"
     """
     from fedtune.runtime.effects import effects
     from fedtune.runtime.finished import evaluate_file, evaluate_run
@@ -212,10 +208,10 @@ def evaluate(
 
     folder = existing(Path(run).expanduser().resolve())
     if what or text:
-        return effects(folder, what, round, text, data)
+        return effects(folder, what, round, text, data, steer)
     if data:
-        return evaluate_file(folder, str(Path(data).expanduser().resolve()), round)
-    return evaluate_run(folder, round)
+        return evaluate_file(folder, str(Path(data).expanduser().resolve()), round, steer, steer_weight)
+    return evaluate_run(folder, round, steer, steer_weight)
 
 
 def export(
@@ -385,16 +381,19 @@ def predict(
     batch: int = 32,
     tokens: int = 128,
     round: Literal["best", "last"] = "best",
+    steer: str = "",
+    steer_weight: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """What a run's model, or an exported adapter, says of the rows of a file: each row as it was, with
     `prediction` (a label, or a response) and, for labels, `probability` and `probabilities`.
 
     column  of the texts or prompts, where it is not as in the run's recipe
     tokens  of a response, at most
+    steer, steer_weight  as in `evaluate`: the big model answers; rows have `steer_weight`, too
 
-    Raises D201, D203, D204, M304, M306.
+    Raises C103, D201, D203, D204, M301, M303, M304, M306.
     """
     from fedtune.runtime.predict import predicted
 
     place, rows = Path(source).expanduser().resolve(), str(Path(data).expanduser().resolve())
-    return predicted(place, rows, column, batch, tokens, round)
+    return predicted(place, rows, column, batch, tokens, round, steer, steer_weight)

@@ -57,6 +57,7 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="general text for forgetting (default: what Python has)",
     )
+    add_steering(parser)
     add_round(parser)
     parser.set_defaults(command=evaluate)
 
@@ -114,6 +115,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="rows in a forward pass")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="of a response, at most")
+    add_steering(parser)
     add_round(parser)
     parser.set_defaults(command=predict)
 
@@ -128,6 +130,23 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--png", default="", metavar="DIR", help="write its pictures here, too")
     parser.add_argument("--csv", default="", metavar="DIR", help="write its numbers here, too")
     parser.set_defaults(command=report)
+
+
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steer",
+        default="",
+        metavar="MODEL",
+        help="experimental: a big language model of the same vocabulary in the place of the run's, its "
+        "logits moved as tuning moved the run's",
+    )
+    parser.add_argument(
+        "--steer-weight",
+        type=float,
+        default=None,
+        metavar="W",
+        help="how far (default: as far as the run's model moved, in KL divergence on a few texts)",
+    )
 
 
 def opened(path: str) -> RunFolder:
@@ -165,7 +184,10 @@ def evaluate(options: argparse.Namespace) -> int:
     from fedtune import api
 
     what = [name for name in options.what.split(",") if name]
-    found = api.evaluate(options.run, options.data or "", options.round, what, options.text)
+    found = api.evaluate(
+        options.run, options.data or "", options.round, what, options.text,
+        steer=options.steer, steer_weight=options.steer_weight,
+    )  # fmt: skip
     print(json_text(found, indent=2))
     return 0
 
@@ -180,7 +202,7 @@ def predict(options: argparse.Namespace) -> int:
 
     said = api.predict(
         options.model, options.data, options.column, batch=options.batch, tokens=options.tokens,
-        round=options.round,
+        round=options.round, steer=options.steer, steer_weight=options.steer_weight,
     )  # fmt: skip
     if not options.to:
         for row in said:

@@ -45,3 +45,12 @@ def tokenizer_text(tokenizer: Any) -> str:
             if name not in ("transformers_version", "_processor_class")
         }
     return json.dumps(known, sort_keys=True, default=str)
+
+
+def tokenizer_parts(tokenizer: Any) -> Any:
+    """How a fast tokenizer finds its tokens in a text; None of a slow one. What it puts around texts, and its
+    chat template, are no part of that."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return None
+    known = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: known[name] for name in ("normalizer", "pre_tokenizer", "model")}

@@ -9,7 +9,7 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.model.encode import encode
-from fedtune.model.generate import generated, questions
+from fedtune.model.generate import Question, generated, questions
 from fedtune.model.loss import autocast, inputs_of
 from fedtune.model.tunable import TunableModel
 
@@ -39,12 +39,16 @@ def responses_of(
     tunable: TunableModel, rows: Sequence[Row], tokens: int, batch: int, **how: Any
 ) -> list[str]:
     """Greedy responses to {prompt} or to {messages} that end with the user; `how`: template, system, day."""
+    return generated(tunable, asked_of(tunable, rows, **how), tokens, batch)
+
+
+def asked_of(tunable: TunableModel, rows: Sequence[Row], **how: Any) -> list[Question]:
     asked = []
     for row in rows:
         if "messages" in row:
             row = {**row, "messages": [*row["messages"], {"role": "assistant", "content": UNKNOWN}]}
         asked.append(row if "messages" in row else {**row, "response": UNKNOWN})
-    return generated(tunable, questions(asked, tunable, **how), tokens, batch)
+    return questions(asked, tunable, **how)
 
 
 def refuse_unpredictable(task: str) -> None:

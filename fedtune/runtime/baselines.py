@@ -58,9 +58,7 @@ def compare(
         scores["loss"]["base"] = base["loss"]
     scores["samples"] = samples_of(base or {}, final)
     if recipe.evaluate.clients:
-        scores["clients_metric"] = phase(
-            "clients", lambda: own_scores(recipe, workspace, method, state, tell)
-        )
+        scores["clients_metric"] = phase("clients", lambda: own_scores(workspace, method, state, tell))
     scores["also"] = {
         name.removeprefix(ALSO): phase(name, work)["value"]
         for name, work in also_scored(recipe, workspace, start, state, tell).items()
@@ -145,19 +143,24 @@ def samples_of(base: Mapping[str, Any], final: Mapping[str, Any]) -> list[dict[s
 
 
 def own_scores(
-    recipe: Recipe, workspace: Workspace, method: Method, state: State, tell: Callable[[Event], None]
+    workspace: Workspace, method: Method, state: State, tell: Callable[[Event], None]
 ) -> dict[str, Any]:
     """The federated state on every client's own held-out rows, by client name; null for a client whose rows
     give no finite score."""
+    method.install(state, workspace.tunable)
+    return held_out_scores(workspace, tell)
+
+
+def held_out_scores(workspace: Workspace, tell: Callable[[Event], None]) -> dict[str, Any]:
+    """The same of what is installed."""
     from fedtune.model.score import score
 
-    method.install(state, workspace.tunable)
     own: dict[str, Any] = {}
     for number, name in workspace.names.items():
         if not len(workspace.held_out(number)):
             continue
         try:
-            got = score(workspace.tunable, workspace.held_out(number), recipe.evaluate.batch)
+            got = score(workspace.tunable, workspace.held_out(number), workspace.recipe.evaluate.batch)
             own[name] = {"name": got.name, "metric": got.metric, "loss": got.loss, "count": got.count}
         except FedtuneError as error:
             tell(Noted(f"not scored: the rows held out at client {name}. {error}"))

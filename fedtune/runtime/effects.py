@@ -49,12 +49,15 @@ def effects(
     which: str = "best",
     text: str | Path = "",
     data: str | Path = "",
+    steer: str = "",
 ) -> dict[str, Any]:
     """Each of `what` by its name, of the best (or last) committed state; kept in the run's folder, where the
-    report finds it. `text` is of forgetting alone, and nothing here is of `data`. Raises C103 for a name that
-    is not known, and what finding it raises."""
+    report finds it. `text` is of forgetting alone, and nothing here is of `data` or `steer`. Raises C103 for
+    a name that is not known, and what finding it raises."""
     if data:
         raise FedtuneError("C103", "--what with --data", "one of them", "score the file by itself")
+    if steer:
+        raise FedtuneError("C103", "--what with --steer", "one of them", "score the steered model by itself")
     if text and "forgetting" not in what:
         raise FedtuneError("C103", "--text without forgetting", "--what forgetting", "remove --text")
     odd = sorted(set(what) - FOUND.keys())

@@ -23,13 +23,14 @@ from fedtune.methods.experts_settings import refuse_merging
 from fedtune.methods.seeds import Seeds, read_seeds
 from fedtune.model.settings import ModelSettings
 from fedtune.runtime import privacy
-from fedtune.runtime.baselines import own_scores, score_test
+from fedtune.runtime.baselines import held_out_scores, score_test
 from fedtune.runtime.best import best_round, committed_round, round_scores
 from fedtune.runtime.checkpoints import Memories, load_state
 from fedtune.runtime.data_card import data_facts
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.paths import located
+from fedtune.runtime.steered import asked_to_steer, steered_workspace
 from fedtune.runtime.workspace import Workspace, build_workspace
 from fedtune.types import State
 
@@ -37,32 +38,39 @@ if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
 
-def evaluate_run(folder: RunFolder, which: str = "best") -> dict[str, Any]:
-    """Scores of the best (or last) committed state on the test set and on each client's own held-out rows.
-    Raises R406 where the data has changed since.
+def evaluate_run(
+    folder: RunFolder, which: str = "best", steer: str = "", weight: float | None = None
+) -> dict[str, Any]:
+    """Scores of the best (or last) committed state, or of what it steers, on the test set and on each
+    client's own held-out rows. Raises R406 where the data has changed since.
 
     A test set drawn anew from other rows would hold rows that were trained on.
     """
-    workspace, state, number = installed(folder, which, data=True)
-    recipe = workspace.recipe
+    wish = asked_to_steer(steer, weight)
+    workspace, _, number = installed(folder, which, data=True)
+    workspace, said = steered_workspace(workspace, wish, lambda: workspace.choosing()[1])
     final = score_test(workspace, "federated", number, nobody)
-    method = method_of(recipe)
-    return {"round": number, **final, "clients": own_scores(recipe, workspace, method, state, nobody)}
+    return {"round": number, **said, **final, "clients": held_out_scores(workspace, nobody)}
 
 
-def evaluate_file(folder: RunFolder, path: str, which: str = "best") -> dict[str, Any]:
-    """Scores of the best (or last) committed state on all rows of a file or folder, in the form of the
-    recipe's [data]; the run's own data is not read."""
+def evaluate_file(
+    folder: RunFolder, path: str, which: str = "best", steer: str = "", weight: float | None = None
+) -> dict[str, Any]:
+    """Scores of the best (or last) committed state, or of what it steers, on all rows of a file or folder, in
+    the form of the recipe's [data]; the run's own data is not read."""
+    wish = asked_to_steer(steer, weight)
     workspace, _, number = installed(folder, which)
     data = workspace.recipe.data
     asked_data = data_at(data, path, labels=workspace.federation.labels, client_test_share=0.0, limit=0)
     mine, dropped = load_slice(asked_data, workspace.recipe.seed, 0, path)
     rows = [*mine.train, *mine.test]
     asked = replace(workspace, federation=replace(workspace.federation, test=rows), _encoded={}, _fronts={})
+    asked, said = steered_workspace(asked, wish, asked.test)
     return {
         "round": number,
         "rows": len(rows),
         "left_out": dropped,
+        **said,
         **score_test(asked, "federated", number, nobody),
     }
 
