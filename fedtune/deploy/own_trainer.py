@@ -242,6 +242,9 @@ def require_trainable(recipe: Recipe) -> None:
         found = f"method.type = '{recipe.method.type}'"
     elif any(table.private.max_grad_norm for table in tables):
         found = "[method.train.private], whose bound on each example's gradient no script promises to keep,"
+    elif recipe.aggregate.residual_rank or recipe.method.residual:
+        rule = f"aggregate.rule = '{recipe.aggregate.rule}'"
+        found = f"{recipe.method.residual or rule}, whose residual beside the adapter no script's model has,"
     if found:
         raise Refused(
             "F507",

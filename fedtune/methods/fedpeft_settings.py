@@ -85,17 +85,19 @@ class FedPEFTSettings(AdapterTable):
             return f"aggregate.rule = '{rule.rule}'"
         if self.mixed:
             return "clients of different ranks or alphas"
-        if residual_rank(self):
-            return f"method.lora_start = '{self.lora_start}'"
+        if self.residual:
+            return self.residual
         lora = self.adapter if isinstance(self.adapter, Lora) else None
         if not self.adapter.stacks or (lora and lora.own_steps):
             return f"method.adapter.kind = '{self.adapter.kind}'" + (" as it is set" if lora else "")
         return ""
 
     def needs_weights(self) -> str:
-        return super().needs_weights() or (
-            f"method.lora_start = '{self.lora_start}'" if residual_rank(self) else ""
-        )
+        return super().needs_weights() or self.residual
+
+    @property
+    def residual(self) -> str:
+        return f"method.lora_start = '{self.lora_start}'" if residual_rank(self) else ""
 
     @property
     def mixed(self) -> bool:

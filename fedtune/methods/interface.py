@@ -244,6 +244,11 @@ class MethodTable(Settings):
     own_loop: ClassVar[bool] = False
     """Whether clients train by the local loop and nothing else, so that a site's own may stand in for it."""
 
+    @property
+    def residual(self) -> str:
+        """The setting under which a residual stands beside the adapter from the start; "" for none."""
+        return ""
+
     def build(self, rounds: int, rule: Rule) -> Method:
         """The method for a run of so many rounds, under an aggregation rule."""
         raise NotImplementedError(f"'{self.type}' builds no method")

@@ -133,6 +133,8 @@ def test_a_script_that_is_not_there_costs_a_round_and_no_more(
     [
         ({"method": {"type": "fedkseed", "estimator": "spsa"}}, "'fedkseed'"),
         ({"method": {"type": "offsite", "adapter": {"kind": "lora"}}}, "'offsite'"),
+        ({"aggregate": {"rule": "fedex"}}, "rule = 'fedex'.*residual"),
+        ({"method__lora_start": "pissa"}, "lora_start = 'pissa'.*residual"),
         ({"method__train__private": {"max_grad_norm": 1.0}, "method__train__lr": 0.1}, "private"),
     ],
 )
