@@ -97,7 +97,6 @@ class FedPEFT(AdapterMethod):
         return tunable
 
     # --- who holds what
-    # -----------------------------------------------------------------------------------------
 
     def ever(self, names: Mapping[str, Any]) -> frozenset[str]:
         """What is trained in some round; the rest stays as the seed made it and never travels."""
@@ -127,7 +126,6 @@ class FedPEFT(AdapterMethod):
         return rank, a.alpha / root(a.rank)
 
     # --- on the server
-    # ------------------------------------------------------------------------------------------
 
     def start(self, tunable: TunableModel) -> State:
         self.started = tunable
@@ -227,7 +225,6 @@ class FedPEFT(AdapterMethod):
         tunable.write(stack(*apart(without_core(tensors)), scale))
 
     # --- schemas
-    # ------------------------------------------------------------------------------------------------
 
     def given(self, tunable: TunableModel, client: int, now: Round) -> Schema:
         """What travels down: at the client's rank, whatever rank the tunable model has now."""
@@ -259,7 +256,6 @@ class FedPEFT(AdapterMethod):
         return self.rule.sends(names, number) & self.settings.adapter.turn(names, number) | home
 
     # --- on each client
-    # -----------------------------------------------------------------------------------------
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
@@ -340,7 +336,6 @@ class FedPEFT(AdapterMethod):
         ]
 
     # --- around a run
-    # -------------------------------------------------------------------------------------------
 
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.lora_ranks import training_only

@@ -57,3 +57,13 @@ def test_inputs_are_not_cast_there_and_back(
     assert operations < more and peak <= higher
     assert checkpointing or peak < higher
     assert all(getattr(module, "cast_input_dtype_enabled", True) for module in base.net.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"rslora": True}])
+def test_an_adapter_is_drawn_alike_on_bases_of_any_type(options: dict[str, Any], workspace: Any) -> None:
+    drawn = []
+    for dtype in ("float32", "bfloat16"):
+        tunable = attach(workspace.load("causal", dtype=dtype), adapter_of(rank=2, **options), 1)
+        drawn.append({name: v for name, v in tunable.read().items() if "magnitude" not in name})
+    assert drawn[0].keys() == drawn[1].keys() and any(value.any() for value in drawn[0].values())
+    assert all((drawn[0][name] == drawn[1][name]).all() for name in drawn[0])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedtune.errors import FedtuneError
@@ -16,6 +19,7 @@ from fedtune.model.quantised import quantised
 from fedtune.types import LM_TASKS
 
 Named = dict[str, nn.Parameter]
+ASKED = "_get_base_layer_device_and_dtype"  # of a layer, by peft 0.21
 PEFT_TASK = {"classify": "SEQ_CLS", "image-classify": None, **dict.fromkeys(LM_TASKS, "CAUSAL_LM")}
 
 
@@ -70,7 +74,7 @@ def prompt_sizes(base: Base) -> dict[str, int]:
 
 def with_peft(base: Base, config: Any) -> tuple[Any, Named]:
     """Wrap the network with peft; names are those of peft's own adapter file."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unrounded():
         warnings.simplefilter("ignore")  # about inference with a fresh head, which the federation trains
         net = peft.get_peft_model(base.net, config)
     named = {file_name(name): value for name, value in net.named_parameters() if value.requires_grad}
@@ -79,6 +83,26 @@ def with_peft(base: Base, config: Any) -> tuple[Any, Named]:
     ):  # p-tuning's file holds what its network says, not the network
         named["prompt_embeddings"] = named.pop("prompt_encoder.embedding.weight")
     return net, named
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """What is drawn keeps its 32 bits on a base in fewer: peft gives an adapter its layer's device and type,
+    and then makes float32 of that. Sites whose bases differ in type start from the same adapter. A release of
+    peft that asks for the type in another way goes on rounding."""
+    known = getattr(BaseTunerLayer, ASKED, None)
+    if known is None:
+        yield
+        return
+
+    def device_alone(self: Any, layer: Any) -> tuple[Any, None]:
+        return known(self, layer)[0], None
+
+    setattr(BaseTunerLayer, ASKED, device_alone)
+    try:
+        yield
+    finally:
+        setattr(BaseTunerLayer, ASKED, known)
 
 
 def file_name(name: str) -> str:
