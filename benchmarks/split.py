@@ -114,8 +114,7 @@ def best(work: Callable[[], float], turns: int) -> float:
     return min(work() for _ in range(turns))
 
 
-# --- cost
-# ------------------------------------------------------------------------------------------------------------
+# --- cost ---
 
 
 def cost(turns: int, codings: Sequence[Coding]) -> list[dict[str, Any]]:
@@ -178,8 +177,7 @@ def cost(turns: int, codings: Sequence[Coding]) -> list[dict[str, Any]]:
     return claims
 
 
-# --- window
-# -----------------------------------------------------------------------------------------------------------
+# --- window ---
 
 
 def window(turns: int, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -216,8 +214,7 @@ def window(turns: int, names: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-# --- merge
-# ------------------------------------------------------------------------------------------------------------
+# --- merge ---
 
 
 def merge(seconds: float) -> list[dict[str, Any]]:

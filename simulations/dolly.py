@@ -81,8 +81,7 @@ def prepare(source: Path, model: Path, folder: Path) -> None:
         (folder / path).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
 
 
-# --- one row
-# ------------------------------------------------------------------------------------------------------------
+# --- one row ---
 
 
 def federated(recipe: Any, folder: Path) -> dict[str, Any]:
@@ -138,8 +137,7 @@ def losses(workspace: Any, folder: Path) -> tuple[float, float]:
     return found[0], found[1]
 
 
-# --- plain loops
-# ----------------------------------------------------------------------------------------------------------
+# --- plain loops ---
 
 
 def plain(train: Callable[..., None]) -> Callable[[Any, Path], dict[str, Any]]:

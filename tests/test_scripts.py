@@ -78,8 +78,7 @@ def test_a_script_can_be_imported_and_explains_itself(
     assert ended.value.code == 0 and path.rpartition("/")[2] in capsys.readouterr().out
 
 
-# --- benchmarks: their last line is a list of claims
-# --------------------------------------------------------------------
+# --- benchmarks: their last line is a list of claims ---
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,7 @@ def test_benchmarks_are_recorded(start: Start, tmp_path: Path) -> None:
     assert kept["codec"]["command"] == "python benchmarks/codec.py" and kept["codec"]["claims"]
 
 
-# --- recordings
-# ---------------------------------------------------------------------------------------------------------
+# --- recordings ---
 
 
 @pytest.fixture(scope="module")

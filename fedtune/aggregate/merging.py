@@ -37,8 +37,7 @@ Entries = Callable[[str, list[HeldAdapter], list[Pair]], Across]
 BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 
 
-# --- those that weigh and add
-# -----------------------------------------------------------------------------------
+# --- those that weigh and add ---
 
 
 def mean() -> Merge:
@@ -146,8 +145,7 @@ def weighed(experts: Sequence[ClientAdapter], rank: int, scale: float, times: fl
     return Combined(join(cut, averaged(held)), report={"error": error}, layers=layers)
 
 
-# --- those that look at single entries
-# --------------------------------------------------------------------------
+# --- those that look at single entries ---
 
 
 def ties(density: float = 0.2, lam: float = 1.0) -> Merge:

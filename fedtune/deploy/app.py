@@ -79,8 +79,7 @@ def bundle() -> bytes:
     return made.getvalue()
 
 
-# --- a site's own answers to what Flower's SuperNode asks about a run
-# -------------------------------------------------------------------------------
+# --- a site's own answers to what Flower's SuperNode asks about a run ---
 
 STATUS: Shape = {
     1: Field("status", "text", 32),

@@ -54,8 +54,7 @@ NEWS = 256  # ends of runs that a site remembers having been told of
 # a header of ours in every answer: a run of the member's that has ended, how, and nothing for Flower
 ENDED = "fedtune-ended"
 
-# --- the coordinator's end
-# ---------------------------------------------------------------------------------------------
+# --- the coordinator's end ---
 
 
 def behind(
@@ -155,8 +154,7 @@ def forwarded(superlink: str, call: Call) -> pb.FleetReply:
         connection.close()
 
 
-# --- the site's end
-# ----------------------------------------------------------------------------------------------------
+# --- the site's end ---
 
 
 class FleetProxy:

@@ -96,8 +96,7 @@ def forget(home: Path, days: float, now: float | None = None) -> int:
     return len(held) - len(kept) + len(old)
 
 
-# --- in words
-# ------------------------------------------------------------------------------------------------------------
+# --- in words ---
 
 
 def status(home: Path) -> Iterator[str]:

@@ -31,8 +31,7 @@ from fedtune.split.service import TERMS, Service, Terms
 from fedtune.split.session import Offer, Tokens
 from fedtune.trust import Identity
 
-# --- the coordinator's machine
-# ----------------------------------------------------------------------------------------
+# --- the coordinator's machine ---
 
 
 def body_service(
@@ -82,8 +81,7 @@ def behind(service: Service) -> Callable[[Door], grpc.GenericRpcHandler]:
     return lambda door: handler(service, lambda context: door.peer(context).name.name)
 
 
-# --- a site
-# -----------------------------------------------------------------------------------------------------------
+# --- a site ---
 
 
 def body_address(

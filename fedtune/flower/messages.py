@@ -94,8 +94,7 @@ def pause(began: float) -> None:
     time.sleep(min(0.5, max(0.01, 0.05 * (time.monotonic() - began))))
 
 
-# --- a question and its answer, as records
-# ----------------------------------------------------------------------------
+# --- a question and its answer, as records ---
 
 
 def write_ask(ask: Ask, recipe: str, node: int, seconds: float) -> Message:

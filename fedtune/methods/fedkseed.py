@@ -81,8 +81,7 @@ class FedKSeed:
         keep_origin(tunable, seed)
         return tunable
 
-    # --- on the server
-    # ------------------------------------------------------------------------------------------
+    # --- on the server ---
 
     def start(self, tunable: TunableModel) -> State:
         kept: dict[str, np.ndarray] = {
@@ -198,8 +197,7 @@ class FedKSeed:
     def install(self, state: State, tunable: TunableModel) -> None:
         self.rebuild(tunable, state.shared)
 
-    # --- on each client
-    # -----------------------------------------------------------------------------------------
+    # --- on each client ---
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
@@ -336,8 +334,7 @@ class FedKSeed:
         """What a unit of an accumulator moves a weight by."""
         return -float(self.settings.lr) * self.scale.unit / (1 << integers.FRACTION)
 
-    # --- around a run
-    # -------------------------------------------------------------------------------------------
+    # --- around a run ---
 
     @property
     def facts(self) -> Facts:

@@ -37,8 +37,7 @@ class Offsite(FedPEFT):
 
     settings: OffsiteSettings
 
-    # --- the model and its emulator
-    # --------------------------------------------------------------------------------
+    # --- the model and its emulator ---
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         """Of the whole model, with its emulator; or of an emulator's folder. Raises S701, S721."""
@@ -88,8 +87,7 @@ class Offsite(FedPEFT):
         about = emulation_of(tunable.emulator)
         return State(about.plugged(state.shared), about.plugged(state.kept))
 
-    # --- what FedPEFT asks of the tunable model, asked of what clients have
-    # --------------------------------------------------------
+    # --- what FedPEFT asks of the tunable model, asked of what clients have ---
 
     def start(self, tunable: TunableModel) -> State:
         return super().start(tunable.at_clients)
@@ -108,8 +106,7 @@ class Offsite(FedPEFT):
     def shrink(self, state: State, tunable: TunableModel, rank: int) -> float:
         return super().shrink(self.in_model(state, tunable), tunable, rank)
 
-    # --- what offsite tuning is measured against
-    # ---------------------------------------------------------------------------------
+    # --- what offsite tuning is measured against ---
 
     def untuned(self, end: RunEnd) -> TunableModel:
         """The emulator before any training."""
@@ -136,8 +133,7 @@ class Offsite(FedPEFT):
         fit(tunable, end.pooled(), whole_run(self.settings.train, self.rounds), end.seed, progress=(0, 1))
         return tunable
 
-    # --- around a run
-    # -------------------------------------------------------------------------------------------
+    # --- around a run ---
 
     @property
     def facts(self) -> Facts:

@@ -53,8 +53,7 @@ class SFPrompt(AveragedTensors):
 
         return cut_bench(base, self.settings, seed)
 
-    # --- on each client
-    # -----------------------------------------------------------------------------------------
+    # --- on each client ---
 
     @property
     def verbs(self) -> Mapping[str, Verb]:
@@ -89,8 +88,7 @@ class SFPrompt(AveragedTensors):
         )
         return Update.of(tunable.read(), weight_of(self.settings.weight, client, figures["loss"]), figures)
 
-    # --- around a run
-    # -------------------------------------------------------------------------------------------
+    # --- around a run ---
 
     @property
     def facts(self) -> Facts:

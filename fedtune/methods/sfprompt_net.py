@@ -57,8 +57,7 @@ class SplitNet:
             s.position == "cut" and s.slim == "auto" and not s.head_learns
         )  # prompts go up by themselves, what the head says has no gradient
 
-    # --- as a network
-    # -----------------------------------------------------------------------------------------------
+    # --- as a network ---
 
     def __call__(self, **inputs: Any) -> Any:
         hidden, side = self.entering({name: value for name, value in inputs.items() if name != "use_cache"})
@@ -81,8 +80,7 @@ class SplitNet:
         hidden, side = self.part.head(inputs)
         return insert(hidden, side, self.prompts, self.part.place)
 
-    # --- on the client's side of the cut
-    # --------------------------------------------------------------------------------
+    # --- on the client's side of the cut ---
 
     def piece(self, batch: Mapping[str, Any], samples: Sequence[int] = ()) -> Piece:
         inputs = {name: value.to(self.base.device) for name, value in batch.items()}
@@ -128,8 +126,7 @@ class SplitNet:
         """Tokens of an image in front of the body, without prompts."""
         return int(self.part.head(blank_image(self.base))[0].shape[1])
 
-    # --- the body
-    # -------------------------------------------------------------------------------------------------------
+    # --- the body ---
 
     @cached_property
     def own_body(self) -> BodyAddress:

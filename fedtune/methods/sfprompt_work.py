@@ -89,8 +89,7 @@ class Share:
     def rates(self) -> Mapping[str, float]:
         return {PROMPTS: self.s.prompt_lr} if self.s.prompts else {}
 
-    # --- without the body
-    # -------------------------------------------------------------------------------------------
+    # --- without the body ---
 
     def by_shortcut(
         self, micro: Sequence[Sequence[int]], batches: Sequence[dict[str, Any]], terms: int
@@ -110,8 +109,7 @@ class Share:
             pieces = map(self.net.piece, self.batches(range(len(self.data))))
             return np.concatenate([el2n.el2n(*self.net.shortcut(piece)).cpu().numpy() for piece in pieces])
 
-    # --- through the body
-    # -------------------------------------------------------------------------------------------
+    # --- through the body ---
 
     def through_body(self, kept: Sequence[int]) -> Backward:
         """A step of split training on examples that are numbered as in `kept`; micro-batches in flight, sums

@@ -134,8 +134,7 @@ def same_tensor(name: str, one: Path, two: Path) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(a, b))
 
 
-# --- against the base itself
-# ------------------------------------------------------------------------------------
+# --- against the base itself ---
 
 
 def check_fits(experts: Sequence[Expert], base: BaseName) -> None:

@@ -68,8 +68,7 @@ def check_settings(one: Expert, other: Expert) -> None:
             )
 
 
-# --- tokens
-# -----------------------------------------------------------------------------------------------------
+# --- tokens ---
 
 
 def vocabulary_of(expert: Expert) -> Vocabulary | None:
@@ -174,8 +173,7 @@ def tokens_of(expert: Expert, name: str) -> list[int]:
     return [int(token) for token in given]
 
 
-# --- what stands whole
-# ------------------------------------------------------------------------------------------
+# --- what stands whole ---
 
 
 def with_frozen(expert: Expert, experts: Sequence[Expert]) -> Expert:
@@ -212,8 +210,7 @@ def check_whole(one: Expert, other: Expert) -> None:
             raise FedtuneError("M303" if words else "M305", found, f"{value.shape}, as in '{one.path}'", do)
 
 
-# --- pairs
-# ------------------------------------------------------------------------------------------------------
+# --- pairs ---
 
 
 def with_zeros(experts: Sequence[Expert]) -> tuple[list[Expert], list[str]]:
@@ -284,8 +281,7 @@ def check_names(owner: Mapping[str, Expert]) -> None:
                 )
 
 
-# --- the settings of the result
-# ---------------------------------------------------------------------------------
+# --- the settings of the result ---
 
 
 def settings_of(read: Sequence[Expert], made: Sequence[Expert]) -> dict[str, Any]:

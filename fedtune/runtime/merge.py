@@ -209,8 +209,7 @@ def full_rank(experts: Sequence[Expert]) -> int:
     return max(1, *sums.values())
 
 
-# --- scores
-# -----------------------------------------------------------------------------------------------------
+# --- scores ---
 
 
 def scorer_of(like: Expert, run: RunFolder) -> Scorer:
@@ -247,8 +246,7 @@ def scored(
     return found | {"merged": scorer(tensors, rank)}
 
 
-# --- the card
-# ---------------------------------------------------------------------------------------------------
+# --- the card ---
 
 
 def card(

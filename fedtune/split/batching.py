@@ -136,8 +136,7 @@ class Merger:
                 self.counts.seconds += time.thread_time() - began
         return bool(group)
 
-    # --- choosing
-    # --------------------------------------------------------------------------------------------------------
+    # --- choosing ---
 
     def group(self, timeout: float) -> list[Job]:
         """The next jobs that go through the body together, taken off their queues."""
@@ -206,8 +205,7 @@ class Merger:
         here, now = {job.session for job in group}, time.monotonic()
         return any(now - asked < TARDY for session, asked in self.active.items() if session not in here)
 
-    # --- computing
-    # --------------------------------------------------------------------------------------------------------
+    # --- computing ---
 
     def compute(self, group: list[Job]) -> None:
         """One pass; should it fail with several jobs in it, each is tried alone, so that a bad one fails by

@@ -137,8 +137,7 @@ def example(coded: Coded, place: int, tokens: int) -> Coded:
     )
 
 
-# --- parts
-# ------------------------------------------------------------------------------------------------------------
+# --- parts ---
 
 
 def grouping(side: int, group: int) -> int:

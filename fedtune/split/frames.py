@@ -67,8 +67,7 @@ class Parcel:
     size: int  # bytes of the payload
 
 
-# --- sending
-# ----------------------------------------------------------------------------------------------------------
+# --- sending ---
 
 
 def packed(frame: pb.Frame, tensors: Sequence[Coded] = ()) -> tuple[list[bytes], bytes, bytes]:
@@ -109,8 +108,7 @@ def digests(frame: pb.Frame, tensors: Iterable[tuple[int, bytes | memoryview]]) 
     return digest, forward or digest
 
 
-# --- receiving
-# --------------------------------------------------------------------------------------------------------
+# --- receiving ---
 
 
 def parsed(data: bytes) -> pb.Frame:

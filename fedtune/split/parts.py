@@ -98,8 +98,7 @@ class Part:
                 self.layers[number].train()
             freeze_statistics(self.net)
 
-    # --- what each party calls
-    # ----------------------------------------------------------------------------------------
+    # --- what each party calls ---
 
     def head(
         self, inputs: Mapping[str, torch.Tensor], prompts: torch.Tensor | None = None
@@ -163,8 +162,7 @@ class Part:
         )
         return output.last_hidden_state
 
-    # --- how
-    # --------------------------------------------------------------------------------------------------------
+    # --- how ---
 
     def need(self, role: Role) -> None:
         if role not in self.holds:

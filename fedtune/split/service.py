@@ -133,8 +133,7 @@ class Service:
             self.connections.add(connection)
         return connection
 
-    # --- sessions
-    # --------------------------------------------------------------------------------------------------------
+    # --- sessions ---
 
     def open(self, hello: pb.Hello, connection: Connection) -> Session:
         """A new session, or one whose client came back. Raises Refused."""
@@ -223,8 +222,7 @@ class Connection:
         self.changed = threading.Condition()
         self.working = 0  # jobs of this stream that are not computed yet
 
-    # --- messages in
-    # ------------------------------------------------------------------------------------------------------
+    # --- messages in ---
 
     def receive(self, data: bytes) -> None:
         """One message. Whatever is wrong with it is answered by an ERROR frame; nothing is raised."""
@@ -301,8 +299,7 @@ class Connection:
 
         service.merger.submit(Job(session.hello.session, work.hidden, work.side, work.grad, done))
 
-    # --- messages out
-    # -----------------------------------------------------------------------------------------------------
+    # --- messages out ---
 
     def answer(
         self,

@@ -87,8 +87,7 @@ class Stream:
         self.fruitless, self.heard = 0, time.monotonic()  # streams since the last answer, and when it came
         self.connect()
 
-    # --- asking
-    # --------------------------------------------------------------------------------------------------------
+    # --- asking ---
 
     @property
     def room(self) -> bool:
@@ -158,8 +157,7 @@ class Stream:
     def received(self) -> int:
         return self.before[1] + (self.channel.received if self.channel else 0)
 
-    # --- parts
-    # --------------------------------------------------------------------------------------------------------
+    # --- parts ---
 
     def fill(self, flight: Flight, whole: bool = False) -> None:
         """The FORWARD's tensors; hidden states are left out where the service holds them, unless `whole`."""
@@ -271,8 +269,7 @@ class Stream:
             self.fill(flight, whole=True)
         self.say(sequence, flight, whole=True)
 
-    # --- connections
-    # ------------------------------------------------------------------------------------------------------
+    # --- connections ---
 
     def connect(self) -> None:
         """Open a stream, trying for `patience` seconds; pauses double up to 5 s, and differ between clients,

@@ -126,8 +126,7 @@ def keep(parcel: Parcel, session: Session, held: HeldSamples) -> None:
             held.put((*session.owner, hello.part), sample, Sample(row, mask), len(row.data) + len(mask) + 500)
 
 
-# --- parts
-# ------------------------------------------------------------------------------------------------------------
+# --- parts ---
 
 
 def assembled(

@@ -134,8 +134,7 @@ def scaled(scales: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
         ) from None
 
 
-# --- error feedback
-# ---------------------------------------------------------------------------------------------------
+# --- error feedback ---
 
 
 def owner(tensors: Tensors, client: Client) -> NDArray[np.uint8]:

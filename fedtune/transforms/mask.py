@@ -96,8 +96,7 @@ def parts(vector: np.ndarray, like: Tensors) -> dict[str, np.ndarray]:
     return out
 
 
-# --- a client's sessions
-# ------------------------------------------------------------------------------------------------
+# --- a client's sessions ---
 
 
 def name_of(question: Question, now: Round) -> bytes:

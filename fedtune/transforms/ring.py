@@ -70,8 +70,7 @@ class Ring(Transform):
     def bits(self, schema: Schema, before: float) -> float:
         return 64.0 if self.wide else 32.0
 
-    # --- on the client
-    # ----------------------------------------------------------------------------------------------
+    # --- on the client ---
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         if unknown := update.metrics.keys() - set(self.names):
@@ -116,8 +115,7 @@ class Ring(Transform):
             raise unfit(f"a weight or figure from client '{client.name}' beyond the ring")
         return np.array([round(number * UNIT) for number in numbers], np.int64).view(np.uint64)
 
-    # --- on the server
-    # ----------------------------------------------------------------------------------------------
+    # --- on the server ---
 
     def on_sum(self, total: Update, now: Round) -> Update:
         told = total.tensors[FIGURES]

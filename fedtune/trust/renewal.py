@@ -40,8 +40,7 @@ def left(peer: Peer, now: datetime) -> float:
     return (peer.ends - now) / (peer.ends - peer.starts)
 
 
-# --- the site
-# ------------------------------------------------------------------------------------------------------------
+# --- the site ---
 
 
 def newest(keys: Path, home: Path, passphrase: Passphrase = from_environment) -> Identity:
@@ -100,8 +99,7 @@ def accept(
     return load(final, passphrase)
 
 
-# --- the coordinator
-# ------------------------------------------------------------------------------------------------------------
+# --- the coordinator ---
 
 
 @dataclass(frozen=True)
@@ -159,8 +157,7 @@ def checked(content: bytes, identity: Identity, peer: Peer | None = None) -> req
     return wanted
 
 
-# --- the authority
-# ------------------------------------------------------------------------------------------------------------
+# --- the authority ---
 
 
 def answered(made: Authority, folder: Path, days: int, now: datetime | None = None) -> Iterator[str]:

@@ -226,8 +226,7 @@ def schema_named(data: bytes) -> str:
     return opened(data)[0].schema.hex()
 
 
-# --- parts
-# ------------------------------------------------------------------------------------------------------------
+# --- parts ---
 
 
 def headed(header: Header, kind: str, schema: Schema, weight: float) -> pb.Message:

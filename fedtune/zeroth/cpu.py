@@ -146,8 +146,7 @@ def gathered(pool: Pool, values: np.ndarray, offset: int, factor: float) -> np.n
     return total[: pool.size]
 
 
-# --- for curved.py
-# ------------------------------------------------------------------------------------------------------
+# --- for curved.py ---
 
 
 def adder(pool: Pool, accumulators: np.ndarray) -> Callable[[int, np.ndarray], np.ndarray]:

@@ -121,8 +121,7 @@ def gathered(pool: Pool, values: torch.Tensor, offset: int, factor: float) -> np
     return found
 
 
-# --- for curved.py
-# ------------------------------------------------------------------------------------------------------
+# --- for curved.py ---
 
 LENGTH = LARGE  # parameters at a time
 

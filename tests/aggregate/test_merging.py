@@ -213,8 +213,7 @@ def test_bad_experts_are_refused(name: str) -> None:
         BUILT[name]([EXPERTS[0], bad], FULL, SCALE)
 
 
-# --- six experts that were trained
-# ------------------------------------------------------------------------------
+# --- six experts that were trained ---
 
 
 @cache

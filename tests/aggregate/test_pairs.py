@@ -93,8 +93,7 @@ def test_answers_of_other_names_or_shapes_are_refused() -> None:
         mean.add({"v": np.ones(2, np.float32)}, 1.0)
 
 
-# --- LoRA of embedding tables
-# -----------------------------------------------------------------------------------
+# --- LoRA of embedding tables ---
 
 EMBEDDING = {
     "words.lora_embedding_A": (2, 30),

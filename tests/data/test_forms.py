@@ -52,8 +52,7 @@ def texts(federation: Federation) -> list[str]:
     )
 
 
-# --- splits that a user made
-# ------------------------------------------------------------------------------------------
+# --- splits that a user made ---
 
 
 @pytest.mark.parametrize(
@@ -109,8 +108,7 @@ def test_a_folder_for_each_client(tmp_path: Path) -> None:
     assert {client.name for client in found.clients} == {"north", "south", "east"}
 
 
-# --- forms of files
-# -----------------------------------------------------------------------------------------------------
+# --- forms of files ---
 
 
 def write_forms(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -189,8 +187,7 @@ def test_nothing_in_a_text_is_an_empty_text_and_counted(tmp_path: Path) -> None:
     assert found.dropped == {"an empty text, response or label": 2} and found.labels == ("a", "b")
 
 
-# --- repeats and labels that look alike
-# ------------------------------------------------------------------------------------
+# --- repeats and labels that look alike ---
 
 
 def test_rows_that_are_trained_and_tested_on_are_told_or_dropped(tmp_path: Path) -> None:
@@ -214,8 +211,7 @@ def test_labels_that_differ_in_case_or_blanks_are_told(tmp_path: Path) -> None:
     )
 
 
-# --- pictures
-# ------------------------------------------------------------------------------------------------------------
+# --- pictures ---
 
 
 def png(array: np.ndarray) -> bytes:

@@ -276,8 +276,7 @@ def test_shapes_of_instructions_and_numbers_as_labels(tmp_path: Path) -> None:
     ]  # beside the file
 
 
-# --- laws of every source
-# ---------------------------------------------------------------------------------------------
+# --- laws of every source ---
 
 
 def made_for(source: str, folder: Path) -> dict[str, Any]:

@@ -116,8 +116,7 @@ def test_the_details_of_a_ticket_survive_their_way_and_damage_is_refused() -> No
             Details.decode(text)
 
 
-# --- policy
-# -----------------------------------------------------------------------------------------------------
+# --- policy ---
 
 
 @pytest.mark.parametrize(
@@ -161,8 +160,7 @@ def test_a_policy_that_cannot_be_read_is_a_sentence(text: str | None, code: str,
         read_policy(str(tmp_path / "policy.toml"))
 
 
-# --- metrics
-# ----------------------------------------------------------------------------------------------------
+# --- metrics ---
 
 
 def test_the_endpoint_counts_what_the_exchange_took(tmp_path: Path) -> None:

@@ -66,8 +66,7 @@ def journal(folder: RunFolder) -> list[Any]:
         )
 
 
-# --- Flower's simulation engine
-# ---------------------------------------------------------------------------------
+# --- Flower's simulation engine ---
 
 
 def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_actor_is_killed(
@@ -199,8 +198,7 @@ def test_an_engine_that_cannot_start_says_so_at_once() -> None:
         server_app.find_nodes(grid, 1, 60)
 
 
-# --- a SuperLink and two SuperNodes
-# -----------------------------------------------------------------------------
+# --- a SuperLink and two SuperNodes ---
 
 
 class Deployment:
@@ -359,8 +357,7 @@ def showing(deployment: Deployment) -> Iterator[None]:
         raise
 
 
-# --- nodes that fail
-# --------------------------------------------------------------------------------------------
+# --- nodes that fail ---
 
 
 @pytest.mark.slow

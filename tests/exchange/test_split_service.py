@@ -75,8 +75,7 @@ def test_a_member_trains_and_no_other_takes_its_place(federation: Federation) ->
         server.stop(0)
 
 
-# --- a site that holds its part alone, in a process of its own
-# --------------------------------------------------------
+# --- a site that holds its part alone, in a process of its own ---
 
 
 @dataclass

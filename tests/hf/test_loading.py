@@ -38,8 +38,7 @@ def classifier(folder: Path, names: dict[int, str] | None, **changes: Any) -> An
     return net
 
 
-# --- the order of classes
-# -------------------------------------------------------------------------------------------
+# --- the order of classes ---
 
 
 @pytest.mark.parametrize("asked", [("routine", "urgent"), ("urgent", "routine"), ("Routine", " URGENT")])
@@ -82,8 +81,7 @@ def test_a_regression_head_is_another_tasks(tmp_path: Path) -> None:
     assert "classifier.weight" in base.fresh and base.net.config.problem_type is None
 
 
-# --- padding
-# --------------------------------------------------------------------------------------------------------
+# --- padding ---
 
 
 def generative(folder: Path, pad: int | None) -> Path:
@@ -163,8 +161,7 @@ def test_a_language_model_that_sees_the_future_is_refused(tmp_path: Path) -> Non
     assert opened(tiny.save(T.BertLMHeadModel, config, tmp_path), "causal-lm", ()).pad_side == "right"
 
 
-# --- positions, ids, files
-# ------------------------------------------------------------------------------------------
+# --- positions, ids, files ---
 
 PLACES = {  # places that a table of positions has for tokens, by configuration
     "roberta": (

@@ -142,8 +142,7 @@ def test_nodes_that_are_nobodys_cost_nothing(tiny_bert: Path, data: Path, tmp_pa
         ) == {"ok"}
 
 
-# --- connections and calls that say nothing
-# ----------------------------------------------------------------------------------
+# --- connections and calls that say nothing ---
 
 
 def test_one_address_has_so_many_connections_and_the_others_come_in(tmp_path: Path) -> None:

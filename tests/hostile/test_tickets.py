@@ -146,8 +146,7 @@ def test_a_name_that_has_no_form_cannot_be_made(make: Any) -> None:
             make(word)
 
 
-# --- rows
-# ------------------------------------------------------------------------------------------------------------
+# --- rows ---
 
 
 def test_a_recipe_cannot_name_rows_at_a_site(hostile: Taken, tmp_path: Path) -> None:
@@ -187,8 +186,7 @@ def test_a_recipe_cannot_have_rows_made_of_what_is_installed(source: str, hostil
     assert hostile.asks(hostile.worker(), recipe)["code"] == "F507"
 
 
-# --- versions
-# -----------------------------------------------------------------------------------------------------------
+# --- versions ---
 
 
 def test_settings_and_verbs_of_another_version_are_refused_as_that(hostile: Taken) -> None:
@@ -228,8 +226,7 @@ def test_a_recipe_of_two_thousand_labels_travels(hostile: Taken) -> None:
     assert hostile.asks(hostile.worker(), recipe, verb="none")["code"] == "W602"
 
 
-# --- the code
-# -----------------------------------------------------------------------------------------------------------
+# --- the code ---
 
 # file -> what is joined to a path there and is no constant: where it comes from, that it may be a name
 JOINED = {

@@ -14,8 +14,7 @@ from fedtune.runtime.checkpoints import load_state
 from tests import small, tiny
 from tests.methods.kseed import recipe_of
 
-# --- the file of kilobytes
-# ------------------------------------------------------------------------------------------------
+# --- the file of kilobytes ---
 
 
 def test_a_seed_file_rebuilds_the_model_to_the_bit_and_refuses_another_base(

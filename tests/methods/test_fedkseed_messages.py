@@ -31,8 +31,7 @@ from tests import small, tiny
 from tests.methods.kseed import SGD, recipe_of
 from tests.proxy import WithVerbs
 
-# --- who does not fit is refused
-# ------------------------------------------------------------------------------------------
+# --- who does not fit is refused ---
 
 
 def ask_of(recipe: Recipe, workspace: Workspace, link: Link, state: State) -> Ask:
@@ -173,8 +172,7 @@ def test_a_loss_that_is_not_finite_leaves_the_client_out(tiny_bert: Path, data: 
     )
 
 
-# --- what it costs
-# --------------------------------------------------------------------------------------------------------
+# --- what it costs ---
 
 
 def test_a_round_costs_under_18_kilobytes(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -241,8 +239,7 @@ def test_check_says_what_travels_and_what_is_trained(tiny_bert: Path, data: Path
     )
 
 
-# --- projections
-# ------------------------------------------------------------------------------------------------------------
+# --- projections ---
 
 
 def test_with_as_many_directions_as_parameters_a_projection_is_the_update_itself(
@@ -315,8 +312,7 @@ def test_a_masked_space_leaves_the_rest_alone(tiny_bert: Path, data: Path, tmp_p
         small.workspace_of(recipe_of(tiny_bert, data, {"only": ["*.layer.7.*"]}))
 
 
-# --- FedKSeed-Pro
-# -----------------------------------------------------------------------------------------------------------
+# --- FedKSeed-Pro ---
 
 
 def test_importance_follows_the_scalars_that_the_server_read(

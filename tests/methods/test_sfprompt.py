@@ -49,8 +49,7 @@ def recipe_of(model: Path, data: Path, changes: dict[str, Any] | None = None, **
     return small.recipe(model, data, method={**SPLIT, **(changes or {})}, **more)
 
 
-# --- the same numbers as without a cut
-# --------------------------------------------------------------------------------
+# --- the same numbers as without a cut ---
 
 
 CUTS = [
@@ -215,8 +214,7 @@ def test_the_installed_bench_is_the_uncut_model_with_prompts(tiny_vit: Path, ima
         assert torch.equal(summed_loss(workspace.tunable, batch)[1], want)
 
 
-# --- the body elsewhere
-# -----------------------------------------------------------------------------------------------
+# --- the body elsewhere ---
 
 
 def methods_round(recipe: Recipe) -> Any:
@@ -225,8 +223,7 @@ def methods_round(recipe: Recipe) -> Any:
     return Round(1, recipe.seed, (0,))
 
 
-# --- bytes
-# ------------------------------------------------------------------------------------------------------------
+# --- bytes ---
 
 
 def through_cut(recipe: Recipe, root: Path) -> list[tuple[int, float, float]]:
@@ -239,8 +236,7 @@ def through_cut(recipe: Recipe, root: Path) -> list[tuple[int, float, float]]:
     ]
 
 
-# --- phases
-# -----------------------------------------------------------------------------------------------------------
+# --- phases ---
 
 
 def test_the_papers_phases_are_named_and_measured(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
@@ -290,8 +286,7 @@ def test_pruning_sends_fewer_examples(tiny_vit: Path, images: Path, tmp_path: Pa
     assert 0.45 < half / whole < 0.6
 
 
-# --- around a run
-# -----------------------------------------------------------------------------------------------------
+# --- around a run ---
 
 
 def test_prompts_and_tail_come_back_from_an_export(

@@ -152,8 +152,7 @@ def test_a_telling_bench_stays_as_it_is(workspace: Any) -> None:
         )
 
 
-# --- what is refused
-# --------------------------------------------------------------------------------------------------
+# --- what is refused ---
 
 
 def test_a_part_that_is_not_the_coordinators_is_refused_before_training(

@@ -178,8 +178,7 @@ def test_a_template_that_hides_a_turn_is_refused(tokenizer: Any) -> None:
         )
 
 
-# --- tool calls and other keys
-# --------------------------------------------------------------------------------------------
+# --- tool calls and other keys ---
 
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "the fox"}}}
 TOOL = {
@@ -279,8 +278,7 @@ def test_other_keys_reach_the_template_or_are_counted(workspace: Any) -> None:
     assert encoded.unshown == {"id": 1} and "Ann: a" in base.tokenizer.decode(encoded[0]["input_ids"])
 
 
-# --- prompt and response
-# --------------------------------------------------------------------------------------------------
+# --- prompt and response ---
 
 
 def shown(base: Any, **settings: Any) -> tuple[str, str]:

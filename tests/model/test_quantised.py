@@ -31,8 +31,7 @@ from tests.tables import adapter_of
 LOADS = ("4bit", "8bit")
 
 
-# --- the codes
-# ------------------------------------------------------------------------------------
+# --- the codes ---
 
 
 def nf4(weight: np.ndarray) -> np.ndarray:
@@ -85,8 +84,7 @@ def test_what_cannot_be_divided_stays(bits: int) -> None:
     )
 
 
-# --- a base in so many bits
-# ------------------------------------------------------------------------------------
+# --- a base in so many bits ---
 
 
 def bytes_of(base: Base) -> str:
@@ -216,8 +214,7 @@ def test_a_module_of_rounded_weights_is_not_trained_whole(workspace: Any) -> Non
     attach(base, adapter_of(kind="lora", targets=("q_proj",), modules_to_save=("lm_head",)), 0)
 
 
-# --- who it is
-# ------------------------------------------------------------------------------------
+# --- who it is ---
 
 
 def stored(folder: Path, place: Path, dtype: torch.dtype) -> Path:
@@ -268,8 +265,7 @@ def test_a_checkpoint_that_is_quantised_already_is_refused(tiny_llama: Path, tmp
         load(ModelSettings(name=str(place), threads=1), "causal-lm", (), 0)
 
 
-# --- around it
-# ------------------------------------------------------------------------------------
+# --- around it ---
 
 
 def test_auto_takes_the_most_bits_that_fit(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:

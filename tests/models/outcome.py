@@ -183,8 +183,7 @@ def played(folder: Path, task: str, column: str, root: Path) -> None:
         raise Fault("a score that is not finite")
 
 
-# --- rows
-# -------------------------------------------------------------------------------------------------------
+# --- rows ---
 
 
 def labels_of(task: str) -> tuple[str, ...]:

@@ -155,8 +155,7 @@ def test_bfloat16_adapters_are_read(shelf: list[Path], tiny_llama: Path, tmp_pat
     assert apart(deltas(tiny_llama, tmp_path / "one"), deltas(tiny_llama, tmp_path / "half")) < 1e-5
 
 
-# --- adapters of runs
-# -------------------------------------------------------------------------------------------
+# --- adapters of runs ---
 
 
 @pytest.fixture(scope="module")

@@ -214,8 +214,7 @@ def change(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-# --- tokens
-# -----------------------------------------------------------------------------------------------------
+# --- tokens ---
 
 
 def test_rows_of_tokens_are_averaged_by_token(tiny_llama: Path, tmp_path: Path) -> None:
@@ -292,8 +291,7 @@ def test_embeddings_of_the_same_new_tokens_are_averaged(tiny_llama: Path, tmp_pa
     torch.testing.assert_close(both, (one + two) / 2)
 
 
-# --- one base under several names
-# -------------------------------------------------------------------------------
+# --- one base under several names ---
 
 
 def test_two_names_of_the_same_weights_are_one_base(

@@ -51,8 +51,7 @@ def until(true: Any, seconds: float = PATIENCE) -> bool:
     return bool(true())
 
 
-# --- admission
-# --------------------------------------------------------------------------------------------------------
+# --- admission ---
 
 
 @pytest.mark.parametrize(
@@ -89,8 +88,7 @@ def test_an_address_of_this_machine() -> None:
     assert not any(map(local, ["0.0.0.0:5", "[::]:5", "10.0.0.1:5", "localhost.example.org:5"]))
 
 
-# --- numbers
-# ----------------------------------------------------------------------------------------------------------
+# --- numbers ---
 
 
 def test_a_number_said_twice_gets_the_same_answer_and_with_other_bytes_none() -> None:
@@ -142,8 +140,7 @@ def test_a_side_that_is_missing_or_does_not_fit_is_refused(wishes: dict[str, Any
         stream.answer()
 
 
-# --- holding
-# ----------------------------------------------------------------------------------------------------------
+# --- holding ---
 
 
 def test_whoever_holds_most_gives_way_first() -> None:
@@ -184,8 +181,7 @@ def test_samples_of_one_client_are_not_another_ones() -> None:
     assert torch.equal(stream.answer().value, sent[0])
 
 
-# --- several clients
-# --------------------------------------------------------------------------------------------------
+# --- several clients ---
 
 
 def test_eight_clients_at_once_get_what_each_gets_alone() -> None:
@@ -229,8 +225,7 @@ def test_a_body_that_fails_on_one_micro_batch_serves_the_next() -> None:
         stream.close()
 
 
-# --- leases
-# -----------------------------------------------------------------------------------------------------------
+# --- leases ---
 
 
 def test_a_client_that_says_nothing_is_freed_and_one_that_is_slow_is_not() -> None:

@@ -62,8 +62,7 @@ def test_a_coarser_coding_is_close(coding: Coding, most: float) -> None:
     assert 0 < max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) < most
 
 
-# --- slim
-# ------------------------------------------------------------------------------------------------------------
+# --- slim ---
 
 
 def test_without_its_consent_nothing_of_a_client_is_held() -> None:
@@ -75,8 +74,7 @@ def test_without_its_consent_nothing_of_a_client_is_held() -> None:
     assert not seen
 
 
-# --- window, order, evaluation
-# ----------------------------------------------------------------------------------------
+# --- window, order, evaluation ---
 
 
 def test_no_more_micro_batches_are_in_flight_than_were_granted() -> None:
@@ -160,8 +158,7 @@ def test_a_frozen_head_needs_no_gradient() -> None:
     assert service.merger.counts.jobs == 4 and model.tail.weight.grad is not None
 
 
-# --- what arrives is what was sent
-# ------------------------------------------------------------------------------------
+# --- what arrives is what was sent ---
 
 
 @pytest.mark.parametrize("change", ["mask", "positions", "sequence", "answer"])
@@ -220,5 +217,4 @@ def test_a_message_changed_under_way_is_caught(change: str) -> None:
         run(stream)
 
 
-# --- TLS
-# ------------------------------------------------------------------------------------------------------------
+# --- TLS ---

@@ -194,8 +194,7 @@ def test_float32_is_the_end() -> None:
         rounded({"a": 3.4028e38 * 1.01})
 
 
-# --- auto
-# ------------------------------------------------------------------------------------------------------------
+# --- auto ---
 
 
 def test_kurtosis_of_known_shapes() -> None:
@@ -279,8 +278,7 @@ def test_density_inverts_the_entropy() -> None:
         assert density(1.008 * ternary_bits(share)) == pytest.approx(share, rel=1e-6)
 
 
-# --- registry and estimates
-# -------------------------------------------------------------------------------------------
+# --- registry and estimates ---
 
 
 def test_every_step_can_be_named_in_a_recipe() -> None:

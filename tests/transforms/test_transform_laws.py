@@ -208,8 +208,7 @@ def test_the_estimate_is_near_what_travels(settings: Settings) -> None:
     assert 0.8 * told < sent < 1.25 * told + 0.05  # 0.05: 250 bytes of header in so short a message
 
 
-# --- error feedback
-# ---------------------------------------------------------------------------------------------------
+# --- error feedback ---
 
 
 def residual(memory: dict[str, np.ndarray]) -> np.ndarray:

@@ -195,8 +195,7 @@ class Session:
         if self.step != step:
             raise refused(f"a step of a sum that is '{self.step}' already", f"one that is '{step}'")
 
-    # --- at rest
-    # ----------------------------------------------------------------------------------------------------
+    # --- at rest ---
 
     def to_bytes(self) -> bytes:
         """As JSON, secrets included: for a place that nobody else can read."""

@@ -62,8 +62,7 @@ def test_a_worker_and_a_run_that_die_and_a_coordinator_that_is_stopped(
     )
 
 
-# --- people
-# -----------------------------------------------------------------------------------------------------
+# --- people ---
 
 
 @slow
@@ -124,8 +123,7 @@ def test_a_coordinator_that_is_away_for_two_minutes(federation: Deployment, orac
     oracle.same(federation)
 
 
-# --- slow ones
-# --------------------------------------------------------------------------------------------------
+# --- slow ones ---
 
 
 @slow
@@ -225,8 +223,7 @@ def test_a_client_that_trained_to_nothing_is_left_out_of_that_round_only(
     left_out(federation, oracle, tmp_path / "local", 1, 2, found)
 
 
-# --- networks
-# ---------------------------------------------------------------------------------------------------
+# --- networks ---
 
 
 class Cable(Proxy):
