@@ -45,6 +45,7 @@ def overrides(clients: int, rounds: int, steps: int) -> list[str]:
         "model.threads": 1,
         "method.train.head_lr": 0.0,
         "method.adapter.last": 0,
+        "method.adapter.keep_front": False,
         "method.head_start": "random",  # a question before the first round, which the plain loop has not
     }
     off = ["evaluate.base=false", "evaluate.local=false", "evaluate.centralised=false"]

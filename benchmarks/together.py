@@ -36,6 +36,7 @@ def workspace_of(batch: int, tokens: int, steps: int, clients: int) -> Workspace
         f"method.train.batch={batch}",
         f"method.train.steps={steps}",
         "method.adapter.last=0",
+        "method.adapter.keep_front=false",
         "method.head_start=random",
         "model.threads=1",
         "data.limit=400",

@@ -133,7 +133,7 @@ def unfit(tunable: TunableModel, why: str) -> FedtuneError:
         "M306",
         f"method.adapter.keep_front with a {type(tunable.base.net).__name__}: {why}",
         "a stack of blocks of which the adapter leaves the first ones alone",
-        "remove method.adapter.keep_front",
+        "set method.adapter.keep_front = false",
     )
 
 

@@ -132,7 +132,10 @@ def tokens_in(batch: dict[str, torch.Tensor]) -> int:
     """As `Encoded.tokens` counts: predicted tokens (language models), all tokens (classify), images."""
     if batch["labels"].ndim > 1:
         return int((batch["labels"][..., 1:] != IGNORED).sum())
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["labels"])
+    shown = batch.get("attention_mask", batch.get("input_ids"))  # nothing is padded without a mask
+    if shown is None:
+        return len(batch["labels"])
+    return int(shown.sum()) if "attention_mask" in batch else shown.numel()
 
 
 def autocast(tunable: TunableModel, wanted: str) -> torch.autocast:

@@ -130,7 +130,8 @@ def owners_of(batch: Batch) -> np.ndarray:
     if OWNERS in batch:
         owners: np.ndarray = batch[OWNERS].cpu().numpy()
         return owners
-    shown = batch["attention_mask"].cpu().numpy() > 0
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))  # nothing is padded without one
+    shown = mask.cpu().numpy() > 0
     return np.where(shown, np.arange(len(shown))[:, None], -1)
 
 

@@ -357,7 +357,7 @@ def adapter_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[
         }
         for key in (key for key, used in others.items() if used):
             here = "method.adapter.keep_front"
-            yield f"{here} with method.train.{key}", "one of them", f"remove {here}"
+            yield f"{here} with method.train.{key}", "one of them", f"set {here} = false"
     if train.objective.refers and not adapter.switches_off:
         yield (
             f"method.train.objective.loss = '{train.objective.loss}' with kind = '{adapter.kind}'",

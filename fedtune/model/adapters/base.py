@@ -98,11 +98,11 @@ class LayerAdapter(Adapter):
         here = "method.adapter.keep_front"
         if not self.last and not self.band[0]:
             found = f"{here} with an adapter in the first block"
-            yield found, "method.adapter.last, or a band that begins later", f"remove {here}"
+            yield found, "method.adapter.last, or a band that begins later", f"set {here} = false"
         if self.modules_to_save:
             yield f"{here} with method.adapter.modules_to_save", "one of them", "remove one"
         if recipe.data.task in ("preference", "image-classify"):
-            yield f"{here} with data.task = '{recipe.data.task}'", "single texts", f"remove {here}"
+            yield f"{here} with data.task = '{recipe.data.task}'", "single texts", f"set {here} = false"
 
 
 class SparseAdapter(LayerAdapter):
