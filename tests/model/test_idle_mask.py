@@ -13,7 +13,8 @@ from fedtune.hf.probe import needs_mask
 from fedtune.model.encode import Encoded, encode
 from fedtune.model.fit import fit
 from fedtune.model.forward import batch_of
-from fedtune.model.loss import inputs_of, run, summed_loss
+from fedtune.model.loss import inputs_of, run, summed_loss, tokens_in
+from fedtune.model.packing import owners_of
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel, attach
 from tests import tiny
@@ -108,3 +109,13 @@ def test_a_model_that_says_something_else_without_a_mask_gets_one(workspace: Any
     Wanting.answer = 1e-3
     assert needs_mask(base.net, base.tokenizer, base.context)
     base.net.__class__ = plain
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_who_counts_tokens_reads_a_batch_without_a_mask_as_unpadded(name: str, workspace: Any) -> None:
+    tunable, encoded = tuned(workspace, name)
+    some = alike(encoded)
+    whole, bare = encoded.collate(some), batch_of(tunable, encoded, some)
+    assert "attention_mask" in whole and "attention_mask" not in bare
+    assert tokens_in(bare) == tokens_in(whole) > 0
+    assert (owners_of(bare) == owners_of(whole)).all()
