@@ -19,7 +19,7 @@ from fedtune.methods.head_start import (
 from fedtune.methods.interface import Capabilities, Facts, MethodTable, Verb
 from fedtune.methods.one_client import begin_alone
 from fedtune.methods.weights import TELLS, Weight, weight_of
-from fedtune.model.adapters import AdapterSettings, Lora
+from fedtune.model.adapters import Adapter, AdapterSettings, Lora
 from fedtune.model.rates import rate_conflicts, rates_of, with_rates
 from fedtune.model.settings import (
     ModelSettings,
@@ -202,12 +202,13 @@ class AdapterMethod(AveragedTensors):
         return {"train": train} | features_verbs(s.head_start, noise=s.head_noise)
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
-        from fedtune.model.kept_front import try_front
-        from fedtune.model.tunable import attach
+        return self.attached(base, self.settings.adapter, seed)
 
-        tunable = attach(base, self.settings.adapter, seed_of("adapter", seed))
-        try_front(tunable)
-        return tunable
+    def attached(self, base: Base, adapter: Adapter, seed: int) -> TunableModel:
+        """An adapter on a base, as a run of this seed draws it."""
+        from fedtune.model.kept_front import attach_tried
+
+        return attach_tried(base, adapter, seed_of("adapter", seed))
 
     def train(self, client: Client, given: Tensors, now: Round) -> Update:
         from fedtune.model.fit import fit

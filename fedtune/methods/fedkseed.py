@@ -74,10 +74,10 @@ class FedKSeed:
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.initial_values import keep_origin
-        from fedtune.model.tunable import attach
+        from fedtune.model.kept_front import attach_tried
 
         require("numba", "zeroth", "method.type = 'fedkseed'")  # now, and not at each client
-        tunable = attach(base, self.settings.trained, seed_of("adapter", seed))
+        tunable = attach_tried(base, self.settings.trained, seed_of("adapter", seed))
         keep_origin(tunable, seed)
         return tunable
 

@@ -82,17 +82,11 @@ class FedPEFT(AdapterMethod):
         self.extra = self.rule.residual_rank + self.fixed
         self.started: TunableModel | None = None  # whose weights a start may take something out of
 
-    def prepare(self, base: Base, seed: int) -> TunableModel:
-        return self.attached(base, self.settings.adapter, seed)
-
     def attached(self, base: Base, adapter: Adapter, seed: int) -> TunableModel:
         """An adapter on a base, of which only that is trained which the rule trains in some round."""
-        from fedtune.model.kept_front import try_front
         from fedtune.model.lora_ranks import freeze
-        from fedtune.model.tunable import attach
 
-        tunable = attach(base, adapter, seed_of("adapter", seed))
-        try_front(tunable)
+        tunable = super().attached(base, adapter, seed)
         freeze(tunable, tunable.named.keys() - self.ever(tunable.named))
         return tunable
 

@@ -20,12 +20,14 @@ from fedtune import progress
 from fedtune.errors import FedtuneError
 from fedtune.hf.config import width_of
 from fedtune.hf.probe import smallest
+from fedtune.model.adapters import Adapter
+from fedtune.model.base import Base
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
 from fedtune.model.frozen_front import frozen_blocks, said_by, skipped, weights_of
 from fedtune.model.loss import autocast, inputs_of
 from fedtune.model.training_loss import Loss
-from fedtune.model.tunable import TunableModel
+from fedtune.model.tunable import TunableModel, attach
 
 FRONT = "front"  # of a batch: (examples, tokens, width) in front of the first block that is trained
 BATCH = 32  # rows in a forward pass
@@ -109,6 +111,13 @@ def front_of(tunable: TunableModel) -> tuple[list[Any], int]:
     if not first:
         raise unfit(tunable, "nothing that can be kept in front of the adapter")
     return blocks, first
+
+
+def attach_tried(base: Base, adapter: Adapter, seed: int) -> TunableModel:
+    """`attach`, after which a front that is to be kept has been tried. Raises M306."""
+    tunable = attach(base, adapter, seed)
+    try_front(tunable)
+    return tunable
 
 
 def try_front(tunable: TunableModel) -> None:

@@ -17,7 +17,7 @@ from fedtune.model.blocks import is_encoder
 from fedtune.model.encode import Encoded
 from fedtune.model.loss_pieces import before_output, in_pieces, summed_in_pieces
 from fedtune.model.objectives.base import IGNORED
-from fedtune.model.packing import OWNERS, way
+from fedtune.model.packing import OWNERS, shown_in, way
 from fedtune.model.tunable import TunableModel
 from fedtune.types import LM_TASKS
 
@@ -132,10 +132,7 @@ def tokens_in(batch: dict[str, torch.Tensor]) -> int:
     """As `Encoded.tokens` counts: predicted tokens (language models), all tokens (classify), images."""
     if batch["labels"].ndim > 1:
         return int((batch["labels"][..., 1:] != IGNORED).sum())
-    shown = batch.get("attention_mask", batch.get("input_ids"))  # nothing is padded without a mask
-    if shown is None:
-        return len(batch["labels"])
-    return int(shown.sum()) if "attention_mask" in batch else shown.numel()
+    return int(shown_in(batch).sum()) if "input_ids" in batch else len(batch["labels"])
 
 
 def autocast(tunable: TunableModel, wanted: str) -> torch.autocast:

@@ -125,13 +125,18 @@ def packed(batch: Batch, rows: Rows, width: int = 0) -> Batch:
     return rest | {name: torch.from_numpy(value) for name, value in made.items()}
 
 
+def shown_in(batch: Batch) -> torch.Tensor:
+    """Which tokens of a batch of texts are not padding, (rows, tokens) bool: all of them without a mask."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask > 0
+
+
 def owners_of(batch: Batch) -> np.ndarray:
     """Which text of a batch each token is of, -1 for padding: (rows, tokens)."""
     if OWNERS in batch:
         owners: np.ndarray = batch[OWNERS].cpu().numpy()
         return owners
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))  # nothing is padded without one
-    shown = mask.cpu().numpy() > 0
+    shown = shown_in(batch).cpu().numpy()
     return np.where(shown, np.arange(len(shown))[:, None], -1)
 
 

@@ -159,3 +159,15 @@ def test_an_adapter_before_all_blocks_leaves_nothing_in_front(workspace: Any) ->
     with pytest.raises(FedtuneError, match=r"M306: found method\.adapter\.keep_front"):
         try_front(attach(base, adapter_of(rank=2, last=2, keep_front=True), 1))  # of two
     try_front(behind(base))
+
+
+@pytest.mark.parametrize(
+    "method", [{"type": "fedpeft"}, {"type": "fedkseed", "space": "adapter"}, {"type": "experts"}], ids=str
+)
+def test_every_method_tries_its_front_before_a_run(
+    method: dict[str, str], tiny_bert: Path, data: Path
+) -> None:
+    adapter = {"kind": "lora", "rank": 2, "last": 2, "keep_front": True}  # of two blocks
+    recipe = config.parse(small.tree(tiny_bert, data, method={**method, "adapter": adapter}))
+    with pytest.raises(FedtuneError, match=r"M306: found method\.adapter\.keep_front"):
+        small.workspace_of(recipe)

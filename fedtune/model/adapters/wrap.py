@@ -6,6 +6,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import peft
@@ -90,19 +92,29 @@ def unrounded() -> Iterator[None]:
     """What is drawn keeps its 32 bits on a base in fewer: peft gives an adapter its layer's device and type,
     and then makes float32 of that. Sites whose bases differ in type start from the same adapter. A release of
     peft that asks for the type in another way goes on rounding."""
-    known = getattr(BaseTunerLayer, ASKED, None)
-    if known is None:
-        yield
-        return
-
-    def device_alone(self: Any, layer: Any) -> tuple[Any, None]:
-        return known(self, layer)[0], None
-
-    setattr(BaseTunerLayer, ASKED, device_alone)
+    before = DRAWN.set(True)
     try:
+        spare_the_type()
         yield
     finally:
-        setattr(BaseTunerLayer, ASKED, known)
+        DRAWN.reset(before)
+
+
+DRAWN = ContextVar("an adapter is being drawn", default=False)  # by this thread, whatever others do
+
+
+@cache
+def spare_the_type() -> None:
+    """Let peft's layers ask for the device alone while an adapter is drawn."""
+    known = getattr(BaseTunerLayer, ASKED, None)
+    if known is None:
+        return
+
+    def asked(self: Any, layer: Any) -> tuple[Any, Any]:
+        device, dtype = known(self, layer)
+        return device, None if DRAWN.get() else dtype
+
+    setattr(BaseTunerLayer, ASKED, asked)
 
 
 def file_name(name: str) -> str:
