@@ -3,11 +3,14 @@ can miss."""
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 # seconds: beside twelve busy processes two minutes were not enough, and who is not kept waiting loses nothing
 PATIENCE = 300.0
@@ -21,6 +24,14 @@ def wait_for(done: Callable[[], Any], what: str, seconds: float = PATIENCE, ever
     while not done():
         assert time.monotonic() < end, f"{what}: not within {seconds:.0f} s"
         time.sleep(every)
+
+
+def require_ended(pids: list[int]) -> None:
+    """There were such processes, and none is alive."""
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def free_ports(count: int) -> list[int]:

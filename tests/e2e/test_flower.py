@@ -25,7 +25,6 @@ from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.runtime.folder import RunFolder
 from tests import small
-from tests.conformance.recipes import METHODS
 from tests.waiting import LONG, PATIENCE, free_ports, wait_for
 
 client_app, server_app = (
@@ -134,28 +133,6 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
         if "Failed to push error to driver" not in line
     ]
     assert not chatter  # Ray's C++ may say that one line of the actor that was killed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in METHODS if name.endswith("-mask")])
-def test_masks_on_the_simulation_engine_change_no_byte(
-    name: str, tiny_bert: Path, data: Path, tmp_path: Path
-) -> None:
-    """Keys, shares and sums go through Ray's actors; what is left is the run without masks."""
-    masked = METHODS[name]
-    plain = masked | {"chain": masked["chain"][:-1] or [{"step": "ring"}]}
-    recipe = small.write_recipe(tmp_path / "small.toml", tiny_bert, data, **masked)
-    done = subprocess.run(
-        [sys.executable, "-m", "fedtune", "simulate", str(recipe), "--engine", "flower"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    _, result, _ = small.play(small.recipe(tiny_bert, data, **plain), tmp_path / "local")
-    folder = RunFolder(tmp_path / "runs" / "small")
-    assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
 
 
 def memories(folder: RunFolder) -> dict[str, bytes]:

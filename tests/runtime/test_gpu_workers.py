@@ -3,7 +3,6 @@ here; which GPUs are taken is asked of a torch that says how many there are."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedtune.runtime.workers import Worker
 from fedtune.runtime.workspace import Workspace
 from tests import small
 from tests.conformance.recipes import METHODS
+from tests.waiting import require_ended
 
 
 @pytest.fixture
@@ -34,10 +34,7 @@ def pids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(gpu_workers, "spawn", spawned)
     yield begun
-    assert begun
-    for pid in begun:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    require_ended(begun)
 
 
 def test_processes_of_their_own_make_the_same_run(

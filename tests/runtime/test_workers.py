@@ -21,6 +21,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.types import Client
 from tests import small
 from tests.conformance.recipes import METHODS
+from tests.waiting import require_ended
 
 MANY = (
     "fedpeft-lora",
@@ -53,10 +54,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Workers]]:
 
     monkeypatch.setattr(Workers, "_fork", forked)
     yield transports
-    assert pids
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    require_ended(pids)
 
 
 def side_by_side(count: int, logs: Path) -> Any:
