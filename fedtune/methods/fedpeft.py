@@ -334,6 +334,7 @@ class FedPEFT(AdapterMethod):
     def alone(self, tunable: TunableModel, data: Encoded, state: State, seed: int) -> None:
         from fedtune.model.lora_ranks import training_only
 
+        self.started = tunable
         self.install(state, tunable)  # at its rank, before anything is said of its slices
         with training_only(tunable, self.settings.adapter.turn(tunable.named, 1), self.fixed):
             super().alone(tunable, data, state, seed)

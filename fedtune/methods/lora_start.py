@@ -144,6 +144,9 @@ def start_conflicts(s: FedPEFTSettings, recipe: Any) -> Iterator[tuple[str, str,
     if s.train.private.max_grad_norm:
         expected = "no sums over rows as they are, and no noise on a residual"
         yield f"{found} with method.train.private", expected, zero
+    if s.lora_start not in OF_WEIGHTS and any(step.spends for step in recipe.chain):
+        expected = "no sums over clients' inputs, which no noise covers"
+        yield f"{found} with [[chain]] step = 'private'", expected, zero
     if s.lora_rank_by_client or s.lora_alpha_by_client:
         expected = "one rank and scale for all: starts that differ cannot be averaged"
         yield f"{found} with clients of different ranks or alphas", expected, zero

@@ -127,8 +127,9 @@ def test_cordas_factors_are_pefts_of_the_same_products(shape: tuple[int, int]) -
 def test_corda_begins_from_sums_with_the_base_and_trains_beside_a_residual(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = corda(tiny_bert, data, rounds=2, method__train__lr=1e-9)
+    recipe = corda(tiny_bert, data, rounds=2, method__train__lr=1e-9, evaluate__centralised=True)
     folder, result, _ = small.play(recipe, tmp_path)
+    assert result["centralised"] is not None
     state, _ = load_state(folder, 2, "")
     workspace, link = small.workspace_of(recipe)
     first = link.method.start(workspace.tunable)
@@ -169,6 +170,10 @@ def test_corda_begins_from_sums_with_the_base_and_trains_beside_a_residual(
             "C104: found .*downlink",
         ),
         ({"method__adapter": {"kind": "lora", "rank": 40}}, "M306: found method.lora_start with"),
+        (
+            {"chain": [{"step": "private"}], "method__weight": "equal", "data__task": "causal-lm"},
+            "C104: found .* expected no sums over clients' inputs, which no noise covers",
+        ),
     ],
 )
 def test_what_corda_cannot_start_from_is_refused(
