@@ -7,6 +7,7 @@ pool     K directions by a key; the oracle of one direction and of their sum
 normal   whole numbers with the shape of a normal distribution
 kernels  the same, compiled for the CPU by numba
 device   the same, in torch integer operations, for parameters that lie elsewhere
+tables   Hadamard pools there; triton_tables does that in one kernel on CUDA
 curved   steps times a diagonal curvature that the pools before give
 apply    walk, replay and project over a model's parameters
 """

@@ -79,7 +79,13 @@ def walk(
             named, by, layout, lambda code: curved.along(code, pool, [(k, float(step)) for k, step in moves])
         )
     elif moves:
-        change(named, base, layout, lambda code: code.along(pool, [(k, float(step)) for k, step in moves]))
+        change(
+            named,
+            base,
+            layout,
+            lambda code: code.along(pool, [(k, float(step)) for k, step in moves]),
+            casts=pool.kind == "hadamard",
+        )
 
 
 def replay(
@@ -114,6 +120,7 @@ def replay(
         base,
         layout,
         lambda code: curved.summed(code, whole, float(scale)) if bent else code.summed(whole, float(scale)),
+        casts=not bent and [pool.kind for pool, _ in sums] == ["hadamard"],
     )
 
 
@@ -165,10 +172,14 @@ def project(named: Named, pool: Pool, *, layout: Layout | None = None) -> np.nda
 
 
 def change(
-    named: Named, base: Named | None, layout: Layout | None, make: Callable[[ModuleType], Work]
+    named: Named,
+    base: Named | None,
+    layout: Layout | None,
+    make: Callable[[ModuleType], Work],
+    casts: bool = False,
 ) -> None:
     """Do to all tensors what `make` makes of `cpu` or of `device`: in place or from a base, through float32
-    where a type is another."""
+    where a type is another, unless what is made for a GPU `casts` by itself."""
     work = cache(make)
 
     def do(piece: Piece) -> None:
@@ -177,6 +188,9 @@ def change(
             work(side(out))(out, first, offset)
             return
         target, source = tensor_of(out), tensor_of(out if first is None else first)
+        if casts and not target.is_cpu and source.device == target.device:
+            work(device)(target, source, offset)
+            return
         length = CAST if target.is_cpu else LARGE_CAST
         scratch = torch.empty(min(length, len(target)), device=target.device)
         wide = flat("", scratch)

@@ -1,4 +1,5 @@
-"""Hadamard pools in torch operations, for any device: a dozen of them for 16 million parameters.
+"""Hadamard pools in torch operations, for any device: a dozen of them for 16 million parameters. Where Triton
+has a kernel for the device, that does all of it in one pass (triton_tables.py).
 
 Over such a pool every change of the weights is a table of K numbers: w_i = RN(base_i + r(i) T[h(i)]). A move
 (k, s) has T[h] = RN(s) (-1)^popcount(h AND k), a replay T = RN(scale * WHT(A)). The signs r, a bit a
@@ -8,8 +9,10 @@ so nothing can be fused: a sign is flipped in the bits.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -88,30 +91,88 @@ def of_moves(pool: Pool, moves: Sequence[tuple[int, float]]) -> list[np.ndarray]
 
 
 def onto(pool: Pool, tables: Sequence[np.ndarray]) -> Work:
-    """out = base + r(i) T[h(i)] for each table T, float32 (K,), in order; base where that term is zero."""
+    """out = base + r(i) T[h(i)] for each table T, float32 (K,), in order; base where that term is zero.
+    Summed in float32, whatever the types of out and base, and rounded to out's once."""
     of = uploaded(tables)
     zeros = [bool((table == 0).any()) for table in tables]
 
     def work(out: torch.Tensor, base: torch.Tensor | None, offset: int) -> None:
-        for at, end in tiles(offset, out.numel(), tile_of(out.device)):
-            piece = out[at:end]
-            first = piece if base is None else base[at:end]
-            place = rows(pool, offset + at, end - at, out.device)
-            flip = flips(pool, offset + at, end - at, out.device)
-            for table, some in zip(of(out.device), zeros, strict=True):
-                term = (table.index_select(0, place).view(torch.int32) ^ flip).view(torch.float32)
-                if some:
-                    piece.copy_(torch.where(term == 0, first, first + term))
-                else:
-                    torch.add(first, term, out=piece)
-                first = piece
+        kernel = fused(pool.size, out.device, out.dtype, out.dtype if base is None else base.dtype)
+        if kernel:
+            kernel.onto(pool, of(out.device), out, base, offset)
+        else:
+            in_tiles(pool, of(out.device), zeros, out, base, offset)
 
     return work
 
 
-def uploaded(tables: Sequence[np.ndarray]) -> Callable[[torch.device], list[torch.Tensor]]:
-    """The tables on a device, once."""
-    return cache(lambda device: [torch.from_numpy(table).to(device) for table in tables])
+def in_tiles(
+    pool: Pool,
+    tables: torch.Tensor,
+    zeros: Sequence[bool],
+    out: torch.Tensor,
+    base: torch.Tensor | None,
+    offset: int,
+) -> None:
+    """The same, an operation after the other. zeros: which tables have some."""
+    for at, end in tiles(offset, out.numel(), tile_of(out.device)):
+        piece = out[at:end]
+        sums = piece if piece.dtype == torch.float32 else torch.empty(end - at, device=out.device)
+        first = (piece if base is None else base[at:end]).to(torch.float32)
+        place = rows(pool, offset + at, end - at, out.device)
+        flip = flips(pool, offset + at, end - at, out.device)
+        for table, some in zip(tables, zeros, strict=True):
+            term = (table.index_select(0, place).view(torch.int32) ^ flip).view(torch.float32)
+            if some:
+                sums.copy_(torch.where(term == 0, first, first + term))
+            else:
+                torch.add(first, term, out=sums)
+            first = sums
+        if sums is not piece:
+            piece.copy_(sums)
+
+
+FUSED_ON = "cuda"  # what Triton's kernel is compiled for
+
+
+@cache
+def fused(size: int, device: torch.device, out: torch.dtype, base: torch.dtype) -> ModuleType | None:
+    """triton_tables, where it runs on this device and has the bits of torch's operations: it is tried once
+    for pools of a size and for these types. None without Triton, or, after a warning, where it fails."""
+    if device.type != FUSED_ON:
+        return None
+    try:
+        from fedtune.zeroth import triton_tables
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+    if size > triton_tables.LARGEST:
+        return None
+    try:
+        why = "" if agrees(triton_tables, size, device, out, base) else "its bits differ"
+    except Exception as error:  # no compiler, a card that is too old: torch has the same bits
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+    if why:
+        warnings.warn(f"passes over weights on {device} go without Triton ({why})", stacklevel=2)
+    return None if why else triton_tables
+
+
+def agrees(kernel: ModuleType, size: int, device: torch.device, out: torch.dtype, base: torch.dtype) -> bool:
+    """Whether both ways end at the same bits: with a subnormal, both zeros, and a term of zero."""
+    pool, offset = Pool(5, size), TILE - 3
+    tables = torch.linspace(-1e-3, 1e-3, 2 * size + 1, device=device)[:-1].view(2, size).contiguous()
+    first = torch.linspace(-1, 1, 301, device=device)
+    first[:3] = torch.tensor([1e-41, 0.0, -0.0], device=device)
+    first, results = first.to(base), [torch.empty(301, dtype=out, device=device) for _ in range(2)]
+    kernel.onto(pool, tables, results[0], first, offset)
+    in_tiles(pool, tables, (True, True), results[1], first, offset)
+    return bool(torch.equal(*(result.view(torch.uint8) for result in results)))
+
+
+def uploaded(tables: Sequence[np.ndarray]) -> Callable[[torch.device], torch.Tensor]:
+    """The tables on a device, once: (tables, K)."""
+    return cache(lambda device: torch.from_numpy(np.stack(tables)).to(device))
 
 
 def add_table(total: torch.Tensor, offset: int, pool: Pool, table: torch.Tensor) -> None:

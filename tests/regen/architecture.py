@@ -14,7 +14,7 @@ from tests.regen.docs import cell
 from tests.regen.results import block
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("flwr", "torch", "transformers", "peft", "grpc", "numba")
+LIBRARIES = ("flwr", "torch", "transformers", "peft", "grpc", "numba", "triton")
 Graph = dict[str, set[str]]
 
 
