@@ -57,6 +57,7 @@ CATALOGUE: dict[str, str] = {
     "R411": "A client's work ended with an unexpected error; the client is left out of the round.",
     "R412": "A group of clients is too small for its sum to be revealed.",
     "R413": "Too few clients came through all steps of a masked sum.",
+    "R414": "Clients' votes are not as they should be, or elect nothing.",
     "R421": "A replay on this machine gives other bytes than the run had.",
     "R422": "A canary raised an alarm; the run pauses.",
     # F: Flower

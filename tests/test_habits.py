@@ -63,7 +63,7 @@ def test_no_library_code_changes_the_working_directory() -> None:
 def test_nobody_reaches_into_a_method_by_name() -> None:
     """What the runtime may ask of a method stands in its interface: no attribute by its name, no class and no
     type string elsewhere."""
-    types = {"fedpeft", "fedkseed", "sfprompt", "offsite"}
+    types = {"fedpeft", "fedkseed", "sfprompt", "offsite", "ltsft"}
     found = []
     for path in sorted((ROOT / "fedtune").rglob("*.py")):
         if path.parent.name == "methods":
@@ -79,7 +79,7 @@ def test_nobody_reaches_into_a_method_by_name() -> None:
                 isinstance(n, ast.Constant) and n.value in types for n in ast.walk(node)
             )
             imported = isinstance(node, ast.ImportFrom) and re.fullmatch(
-                r"fedtune\.methods\.(fedpeft|fedkseed|sfprompt|offsite)\w*", node.module or ""
+                r"fedtune\.methods\.(fedpeft|fedkseed|sfprompt|offsite|ltsft)\w*", node.module or ""
             )
             if asks or named or imported:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno} {text or ast.unparse(node)}")

@@ -10,13 +10,15 @@ from fedtune.methods.experts import ExpertsTable
 from fedtune.methods.fedkseed import FedKSeedTable
 from fedtune.methods.fedpeft import FedPEFTTable
 from fedtune.methods.interface import Capabilities, Costs, Facts, Method, MethodTable, Together, Verb, Work
+from fedtune.methods.ltsft import LTSFTTable
 from fedtune.methods.offsite import OffsiteTable
 from fedtune.methods.sfprompt import SFPromptTable
 from fedtune.plugins import extended
 from fedtune.settings import classes_by_tag
 
 MethodSettings = Annotated[
-    FedPEFTTable | FedKSeedTable | SFPromptTable | ExpertsTable | OffsiteTable, Field(discriminator="type")
+    FedPEFTTable | FedKSeedTable | SFPromptTable | ExpertsTable | OffsiteTable | LTSFTTable,
+    Field(discriminator="type"),
 ]
 if not TYPE_CHECKING:
     MethodSettings = extended(MethodSettings, "type", "methods", MethodTable)

@@ -149,7 +149,8 @@ def shown(train: TrainSettings) -> str:
 
 
 class AveragedTensors:
-    """State: the tensors of the tunable model. A round's are the mean of the answers to `train`."""
+    """State: the tensors of the tunable model. A round's are the mean of the answers to `train`, and what no
+    answer has stays."""
 
     def __init__(self, head_start: HeadStart, rounds: int, head_noise: HeadNoise = "off") -> None:
         self.head_start, self.rounds, self.head_noise = head_start, rounds, head_noise
@@ -163,7 +164,7 @@ class AveragedTensors:
 
     def round(self, state: State, cohort: Cohort, now: Round) -> State:
         state = self.begin(state, cohort)
-        return State(cohort.sum("train", state.shared).values(), state.kept)
+        return State({**state.shared, **cohort.sum("train", state.shared).values()}, state.kept)
 
     def install(self, state: State, tunable: TunableModel) -> None:
         tunable.write(state.shared)

@@ -48,6 +48,7 @@ class Plan:
     heads: int
     wide: int  # bytes of a value of the base, over 2
     head: str = ""  # as TunableModel.head
+    of_head: frozenset[str] = frozenset()  # likewise
     # bytes that live at once in a step, or without settings in a scoring pass, by batch and length; None
     # where that was not tried out
     peak: Peak = field(default=not_tried, compare=False, repr=False)
@@ -145,6 +146,7 @@ def plan_of(tunable: TunableModel) -> Plan:
         text.num_attention_heads,
         wide,
         tunable.head,
+        tunable.of_head,
     )
 
 

@@ -95,6 +95,11 @@ class TunableModel:
         )
 
     @property
+    def of_head(self) -> frozenset[str]:
+        """Names of the trained tensors that are the task head's."""
+        return frozenset(name for name in self.named if in_head(self.base, plain(name)))
+
+    @property
     def trainable(self) -> int:
         """Number of trained values."""
         return sum(value.numel() for value in self.named.values())

@@ -98,7 +98,10 @@ class Bounds:
             self._said.setdefault((verb, figure), []).append(value)
 
     def _before(self, key: Key, given: Tensors) -> float:
-        return self._norms[key] if key in self._norms else max(1.0, norm_of(Update(given)) or 0.0)
+        if key in self._norms:
+            return self._norms[key]
+        real = {name: value for name, value in given.items() if value.dtype.kind == "f"}
+        return max(1.0, norm_of(Update(real)) or 0.0)
 
     def _begin(self, number: int) -> None:
         """What the round before was like counts from here on."""

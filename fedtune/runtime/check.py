@@ -222,7 +222,7 @@ def traffic(
     for client, share in alike(method, clients).items():
         for name, verb in method.verbs.items():
             if verb.applies(plan) and not verb.late:
-                takes = verb_traffic(recipe, method, chain, plan, name, verb, asked == clients, client)
+                takes = verb_traffic(recipe, method, chain, plan, name, verb, asked, asked == clients, client)
                 if chain.hides and not verb.reads_each:
                     takes += masks_traffic(method, chain, name, asked)
                 takes *= share
@@ -250,6 +250,7 @@ def verb_traffic(
     plan: Plan,
     name: str,
     verb: Verb,
+    asked: int,
     everyone: bool,
     client: int,
 ) -> Traffic:
@@ -258,7 +259,7 @@ def verb_traffic(
 
     Where everyone is asked, all members hold the broadcast before, on which a downlink may build.
     """
-    now = Round(recipe.rounds, recipe.seed, (1,))
+    now = Round(recipe.rounds, recipe.seed, tuple(range(asked)))
     given = verb.given(plan, client, now)
     answer = verb.answer(given, now)
     header = Header("0" * 16, now.number, 1, name, "0" * 64, answer.fingerprint, whole=answer.whole)

@@ -15,6 +15,7 @@ EMULATED = {  # of two blocks, the first is trained and the second is rounded
     "bits": 4,
     "train": {"lr": 0.01, "steps": 2, "batch": 4},
 }
+LOTTERY = {"type": "ltsft", "density": 0.1, "train": {"lr": 0.01, "steps": 2, "batch": 4}}
 METHODS: dict[
     str, dict[str, Any]
 ] = {  # name of the method, a dash, the variant -> changes to the small recipe
@@ -202,6 +203,12 @@ METHODS: dict[
         "method": {**EMULATED, "adapter": {"kind": "lora", "rank": 2}},
         "aggregate": {"rule": "median"},
     },
+    "ltsft-union": {"method": LOTTERY, "sampling": {"count": 3}},
+    "ltsft-threshold": {
+        "method": {**LOTTERY, "elect": "threshold", "vote_steps": 3, "head_start": "lda"},
+        "chain": [{"step": "ternary", "keep": 0.2, "error_feedback": True}],
+    },
+    "ltsft-mask": {"method": LOTTERY, "chain": [{"step": "mask"}]},
     "sfprompt-tail": {
         "method": {**SPLIT, "head": 0, "tail": 1, "position": "input", "pruning": "random", "keep": 0.5}
     },

@@ -57,6 +57,7 @@ MASKED = [
     "experts-gate-mask",
     "fedkseed-mask",
     "sfprompt-mask",
+    "ltsft-mask",
 ]  # of three members or more
 EXACT = ["fedpeft-lora", "fedpeft-bias", "fedpeft-full"]
 UNCODED = [

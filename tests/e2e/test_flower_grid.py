@@ -123,6 +123,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
         "fedpeft-corda",
         "fedpeft-4bit",
         "offsite-lora",
+        "ltsft-union",
     )
 }
 

@@ -54,7 +54,7 @@ def test_a_norm_is_of_the_mean_over_all_tensors_and_whole_numbers_have_none() ->
 
 @pytest.mark.parametrize(("given", "limit"), [(0.0, 10.0), (0.5, 10.0), (3.0, 30.0)])
 def test_in_the_first_round_the_limit_follows_what_was_given(given: float, limit: float) -> None:
-    state = {"w": np.float32([0.0, given])}
+    state = {"w": np.float32([0.0, given]), "mask": np.uint32([1 << 30])}  # bits have no length
     Bounds().check(1, 0, "site", "train", update(limit), state, 10.0)
     with pytest.raises(Refused, match="W606"):
         Bounds().check(1, 0, "site", "train", update(limit + 1), state, 10.0)
