@@ -11,6 +11,7 @@ from pydantic import Field
 
 from fedtune.experts.cluster import Directions, clusters, matched, nearest
 from fedtune.experts.gate_table import GateTable
+from fedtune.experts.shapes import Shape
 from fedtune.settings import Settings
 
 Groups = Mapping[str, tuple[int, ...]]  # id of an expert -> its clients, ascending
@@ -40,6 +41,12 @@ class Grouping(Settings):
     """In the last round, groups also sum up means and mean squares of what comes into each adapted layer, by
     which a router knows whose rows a text is like (not under the rule ffa)."""
 
+    shape: Shape = "whole"
+    """How many experts live in a block of the network, by its depth (MoLA, Gao et al. 2024,
+    arXiv:2402.08562), of eight in each quarter from the input up: triangle 8-6-4-2, inverted 2-4-6-8,
+    hourglass 8-2-2-8, diamond 2-8-8-2, rectangle 5-5-5-5. Blocks take turns, so that experts have the same
+    number of blocks, give or take one. whole: all in every block."""
+
     gate: GateTable = GateTable()
 
     @property
@@ -50,6 +57,15 @@ class Grouping(Settings):
     def slots(self) -> int:
         """Experts at most."""
         raise NotImplementedError
+
+    def names(self, groups: Groups) -> tuple[str, ...]:
+        """Ids of all experts, ascending, once groups are known."""
+        return tuple(sorted(groups))
+
+    @property
+    def fewest(self) -> int:
+        """Experts in a block at least: a single one would be asked for everything, unless nobody can be."""
+        return 1 if self.gate.null else 2
 
     def due(self, number: int) -> bool:
         """Whether all members of this round are asked for sketches, and grouped anew."""
@@ -79,7 +95,10 @@ class Given(Grouping):
 
     @property
     def slots(self) -> int:
-        return len(set(self.groups) - {""})
+        return len(self.names({}))
+
+    def names(self, groups: Groups) -> tuple[str, ...]:
+        return tuple(sorted(set(self.groups) - {""}))
 
     def of(self, client: int, groups: Groups) -> str:
         return self.groups[client % len(self.groups)]

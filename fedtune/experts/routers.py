@@ -25,6 +25,8 @@ from fedtune.experts.gates import Gate, arrow, as_tensors, fixed, from_tensors, 
 from fedtune.types import Tensors
 
 SETTINGS, GATES, PREFIX = "gate.json", "gate.safetensors", "base_model.model."
+LIVING = "living"  # in gate.json: the experts of each layer, where they are not all
+Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ class Routing:
 
 @dataclass
 class Layer:
-    """One adapted layer. `ranks` are the experts' in their order; the first `always` slices are always on."""
+    """One adapted layer. `who` are the numbers of the experts that live here, `ranks` theirs in that order;
+    the first `always` slices are always on. Without any expert there is no gate."""
 
     A: torch.Tensor
     B: torch.Tensor
-    gate: Gate
+    gate: Gate | None
+    who: tuple[int, ...]
     ranks: torch.Tensor
     always: int
     summed: Any = 0.0  # of the prefix: scores, and how many tokens they are of
@@ -78,16 +82,18 @@ class Layer:
 
     def to(self, device: torch.device) -> None:
         self.A, self.B, self.ranks = self.A.to(device), self.B.to(device), self.ranks.to(device)
-        if self.gate.weight.device != device:
+        if self.gate is not None and self.gate.weight.device != device:
             moved = {"weight": self.gate.weight.to(device), "bias": self.gate.bias.to(device)}
             self.gate = replace(self.gate, **moved)
 
 
 @dataclass
 class Health:
-    """What a router did: shares of all tokens and layers by expert, and how decided it was."""
+    """What a router did: shares of all tokens and layers by expert, what they would be if all that live in a
+    layer were used alike, and how decided it was."""
 
     shares: np.ndarray
+    even: np.ndarray
     entropy: float = 0.0
     tokens: float = 0.0
 
@@ -96,7 +102,7 @@ class Health:
         return {
             "shares": dict(zip(names, map(float, part), strict=True)),
             "entropy": self.entropy / max(self.tokens, 1.0),
-            "starved": [name for name, share in zip(names, part, strict=True) if share < 0.1 / len(names)],
+            "starved": [name for name, few in zip(names, self.shares < 0.1 * self.even, strict=True) if few],
             "collapsed": len(names) > 1 and bool(part.max() > 0.95),
         }
 
@@ -105,7 +111,7 @@ class Health:
 class Router:
     """Experts by name on a network, for as long as they are attached. `null` gives a share to nobody: what
     comes last among the gate's scores. `also` makes a term of a loss of each layer's shares in a forward pass
-    (all, who has a say, which tokens are no padding); `extra` holds those of the last one."""
+    (all, who has a say, which tokens are no padding, whose they are); `extra` holds those of the last one."""
 
     names: tuple[str, ...]
     routing: Routing
@@ -113,14 +119,15 @@ class Router:
     causal: bool
     null: bool = False
     health: Health = field(init=False)
-    also: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    also: Term | None = None
     extra: list[torch.Tensor] = field(default_factory=list)
     _hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     _mask: torch.Tensor | None = None
     _goes_on: bool = True  # whether more tokens of the same texts may follow, from a cache
 
     def __post_init__(self) -> None:
-        self.health = Health(np.zeros(len(self.names) + self.null))
+        count = len(self.names) + self.null
+        self.health = Health(np.zeros(count), np.zeros(count))
 
     def attach(self, net: nn.Module) -> None:
         """Raises M305 for a layer that the network has not."""
@@ -163,23 +170,30 @@ class Router:
     def _at(self, layer: Layer) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0].to(layer.A.dtype)
-            part, kept, shares = self.routing.parts(self._scores(layer, x))
-            real = self._seen(x)
-            self._note(shares, real)
-            if self.also is not None:
-                self.extra.append(self.also(part, kept, real))
+            shares = None if layer.gate is None else self._shares(layer, layer.gate, x)
             middle = x @ layer.A.T
-            mine = shares[..., : len(self.names)].to(middle.dtype)
-            gates = mine.repeat_interleave(layer.ranks, -1, output_size=len(layer.A) - layer.always)
-            always = torch.ones_like(middle[..., : layer.always])
-            return output + ((middle * torch.cat([always, gates], -1)) @ layer.B.T).to(output.dtype)
+            gates = torch.ones_like(middle[..., : layer.always])
+            if shares is not None:
+                size = len(layer.A) - layer.always
+                mine = shares.to(middle.dtype).repeat_interleave(layer.ranks, -1, output_size=size)
+                gates = torch.cat([gates, mine], -1)
+            return output + ((middle * gates) @ layer.B.T).to(output.dtype)
 
         return hook
 
-    def _scores(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    def _shares(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
+        """(..., experts that live here), and what is noted of them."""
+        part, kept, shares = self.routing.parts(self._scores(layer, gate, x))
+        real = self._seen(x)
+        self._note(shares, real, layer.who)
+        if self.also is not None:
+            self.extra.append(self.also(part, kept, real, layer.who))
+        return shares[..., : len(layer.who)]
+
+    def _scores(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
         """Of each token or, for a gate that looks at what came before, of the prefix up to it."""
-        scores = layer.gate(x)
-        if not layer.gate.of_prefix or x.dim() != 3:
+        scores = gate(x)
+        if not gate.of_prefix or x.dim() != 3:
             return scores
         counts = self._seen(x).double()
         wide = scores.double() * counts
@@ -202,12 +216,14 @@ class Router:
             return torch.ones(*x.shape[:-1], 1, device=x.device)
         return mask[:, -x.shape[1] :, None]
 
-    def _note(self, shares: torch.Tensor, real: torch.Tensor) -> None:
+    def _note(self, shares: torch.Tensor, real: torch.Tensor, who: tuple[int, ...]) -> None:
         flat = shares.detach().reshape(-1, shares.shape[-1]).double()
         here = real.reshape(-1, 1).double()
-        self.health.shares += (flat * here).sum(0).cpu().numpy()
+        tokens, places = float(here.sum()), [*who, *([len(self.names)] if self.null else [])]
+        self.health.shares[places] += (flat * here).sum(0).cpu().numpy()
+        self.health.even[places] += tokens / len(places)
         self.health.entropy += float(-(here * flat * flat.clamp_min(1e-30).log()).sum())
-        self.health.tokens += float(here.sum())
+        self.health.tokens += tokens
 
     # --- on disk
 
@@ -219,16 +235,18 @@ class Router:
             "experts": list(self.names),
             "causal": self.causal,
             "null": self.null,
-            "of_prefix": any(layer.gate.of_prefix for layer in self.layers.values()),
+            "of_prefix": any(gate.of_prefix for gate in self.gates.values()),
             **asdict(self.routing),
             **card,
         }
+        if any(len(self.layers[name].who) < len(self.names) for name in self.gates):
+            about[LIVING] = {name: [self.names[n] for n in self.layers[name].who] for name in self.gates}
         (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
         save_file(as_tensors(self.gates), folder / GATES)
 
     @property
     def gates(self) -> dict[str, Gate]:
-        return {name: layer.gate for name, layer in self.layers.items()}
+        return {name: layer.gate for name, layer in self.layers.items() if layer.gate is not None}
 
 
 def router(
@@ -246,27 +264,34 @@ def router(
 
     moments  by expert and layer, for gate = "means": (mean, mean square) of its inputs
     mixture  for gate = "fixed"
-    gates    by layer, for gate = "trained": their scores are of the experts in the order of their ids
+    gates    by layer, for gate = "trained": their scores are of the experts that live there, by their ids
     null     whatever looks like nobody's goes to nobody (gate "means": the mean of all; "arrow": score 0)
+
+    An expert without a pair at a layer does not live there: `trained` and `means` do not ask it, for `arrow`
+    its score is 0, and its part of a fixed mixture is zero.
     """
     names = tuple(sorted(experts))
     pairs = {name: plain(experts[name]) for name in names}
     beneath = plain(always)
     layers = {}
     for module in sorted({module for some in (*pairs.values(), beneath) for module in some}):
-        parts = [pairs[name].get(module) for name in names]
+        every = routing.gate in ("arrow", "fixed")
+        who = tuple(n for n, name in enumerate(names) if every or module in pairs[name])
+        here = [names[n] for n in who]
+        parts = [pairs[name].get(module) for name in here]
         held = [pair for pair in (beneath.get(module), *parts) if pair is not None]
-        gate = (
-            gates[module]
-            if gates is not None
-            else gate_of(
-                routing, module, names, parts, moments or {}, mixture or {}, held[0].A.shape[1], null
-            )
-        )
+        width = held[0].A.shape[1]
+        if not who:
+            gate = None
+        elif gates is not None:
+            gate = gates[module]
+        else:
+            gate = gate_of(routing, module, here, parts, moments or {}, mixture or {}, width, null)
         layers[module] = Layer(
             torch.from_numpy(np.concatenate([pair.A for pair in held]).astype(np.float32)),
             torch.from_numpy(np.concatenate([pair.B for pair in held], axis=1).astype(np.float32)),
             gate,
+            who,
             torch.tensor([0 if pair is None else pair.rank for pair in parts]),
             beneath[module].rank if module in beneath else 0,
         )
@@ -320,14 +345,21 @@ def drop(folder: Path, name: str) -> bool:
     about = json.loads((folder / SETTINGS).read_text())
     if name not in about["experts"]:
         return True
-    place = about["experts"].index(name)
     if len(about["experts"]) + about["null"] < 3:
         return False
-    tensors = {key: np.delete(value, place, 0) for key, value in load_file(folder / GATES).items()}
+    living, left = about.get(LIVING, {}), dict[str, np.ndarray]()
+    for key, value in load_file(folder / GATES).items():
+        here = living.get(key.rpartition(".")[0], about["experts"])
+        value = np.delete(value, here.index(name), 0) if name in here else value
+        if len(value):
+            left[key] = value
     about["experts"].remove(name)
+    for here in living.values():
+        if name in here:
+            here.remove(name)
     for known in (about.get(key, {}) for key in ("shares", "sha256s")):
         known.pop(name, None)
-    save_file(tensors, folder / GATES)
+    save_file(left, folder / GATES)
     (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
     return True
 

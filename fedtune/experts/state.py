@@ -113,6 +113,11 @@ def layers_of(given: Schema) -> list[tuple[str, tuple[int, ...]]]:
     return [(name.removesuffix(A_END), shape) for name, shape in given.entries if name.endswith(A_END)]
 
 
+def widths_of(given: Schema) -> dict[str, int]:
+    """Of what comes into each adapted layer."""
+    return {layer: shape[1] for layer, shape in layers_of(given)}
+
+
 def only(schema: Schema, names: Collection[str]) -> Schema:
     return Schema(tuple(entry for entry in schema.entries if entry[0] in names))
 

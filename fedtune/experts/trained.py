@@ -18,7 +18,7 @@ from fedtune.aggregate.pairs import Pair
 from fedtune.experts.balance import localized, switch
 from fedtune.experts.gate_table import GateTable
 from fedtune.experts.gates import Gate, from_tensors, means
-from fedtune.experts.routers import PREFIX, Router, Routing, loaded, router
+from fedtune.experts.routers import PREFIX, Router, Routing, Term, loaded, router
 from fedtune.experts.state import A_END, B_END, GATE, experts_of, gate_of
 from fedtune.types import Tensors
 
@@ -26,25 +26,27 @@ if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
 TENSORS = "experts.safetensors"  # <expert>/<tensor>: the experts of a gate, at scale 1
-Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Living = Mapping[str, Sequence[int]]  # layer -> the numbers of the experts that live there
 
 
 def start(
     names: Sequence[str],
     inputs: Mapping[str, Mapping[str, np.ndarray]],
     widths: Mapping[str, int],
+    living: Living,
     null: bool,
 ) -> dict[str, np.ndarray]:
     """The gate before it is trained, by the layers' widths: linear discriminants of the groups' mean inputs
     (gates.means); who has told none is like all together, and so is nobody (`null`). Even without any."""
     made: dict[str, np.ndarray] = {}
     for layer, width in widths.items():
-        known = [inputs[name][layer] for name in names if layer in inputs.get(name, {})]
-        count = len(names) + null
+        here = [names[number] for number in living[layer]]
+        known = [inputs[name][layer] for name in here if layer in inputs.get(name, {})]
+        count = len(here) + null
         weight, bias = np.zeros((count, width), np.float32), np.zeros(count, np.float32)
         if known:
             mean = np.mean(known, axis=0)
-            said = [inputs.get(name, {}).get(layer, mean) for name in names] + [mean] * null
+            said = [inputs.get(name, {}).get(layer, mean) for name in here] + [mean] * null
             gate = means(said)
             weight, bias = gate.weight.numpy(), gate.bias.numpy()
             weight, bias = weight - weight.mean(0), bias - bias.mean()  # what all have tells nobody apart
@@ -78,27 +80,26 @@ def router_of(shared: Tensors, table: GateTable, scale: float, causal: bool) -> 
 
 
 def stacked(experts: Mapping[str, Tensors]) -> dict[str, np.ndarray]:
-    """All experts' pairs as one, in the order of their ids."""
+    """At each layer the pairs of all experts that live there as one, in the order of their ids."""
     pairs = [split(experts[name])[0] for name in sorted(experts)]
     whole = {
         layer: Pair(
-            np.concatenate([some[layer].B for some in pairs], 1),
-            np.concatenate([some[layer].A for some in pairs], 0),
+            np.concatenate([some[layer].B for some in pairs if layer in some], 1),
+            np.concatenate([some[layer].A for some in pairs if layer in some], 0),
         )
-        for layer in pairs[0]
+        for layer in sorted({layer for some in pairs for layer in some})
     }
     return join(whole, {})
 
 
-def apart(whole: Tensors, ranks: Sequence[int]) -> dict[str, dict[str, np.ndarray]]:
+def apart(whole: Tensors, ranks: Sequence[int], living: Living) -> dict[str, dict[str, np.ndarray]]:
     """The inverse of `stacked`; ids are numbers that keep the order."""
-    ends = np.cumsum(ranks)
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for number, (rank, end) in enumerate(zip(ranks, ends, strict=True)):
-        found[f"{number:03}"] = {
-            name: value[end - rank : end] if name.endswith(A_END) else value[:, end - rank : end]
-            for name, value in whole.items()
-        }
+    found: dict[str, dict[str, np.ndarray]] = {f"{number:03}": {} for number in range(len(ranks))}
+    for name, value in whole.items():
+        axis, who = int(name.endswith(B_END)), living[name.removesuffix(A_END).removesuffix(B_END)]
+        parts = np.split(value, np.cumsum([ranks[number] for number in who])[:-1], axis)
+        for number, part in zip(who, parts, strict=True):
+            found[f"{number:03}"][name] = part
     return found
 
 
@@ -123,9 +124,9 @@ def training_gates(tunable: TunableModel, made: Router) -> Iterator[None]:
     tensors, as gate/<layer>.weight and .bias."""
     whole, named = dict(tunable.named), dict[str, nn.Parameter]()
     made.attach(tunable.base.net)
-    for layer, held in made.layers.items():
-        weight, bias = nn.Parameter(held.gate.weight.clone()), nn.Parameter(held.gate.bias.clone())
-        held.gate = Gate(weight, bias, held.gate.size, held.gate.of_prefix)
+    for layer, gate in made.gates.items():
+        weight, bias = nn.Parameter(gate.weight.clone()), nn.Parameter(gate.bias.clone())
+        made.layers[layer].gate = Gate(weight, bias, gate.size, gate.of_prefix)
         named[f"{GATE}{PREFIX}{layer}.weight"], named[f"{GATE}{PREFIX}{layer}.bias"] = weight, bias
     for value in whole.values():
         value.requires_grad_(False)
@@ -140,18 +141,22 @@ def training_gates(tunable: TunableModel, made: Router) -> Iterator[None]:
 
 
 def balanced(table: GateTable, own: np.ndarray) -> Term | None:
-    """The terms that a table asks for; `own` (experts,) is 1 for the group's own expert. None for none."""
+    """The terms that a table asks for; `own` (experts,) is 1 for the group's own expert. None for none. Where
+    that expert does not live, there is no localised one."""
     weight = table.localized * bool(own.any())
     if not (table.balance or weight):
         return None
     mine = torch.from_numpy(own)
 
-    def term(part: torch.Tensor, kept: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    def term(
+        part: torch.Tensor, kept: torch.Tensor, real: torch.Tensor, who: tuple[int, ...]
+    ) -> torch.Tensor:
         total = part.new_zeros(())
         if table.balance:
             total = total + table.balance * switch(part, kept, real)
-        if weight:
-            total = total + weight * localized(part[..., : len(own)], real, mine.to(part.device))
+        here = mine[list(who)]
+        if weight and here.any():
+            total = total + weight * localized(part[..., : len(who)], real, here.to(part.device))
         return total
 
     return term

@@ -10,16 +10,16 @@ expert learns what the general one leaves over.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedtune.aggregate import Rule
 from fedtune.errors import FedtuneError
 from fedtune.experts.grouping import Clusters, direction_of
-from fedtune.experts.need import MOST, allotted, at_rank, need
+from fedtune.experts.need import allotted, at_rank, need
 from fedtune.experts.sketch import sketch
 from fedtune.experts.state import (
     A_END,
@@ -30,7 +30,6 @@ from fedtune.experts.state import (
     fresh_a,
     general_of,
     groups_of,
-    is_pair,
     joined,
     layers_of,
     made_so_far,
@@ -40,8 +39,8 @@ from fedtune.experts.state import (
 )
 from fedtune.methods.base import AdapterMethod
 from fedtune.methods.experts_gate import BESIDE, GateRounds, install, write_beside
+from fedtune.methods.experts_messages import Messages
 from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings, moves_a, refuse_merging
-from fedtune.methods.fedpeft_ranks import at_rank as shape_at
 from fedtune.methods.head_start import features_verbs, kept_until_started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.weights import TELLS, weight_of
@@ -67,18 +66,15 @@ class Experts(AdapterMethod):
     def __init__(self, settings: ExpertsSettings, rounds: int, rule: Rule) -> None:
         super().__init__(settings, rounds)
         self.rule, self.grouping = rule, settings.experts
-        self.gate = GateRounds(settings, rounds, rule, self.general)
+        self.messages = Messages(settings, rule)
+        self.gate = GateRounds(settings, rounds, rule, self.messages)
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.lora_ranks import freeze
 
         tunable = super().prepare(base, seed)
-        freeze(tunable, tunable.named.keys() - self.ever(tunable.named))
+        freeze(tunable, tunable.named.keys() - self.messages.ever(tunable.named))
         return tunable
-
-    def ever(self, names: Mapping[str, Any]) -> frozenset[str]:
-        """What is trained in some round; the rest stays as the seed made it and never travels."""
-        return self.rule.trains(names, 1) | self.rule.trains(names, 2)
 
     # --- on the server
 
@@ -149,6 +145,7 @@ class Experts(AdapterMethod):
         now: Round,
     ) -> tuple[dict[str, dict[str, np.ndarray]], Tensors]:
         """The next experts, from one question to all groups; who has shared one is kept."""
+        known = {**self.messages.first(general, groups_of(kept), now.seed), **known}
         before = {name: known.get(name) or fresh(general, now.seed) for name in sorted(set(asked.values()))}
         by_need = self.grouping.rank == "auto" and not known  # once, by the first sums
         try:
@@ -230,18 +227,18 @@ class Experts(AdapterMethod):
         rule = self.rule
         train = Verb(
             self.train,
-            lambda tunable, client, now: self.general(tunable),
+            lambda tunable, client, now: self.messages.general(tunable),
             lambda given, now: only(given, rule.sends(given.shapes, now.number)),
             moves=True,
         )
         specialise = Verb(
             self.specialise,
-            lambda tunable, client, now: self.beside(tunable),
-            lambda given, now: only(given, self.sent(given, now)),
+            lambda tunable, client, now: self.messages.beside(tunable),
+            lambda given, now: only(given, self.messages.sent(given, now)),
             reads_each=self.grouping.single,
             by_group=not self.grouping.single,
             moves=True,
-            otherwise=self.at_other_ranks if self.grouping.rank == "auto" else None,
+            otherwise=self.messages.others,
             shows=""
             if self.grouping.single
             else f"a group has {self.grouping.least} members or more, whom the server knows",
@@ -265,7 +262,7 @@ class Experts(AdapterMethod):
         )
         verb = Verb(
             self.tell_sketch,
-            lambda tunable, client, now: self.general(tunable),
+            lambda tunable, client, now: self.messages.general(tunable),
             lambda given, now: Schema(((SKETCH, (size,)),)),
             reads_each=True,
             shows=shows,
@@ -279,7 +276,7 @@ class Experts(AdapterMethod):
         whose = "its rows" if self.grouping.single else f"the rows of {self.grouping.least} clients or more"
         verb = Verb(
             self.tell_inputs,
-            lambda tunable, client, now: self.general(tunable),
+            lambda tunable, client, now: self.messages.general(tunable),
             lambda given, now: Schema(tuple((layer, (2, shape[1])) for layer, shape in layers_of(given))),
             reads_each=self.grouping.single,
             by_group=not self.grouping.single,
@@ -287,24 +284,6 @@ class Experts(AdapterMethod):
             once=True,
         )
         return {INPUTS: verb}
-
-    def general(self, tunable: Any) -> Schema:
-        names = self.ever(tunable.named)
-        return Schema.of({name: value for name, value in tunable.named.items() if name in names})
-
-    def beside(self, tunable: Any, rank: int = 0) -> Schema:
-        """The general expert, and the pairs of one expert; `rank`: where it is not the general one's."""
-        entries, rank = self.general(tunable).entries, rank or self.settings.lora.rank
-        own = [(OWN + name, shape_at(name, shape, rank)) for name, shape in entries if is_pair(name)]
-        return Schema(tuple(sorted([*entries, *own])))
-
-    def at_other_ranks(self, tunable: Any, client: int, now: Round) -> Iterator[Schema]:
-        equal = self.settings.lora.rank
-        return (self.beside(tunable, rank) for rank in range(1, MOST * equal + 1) if rank != equal)
-
-    def sent(self, given: Schema, now: Round) -> frozenset[str]:
-        own = [name.removeprefix(OWN) for name in given.shapes if name.startswith(OWN)]
-        return frozenset(OWN + name for name in self.rule.sends(own, now.number))
 
     # --- on each client
 

@@ -27,10 +27,11 @@ from fedtune.experts.state import (
     general_of,
     inputs_of,
     joined,
-    layers_of,
     only,
     rank_of,
+    widths_of,
 )
+from fedtune.methods.experts_messages import Messages
 from fedtune.methods.experts_settings import ExpertsSettings
 from fedtune.methods.interface import Verb
 from fedtune.methods.weights import weight_of
@@ -53,12 +54,8 @@ token, lie in `experts/`: `fedtune.load` puts them on top, other programs load t
 
 
 class GateRounds:
-    """`general` gives the schema of the general expert on a tunable model."""
-
-    def __init__(
-        self, settings: ExpertsSettings, rounds: int, rule: Rule, general: Callable[[Any], Schema]
-    ) -> None:
-        self.settings, self.rule, self.general = settings, rule, general
+    def __init__(self, settings: ExpertsSettings, rounds: int, rule: Rule, messages: Messages) -> None:
+        self.settings, self.rule, self.messages = settings, rule, messages
         self.table, self.grouping = settings.experts.gate, settings.experts
         self.first = rounds - self.table.rounds + 1
 
@@ -75,8 +72,11 @@ class GateRounds:
 
         general, experts = general_of(state.shared), experts_of(state.shared)
         names = sorted(experts)
-        widths = {layer: shape[1] for layer, shape in layers_of(Schema.of(general))}
-        gate = gate_of(state.shared) or start(names, inputs_of(state.kept), widths, self.table.null)
+        schema = Schema.of(general)
+        living = self.messages.living(schema, len(names))
+        gate = gate_of(state.shared) or start(
+            names, inputs_of(state.kept), widths_of(schema), living, self.table.null
+        )
         given: dict[str, np.ndarray] = {
             **general,
             **{EXPERTS + name: value for name, value in stacked(experts).items()},
@@ -85,7 +85,7 @@ class GateRounds:
             RANKS: np.array([rank_of(experts[name]) for name in names], np.float32),
         }
         total = cohort.sum(TUNE, self.to_each(given, names, asked) if self.table.localized else given)
-        self.note_health(total.mean().metrics, len(names), cohort)
+        self.note_health(total.mean().metrics, living, len(names), cohort)
         return joined(general, experts, state.kept, self.rule.from_mean(gate, total.values()))
 
     def to_each(
@@ -98,13 +98,19 @@ class GateRounds:
         }
         return lambda client: told.get(asked.get(client, ""), told[""])
 
-    def note_health(self, told: Mapping[str, float], count: int, cohort: Cohort) -> None:
+    def note_health(
+        self, told: Mapping[str, float], living: Mapping[str, tuple[int, ...]], count: int, cohort: Cohort
+    ) -> None:
         """How many experts are hardly asked, and whether one has everything; their shares are figures of the
-        answers, numbered in the order of ids."""
+        answers, numbered in the order of ids. Even shares are those of the layers where an expert lives."""
         shares = [told[f"{SHARE}{number}"] for number in range(count)]
         nobody = [told[f"{SHARE}null"]] if self.table.null else []
-        even = 1 / (count + len(nobody))
-        cohort.note("gate_starved", sum(share < STARVED * even for share in shares))
+        sizes = {layer: len(who) + len(nobody) for layer, who in living.items()}
+        even = [
+            sum(1 / sizes[layer] for layer, who in living.items() if number in who) / len(living)
+            for number in range(count)
+        ]
+        cohort.note("gate_starved", sum(a < STARVED * b for a, b in zip(shares, even, strict=True)))
         cohort.note("gate_collapsed", max(shares + nobody) > COLLAPSED)
 
     # --- what travels
@@ -146,14 +152,17 @@ class GateRounds:
 
     def schema(self, tunable: Any, count: int, total: int) -> Schema:
         """So many experts of so many ranks in all; 0: as many as equal ones have."""
-        general, total = self.general(tunable), total or count * self.settings.lora.rank
+        general = self.messages.general(tunable)
         entries = [*general.entries, (OWN_ROW, (count,)), (RANKS, (count,))]
-        rows = count + self.table.null
-        for layer, shape in layers_of(general):
-            height = general.shapes[layer + B_END][0]
-            entries += [(f"{EXPERTS}{layer}{A_END}", (total, shape[1]))]
-            entries += [(f"{EXPERTS}{layer}{B_END}", (height, total))]
-            entries += [(f"{GATE}{layer}.weight", (rows, shape[1])), (f"{GATE}{layer}.bias", (rows,))]
+        living = self.messages.living(general, count)
+        for layer, width in widths_of(general).items():
+            height, here = general.shapes[layer + B_END][0], len(living[layer])
+            rank, rows = total or here * self.settings.lora.rank, here + self.table.null
+            entries += [
+                (f"{EXPERTS}{layer}{A_END}", (rank, width)),
+                (f"{EXPERTS}{layer}{B_END}", (height, rank)),
+            ]
+            entries += [(f"{GATE}{layer}.weight", (rows, width)), (f"{GATE}{layer}.bias", (rows,))]
         return Schema(tuple(sorted(entries)))
 
     # --- on each client
@@ -182,11 +191,12 @@ class GateRounds:
             for name, value in given.items()
             if name.startswith(EXPERTS) and name.endswith((A_END, B_END))
         }
-        ranks = checked_ranks(given[RANKS], rank_of(whole))
+        living = self.messages.living(Schema.of(general_of(given)), len(given[RANKS]))
+        ranks = checked_ranks(given[RANKS], living, whole)
         take_off(tunable)
         tunable.write(general_of(given))
         scale, causal = scale_of(tunable), tunable.base.task in LM_TASKS
-        experts = {name: scaled(some, scale) for name, some in apart(whole, ranks).items()}
+        experts = {name: scaled(some, scale) for name, some in apart(whole, ranks, living).items()}
         gates = gates_of(gate_of(given), self.table.prefix)
         made = router(experts, {}, routing_of(self.table), causal, null=self.table.null, gates=gates)
         made.also = balanced(self.table, given[OWN_ROW])
@@ -204,13 +214,15 @@ class GateRounds:
         return Update.of(values, weight_of(self.settings.weight, client, report.loss, TUNE), figures)
 
 
-def checked_ranks(said: np.ndarray, total: int) -> list[int]:
-    """Whole numbers that add up to `total`."""
+def checked_ranks(said: np.ndarray, living: Mapping[str, tuple[int, ...]], whole: Tensors) -> list[int]:
+    """Whole numbers that add up, over those that live in a layer, to the rank there."""
     ranks = [int(rank) for rank in said]
-    if list(said) != ranks or min(ranks) < 1 or sum(ranks) != total:
+    held = {name.removesuffix(B_END): value.shape[1] for name, value in whole.items() if name.endswith(B_END)}
+    fit = all(sum(ranks[number] for number in living[layer]) == rank for layer, rank in held.items())
+    if list(said) != ranks or min(ranks) < 1 or not fit:
         raise Refused(
             "W603",
-            f"ranks {ranks[:8]} of experts of {total} in all",
+            f"ranks {ranks[:8]} of experts of {max(held.values())} in all",
             "those of the experts",
             "use the same version of fedtune on both sides",
         )

@@ -17,6 +17,7 @@ from fedtune.model.adapters import Lora
 from fedtune.privacy.masks import LEAST
 
 if TYPE_CHECKING:
+    from fedtune.model.base import Base
     from fedtune.model.memory_plan import Plan
 
 
@@ -71,6 +72,7 @@ class ExpertsSettings(AdapterTable):
                 "a rule that trains both factors, so that an expert can change its rank",
                 "set aggregate.rule = 'mean', or method.experts.rank = 'equal'",
             )
+        yield from self.shape_conflicts()
         if recipe.downlink.lossy or recipe.downlink.remembers:
             yield (
                 f"downlink.step = '{recipe.downlink.step}' with method.type = 'experts'",
@@ -97,6 +99,42 @@ class ExpertsSettings(AdapterTable):
             )
         if self.experts.gate.rounds:
             yield from self.gate_conflicts(recipe)
+
+    def shape_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Who lives where is decided once, of experts that are all alike in size."""
+        found = f"method.experts.shape = '{self.experts.shape}'"
+        if self.experts.shape == "whole":
+            return
+        if self.experts.single:
+            yield (
+                f"{found} with method.experts.by = '{self.experts.by}'",
+                "groups: an owner's expert comes with all its layers",
+                "set method.experts.by = 'clusters', or leave shape out",
+            )
+        if self.experts.rank == "auto":
+            yield f"{found} with method.experts.rank = 'auto'", "equal ranks", "leave one of them out"
+        if isinstance(self.experts, Clusters) and self.experts.recluster_every:
+            yield (
+                f"{found} with method.experts.recluster_every = {self.experts.recluster_every}",
+                "groups that are found once, because each keeps the blocks that its expert lives in",
+                "leave one of them out",
+            )
+
+    def require(self, base: Base) -> None:
+        """Raises M306 for a shape of one block."""
+        from fedtune.model.adapters.layers import block_numbers, target_layers
+
+        super().require(base)
+        if (
+            self.experts.shape != "whole"
+            and len(set(block_numbers(target_layers(base, self.lora)).values())) < 2
+        ):
+            raise FedtuneError(
+                "M306",
+                f"method.experts.shape = '{self.experts.shape}' with LoRA in fewer than two blocks",
+                "a depth over which the number of experts varies",
+                "adapt more blocks, or leave shape out",
+            )
 
     def gate_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         """What [method.experts.gate] needs of the rest."""
@@ -179,8 +217,21 @@ class ExpertCosts(AdapterCosts):
         experts = self.settings.experts
         above = MOST if experts.rank == "auto" else 1
         if experts.gate.rounds:  # all experts stand on the network at once
-            above = max(above, experts.slots)
+            above = max(above, math.ceil(experts.slots * self.part(plan)))
         return super().memory(plan_at(plan, (1 + above) * self.settings.lora.rank), length)
+
+    def part(self, plan: Plan) -> float:
+        """Of all layers, those where an expert lives, on average over as many experts as there can be."""
+        living = self.living(plan)
+        return sum(map(len, living.values())) / (len(living) * max(self.settings.experts.slots, 1))
+
+    def living(self, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """By layer, of as many experts as there can be."""
+        from fedtune.experts.shapes import living
+
+        experts = self.settings.experts
+        layers = [name.removesuffix(A_END) for name in plan.shapes if name.endswith(A_END)]
+        return living(layers, experts.slots, experts.shape, experts.fewest)
 
     def remarks(self, recipe: object, labels: int, rows: float) -> list[str]:
         first = self.settings.experts.warm_up + 1
@@ -195,10 +246,12 @@ class ExpertCosts(AdapterCosts):
         if not gate.rounds:
             return []
         plan = self.plan(recipe.model, recipe.data.task, labels)
-        shapes = [(name, shape) for name, shape in plan.shapes.items() if name.endswith((A_END, B_END))]
-        pairs = sum(math.prod(shape) for _, shape in shapes)
-        up = sum((slots + gate.null) * (shape[1] + 1) for name, shape in shapes if name.endswith(A_END))
-        down = plan.trainable + slots * pairs + up
+        up, down = 0, plan.trainable
+        for layer, who in self.living(plan).items():
+            factors = plan.shapes[layer + A_END], plan.shapes[layer + B_END]
+            up += (len(who) + gate.null) * (factors[0][1] + 1)
+            down += len(who) * sum(map(math.prod, factors))
+        down += up
         return [
             f"gate      the last {gate.rounds} rounds train a gate alone: up to {4 * up:,} bytes up and "
             f"{4 * down:,} down, with {slots} experts, which every member is given"

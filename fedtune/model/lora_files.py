@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters import Lora
@@ -192,6 +193,26 @@ def check_pairs(expert: Expert) -> None:
             f"names that begin with {PREFIX}, as peft's do",
             "export the adapter again",
         )
+
+
+def narrow(folder: Path, layers: Collection[str]) -> None:
+    """Leave out, of the adapter in a folder, the pairs of all layers but these (as peft names them), whose
+    full names then are its targets."""
+    tensors = load_file(str(folder / TENSORS))
+    left = {
+        name: value
+        for name, value in tensors.items()
+        if not (found := factor_of(name)) or PREFIX + found[0] in layers
+    }
+    if len(left) == len(tensors):
+        return
+    modules = sorted(layer.removeprefix(PREFIX) for layer in layers)
+    save_torch(left, str(folder / TENSORS), metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | {"target_modules": modules}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    about = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
+    about["adapter"] |= {"targets": modules, "last": 0, "band": [0.0, 1.0], "keep_front": False}
+    (folder / SIDECAR).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def unfolded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

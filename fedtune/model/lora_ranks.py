@@ -146,8 +146,8 @@ def on_top(
     Gives the rank of what is beneath, whose slices come first. Afterwards the model is as it was, and holds
     `beneath`.
 
-    What `beneath` does not name is as the tunable model has it. Raises M306 for what is not made of linear
-    pairs.
+    What `beneath` does not name is as the tunable model has it; pairs that `own` lacks are zero. Raises M306
+    for what is not made of linear pairs.
     """
     scale, settings, frozen = scale_of(tunable), tunable.settings, sorted(tunable.still)
     assert isinstance(settings, Lora)
@@ -156,14 +156,7 @@ def on_top(
     added = next(value.shape[1] for name, value in own.items() if name.endswith(B_END))
     try:
         resize(tunable, settings.rank + added, scale)
-        tunable.write(
-            {
-                name: np.concatenate([value, own[name]], axis=0 if name.endswith(A_END) else 1)
-                if name in own
-                else value
-                for name, value in held.items()
-            }
-        )
+        tunable.write({name: beside(name, value, own, added) for name, value in held.items()})
         yield settings.rank
     finally:
         resize(tunable, settings.rank, scale)
@@ -171,6 +164,15 @@ def on_top(
         tunable.settings, config.lora_alpha = settings, settings.alpha
         tunable.write(held)
         freeze(tunable, frozen)
+
+
+def beside(name: str, value: np.ndarray, own: Mapping[str, np.ndarray], added: int) -> np.ndarray:
+    """A factor with the slices of `own` behind its own."""
+    if not name.endswith((A_END, B_END)):
+        return value
+    axis = 0 if name.endswith(A_END) else 1
+    shape = (added, value.shape[1]) if axis == 0 else (value.shape[0], added)
+    return np.concatenate([value, own.get(name, np.zeros(shape, np.float32))], axis)
 
 
 @contextmanager

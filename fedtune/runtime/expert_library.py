@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from fedtune.disk import write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.experts.cards import GENERAL, Card, cards, known, library_sha256, new_id, sha256_of, write
-from fedtune.experts.state import A_END, experts_of, fresh_a, groups_of, inputs_of, rank_of
+from fedtune.experts.state import A_END, B_END, experts_of, fresh_a, groups_of, inputs_of, rank_of
 from fedtune.exports import card as readme
 from fedtune.exports import whole_folder
 from fedtune.runtime.certificate import certificate
@@ -64,6 +64,7 @@ def write_all(
 ) -> None:
     """The general expert, which is installed, and every other, with the general one's task head."""
     from fedtune.model.export import save_adapter
+    from fedtune.model.lora_files import narrow
     from fedtune.model.lora_ranks import resize, scale_of, thaw
 
     thaw(tunable)
@@ -73,6 +74,7 @@ def write_all(
         resize(tunable, rank_of(tensors), scale)
         tunable.write(general if name == GENERAL else {**alone(general, seed), **tensors})
         save_adapter(tunable, place / name, tunable.base.name, text)
+        narrow(place / name, {tensor.removesuffix(B_END) for tensor in tensors if tensor.endswith(B_END)})
         if name in inputs:
             save_file(inputs[name], place / name / INPUTS)
         members = groups.get(name, ()) if name != GENERAL else history.members

@@ -140,6 +140,18 @@ METHODS: dict[
         "partition": {"by": "iid", "clients": 6},
         "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
     },
+    "experts-shape": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "given",
+            "groups": ["a", "b", "c", "d"],
+            "warm_up": 1,
+            "min_clients": 2,
+            "shape": "inverted",
+            "gate": {"rounds": 1, "localized": 0.1},
+        },
+        "partition": {"by": "iid", "clients": 8},
+    },
     "fedkseed-steps": {"method": {**WALK, "estimator": "spsa"}},
     "fedkseed-pro": {"method": {**WALK, "estimator": "spsa", "importance": True}},
     "fedkseed-pool": {

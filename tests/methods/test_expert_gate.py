@@ -73,7 +73,7 @@ def test_the_gate_alone_moves_and_starts_from_the_groups_mean_inputs(
         assert digest(experts_of(after.shared)[name]) == digest(tensors)
     inputs = inputs_of(after.kept)
     widths = {layer: value.shape[1] for layer, value in inputs["a"].items()}
-    first = start(["a", "b"], inputs, widths, False)
+    first = start(["a", "b"], inputs, widths, dict.fromkeys(widths, (0, 1)), False)
     for name, value in gate_of(after.shared).items():
         np.testing.assert_allclose(value, first[name], atol=1e-5)
     assert result["left_out"] == 0 and set(gate_of(after.shared)) == set(first)
