@@ -32,6 +32,7 @@ from fedtune.methods.fedkseed_costs import FedKSeedCosts
 from fedtune.methods.fedkseed_gradient import projected, takes_gradients
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
 from fedtune.methods.fedkseed_walk import Walk, first_loss, require_converging, walked
+from fedtune.methods.fedkseed_ways import way_of
 from fedtune.methods.head_start import (
     MARK,
     features_verbs,
@@ -230,7 +231,8 @@ class FedKSeed:
             )
         else:
             seeds, by = self.draw(given, now, client.id), self.curvature(tunable, given, now)
-            found_out = self.walk(tunable, client.data, epoch, seeds, seed, by, turn)
+            held = pools_of(given).get(pool_name(epoch))
+            found_out = self.walk(tunable, client.data, epoch, seeds, seed, by, turn, held)
         weight = int(weight_of(self.settings.weight, client, found_out.loss))
         if self.settings.sends_steps:
             tensors = {"steps": integers.packed(found_out.scalars, self.settings.bits)}
@@ -266,10 +268,12 @@ class FedKSeed:
         seed: int,
         by: Mapping[str, Any] | None = None,
         turn: tuple[int, int] = (0, 1),
+        held: np.ndarray | None = None,
     ) -> Walk:
-        """Steps by forward passes alone along these seeds (steps,), in place; further as for `walked`."""
-        pool, s = self.pool(tunable, epoch), self.settings
-        return walked(tunable, data, pool, seeds, seed, s, self.scale, by, turn)
+        """Steps by forward passes alone along these seeds (steps,) from where the pool's accumulators are
+        `held` (none: 0); `by` is the curvature's factor of each parameter; further as for `walked`."""
+        way = way_of(tunable, self.pool(tunable, epoch), self.settings, self.scale, by, held)
+        return walked(tunable, data, way, seeds, seed, self.settings, self.scale, turn)
 
     def belongs(self, given: Tensors, tunable: TunableModel) -> bool:
         """Whether accumulators were made for the values that this tunable model starts from, and for these
@@ -331,8 +335,8 @@ class FedKSeed:
 
     @property
     def replay_scale(self) -> float:
-        """What a unit of an accumulator moves a weight by."""
-        return -float(self.settings.lr) * self.scale.unit / (1 << integers.FRACTION)
+        """What 1 of an accumulator moves a weight by."""
+        return self.scale.replay(float(self.settings.lr))
 
     # --- around a run ---
 

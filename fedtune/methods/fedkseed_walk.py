@@ -6,30 +6,25 @@ A scalar is rounded to what will be sent before it is used, so a step is the one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedtune import progress
 from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.methods.fedkseed_settings import FedKSeedSettings
+from fedtune.methods.fedkseed_ways import Way
 from fedtune.methods.integers import Scale
 from fedtune.model.settings import TrainSettings
 
 if TYPE_CHECKING:
     from fedtune.model.encode import Encoded
     from fedtune.model.tunable import TunableModel
-    from fedtune.zeroth import Pool
 
 FEW = 10  # steps whose loss, before much has moved, later rounds are compared with
 MARGIN = 1.0  # nats that a round's loss may be above the first, whatever method.guard says
-Go = Callable[[Sequence[tuple[int, float]]], None]  # moves (direction, how far)
-Measured = tuple[
-    float, list[float], list[float]
-]  # loss, a scalar for each direction, how far to go back along each
 
 
 @dataclass(frozen=True)
@@ -46,79 +41,39 @@ class Walk:
 def walked(
     tunable: TunableModel,
     data: Encoded,
-    pool: Pool,
+    way: Way,
     seeds: np.ndarray,
     seed: int,
     s: FedKSeedSettings,
     scale: Scale,
-    by: Mapping[str, Any] | None = None,
     turn: tuple[int, int] = (0, 1),
 ) -> Walk:
-    """Walk along the directions `seeds` (steps,) in place; `by` is the curvature's factor of each parameter,
-    `turn` = (rounds done, rounds). Both sides of a step read the same inputs. Raises ClientFailed W607."""
+    """Walk along the directions `seeds` (steps,), by a `way` through the tunable model's weights; `turn` =
+    (rounds done, rounds). Both sides of a step read the same inputs. Raises ClientFailed W607."""
     from fedtune.model.changed_inputs import ChangedInputs
     from fedtune.model.fit import share_done, step_batches
     from fedtune.model.forward import batch_of, forward_only, mean_loss
     from fedtune.model.training_loss import TrainingLoss
-    from fedtune.zeroth import views, walk
 
-    go: Go = partial(walk, views(tunable.named), pool, by=by)
     inputs = ChangedInputs.of(s.train.inputs, tunable, seed)
     loss_of = inputs.around(TrainingLoss.of(s.train.objective, tunable, data))
-    measure = one_sided if s.estimator == "fzoo" else two_sided
     groups = seeds.reshape(-1, s.group if s.estimator == "fzoo" else 1)
     scalars, losses, clipped = np.zeros(groups.shape, np.int64), np.zeros(len(groups)), 0
-    left: list[
-        tuple[int, float]
-    ] = []  # a step's last moves, which go along with the next one's first: one pass over the weights less
     batches = step_batches(len(data), TrainSettings(steps=len(groups), batch=s.batch), seed)
     with forward_only(tunable, data):
         for step, (group, micro) in enumerate(zip(groups.tolist(), batches, strict=True)):
             read = inputs.at(data, step, share_done(turn, step, len(groups)))
             batch = batch_of(tunable, read, list(micro[0]))
             loss = partial(mean_loss, tunable, batch, loss_of)
-            losses[step], found, back = measure(group, s.eps, go, loss, left)
+            losses[step], found = way.measure(group, loss)
             if not all(map(math.isfinite, found)):
                 raise diverged(losses[step], step + 1)
             progress.say("training", step + 1, len(groups), float(losses[step]))
             scalars[step] = [scale.whole(g, s.outside == "drop") for g in found]
             clipped += sum(s.bits > 1 and abs(g) > s.clip for g in found)
-            left = [
-                (k, far - float(s.lr) * scale.unit * a)
-                for k, far, a in zip(group, back, scalars[step].tolist(), strict=True)
-            ]
-    go(left)
+            way.take(group, scalars[step].tolist())
+    way.end()
     return Walk(scalars.reshape(-1), float(losses.mean()), float(losses[:FEW].mean()), clipped / len(seeds))
-
-
-def two_sided(
-    group: Sequence[int], eps: float, go: Go, loss: Callable[[], float], left: Sequence[tuple[int, float]]
-) -> Measured:
-    """g = (L(w + eps z) - L(w - eps z)) / 2 eps (Spall 1992; MeZO, Malladi et al. 2023, alg. 1)."""
-    (k,) = group
-    go([*left, (k, eps)])
-    above = loss()
-    go([(k, -2 * eps)])
-    below = loss()
-    return (above + below) / 2, [(above - below) / (2 * eps)], [eps]
-
-
-def one_sided(
-    group: Sequence[int], eps: float, go: Go, loss: Callable[[], float], left: Sequence[tuple[int, float]]
-) -> Measured:
-    """g_i = (L(w + eps z_i) - L(w)) / s, with s the standard deviation of the L(w + eps z_i) (FZOO,
-    arXiv:2506.09034): the flatter, the longer a step.
-
-    N + 1 losses give N scalars. The mean over the group is left to the learning rate.
-    """
-    go(left)
-    start, sides = loss(), []
-    for k, before in zip(group, [None, *group[:-1]], strict=True):
-        go([(k, eps)] if before is None else [(before, -eps), (k, eps)])
-        sides.append(loss())
-    spread = float(np.std(sides, ddof=1))
-    back = [0.0] * (len(group) - 1) + [-eps]
-    return start, [(side - start) / spread if spread else 0.0 for side in sides], back
 
 
 def diverged(loss: float, step: int, lower: str = "method.lr") -> ClientFailed:

@@ -37,6 +37,10 @@ class Scale:
         unit = math.ldexp(1.0, 1 - math.frexp(32767 / clip)[1])
         return cls(unit, int(clip / unit))
 
+    def replay(self, lr: float) -> float:
+        """What 1 of an accumulator moves a weight by."""
+        return -lr * self.unit / (1 << FRACTION)
+
     def whole(self, g: float, drop: bool) -> int:
         """The scalar that is used and sent; beyond the clip its bound, or 0 where such steps are dropped."""
         if self.top == 1:

@@ -59,7 +59,7 @@ def keep_origin(tunable: TunableModel, seed: int) -> None:
             same = (
                 first is not None
                 and first.shape == value.shape
-                and bool(torch.equal(first.detach().float(), value.detach()))
+                and bool(torch.equal(first.detach().to(value.dtype), value.detach()))
             )
             tensors[name] = first.detach() if first is not None and same else value.detach().clone()
     tunable.origin = Origin(tensors, origin_digest(tunable, tensors), seed)

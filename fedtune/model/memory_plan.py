@@ -47,6 +47,7 @@ class Plan:
     hidden: int
     heads: int
     wide: int  # bytes of a value of the base, over 2
+    trained_bytes: int  # of the trained tensors in memory
     head: str = ""  # as TunableModel.head
     of_head: frozenset[str] = frozenset()  # likewise
     # bytes that live at once in a step, or without settings in a scoring pass, by batch and length; None
@@ -145,6 +146,7 @@ def plan_of(tunable: TunableModel) -> Plan:
         text.hidden_size,
         text.num_attention_heads,
         wide,
+        sum(value.numel() * value.element_size() for value in tunable.named.values()),
         tunable.head,
         tunable.of_head,
     )
@@ -177,6 +179,6 @@ def inference_bytes(plan: Plan, batch: int, length: int) -> dict[str, int]:
     found = plan.peak(None, batch, length)
     return {
         "base model": plan.weights_bytes,
-        "trained tensors": 4 * plan.trainable,
+        "trained tensors": plan.trained_bytes,
         "activations (estimate)": layer if found is None else found,
     }

@@ -170,7 +170,7 @@ known: dict[tuple[str, ...], Peak] = {}  # by all that the answer depends on
 def peak_of(tunable: TunableModel) -> Peak:
     """`Plan.peak` for a tunable model of torch's meta device, which from then on is of no other use."""
     base, adapter = tunable.base, tunable.settings
-    dtypes = sorted({str(value.dtype) for value in base.weights.values()})
+    dtypes = sorted({str(v.dtype) for v in (*base.weights.values(), *tunable.named.values())})
     kind = type(adapter).__name__ + (adapter.model_dump_json() if adapter else "")
     key = (base.net.config.to_json_string(), base.task, base.pooling, base.load, kind, *dtypes)
     if key not in known:

@@ -164,7 +164,8 @@ def attach(base: Base, settings: Adapter, seed: int) -> TunableModel:
     """Put an adapter on the base, initialised from `seed` alone; one that sits there already is taken off
     first.
 
-    Trained tensors are float32. Raises M302 (unknown target) and M306 (kind unfit for the model).
+    Trained tensors are float32, unless the adapter keeps the base's types. Raises M302 (unknown target) and
+    M306 (kind unfit for the model).
     """
     if base.attached is not None:
         detach(base.attached)
@@ -179,7 +180,7 @@ def attach(base: Base, settings: Adapter, seed: int) -> TunableModel:
     trained = {id(value) for value in named.values()}
     for value in net.parameters():
         value.requires_grad_(id(value) in trained)
-    for value in named.values():
+    for value in named.values() if not settings.keeps_types else ():
         value.data = value.data.float()
     tunable = TunableModel(
         base,

@@ -12,8 +12,8 @@ curved   steps times a diagonal curvature that the pools before give
 apply    walk, replay and project over a model's parameters
 """
 
-from fedtune.zeroth.apply import curvature, project, replay, views, walk
+from fedtune.zeroth.apply import curvature, project, replay, views, walk, write
 from fedtune.zeroth.layout import Layout
 from fedtune.zeroth.pool import Pool, combine
 
-__all__ = ["Layout", "Pool", "combine", "curvature", "project", "replay", "views", "walk"]
+__all__ = ["Layout", "Pool", "combine", "curvature", "project", "replay", "views", "walk", "write"]

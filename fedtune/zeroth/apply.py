@@ -124,6 +124,21 @@ def replay(
     )
 
 
+def write(named: Named, pool: Pool, table: np.ndarray, *, base: Named, layout: Layout | None = None) -> None:
+    """w = RN(base + r(i) T[h(i)]), cast to w's type: what a replay of one Hadamard pool does with T = scale *
+    WHT(A), and a model that stands some steps beside it needs no more than another T.
+
+    table  T, float32 (K,)
+
+    Otherwise as `walk`. Raises ValueError for another pool or table.
+    """
+    if pool.kind != "hadamard" or table.shape != (pool.size,) or table.dtype != np.float32:
+        raise ValueError(
+            f"a table of {table.dtype} {table.shape} for {pool}; it needs float32 ({pool.size},)"
+        )
+    change(named, base, layout, lambda code: code.from_table(pool, table), casts=True)
+
+
 def curvature(
     named: Named, sums: Sequence[tuple[Pool, np.ndarray]], *, layout: Layout | None = None
 ) -> dict[str, Flat]:

@@ -60,15 +60,15 @@ def fresh(onto: Callable[[np.ndarray, int], None]) -> Work:
     return work
 
 
-def from_table(table: np.ndarray, key: int) -> Work:
-    """out = base + sign(i) * table[h(i)]. table: float32 (K,)."""
+def from_table(pool: Pool, table: np.ndarray) -> Work:
+    """out = base + r(i) * table[h(i)] of a Hadamard pool. table: float32 (K,)."""
     rows = np.concatenate([table, table[:32]]).view(np.uint32)
 
     def work(out: np.ndarray, base: np.ndarray | None, offset: int) -> None:
         if base is None:
-            kernels.table_onto(out, offset, rows, key)
+            kernels.table_onto(out, offset, rows, pool.key)
         else:
-            kernels.table_from(out, base, offset, rows, key)
+            kernels.table_from(out, base, offset, rows, pool.key)
 
     return work
 
@@ -79,9 +79,8 @@ def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
         return fresh(lambda out, offset: None)
     factor = scale * sums[0][0].unit
     if len(sums) == 1 and sums[0][0].kind == "hadamard":
-        return from_table(
-            (factor * transformed(sums[0][1]).astype(np.float64)).astype(np.float32), sums[0][0].key
-        )
+        table = (factor * transformed(sums[0][1]).astype(np.float64)).astype(np.float32)
+        return from_table(sums[0][0], table)
     parts = [prepared(pool, accumulators) for pool, accumulators in sums]
 
     def work(out: np.ndarray, base: np.ndarray | None, offset: int) -> None:

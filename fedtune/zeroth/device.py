@@ -62,13 +62,18 @@ def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
     return work
 
 
+def from_table(pool: Pool, table: np.ndarray) -> Work:
+    """As cpu.from_table."""
+    return tables.onto(pool, [table])
+
+
 def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:
     """out = base + scale * S. sums: pools and int64 accumulators, checked."""
     factor = scale * sums[0][0].unit if sums else 0.0
     parts = [prepared(pool, accumulators) for pool, accumulators in sums]
     if len(sums) == 1 and sums[0][0].kind == "hadamard":
         table = (factor * wht(sums[0][1]).astype(np.float64)).astype(np.float32)
-        return tables.onto(sums[0][0], [table])
+        return from_table(sums[0][0], table)
 
     def work(out: torch.Tensor, base: torch.Tensor | None, offset: int) -> None:
         tile, device = tile_of(out.device), out.device

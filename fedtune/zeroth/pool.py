@@ -94,6 +94,11 @@ def parity(places: np.ndarray, k: int) -> np.ndarray:
     return odd
 
 
+def hadamard_row(size: int, k: int) -> np.ndarray:
+    """What direction k is multiplied by at each row of the transform, (-1)^popcount(k AND h): int16 (K,)."""
+    return signs(parity(np.arange(size, dtype=np.uint64), k))
+
+
 def signs(drawn: np.ndarray) -> np.ndarray:
     """0 is +1, 1 is -1: int16."""
     return np.int16(1) - 2 * drawn.astype(np.int16)

@@ -19,7 +19,7 @@ import torch
 
 from fedtune.zeroth.philox import ROTATION, SHARED
 from fedtune.zeroth.philox_torch import words
-from fedtune.zeroth.pool import Pool, Work, parity
+from fedtune.zeroth.pool import Pool, Work, hadamard_row
 
 TILE = 1 << 17  # parameters, on the CPU: temporaries of half a megabyte
 LARGE = 1 << 24  # elsewhere, where starting an operation costs more than a million parameters do
@@ -83,11 +83,7 @@ def rows(pool: Pool, offset: int, count: int, device: torch.device) -> torch.Ten
 
 def of_moves(pool: Pool, moves: Sequence[tuple[int, float]]) -> list[np.ndarray]:
     """The table of each move (k, step): float32 (K,)."""
-    places = np.arange(pool.size, dtype=np.uint64)
-    return [
-        np.where(parity(places, k), -np.float32(step), np.float32(step)).astype(np.float32)
-        for k, step in moves
-    ]
+    return [np.float32(step) * hadamard_row(pool.size, k) for k, step in moves]
 
 
 def onto(pool: Pool, tables: Sequence[np.ndarray]) -> Work:

@@ -158,6 +158,11 @@ METHODS: dict[
         "method": {**WALK, "estimator": "spsa", "uplink": "pool", "pool": "independent", "refresh": 2}
     },
     "fedkseed-fzoo": {"method": {**WALK, "estimator": "fzoo", "group": 3}, "sampling": {"count": 3}},
+    "fedkseed-table": {
+        "method": {**WALK, "estimator": "spsa", "walk": "table"},
+        "model__dtype": "bfloat16",
+        "sampling": {"count": 3},
+    },
     "fedkseed-curved": {
         "method": {**WALK, "estimator": "spsa", "uplink": "pool", "refresh": 1, "curvature": True}
     },

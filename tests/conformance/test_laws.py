@@ -47,6 +47,7 @@ OWN_SEEDS = [
     "fedkseed-steps",
     "fedkseed-pro",
     "fedkseed-fzoo",
+    "fedkseed-table",
     "fedkseed-ridge",
     "fedkseed-lda",
 ]  # every client walks along seeds of its own, so that clones differ by their number

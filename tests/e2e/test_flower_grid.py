@@ -122,6 +122,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
         "fedpeft-eva",
         "fedpeft-corda",
         "fedpeft-4bit",
+        "fedkseed-table",
         "offsite-lora",
         "ltsft-union",
     )

@@ -32,6 +32,8 @@ ALIKE: list[dict[str, Any]] = [
     {"pool": "independent", "directions": "gaussian"},
     {"bits": 1, "uplink": "pool"},
     {"estimator": "fzoo", "group": 3},
+    {"walk": "table"},
+    {"walk": "table", "estimator": "fzoo", "group": 3, "uplink": "pool"},
     {"refresh": 1, "curvature": True, "size": 32},
     {
         "refresh": 2,
@@ -117,8 +119,21 @@ def plain_walk(recipe: Recipe) -> tuple[dict[str, list[int]], Tensors]:
             with forward_only(tunable, data):
                 return mean_loss(tunable, batch_of(tunable, data, list(indices)))
 
+        def beside(k: int, far: float, directions: np.ndarray = directions, epoch: int = epoch) -> np.ndarray:
+            """The model so far and `far` along a direction, from the first values."""
+            whole = (directions.T @ accumulators[epoch]).astype(np.float64)
+            return moved(first, whole * link.method.replay_scale + far * directions[k])
+
         for group, micro in zip(seeds.tolist(), batches, strict=True):
-            if s.estimator == "fzoo":
+            if s.walk == "table":
+                sides = [loss(beside(k, s.eps), micro[0]) for k in group]
+                if s.estimator == "fzoo":
+                    start = loss(beside(0, 0.0), micro[0])
+                    found = [(side - start) / np.std(sides, ddof=1) for side in sides]
+                else:
+                    found = [(sides[0] - loss(beside(group[0], -s.eps), micro[0])) / (2 * s.eps)]
+                back = [0.0] * len(group)
+            elif s.estimator == "fzoo":
                 start, sides = loss(flat, micro[0]), []
                 for k in group:
                     go(k, s.eps)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fedtune.methods.fedkseed_walk import Go, one_sided, two_sided
+from fedtune.methods.fedkseed_ways import Go, one_sided, two_sided
 
 
 def model() -> tuple[list[float], Go]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedtune.errors import FedtuneError
 from fedtune.schema import Schema
-from fedtune.zeroth import Layout, Pool, apply, combine, cpu, device, project, replay, views, walk
+from fedtune.zeroth import Layout, Pool, apply, combine, cpu, device, project, replay, views, walk, write
 from fedtune.zeroth.pool import wht
 from tests.zeroth import oracle
 from tests.zeroth.oracle import perturb
@@ -188,6 +188,19 @@ def test_a_working_copy_of_half_the_bytes_is_a_cast(pool: Pool, dtype: torch.dty
     assert oracle.same(joined(exact), joined(wide))
     replay(working, [(pool, some(pool))], 1e-8, base=values(dtype))
     assert all(torch.equal(working[name], wide[name].to(dtype)) for name in SHAPES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_replay_is_what_its_table_writes(dtype: torch.dtype, road: str) -> None:
+    pool = oracle.POOLS[2]
+    table = (1e-8 * wht(some(pool)).astype(np.float64)).astype(np.float32)
+    written, replayed = values(dtype), values(dtype)
+    write(written, pool, table, base=values(dtype, 3))
+    replay(replayed, [(pool, some(pool))], 1e-8, base=values(dtype, 3))
+    assert all(torch.equal(written[name], replayed[name]) for name in SHAPES)
+    for wrong, t in ((oracle.POOLS[3], table), (pool, table[1:]), (pool, table.astype(np.float64))):
+        with pytest.raises(ValueError, match="it needs float32"):
+            write(written, wrong, t, base=replayed)
 
 
 def test_a_term_of_zero_leaves_every_bit(road: str) -> None:

@@ -27,6 +27,7 @@ class Adapter(Settings):
     switches_off whether the network can be asked without it while it is there
     sparse   whether it trains chosen positions of weights, which every party derives from the base
     stacks   whether several clients' tensors fit into one pass (fedtune/model/stacked.py)
+    keeps_types  whether what it trains keeps the base's type, and is not made float32
     beside   whether it neither trains nor reads weights of the base's linear layers, which may then be held
              in 4 or 8 bits (model.load)
     """
@@ -44,6 +45,10 @@ class Adapter(Settings):
     def virtual_tokens(self) -> int:
         """Tokens that the kind puts before every text."""
         return 0
+
+    @property
+    def keeps_types(self) -> bool:
+        return False
 
     def turn(self, names: Iterable[str], number: int) -> frozenset[str]:
         """Which of what is trained has its turn in a round."""

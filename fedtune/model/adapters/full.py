@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import PrivateAttr
 
 from fedtune.errors import FedtuneError
 from fedtune.model.adapters.base import WHOLE, Adapter, Share, band_conflicts
@@ -25,6 +27,19 @@ class Full(Adapter):
     band: tuple[Share, Share] = WHOLE
     """Of these, only what is in the blocks of this part of the depth, counted from the input, such as
     [0.25, 0.5]."""
+
+    _as_held: bool = PrivateAttr(default=False)
+
+    def as_held(self) -> Self:
+        """The same of parameters that keep the type in which the base holds them, but for those that its file
+        lacks: for who writes them anew from the base's own at each step, and so needs no bits beyond."""
+        made = self.model_copy()
+        made._as_held = True
+        return made
+
+    @property
+    def keeps_types(self) -> bool:
+        return self._as_held
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from band_conflicts(self.band)
@@ -55,4 +70,4 @@ class Full(Adapter):
                 name in within and (not self.only or any(fnmatchcase(name, pattern) for pattern in self.only))
             )
         }
-        return base.net, open_for_training(base, chosen)
+        return base.net, open_for_training(base, chosen, self.keeps_types)

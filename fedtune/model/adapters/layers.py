@@ -36,13 +36,16 @@ def head_parameters(base: Base) -> Named:
     return open_for_training(base, {name for name in base.weights if in_head(base, name)})
 
 
-def open_for_training(base: Base, names: set[str]) -> Named:
-    """Replace parameters by float32 copies to train, everywhere they are tied; the base's own stay
-    untouched."""
-    copies = {
-        id(base.weights[name]): nn.Parameter(base.weights[name].detach().to(torch.float32, copy=True))
-        for name in names
-    }
+def open_for_training(base: Base, names: set[str], as_held: bool = False) -> Named:
+    """Replace parameters by float32 copies to train, or `as_held` by such of their own type, but for fresh
+    ones; everywhere they are tied. The base's own stay untouched."""
+
+    def copy(name: str) -> nn.Parameter:
+        own = base.weights[name].detach()
+        dtype = own.dtype if as_held and name not in base.fresh else torch.float32
+        return nn.Parameter(own.to(dtype, copy=True))
+
+    copies = {id(base.weights[name]): copy(name) for name in names}
     for module in base.net.modules():
         for key, value in module._parameters.items():
             if id(value) in copies:
