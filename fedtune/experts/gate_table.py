@@ -28,6 +28,9 @@ class GateTable(Settings):
     """An expert that does nothing, beside the others: its share is the general expert's alone."""
     prefix: bool = True
     """Scores are averaged over the text so far, as a gate of mean inputs needs; false: each token's own."""
+    per: Literal["layer", "block"] = "layer"
+    """Whom a token asks is decided at each layer; or once for each feed-forward block, from what comes into
+    the block, and what experts answer is mixed behind it (experts within = "feed-forward")."""
     balance: float = Field(0.0, ge=0)
     """Weight of the Switch Transformer's load balance (Fedus et al. 2022, eq. 4). On rows of one kind it
     works against experts that differ: 0.01 and less, and for clients of mixed rows."""

@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedtune.experts.cluster import Directions, clusters, matched, nearest
+from fedtune.experts.feed_forward import Sizes
 from fedtune.experts.gate_table import GateTable
-from fedtune.experts.shapes import Shape
+from fedtune.experts.shapes import Shape, Where, Within, where
 from fedtune.settings import Settings
 
 Groups = Mapping[str, tuple[int, ...]]  # id of an expert -> its clients, ascending
 GroupName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$|^$")]
+MIXLORA = {"per": "block", "keep": "topk", "k": 2, "prefix": False, "balance": 0.01}  # keys of the gate
 
 
 class Grouping(Settings):
@@ -47,7 +49,28 @@ class Grouping(Settings):
     hourglass 8-2-2-8, diamond 2-8-8-2, rectangle 5-5-5-5. Blocks take turns, so that experts have the same
     number of blocks, give or take one. whole: all in every block."""
 
+    within: Within = "all"
+    """Where experts have pairs: in all adapted layers, or in feed-forward blocks alone. The general expert
+    has its own in all."""
+    preset: Literal["none", "mixlora"] = "none"
+    """mixlora: experts of feed-forward blocks behind one gate each (Li et al. 2024, arXiv:2404.15159). Sets
+    within = "feed-forward" and in [method.experts.gate] per = "block", keep = "topk", k = 2, prefix = false,
+    balance = 0.01, each where the recipe does not say it."""
+
     gate: GateTable = GateTable()
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") == "mixlora":
+            gate = given.get("gate", {})
+            gate = MIXLORA | gate if isinstance(gate, dict) else gate
+            return {"within": "feed-forward", **given, "gate": gate}
+        return given
+
+    def where(self, sizes: Sizes, experts: int) -> Where:
+        """Who lives where, of so many experts. Raises M306."""
+        return where(sizes, experts, self.shape, self.fewest, self.within, self.gate.per)
 
     @property
     def least(self) -> int:
@@ -90,7 +113,8 @@ class Given(Grouping):
     """by = "given": the recipe says each client's group, such as its department or language."""
 
     by: Literal["given"] = "given"
-    groups: Annotated[tuple[GroupName, ...], Field(min_length=1, max_length=4096)]
+    # not strict: `of_preset` makes Python's lists of JSON's
+    groups: Annotated[tuple[GroupName, ...], Field(min_length=1, max_length=4096, strict=False)]
     """Names of the clients' groups, by number, in turns; "" has the general expert alone."""
 
     @property

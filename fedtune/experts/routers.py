@@ -21,7 +21,11 @@ from torch import nn
 
 from fedtune.aggregate import Pair, split
 from fedtune.errors import FedtuneError
+from fedtune.experts.decisions import Decision
+from fedtune.experts.feed_forward import blocks, narrows
 from fedtune.experts.gates import Gate, arrow, as_tensors, fixed, from_tensors, means
+from fedtune.experts.health import Health
+from fedtune.experts.shapes import Per
 from fedtune.types import Tensors
 
 SETTINGS, GATES, PREFIX = "gate.json", "gate.safetensors", "base_model.model."
@@ -36,6 +40,8 @@ class Routing:
     gate         as in gates.py; trained: by a run's clients, from `means` on
     keep         topk: the k best; topp: the best until their shares add up to p; dense: all
     temperature  of the softmax over scores; higher is more even
+    per          layer: each decides for itself; block: one decision for a feed-forward block, whose experts'
+                 answers are mixed behind it (decisions.py)
     """
 
     gate: Literal["arrow", "means", "fixed", "trained"] = "arrow"
@@ -43,6 +49,7 @@ class Routing:
     k: int = 2
     p: float = 0.6
     temperature: float = 1.0
+    per: Per = "layer"
 
     def shares(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (..., K) -> shares that add up to 1."""
@@ -69,7 +76,8 @@ class Routing:
 @dataclass
 class Layer:
     """One adapted layer. `who` are the numbers of the experts that live here, `ranks` theirs in that order;
-    the first `always` slices are always on. Without any expert there is no gate."""
+    the first `always` slices are always on. Without any expert there is no gate; layers of a feed-forward
+    block share a decision, to which the gate of its first layer leads."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -77,34 +85,25 @@ class Layer:
     who: tuple[int, ...]
     ranks: torch.Tensor
     always: int
+    decision: Decision | None = None
+    last: bool = False  # of its block
     summed: Any = 0.0  # of the prefix: scores, and how many tokens they are of
     tokens: Any = 0.0
+
+    def added(self, x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> what pairs add, (..., out); shares (..., experts that live here), or more of them
+        than x in front."""
+        middle = x @ self.A.T
+        size = len(self.A) - self.always
+        mine = shares.to(middle.dtype).repeat_interleave(self.ranks, -1, output_size=size)
+        always = middle.new_ones(*mine.shape[:-1], self.always)
+        return (middle * torch.cat([always, mine], -1)) @ self.B.T
 
     def to(self, device: torch.device) -> None:
         self.A, self.B, self.ranks = self.A.to(device), self.B.to(device), self.ranks.to(device)
         if self.gate is not None and self.gate.weight.device != device:
             moved = {"weight": self.gate.weight.to(device), "bias": self.gate.bias.to(device)}
             self.gate = replace(self.gate, **moved)
-
-
-@dataclass
-class Health:
-    """What a router did: shares of all tokens and layers by expert, what they would be if all that live in a
-    layer were used alike, and how decided it was."""
-
-    shares: np.ndarray
-    even: np.ndarray
-    entropy: float = 0.0
-    tokens: float = 0.0
-
-    def report(self, names: Sequence[str]) -> dict[str, Any]:
-        part = self.shares / max(self.tokens, 1.0)
-        return {
-            "shares": dict(zip(names, map(float, part), strict=True)),
-            "entropy": self.entropy / max(self.tokens, 1.0),
-            "starved": [name for name, few in zip(names, self.shares < 0.1 * self.even, strict=True) if few],
-            "collapsed": len(names) > 1 and bool(part.max() > 0.95),
-        }
 
 
 @dataclass
@@ -141,7 +140,8 @@ class Router:
                     "give the base that they are for",
                 )
             layer.to(device)
-            self._hooks.append((modules[name], modules[name].register_forward_hook(self._at(layer)).id))
+            hook = self._at(layer) if layer.decision is None else self._in_block(layer, layer.decision)
+            self._hooks.append((modules[name], modules[name].register_forward_hook(hook).id))
         self._hooks.append((net, net.register_forward_pre_hook(self._begin, with_kwargs=True).id))
 
     def detach(self) -> None:
@@ -171,24 +171,35 @@ class Router:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0].to(layer.A.dtype)
             shares = None if layer.gate is None else self._shares(layer, layer.gate, x)
-            middle = x @ layer.A.T
-            gates = torch.ones_like(middle[..., : layer.always])
-            if shares is not None:
-                size = len(layer.A) - layer.always
-                mine = shares.to(middle.dtype).repeat_interleave(layer.ranks, -1, output_size=size)
-                gates = torch.cat([gates, mine], -1)
-            return output + ((middle * gates) @ layer.B.T).to(output.dtype)
+            mine = x.new_empty(*x.shape[:-1], 0) if shares is None else shares[..., : len(layer.who)]
+            return output + layer.added(x, mine).to(output.dtype)
+
+        return hook
+
+    def _in_block(self, layer: Layer, decision: Decision) -> Any:
+        """The first layer that is given what came into the block decides for all."""
+
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0].to(layer.A.dtype)
+            if not layer.last and decision.x is not inputs[0]:
+                head = self.layers[decision.head]
+                assert head.gate is not None
+                shares = self._shares(head, head.gate, x)
+                slots = self.routing.k if self.routing.keep == "topk" else shares.shape[-1]
+                decision.take(inputs[0], shares, slots, len(layer.who))
+            output = output + layer.added(x, decision.picks).to(output.dtype)
+            return decision.mixed(output) if layer.last else output
 
         return hook
 
     def _shares(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
-        """(..., experts that live here), and what is noted of them."""
+        """(..., experts that live here, and nobody), and what is noted of them."""
         part, kept, shares = self.routing.parts(self._scores(layer, gate, x))
         real = self._seen(x)
         self._note(shares, real, layer.who)
         if self.also is not None:
             self.extra.append(self.also(part, kept, real, layer.who))
-        return shares[..., : len(layer.who)]
+        return shares
 
     def _scores(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
         """Of each token or, for a gate that looks at what came before, of the prefix up to it."""
@@ -273,7 +284,11 @@ def router(
     names = tuple(sorted(experts))
     pairs = {name: plain(experts[name]) for name in names}
     beneath = plain(always)
-    layers = {}
+    sizes = {
+        module: (pair.A.shape[1], pair.B.shape[0]) for some in pairs.values() for module, pair in some.items()
+    }
+    heads, made = blocks(dict(sorted(sizes.items()))) if routing.per == "block" else {}, dict[str, Decision]()
+    layers = dict[str, Layer]()
     for module in sorted({module for some in (*pairs.values(), beneath) for module in some}):
         every = routing.gate in ("arrow", "fixed")
         who = tuple(n for n, name in enumerate(names) if every or module in pairs[name])
@@ -281,7 +296,7 @@ def router(
         parts = [pairs[name].get(module) for name in here]
         held = [pair for pair in (beneath.get(module), *parts) if pair is not None]
         width = held[0].A.shape[1]
-        if not who:
+        if not who or heads.get(module, module) != module:
             gate = None
         elif gates is not None:
             gate = gates[module]
@@ -292,8 +307,10 @@ def router(
             torch.from_numpy(np.concatenate([pair.B for pair in held], axis=1).astype(np.float32)),
             gate,
             who,
-            torch.tensor([0 if pair is None else pair.rank for pair in parts]),
+            torch.tensor([0 if pair is None else pair.rank for pair in parts], dtype=torch.long),
             beneath[module].rank if module in beneath else 0,
+            made.setdefault(heads[module], Decision(heads[module])) if module in heads else None,
+            module in heads and narrows(sizes[module]),
         )
     return Router(names, routing, layers, causal, null)
 
@@ -329,7 +346,7 @@ def loaded(folder: Path, experts: Mapping[str, Tensors], always: Tensors) -> Rou
     """The router that `save` wrote, over its experts. Raises M305 where one is missing."""
     about = json.loads((folder / SETTINGS).read_text())
     names, causal, null, of_prefix = (about[key] for key in ("experts", "causal", "null", "of_prefix"))
-    routing = Routing(**{one.name: about[one.name] for one in fields(Routing)})
+    routing = Routing(**{one.name: about[one.name] for one in fields(Routing) if one.name in about})
     if gone := sorted(set(names) - set(experts)):
         raise FedtuneError(
             "M305", f"a router over '{gone[0]}', which is not there", "its experts", "make the router again"

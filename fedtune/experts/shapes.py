@@ -17,10 +17,15 @@ block at most in how many they have.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
+from fedtune.experts.feed_forward import Sizes, blocks
+
+Within = Literal["all", "feed-forward"]
+Per = Literal["layer", "block"]
 Shape = Literal["whole", "rectangle", "triangle", "inverted", "hourglass", "diamond"]
 OF = 8  # experts that a shape's numbers are out of
 SHAPES = {
@@ -30,6 +35,31 @@ SHAPES = {
     "hourglass": (8, 2, 2, 8),
     "diamond": (2, 8, 8, 2),
 }
+
+
+@dataclass(frozen=True)
+class Where:
+    """living  layer -> the numbers of the experts that have a pair there, ascending
+    gated   layers at whose input a gate decides
+    """
+
+    living: Mapping[str, tuple[int, ...]]
+    gated: tuple[str, ...]
+
+    def of(self, expert: int) -> frozenset[str]:
+        """The layers where one of them lives."""
+        return frozenset(layer for layer, who in self.living.items() if expert in who)
+
+
+def where(sizes: Sizes, experts: int, shape: Shape, least: int, within: Within, per: Per) -> Where:
+    """Of adapted layers, by the widths of what comes in and goes out. Raises M306 for layers that make up no
+    feed-forward blocks, where those are meant."""
+    who = living(tuple(sizes), experts, shape, least)
+    if within == "all":
+        return Where(who, tuple(sizes))
+    heads = blocks(sizes)
+    gated = tuple(dict.fromkeys(heads.values())) if per == "block" else tuple(heads)
+    return Where({layer: who[layer] if layer in heads else () for layer in sizes}, gated)
 
 
 def living(layers: Sequence[str], experts: int, shape: Shape, least: int) -> dict[str, tuple[int, ...]]:

@@ -113,9 +113,13 @@ def layers_of(given: Schema) -> list[tuple[str, tuple[int, ...]]]:
     return [(name.removesuffix(A_END), shape) for name, shape in given.entries if name.endswith(A_END)]
 
 
-def widths_of(given: Schema) -> dict[str, int]:
-    """Of what comes into each adapted layer."""
-    return {layer: shape[1] for layer, shape in layers_of(given)}
+def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Adapted layers, and the widths of what comes in and goes out; 0 where A does not travel."""
+    return {
+        layer: (shapes.get(layer + A_END, (0, 0))[1], shape[0])
+        for name, shape in shapes.items()
+        if (layer := name.removesuffix(B_END)) != name
+    }
 
 
 def only(schema: Schema, names: Collection[str]) -> Schema:

@@ -16,9 +16,11 @@ from torch import nn
 from fedtune.aggregate import join, split
 from fedtune.aggregate.pairs import Pair
 from fedtune.experts.balance import localized, switch
+from fedtune.experts.feed_forward import Sizes
 from fedtune.experts.gate_table import GateTable
 from fedtune.experts.gates import Gate, from_tensors, means
 from fedtune.experts.routers import PREFIX, Router, Routing, Term, loaded, router
+from fedtune.experts.shapes import Where
 from fedtune.experts.state import A_END, B_END, GATE, experts_of, gate_of
 from fedtune.types import Tensors
 
@@ -26,21 +28,20 @@ if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
 TENSORS = "experts.safetensors"  # <expert>/<tensor>: the experts of a gate, at scale 1
-Living = Mapping[str, Sequence[int]]  # layer -> the numbers of the experts that live there
 
 
 def start(
     names: Sequence[str],
     inputs: Mapping[str, Mapping[str, np.ndarray]],
-    widths: Mapping[str, int],
-    living: Living,
+    sizes: Sizes,
+    where: Where,
     null: bool,
 ) -> dict[str, np.ndarray]:
-    """The gate before it is trained, by the layers' widths: linear discriminants of the groups' mean inputs
-    (gates.means); who has told none is like all together, and so is nobody (`null`). Even without any."""
+    """The gate before it is trained: linear discriminants of the groups' mean inputs (gates.means); who has
+    told none is like all together, and so is nobody (`null`). Even without any."""
     made: dict[str, np.ndarray] = {}
-    for layer, width in widths.items():
-        here = [names[number] for number in living[layer]]
+    for layer in where.gated:
+        width, here = sizes[layer][0], [names[number] for number in where.living[layer]]
         known = [inputs[name][layer] for name in here if layer in inputs.get(name, {})]
         count = len(here) + null
         weight, bias = np.zeros((count, width), np.float32), np.zeros(count, np.float32)
@@ -55,7 +56,7 @@ def start(
 
 
 def routing_of(table: GateTable) -> Routing:
-    return Routing("trained", table.keep, table.k, table.p)
+    return Routing("trained", table.keep, table.k, table.p, per=table.per)
 
 
 def gates_of(tensors: Tensors, of_prefix: bool) -> dict[str, Gate]:
@@ -92,7 +93,9 @@ def stacked(experts: Mapping[str, Tensors]) -> dict[str, np.ndarray]:
     return join(whole, {})
 
 
-def apart(whole: Tensors, ranks: Sequence[int], living: Living) -> dict[str, dict[str, np.ndarray]]:
+def apart(
+    whole: Tensors, ranks: Sequence[int], living: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, np.ndarray]]:
     """The inverse of `stacked`; ids are numbers that keep the order."""
     found: dict[str, dict[str, np.ndarray]] = {f"{number:03}": {} for number in range(len(ranks))}
     for name, value in whole.items():

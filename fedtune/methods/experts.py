@@ -26,7 +26,6 @@ from fedtune.experts.state import (
     OWN,
     below,
     experts_of,
-    fresh,
     fresh_a,
     general_of,
     groups_of,
@@ -74,6 +73,7 @@ class Experts(AdapterMethod):
 
         tunable = super().prepare(base, seed)
         freeze(tunable, tunable.named.keys() - self.messages.ever(tunable.named))
+        self.messages.beside(tunable)  # raises M306 where the model has no layers for experts
         return tunable
 
     # --- on the server
@@ -145,9 +145,11 @@ class Experts(AdapterMethod):
         now: Round,
     ) -> tuple[dict[str, dict[str, np.ndarray]], Tensors]:
         """The next experts, from one question to all groups; who has shared one is kept."""
-        known = {**self.messages.first(general, groups_of(kept), now.seed), **known}
-        before = {name: known.get(name) or fresh(general, now.seed) for name in sorted(set(asked.values()))}
         by_need = self.grouping.rank == "auto" and not known  # once, by the first sums
+        first = self.messages.first(general, set(asked.values()), groups_of(kept), now.seed)
+        before = {name: known.get(name, first[name]) for name in sorted(set(asked.values()))}
+        if self.grouping.shape != "whole":
+            known = {**first, **known}
         try:
             sums = cohort.sum_groups(
                 SPECIALISE,

@@ -17,6 +17,7 @@ from fedtune.aggregate import Rule
 from fedtune.errors import Refused
 from fedtune.experts.gate_table import GateTable
 from fedtune.experts.need import MOST
+from fedtune.experts.shapes import Where
 from fedtune.experts.state import (
     A_END,
     B_END,
@@ -29,7 +30,7 @@ from fedtune.experts.state import (
     joined,
     only,
     rank_of,
-    widths_of,
+    sizes_of,
 )
 from fedtune.methods.experts_messages import Messages
 from fedtune.methods.experts_settings import ExpertsSettings
@@ -72,11 +73,9 @@ class GateRounds:
 
         general, experts = general_of(state.shared), experts_of(state.shared)
         names = sorted(experts)
-        schema = Schema.of(general)
-        living = self.messages.living(schema, len(names))
-        gate = gate_of(state.shared) or start(
-            names, inputs_of(state.kept), widths_of(schema), living, self.table.null
-        )
+        where = self.messages.where(Schema.of(general), len(names))
+        sizes, inputs = sizes_of(Schema.of(general).shapes), inputs_of(state.kept)
+        gate = gate_of(state.shared) or start(names, inputs, sizes, where, self.table.null)
         given: dict[str, np.ndarray] = {
             **general,
             **{EXPERTS + name: value for name, value in stacked(experts).items()},
@@ -85,7 +84,7 @@ class GateRounds:
             RANKS: np.array([rank_of(experts[name]) for name in names], np.float32),
         }
         total = cohort.sum(TUNE, self.to_each(given, names, asked) if self.table.localized else given)
-        self.note_health(total.mean().metrics, living, len(names), cohort)
+        self.note_health(total.mean().metrics, where, len(names), cohort)
         return joined(general, experts, state.kept, self.rule.from_mean(gate, total.values()))
 
     def to_each(
@@ -98,16 +97,14 @@ class GateRounds:
         }
         return lambda client: told.get(asked.get(client, ""), told[""])
 
-    def note_health(
-        self, told: Mapping[str, float], living: Mapping[str, tuple[int, ...]], count: int, cohort: Cohort
-    ) -> None:
+    def note_health(self, told: Mapping[str, float], where: Where, count: int, cohort: Cohort) -> None:
         """How many experts are hardly asked, and whether one has everything; their shares are figures of the
         answers, numbered in the order of ids. Even shares are those of the layers where an expert lives."""
         shares = [told[f"{SHARE}{number}"] for number in range(count)]
         nobody = [told[f"{SHARE}null"]] if self.table.null else []
-        sizes = {layer: len(who) + len(nobody) for layer, who in living.items()}
+        asked = [where.living[layer] for layer in where.gated]
         even = [
-            sum(1 / sizes[layer] for layer, who in living.items() if number in who) / len(living)
+            sum(1 / (len(who) + len(nobody)) for who in asked if number in who) / len(asked)
             for number in range(count)
         ]
         cohort.note("gate_starved", sum(a < STARVED * b for a, b in zip(shares, even, strict=True)))
@@ -154,15 +151,15 @@ class GateRounds:
         """So many experts of so many ranks in all; 0: as many as equal ones have."""
         general = self.messages.general(tunable)
         entries = [*general.entries, (OWN_ROW, (count,)), (RANKS, (count,))]
-        living = self.messages.living(general, count)
-        for layer, width in widths_of(general).items():
-            height, here = general.shapes[layer + B_END][0], len(living[layer])
+        where = self.messages.where(general, count)
+        for layer, (width, height) in sizes_of(general.shapes).items():
+            here = len(where.living[layer])
             rank, rows = total or here * self.settings.lora.rank, here + self.table.null
-            entries += [
-                (f"{EXPERTS}{layer}{A_END}", (rank, width)),
-                (f"{EXPERTS}{layer}{B_END}", (height, rank)),
-            ]
-            entries += [(f"{GATE}{layer}.weight", (rows, width)), (f"{GATE}{layer}.bias", (rows,))]
+            if here:
+                entries += [(f"{EXPERTS}{layer}{A_END}", (rank, width))]
+                entries += [(f"{EXPERTS}{layer}{B_END}", (height, rank))]
+            if layer in where.gated:
+                entries += [(f"{GATE}{layer}.weight", (rows, width)), (f"{GATE}{layer}.bias", (rows,))]
         return Schema(tuple(sorted(entries)))
 
     # --- on each client
@@ -191,7 +188,7 @@ class GateRounds:
             for name, value in given.items()
             if name.startswith(EXPERTS) and name.endswith((A_END, B_END))
         }
-        living = self.messages.living(Schema.of(general_of(given)), len(given[RANKS]))
+        living = self.messages.where(Schema.of(general_of(given)), len(given[RANKS])).living
         ranks = checked_ranks(given[RANKS], living, whole)
         take_off(tunable)
         tunable.write(general_of(given))

@@ -10,7 +10,8 @@ from fedtune.aggregate import RULES, Rule
 from fedtune.errors import FedtuneError
 from fedtune.experts.grouping import Clusters, ExpertSettings
 from fedtune.experts.need import MOST
-from fedtune.experts.state import A_END, B_END
+from fedtune.experts.shapes import Where
+from fedtune.experts.state import A_END, B_END, sizes_of
 from fedtune.methods.base import AdapterCosts, AdapterTable
 from fedtune.methods.fedpeft_ranks import plan_at
 from fedtune.model.adapters import Lora
@@ -73,6 +74,7 @@ class ExpertsSettings(AdapterTable):
                 "set aggregate.rule = 'mean', or method.experts.rank = 'equal'",
             )
         yield from self.shape_conflicts()
+        yield from self.within_conflicts(recipe)
         if recipe.downlink.lossy or recipe.downlink.remembers:
             yield (
                 f"downlink.step = '{recipe.downlink.step}' with method.type = 'experts'",
@@ -120,8 +122,30 @@ class ExpertsSettings(AdapterTable):
                 "leave one of them out",
             )
 
+    def within_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        """Experts of feed-forward blocks, and gates of blocks."""
+        experts, found = self.experts, "method.experts.within = 'feed-forward'"
+        if experts.within != "all" and not moves_a(recipe.aggregate):
+            yield (
+                f"{found} with aggregate.rule = '{recipe.aggregate.rule}'",
+                "a rule that trains both factors, by whose widths blocks are known",
+                "set aggregate.rule = 'mean', or leave within out",
+            )
+        if experts.gate.per == "block" and experts.within == "all":
+            yield (
+                "method.experts.gate.per = 'block' with experts in all layers",
+                "experts of feed-forward blocks",
+                "set method.experts.within = 'feed-forward'",
+            )
+        if experts.preset == "mixlora" and not experts.gate.rounds:
+            yield (
+                "method.experts.preset = 'mixlora' without rounds of the gate",
+                "method.experts.gate.rounds",
+                "set it, or leave the preset out",
+            )
+
     def require(self, base: Base) -> None:
-        """Raises M306 for a shape of one block."""
+        """Raises M306 for a shape of one block of the network."""
         from fedtune.model.adapters.layers import block_numbers, target_layers
 
         super().require(base)
@@ -222,16 +246,12 @@ class ExpertCosts(AdapterCosts):
 
     def part(self, plan: Plan) -> float:
         """Of all layers, those where an expert lives, on average over as many experts as there can be."""
-        living = self.living(plan)
+        living = self.where(plan).living
         return sum(map(len, living.values())) / (len(living) * max(self.settings.experts.slots, 1))
 
-    def living(self, plan: Plan) -> dict[str, tuple[int, ...]]:
-        """By layer, of as many experts as there can be."""
-        from fedtune.experts.shapes import living
-
-        experts = self.settings.experts
-        layers = [name.removesuffix(A_END) for name in plan.shapes if name.endswith(A_END)]
-        return living(layers, experts.slots, experts.shape, experts.fewest)
+    def where(self, plan: Plan) -> Where:
+        """Who lives where, of as many experts as there can be."""
+        return self.settings.experts.where(sizes_of(plan.shapes), self.settings.experts.slots)
 
     def remarks(self, recipe: object, labels: int, rows: float) -> list[str]:
         first = self.settings.experts.warm_up + 1
@@ -246,12 +266,11 @@ class ExpertCosts(AdapterCosts):
         if not gate.rounds:
             return []
         plan = self.plan(recipe.model, recipe.data.task, labels)
-        up, down = 0, plan.trainable
-        for layer, who in self.living(plan).items():
-            factors = plan.shapes[layer + A_END], plan.shapes[layer + B_END]
-            up += (len(who) + gate.null) * (factors[0][1] + 1)
-            down += len(who) * sum(map(math.prod, factors))
-        down += up
+        where, sizes = self.where(plan), sizes_of(plan.shapes)
+        living, rank = where.living, self.settings.lora.rank
+        up = sum((len(living[layer]) + gate.null) * (sizes[layer][0] + 1) for layer in where.gated)
+        pairs = sum(len(who) * rank * sum(sizes[layer]) for layer, who in living.items())
+        down = plan.trainable + pairs + up
         return [
             f"gate      the last {gate.rounds} rounds train a gate alone: up to {4 * up:,} bytes up and "
             f"{4 * down:,} down, with {slots} experts, which every member is given"

@@ -152,6 +152,18 @@ METHODS: dict[
         },
         "partition": {"by": "iid", "clients": 8},
     },
+    "experts-mixlora": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "given",
+            "groups": ["a", "b"],
+            "warm_up": 1,
+            "min_clients": 2,
+            "preset": "mixlora",
+            "gate": {"rounds": 1, "null": True},
+        },
+        "chain": [{"step": "quantize", "bits": 8}],
+    },
     "fedkseed-steps": {"method": {**WALK, "estimator": "spsa"}},
     "fedkseed-pro": {"method": {**WALK, "estimator": "spsa", "importance": True}},
     "fedkseed-pool": {

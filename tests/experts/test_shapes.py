@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fedtune.experts.gate_table import GateTable
 from fedtune.experts.routers import LIVING, PREFIX, SETTINGS, Routing, drop, loaded, router
-from fedtune.experts.shapes import SHAPES, counts, in_turns, living
+from fedtune.experts.shapes import SHAPES, Where, counts, in_turns, living
 from fedtune.experts.trained import apart, balanced, gates_of, stacked, start
 from fedtune.rng import stream
 
@@ -148,14 +148,15 @@ def test_a_gate_starts_from_the_inputs_of_those_who_live_there() -> None:
     for name in "abc":
         mean = draw.normal(size=4)
         inputs[name] = {layer: np.stack([mean, mean**2 + 1]) for layer in ("p", "q")}
-    all_of, some = (
-        start(list("abc"), inputs, {"p": 4, "q": 4}, w, False)
-        for w in (
-            {"p": (0, 1, 2), "q": (0, 1, 2)},
-            {"p": (0, 1, 2), "q": (0, 2)},
-        )
-    )
-    two = start(list("ac"), {name: inputs[name] for name in "ac"}, {"q": 4}, {"q": (0, 1)}, False)
+    sizes = {"p": (4, 2), "q": (4, 2)}
+
+    def begun(names: str, living: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        where = Where(living, tuple(living))
+        return start(list(names), {name: inputs[name] for name in names}, sizes, where, False)
+
+    all_of = begun("abc", {"p": (0, 1, 2), "q": (0, 1, 2)})
+    some = begun("abc", {"p": (0, 1, 2), "q": (0, 2)})
+    two = begun("ac", {"q": (0, 1)})
     np.testing.assert_array_equal(some["gate/p.weight"], all_of["gate/p.weight"])
     np.testing.assert_array_equal(some["gate/q.weight"], two["gate/q.weight"])
 

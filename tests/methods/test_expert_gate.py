@@ -20,6 +20,7 @@ from fedtune.cli import main
 from fedtune.errors import FedtuneError
 from fedtune.events import RoundDone
 from fedtune.experts.routers import GATES, SETTINGS, loaded
+from fedtune.experts.shapes import Where
 from fedtune.experts.state import experts_of, gate_of, general_of, inputs_of
 from fedtune.experts.trained import start
 from fedtune.model.stream import Wish
@@ -72,8 +73,9 @@ def test_the_gate_alone_moves_and_starts_from_the_groups_mean_inputs(
     for name, tensors in experts_of(before.shared).items():
         assert digest(experts_of(after.shared)[name]) == digest(tensors)
     inputs = inputs_of(after.kept)
-    widths = {layer: value.shape[1] for layer, value in inputs["a"].items()}
-    first = start(["a", "b"], inputs, widths, dict.fromkeys(widths, (0, 1)), False)
+    sizes = {layer: (value.shape[1], 0) for layer, value in inputs["a"].items()}
+    where = Where(dict.fromkeys(sizes, (0, 1)), tuple(sizes))
+    first = start(["a", "b"], inputs, sizes, where, False)
     for name, value in gate_of(after.shared).items():
         np.testing.assert_allclose(value, first[name], atol=1e-5)
     assert result["left_out"] == 0 and set(gate_of(after.shared)) == set(first)
