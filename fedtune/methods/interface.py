@@ -269,6 +269,12 @@ class MethodTable(Settings):
         return None
 
     @property
+    def public(self) -> str:
+        """A file or folder of rows, in the form of [data], with which the model's owner prepares it; "" where
+        there are none."""
+        return ""
+
+    @property
     def together(self) -> int:
         """So many clients may go through the model in one pass."""
         return 1

@@ -50,10 +50,21 @@ class Offsite(FedPEFT):
             return self.seated(base, known, len(known.kept), seed)
         anatomy = look(type(base.net), base.net.config)
         about = Emulation(
-            anatomy.layers, anatomy.blocks, self.settings.kept(anatomy.blocks), self.settings.bits
+            anatomy.layers,
+            anatomy.blocks,
+            self.settings.kept(anatomy.blocks),
+            self.settings.bits,
+            distilled=bool(self.settings.distil.data),
         )
-        small = emulate(base, about, self.settings.trained(len(about.kept)))
+        ends, distil = self.settings.trained(len(about.kept)), self.settings.distil
+        made = None
+        if distil.data and base.device.type != "meta":
+            from fedtune.model.distil import kept_or_distilled
+
+            made = kept_or_distilled(base, about, ends, distil, seed)
+        small = emulate(base, about, ends, made.tensors if made else None)
         tunable = self.seated(base, about, anatomy.blocks, seed)
+        tunable.distilled = made.figures if made else {}
         tunable.emulator = self.seated(small, about, len(about.kept), seed)
         copy_still(tunable, about)
         return tunable
@@ -67,12 +78,13 @@ class Offsite(FedPEFT):
 
     def check_emulator(self, known: Emulation) -> None:
         """Raises S721 where a folder's emulator is of other blocks than this run's."""
-        wanted = (self.settings.kept(known.blocks), self.settings.bits)
-        if (known.kept, known.bits) != wanted:
+        s = self.settings
+        wanted = replace(known, kept=s.kept(known.blocks), bits=s.bits, distilled=bool(s.distil.data))
+        if known != wanted:
             raise FedtuneError(
                 "S721",
-                f"an emulator of blocks {known.kept} with bits = {known.bits} at this site",
-                f"one of blocks {wanted[0]} with bits = {wanted[1]}, as the recipe says",
+                f"an emulator of {known.in_words} at this site",
+                f"one of {wanted.in_words}, as the recipe says",
                 "get the emulator that the coordinator's fedtune offsite wrote for this recipe",
             )
 
@@ -127,7 +139,7 @@ class Offsite(FedPEFT):
 
         about = emulation_of(end.tunable.at_clients)
         every = range(about.blocks)
-        whole = emulate(end.tunable.base, replace(about, kept=tuple(every), bits=0), every)
+        whole = emulate(end.tunable.base, replace(about, kept=tuple(every), bits=0, distilled=False), every)
         tunable = self.attached(whole, self.settings.adapter, end.seed)
         begin_alone(self, tunable, end.pooled(), super().start(tunable), end.seed)
         fit(tunable, end.pooled(), whole_run(self.settings.train, self.rounds), end.seed, progress=(0, 1))
@@ -148,7 +160,8 @@ class Offsite(FedPEFT):
         learns = (
             f"every client holds of the owner's model: embeddings, output layer, the first {s.first} and the "
             f"last {s.last} blocks as they are, {100 * s.keep:g} % of the blocks between"
-            + (f" in {s.bits} bits" if s.bits else " as they are")
+            + (f" in {s.bits} bits" if s.bits else "" if s.distil.data else " as they are")
+            + (", distilled to stand for all of them" if s.distil.data else "")
             + ", and may use, train and pass on what these are good for; not the other blocks, and no answer "
             "of the model itself"
         )
@@ -190,7 +203,11 @@ class OffsiteCosts(FedPEFTCosts):
             for how, count in shares(model, tunable.emulator.base)
             if count
         )
-        return [f"emulator  {len(about.kept)} of the model's {about.blocks} blocks {about.kept}: {held}"]
+        blocks = f"emulator  {len(about.kept)} of the model's {about.blocks} blocks {about.kept}"
+        if about.distilled:
+            d = self.settings.distil
+            return [f"{blocks}; those between the ends are distilled first, {d.steps} steps on '{d.data}'"]
+        return [f"{blocks}: {held}"]
 
 
 class OffsiteTable(OffsiteSettings):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from fedtune.errors import FedtuneError
 from fedtune.methods.fedpeft_settings import FedPEFTSettings
 from fedtune.model.adapters import Full, LayerAdapter
+from fedtune.model.distil_settings import Distil
+from fedtune.settings import path_below
 
 
 class OffsiteSettings(FedPEFTSettings):
@@ -25,9 +28,18 @@ class OffsiteSettings(FedPEFTSettings):
     """Share of the blocks between them that the emulator keeps, at even distances."""
     bits: Literal[0, 4, 8] = 0
     """Bits of a number in the matrices of those; 0 leaves them as they are."""
+    distil: Distil = Distil()
     full: bool = False
     """Also train the same adapter in all blocks of the model itself, on all rows in one place: what offsite
     tuning is measured against. Costs a training of the whole model."""
+
+    @property
+    def public(self) -> str:
+        return self.distil.data
+
+    def located(self, place: Path) -> Self:
+        distil = self.distil.model_copy(update={"data": path_below(place, self.distil.data)})
+        return super().located(place).model_copy(update={"distil": distil})
 
     def kept(self, blocks: int) -> tuple[int, ...]:
         """The blocks that the emulator of a model of so many has: the ends, and of those between as many as

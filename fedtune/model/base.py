@@ -24,6 +24,7 @@ from fedtune.hf.probe import is_causal, needs_mask, padding_side, refuse_conflic
 from fedtune.hf.statistics import saved_buffers
 from fedtune.hf.tokenizer import fit_tokenizer, load_tokenizer
 from fedtune.model.device import has_bfloat16, pick_device, prepare_torch
+from fedtune.model.distil_settings import Public
 from fedtune.model.fingerprint import HALF, digest, tokenizer_text
 from fedtune.model.fresh_head import fresh_names, redraw_head
 from fedtune.model.known_digests import About, about_files, known_or
@@ -70,6 +71,7 @@ class Base:
     files: tuple[About, ...] = ()  # those that the weights were read from, where they were here before
     part: Any = None  # fedtune.split.parts.Part, where this process holds no more of the network than that
     judge: Preference | None = None  # the loss by which pairs of responses are scored
+    public: Public | None = None  # what its owner distils with
     weights: dict[str, torch.Tensor] = field(
         init=False, repr=False
     )  # name -> pristine parameter, tied ones once

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,6 +42,7 @@ class Emulation:
     kept    which of them the emulator has, in order
     bits    of a number in the matrices of the frozen ones; 0: as they were
     of      fingerprint of the model, in a folder that is given away; "" in memory
+    distilled  whether the frozen blocks have learned to stand for those that were left out
     """
 
     layers: str
@@ -48,6 +50,7 @@ class Emulation:
     kept: tuple[int, ...]
     bits: int = 0
     of: str = ""
+    distilled: bool = False
 
     @classmethod
     def read(cls, config: Any) -> Emulation | None:
@@ -67,7 +70,12 @@ class Emulation:
         return about
 
     def told(self) -> dict[str, Any]:
-        return {**vars(self), "kept": list(self.kept)}
+        known = {**vars(self), "kept": list(self.kept)}
+        return known if self.distilled else {key: one for key, one in known.items() if key != "distilled"}
+
+    @property
+    def in_words(self) -> str:
+        return f"blocks {self.kept} with bits = {self.bits}" + ", distilled" * self.distilled
 
     def in_model(self, name: str) -> str:
         """A tensor's name in the emulator (with peft's or anybody's prefix) -> its name in the model."""
@@ -93,16 +101,20 @@ def block_of(name: str, layers: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def emulate(base: Base, about: Emulation, ends: Collection[int]) -> Base:
+def emulate(
+    base: Base, about: Emulation, ends: Collection[int], middle: Mapping[str, np.ndarray] | None = None
+) -> Base:
     """The emulator of a base. Its blocks `ends` (by its own numbers) keep their values whatever `bits` is.
+
+    middle  values of the others, by their names in it, that take the place of the base's before rounding
 
     Raises S721 where the model's configuration cannot say which blocks are left.
     """
     with without(base.attached) if base.attached else nullcontext():
-        return emulated(base, about, ends)
+        return emulated(base, about, ends, middle or {})
 
 
-def emulated(base: Base, about: Emulation, ends: Collection[int]) -> Base:
+def emulated(base: Base, about: Emulation, ends: Collection[int], middle: Mapping[str, np.ndarray]) -> Base:
     """The same, of a base with no adapter on it."""
     config = shallower(base.net.config, about)
     try:
@@ -115,11 +127,12 @@ def emulated(base: Base, about: Emulation, ends: Collection[int]) -> Base:
     fresh = frozenset(base.fresh & dict(net.named_parameters()).keys())
     made = replace(base, net=net, fresh=fresh, notes=(), logits_apart=None, fits={}, attached=None)
     compare(made, base, about)
+    replace_values(net, middle)
     if about.bits:
         for number, block in enumerate(net.get_submodule(about.layers)):
             if number not in ends:
                 round_matrices(block, about.bits)
-        made.__post_init__()
+    made.__post_init__()
     set_pooling(net, base.pooling)
     return made
 
@@ -195,8 +208,9 @@ def compare(made: Base, base: Base, about: Emulation) -> None:
 
 
 def tensor_of(output: Any) -> torch.Tensor:
+    """The hidden states that a block answers."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden.detach()
+    return hidden
 
 
 def odd_settings(mine: nn.Module, theirs: nn.Module, number: int, place: int) -> str:
@@ -218,6 +232,20 @@ def unlike(base: Base, why: str) -> FedtuneError:
         "a model whose blocks are alike, or listed one by one in config.json",
         "choose another method.keep, such as 1.0, or another model",
     )
+
+
+def replace_values(net: nn.Module, values: Mapping[str, np.ndarray]) -> None:
+    """Parameters of their own with these values, in the place of those of the same names."""
+    known = dict(net.named_parameters())
+    made = {
+        id(known[name]): nn.Parameter(
+            torch.from_numpy(value).to(known[name].device, known[name].dtype), requires_grad=False
+        )
+        for name, value in values.items()
+    }
+    for module in net.modules():
+        for key, held in module._parameters.items():
+            module._parameters[key] = made.get(id(held), held)
 
 
 def round_matrices(block: nn.Module, bits: int) -> None:
@@ -291,7 +319,9 @@ def save(emulator: Base, folder: Path, of: str) -> None:
 
 
 def shares(model: Base, emulator: Base) -> Iterator[tuple[str, int]]:
-    """Values of the model that an emulator holds: as they are, and rounded."""
+    """Values of the model that an emulator holds: as they are, and rounded or distilled."""
     exact = {id(value) for value in model.weights.values()}
+    about = Emulation.read(emulator.net.config)
+    other = "distilled" if about and about.distilled else "rounded"
     yield "as they are", sum(v.numel() for v in emulator.weights.values() if id(v) in exact)
-    yield "rounded", sum(v.numel() for v in emulator.weights.values() if id(v) not in exact)
+    yield other, sum(v.numel() for v in emulator.weights.values() if id(v) not in exact)

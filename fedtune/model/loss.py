@@ -3,7 +3,7 @@ loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -77,7 +77,7 @@ def hidden_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `logits_of` would make logits of, (texts, T - 1, width), and the labels."""
     with before_output(tunable.base.net):
-        hidden = run(tunable, arguments).logits
+        hidden = run(tunable.net, arguments).logits
     return hidden[:, -labels.shape[-1] : -1], labels[..., 1:]
 
 
@@ -86,18 +86,18 @@ def logits_of(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and the labels that they predict: (B, C) and (B,), or (B, T - 1, C) and (B, T - 1), of pairs
     (B, 2, T - 1, C) and (B, 2, T - 1); `arguments` and `labels` as `inputs_of` makes them."""
-    logits = run(tunable, arguments).logits
+    logits = run(tunable.net, arguments).logits
     if tunable.base.task in LM_TASKS:
         return logits[:, -labels.shape[-1] : -1].unflatten(0, labels.shape[:-1]), labels[..., 1:]
     return logits, labels
 
 
-def run(tunable: TunableModel, arguments: dict[str, Any]) -> Any:
-    """What the network answers to `arguments` as `inputs_of` makes them: without a mask and positions, each
+def run(net: Any, arguments: Mapping[str, Any]) -> Any:
+    """What a network answers to `arguments` as `inputs_of` makes them: without a mask and positions, each
     row is one text."""
     single = not {"attention_mask", "position_ids"} & arguments.keys()
     with rows_of_one_text() if single else nullcontext():
-        return tunable.net(**arguments)
+        return net(**arguments)
 
 
 def carries(task: str, batch: dict[str, torch.Tensor]) -> int:

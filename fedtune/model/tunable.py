@@ -52,6 +52,7 @@ class TunableModel:
     still: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     # what clients train in the place of this model, which only its owner has (fedtune.model.emulator)
     emulator: TunableModel | None = None
+    distilled: Mapping[str, float] = field(default_factory=dict)  # the emulator's error, before and after
     # what trains in the place of fedtune.model.fit.fit, with its first four arguments: a site's own script
     trainer: Callable[..., Any] | None = None
     # fedtune.model.initial_values.Origin, where a method rebuilds the trained tensors from their first values

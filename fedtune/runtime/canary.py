@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import WatchSettings
-from fedtune.data import Rows, load_slice
-from fedtune.data.sources import data_at
+from fedtune.data import Rows
 from fedtune.errors import FedtuneError, Paused
 from fedtune.events import Alarm, Noted
 from fedtune.rng import stream
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.paths import located
+from fedtune.runtime.rows_at import rows_at
 
 if TYPE_CHECKING:
     from fedtune.runtime.run import Run
@@ -101,9 +101,7 @@ def canary_rows(work: Run) -> Rows:
     settings = located(recipe, work.folder.origin()).watch
     if settings.data:
         labels = workspace.federation.labels
-        data = data_at(recipe.data, settings.data, labels=labels, client_test_share=0.0, limit=0)
-        mine, _ = load_slice(data, recipe.seed, 0, "the canaries")
-        rows = [*mine.train, *mine.test]
+        rows, _ = rows_at(recipe.data, settings.data, labels, recipe.seed, "the canaries")
     else:
         rows = [row for one in workspace.federation.clients for row in one.test] or workspace.federation.test
     if not rows:

@@ -8,6 +8,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.exports import check_target, whole_folder
 from fedtune.runtime.check import federation_of
+from fedtune.runtime.workspace import public_for
 
 
 def write_emulator(recipe: Recipe, target: Path) -> list[str]:
@@ -20,7 +21,9 @@ def write_emulator(recipe: Recipe, target: Path) -> list[str]:
     from fedtune.model.tunable import detach
 
     base = load(recipe.model, recipe.data.task, labels, recipe.seed)
-    emulator = method_of(recipe).prepare(base, recipe.seed).emulator
+    base.public = public_for(recipe, base, None)
+    tunable = method_of(recipe).prepare(base, recipe.seed)
+    emulator = tunable.emulator
     if emulator is None:
         is_one = Emulation.read(base.net.config) is not None
         found = "a model that is an emulator itself" if is_one else f"method.type = '{recipe.method.type}'"
@@ -29,6 +32,7 @@ def write_emulator(recipe: Recipe, target: Path) -> list[str]:
             "change the recipe",
         )  # fmt: skip
     small = emulator.base
+    error = tunable.distilled
     detach(emulator)
     with whole_folder(target) as temporary:
         save(small, temporary, base.fingerprint)
@@ -39,4 +43,5 @@ def write_emulator(recipe: Recipe, target: Path) -> list[str]:
         f"{target}: blocks {', '.join(map(str, about.kept))} of {about.blocks}; {', '.join(held)}",
         f"model     {base.fingerprint}",
         f"emulator  {small.fingerprint}",
+        *([f"distilled error {error['before']:.4g} before, {error['after']:.4g} after"] if error else []),
     ]

@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from fedtune.aggregate import Mean
 from fedtune.config import Recipe, method_of, read_method
-from fedtune.data import Federation, load_slice
-from fedtune.data.sources import data_at
+from fedtune.data import Federation
 from fedtune.errors import FedtuneError
 from fedtune.events import Event
 from fedtune.experts.state import EXPERTS
@@ -30,6 +29,7 @@ from fedtune.runtime.data_card import data_facts
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
 from fedtune.runtime.paths import located
+from fedtune.runtime.rows_at import rows_at
 from fedtune.runtime.steered import asked_to_steer, steered_workspace
 from fedtune.runtime.workspace import Workspace, build_workspace
 from fedtune.types import State
@@ -60,10 +60,8 @@ def evaluate_file(
     the form of the recipe's [data]; the run's own data is not read."""
     wish = asked_to_steer(steer, weight)
     workspace, _, number = installed(folder, which)
-    data = workspace.recipe.data
-    asked_data = data_at(data, path, labels=workspace.federation.labels, client_test_share=0.0, limit=0)
-    mine, dropped = load_slice(asked_data, workspace.recipe.seed, 0, path)
-    rows = [*mine.train, *mine.test]
+    recipe, labels = workspace.recipe, workspace.federation.labels
+    rows, dropped = rows_at(recipe.data, path, labels, recipe.seed, path)
     asked = replace(workspace, federation=replace(workspace.federation, test=rows), _encoded={}, _fronts={})
     asked, said = steered_workspace(asked, wish, asked.test)
     return {
@@ -256,7 +254,9 @@ def installed(folder: RunFolder, which: str = "best", data: bool = False) -> tup
     place = folder.origin()
     method = method_of(located(recipe, place))
     known = None if data or "labels" not in facts else Federation((), [], tuple(json.loads(facts["labels"])))
-    workspace = build_workspace(recipe, method, Memories(None), nobody, known, place=place)
+    workspace = build_workspace(
+        recipe, method, Memories(None), nobody, known, place=place, folder=folder.path
+    )
     if data and facts.get("data", workspace.federation.fingerprint) != workspace.federation.fingerprint:
         found = (
             f"data that has changed since the run began ({workspace.federation.fingerprint[:12]} now, "

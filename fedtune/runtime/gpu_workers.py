@@ -108,7 +108,8 @@ def serve(handle: int) -> None:
     model = recipe.model.model_copy(update={"device": about["device"]})
     method = method_of(located(recipe, place))
     own = recipe.model_copy(update={"model": model})
-    workspace = build_workspace(own, method, Memories(None), lambda event: None, place=place)
+    run = Path(about["logs"]).parent
+    workspace = build_workspace(own, method, Memories(None), lambda event: None, place=place, folder=run)
     link = link_of(workspace, method, agreed=recipe)
     try:
         pipe.send_bytes(link.base.encode())

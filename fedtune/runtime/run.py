@@ -171,7 +171,9 @@ def open_run(
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(Waiting("reading the data and loading the model"))
     with spent(clock, LOADING, since):
-        workspace = build_workspace(recipe, method, memories, tell, federation, place=place)
+        workspace = build_workspace(
+            recipe, method, memories, tell, federation, place=place, folder=folder.path
+        )
     check_same(
         journal,
         {

@@ -41,6 +41,7 @@ def summary(work: Run, scores: Mapping[str, Any]) -> dict[str, Any]:
         "trainable": work.trainable,
         "total": work.workspace.tunable.total,
         "adapter": str(work.folder.adapter),
+        **({"distilled": dict(error)} if (error := work.workspace.tunable.distilled) else {}),
         "method": work.recipe.method.type,
         "seed": work.recipe.seed,
         "recipe_sha256": work.recipe.fingerprint,

@@ -15,9 +15,10 @@ from fedtune import selection, transforms
 from fedtune.config import Recipe, method_of
 from fedtune.data import Federation, Slice, load
 from fedtune.data.settings import Source
-from fedtune.errors import ClientFailed
+from fedtune.errors import ClientFailed, FedtuneError
 from fedtune.events import Event, Noted, Truncated
 from fedtune.methods import Method
+from fedtune.model.distil_settings import Public
 from fedtune.privacy.vault import MemoryVault, Vault
 from fedtune.rng import stream
 from fedtune.runtime.checkpoints import Memories
@@ -25,6 +26,7 @@ from fedtune.runtime.client_half import memory_after, memory_before
 from fedtune.runtime.masked_tasks import with_masks
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
+from fedtune.runtime.rows_at import rows_at
 from fedtune.runtime.site_scores import SCORE, score_task
 from fedtune.runtime.task import tasks_of
 from fedtune.types import Client
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from fedtune.model.objectives import Preference
     from fedtune.model.token_cache import TokenCache
     from fedtune.model.tunable import TunableModel
+
+EMULATOR = "emulator.safetensors"  # in a run's folder: what was distilled of an emulator
 
 
 @dataclass
@@ -215,6 +219,24 @@ def judge_of(recipe: Recipe) -> Preference | None:
     return objective if isinstance(objective, Preference) else None
 
 
+def public_for(recipe: Recipe, base: Base, folder: Path | None) -> Public | None:
+    """What a base's owner distils with, by a recipe whose paths are located, and where it is kept in a run's
+    folder; None where nothing is distilled."""
+    path = recipe.method.public
+
+    def rows() -> Encoded:
+        from fedtune.model.encode import encode
+
+        found, _ = rows_at(recipe.data, path, base.labels, recipe.seed, "the public rows")
+        encoded = encode(found, base, **how_to_encode(recipe.data))
+        if not len(encoded):
+            do = "correct method.distil.data"
+            raise FedtuneError("D202", f"no public rows in '{path}'", "at least one", do)
+        return encoded
+
+    return Public(rows, folder / EMULATOR if folder else None) if path else None
+
+
 def build_workspace(
     recipe: Recipe,
     method: Method,
@@ -225,6 +247,7 @@ def build_workspace(
     place: Path | None = None,
     alive: Callable[[], None] = lambda: None,
     tokens: TokenCache | None = None,
+    folder: Path | None = None,
 ) -> Workspace:
     """Load data (the recipe's, unless a federation is given), then the model: mistakes in the data show
     before the model's seconds are spent.
@@ -233,6 +256,7 @@ def build_workspace(
     place    where the recipe's relative paths are meant from; None: from the working directory
     alive    called while rows are encoded, now and later
     tokens   where rows are kept as tokens; None: the user's own cache, where the recipe allows it
+    folder   the run's, where a distilled emulator lies from one start to the next
     """
     here = located(recipe, place)
     if federation is None and here.data.begin():
@@ -254,6 +278,7 @@ def build_workspace(
     )
     base.name = recipe.model.name  # what exports call it
     base.judge = judge_of(recipe)
+    base.public = public_for(here, base, folder)
     from fedtune.model.encode import check_length
 
     check_length(base, recipe.data.max_length)
@@ -264,6 +289,8 @@ def build_workspace(
 
     kept = (tokens or TokenCache.of_user()) if recipe.data.cache else None
     tunable = method.prepare(base, recipe.seed)
+    if error := tunable.distilled:
+        tell(Noted(f"emulator distilled: its error went from {error['before']:.4g} to {error['after']:.4g}"))
     return Workspace(recipe, federation, base, tunable, memories, tell, alive, tokens=kept)
 
 
