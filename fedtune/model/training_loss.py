@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -86,10 +86,16 @@ def likely_pairs(tunable: TunableModel, batch: dict[str, torch.Tensor]) -> Pairs
     return Pairs.of(*log_probabilities(logits.float(), labels))
 
 
-def switched_off(tunable: TunableModel) -> AbstractContextManager[None]:
-    """The network without its adapter, as peft switches it off. Raises M306 for a kind that has no switch."""
+@contextmanager
+def switched_off(tunable: TunableModel) -> Iterator[None]:
+    """The network without its adapter. Raises M306 for a kind that has no switch.
+
+    By peft's switches of the layers: its `disable_adapter` describes every layer in words first, which takes
+    longer than a small model's forward pass, and both leave all weights of an adapter to be trained.
+    """
     if tunable.settings is None:
-        return nullcontext()
+        yield
+        return
     if not tunable.settings.switches_off:
         raise FedtuneError(
             "M306",
@@ -97,5 +103,11 @@ def switched_off(tunable: TunableModel) -> AbstractContextManager[None]:
             "lora or ia3",
             "choose one of them, or another method.train.objective",
         )
-    switch: AbstractContextManager[None] = tunable.net.disable_adapter()
-    return switch
+    frozen = [parameter for parameter in tunable.net.parameters() if not parameter.requires_grad]
+    tunable.net.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        tunable.net.base_model.enable_adapter_layers()
+        for parameter in frozen:
+            parameter.requires_grad_(False)

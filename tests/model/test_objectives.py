@@ -194,9 +194,14 @@ def test_the_reference_is_the_model_without_its_adapter(workspace: Any) -> None:
             if "lora_B" in name:
                 value.normal_(generator=torch.Generator().manual_seed(1))
         tuned = logits_of(tunable, *inputs_of(tunable, dict(batch)))[0]
+        for name, value in tunable.named.items():
+            value.requires_grad_("lora_A" not in name)  # as rules do that leave a factor alone
         with switched_off(tunable):
             reference = logits_of(tunable, *inputs_of(tunable, dict(batch)))[0]
+        again = logits_of(tunable, *inputs_of(tunable, dict(batch)))[0]
     torch.testing.assert_close(reference, bare)
+    assert torch.equal(again, tuned)
+    assert all(value.requires_grad == ("lora_A" not in name) for name, value in tunable.named.items())
     assert (tuned - bare).abs().max() > 1e-3
     plain, anchored = (
         TrainingLoss.of(one, tunable, encoded)(tunable, dict(batch)) for one in (Dft(), Asft(anchor=1.0))
