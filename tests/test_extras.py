@@ -6,6 +6,7 @@ Nothing is installed here: packages that the base does not bring, by the metadat
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,10 @@ from tests import small
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HIDE = "import sys; sys.modules.update(dict.fromkeys({!r})); from fedtune.cli import main; sys.exit(main(sys.argv[1:]))"
+HIDE = """import json, sys
+sys.modules.update(dict.fromkeys({!r}))
+from fedtune.cli import main
+print(json.dumps([main(json.loads(words)) for words in sys.argv[1:]]))"""  # commands that end one after the other
 
 
 def called(name: str) -> str:
@@ -82,35 +86,32 @@ def test_the_base_is_small(hidden: list[str]) -> None:
 
 def test_a_local_run_needs_the_base_only(hidden: list[str], tiny_bert: Path, tmp_path: Path) -> None:
     recipe = small.write_recipe(tmp_path / "r.toml", tiny_bert, small.write_rows(tmp_path), rounds=1)
-    for words in (
-        ["check", "r.toml"],
-        ["simulate", "r.toml"],
-        ["predict", "runs/r", "rows.jsonl", "--to", "p.csv"],
-    ):
-        done = fedtune(hidden, tmp_path, *words)
-        assert done.returncode == 0, done.stderr
+    words = (["check", "r.toml"], ["simulate", "r.toml"], ["predict", "runs/r", "rows.jsonl", "--to", "p.csv"])
+    done = fedtune(hidden, tmp_path, *map(json.dumps, words))
+    assert done.stdout.endswith("\n[0, 0, 0]\n"), done.stderr
     assert (tmp_path / "runs" / "r" / "adapter" / "adapter_model.safetensors").exists() and recipe.exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "extra"),
-    [
-        (["simulate", "r.toml", "--engine", "flower"], "F501", "flower"),
-        (["server", "r.toml"], "F501", "flower"),
-        (["client", "--server", "localhost:1", "--keys", "keys"], "F501", "flower"),
-        (["simulate", "r.toml", "--set", "method.type=fedkseed"], "C107", "zeroth"),
-        (["simulate", "r.toml", "--set", "data.source=hub"], "D208", "hub"),
-        (["simulate", "r.toml", "--set", "data.source=parquet"], "D208", "parquet"),
-        (["sweep", "r.toml", "--trials", "2", "--sample", "rounds=1..2"], "C107", "sweep"),
-    ],
-)
+MORE = [
+    (["simulate", "r.toml", "--engine", "flower"], "F501", "flower"),
+    (["server", "r.toml"], "F501", "flower"),
+    (["client", "--server", "localhost:1", "--keys", "keys"], "F501", "flower"),
+    (["simulate", "r.toml", "--set", "method.type=fedkseed"], "C107", "zeroth"),
+    (["simulate", "r.toml", "--set", "data.source=hub"], "D208", "hub"),
+    (["simulate", "r.toml", "--set", "data.source=parquet"], "D208", "parquet"),
+    (["sweep", "r.toml", "--trials", "2", "--sample", "rounds=1..2"], "C107", "sweep"),
+]
+
+
 def test_what_needs_more_says_which_command_installs_it(
-    words: list[str], code: str, extra: str, hidden: list[str], tiny_bert: Path, tmp_path: Path
+    hidden: list[str], tiny_bert: Path, tmp_path: Path
 ) -> None:
     small.write_recipe(tmp_path / "r.toml", tiny_bert, small.write_rows(tmp_path), rounds=1)
-    done = fedtune(hidden, tmp_path, *words)
-    assert done.returncode == 2 and f"fedtune: {code}: " in done.stderr, done.stderr
-    assert f"pip install 'fedtune[{extra}]'" in done.stderr and done.stderr.count("\n") == 1
+    done = fedtune(hidden, tmp_path, *(json.dumps(words) for words, _, _ in MORE))
+    said = done.stderr.splitlines()
+    assert json.loads(done.stdout.splitlines()[-1]) == [2] * len(MORE) == [2] * len(said), done.stderr
+    for line, (_, code, extra) in zip(said, MORE, strict=True):
+        assert line.startswith(f"fedtune: {code}: ") and f"pip install 'fedtune[{extra}]'" in line
 
 
 def test_every_extra_that_a_sentence_names_is_there() -> None:

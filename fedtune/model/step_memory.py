@@ -210,7 +210,6 @@ def watched(tunable: TunableModel) -> Peak:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile, whose moment would change what lives at once."""
-    gc.collect()
     on = gc.isenabled()
     gc.disable()
     try:

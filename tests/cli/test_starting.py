@@ -136,11 +136,16 @@ def test_the_schema_accepts_what_is_shipped(tmp_path: Path, capsys: pytest.Captu
         jsonschema.Draft7Validator(schema).validate(tomllib.loads(file.read_text()))
 
 
-def test_shipped_recipes_name_the_schema_beside_the_pages() -> None:
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return recipe_schema()
+
+
+def test_shipped_recipes_name_the_schema_beside_the_pages(schema: dict[str, Any]) -> None:
     for file in sorted((ROOT / "simulations").glob("*.toml")):
         header, place = file.read_text().splitlines()[0].split()
         assert header == HEADER
-        assert json.loads((file.parent / place).read_text()) == recipe_schema()
+        assert json.loads((file.parent / place).read_text()) == schema
 
 
 @pytest.mark.parametrize(
@@ -166,9 +171,9 @@ def test_shipped_recipes_name_the_schema_beside_the_pages() -> None:
         ("[method.train]\nlr = -1", False),
     ],
 )
-def test_schema_and_loader_agree(text: str, good: bool) -> None:
+def test_schema_and_loader_agree(text: str, good: bool, schema: dict[str, Any]) -> None:
     tree = tomllib.loads(text)
-    assert jsonschema.Draft7Validator(recipe_schema()).is_valid(tree) == good
+    assert jsonschema.Draft7Validator(schema).is_valid(tree) == good
     if good:
         config.parse_with(tree, (), "recipe")
     else:
