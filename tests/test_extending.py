@@ -98,6 +98,7 @@ def posted() -> Iterator[tuple[int, list[bytes]]]:
         server.shutdown()
 
 
+@pytest.mark.thorough
 def test_every_example_of_the_page_runs(
     package: Path, tiny_bert: Path, tmp_path: Path, posted: tuple[int, list[bytes]]
 ) -> None:

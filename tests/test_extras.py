@@ -86,7 +86,11 @@ def test_the_base_is_small(hidden: list[str]) -> None:
 
 def test_a_local_run_needs_the_base_only(hidden: list[str], tiny_bert: Path, tmp_path: Path) -> None:
     recipe = small.write_recipe(tmp_path / "r.toml", tiny_bert, small.write_rows(tmp_path), rounds=1)
-    words = (["check", "r.toml"], ["simulate", "r.toml"], ["predict", "runs/r", "rows.jsonl", "--to", "p.csv"])
+    words = (
+        ["check", "r.toml"],
+        ["simulate", "r.toml"],
+        ["predict", "runs/r", "rows.jsonl", "--to", "p.csv"],
+    )
     done = fedtune(hidden, tmp_path, *map(json.dumps, words))
     assert done.stdout.endswith("\n[0, 0, 0]\n"), done.stderr
     assert (tmp_path / "runs" / "r" / "adapter" / "adapter_model.safetensors").exists() and recipe.exists()

@@ -81,6 +81,7 @@ def test_a_script_can_be_imported_and_explains_itself(
 # --- benchmarks: their last line is a list of claims ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "path",
     [
@@ -99,6 +100,7 @@ def test_a_benchmark_ends_with_its_claims(
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["plain", "local"])
 def test_both_sides_of_the_simulation_benchmark(
     kind: str, load: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
@@ -107,6 +109,7 @@ def test_both_sides_of_the_simulation_benchmark(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["round_seconds"] > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "more",
     [
@@ -214,11 +217,13 @@ def test_every_row_of_every_table_is_a_recipe(load: Callable[[str], Any]) -> Non
     assert len(recipes) > 60
 
 
+@pytest.mark.thorough
 def test_byzantine(shakespeare: list[str], start: Start, tmp_path: Path) -> None:
     start("simulations/byzantine.py", *shakespeare, "--set=rounds=1", "--results", tmp_path)
     assert set(rows_of(tmp_path / "byzantine.json")) > {"mean", "krum"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "epsilons",
     [["inf"], pytest.param(["inf", "8"], marks=pytest.mark.slow)],  # a minute goes into the search for noise
@@ -246,6 +251,7 @@ def test_privacy(epsilons: list[str], start: Start, tmp_path: Path) -> None:
     assert all(0 <= row["1"][name] <= 1 for row in found.values() for name in ("accuracy", "auc"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "file"),
     [("one-start", "merging"), pytest.param("strangers", "merging-strangers", marks=pytest.mark.slow)],
@@ -255,6 +261,7 @@ def test_merging(case: str, file: str, shakespeare: list[str], start: Start, tmp
     assert set(rows_of(tmp_path / f"{file}.json")) > {"base", "one expert", "mean of products"}
 
 
+@pytest.mark.thorough
 def test_experts(story: Path, start: Start, tmp_path: Path) -> None:
     sentences = [tiny.SENTENCES[n % len(tiny.SENTENCES)] for n in range(40)]
     rows = [{"task": f"task{n % 2:03}", "input": s, "output": str(n)} for n, s in enumerate(sentences)]
@@ -266,6 +273,7 @@ def test_experts(story: Path, start: Start, tmp_path: Path) -> None:
     assert set(rows_of(tmp_path / "experts.json")) > {"base", "general", "Arrow, two best"}
 
 
+@pytest.mark.thorough
 def test_dolly(story: Path, start: Start, tmp_path: Path) -> None:
     said, kinds = " ".join(tiny.SENTENCES), ("open", "closed", "summarization")
     rows = [
@@ -301,6 +309,7 @@ def test_dolly(story: Path, start: Start, tmp_path: Path) -> None:
     assert set(rows_of(tmp_path / "out.json")) == {"hadamard pool (default)", "plain torch: FedAvg, SGD"}
 
 
+@pytest.mark.thorough
 def test_sfprompt_on_pictures(start: Start, tmp_path: Path) -> None:
     few = (
         "--set=rounds=1",

@@ -12,6 +12,7 @@ from fedtune.events import ClientDone
 from fedtune.runtime.check import check
 from tests import small
 from tests.conformance.recipes import METHODS
+from tests.marks import mostly_thorough
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 WIDE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -55,7 +56,10 @@ def test_what_has_no_matrices_in_blocks_is_refused() -> None:
         rule().trains(["prompts", "a"], 1)
 
 
-@pytest.mark.parametrize("adapter", [{"kind": "full"}, {"kind": "lora", "rank": 2}])
+FULL, LORA = {"kind": "full"}, {"kind": "lora", "rank": 2}
+
+
+@pytest.mark.parametrize("adapter", mostly_thorough([FULL, LORA], [LORA]))
 def test_half_of_the_bytes_of_blocks_travel_and_check_says_so(
     adapter: dict[str, object], tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

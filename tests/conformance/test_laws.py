@@ -7,7 +7,7 @@ run is an undisturbed one; what is sent is what the shapes say. The Flower half 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from fedtune.types import Client, Round, Tensors
 from tests import small
 from tests.conformance.recipes import METHODS
 from tests.conformance.states import found_in, require_known
+from tests.marks import mostly_thorough
 from tests.proxy import with_work
 from tests.transports import Disturbed, disturbed
 
@@ -72,29 +73,31 @@ UNCODED = [
     "sfprompt-tail",
     "offsite-lora",
 ]
-SIBLINGS = [
-    "fedpeft-flexlora",
-    "fedpeft-flora",
-    "fedpeft-fair",
-    "fedpeft-fedrot",
-    "fedpeft-fedsa",
-    "fedpeft-ffa",
-    "fedpeft-lora-fa",
-    "fedpeft-means",
-    "fedpeft-ridge",
-    "fedpeft-pissa",
-    "fedpeft-bias",
-    "fedpeft-speed",
-    "fedpeft-group",
-    "fedpeft-sign-unbiased",
-    "fedkseed-means",
-    "fedkseed-ridge",
-    "fedkseed-steps",
-    "sfprompt-means",
-    "experts-clients",
-    "experts-rolora",
-    "experts-gate",
-]  # whose rounds, states and memories take the way of another that is tried every time; -m slow tries them too
+EVERY_TIME = [
+    "fedpeft-lora",
+    "fedpeft-full",
+    "fedpeft-chain",
+    "fedpeft-both-ways",
+    "fedpeft-outer",
+    "fedpeft-fedex",
+    "fedpeft-hetlora",
+    "fedpeft-lda",
+    "fedpeft-lift-stages",
+    "fedpeft-mask",
+    "fedkseed-mixed",
+    "fedkseed-pool",
+    "fedkseed-curved",
+    "sfprompt-slim",
+    "sfprompt-mask",
+    "offsite-lora",
+    "experts-clusters",
+    "experts-gate-mask",
+]  # one of each way in which rounds, states and memories go; -m thorough tries all others under every law
+
+
+def tried(names: Iterable[str]) -> list[Any]:
+    """Methods as parameters of a law."""
+    return mostly_thorough(names, EVERY_TIME)
 
 
 Played = tuple[small.RunFolder, dict[str, Any], list[Event]]
@@ -118,7 +121,7 @@ def sha(recipe: Recipe, root: Path, **more: Any) -> str:
 
 
 def test_every_method_is_enrolled() -> None:
-    assert set(SIBLINGS) < set(METHODS)
+    assert set(EVERY_TIME) < set(METHODS)
     assert {name.partition("-")[0] for name in METHODS} == set(methods.METHODS)
 
 
@@ -159,7 +162,7 @@ def plain_training(recipe: Recipe) -> Tensors:
     return tunable.read()
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", tried(MASKED))
 def test_masks_change_no_byte(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path, undisturbed: Callable[[str], Played]
 ) -> None:
@@ -167,7 +170,7 @@ def test_masks_change_no_byte(
     assert sha(small.recipe(tiny_bert, data, **plain), tmp_path) == undisturbed(name)[1]["state_sha256"]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in OWN_SEEDS + MASKED])
+@pytest.mark.parametrize("name", tried(name for name in METHODS if name not in OWN_SEEDS + MASKED))
 def test_k_identical_clients_equal_one(name: str, tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(
         tiny_bert, data, **{key: value for key, value in METHODS[name].items() if "_by_client" not in key}
@@ -226,10 +229,7 @@ def clones(recipe: Recipe, count: int) -> Tensors:
     return real.round(state, cohort, now).shared
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in SIBLINGS else []) for name in METHODS],
-)
+@pytest.mark.parametrize("name", tried(METHODS))
 def test_stops_and_answers_in_any_order_twice_or_late_do_not_change_the_result(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path, undisturbed: Callable[[str], Played]
 ) -> None:
@@ -261,7 +261,7 @@ def test_stops_and_answers_in_any_order_twice_or_late_do_not_change_the_result(
         assert (cut.adapter / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("name", UNCODED)
+@pytest.mark.parametrize("name", tried(UNCODED))
 def test_bytes_sent_are_what_the_shapes_say(
     name: str, tiny_bert: Path, data: Path, undisturbed: Callable[[str], Played]
 ) -> None:

@@ -27,6 +27,7 @@ def words(names: list[str]) -> re.Pattern[str]:
     return re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, names)) + r")(?!\w)", re.IGNORECASE)
 
 
+@pytest.mark.thorough
 def test_there_is_enough_and_it_is_balanced() -> None:
     counts = Counter(label for _, label in collect())
     assert len(counts) >= 8
@@ -81,6 +82,7 @@ def test_cleaning(raw: str, expected: str) -> None:
     assert cleaned(raw) == expected
 
 
+@pytest.mark.thorough
 def test_another_process_agrees_and_imports_nothing() -> None:
     said = subprocess.run(
         [sys.executable, "-c", PROBE],

@@ -74,6 +74,7 @@ def test_a_site_lost_at_any_step_leaves_the_sum_of_the_others(
         assert end(made) == plain["all" if step == "train.opening" else "two"]
 
 
+@pytest.mark.thorough
 def test_a_site_that_is_started_again_before_every_step_changes_no_byte(
     tiny_bert: Path, data: Path, tmp_path: Path, plain: dict[str, str]
 ) -> None:

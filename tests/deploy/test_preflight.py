@@ -43,6 +43,7 @@ def test_what_would_end_a_run_is_found_before(
         check_at_coordinator(small.recipe(tiny_bert, data, **{"data__labels": LABELS, **changes}))
 
 
+@pytest.mark.thorough
 def test_a_server_with_a_mistake_in_its_recipe_begins_no_run(
     tiny_bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

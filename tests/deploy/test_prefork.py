@@ -128,6 +128,7 @@ def test_where_nobody_serves_the_command_is_flowers_own(tmp_path: Path) -> None:
     assert "Run a Flower ClientApp" in done.stdout and not done.stderr
 
 
+@pytest.mark.thorough
 def test_where_an_import_starts_a_thread_nothing_is_forked(tmp_path: Path) -> None:
     """A fork would lack it. Flower's programs are then those of their names."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -23,7 +23,7 @@ from tests.e2e.deploying import MEMORY, SITES, Deployment, deployed, held, local
 from tests.e2e.test_flower import journal
 from tests.waiting import PATIENCE, free_ports
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
 OPEN = "fedtune.exchange.server_store:ServerStore.open_round"
 KSEED: dict[str, Any] = {
     "method": {"type": "fedkseed", "size": 256, "estimator": "spsa", "steps": 4, "batch": 4, "lr": 1e-3},

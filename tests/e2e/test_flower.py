@@ -68,6 +68,7 @@ def journal(folder: RunFolder) -> list[Any]:
 # --- Flower's simulation engine ---
 
 
+@pytest.mark.thorough
 def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_actor_is_killed(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from fedtune.types import Round
 from tests import small
 from tests.conformance.recipes import METHODS
 from tests.e2e.test_flower import MEMORY, client_app, journal, messages, server_app
+from tests.marks import mostly_thorough
 from tests.runtime.test_groups import grouped
 
 
@@ -129,12 +130,15 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
 }
 
 
-@pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE)
+OFTEN = ["memory", "mask", "fedpeft-lift-stages"]
+
+
+@pytest.mark.parametrize("name", mostly_thorough(ALIKE, OFTEN))
 def test_a_run_on_a_grid_without_failures_is_a_local_run(
-    changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
+    name: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
     """The fake itself must not be what makes the tests above pass. Secrets of masked sums are where memories are."""
-    recipe = small.recipe(tiny_bert, data, **changes)
+    recipe = small.recipe(tiny_bert, data, **ALIKE[name])
     folder = create(tmp_path, "", "run")
     server_app.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)
     assert journal(folder) == journal(small.play(recipe, tmp_path / "local")[0])

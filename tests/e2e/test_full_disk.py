@@ -41,6 +41,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small file system needs root"
 )

@@ -151,6 +151,7 @@ def deployed(federation: Federation, tmp_path: Path) -> Iterator[Deployed]:
     service.stop()
 
 
+@pytest.mark.thorough
 def test_a_site_with_one_of_eight_blocks_answers_to_the_bit_what_the_whole_model_answers(
     deployed: Deployed, tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ def exported(folder: Path, tiny_bert: Path, data: Path, method: str, kind: str) 
     return logits
 
 
+@pytest.mark.thorough
 def test_exports_pool_in_a_process_of_their_own_without_fedtune(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

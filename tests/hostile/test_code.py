@@ -197,6 +197,7 @@ def test_the_app_of_a_site_is_what_flower_makes_of_the_same_files() -> None:
     )
 
 
+@pytest.mark.thorough
 def test_of_an_environment_flowers_programs_get_what_they_need(tmp_path: Path) -> None:
     env = {
         "PATH": "p",

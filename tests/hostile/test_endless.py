@@ -196,6 +196,7 @@ def test_who_gets_on_is_never_overdue(tmp_path: Path) -> None:
     assert not overdue(tmp_path)
 
 
+@pytest.mark.thorough
 def test_memory_is_bounded_while_a_model_is_read_and_not_afterwards(tmp_path: Path) -> None:
     guard = Watchdog(tmp_path)
     with pytest.raises(FedtuneError, match="M311"), guard.bounded("model 'x'", 60.0, memory=64 << 20):

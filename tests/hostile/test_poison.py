@@ -12,6 +12,7 @@ import pytest
 from fedtune.events import Alarm, ClientLeftOut, Shortened
 from tests import small
 from tests.hostile.poisoners import Poison, all_values, poisoned, sign_flip, weighs
+from tests.marks import mostly_thorough
 
 PHRASE = "boat sea"
 
@@ -27,7 +28,7 @@ def federation(root: Path, planted: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("planted", [True, False])
+@pytest.mark.parametrize("planted", mostly_thorough([True, False], [True]))
 def test_a_planted_phrase_raises_the_canaries_alarm(planted: bool, tiny_bert: Path, tmp_path: Path) -> None:
     recipe = small.recipe(
         tiny_bert,

@@ -170,6 +170,7 @@ def matrix(method: Any, tunable: Any, epoch: int) -> np.ndarray:
     return np.stack([pool.direction(k, 0, tunable.trainable) for k in range(pool.size)]).astype(np.int64)
 
 
+@pytest.mark.thorough
 def test_server_clients_late_joiners_and_other_processes_hold_the_same_model(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

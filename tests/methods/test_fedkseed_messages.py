@@ -175,6 +175,7 @@ def test_a_loss_that_is_not_finite_leaves_the_client_out(tiny_bert: Path, data: 
 # --- what it costs ---
 
 
+@pytest.mark.thorough
 def test_a_round_costs_under_18_kilobytes(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """The paper's setting, K = 4096 and 200 steps: 17,992 bytes of numbers alone as it counts, at least;
     whole messages here."""
@@ -315,6 +316,7 @@ def test_a_masked_space_leaves_the_rest_alone(tiny_bert: Path, data: Path, tmp_p
 # --- FedKSeed-Pro ---
 
 
+@pytest.mark.thorough
 def test_importance_follows_the_scalars_that_the_server_read(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

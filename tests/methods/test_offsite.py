@@ -239,6 +239,7 @@ def test_sites_with_the_emulators_folder_alone_end_with_the_same_bytes(
     assert other["state_sha256"] == result["state_sha256"]
 
 
+@pytest.mark.thorough
 def test_workers_of_real_sites_train_the_emulator_and_the_owner_plugs_it_in(
     llama: Path, data: Path, tmp_path: Path
 ) -> None:

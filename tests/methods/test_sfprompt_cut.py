@@ -115,6 +115,7 @@ def test_bytes_at_the_cut_are_those_of_the_formula(tiny_vit: Path, images: Path,
     assert "4 x 5 tokens up 1,728, down 448 bytes" in line and up + down == 4 * (1728 + 448)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", [{"position": "input"}, {"lora_rank": 2}, {"slim": "off"}], ids=str)
 def test_bytes_are_those_of_the_formula_where_gradients_reach_the_head(
     changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path
@@ -139,6 +140,7 @@ def test_without_prompts_nothing_goes_back(tiny_vit: Path, images: Path, tmp_pat
         assert 0 < sent - 4 * 1280 < 1000 and 0 < received - 4 * 256 < 1000
 
 
+@pytest.mark.thorough
 def test_what_the_head_says_of_an_image_goes_up_once(tiny_vit: Path, images: Path, tmp_path: Path) -> None:
     changes = {"head": 1, "cache_smashed": True, "train": {"lr": 0.01, "steps": 0, "epochs": 2, "batch": 4}}
     kept = recipe_of(tiny_vit, images, changes)
@@ -152,6 +154,7 @@ def test_what_the_head_says_of_an_image_goes_up_once(tiny_vit: Path, images: Pat
     )
 
 
+@pytest.mark.thorough
 def test_a_service_that_forgot_is_told_again(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     """Texts of different lengths; after round 1 the service starts anew, as after a crash."""
     recipe = recipe_of(tiny_bert, data, {"cache_smashed": True})

@@ -252,6 +252,7 @@ PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 0.5, "sample_rate": 0.2}
 TRAIN = {"lr": 0.01, "steps": 3, "batch": 4, "private": PRIVATE}
 
 
+@pytest.mark.thorough
 def test_a_private_run_counts_its_epsilon_and_exports_what_it_trained(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_logits_count_and_pieces_of_them_too(workspace: Any, monkeypatch: pytest
     assert pieces == pytest.approx(step, rel=0.15)
 
 
+@pytest.mark.thorough
 def test_a_question_leaves_nothing_to_the_next(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither recomputation nor gradients."""
     adapter = adapter_of(kind="lora", rank=4)

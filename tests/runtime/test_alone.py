@@ -15,6 +15,7 @@ from fedtune.model import fit as fits
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.run import run
 from tests import small
+from tests.marks import mostly_thorough
 
 COMPARED: dict[str, Any] = {
     "evaluate": {"local": True, "centralised": True, "base": True},
@@ -27,7 +28,7 @@ def data(tmp_path: Path) -> Path:
     return small.write_rows(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["lora", "head", "full"])
+@pytest.mark.parametrize("kind", mostly_thorough(["lora", "head", "full"], ["head"]))
 def test_side_by_side_they_are_what_they_are_one_after_the_other(
     kind: str, tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +71,7 @@ def test_the_one_place_sees_as_many_examples_as_the_federation(
         assert len(federated) == 6 and (centralised == asked if train["steps"] else centralised == 2 * asked)
 
 
+@pytest.mark.thorough
 def test_several_seeds_are_several_trainings_and_the_first_is_the_same(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_several_seeds_are_several_trainings_and_the_first_is_the_same(
     assert one["state_sha256"] == two["state_sha256"]
 
 
+@pytest.mark.thorough
 def test_what_was_scored_before_a_crash_is_not_scored_again(
     tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,7 @@ def test_a_killed_run_chooses_the_same_round(
     assert all((left[0][name] == left[1][name]).all() for name in left[0])
 
 
+@pytest.mark.thorough
 def test_every_engine_chooses_the_same_round(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data, **FIVE)
     here = small.play(recipe, tmp_path / "local")[1]

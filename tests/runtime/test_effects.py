@@ -97,6 +97,7 @@ def test_calibration_is_of_every_token_of_the_test_set(
         assert told["ece"] == pytest.approx(want["ece"], abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_forgetting_is_the_loss_on_text_before_and_after(
     found: dict[str, Any], llama: Path, played: small.RunFolder
 ) -> None:

@@ -22,6 +22,7 @@ from fedtune.types import Round
 from tests import small, tiny
 from tests.deploy import inside as sites
 from tests.e2e import test_flower_grid as grid
+from tests.marks import mostly_thorough
 
 WALK = {"type": "fedkseed", "estimator": "spsa", "size": 64, "steps": 3, "batch": 4, "lr": 1e-4}
 RIGHT = {"animals": "the dog barks", "music": "the piano plays", "weather": "the rain falls"}
@@ -64,7 +65,7 @@ def play(llama: Path, pairs: Path, root: Path, loss: str, **more: Any) -> dict[s
     return small.play(small.recipe(llama, pairs, **changes(loss, **more)), root)[1]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo"])
+@pytest.mark.parametrize("loss", mostly_thorough(["dpo", "ipo", "orpo", "simpo"], ["dpo", "orpo"]))
 def test_pairs_are_learned(loss: str, llama: Path, pairs: Path, tmp_path: Path) -> None:
     """What separates the pairs is easy; rows that no client trained on come into their order."""
     result = play(

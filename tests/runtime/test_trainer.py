@@ -80,6 +80,7 @@ def test_one_client_and_one_round_is_plain_training(made: Any) -> None:
     assert all((got[name] == wanted[name]).all() for name in wanted)
 
 
+@pytest.mark.thorough
 def test_a_round_is_the_mean_of_its_clients(made: Any) -> None:
     rows = small.rows(30)
     trainer = made(rows)
@@ -111,6 +112,7 @@ def test_rounds_learn_and_the_trainer_stays_itself(made: Any) -> None:
     assert not (Path(trainer.args.output_dir) / "checkpoint-2").exists()
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_bytes(made: Any) -> None:
     def run(seed: int) -> dict[str, np.ndarray]:
         trainer = made(small.rows(40))

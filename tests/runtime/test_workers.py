@@ -21,6 +21,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.types import Client
 from tests import small
 from tests.conformance.recipes import METHODS
+from tests.marks import mostly_thorough
 from tests.waiting import require_ended
 
 MANY = (
@@ -64,7 +65,7 @@ def side_by_side(count: int, logs: Path) -> Any:
     return carry
 
 
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", mostly_thorough(MANY, ["fedpeft-chain", "fedkseed-mixed"]))
 def test_any_number_of_workers_makes_the_same_run(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path, made: list[Workers]
 ) -> None:

@@ -180,6 +180,7 @@ def at_a_terminal(*arguments: str) -> tuple[int, str]:
     return process.wait(), written.decode(errors="replace")
 
 
+@pytest.mark.thorough
 def test_a_tiny_federation_at_a_terminal(recipe: Path, tmp_path: Path) -> None:
     code, said = at_a_terminal(str(recipe), "--runs", str(tmp_path / "runs"))
     assert code == 0, said
@@ -210,6 +211,7 @@ def test_lines_for_programs_and_no_lines_at_all(recipe: Path, tmp_path: Path) ->
     assert done.returncode == 0 and done.stdout == "" == done.stderr
 
 
+@pytest.mark.thorough
 def test_the_same_in_a_notebook(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

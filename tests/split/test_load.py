@@ -144,6 +144,7 @@ print(sum(v.numel() * 4 for v in part.net.parameters()), me.memory_info().rss - 
 """
 
 
+@pytest.mark.thorough
 def test_a_client_never_holds_the_body(tmp_path: Path) -> None:
     """12 blocks of 2.9 MB, of which the client keeps two: its memory grows by its own bytes, not by the 35 MB
     of the model."""

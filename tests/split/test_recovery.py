@@ -57,6 +57,7 @@ def body_service(port: int) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.thorough
 def test_a_service_killed_twice_changes_no_bit() -> None:
     """Two clients, one of them lean. SIGKILL after the 10th and the 30th message of the first, with
     micro-batches in flight; the service
@@ -124,6 +125,7 @@ def test_a_service_that_stands_still_is_noticed_and_waited_for() -> None:
     assert losses == run(None, steps=6)[0]
 
 
+@pytest.mark.thorough
 def test_connections_that_break_change_no_bit() -> None:
     """A proxy resets every connection each 50 ms of a longer training, twelve times in all."""
     with listening() as (_, dial):
@@ -153,6 +155,7 @@ def test_connections_that_break_change_no_bit() -> None:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_what_a_dead_client_had_is_freed_and_the_others_go_on(how: signal.Signals) -> None:
     """A kill is noticed by its reset, long before its lease of ten minutes; a stopped process when its lease

@@ -45,6 +45,7 @@ def states(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.thorough
 def test_the_table_is_of_all_runs(whole: Path) -> None:
     assert len(states(whole)) == 8
     rows = json.loads((whole / "table.json").read_text())["rows"]
@@ -89,6 +90,7 @@ def test_another_sweep_is_not_mixed_in(recipe: Path, whole: Path, capsys: pytest
     assert len(states(whole)) == 8
 
 
+@pytest.mark.thorough
 def test_losers_stop_early(recipe: Path, tmp_path: Path) -> None:
     """A rate that moves nothing does not get to the last round; the winner's bytes are those of a run of its own."""
     told: list[str] = []

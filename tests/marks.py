@@ -1,0 +1,13 @@
+"""Which cases of a test are tried every time, and which with -m thorough alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+
+def mostly_thorough(cases: Iterable[Any], every_time: Collection[Any]) -> list[Any]:
+    """Parameters for pytest.mark.parametrize: all but those `every_time` are thorough."""
+    return [pytest.param(case, marks=() if case in every_time else pytest.mark.thorough) for case in cases]
