@@ -18,6 +18,7 @@ from fedtune.events import Event, RoundDone, RunStarted
 from fedtune.runtime.folder import existing, recipe_of
 from fedtune.runtime.run import run
 from tests import small
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_runs_in_threads_of_one_process_end_as_each_does_alone(
         small.recipe(tiny_bert, data, seed=seed, method__train={"lr": 0.01, "steps": 4, "batch": 4})
         for seed in (3, 4)
     ]
-    together = threading.Barrier(2, timeout=60)
+    together = threading.Barrier(2, timeout=PATIENCE)
 
     def ends(recipe: fedtune.Recipe, runs: str, meet: bool) -> str:
         def tell(event: Event) -> None:

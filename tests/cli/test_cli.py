@@ -14,6 +14,7 @@ import pytest
 
 from fedtune.cli import main
 from tests import small
+from tests.waiting import PATIENCE
 
 DATA = "id,text,label\n1,the red fox runs,animals\n2,a slow song on the piano,music\n"
 
@@ -24,7 +25,7 @@ def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -20,7 +20,7 @@ from fedtune.trust import Identity, load
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.signed import seal
 from tests.deploy.inside import FakeGrid, lost
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 NODE = 7
 
@@ -229,7 +229,7 @@ def test_an_answer_that_hangs_in_flower_keeps_no_other_waiting(
 
     def hanging(message_ids: Any) -> list[Message]:
         if "m0" in message_ids:
-            free.wait(30)
+            free.wait(PATIENCE)
         return pull(message_ids)
 
     grid.pull_messages = hanging  # type: ignore[method-assign]

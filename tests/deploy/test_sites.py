@@ -22,7 +22,7 @@ from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.certificates import utc_now
 from tests import small
 from tests.exchange.federation import Federation
-from tests.waiting import free_ports
+from tests.waiting import PATIENCE, free_ports
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_the_endpoint_counts_what_the_exchange_took(tmp_path: Path) -> None:
         for event in refused:
             refusals(event)
         assert told == refused[:2]  # the same again says nothing new: it is counted
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
             assert answer.headers["content-type"] == "text/plain; version=0.0.4"
             lines = answer.read().decode().splitlines()
         samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -196,7 +196,7 @@ def test_the_endpoint_counts_what_the_exchange_took(tmp_path: Path) -> None:
         )
         assert int(samples["fedtune_disk_free_bytes"]) > 0 and not any("site-a" in line for line in lines)
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE)
         with pytest.raises(FedtuneError, match=rf"E801: found metrics address '127.0.0.1:{port}'"):
             serve_metrics(f"127.0.0.1:{port}", federation.server, tmp_path, refusals)
         with pytest.raises(FedtuneError, match="E801: found metrics address 'nowhere'"):

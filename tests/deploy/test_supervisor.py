@@ -13,7 +13,7 @@ import pytest
 from fedtune.deploy import supervisor
 from fedtune.deploy.supervisor import TRIES, Program
 from fedtune.errors import FedtuneError
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 SLEEP = (sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)")
 
@@ -132,7 +132,7 @@ def test_a_grandchild_ends_when_the_program_above_is_gone(tmp_path: Path) -> Non
         assert below.stdout is not None and below.stdout.readline() == "up\n"
         above.kill()
         above.wait()
-        assert below.wait(20) == 1
+        assert below.wait(PATIENCE) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
@@ -143,7 +143,11 @@ def test_an_app_of_flowers_ends_with_whoever_started_it(tmp_path: Path) -> None:
     assert (
         "--runtime-api-address"
         in subprocess.run(
-            [folder / "flwr-clientapp", "--help"], capture_output=True, text=True, check=True, timeout=100
+            [folder / "flwr-clientapp", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=PATIENCE,
         ).stdout
     )
     wait = (

@@ -21,7 +21,7 @@ from fedtune.flower.worker_socket import through
 from fedtune.trust import Signed
 from tests import small
 from tests.deploy.inside import Inside, inside
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_supernode_that_asks_for_nothing_while_nothing_is_done_is_stuck(
         now - 900, now - 301, socket
     )
     free = threading.Event()
-    monkeypatch.setattr(worker, "done", lambda content: str(free.wait(30)))
+    monkeypatch.setattr(worker, "done", lambda content: str(free.wait(PATIENCE)))
     asking = threading.Thread(target=through, args=(socket, {"what": "ticket", "ticket": "x"}))
     asking.start()
     wait_for(lambda: worker.callers, "the worker to begin")

@@ -24,6 +24,7 @@ from fedtune.trust.authority import create, pem, revoke
 from fedtune.trust.certificates import make_authority, make_member, peer_of, utc_now
 from fedtune.trust.identity import to_pem
 from tests.exchange.federation import Federation
+from tests.waiting import PATIENCE
 
 REACHED: list[str] = []
 
@@ -53,7 +54,7 @@ def call(channel: grpc.Channel, request: bytes = b"") -> tuple[str, str]:
     """Status and details."""
     with channel:
         try:
-            return "OK", channel.unary_unary("/Test/Call")(request, timeout=5).decode()
+            return "OK", channel.unary_unary("/Test/Call")(request, timeout=PATIENCE).decode()
         except grpc.RpcError as error:
             return error.code().name, error.details() or ""
 

@@ -37,6 +37,7 @@ from tests import small
 from tests.hostile.coordinator import Taken, taken
 from tests.hostile.scripts import TOLD, WORD, Answer, Tensors, honest, message, says
 from tests.hostile.test_policy import ROWS, read, workspace_of
+from tests.waiting import PATIENCE
 
 Question = dict[str, Any]
 
@@ -196,7 +197,7 @@ def test_a_script_that_hangs_is_ended(
         try:
             error = asked(trainer, tunable)
             assert error.code == "F503" and "has not answered" in str(error)
-            assert process.wait(20) == -9
+            assert process.wait(PATIENCE) == -9
         finally:
             process.kill()
 

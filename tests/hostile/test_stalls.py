@@ -28,7 +28,7 @@ from tests.deploy.conducting import notes, outcomes
 from tests.deploy.inside import FakeGrid, inside
 from tests.e2e.deploying import MEMORY
 from tests.exchange.federation import Federation
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +265,7 @@ def test_small_doors_have_so_many_callers_and_so_much_time(tmp_path: Path) -> No
         wait_for(cut, "the end of a caller that takes too long", every=0.2)
         assert time.monotonic() > began + 2.0
         wait_for(lambda: not http._open, "all places are free again")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
             assert b"fedtune_members_present" in answer.read()
     finally:
         for one in flood:

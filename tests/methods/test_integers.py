@@ -35,7 +35,7 @@ def test_a_scalar_is_rounded_clipped_or_dropped() -> None:
     assert [sign.whole(g, False) for g in (3e-9, 0.0, -1e9)] == [1, -1, -1]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.integers(-(2**52), 2**52), min_size=1, max_size=5), st.integers(1, 2**40))
 def test_a_mean_is_the_fraction_rounded_half_to_even(totals: list[int], weight: int) -> None:
     got = integers.mean(np.int64(totals), weight)

@@ -19,6 +19,7 @@ from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import AnswerRecord, Journal, chain
 from fedtune.types import State
+from tests.waiting import PATIENCE
 
 STATE = State({"a": np.float32([1, 2])}, {"momentum/a": np.float64([0.5])})
 
@@ -194,7 +195,7 @@ def test_one_process_per_run_and_a_killed_one_lets_go(folder: RunFolder) -> None
     ready = context.Event()
     other = context.Process(target=hold, args=(folder.path, ready))
     other.start()
-    assert ready.wait(30)
+    assert ready.wait(PATIENCE)
     with pytest.raises(FedtuneError, match=r"R407"), folder.locked():
         pass
     os.kill(other.pid or 0, signal.SIGKILL)

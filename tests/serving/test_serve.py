@@ -19,6 +19,7 @@ from fedtune.model.stream import Wish, begun
 from fedtune.runtime.chat import Chat, Talker, talker
 from fedtune.serving.server import BODY, ModelServer
 from tests import small, tiny
+from tests.waiting import PATIENCE
 
 QUESTION = {"messages": [{"role": "user", "content": "say fox"}], "max_tokens": 6}
 
@@ -44,7 +45,7 @@ def served(model: Talker, token: str = "") -> Iterator[tuple[ModelServer, httpx.
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         with httpx.Client(
-            base_url=f"http://127.0.0.1:{server.server_port}", timeout=60, trust_env=False
+            base_url=f"http://127.0.0.1:{server.server_port}", timeout=PATIENCE, trust_env=False
         ) as client:
             yield server, client
         server.shutdown()

@@ -7,6 +7,8 @@ import contextlib
 import threading
 import time
 
+from tests.waiting import PATIENCE
+
 
 class Link:
     """Between a client and `port` on this machine; `self.port` is where to connect. Seconds one way, bytes
@@ -69,7 +71,7 @@ class Link:
         self.loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in self.writers])
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.over(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(self.over(), self.loop).result(PATIENCE)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 

@@ -21,6 +21,7 @@ from fedtune.transforms.quantize import block_levels, deadzone_rate, sign_levels
 from fedtune.transforms.sparsify import ternary_bits, ternary_levels, topk_levels, two_bit_levels
 from fedtune.types import Client, Round, Update
 from fedtune.wire.scales import expand, rounded
+from tests.waiting import PATIENCE
 
 RNG = np.random.default_rng(0)
 
@@ -243,7 +244,7 @@ class Meet(Transform):
     gives: ClassVar[Kind] = "same"
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=60)
+        self.barrier = threading.Barrier(2, timeout=PATIENCE)
 
     def on_client(self, update: Update, client: Client, now: Round) -> Update:
         self.barrier.wait()

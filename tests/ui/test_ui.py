@@ -20,7 +20,7 @@ from fedtune.sinks.jsonl import jsonl_sink
 from fedtune.ui.pages import RunPages
 from fedtune.ui.serve import MOST, Server
 from tests.browser import BROWSER, needs_browser
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -65,7 +65,7 @@ def server(runs: Path) -> Iterator[Server]:
 
 
 def get(server: Server, path: str, host: str = "", method: str = "GET") -> tuple[int, str, Any]:
-    line = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    line = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=PATIENCE)
     line.putrequest(method, path, skip_host=True)
     line.putheader("Host", host or f"127.0.0.1:{server.server_port}")
     line.endheaders()
@@ -154,7 +154,7 @@ def test_a_browser_follows_a_run(server: Server, runs: Path, tmp_path: Path) -> 
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
         "--enable-logging=stderr", "--virtual-time-budget=30000", "--dump-dom", f"{server.address}one/",
     ]  # fmt: skip
-    shown = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=300)
+    shown = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert "CONSOLE" not in shown.stderr
     assert 'data-updates="' in shown.stdout and "3 of 5 rounds" in shown.stdout
     assert asked.count(["one"]) >= 2
@@ -174,11 +174,11 @@ def test_the_command_prints_its_address_and_ends_with_ctrl_c(runs: Path) -> None
         address = process.stdout.readline().strip()
         found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/([\w-]{32})/", address)
         assert found
-        line = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        line = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=PATIENCE)
         line.request("GET", f"/{found[2]}/")
         assert line.getresponse().status == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(PATIENCE) == 130
         assert found[2] not in (process.stderr.read() if process.stderr else "")
     finally:
         process.kill()

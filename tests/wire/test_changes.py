@@ -43,7 +43,7 @@ def test_a_rice_code_on_paper() -> None:
 
 
 @given(st.lists(st.integers(0, 63).flatmap(lambda bits: st.integers(0, 2**bits - 1)), max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_rice_codes_come_back(numbers: list[int]) -> None:
     values = np.array(numbers, np.uint64)
     code = rice.pack(values)

@@ -35,7 +35,7 @@ def bound(levels: np.ndarray) -> float:
 
 
 @given(LEVELS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_levels_come_back(levels: np.ndarray) -> None:
     assert np.array_equal(coder.unpack(coder.pack(levels), levels.size), levels)
 
@@ -110,7 +110,7 @@ def planes_of(levels: np.ndarray) -> bytes:
 @given(
     hnp.arrays(np.bool_, st.integers(0, 700), elements=st.integers(0, 9).map(lambda n: n > 6)), st.booleans()
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_planes_come_back(marked: np.ndarray, turned: bool) -> None:
     marked = marked ^ turned
     places, rest = planes.unpack_plane(memoryview(planes.pack_plane(marked) + b"rest"), marked.size)

@@ -22,6 +22,7 @@ from fedtune.types import Update
 from fedtune.wire import Expect, decode, encode
 from fedtune.wire.scales import rounded
 from fedtune.wire.v1 import message_pb2 as pb
+from tests.waiting import PATIENCE
 from tests.wire.fuzz import CORPUS, HEADER, TAIL, judge, mutated, reseal
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +51,13 @@ def test_thousands_of_mutations(dishonest: bool, count: int) -> None:
 
 
 @given(st.binary(max_size=300), st.integers(0, len(CORPUS) - 1), st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_any_bytes(data: bytes, which: int, right: bool) -> None:
     judge(reseal(data) if right else data, CORPUS[which][1])
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_fields(data: st.DataObject) -> None:
     original, expect = CORPUS[data.draw(st.integers(0, len(CORPUS) - 1))]
     message = pb.Message.FromString(original)
@@ -150,5 +151,5 @@ def test_atheris(tmp_path: Path) -> None:
         f"-artifact_prefix={tmp_path}/",
         str(tmp_path),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

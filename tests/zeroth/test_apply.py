@@ -115,7 +115,7 @@ def test_pools_are_added_as_whole_numbers_in_one_pass(pool: Pool, road: str) -> 
 
 
 @given(st.sampled_from(oracle.POOLS), st.integers(0, 2**45), st.integers(1, 9000), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_compiled_and_torch_agree_at_any_offset_and_length(
     pool: Pool, offset: int, count: int, seed: int
 ) -> None:

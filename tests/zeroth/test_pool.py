@@ -62,7 +62,7 @@ def test_claim_2_directions_are_exactly_orthogonal_over_whole_spans(size: int, o
 
 
 @given(st.sampled_from(oracle.POOLS), st.integers(0, 2**45), st.integers(1, 300), st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_claim_3_a_sum_of_all_directions_is_one_transform_and_one_pass(
     pool: Pool, offset: int, count: int, seed: int
 ) -> None:
