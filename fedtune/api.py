@@ -199,7 +199,8 @@ def evaluate(
 
     what  instead of scores, what tuning did: forgetting, calibration, intruders, clients, knowledge
     text  forgetting: a file of general text, instead of the one that Python carries
-    steer         experimental: a big language model, scored with its logits moved as tuning moved the run's
+    steer         experimental: a big language model, scored with its logits moved as tuning moved the run's;
+                  self: the run's own, moved away from experts that its gate leaves out (weight None: 0.5)
     steer_weight  how far; None: found, so that it moves as much as the run's did, and told as "steer"
     """
     from fedtune.runtime.effects import effects

@@ -138,14 +138,15 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="MODEL",
         help="experimental: a big language model of the same vocabulary in the place of the run's, its "
-        "logits moved as tuning moved the run's",
+        "logits moved as tuning moved the run's; self: the run's own, of experts behind a gate, its logits "
+        "moved away from those of experts that it leaves out",
     )
     parser.add_argument(
         "--steer-weight",
         type=float,
         default=None,
         metavar="W",
-        help="how far (default: as far as the run's model moved, in KL divergence on a few texts)",
+        help="how far (default: as far as the run's model moved, in KL divergence on a few texts; self: 0.5)",
     )
 
 

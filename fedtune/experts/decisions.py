@@ -35,7 +35,7 @@ class Decision:
 
     def take(self, x: torch.Tensor, shares: torch.Tensor, slots: int, experts: int) -> None:
         """shares (..., K): of all, nobody last."""
-        best, order = shares.topk(min(slots, shares.shape[-1]), -1)
+        best, order = shares.topk(slots, -1)
         picks = torch.nn.functional.one_hot(order, shares.shape[-1]).to(shares.dtype)  # (..., slots, K)
         self.x, self.weights = x, best.movedim(-1, 0)[..., None]
         self.picks = picks[..., :experts].movedim(-2, 0)

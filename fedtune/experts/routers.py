@@ -38,14 +38,15 @@ class Routing:
     """How many experts have a say.
 
     gate         as in gates.py; trained: by a run's clients, from `means` on
-    keep         topk: the k best; topp: the best until their shares add up to p; dense: all
+    keep         topk: the k best; topp: the best until their shares add up to p; dense: all; rank: the k-th
+                 best alone
     temperature  of the softmax over scores; higher is more even
     per          layer: each decides for itself; block: one decision for a feed-forward block, whose experts'
                  answers are mixed behind it (decisions.py)
     """
 
     gate: Literal["arrow", "means", "fixed", "trained"] = "arrow"
-    keep: Literal["topk", "topp", "dense"] = "topk"
+    keep: Literal["topk", "topp", "dense", "rank"] = "topk"
     k: int = 2
     p: float = 0.6
     temperature: float = 1.0
@@ -55,14 +56,19 @@ class Routing:
         """Scores (..., K) -> shares that add up to 1."""
         return self.parts(scores)[2]
 
+    def most(self, experts: int) -> int:
+        """So many have a say of a token, of so many."""
+        return {"topk": min(self.k, experts), "rank": 1}.get(self.keep, experts)
+
     def parts(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores (..., K) -> shares of all, 1 for those that have a say and 0 for the others, and shares of
         those, which add up to 1 as well."""
         part = torch.softmax(scores / self.temperature, -1)
         if self.keep == "dense":
             return part, torch.ones_like(part), part
-        if self.keep == "topk":
+        if self.keep in ("topk", "rank"):
             chosen = part.topk(min(self.k, part.shape[-1]), -1).indices
+            chosen = chosen[..., -1:] if self.keep == "rank" else chosen
             kept = torch.zeros_like(part).scatter_(-1, chosen, 1.0)
         else:
             best, order = part.sort(-1, descending=True)
@@ -185,7 +191,7 @@ class Router:
                 head = self.layers[decision.head]
                 assert head.gate is not None
                 shares = self._shares(head, head.gate, x)
-                slots = self.routing.k if self.routing.keep == "topk" else shares.shape[-1]
+                slots = self.routing.most(shares.shape[-1])
                 decision.take(inputs[0], shares, slots, len(layer.who))
             output = output + layer.added(x, decision.picks).to(output.dtype)
             return decision.mixed(output) if layer.last else output

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +59,11 @@ class SteeredNet:
         return self
 
     def generate(self, *, attention_mask: torch.Tensor, **how: Any) -> Any:
-        steps = [Steps(self.small, self.weight, attention_mask)] if self.weight else []
+        small = self.small
+        virtual = bool(small.settings and small.settings.virtual_tokens)
+        tuned = Reader(small, small.net, attention_mask, caches=not virtual)
+        base = Reader(small, small.base.net, attention_mask)
+        steps = [Steps(small, self.weight, tuned, base)] if self.weight else []
         return self.big.generate(
             attention_mask=attention_mask, logits_processor=LogitsProcessorList(steps), **how
         )
@@ -68,43 +72,56 @@ class SteeredNet:
 @dataclass(eq=False)
 class Steps(LogitsProcessor):  # type: ignore[misc]
     """The small model beside one `generate` of the big one: it reads each new token twice, with its adapter
-    and without, and keeps a cache for each. Greedy only: rows must not change places."""
+    and without."""
 
     small: TunableModel
     weight: float
-    mask: torch.Tensor  # of the prompts
-    read: int = 0  # tokens that both caches hold
-    past: dict[str, Any] = field(default_factory=dict)
+    tuned: Reader
+    base: Reader
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        rows, length = input_ids.shape
-        written = self.mask.new_ones(rows, length - self.mask.shape[1])
-        mask = torch.cat([self.mask, written], 1)
         with autocast(self.small, "off"):
-            tuned = self.next("tuned", self.small.net, input_ids, mask)
+            tuned = self.tuned(input_ids)
             with without(self.small):
-                base = self.next("base", self.small.base.net, input_ids, mask)
-        self.read = length
+                base = self.base(input_ids)
         return moved(scores, tuned - base, self.weight)
 
-    def next(self, side: str, net: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) logits of the token after the last. Virtual tokens stand in front of every
-        call's, so that with them each text is read anew."""
-        small, past = self.small, self.past.get(side)
-        caches = side == "base" or not (small.settings and small.settings.virtual_tokens)
-        new = ids if past is None else ids[:, self.read :]
-        known, more = signature(small.base.net.forward).parameters, dict[str, Any]()
+
+@dataclass(eq=False)
+class Reader:
+    """A network beside one `generate`: it reads each new token, and keeps a cache of its own. Greedy only:
+    rows must not change places.
+
+    net     with the tunable model's adapter or without it
+    mask    of the prompts
+    caches  virtual tokens stand in front of every call's, so that with them each text is read anew
+    """
+
+    tunable: TunableModel
+    net: Any
+    mask: torch.Tensor
+    caches: bool = True
+    read: int = 0  # tokens that the cache holds
+    past: Any = None
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) logits of the token after the last."""
+        rows, length = ids.shape
+        mask = torch.cat([self.mask, self.mask.new_ones(rows, length - self.mask.shape[1])], 1)
+        new = ids if self.past is None else ids[:, self.read :]
+        known, more = signature(self.tunable.base.net.forward).parameters, dict[str, Any]()
         if not mask.all() and "position_ids" in known:  # padded on the left
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, -new.shape[1] :]
         if "logits_to_keep" in known:
             more["logits_to_keep"] = 1
-        if past is not None:
-            more["past_key_values"] = past
-        if caches or not small.in_cache:  # a prefix comes with a cache of its own
-            more["use_cache"] = caches
-        said = net(input_ids=new, attention_mask=mask, **more)
-        if caches:
-            self.past[side] = getattr(said, "past_key_values", None)
+        if self.past is not None:
+            more["past_key_values"] = self.past
+        if self.caches or not self.tunable.in_cache:  # a prefix comes with a cache of its own
+            more["use_cache"] = self.caches
+        said = self.net(input_ids=new, attention_mask=mask, **more)
+        if self.caches:
+            self.past = getattr(said, "past_key_values", None)
+        self.read = length
         logits: torch.Tensor = said.logits[:, -1]
         return logits.float()
 
@@ -133,13 +150,7 @@ def steered(small: TunableModel, name: str, weight: float) -> TunableModel:
     vocabulary.
     """
     base = small.base
-    if base.task not in TOKEN_TASKS:
-        raise FedtuneError(
-            "M306",
-            f"--steer with a model of data.task = '{base.task}'",
-            f"a language model ({' or '.join(TOKEN_TASKS)}), whose next token another can be steered to",
-            "leave --steer out",
-        )
+    refuse_task(base)
     with named_by_option():
         with reading(name):
             theirs = load_tokenizer(locate(name), base.task, {})
@@ -150,6 +161,17 @@ def steered(small: TunableModel, name: str, weight: float) -> TunableModel:
     made = TunableModel(big, small.settings, SteeredNet(big.net, small, weight), {}, [], small.total)
     big.attached = made if small.settings else None
     return made
+
+
+def refuse_task(base: Base) -> None:
+    """Raises M306."""
+    if base.task not in TOKEN_TASKS:
+        raise FedtuneError(
+            "M306",
+            f"--steer with a model of data.task = '{base.task}'",
+            f"a language model ({' or '.join(TOKEN_TASKS)}), whose next token another can be steered to",
+            "leave --steer out",
+        )
 
 
 def like(base: Base, name: str) -> ModelSettings:

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from fedtune.model.tunable import TunableModel
 
 
+SELF = "self"  # in the place of a model: the run's own, by the contrast of its experts
+
+
 @dataclass(frozen=True)
 class Steer:
-    """model: a folder or a hub name; weight: None is looked for (fedtune.model.steering.matched)."""
+    """model: a folder or a hub name, or SELF; weight: None is looked for (fedtune.model.steering.matched), or
+    the paper's (fedtune.model.contrast)."""
 
     model: str
     weight: float | None
@@ -75,6 +79,11 @@ def steered_on(
     from fedtune.model.encode import check_length
     from fedtune.model.steering import matched, steered
 
+    if steer.model == SELF:
+        from fedtune.model.contrast import BETA, contrasted
+
+        beta = BETA if steer.weight is None else steer.weight
+        return contrasted(tunable, beta), beta
     made = steered(tunable, steer.model, steer.weight or 0.0)
     check_length(made.base, data.max_length)
     if steer.weight is None:

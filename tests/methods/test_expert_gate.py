@@ -166,6 +166,16 @@ def test_the_model_of_the_run_is_all_experts_behind_the_gate(made: RunFolder, tm
         export_run(made, "merged", tmp_path / "merged", which="last")
 
 
+def test_the_runs_model_is_scored_against_an_expert_that_it_leaves_out(made: RunFolder) -> None:
+    own, told = (fedtune.evaluate(made.path, round="last", steer=steer) for steer in ("", "self"))
+    assert (
+        told["steer"] == {"model": "self", "weight": 0.5} and told["clients"].keys() == own["clients"].keys()
+    )
+    assert 1e-4 < abs(told["loss"] - own["loss"]) < 1
+    still = fedtune.evaluate(made.path, round="last", steer="self", steer_weight=0)
+    assert still["loss"] == own["loss"]
+
+
 def test_the_library_keeps_the_gate_and_routes_by_it(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,8 @@ def test_mistakes_are_sentences(place: Path, tiny_bert: Path) -> None:
         fedtune.evaluate(run, steer_weight=1)
     with pytest.raises(FedtuneError, match="C103: found --steer-weight -1"):
         fedtune.evaluate(run, steer="big", steer_weight=-1)
+    with pytest.raises(FedtuneError, match="M306: found --steer self for a model without experts"):
+        fedtune.evaluate(run, steer="self")
     with pytest.raises(FedtuneError, match="C103: found --what with --steer"):
         fedtune.evaluate(run, what=["forgetting"], steer="big")
     with pytest.raises(FedtuneError, match="M303"):
