@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from fedtune.errors import FedtuneError
-from fedtune.zeroth import cpu, curved, device
+from fedtune.zeroth import cpu, curved, device, tables
 from fedtune.zeroth.layout import Layout
-from fedtune.zeroth.pool import Pool, Work, bounded, wht
+from fedtune.zeroth.pool import Piece, Pool, Work, bounded, wht
 
 Flat: TypeAlias = (
     np.ndarray | torch.Tensor
 )  # values in C order: an array where the compiled kernels reach them
 Named = Mapping[str, torch.Tensor] | Mapping[str, np.ndarray] | Mapping[str, Flat]
-Piece = tuple[Flat, Flat | None, int]  # where to, where from, offset in canonical order
 Part = TypeVar("Part", bound=tuple[Any, ...])
 Result = TypeVar("Result")
 
@@ -79,13 +78,7 @@ def walk(
             named, by, layout, lambda code: curved.along(code, pool, [(k, float(step)) for k, step in moves])
         )
     elif moves:
-        change(
-            named,
-            base,
-            layout,
-            lambda code: code.along(pool, [(k, float(step)) for k, step in moves]),
-            casts=pool.kind == "hadamard",
-        )
+        change(named, base, layout, lambda code: code.along(pool, [(k, float(step)) for k, step in moves]))
 
 
 def replay(
@@ -120,7 +113,6 @@ def replay(
         base,
         layout,
         lambda code: curved.summed(code, whole, float(scale)) if bent else code.summed(whole, float(scale)),
-        casts=not bent and [pool.kind for pool, _ in sums] == ["hadamard"],
     )
 
 
@@ -136,7 +128,7 @@ def write(named: Named, pool: Pool, table: np.ndarray, *, base: Named, layout: L
         raise ValueError(
             f"a table of {table.dtype} {table.shape} for {pool}; it needs float32 ({pool.size},)"
         )
-    change(named, base, layout, lambda code: code.from_table(pool, table), casts=True)
+    change(named, base, layout, lambda code: code.from_table(pool, table))
 
 
 def curvature(
@@ -187,14 +179,10 @@ def project(named: Named, pool: Pool, *, layout: Layout | None = None) -> np.nda
 
 
 def change(
-    named: Named,
-    base: Named | None,
-    layout: Layout | None,
-    make: Callable[[ModuleType], Work],
-    casts: bool = False,
+    named: Named, base: Named | None, layout: Layout | None, make: Callable[[ModuleType], Work]
 ) -> None:
     """Do to all tensors what `make` makes of `cpu` or of `device`: in place or from a base, through float32
-    where a type is another, unless what is made for a GPU `casts` by itself."""
+    where a type is another. Tables take all tensors of a GPU at once, whatever their types."""
     work = cache(make)
 
     def do(piece: Piece) -> None:
@@ -203,9 +191,6 @@ def change(
             work(side(out))(out, first, offset)
             return
         target, source = tensor_of(out), tensor_of(out if first is None else first)
-        if casts and not target.is_cpu and source.device == target.device:
-            work(device)(target, source, offset)
-            return
         length = CAST if target.is_cpu else LARGE_CAST
         scratch = torch.empty(min(length, len(target)), device=target.device)
         wide = flat("", scratch)
@@ -216,7 +201,13 @@ def change(
             target[at : at + count].copy_(scratch[:count])
 
     with torch.no_grad():
-        for _ in spread(do, list(pieces(named, base, layout or Layout.of(named)))):
+        parts = list(pieces(named, base, layout or Layout.of(named)))
+        if (there := [part for part in parts if on_one_gpu(part)]) and isinstance(
+            onto := work(device), tables.Onto
+        ):
+            onto.together(there)
+            parts = [part for part in parts if not on_one_gpu(part)]
+        for _ in spread(do, parts):
             pass
 
 
@@ -270,6 +261,12 @@ def tensor_of(value: Flat) -> torch.Tensor:
 def side(value: Flat) -> ModuleType:
     """The code that works on it."""
     return cpu if isinstance(value, np.ndarray) else device
+
+
+def on_one_gpu(piece: Piece) -> bool:
+    """Whether where to and where from are on the same device, which is not the CPU."""
+    out, first, _ = piece
+    return not on_cpu(out) and (first is None or tensor_of(first).device == tensor_of(out).device)
 
 
 def on_cpu(value: Flat) -> bool:

@@ -46,7 +46,7 @@ def direction(pool: Pool, k: int, offset: int, count: int, device: torch.device)
 def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
     """out = base + step * z_k, for each move (k, step) in order."""
     if pool.kind == "hadamard":
-        return tables.onto(pool, tables.of_moves(pool, moves))
+        return tables.Onto(pool, tables.of_moves(pool, moves))
 
     def work(out: torch.Tensor, base: torch.Tensor | None, offset: int) -> None:
         tile = tile_of(out.device)
@@ -64,7 +64,7 @@ def along(pool: Pool, moves: Sequence[tuple[int, float]]) -> Work:
 
 def from_table(pool: Pool, table: np.ndarray) -> Work:
     """As cpu.from_table."""
-    return tables.onto(pool, [table])
+    return tables.Onto(pool, [table])
 
 
 def summed(sums: Sequence[tuple[Pool, np.ndarray]], scale: float) -> Work:

@@ -16,6 +16,7 @@ from fedtune.zeroth.philox import BYTES, ROTATION, SHARED, SIGNS, bits, words
 Work = Callable[
     [Any, Any, int], None
 ]  # out, base (None: out itself), offset of the first: arrays for cpu.py, tensors for device.py
+Piece = tuple[Any, Any, int]  # what a Work is called with
 EXACT = 2**53  # whole numbers below this are themselves in float64
 
 

@@ -19,7 +19,7 @@ import torch
 
 from fedtune.zeroth.philox import ROTATION, SHARED
 from fedtune.zeroth.philox_torch import words
-from fedtune.zeroth.pool import Pool, Work, hadamard_row
+from fedtune.zeroth.pool import Piece, Pool, hadamard_row
 
 TILE = 1 << 17  # parameters, on the CPU: temporaries of half a megabyte
 LARGE = 1 << 24  # elsewhere, where starting an operation costs more than a million parameters do
@@ -86,20 +86,31 @@ def of_moves(pool: Pool, moves: Sequence[tuple[int, float]]) -> list[np.ndarray]
     return [np.float32(step) * hadamard_row(pool.size, k) for k, step in moves]
 
 
-def onto(pool: Pool, tables: Sequence[np.ndarray]) -> Work:
-    """out = base + r(i) T[h(i)] for each table T, float32 (K,), in order; base where that term is zero.
+class Onto:
+    """Work: out = base + r(i) T[h(i)] for each table T, float32 (K,), in order; base where that term is zero.
     Summed in float32, whatever the types of out and base, and rounded to out's once."""
-    of = uploaded(tables)
-    zeros = [bool((table == 0).any()) for table in tables]
 
-    def work(out: torch.Tensor, base: torch.Tensor | None, offset: int) -> None:
-        kernel = fused(pool.size, out.device, out.dtype, out.dtype if base is None else base.dtype)
-        if kernel:
-            kernel.onto(pool, of(out.device), out, base, offset)
-        else:
-            in_tiles(pool, of(out.device), zeros, out, base, offset)
+    def __init__(self, pool: Pool, tables: Sequence[np.ndarray]) -> None:
+        self.pool, self.uploaded = pool, uploaded(tables)
+        self.zeros = [bool((table == 0).any()) for table in tables]
 
-    return work
+    def __call__(self, out: torch.Tensor, base: torch.Tensor | None, offset: int) -> None:
+        self.together([(out, base, offset)])
+
+    def together(self, pieces: Sequence[Piece]) -> None:
+        """Many tensors: those of one type on one device are one launch where there is a kernel."""
+        alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Piece]] = {}
+        for out, base, offset in pieces:
+            if out.numel():
+                kind = out.device, out.dtype, out.dtype if base is None else base.dtype
+                alike.setdefault(kind, []).append((out, base, offset))
+        for (device, *types), some in alike.items():
+            tables = self.uploaded(device)
+            if kernel := fused(self.pool.size, device, *types):
+                kernel.onto(self.pool, tables, some)
+                continue
+            for out, base, offset in some:
+                in_tiles(self.pool, tables, self.zeros, out, base, offset)
 
 
 def in_tiles(
@@ -161,7 +172,7 @@ def agrees(kernel: ModuleType, size: int, device: torch.device, out: torch.dtype
     first = torch.linspace(-1, 1, 301, device=device)
     first[:3] = torch.tensor([1e-41, 0.0, -0.0], device=device)
     first, results = first.to(base), [torch.empty(301, dtype=out, device=device) for _ in range(2)]
-    kernel.onto(pool, tables, results[0], first, offset)
+    kernel.onto(pool, tables, [(results[0], first, offset)])
     in_tiles(pool, tables, (True, True), results[1], first, offset)
     return bool(torch.equal(*(result.view(torch.uint8) for result in results)))
 

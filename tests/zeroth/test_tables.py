@@ -4,6 +4,7 @@ bits are compared in test_apply.py."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,32 @@ def test_a_pass_is_a_dozen_operations(base: torch.Tensor | None) -> None:
     assert started(device.summed([(POOL, accumulators)], 1e-6), out, base) <= 14
     two = started(device.along(POOL, [(7, 1e-3)]), torch.zeros(2 * tables.TILE))
     assert two <= 2 * moves
+
+
+def test_a_pass_over_a_model_is_a_launch_for_each_pair_of_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a kernel for the device, however many tensors there are; none is copied."""
+    launches: list[list[tuple[torch.Tensor, Any, int]]] = []
+    kernel = SimpleNamespace(onto=lambda pool, tables, pieces: launches.append(pieces))
+    monkeypatch.setattr(tables, "fused", lambda *about: kernel)
+    monkeypatch.setattr(apply, "flat", lambda name, value: value.view(-1))
+    of = {f"{n:02}": (torch.bfloat16 if n % 5 else torch.float32) for n in range(20)}
+    named = {name: torch.empty(n, 3, dtype=kind, device="meta") for n, (name, kind) in enumerate(of.items())}
+    base = {name: value.clone() for name, value in named.items()}
+    table = np.ones(POOL.size, np.float32)
+    for work in (
+        lambda: apply.write(named, POOL, table, base=base),
+        lambda: apply.replay(named, [(POOL, table.astype(int))], 1e-3, base=base),
+        lambda: apply.walk(named, POOL, [(1, 1e-3), (2, 1e-3)], base=base),
+    ):
+        launches.clear()
+        work()
+        assert sorted(map(len, launches)) == [3, 16]  # the first has no values
+        offsets = {offset for pieces in launches for _, _, offset in pieces}
+        assert offsets == set(apply.Layout.of(named).offsets.values()) and all(
+            first.data_ptr() == out.data_ptr() == 0 and first.dtype == out.dtype
+            for pieces in launches
+            for out, first, _ in pieces
+        )
 
 
 def test_what_is_kept_is_a_bit_a_parameter() -> None:

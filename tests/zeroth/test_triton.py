@@ -49,9 +49,16 @@ def bits(value: torch.Tensor) -> bytes:
     return bytes(torch.where(value.isnan(), 0.5, value).view(torch.uint8).numpy().data)
 
 
+def interpreted(chunk: int) -> None:
+    """The kernel on the CPU, where an interpreted program takes a millisecond even if it has nothing to do."""
+    from fedtune.zeroth import triton_tables
+
+    tables.FUSED_ON, triton_tables.CHUNK = "cpu", chunk
+
+
 def check_bits() -> None:
-    tables.FUSED_ON = "cpu"  # where the interpreter runs
     for pool, offset, count in PLACES:
+        interpreted(min(1024, pool.size))
         accumulators = np.random.default_rng(0).integers(-20_000, 20_000, pool.size)
         moves = [(3, 1e-3), (pool.size - 1, -3e-7), (0, 0.0)]
         replay = [code.summed([(pool, accumulators)], 3e-9) for code in (cpu, device)]
@@ -60,6 +67,23 @@ def check_bits() -> None:
             compare(*replay, values(count).to(base), out, offset)
             compare(*walk, values(count).to(base), out, offset)
             assert tables.fused(pool.size, torch.device("cpu"), out, base)  # it was the kernel
+
+
+def check_many() -> None:
+    """Tensors of several chunks, of none, and of an address that nothing wide can reach, in any order."""
+    interpreted(2048)
+    pool, kept = Pool(2**63 + 5, 1 << 12), values(9000)
+    table = np.random.default_rng(0).standard_normal(pool.size).astype(np.float32)
+    sizes = {4100: 3000, 7: 1, 8000: 2048, 12: 0, 20_000: 700}  # by offset
+    for start in (0, 1):
+        pieces, expected, at = [], [], start
+        for offset, count in sizes.items():
+            base, at = kept[at : at + count], at + count
+            pieces.append((torch.ones(count), base, offset))
+            expected.append(base.clone())
+            cpu.from_table(pool, table)(expected[-1].numpy(), None, offset)
+        tables.Onto(pool, [table]).together(pieces)
+        assert all(bits(out) == bits(one) for (out, _, _), one in zip(pieces, expected, strict=True))
 
 
 def compare(compiled: Work, fused: Work, base: torch.Tensor, out: torch.dtype, offset: int) -> None:
@@ -73,8 +97,9 @@ def compare(compiled: Work, fused: Work, base: torch.Tensor, out: torch.dtype, o
         assert bits(base) == bits(found), (len(base), offset, out, "in place")
 
 
-def test_interpreted_it_has_the_bits_of_the_cpu(tmp_path: Path) -> None:
-    in_a_process("check_bits", tmp_path, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("check", ["check_bits", "check_many"])
+def test_interpreted_it_has_the_bits_of_the_cpu(check: str, tmp_path: Path) -> None:
+    in_a_process(check, tmp_path, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("fails", ["no GPU", "other bits"])
@@ -85,7 +110,7 @@ def test_where_it_fails_torchs_operations_do_the_work(fails: str, monkeypatch: p
     expected = out.numpy().copy()
     cpu.along(pool, moves)(expected, None, 5)
     if fails == "other bits":
-        monkeypatch.setattr(triton_tables, "onto", lambda pool, tables, out, base, offset: out.copy_(base))
+        monkeypatch.setattr(triton_tables, "onto", lambda pool, tables, pieces: None)
     monkeypatch.setattr(tables, "FUSED_ON", "cpu")
     tables.fused.cache_clear()
     try:
@@ -96,27 +121,36 @@ def test_where_it_fails_torchs_operations_do_the_work(fails: str, monkeypatch: p
     assert bits(out) == bits(torch.from_numpy(expected))
 
 
-COMPILED = [(80, "bf16", "bf16"), (90, "fp32", "fp32"), (90, "bf16", "fp32")]  # card, base and out
+COMPILED = [
+    (80, "bfloat16", "bfloat16"),
+    (90, "float32", "float32"),
+    (90, "bfloat16", "float32"),
+]  # card, base and out
 EXACT = {"cvt.f32.bf16", "selp.f32", "setp.num.f32", "setp.nan.f32"}  # which round nothing
 
 
 def print_code() -> None:
-    """PTX of the kernel for each of COMPILED, as for aligned tensors whose length 16 divides."""
+    """PTX of the kernel for each of COMPILED, as for aligned tensors."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from fedtune.zeroth.triton_tables import add_tables
 
+    pointers = {"places": "*i64", "signs": "*i32", "turns": "*i32", "tables": "*fp32"}
     for card, base, out in COMPILED:
-        types = dict.fromkeys(("number", "shift", "inside", "count"), "i32")
-        pointers = {"out": f"*{out}", "base": f"*{base}", "signs": "*i32", "turns": "*i32", "tables": "*fp32"}
-        constants = {"LOG_K": 12, "BLOCK": 1024}
-        signature = pointers | types | dict.fromkeys(constants, "constexpr")
-        divisible = [add_tables.arg_names.index(name) for name in (*pointers, "count")]
-        source = ASTSource(
-            add_tables, signature, constants, {(place,): [["tt.divisibility", 16]] for place in divisible}
-        )
+        constants = {
+            "OUT": getattr(tl, out),
+            "BASE": getattr(tl, base),
+            "LOG_K": 12,
+            "BLOCK": 1024,
+            "CHUNK": 1 << 16,
+            "ALIGNED": True,
+        }
+        signature = pointers | {"number": "i32"} | dict.fromkeys(constants, "constexpr")
+        divisible = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
+        source = ASTSource(add_tables, signature, constants, divisible)
         print(triton.compile(source, target=GPUTarget("cuda", card, 32)).asm["ptx"], end="\f")
 
 
