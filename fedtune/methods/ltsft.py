@@ -63,6 +63,10 @@ class LTSFTTable(AdapterTable):
     vote_steps: int = Field(0, ge=0)
     """Optimiser steps of the training behind a vote; 0: as many as a round's."""
 
+    @property
+    def trains(self) -> str:
+        return "lift"  # few weights, which stand ten times the rate of all: docs/tuning.md, Votes
+
     def build(self, rounds: int, rule: Rule) -> LTSFT:
         return LTSFT(self, rounds)
 
