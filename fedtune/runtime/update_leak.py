@@ -76,6 +76,9 @@ def update_leaks(recipe: Recipe, client: int, examples: int) -> Leaks:
             "rows each of which has a cross entropy: causal-lm, instruct, classify, image-classify",
             "test a recipe of another task on the same adapter",
         )
+    # who attacks holds the base in float32: between weights of fewer bits small moves vanish
+    whole = recipe.model.model_copy(update={"dtype": "float32"})
+    recipe = recipe.model_copy(update={"model": whole})
     workspace = workspace_of(recipe)
     if client not in workspace.names or examples < 2:
         raise FedtuneError(

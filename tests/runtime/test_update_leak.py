@@ -84,9 +84,11 @@ def test_a_step_at_the_coordinator_protects_from_everybody_else(tiny_bert: Path,
     assert rest.words and rest.words.found < rest.words.sought and abs(rest.update - 0.5) < 4 * leaks.spread
 
 
-def test_scalars_of_a_walk_can_be_asked_too(tiny_bert: Path, many: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scalars_of_a_walk_can_be_asked_too(dtype: str, tiny_bert: Path, many: Path) -> None:
     walk = {"type": "fedkseed", "size": 64, "steps": 4, "batch": 4, "lr": 1e-3, "estimator": "spsa"}
-    leaks = found(tiny_bert, many, method=walk | {"head_start": "random"}, method__train={})
+    table = {"head_start": "random", "walk": "table"}
+    leaks = found(tiny_bert, many, method=walk | table, method__train={}, model__dtype=dtype)
     assert 0 <= at(leaks, "without protection").update <= 1
 
 
