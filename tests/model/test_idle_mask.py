@@ -75,7 +75,7 @@ def test_without_a_mask_a_pass_asks_for_no_number(name: str, workspace: Any) -> 
     looks = []
     for mask in ({}, {"attention_mask": whole["attention_mask"]}):
         with Looks() as seen:
-            run(tunable, arguments | mask)
+            run(tunable.net, arguments | mask)
         looks.append(seen.count)
     assert looks == [0, 1]
 
