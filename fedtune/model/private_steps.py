@@ -99,14 +99,20 @@ def adding(
 
     known: list[Add] = []
 
+    def settle(way: Add) -> None:
+        known[:] = [way]
+        if way is one_by_one:
+            hooks.cleanup()
+
     def add(rows: Sequence[int], sums: list[torch.Tensor]) -> float:
         if not known:
-            if same(at_once, one_by_one, rows, trained, tunable):
-                known.append(at_once)
-            else:
-                hooks.cleanup()
-                known.append(one_by_one)
-        return known[0](rows, sums)
+            settle(at_once if same(at_once, one_by_one, rows, trained, tunable) else one_by_one)
+        if known[0] is at_once:
+            try:
+                return at_once(rows, sums)
+            except ValueError:  # one row does not show that a layer takes all rows as one
+                settle(one_by_one)
+        return one_by_one(rows, sums)
 
     try:
         with warnings.catch_warnings():

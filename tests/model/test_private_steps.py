@@ -90,6 +90,24 @@ def still(tunable: TunableModel, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "p", 0.0)
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_first_draw_of_one_row_decides_nothing(
+    first: int, workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many rows a step has is drawn; positions, numbered once for all, look like a row's while there is one."""
+    tunable, encoded = made(workspace, "encoder", "full")
+    still(tunable, monkeypatch)
+    trained, s = tunable.parameters(), settings()
+    sums = [torch.zeros_like(value, dtype=torch.float32) for value in trained]
+    with training(tunable, s, 3), adding(tunable, trained, encoded, s) as add:
+        add(list(range(first)), sums)
+        add(list(range(first, 6)), sums)
+    found = torch.cat([total.flatten() for total in sums])
+    with training(tunable, s, 3):
+        wanted = sum(own_gradient(tunable, encoded, row) for row in range(6))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("model", "kind", "at_once"), CASES)
 def test_gradients_of_rows_are_those_of_single_backward_passes(
     workspace: Any, model: str, kind: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
