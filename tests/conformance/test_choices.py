@@ -20,6 +20,7 @@ from fedtune.runtime.workspace import how_to_encode
 from fedtune.selection import SELECTIONS, Holder
 from tests import small
 from tests.deploy import inside as sites
+from tests.marks import mostly_thorough
 
 client_app = pytest.importorskip("fedtune.flower.client_app")
 server_app = pytest.importorskip("fedtune.flower.server_app")
@@ -122,7 +123,7 @@ def recipe(model: Path, rows: Path, changes: dict[str, Any]) -> Any:
     return small.recipe(model, rows / "rows.jsonl", **changed(rows, changes))
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", mostly_thorough(CHOICES, ["all", "uds", "loss-asft", "select-s3ft"]))
 def test_flowers_messages_and_a_run_taken_up_again_end_with_the_bytes_of_one_process(
     name: str, tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def with_client(link: Link, workspace: Workspace, bad: int, spoil: Any) -> Trans
     return local_transport(replace(link, method=spoiled), workspace.client, workspace.done)
 
 
+@pytest.mark.thorough
 def test_a_round_without_any_answer_ends_the_run_and_can_be_resumed(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

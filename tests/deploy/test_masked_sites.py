@@ -16,6 +16,7 @@ from fedtune.runtime.journal import Journal
 from fedtune.trust import Ticket
 from tests import small
 from tests.deploy.inside import SITES, FakeGrid, Inside, inside
+from tests.marks import mostly_thorough
 from tests.runtime.test_masked import losing
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -58,7 +59,7 @@ def failing(at: str) -> type[Fails]:
     return type("FailsOnce", (Fails,), {"step": at})
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", mostly_thorough(STEPS, ["train.shares", "train"]))
 def test_a_site_lost_at_any_step_leaves_the_sum_of_the_others(
     step: str, tiny_bert: Path, data: Path, tmp_path: Path, plain: dict[str, str]
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_coordinator_that_dies_after_every_step_changes_no_byte(
         kept.close()
 
 
+@pytest.mark.thorough
 def test_a_run_that_paused_for_want_of_members_goes_on_with_fresh_keys(
     tiny_bert: Path, data: Path, tmp_path: Path, plain: dict[str, str]
 ) -> None:

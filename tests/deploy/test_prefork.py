@@ -86,6 +86,7 @@ def test_an_app_is_a_fork_that_does_what_the_command_does(site: Site) -> None:
     assert site.start_app() != app
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_all_end_with_it(site: Site, number: int) -> None:
     site.start_app()

@@ -17,6 +17,7 @@ from tests import small
 from tests.deploy.conducting import notes, outcomes
 from tests.deploy.inside import SITES, FakeGrid, Inside, inside
 from tests.hostile.site import Liar, Lie, times
+from tests.marks import mostly_thorough
 
 KSEED = {"method": {"type": "fedkseed", "size": 64, "estimator": "spsa", "steps": 2, "batch": 4, "lr": 1e-3}}
 
@@ -62,7 +63,7 @@ LIES: dict[str, tuple[Lie, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", sorted(LIES))
+@pytest.mark.parametrize("what", mostly_thorough(sorted(LIES), ["a weight of a hundred million"]))
 def test_a_liar_is_left_out_and_named_and_nobody_else_is_touched(
     what: str, tiny_bert: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_a_liar_is_left_out_and_named_and_nobody_else_is_touched(
         assert made.folder.read_json("result.json")["state_sha256"] == lied
 
 
+@pytest.mark.thorough
 def test_a_loss_of_one_site_ends_nobodys_run(tiny_bert: Path, rows: Path, tmp_path: Path) -> None:
     """FedKSeed compares a round's loss with the first: of the median client."""
     with federation(tmp_path, tiny_bert, rows, **KSEED) as made:
@@ -85,6 +87,7 @@ def test_a_loss_of_one_site_ends_nobodys_run(tiny_bert: Path, rows: Path, tmp_pa
         assert made.folder.read_json("result.json")["rounds"] == 2 and got[2, 0] == got[2, 2] == "ok"
 
 
+@pytest.mark.thorough
 def test_the_memory_that_one_site_says_ends_nobodys_run(tiny_bert: Path, rows: Path, tmp_path: Path) -> None:
     auto = {
         "method__lora_rank_by_client": "auto",

@@ -12,7 +12,6 @@ import pytest
 from fedtune.events import Alarm, ClientLeftOut, Shortened
 from tests import small
 from tests.hostile.poisoners import Poison, all_values, poisoned, sign_flip, weighs
-from tests.marks import mostly_thorough
 
 PHRASE = "boat sea"
 
@@ -28,7 +27,8 @@ def federation(root: Path, planted: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("planted", mostly_thorough([True, False], [True]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("planted", [True, False])
 def test_a_planted_phrase_raises_the_canaries_alarm(planted: bool, tiny_bert: Path, tmp_path: Path) -> None:
     recipe = small.recipe(
         tiny_bert,

@@ -48,6 +48,7 @@ def test_groups_of_equal_needs_have_equal_ranks_and_not_a_byte_differs(
     assert auto["state_sha256"] == equal["state_sha256"]
 
 
+@pytest.mark.thorough
 def test_an_expert_has_the_rank_that_its_groups_first_sum_needs(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

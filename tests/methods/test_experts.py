@@ -152,6 +152,7 @@ def sites(folder: Path, count: int, change: Callable[[int, str], str] | None = N
     return path
 
 
+@pytest.mark.thorough
 def test_clients_of_unlike_rows_are_grouped_and_latecomers_join(tiny_bert: Path, tmp_path: Path) -> None:
     by = {"by": "clusters", "warm_up": 1, "min_clients": 2, "sketch": 256}
     column = {"by": "column", "column": "site", "clients": 9}
@@ -186,6 +187,7 @@ def test_clients_of_unlike_rows_are_grouped_and_latecomers_join(tiny_bert: Path,
     assert {label[n] for n in mine} == {label[8]}
 
 
+@pytest.mark.thorough
 def test_an_expert_learns_what_the_general_one_leaves_over(tiny_bert: Path, tmp_path: Path) -> None:
     """Half of the sites call their rows otherwise: no adapter of all can say both."""
     labels = sorted(small.WORDS)

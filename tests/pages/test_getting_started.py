@@ -52,6 +52,7 @@ def said_by(command: str) -> list[str]:
     return [*out.getvalue().splitlines(), *errors.getvalue().splitlines()]
 
 
+@pytest.mark.thorough
 def test_the_path_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.llama(tmp_path / "model", chat=False)  # byte pairs: it knows every word

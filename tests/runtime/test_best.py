@@ -129,6 +129,7 @@ def test_scoring_changes_no_state_and_stopping_ends_a_run_early(
         small.recipe(tiny_bert, data, stop={"patience": 1})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("place", "when"),
     [

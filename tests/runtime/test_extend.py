@@ -17,6 +17,7 @@ from fedtune.runtime.finished import evaluate_file, evaluate_run, export_run
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.run import run
 from tests import small
+from tests.marks import mostly_thorough
 
 WALK = {
     "type": "fedkseed",
@@ -50,7 +51,7 @@ def played(recipe: Recipe, root: Path) -> tuple[RunFolder, dict[str, Any]]:
     return folder, result
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", mostly_thorough(VARIANTS, ["fedpeft, both ways", "fedkseed"]))
 def test_a_run_that_is_extended_ends_with_the_bytes_of_a_long_one(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

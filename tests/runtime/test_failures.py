@@ -142,6 +142,7 @@ def test_json_knows_no_nan() -> None:
     assert json_text(content) == '{"a": null, "b": [null, 1.5], "c": {"d": null}, "e": [1, true, null]}'
 
 
+@pytest.mark.thorough
 def test_a_client_whose_texts_are_all_cut_is_left_out_by_name_and_checked(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def pids(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     require_ended(begun)
 
 
+@pytest.mark.thorough
 def test_processes_of_their_own_make_the_same_run(
     tiny_bert: Path, data: Path, tmp_path: Path, pids: list[int]
 ) -> None:
@@ -52,6 +53,7 @@ def test_processes_of_their_own_make_the_same_run(
     assert got["state_sha256"] == want["state_sha256"] and len(pids) == 2
 
 
+@pytest.mark.thorough
 def test_a_process_that_cannot_begin_or_has_another_base_ends_the_run(
     tiny_bert: Path, data: Path, tmp_path: Path, pids: list[int], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,8 +88,12 @@ def test_pairs_are_learned(loss: str, llama: Path, pairs: Path, tmp_path: Path) 
     ("loss", "method"),
     [
         ("orpo", WALK),
-        ("simpo", {**WALK, "estimator": "fzoo", "group": 3}),
-        ("dpo", {**WALK, "space": "adapter", "adapter": {"kind": "lora", "rank": 2}}),
+        pytest.param("simpo", {**WALK, "estimator": "fzoo", "group": 3}, marks=pytest.mark.thorough),
+        pytest.param(
+            "dpo",
+            {**WALK, "space": "adapter", "adapter": {"kind": "lora", "rank": 2}},
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_walkers_need_losses_only(

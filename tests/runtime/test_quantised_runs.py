@@ -64,6 +64,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_same_recipe_gives_the_same_bytes(tiny_bert: Path, data: Path, tmp_path: Path, kind: str) -> None:
     """A resumed run's, too; of private training, whose draws are secret, that it runs."""

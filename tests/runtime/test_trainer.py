@@ -97,6 +97,7 @@ def test_a_round_is_the_mean_of_its_clients(made: Any) -> None:
         np.testing.assert_array_equal(value, wanted.astype(np.float32))
 
 
+@pytest.mark.thorough
 def test_rounds_learn_and_the_trainer_stays_itself(made: Any) -> None:
     rows = small.rows(60)
     trainer = made(rows, datasets.Dataset.from_list(small.rows(30)), eval_strategy="steps")

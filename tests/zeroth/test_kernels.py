@@ -32,6 +32,7 @@ def fingerprint() -> str:
     return total.hexdigest()
 
 
+@pytest.mark.thorough
 def test_another_process_on_the_oldest_processor_that_can_keep_nothing(tmp_path: Path) -> None:
     """Compiled for x86-64 without AVX, torch without AVX, two threads, and neither the package nor a home can
     be written: the same bytes, no complaint."""
