@@ -108,6 +108,11 @@ def fresh_a(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return stream(f"expert {name}", seed).uniform(-bound, bound, shape).astype(np.float32)
 
 
+def layer_of(name: str) -> str:
+    """The layer of a factor."""
+    return name.removesuffix(A_END).removesuffix(B_END)
+
+
 def layers_of(given: Schema) -> list[tuple[str, tuple[int, ...]]]:
     """Adapted layers, and the shapes of their A."""
     return [(name.removesuffix(A_END), shape) for name, shape in given.entries if name.endswith(A_END)]

@@ -21,7 +21,7 @@ from fedtune.experts.gate_table import GateTable
 from fedtune.experts.gates import Gate, from_tensors, means
 from fedtune.experts.routers import PREFIX, Router, Routing, Term, loaded, router
 from fedtune.experts.shapes import Where
-from fedtune.experts.state import A_END, B_END, GATE, experts_of, gate_of
+from fedtune.experts.state import B_END, GATE, experts_of, gate_of, layer_of
 from fedtune.types import Tensors
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def apart(
     """The inverse of `stacked`; ids are numbers that keep the order."""
     found: dict[str, dict[str, np.ndarray]] = {f"{number:03}": {} for number in range(len(ranks))}
     for name, value in whole.items():
-        axis, who = int(name.endswith(B_END)), living[name.removesuffix(A_END).removesuffix(B_END)]
+        axis, who = int(name.endswith(B_END)), living[layer_of(name)]
         parts = np.split(value, np.cumsum([ranks[number] for number in who])[:-1], axis)
         for number, part in zip(who, parts, strict=True):
             found[f"{number:03}"][name] = part

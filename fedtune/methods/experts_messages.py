@@ -11,7 +11,7 @@ import numpy as np
 from fedtune.aggregate import Rule
 from fedtune.experts.need import MOST
 from fedtune.experts.shapes import Where
-from fedtune.experts.state import A_END, B_END, OWN, fresh, is_pair, sizes_of
+from fedtune.experts.state import OWN, fresh, is_pair, layer_of, sizes_of
 from fedtune.methods.experts_settings import ExpertsSettings
 from fedtune.methods.fedpeft_ranks import at_rank as shape_at
 from fedtune.schema import Schema
@@ -81,7 +81,3 @@ def with_own(general: Schema, rank: int, here: Collection[str]) -> Schema:
         if is_pair(name) and layer_of(name) in here
     ]
     return Schema(tuple(sorted([*general.entries, *own])))
-
-
-def layer_of(name: str) -> str:
-    return name.removesuffix(A_END).removesuffix(B_END)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import fedtune
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import RoundDone
@@ -20,9 +18,9 @@ from fedtune.runtime import expert_library
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.checkpoints import load_state
 from fedtune.runtime.expert_routing import routed
-from fedtune.runtime.finished import export_run, installed
 from fedtune.runtime.folder import RunFolder
 from tests import small
+from tests.methods.gated import same_wherever
 
 MIXED: dict[str, Any] = {
     "by": "given",
@@ -33,7 +31,6 @@ MIXED: dict[str, Any] = {
     "gate": {"rounds": 1, "lr": 0.05},
 }
 CAUSAL = {"data__task": "causal-lm", "data__max_length": 24, "data__client_test_share": 0.2}
-IDS = torch.arange(3, 15)[None]
 
 
 def recipe(model: Path, data: Path, by: dict[str, Any], **changes: Any) -> Any:
@@ -73,20 +70,10 @@ def test_experts_are_of_feed_forward_blocks_and_each_block_has_one_gate(made: Ru
     assert any("q_proj" in name for name in general_of(shared))
 
 
-def answer(net: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = net(input_ids=IDS).logits
-    return found
-
-
 def test_the_runs_model_is_the_same_installed_exported_loaded_and_routed(
     made: RunFolder, tmp_path: Path
 ) -> None:
-    want = answer(installed(made, "last")[0].tunable.net)
-    export_run(made, "adapter", tmp_path / "out", which="last")
-    for place in (made.path, tmp_path / "out"):
-        net, _ = fedtune.load(place, round="last")
-        torch.testing.assert_close(answer(net), want, rtol=1e-4, atol=1e-5)
+    same_wherever(made, tmp_path / "out")
     shutil.copytree(made.path, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     place = expert_library.library(run)

@@ -29,16 +29,16 @@ from fedtune.runtime.chat import talker
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.checkpoints import load_state
 from fedtune.runtime.expert_routing import routed
-from fedtune.runtime.finished import export_run, installed
+from fedtune.runtime.finished import export_run
 from fedtune.runtime.folder import RunFolder
 from fedtune.schema import Schema, digest
 from fedtune.types import Round
 from tests import small
+from tests.methods.gated import IDS, answer, same_wherever
 
 HALVES: dict[str, Any] = {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2}
 GATE = {"rounds": 2, "lr": 0.05}
 CAUSAL = {"data__task": "causal-lm", "data__max_length": 24, "data__client_test_share": 0.2}
-IDS = torch.arange(3, 15)[None]
 
 
 def recipe(model: Path, data: Path, by: dict[str, Any], **changes: Any) -> Any:
@@ -137,28 +137,12 @@ def test_clients_refuse_what_is_no_gate_of_this_run(tiny_bert: Path, data: Path)
     }
 
 
-def answer(net: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = net(input_ids=IDS).logits
-    return found
-
-
 def test_the_model_of_the_run_is_all_experts_behind_the_gate(made: RunFolder, tmp_path: Path) -> None:
     """Installed, exported, loaded, from the library: one answer; generating with a cache and without agree."""
-    workspace, _, _ = installed(made, "last")
-    want = answer(workspace.tunable.net)
+    workspace = same_wherever(made, tmp_path / "out")
     assert workspace.tunable.routed is not None and workspace.tunable.routed.names == ("a", "b")
     general = AutoModelForCausalLM.from_pretrained(workspace.recipe.model.name)
-    assert not torch.allclose(want, answer(general), atol=1e-3)
-    export_run(made, "adapter", tmp_path / "out", which="last")
-    for place in (made.path, tmp_path / "out"):
-        net, _ = fedtune.load(place, round="last")
-        torch.testing.assert_close(answer(net), want, rtol=1e-4, atol=1e-5)
-    texts = [
-        net.generate(input_ids=IDS, max_new_tokens=8, do_sample=False, use_cache=cached, pad_token_id=0)
-        for cached in (True, False)
-    ]
-    assert torch.equal(*texts)
+    assert not torch.allclose(answer(workspace.tunable.net), answer(general), atol=1e-3)
     said = talker(made.path, "last").answer(IDS[0].tolist(), Wish(tokens=6))
     list(said.pieces)
     assert said.said

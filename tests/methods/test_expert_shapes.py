@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import fedtune
 from fedtune.errors import FedtuneError
 from fedtune.events import RoundDone
 from fedtune.experts.routers import LIVING, SETTINGS
@@ -23,17 +21,17 @@ from fedtune.runtime.check import check, rows
 from fedtune.runtime.checkpoints import load_state
 from fedtune.runtime.expert_changes import export
 from fedtune.runtime.expert_routing import routed
-from fedtune.runtime.finished import export_run, installed
+from fedtune.runtime.finished import installed
 from fedtune.runtime.folder import RunFolder
 from fedtune.types import Round
 from tests import small
+from tests.methods.gated import same_wherever
 
 FOUR: dict[str, Any] = {"by": "given", "groups": ["a", "b", "c", "d"], "warm_up": 1, "min_clients": 2}
 SHAPED = FOUR | {"shape": "triangle", "gate": {"rounds": 1, "lr": 0.05}}
 LIVES = {"a": {0, 1}, "b": {0}, "c": {0}, "d": {1}}  # of 3 and 2 in two blocks, in turns
 EIGHT = {"partition": {"by": "iid", "clients": 8}}
 CAUSAL = {"data__task": "causal-lm", "data__max_length": 24, "data__client_test_share": 0.2}
-IDS = torch.arange(3, 15)[None]
 
 
 def recipe(model: Path, data: Path, by: dict[str, Any], **changes: Any) -> Any:
@@ -92,22 +90,8 @@ def test_events_measure_an_expert_by_the_blocks_that_it_has(played: Any) -> None
     assert max(shares[1:3]) <= 0.5  # b and c have one block of two
 
 
-def answer(net: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = net(input_ids=IDS).logits
-    return found
-
-
 def test_the_runs_model_is_the_same_installed_exported_and_loaded(made: RunFolder, tmp_path: Path) -> None:
-    workspace, _, _ = installed(made, "last")
-    want = answer(workspace.tunable.net)
-    export_run(made, "adapter", tmp_path / "out", which="last")
-    for place in (made.path, tmp_path / "out"):
-        net, _ = fedtune.load(place, round="last")
-        torch.testing.assert_close(answer(net), want, rtol=1e-4, atol=1e-5)
-    how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    texts = [net.generate(input_ids=IDS, use_cache=cached, **how) for cached in (True, False)]
-    assert torch.equal(*texts)
+    same_wherever(made, tmp_path / "out")
 
 
 def test_the_library_holds_adapters_of_the_layers_where_each_lives(made: RunFolder, tmp_path: Path) -> None:
