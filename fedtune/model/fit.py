@@ -105,7 +105,7 @@ def fit(
     secret = Secret() if settings.private.max_grad_norm else None
     loss_of = inputs.around(TrainingLoss.of(settings.objective, tunable, encoded))
     loss_of = loss_from_front(around(loss_of) if around else loss_of)
-    whole = encoded if backward or secret else behind_front(tunable, encoded)
+    whole = encoded if backward else behind_front(tunable, encoded)
     chosen = BatchChoice(settings.uds, tunable, encoded, seed_of("uds", seed))
     plan = list(
         sampled(len(encoded), settings, secret)
@@ -117,7 +117,7 @@ def fit(
     loss_sum, examples, tokens = 0.0, 0, 0
     with (
         training(tunable, settings, seed),
-        private_backward(tunable, encoded, settings, secret) if secret else nullcontext(backward) as backward,
+        private_backward(tunable, whole, settings, secret) if secret else nullcontext(backward) as backward,
     ):
         for number, micro in enumerate(plan):
             set_rates(optimizer, schedule_factor(settings, progress, number, len(plan)))

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from fedtune.errors import ClientFailed
 from fedtune.hf.draws import own_draws
 from fedtune.model.encode import Encoded
+from fedtune.model.kept_front import from_front
 from fedtune.model.loss import autocast, carries, inputs_of, logits_of, summed_loss
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import TrainSettings
@@ -125,7 +126,8 @@ def adding(
 
 def mean_loss(tunable: TunableModel, row: Batch) -> torch.Tensor:
     """Of a batch of one row, over what carries its loss."""
-    return summed_loss(tunable, row)[0] / max(carries(tunable.base.task, row), 1)
+    with from_front(tunable, row) as rest:
+        return summed_loss(tunable, rest)[0] / max(carries(tunable.base.task, rest), 1)
 
 
 def add_row(
@@ -187,7 +189,8 @@ def by_row(value: nn.Parameter, rows: int) -> torch.Tensor:
 
 def row_losses(tunable: TunableModel, batch: Batch) -> torch.Tensor:
     """(rows,) mean cross entropy of each row over its own predicted tokens, or of its class."""
-    logits, labels = logits_of(tunable, *inputs_of(tunable, batch))
+    with from_front(tunable, batch) as rest:
+        logits, labels = logits_of(tunable, *inputs_of(tunable, rest))
     if tunable.base.task not in LM_TASKS:
         return cross_entropy(logits.float(), labels, reduction="none")
     terms = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from fedtune.model.adapters.base import Adapter, LayerAdapter
+from fedtune.model.adapters.head import Head
 from fedtune.model.curriculum import Curriculum
 from fedtune.model.input_changes import InputChangeTable, Vocabulary
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
@@ -347,13 +348,12 @@ def adapter_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[
             "a kind without virtual tokens",
             "set method.train.packing = false, or choose another kind",
         )
-    if isinstance(adapter, LayerAdapter) and adapter.keep_front:
+    if isinstance(adapter, LayerAdapter | Head) and adapter.keep_front:
         others = {  # by which each step reads a row otherwise, or runs the network in its own way
             "packing": train.packing,
             "together": train.together > 1,
             "inputs": bool(train.inputs),
             "checkpointing": train.checkpointing,
-            "private": bool(train.private.max_grad_norm),
         }
         for key in (key for key, used in others.items() if used):
             here = "method.adapter.keep_front"

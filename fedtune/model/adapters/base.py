@@ -74,6 +74,13 @@ def band_conflicts(band: tuple[float, float]) -> Iterator[tuple[str, str, str]]:
         yield f"method.adapter.band = [{band[0]:g}, {band[1]:g}]", "from less to more", "correct it"
 
 
+def front_conflicts(recipe: Any) -> Iterator[tuple[str, str, str]]:
+    """The same of `keep_front`, for every kind that has it."""
+    here = "method.adapter.keep_front"
+    if recipe.data.task in ("preference", "image-classify"):
+        yield f"{here} with data.task = '{recipe.data.task}'", "single texts", f"set {here} = false"
+
+
 class LayerAdapter(Adapter):
     """A kind that stands beside chosen linear layers."""
 
@@ -106,8 +113,7 @@ class LayerAdapter(Adapter):
             yield found, "method.adapter.last, or a band that begins later", f"set {here} = false"
         if self.modules_to_save:
             yield f"{here} with method.adapter.modules_to_save", "one of them", "remove one"
-        if recipe.data.task in ("preference", "image-classify"):
-            yield f"{here} with data.task = '{recipe.data.task}'", "single texts", f"set {here} = false"
+        yield from front_conflicts(recipe)
 
 
 class SparseAdapter(LayerAdapter):

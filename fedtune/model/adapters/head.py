@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fedtune.model.adapters.base import Adapter
+from fedtune.model.adapters.base import Adapter, front_conflicts
 
 if TYPE_CHECKING:
     from fedtune.model.adapters.base import Named
@@ -19,6 +20,13 @@ class Head(Adapter):
     beside: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     stacks: ClassVar[bool] = True
+    keep_front: bool = False
+    """What the frozen blocks say of a row is computed once, without their dropout, and every step begins
+    behind them. Takes 4 bytes x width of memory for each token of a client's rows."""
+
+    def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
+        if self.keep_front:
+            yield from front_conflicts(recipe)
 
     def attach(self, base: Base) -> tuple[Any, Named]:
         from fedtune.model.adapters.layers import head_parameters, open_for_training, unfit
