@@ -21,7 +21,7 @@ from claims import at_most
 from fedtune import config
 from fedtune.model.fit import fit
 from fedtune.model.together import Trainee, fit_together
-from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.checkpoints import ClientStates
 from fedtune.runtime.workspace import Workspace, build_workspace
 
 SIZES = {"small": (1, 32), "usual": (8, 128)}  # texts a step, tokens a text
@@ -42,7 +42,7 @@ def workspace_of(batch: int, tokens: int, steps: int, clients: int) -> Workspace
         "data.limit=400",
     ]
     recipe = config.read(None, sets)
-    return build_workspace(recipe, config.method_of(recipe), Memories(None), lambda event: None)
+    return build_workspace(recipe, config.method_of(recipe), ClientStates(None), lambda event: None)
 
 
 def taken(workspace: Workspace, clients: int, both: Sequence[str]) -> dict[str, float]:

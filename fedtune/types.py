@@ -141,17 +141,17 @@ class Round:
 
 @dataclass
 class Client:
-    """A site's world. `memory` is the only thing that outlives a round; it holds numpy arrays and stays at
+    """A site's world. `state` is the only thing that outlives a round; it holds numpy arrays and stays at
     the site."""
 
     id: int
     name: str
     model: Any  # fedtune.model.tunable.TunableModel: the shared base with this method's trainable tensors
     data: Any  # fedtune.model.encode.Encoded: the site's training examples
-    memory: dict[str, np.ndarray] = field(default_factory=dict)
+    state: dict[str, np.ndarray] = field(default_factory=dict)
     body: Any = None  # the split service, where the method needs one
     held_out: Callable[[], Any] | None = None  # its rows for scoring, encoded when they are wanted
-    vault: Any = None  # fedtune.privacy.vault.Vault: secrets of a round's masked sums, never in its memory
+    vault: Any = None  # fedtune.privacy.vault.Vault: secrets of a round's masked sums, never in its state
 
 
 @dataclass(frozen=True)

@@ -151,12 +151,12 @@ def plain(train: Callable[..., None]) -> Callable[[Any, Path], dict[str, Any]]:
         from fedtune.model.fit import step_batches
         from fedtune.model.settings import TrainSettings
         from fedtune.rng import seed_of
-        from fedtune.runtime.checkpoints import Memories
+        from fedtune.runtime.checkpoints import ClientStates
         from fedtune.runtime.sampling import sample
         from fedtune.runtime.workspace import build_workspace
 
         workspace = build_workspace(
-            recipe, recipe.method.build(recipe.rounds, Mean()), Memories(None), lambda event: None
+            recipe, recipe.method.build(recipe.rounds, Mean()), ClientStates(None), lambda event: None
         )
         values = workspace.tunable.parameters()
         began = time.process_time()

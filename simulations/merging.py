@@ -41,7 +41,7 @@ from fedtune.model.lora_ranks import resize
 from fedtune.model.score import score
 from fedtune.quiet import quiet
 from fedtune.rng import seed_of, stream
-from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.checkpoints import ClientStates
 from fedtune.runtime.workspace import Workspace, build_workspace
 from fedtune.types import State
 
@@ -167,7 +167,7 @@ def base_of(sets: Sequence[str], case: Case, seed: int) -> Iterator[list[str]]:
 def built(sets: Sequence[str], seed: int) -> tuple[Any, Any, Workspace]:
     recipe = read(str(HERE / "shakespeare.toml"), [*sets, f"seed={seed}"])
     method = method_of(recipe)
-    return recipe, method, build_workspace(recipe, method, Memories(None), lambda event: None)
+    return recipe, method, build_workspace(recipe, method, ClientStates(None), lambda event: None)
 
 
 def played(sets: list[str], case: Case, seed: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from fedtune import config, transforms
 from fedtune.config import Recipe, method_of
 from fedtune.events import Event
 from fedtune.rng import stream
-from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.checkpoints import ClientStates
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.protocol import Ask, Link, Transport
@@ -122,7 +122,7 @@ def play(
 def workspace_of(recipe: Recipe) -> tuple[Workspace, Link]:
     """A workspace outside of any run, and a link of a run called "run"."""
     method = method_of(recipe)
-    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    workspace = build_workspace(recipe, method, ClientStates(None), lambda event: None)
     return workspace, Link("run", workspace.base.fingerprint, method, transforms.build(recipe.chain))
 
 

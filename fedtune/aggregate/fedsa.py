@@ -1,7 +1,7 @@
 """FedSA-LoRA: A is shared, every client keeps its own B (Guo et al. 2025, arXiv:2410.01463). Up: A and the
 rest.
 
-There is no one global adapter: the server's B stays as it started, and a client without memory starts from
+There is no one global adapter: the server's B stays as it started, and a client without a state starts from
 that.
 """
 

@@ -41,8 +41,8 @@ from fedtune.events import Event, Noted
 from fedtune.exchange import ExchangeClient
 from fedtune.model.token_cache import TokenCache
 from fedtune.panics import panics_as_errors
-from fedtune.runtime.checkpoints import Memories
-from fedtune.runtime.client_half import memory_after, memory_before, respond
+from fedtune.runtime.checkpoints import ClientStates
+from fedtune.runtime.client_half import respond, state_after, state_before
 from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
 from fedtune.runtime.failures import failure_of, numbered
 from fedtune.runtime.masked_tasks import root_of
@@ -254,10 +254,10 @@ class Worker:
         )
         held = load_versions(place, ask.client)
         vault = FolderVault(self.home / "vault" / about.run)
-        client = replace(workspace.client_with(ask.client, memory_before(held, ask)), body=body, vault=vault)
+        client = replace(workspace.client_with(ask.client, state_before(held, ask)), body=body, vault=vault)
         directed = about.verb in link.tasks and link.tasks[about.verb].directed
         reply = respond(link, client, ask, cover(self.policy, about.verb, directed))
-        save_versions(place, ask.client, memory_after(held, ask, client.memory))
+        save_versions(place, ask.client, state_after(held, ask, client.state))
         size, sha256 = len(reply.payload), hashlib.sha256(reply.payload).hexdigest()
         charge(self.policy, self.home, workspace.recipe, about, ask.client, sha256)
         note_sent(
@@ -317,7 +317,7 @@ class Worker:
         workspace = build_workspace(
             mine,
             method,
-            Memories(None),
+            ClientStates(None),
             self.tell,
             federation,
             load_ends if split else None,

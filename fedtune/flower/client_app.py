@@ -12,8 +12,8 @@ from safetensors.numpy import load, save
 from fedtune import config
 from fedtune.flower.messages import read_ask, write_answer
 from fedtune.panics import panics_as_errors
-from fedtune.runtime.checkpoints import Memories
-from fedtune.runtime.client_half import Versions, memory_after, memory_before, respond
+from fedtune.runtime.checkpoints import ClientStates
+from fedtune.runtime.client_half import Versions, respond, state_after, state_before
 from fedtune.runtime.client_store import FolderVault, load_versions, save_versions
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.protocol import Link, Reply
@@ -33,10 +33,9 @@ def answer(
 ) -> Message:
     """Do what is asked; a mistake travels back as its code and sentence, never as a traceback.
 
-    The client's memory lies on `shelf`, or in the folder that the node's config calls `memory`, and then
-    outlives the
-    SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where: it has no say
-    over a site's disk.
+    The client's state lies on `shelf`, or in the folder that the node's config calls `memory`, and then
+    outlives the SuperNode; otherwise in Flower's per-node state, which is RAM. The server never says where:
+    it has no say over a site's disk.
 
     place  where the recipe's relative paths are meant from; None: from the working directory
     """
@@ -51,11 +50,11 @@ def answer(
                 if "memory" in context.node_config
                 else None
             )
-            versions = load_memory(context, keeps, ask.client)
-            client = workspace.client_with(ask.client, memory_before(versions, ask))
+            versions = load_state(context, keeps, ask.client)
+            client = workspace.client_with(ask.client, state_before(versions, ask))
             client.vault = FolderVault(keeps / "vault" / str(ask.client)) if keeps else ContextVault(context)
             reply = respond(link, client, ask)
-            save_memory(context, keeps, ask.client, memory_after(versions, ask, client.memory))
+            save_state(context, keeps, ask.client, state_after(versions, ask, client.state))
     except Exception as cause:  # whatever it is, it is about this client
         reply = Reply(number, failure=failure_of(cause, name, keeps / "errors" if keeps else None))
     return write_answer(reply, message)
@@ -72,7 +71,7 @@ def workspaces(recipe_json: str, place: Path | None = None) -> tuple[Workspace, 
         recipe = config.Recipe.model_validate_json(recipe_json)
         method = config.method_of(recipe)
         own = on_own_gpu(recipe)
-        workspace = build_workspace(own, method, Memories(None), lambda event: None, place=place)
+        workspace = build_workspace(own, method, ClientStates(None), lambda event: None, place=place)
         _worlds.clear()  # one recipe at a time: two models may not fit
         _worlds[recipe_json] = workspace, link_of(workspace, method, agreed=recipe)
     return _worlds[recipe_json]
@@ -89,8 +88,8 @@ def on_own_gpu(recipe: config.Recipe) -> config.Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
 
 
-def load_memory(context: Context, place: Path | None, client: int) -> Versions:
-    """The client's memories, by round."""
+def load_state(context: Context, place: Path | None, client: int) -> Versions:
+    """The client's states, by round."""
     if place:
         return load_versions(place, client)
     return {
@@ -121,8 +120,8 @@ class ContextVault:
         self.context.state["vault"] = ConfigRecord({k: v for k, v in self._held().items() if k != name})
 
 
-def save_memory(context: Context, place: Path | None, client: int, versions: Versions) -> None:
-    """Keep these memories and no others; on disk, each file is whole or absent."""
+def save_state(context: Context, place: Path | None, client: int, versions: Versions) -> None:
+    """Keep these states of the client and no others; on disk, each file is whole or absent."""
     if place:
         save_versions(place, client, versions)
     else:

@@ -159,6 +159,9 @@ def prepare(
     shared = all(facts["folder"] for facts in found.values())
     kept = "the run's folder" if shared else "this process, since not every node sees the run's folder"
     tell(
-        Noted(f"nodes of the Ray cluster: {len(found)}, all with this model and data; memories are in {kept}")
+        Noted(
+            f"nodes of the Ray cluster: {len(found)}, all with this model and data; "
+            f"clients' states are in {kept}"
+        )
     )
     return folder if shared else None

@@ -127,7 +127,7 @@ def virtual_nodes(
     server, client = ServerApp(), ClientApp()
     server.main()(main)
     client.query("hello")(hello)
-    # Memories in the run's own folder, where resume looks for them; paths from where the user stands.
+    # Client states in the run's own folder, where resume looks for them; paths from where the user stands.
     client.train("ask")(partial(answer, shelf=shelf, place=place))
     # A killed actor is started again and asked once more: the same seeds, the same bytes.
     resources = {**size, "max_restarts": -1, "max_task_retries": 1}

@@ -289,14 +289,14 @@ class FedPEFT(AdapterMethod):
         """What this client keeps to itself."""
         named = client.model.named
         return {
-            name: client.memory.get(OWN + name, np.zeros(tuple(named[name].shape), np.float32))
+            name: client.state.get(OWN + name, np.zeros(tuple(named[name].shape), np.float32))
             for name in self.rule.stays(named)
         }
 
     def update_of(
         self, client: Client, values: Tensors, own: Sequence[str], sent: Collection[str], report: FitReport
     ) -> Update:
-        client.memory.update({OWN + name: values[name] for name in own})
+        client.state.update({OWN + name: values[name] for name in own})
         weight = weight_of(self.settings.weight, client, report.loss)
         return Update.of(
             {name: values[name] for name in sorted(sent)}, weight, figures(self.settings, report)

@@ -11,7 +11,7 @@ from fedtune.schema import Schema
 from fedtune.types import State, Tensors
 
 CORE = ".lora_R.weight"  # Fed-SB's matrix between the fixed factors
-# in a client's memory: what the rule leaves at home; in the server's: the mean of those after the last round
+# in a client's state: what the rule leaves at home; in the server's: the mean of those after the last round
 OWN = "own/"
 
 

@@ -84,7 +84,7 @@ class SFPrompt(AveragedTensors):
         seed, progress = seed_of("train", now.seed, now.number, client.id), (now.number - 1, self.rounds)
         body = client.body or tunable.net.own_body
         figures = one_turn(
-            tunable, client.data, self.settings, body, (now.number, client.id), seed, progress, client.memory
+            tunable, client.data, self.settings, body, (now.number, client.id), seed, progress, client.state
         )
         return Update.of(tunable.read(), weight_of(self.settings.weight, client, figures["loss"]), figures)
 
@@ -116,7 +116,7 @@ class SFPrompt(AveragedTensors):
 
         body = partial(replace, tunable.net.own_body, run=f"alone {seed}")
         begin_alone(self, tunable, data, state, seed, body())
-        memory: dict[str, Any] = {}
+        client_state: dict[str, Any] = {}
         for number in range(1, self.rounds + 1):
             one_turn(
                 tunable,
@@ -126,7 +126,7 @@ class SFPrompt(AveragedTensors):
                 (number, 0),
                 seed_of("train", seed, number),
                 (number - 1, self.rounds),
-                memory,
+                client_state,
             )
 
     def export(

@@ -34,7 +34,7 @@ from fedtune.split.stream import Stream
 # the cut too, and count in its bytes,
 # so they are an eighth of a client's where that lies between.
 PROBE = (8, 32)
-HELD = "cut/held"  # in a client's memory
+HELD = "cut/held"  # in a client's state
 NOTHING, NONE = np.zeros(0, np.int64), np.zeros(0)
 
 
@@ -201,19 +201,19 @@ def one_turn(
     turn: tuple[int, int],
     seed: int,
     progress: tuple[int, int],
-    memory: dict[str, np.ndarray],
+    client_state: dict[str, np.ndarray],
 ) -> dict[str, float]:
     """All that a client does when asked in round `turn[0]` as number `turn[1]`; what it trained is in the
     tunable model, its figures come back.
 
-    `memory` keeps which examples the service may still hold. Raises ClientFailed for whatever goes wrong at
-    the cut.
+    `client_state` keeps which examples the service may still hold. Raises ClientFailed for whatever goes
+    wrong at the cut.
     """
     with opened(tunable, body, turn) as session:
-        session.held.update(memory.get(HELD, NOTHING).tolist())
+        session.held.update(client_state.get(HELD, NOTHING).tolist())
         figures = Share(tunable, data, s, session, seed, progress).work()
         if s.cache_smashed:
-            memory[HELD] = np.asarray(sorted(session.held), np.int64)
+            client_state[HELD] = np.asarray(sorted(session.held), np.int64)
     return {**figures, "cut_up_bytes": float(session.sent), "cut_down_bytes": float(session.received)}
 
 

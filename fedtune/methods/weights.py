@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 from fedtune.types import Client
 
-LOSS = "weight/loss/"  # in a client's memory: the loss of its answer before, by question
+LOSS = "weight/loss/"  # in a client's state: the loss of its answer before, by question
 SLOWEST = 2.0  # largest ratio of two losses that counts: one client's is at most e times another's
 UNIT = 1000  # weights by speed are whole numbers, which methods of whole numbers can add, too
 
@@ -34,8 +34,8 @@ def weight_of(kind: str, client: Client, loss: float, verb: str = "train") -> fl
     """What this answer counts for. rows: examples that the client trains on (blocks of text, for causal-lm);
     tokens: those that carry loss; equal: 1; loss-speed: `by_speed`, from a loss that the client remembers."""
     if kind == "loss-speed":
-        before = client.memory.get(LOSS + verb)
-        client.memory[LOSS + verb] = np.asarray([loss], np.float64)
+        before = client.state.get(LOSS + verb)
+        client.state[LOSS + verb] = np.asarray([loss], np.float64)
         return by_speed(loss, None if before is None else float(before[0]))
     return {"rows": float(len(client.data)), "tokens": float(client.data.tokens), "equal": 1.0}[kind]
 

@@ -1,4 +1,4 @@
-"""The server's optimiser: torch's own, on the pseudo-gradient (state - mean of answers), with its memory
+"""The server's optimiser: torch's own, on the pseudo-gradient (state - mean of answers), with its moments
 carried as arrays."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""States and client memories on disk, as safetensors: flat names, a SHA-256 each, never a pickle."""
+"""States of the server and of clients on disk, as safetensors: flat names, a SHA-256 each, never a pickle."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def load_tensors(path: Path, sha256: str = "") -> dict[str, np.ndarray]:
         ) from error
 
 
-class Memories:
+class ClientStates:
     """What clients keep between rounds: on disk one file per client and counted round, so that a resumed run
     sees just those, and main memory holds those of the clients that a round asks.
 
-    held     client -> round -> memory after it: of this round, or without a folder of all
-    counted  client -> round of its last answer that counted, and SHA-256 of the file ("" for an empty memory)
+    held     client -> round -> its state after it: of this round, or without a folder of all
+    counted  client -> round of its last answer that counted, and SHA-256 of the file ("" for an empty state)
     """
 
     def __init__(self, folder: RunFolder | None) -> None:
@@ -89,19 +89,19 @@ class Memories:
         if self.folder and client not in self.held and client in self.counted:
             number, sha256 = self.counted[client]
             if sha256:
-                self.held[client] = {number: load_tensors(self.folder.memory(client, number), sha256)}
+                self.held[client] = {number: load_tensors(self.folder.client_state(client, number), sha256)}
         return self.held.get(client, {})
 
     def save(self, number: int, counted: Iterable[int]) -> dict[int, str]:
-        """Before the round's commit: the memories behind the answers that count; their files' SHA-256 by
-        client.
+        """Before the round's commit: the clients' states behind the answers that count; their files' SHA-256
+        by client.
 
-        Empty memories make no file. Where clients sit in other processes of this machine, they have written
+        Empty states make no file. Where clients sit in other processes of this machine, they have written
         the file themselves.
         """
         digests = {}
         for client in counted if self.folder else []:
-            path = self.folder.memory(client, number)  # type: ignore[union-attr]
+            path = self.folder.client_state(client, number)  # type: ignore[union-attr]
             if remembered := self.held.get(client, {}).get(number):
                 digests[client] = save_tensors(path, remembered)
             elif path.exists():
@@ -109,10 +109,10 @@ class Memories:
         return digests
 
     def restore(self, known: Mapping[int, tuple[int, str]]) -> None:
-        """After a crash: the memory behind each client's last answer that counted; others never will and are
+        """After a crash: the state behind each client's last answer that counted; others never will and are
         removed.
 
-        `known`: client -> (round, SHA-256 of its memory, "" where it had none). Raises R403 where one is
+        `known`: client -> (round, SHA-256 of its state, "" where it had none). Raises R403 where one is
         missing or altered.
         """
         if self.folder is None:
@@ -122,16 +122,16 @@ class Memories:
                 path.unlink()
         for client, (number, sha256) in known.items():
             if sha256:
-                load_tensors(self.folder.memory(client, number), sha256)
+                load_tensors(self.folder.client_state(client, number), sha256)
         self.counted = dict(known)
 
     def prune(self, number: int, digests: Mapping[int, str]) -> None:
-        """After the commit: memories that this round's replaced go, and so does what is in main memory of
-        those on disk. `digests`: of each client whose answer counted, as `save` gave them, "" for none."""
+        """After the commit: clients' states that this round's replaced go, and so does what is in main memory
+        of those on disk. `digests`: of each client whose answer counted, as `save` gave them, "" for none."""
         if self.folder is None:
             return
         for client, sha256 in digests.items():
-            for path in self.folder.memory(client, number).parent.glob("round-*.safetensors"):
+            for path in self.folder.client_state(client, number).parent.glob("round-*.safetensors"):
                 if round_of(path) < number:
                     path.unlink()
             self.counted[client] = number, sha256

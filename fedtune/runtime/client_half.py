@@ -19,19 +19,18 @@ from fedtune.wire import EVERYONE, decode, decode_state, encode, schema_named
 
 Cover = Callable[[Update, Tensors | None], Update]
 Opened = tuple[Task, Schema, Tensors]
-Versions = dict[int, dict[str, np.ndarray]]  # round -> what a client's memory was after it
+Versions = dict[int, dict[str, np.ndarray]]  # round -> a client's state after it
 
 
-def memory_before(versions: Versions, ask: Ask) -> dict[str, np.ndarray]:
-    """The memory to answer with: that of the last answer that counted. What a lost answer wrote is forgotten,
-    so that
-    error feedback never takes for sent what the server did not get."""
+def state_before(versions: Versions, ask: Ask) -> dict[str, np.ndarray]:
+    """The client's state to answer with: that of the last answer that counted. What a lost answer wrote is
+    forgotten, so that error feedback never takes for sent what the server did not get."""
     return dict(versions.get(ask.last if ask.first else ask.now.number, {}))
 
 
-def memory_after(versions: Versions, ask: Ask, memory: dict[str, np.ndarray]) -> Versions:
-    """The two memories worth keeping: before this round, and after this answer if it will count."""
-    kept = {ask.last: versions.get(ask.last, {}), ask.now.number: memory}
+def state_after(versions: Versions, ask: Ask, client_state: dict[str, np.ndarray]) -> Versions:
+    """The two states of a client worth keeping: before this round, and after this answer if it will count."""
+    kept = {ask.last: versions.get(ask.last, {}), ask.now.number: client_state}
     return {number: tensors for number, tensors in kept.items() if tensors}
 
 
@@ -136,16 +135,16 @@ def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
     """What the server gives, as this client now holds it. Raises Refused."""
     if not link.coded(ask.verb):
         holds = link.tasks[ask.verb].holds
-        known = holding(client.memory) if holds else None
+        known = holding(client.state) if holds else None
         expect = link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"state", "changes"}))
         _, tensors = decode_state(ask.payload, expect, (known.round, known.tensors) if known else (0, {}))
         if holds:
-            hold(client.memory, HeldState(ask.now.number, tensors))
+            hold(client.state, HeldState(ask.now.number, tensors))
         return tensors
     header, message = decode(
         ask.payload, link.expect(ask.verb, EVERYONE, ask.now, schema, frozenset({"values", "levels"}))
     )
-    before = holding(client.memory) if header.since else None
+    before = holding(client.state) if header.since else None
     if header.since != (before.round if before else 0):
         raise Refused(
             "W604",
@@ -155,5 +154,5 @@ def received(link: Link, client: Client, ask: Ask, schema: Schema) -> Tensors:
         )
     given = link.downlink.unpack(message, before.tensors if before else None)
     if link.downlink.remembers:
-        hold(client.memory, HeldState(ask.now.number, given))
+        hold(client.state, HeldState(ask.now.number, given))
     return given

@@ -51,7 +51,7 @@ def depends_on_rounds(recipe: Recipe, folder: RunFolder) -> list[str]:
     """What of a recipe looks at the number of rounds while it trains."""
     found = []
     if (folder.path / "deploy.json").exists():
-        found.append("real sites, whose memories belong to one recipe")
+        found.append("real sites, whose clients' states belong to one recipe")
     found += recipe.method.depends_on_rounds()
     if recipe.aggregate.stays(["module.lora_A.weight", "module.lora_B.weight"]):
         found.append(

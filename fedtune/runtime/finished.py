@@ -24,7 +24,7 @@ from fedtune.model.settings import ModelSettings
 from fedtune.runtime import privacy
 from fedtune.runtime.baselines import held_out_scores, score_test
 from fedtune.runtime.best import best_round, committed_round, round_scores
-from fedtune.runtime.checkpoints import Memories, load_state
+from fedtune.runtime.checkpoints import ClientStates, load_state
 from fedtune.runtime.data_card import data_facts
 from fedtune.runtime.folder import RunFolder, recipe_of
 from fedtune.runtime.journal import Journal
@@ -255,7 +255,7 @@ def installed(folder: RunFolder, which: str = "best", data: bool = False) -> tup
     method = method_of(located(recipe, place))
     known = None if data or "labels" not in facts else Federation((), [], tuple(json.loads(facts["labels"])))
     workspace = build_workspace(
-        recipe, method, Memories(None), nobody, known, place=place, folder=folder.path
+        recipe, method, ClientStates(None), nobody, known, place=place, folder=folder.path
     )
     if data and facts.get("data", workspace.federation.fingerprint) != workspace.federation.fingerprint:
         found = (

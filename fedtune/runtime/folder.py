@@ -48,7 +48,8 @@ class RunFolder:
     def state(self, number: int) -> Path:
         return self.path / "state" / f"round-{number:04d}.safetensors"
 
-    def memory(self, client: int, number: int) -> Path:
+    def client_state(self, client: int, number: int) -> Path:
+        """What a client keeps after a round; the folder has the name that older runs gave it."""
         return self.path / "memory" / f"client-{client:05d}" / f"round-{number:04d}.safetensors"
 
     def begin(self, recipe: Recipe) -> None:

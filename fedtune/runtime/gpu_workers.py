@@ -19,7 +19,7 @@ from fedtune.config import Recipe, method_of
 from fedtune.errors import FedtuneError
 from fedtune.forks import die_with_parent
 from fedtune.methods import Method
-from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.checkpoints import ClientStates
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Link
 from fedtune.runtime.workers import Worker, Workers, answer_one, bound_here, end
@@ -109,7 +109,7 @@ def serve(handle: int) -> None:
     method = method_of(located(recipe, place))
     own = recipe.model_copy(update={"model": model})
     run = Path(about["logs"]).parent
-    workspace = build_workspace(own, method, Memories(None), lambda event: None, place=place, folder=run)
+    workspace = build_workspace(own, method, ClientStates(None), lambda event: None, place=place, folder=run)
     link = link_of(workspace, method, agreed=recipe)
     try:
         pipe.send_bytes(link.base.encode())

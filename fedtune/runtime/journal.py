@@ -47,9 +47,7 @@ class AnswerRecord:
     up_bytes: int = 0  # the message on the wire, header included
     down_bytes: int = 0
     note: str = ""
-    memory_sha256: str = (
-        ""  # of what the client remembers after it; "" where that is nothing, or kept elsewhere
-    )
+    client_state_sha256: str = ""  # after it; "" where that is empty, or kept elsewhere
 
     def with_bytes(self, other: AnswerRecord) -> AnswerRecord:
         """This outcome with the bytes of another one."""
@@ -146,7 +144,16 @@ class Journal:
                 (number, state_sha256, file_sha256, link, seconds, json_text(metrics)),
             )
             rows = [
-                (number, a.client, a.outcome, a.weight, a.up_bytes, a.down_bytes, a.note, a.memory_sha256)
+                (
+                    number,
+                    a.client,
+                    a.outcome,
+                    a.weight,
+                    a.up_bytes,
+                    a.down_bytes,
+                    a.note,
+                    a.client_state_sha256,
+                )
                 for a in answers
             ]
             self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)

@@ -107,7 +107,7 @@ class Attempt(Generic[Group]):
     ) -> dict[int, np.ndarray]:
         """Answers to one question, by member; nobody is asked nothing."""
         verb = stage_of(self.verb, name, self.question.attempt)
-        first = self.asks.begins and name == "keys"  # of another attempt too: it begins with the same memory
+        first = self.asks.begins and name == "keys"  # of another attempt too: it has the same client states
         heard = self.asks.hear(verb, given, among, first, name == "opening") if among else iter(())
         came = {client: update.tensors[name] for client, update in heard}
         self.sealed(name, came)

@@ -76,18 +76,20 @@ def deployed(folder: RunFolder) -> bool:
 
 
 def stored(folder: RunFolder, record: Record, most: int) -> int:
-    """The last round up to `most` whose state and whose clients' memories are still on disk; 0 for none."""
+    """The last round up to `most` whose state and whose clients' states are still on disk; 0 for none."""
     for row in reversed(record.rounds[:most]):
-        files = {folder.state(row.number): row.file_sha256} | memories(folder, record, row.number)
+        files = {folder.state(row.number): row.file_sha256} | client_states(folder, record, row.number)
         if all(same_file(path, sha256) for path, sha256 in files.items()):
             return row.number
     return 0
 
 
-def memories(folder: RunFolder, record: Record, number: int) -> dict[Path, str]:
-    """What clients remembered after round `number`: files and their SHA-256."""
-    last = {a.client: (n, a.memory_sha256) for n, a in record.answers if n <= number and a.outcome == "ok"}
-    return {folder.memory(client, n): sha256 for client, (n, sha256) in last.items() if sha256}
+def client_states(folder: RunFolder, record: Record, number: int) -> dict[Path, str]:
+    """What clients kept after round `number`: files and their SHA-256."""
+    last = {
+        a.client: (n, a.client_state_sha256) for n, a in record.answers if n <= number and a.outcome == "ok"
+    }
+    return {folder.client_state(client, n): sha256 for client, (n, sha256) in last.items() if sha256}
 
 
 def same_file(path: Path, sha256: str) -> bool:
@@ -122,7 +124,7 @@ def begin(
         finally:
             source.close()
             journal.close()
-        files = [old.state(kept), *memories(old, record, kept)] if kept else []
+        files = [old.state(kept), *client_states(old, record, kept)] if kept else []
         for path in files:
             write_atomic(place / path.relative_to(old.path), path.read_bytes())
         made.write_json("origin.json", {"working_directory": str(old.origin() or Path.cwd())})

@@ -22,7 +22,7 @@ from fedtune.runtime import privacy
 from fedtune.runtime.baselines import compare, finished_phase, score_test
 from fedtune.runtime.best import best_round, kept_state, round_scores, score_round, stopping_round, told
 from fedtune.runtime.canary import watch_round
-from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
+from fedtune.runtime.checkpoints import ClientStates, load_state, prune_states, save_state, sweep
 from fedtune.runtime.cohort import RoundCohort
 from fedtune.runtime.data_card import data_facts, write_data_card
 from fedtune.runtime.downlink import Downlink
@@ -167,12 +167,12 @@ def open_run(
     privacy.require_accountant(recipe)
     place = folder.origin()
     method = method_of(located(recipe, place))
-    memories = Memories(folder)
+    client_states = ClientStates(folder)
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(Waiting("reading the data and loading the model"))
     with spent(clock, LOADING, since):
         workspace = build_workspace(
-            recipe, method, memories, tell, federation, place=place, folder=folder.path
+            recipe, method, client_states, tell, federation, place=place, folder=folder.path
         )
     check_same(
         journal,
@@ -191,11 +191,11 @@ def open_run(
     committed = journal.rounds()
     done = committed[-1].number if committed else 0
     counted = {
-        answer.client: (number, answer.memory_sha256)
+        answer.client: (number, answer.client_state_sha256)
         for number, answer in journal.answers()
         if answer.outcome == "ok"
     }
-    memories.restore(counted)
+    client_states.restore(counted)
     sweep(folder)
     prune_states(folder, done, also=best_round(round_scores(journal)))
     start = method.start(workspace.tunable)
@@ -308,13 +308,13 @@ def one_round(work: Run, number: int) -> bool:
     counted = [a for a in answers if a.outcome == "ok"]
     metrics = cohort.means | cohort.notes
     file_sha256 = save_state(work.folder, number, work.state, work.downlink.held)
-    remembered = workspace.memories.save(number, [a.client for a in counted])
-    answers = [replace(a, memory_sha256=remembered.get(a.client, "")) for a in answers]
+    remembered = workspace.client_states.save(number, [a.client for a in counted])
+    answers = [replace(a, client_state_sha256=remembered.get(a.client, "")) for a in answers]
     seconds = time.time() - began
     work.journal.commit(
         number, digest(work.state.shared), file_sha256, seconds, metrics, answers, cohort.stages
     )
-    workspace.memories.prune(number, {a.client: remembered.get(a.client, "") for a in counted})
+    workspace.client_states.prune(number, {a.client: remembered.get(a.client, "") for a in counted})
     work.downlink.last |= {a.client: number for a in counted}
     prune_states(work.folder, number, also=best_round(round_scores(work.journal)))
     add(work.clock, CLIENTS, cohort.waited)

@@ -28,7 +28,7 @@ from fedtune.errors import ClientFailed, Paused, Refused
 from fedtune.forks import can_fork, die_with_parent, resting
 from fedtune.methods import Method
 from fedtune.panics import panics_as_errors
-from fedtune.runtime.client_half import memory_before, respond
+from fedtune.runtime.client_half import respond, state_before
 from fedtune.runtime.failures import failure_of
 from fedtune.runtime.local import local_transport
 from fedtune.runtime.protocol import Ask, Link, Reply
@@ -158,7 +158,7 @@ class Workers:
     def _give(self, worker: Worker, ask: Ask) -> None:
         worker.since = time.monotonic()
         try:
-            write_ask(worker.pipe, ask, memory_before(self.workspace.memories.of(ask.client), ask))
+            write_ask(worker.pipe, ask, state_before(self.workspace.client_states.of(ask.client), ask))
             worker.ask = ask
         except OSError:  # it has died; the wait finds that out
             worker.ask = ask
@@ -168,7 +168,7 @@ class Workers:
         ask, worker.ask = worker.ask, None
         assert ask is not None
         try:
-            reply, memory = read_reply(worker.pipe, ask.client)
+            reply, client_state = read_reply(worker.pipe, ask.client)
         except (EOFError, OSError):
             end(worker)
             self.workers.remove(worker)
@@ -180,8 +180,8 @@ class Workers:
             raise reply.failure
         if reply.failure is None:
             client = self.workspace.client(ask)
-            client.memory.clear()
-            client.memory.update(memory)
+            client.state.clear()
+            client.state.update(client_state)
             self.workspace.done(ask, client)
         return replace(reply, seconds=time.monotonic() - worker.since)
 
@@ -197,11 +197,11 @@ def end(worker: Worker) -> None:
 
 def answer_one(pipe: Connection, link: Link, workspace: Workspace, logs: Path) -> None:
     """A worker's half of one question. Raises EOFError when there is no more."""
-    ask, memory = read_ask(pipe)
+    ask, client_state = read_ask(pipe)
     name, client = str(ask.client), None
     try:
         with panics_as_errors():
-            client = workspace.client_with(ask.client, memory)
+            client = workspace.client_with(ask.client, client_state)
             name = client.name
             reply = respond(link, client, ask)
     except Paused as paused:
@@ -211,38 +211,38 @@ def answer_one(pipe: Connection, link: Link, workspace: Workspace, logs: Path) -
     write_reply(pipe, reply, client)
 
 
-def write_ask(pipe: Connection, ask: Ask, memory: dict[str, np.ndarray]) -> None:
+def write_ask(pipe: Connection, ask: Ask, client_state: dict[str, np.ndarray]) -> None:
     now = ask.now
     about = {"client": ask.client, "verb": ask.verb, "last": ask.last, "first": ask.first}
     about |= {"round": now.number, "seed": now.seed, "members": now.members}
-    for part in (json.dumps(about).encode(), ask.payload, packed(memory)):
+    for part in (json.dumps(about).encode(), ask.payload, packed(client_state)):
         pipe.send_bytes(part)
 
 
 def read_ask(pipe: Connection) -> tuple[Ask, dict[str, np.ndarray]]:
-    about, payload, memory = json.loads(pipe.recv_bytes()), pipe.recv_bytes(), load(pipe.recv_bytes())
+    about, payload, client_state = json.loads(pipe.recv_bytes()), pipe.recv_bytes(), load(pipe.recv_bytes())
     now = Round(about["round"], about["seed"], tuple(about["members"]))
-    return Ask(about["client"], about["verb"], now, payload, about["last"], about["first"]), memory
+    return Ask(about["client"], about["verb"], now, payload, about["last"], about["first"]), client_state
 
 
 def write_reply(pipe: Connection, reply: Reply, client: Client | None) -> None:
     error = reply.failure
     failed = (type(error).__name__, error.code, error.found, error.expected, error.do) if error else ()
-    memory = client.memory if client and not error else {}
-    for part in (json.dumps([reply.said, *failed]).encode(), reply.payload, packed(memory)):
+    client_state = client.state if client and not error else {}
+    for part in (json.dumps([reply.said, *failed]).encode(), reply.payload, packed(client_state)):
         pipe.send_bytes(part)
 
 
 def read_reply(pipe: Connection, client: int) -> tuple[Reply, dict[str, np.ndarray]]:
-    (said, *failed), payload, memory = (
+    (said, *failed), payload, client_state = (
         json.loads(pipe.recv_bytes()),
         pipe.recv_bytes(),
         load(pipe.recv_bytes()),
     )
     failure = KINDS[failed[0]](*failed[1:]) if failed else None
-    return Reply(client, payload, failure, said), memory
+    return Reply(client, payload, failure, said), client_state
 
 
-def packed(memory: dict[str, np.ndarray]) -> bytes:
-    content: bytes = save({name: np.asarray(value, order="C") for name, value in memory.items()})
+def packed(client_state: dict[str, np.ndarray]) -> bytes:
+    content: bytes = save({name: np.asarray(value, order="C") for name, value in client_state.items()})
     return content

@@ -21,8 +21,8 @@ from fedtune.methods import Method
 from fedtune.model.distil_settings import Public
 from fedtune.privacy.vault import MemoryVault, Vault
 from fedtune.rng import stream
-from fedtune.runtime.checkpoints import Memories
-from fedtune.runtime.client_half import memory_after, memory_before
+from fedtune.runtime.checkpoints import ClientStates
+from fedtune.runtime.client_half import state_after, state_before
 from fedtune.runtime.masked_tasks import with_masks
 from fedtune.runtime.paths import located
 from fedtune.runtime.protocol import Ask, Link
@@ -44,13 +44,13 @@ EMULATOR = "emulator.safetensors"  # in a run's folder: what was distilled of an
 
 @dataclass
 class Workspace:
-    """Slices of data, the shared base with the method's tensors, and the clients' memories."""
+    """Slices of data, the shared base with the method's tensors, and the clients' states."""
 
     recipe: Recipe
     federation: Federation
     base: Base
     tunable: TunableModel
-    memories: Memories
+    client_states: ClientStates
     tell: Callable[[Event], None]
     alive: Callable[[], None] = lambda: None  # called while rows are encoded
     body: Any = None  # the way to a body service, for methods that split the model; None: in this process
@@ -70,25 +70,27 @@ class Workspace:
         return tuple(n for n, name in self.names.items() if name not in self.recipe.sampling.without)
 
     def client(self, ask: Ask) -> Client:
-        """A client at work: the shared tunable model, its own data, and its memory as the server counts
+        """A client at work: the shared tunable model, its own data, and its state as the server counts
         it."""
-        return self.client_with(ask.client, memory_before(self.memories.of(ask.client), ask))
+        return self.client_with(ask.client, state_before(self.client_states.of(ask.client), ask))
 
-    def client_with(self, number: int, memory: dict[str, np.ndarray]) -> Client:
+    def client_with(self, number: int, client_state: dict[str, np.ndarray]) -> Client:
         return Client(
             number,
             self.names[number],
             self.tunable.at_clients,
             self.train(number),
-            memory,
+            client_state,
             self.body,
             held_out=lambda: self.held_out(number),
             vault=self.vaults.setdefault(number, MemoryVault()),
         )
 
     def done(self, ask: Ask, client: Client) -> None:
-        """Keep what the client remembers after an answer."""
-        self.memories.held[ask.client] = memory_after(self.memories.of(ask.client), ask, client.memory)
+        """Keep the client's state after an answer."""
+        self.client_states.held[ask.client] = state_after(
+            self.client_states.of(ask.client), ask, client.state
+        )
 
     def train(self, number: int) -> Encoded:
         """Raises ClientFailed D209 where [[select]] leaves a client nothing."""
@@ -240,7 +242,7 @@ def public_for(recipe: Recipe, base: Base, folder: Path | None) -> Public | None
 def build_workspace(
     recipe: Recipe,
     method: Method,
-    memories: Memories,
+    client_states: ClientStates,
     tell: Callable[[Event], None],
     federation: Federation | None = None,
     base_of: Callable[[Federation], Base] | None = None,
@@ -291,13 +293,13 @@ def build_workspace(
     tunable = method.prepare(base, recipe.seed)
     if error := tunable.distilled:
         tell(Noted(f"emulator distilled: its error went from {error['before']:.4g} to {error['after']:.4g}"))
-    return Workspace(recipe, federation, base, tunable, memories, tell, alive, tokens=kept)
+    return Workspace(recipe, federation, base, tunable, client_states, tell, alive, tokens=kept)
 
 
 def workspace_of(recipe: Recipe, place: Path | None = None) -> Workspace:
     """A workspace to look at outside of any run: nothing is remembered, nothing is told."""
     return build_workspace(
-        recipe, method_of(located(recipe, place)), Memories(None), lambda event: None, place=place
+        recipe, method_of(located(recipe, place)), ClientStates(None), lambda event: None, place=place
     )
 
 

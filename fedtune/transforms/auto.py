@@ -23,7 +23,7 @@ from fedtune.types import Client, Round, Update
 
 PLAIN = 16.0  # bits of a bfloat16 number, which the ratio is against
 FLAT, HEAVY = 2.5, 4.0  # kurtosis below which signs are best, above which more than 10 % is wasted
-STATELESS = 9.0  # largest ratio that needs no memory: 2 bits by blocks come to 1.75
+STATELESS = 9.0  # largest ratio that needs no client state: 2 bits by blocks come to 1.75
 
 
 class AutoSettings(StepSettings):

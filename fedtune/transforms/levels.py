@@ -8,7 +8,7 @@ feedback:
 
 The residual is a plain difference, not times any weight: a client whose weight changes still owes the same
 correction. It
-lives in the client's memory, and goes when the tensors or the base model change. What was sent plus the
+lives in the client's state, and goes when the tensors or the base model change. What was sent plus the
 residual is what was
 to be sent, over any number of rounds, where nothing decays (Seide et al. 2014;
 Karimireddy et al. 2019, arXiv:1901.09847).
@@ -148,20 +148,20 @@ def owner(tensors: Tensors, client: Client) -> NDArray[np.uint8]:
 def owed(values: Values, client: Client, decay: float) -> dict[str, NDArray[np.float64]]:
     """What is to be sent: the values plus what is left of what earlier rounds owe; the residual of another
     schema or base is dropped."""
-    if not np.array_equal(client.memory.get(MARK, np.zeros(0)), owner(values, client)):
+    if not np.array_equal(client.state.get(MARK, np.zeros(0)), owner(values, client)):
         forget(client)
         return dict(values)
-    return {name: value + decay * client.memory[f"residual/{name}"] for name, value in values.items()}
+    return {name: value + decay * client.state[f"residual/{name}"] for name, value in values.items()}
 
 
 def remember(values: Values, levels: Tensors, scales: Tensors, client: Client) -> None:
     """Keep what was to be sent and was not, float32."""
     for name, value in values.items():
-        client.memory[f"residual/{name}"] = np.asarray(value - expand(levels[name], scales[name]), np.float32)
-    client.memory[MARK] = owner(values, client)
+        client.state[f"residual/{name}"] = np.asarray(value - expand(levels[name], scales[name]), np.float32)
+    client.state[MARK] = owner(values, client)
 
 
 def forget(client: Client) -> None:
     """Drop all residuals."""
-    for key in [key for key in client.memory if key == MARK or key.startswith("residual/")]:
-        del client.memory[key]
+    for key in [key for key in client.state if key == MARK or key.startswith("residual/")]:
+        del client.state[key]

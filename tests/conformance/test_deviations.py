@@ -113,7 +113,7 @@ def test_respond_refuses_a_state_of_other_shapes(tiny_bert: Path, data: Path) ->
 
 
 def test_a_hundred_clients_cost_one_model(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
-    """Every client works on the same parameter objects; nothing but its memory is its own."""
+    """Every client works on the same parameter objects; nothing but its state is its own."""
     recipe = small.recipe(tiny_bert, data)
     workspace, _ = small.workspace_of(recipe)
     assert workspace.client_with(0, {}).model is workspace.client_with(3, {}).model

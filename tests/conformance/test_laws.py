@@ -92,7 +92,7 @@ EVERY_TIME = [
     "offsite-lora",
     "experts-clusters",
     "experts-gate-mask",
-]  # one of each way in which rounds, states and memories go; -m thorough tries all others under every law
+]  # one of each way in which rounds and states, the server's and the clients', go; -m thorough tries all others under every law
 
 
 def tried(names: Iterable[str]) -> list[Any]:

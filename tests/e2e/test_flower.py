@@ -50,7 +50,7 @@ MEMORY = {
 
 
 def journal(folder: RunFolder) -> list[Any]:
-    """All that a journal says, but for the seconds, and the memories, which a node far away keeps to
+    """All that a journal says, but for the seconds, and the clients' states, which a node far away keeps to
     itself."""
     with closing(sqlite3.connect(folder.journal)) as db:
         rounds = db.execute(
@@ -120,7 +120,9 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
     folder = RunFolder(tmp_path / "runs" / "small")
     assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
     assert journal(folder) == journal(local)
-    assert memories(folder) == memories(local) != {}  # so `fedtune resume` would go on with the same bytes
+    assert (
+        client_states(folder) == client_states(local) != {}
+    )  # so `fedtune resume` would go on with the same bytes
     said = [line.split()[0] for line in lines if line.strip() and not line.startswith("... ")]
     assert said[:4] == [
         f"{folder.path}:",
@@ -136,7 +138,7 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
     assert not chatter  # Ray's C++ may say that one line of the actor that was killed
 
 
-def memories(folder: RunFolder) -> dict[str, bytes]:
+def client_states(folder: RunFolder) -> dict[str, bytes]:
     """What clients remember after the last round, by file."""
     return {
         str(path.relative_to(folder.path)): path.read_bytes()

@@ -137,7 +137,7 @@ OFTEN = ["memory", "mask", "fedpeft-lift-stages"]
 def test_a_run_on_a_grid_without_failures_is_a_local_run(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The fake itself must not be what makes the tests above pass. Secrets of masked sums are where memories are."""
+    """The fake itself must not be what makes the tests above pass. Secrets of masked sums are where clients' states are."""
     recipe = small.recipe(tiny_bert, data, **ALIKE[name])
     folder = create(tmp_path, "", "run")
     server_app.serve(FakeGrid({7: 3, 5: 1, 6: 2, 9: 0}), recipe, folder, lambda event: None)

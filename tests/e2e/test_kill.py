@@ -53,7 +53,7 @@ def fresh(config: Path, root: Path) -> RunFolder:
         (
             "fedtune.runtime.run:digest",
             "calls == 2",
-        ),  # after it and the memories are written, before the row is committed
+        ),  # after it and the clients' states are written, before the row is committed
         ("fedtune.runtime.run:prune_states", "arguments[1] == 3"),  # after the commit of round 3
         ("fedtune.runtime.run:compare", "True"),  # after the last round, before any score
         ("fedtune.runtime.run:summary", "True"),  # after the scores, before adapter and result

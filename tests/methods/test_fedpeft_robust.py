@@ -15,7 +15,7 @@ from fedtune.errors import FedtuneError
 from fedtune.events import Event, RoundDone
 from fedtune.methods.fedpeft import FedPEFT
 from fedtune.rules import check_single_answers
-from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.checkpoints import ClientStates
 from fedtune.runtime.run import run
 from fedtune.runtime.workspace import build_workspace
 from fedtune.schema import digest
@@ -110,7 +110,7 @@ def test_rslora_scales_products_and_what_is_no_pair_is_averaged_plainly(
     assert scales == pytest.approx(
         [3 / 1, 5 / 2**0.5, 3 / 2, 5 / 1] if ranks else [3.0] * 4
     )  # 6 / sqrt(4) is the server's
-    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    workspace = build_workspace(recipe, method, ClientStates(None), lambda event: None)
     link, now, start = (
         link_of(workspace, method),
         Round(2, recipe.seed, (0, 1, 2, 3)),
@@ -181,7 +181,7 @@ def test_a_client_with_nan_counts_like_one_that_did_not_answer(
 
     recipe = small.recipe(tiny_bert, data, partition__clients=6, rounds=2, aggregate={"rule": rule})
     method = recipe.method.build(2, recipe.aggregate)
-    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    workspace = build_workspace(recipe, method, ClientStates(None), lambda event: None)
     link, now, start = (
         link_of(workspace, method),
         Round(1, recipe.seed, tuple(range(6))),
@@ -218,7 +218,7 @@ def test_krum_with_too_few_answers_skips_the_round_and_the_run_goes_on(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
     """One of five drops out in round 2: four answers are too few where one may be faulty. Nothing is learned
-    there, nobody's memory moves."""
+    there, nobody's state moves."""
     from fedtune.errors import ClientFailed
     from fedtune.events import Noted
     from fedtune.runtime.journal import Journal

@@ -17,7 +17,7 @@ from fedtune.aggregate import RULES, Mean
 from fedtune.errors import FedtuneError
 from fedtune.events import ClientDone, Event, RoundDone
 from fedtune.model.lora_ranks import resize, stack, training_only, unstack
-from fedtune.runtime.checkpoints import Memories, load_state
+from fedtune.runtime.checkpoints import ClientStates, load_state
 from fedtune.runtime.finished import export_run
 from fedtune.runtime.workspace import build_workspace
 from fedtune.types import State, Tensors
@@ -62,7 +62,7 @@ def test_ffa_never_sends_or_moves_a(tiny_bert: Path, data: Path, tmp_path: Path)
 def test_rolora_moves_b_in_odd_rounds_and_a_in_even_ones(tiny_bert: Path, data: Path, tmp_path: Path) -> None:
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": "rolora"}, rounds=2)
     workspace = build_workspace(
-        recipe, recipe.method.build(2, recipe.aggregate), Memories(None), lambda event: None
+        recipe, recipe.method.build(2, recipe.aggregate), ClientStates(None), lambda event: None
     )
     first = recipe.method.build(2, recipe.aggregate).start(workspace.tunable).shared
     seen: list[Tensors] = []
@@ -134,7 +134,7 @@ def test_what_would_change_the_base_is_carried_as_rank_of_a_stock_adapter(
     )  # four clients of rank 2 fit into 8
     recipe = small.recipe(tiny_bert, data, aggregate={"rule": rule, "extra": 8})
     method = recipe.method.build(3, recipe.aggregate)
-    workspace = build_workspace(recipe, method, Memories(None), lambda event: None)
+    workspace = build_workspace(recipe, method, ClientStates(None), lambda event: None)
     method.install(state, workspace.tunable)
     batch = {name: value for name, value in workspace.test().collate([0, 1, 2]).items() if name != "labels"}
     with torch.no_grad():
@@ -152,7 +152,9 @@ def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
     from fedtune.model.tunable import attach
 
     recipe = small.recipe(tiny_bert, data)
-    workspace = build_workspace(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
+    workspace = build_workspace(
+        recipe, recipe.method.build(3, Mean()), ClientStates(None), lambda event: None
+    )
     tunable = attach(workspace.base, recipe.method.adapter, 1)  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
     own = tunable.read()
@@ -175,7 +177,9 @@ def test_carried_slices_do_not_train(tiny_bert: Path, data: Path) -> None:
 
 def test_a_resized_pair_is_the_product_at_its_scale(tiny_bert: Path, data: Path) -> None:
     recipe = small.recipe(tiny_bert, data)
-    workspace = build_workspace(recipe, recipe.method.build(3, Mean()), Memories(None), lambda event: None)
+    workspace = build_workspace(
+        recipe, recipe.method.build(3, Mean()), ClientStates(None), lambda event: None
+    )
     rng = np.random.default_rng(0)
     resize(workspace.tunable, 3, 0.5)
     values = {

@@ -69,7 +69,7 @@ def test_an_answer_weighs_what_the_recipe_says(
             want = {"rows": len(mine), "tokens": mine.tokens, "equal": 1}.get(kind)
             if want is None:
                 if "loss" not in event.metrics:
-                    continue  # a second question of the round, with a memory of its own
+                    continue  # a second question of the round, with a client state of its own
                 want = by_speed(event.metrics["loss"], before.get(event.client))
                 before[event.client] = event.metrics["loss"]
             assert event.weight == pytest.approx(want, abs=1)

@@ -63,7 +63,7 @@ def test_bytes_and_memories_are_those_of_one_after_the_other(tiny_bert: Path, da
         workspace, link, asks = asked(tiny_bert, data)
         carry = local_transport(link, workspace.client, workspace.done)
         replies = list(carry(asks)) if at_once else [reply for ask in asks for reply in carry([ask])]
-        kept = {m: workspace.memories.of(m)[1] for m in MEMBERS}
+        kept = {m: workspace.client_states.of(m)[1] for m in MEMBERS}
         ends.append(([reply.payload for reply in replies], kept))
     assert ends[0][0] == ends[1][0] and len(set(ends[0][0])) == len(MEMBERS)
     for member in MEMBERS:

@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.errors import FedtuneError
 from fedtune.runtime import folder as folders
-from fedtune.runtime.checkpoints import Memories, load_state, prune_states, save_state, sweep
+from fedtune.runtime.checkpoints import ClientStates, load_state, prune_states, save_state, sweep
 from fedtune.runtime.folder import RunFolder
 from fedtune.runtime.journal import AnswerRecord, Journal, chain
 from fedtune.types import State
@@ -126,36 +126,36 @@ def test_states_that_no_commit_names_are_removed(folder: RunFolder) -> None:
 
 
 def test_memories_follow_the_answers_that_count(folder: RunFolder) -> None:
-    memories = Memories(folder)
+    states = ClientStates(folder)
     digests = {}
     for number in (1, 2, 3):
-        memories.held[7] = {number: {"residual": np.float32([number])}}
-        memories.held[8] = {number: {}}  # an empty memory makes no file
-        digests[number] = memories.save(number, [7, 8])
+        states.held[7] = {number: {"residual": np.float32([number])}}
+        states.held[8] = {number: {}}  # an empty state makes no file
+        digests[number] = states.save(number, [7, 8])
         if number < 3:
-            memories.prune(number, {7: digests[number][7], 8: ""})
-            assert not memories.held  # the file is enough
-            assert memories.of(7)[number]["residual"].tolist() == [number] and not memories.of(8)
+            states.prune(number, {7: digests[number][7], 8: ""})
+            assert not states.held  # the file is enough
+            assert states.of(7)[number]["residual"].tolist() == [number] and not states.of(8)
     assert list(digests[2]) == [7]
-    crashed = Memories(folder)  # round 3 was never committed
+    crashed = ClientStates(folder)  # round 3 was never committed
     crashed.restore({7: (2, digests[2][7]), 8: (2, "")})
     assert crashed.of(7)[2]["residual"].tolist() == [2] and not crashed.of(8)
     assert (
-        not folder.memory(7, 1).exists()
-        and not folder.memory(7, 3).exists()
-        and not folder.memory(8, 1).exists()
+        not folder.client_state(7, 1).exists()
+        and not folder.client_state(7, 3).exists()
+        and not folder.client_state(8, 1).exists()
     )
 
 
 @pytest.mark.parametrize("harm", ["lost", "altered"])
-def test_a_memory_that_is_not_the_counted_one_is_refused(harm: str, folder: RunFolder) -> None:
-    memories = Memories(folder)
-    memories.held[7] = {1: {"residual": np.float32([1])}}
-    known = {7: (1, memories.save(1, [7])[7])}
-    path = folder.memory(7, 1)
+def test_a_client_state_that_is_not_the_counted_one_is_refused(harm: str, folder: RunFolder) -> None:
+    states = ClientStates(folder)
+    states.held[7] = {1: {"residual": np.float32([1])}}
+    known = {7: (1, states.save(1, [7])[7])}
+    path = folder.client_state(7, 1)
     path.unlink() if harm == "lost" else path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(FedtuneError, match="R403"):
-        Memories(folder).restore(known)
+        ClientStates(folder).restore(known)
 
 
 def test_half_written_files_and_folders_are_swept(folder: RunFolder) -> None:

@@ -124,7 +124,7 @@ def test_no_weight_loss_or_number_of_one_member_passes_and_no_secret_is_remember
         if ask.verb in ("train", "features"):  # bytes of a stream: every value of a byte, about as often
             counts = np.bincount(np.frombuffer(payload, np.uint8), minlength=256)
             assert counts.min() > 0.3 * counts.mean() and counts.max() < 2 * counts.mean()
-    assert not any(worlds[0].memories.held.values())
+    assert not any(worlds[0].client_states.held.values())
     sessions = {name for vault in worlds[0].vaults.values() for name in vault.names()}
     assert sessions == {f"{recipe.fingerprint[:16]}-2-train-1"}  # of the last round: those before are gone
 

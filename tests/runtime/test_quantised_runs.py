@@ -12,7 +12,7 @@ from fedtune.config import method_of
 from fedtune.events import Event, RoundDone
 from fedtune.model.export import load_adapter
 from fedtune.model.score import score
-from fedtune.runtime.checkpoints import Memories
+from fedtune.runtime.checkpoints import ClientStates
 from fedtune.runtime.client_half import respond
 from fedtune.runtime.folder import create
 from fedtune.runtime.protocol import Link
@@ -29,7 +29,7 @@ def test_sites_of_unlike_loads_are_one_federation(tiny_bert: Path, data: Path, t
     for how in hows:
         mine = recipe.model_copy(update={"model": recipe.model.model_copy(update=how)})
         method = method_of(mine)
-        place = build_workspace(mine, method, Memories(None), lambda event: None)
+        place = build_workspace(mine, method, ClientStates(None), lambda event: None)
         sites.append((place, link_of(place, method, recipe)))
     assert len({link.base for _, link in sites}) == 1
 

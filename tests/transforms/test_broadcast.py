@@ -49,15 +49,15 @@ every = pytest.mark.parametrize(
 @every
 def test_both_sides_hold_the_same_bits(settings: DownlinkCode) -> None:
     server: HeldState | None = None
-    memory: dict[str, np.ndarray] = {}  # a client that is there in every round
+    client_state: dict[str, np.ndarray] = {}  # a client that is there in every round
     for round in range(1, 6):
         made = settings.pack(state(round), server, round)
-        mine = holding(memory)
+        mine = holding(client_state)
         message = made.delta if made.delta and mine and mine.round == made.since else made.full
         tensors = settings.unpack(wired(message), mine.tensors if mine else None)
         newcomer = settings.unpack(wired(made.full), None)
         assert digest(tensors) == digest(newcomer) == digest(made.held.tensors)
-        hold(memory, HeldState(round, tensors))
+        hold(client_state, HeldState(round, tensors))
         server = made.held
     assert (made.delta is not None) == settings.remembers
 

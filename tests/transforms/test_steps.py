@@ -269,7 +269,7 @@ def test_notes_are_no_part_of_a_sum() -> None:
     assert (one + one).notes == () and one.shifted({"w": np.float32([1])}, -1).notes == ("why",)
 
 
-def test_auto_without_memory_stops_at_two_bits() -> None:
+def test_auto_without_client_state_stops_at_two_bits() -> None:
     with pytest.raises(ValidationError, match="at most 9"):
         AutoSettings(step="auto", ratio=15.0, error_feedback=False)
 

@@ -69,11 +69,11 @@ feeding = pytest.mark.parametrize(
 )
 
 
-def client(number: int = 0, memory: dict[str, np.ndarray] | None = None, base: str = "base") -> Client:
+def client(number: int = 0, client_state: dict[str, np.ndarray] | None = None, base: str = "base") -> Client:
     model = SimpleNamespace(
         base=SimpleNamespace(fingerprint=base)
     )  # stands for a TunableModel, of which only the base's fingerprint is read
-    return Client(number, f"site-{number}", model, None, {} if memory is None else memory)
+    return Client(number, f"site-{number}", model, None, {} if client_state is None else client_state)
 
 
 def difference(seed: int, scale: float = 1e-3) -> dict[str, np.ndarray]:
@@ -191,12 +191,12 @@ def test_huge_values_are_sent(settings: Settings) -> None:
 @every
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
 def test_what_is_not_finite_is_this_clients_failure(settings: Settings, bad: float) -> None:
-    memory: dict[str, np.ndarray] = {}
+    client_state: dict[str, np.ndarray] = {}
     values = {name: np.asarray(value, np.float64).copy() for name, value in difference(0).items()}
     values["a"][3, 3] = bad
     with pytest.raises(ClientFailed, match="W607"):
-        build([settings]).send(Update(values), client(memory=memory), NOW)  # type: ignore[list-item]
-    assert not memory  # nothing of a failed answer is owed
+        build([settings]).send(Update(values), client(client_state=client_state), NOW)  # type: ignore[list-item]
+    assert not client_state  # nothing of a failed answer is owed
 
 
 @every
@@ -211,8 +211,8 @@ def test_the_estimate_is_near_what_travels(settings: Settings) -> None:
 # --- error feedback ---
 
 
-def residual(memory: dict[str, np.ndarray]) -> np.ndarray:
-    return flat({key: value for key, value in memory.items() if key.startswith("residual/")})
+def residual(client_state: dict[str, np.ndarray]) -> np.ndarray:
+    return flat({key: value for key, value in client_state.items() if key.startswith("residual/")})
 
 
 @feeding
@@ -221,20 +221,22 @@ def test_what_was_sent_and_the_residual_are_what_was_to_be_sent(settings: Settin
     site, sent, wanted, decay = client(), 0.0, 0.0, settings.model_dump().get("decay", 1.0)
     for number in range(1, 7):
         values, weight = difference(number), float(number)  # the weight changes and must not matter
-        wanted = wanted + flat(values) - (1 - decay) * (residual(site.memory) if site.memory else 0.0)
+        wanted = wanted + flat(values) - (1 - decay) * (residual(site.state) if site.state else 0.0)
         sent = sent + flat(there(settings, values, site, weight, replace(NOW, number=number)).mean().tensors)
-    if not site.memory:
-        pytest.skip("auto chose a code without memory")
-    np.testing.assert_allclose(sent + residual(site.memory), wanted, atol=1e-6 * np.abs(wanted).max())
+    if not site.state:
+        pytest.skip("auto chose a code without a client state")
+    np.testing.assert_allclose(sent + residual(site.state), wanted, atol=1e-6 * np.abs(wanted).max())
 
 
 @feeding
 def test_the_residual_survives_a_restart(settings: Settings) -> None:
-    def second(memory: dict[str, np.ndarray]) -> Tensors:
-        return there(settings, difference(2), client(memory=memory), now=replace(NOW, number=4)).tensors
+    def second(client_state: dict[str, np.ndarray]) -> Tensors:
+        return there(
+            settings, difference(2), client(client_state=client_state), now=replace(NOW, number=4)
+        ).tensors
 
     kept: dict[str, np.ndarray] = {}
-    there(settings, difference(1), client(memory=kept))
+    there(settings, difference(1), client(client_state=kept))
     copied = {
         name: np.frombuffer(value.tobytes(), value.dtype).reshape(value.shape) for name, value in kept.items()
     }
@@ -244,11 +246,13 @@ def test_the_residual_survives_a_restart(settings: Settings) -> None:
 @feeding
 @pytest.mark.parametrize("change", ["base", "schema"])
 def test_the_residual_of_another_model_is_dropped(settings: Settings, change: str) -> None:
-    memory: dict[str, np.ndarray] = {}
-    there(settings, difference(1), client(memory=memory))
+    client_state: dict[str, np.ndarray] = {}
+    there(settings, difference(1), client(client_state=client_state))
     values = difference(2)
     if change == "schema":
         values["a"] = values["a"].T.copy()
     base = "other" if change == "base" else "base"
     fresh = there(settings, values, client(base=base)).tensors
-    assert digest(there(settings, values, client(memory=memory, base=base)).tensors) == digest(fresh)
+    assert digest(there(settings, values, client(client_state=client_state, base=base)).tensors) == digest(
+        fresh
+    )

@@ -78,19 +78,19 @@ class DownlinkCode(Settings):
         return 32.0, 32.0
 
 
-def hold(memory: dict[str, np.ndarray], held: HeldState) -> None:
-    """Keep a broadcast in a client's memory, in place of the one before."""
-    for key in [key for key in memory if key.startswith("held/")]:
-        del memory[key]
-    memory.update({f"held/{name}": np.asarray(value) for name, value in held.tensors.items()})
-    memory["held.round"] = np.asarray(held.round, np.int64)
+def hold(client_state: dict[str, np.ndarray], held: HeldState) -> None:
+    """Keep a broadcast in a client's state, in place of the one before."""
+    for key in [key for key in client_state if key.startswith("held/")]:
+        del client_state[key]
+    client_state.update({f"held/{name}": np.asarray(value) for name, value in held.tensors.items()})
+    client_state["held.round"] = np.asarray(held.round, np.int64)
 
 
-def holding(memory: dict[str, np.ndarray]) -> HeldState | None:
-    """The broadcast that a client's memory holds."""
-    if "held.round" not in memory:
+def holding(client_state: dict[str, np.ndarray]) -> HeldState | None:
+    """The broadcast that a client's state holds."""
+    if "held.round" not in client_state:
         return None
     return HeldState(
-        int(memory["held.round"]),
-        {key.removeprefix("held/"): value for key, value in memory.items() if key.startswith("held/")},
+        int(client_state["held.round"]),
+        {key.removeprefix("held/"): value for key, value in client_state.items() if key.startswith("held/")},
     )

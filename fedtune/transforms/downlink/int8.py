@@ -17,7 +17,7 @@ TOP = 127  # levels of a block reach from -127 to 127
 
 
 class Int8(DownlinkCode):
-    """step = "int8": the state by blocks of 64 numbers: a quarter of the bytes, no memory on either side."""
+    """step = "int8": the state by blocks of 64 numbers: a quarter of the bytes, nothing is kept."""
 
     step: Literal["int8"] = "int8"
 
