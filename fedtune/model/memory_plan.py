@@ -50,6 +50,7 @@ class Plan:
     trained_bytes: int  # of the trained tensors in memory
     head: str = ""  # as TunableModel.head
     of_head: frozenset[str] = frozenset()  # likewise
+    keeps_front: bool = False  # likewise
     # bytes that live at once in a step, or without settings in a scoring pass, by batch and length; None
     # where that was not tried out
     peak: Peak = field(default=not_tried, compare=False, repr=False)
@@ -110,10 +111,14 @@ def encoded_without_weights(
 ) -> Encoded:
     """Rows of a task without labels, encoded by the model's tokenizer; `how` as in `encode`. Raises M301, and
     what `encode` raises."""
-    base = weightless(model, task, 0)
+    return encoded_by(model, weightless(model, task, 0), rows, **how)
+
+
+def encoded_by(model: ModelSettings, base: Base, rows: Sequence[Mapping[str, Any]], **how: Any) -> Encoded:
+    """Rows encoded by the tokenizer of a model whose `base` was made without weights."""
     with reading(model.name):
         base.tokenizer = load_tokenizer(
-            locate(model.name), task, {"revision": model.revision} if model.revision else {}
+            locate(model.name), base.task, {"revision": model.revision} if model.revision else {}
         )
     return encode(rows, base, **how)
 
@@ -149,6 +154,7 @@ def plan_of(tunable: TunableModel) -> Plan:
         sum(value.numel() * value.element_size() for value in tunable.named.values()),
         tunable.head,
         tunable.of_head,
+        tunable.keeps_front,
     )
 
 

@@ -16,6 +16,7 @@ from fedtune.errors import FedtuneError
 from fedtune.methods import Method, Verb
 from fedtune.runtime import privacy
 from fedtune.runtime.exposure import Exposure, exposure
+from fedtune.runtime.kept_fronts import fronts_in_one_place, kept_fronts
 from fedtune.runtime.masked_tasks import STAGES, stage_of, with_masks
 from fedtune.runtime.sampling import sample
 from fedtune.runtime.task import chain_for, question_of, tasks_of
@@ -94,6 +95,8 @@ def check(recipe: Recipe) -> Checked:
     asked = len(sample(recipe.sampling, len(federation.clients), recipe.seed, 1))
     total, once, trained = traffic(recipe, method, chain, plan, asked, len(federation.clients))
     needs = dict((method.capabilities.costs or costs).memory(plan, recipe.data.max_length))
+    fronts = kept_fronts(recipe, base, federation, TRIED) if plan.keeps_front else []
+    needs |= {"outputs of frozen blocks, of the client with most": max(fronts)} if any(fronts) else {}
     mean = sum(len(client.train) for client in federation.clients) / len(federation.clients)
     texts = conversations(recipe, federation) if recipe.data.task in ("instruct", "preference") else []
     said = [
@@ -103,6 +106,7 @@ def check(recipe: Recipe) -> Checked:
         *costs_of_comparing(recipe, asked, len(federation.clients)),
         *texts,
         *costs.remarks(recipe, len(federation.labels), mean),
+        *fronts_in_one_place(fronts),
         *unseen(chain),
         *privacy.in_words(recipe, len(federation.clients), plan.trainable),
     ]
