@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from fedtune.model.adapters.base import Adapter, LayerAdapter
-from fedtune.model.adapters.head import Head
+from fedtune.model.adapters.base import Adapter
 from fedtune.model.curriculum import Curriculum
 from fedtune.model.input_changes import InputChangeTable, Vocabulary
 from fedtune.model.objectives import CrossEntropy, ObjectiveTable
@@ -348,7 +347,7 @@ def adapter_conflicts(train: TrainSettings, adapter: Adapter) -> Iterator[tuple[
             "a kind without virtual tokens",
             "set method.train.packing = false, or choose another kind",
         )
-    if isinstance(adapter, LayerAdapter | Head) and adapter.keep_front:
+    if adapter.keeps_front:
         others = {  # by which each step reads a row otherwise, or runs the network in its own way
             "packing": train.packing,
             "together": train.together > 1,

@@ -77,7 +77,7 @@ class TunableModel:
     @property
     def keeps_front(self) -> bool:
         """Whether training begins behind the frozen blocks (fedtune.model.kept_front)."""
-        return bool(getattr(self.settings, "keep_front", False))
+        return self.settings is not None and self.settings.keeps_front
 
     @property
     def head(self) -> str:

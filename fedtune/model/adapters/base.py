@@ -50,6 +50,11 @@ class Adapter(Settings):
     def keeps_types(self) -> bool:
         return False
 
+    @property
+    def keeps_front(self) -> bool:
+        """Whether what the frozen blocks in front say of a row is computed once."""
+        return False
+
     def turn(self, names: Iterable[str], number: int) -> frozenset[str]:
         """Which of what is trained has its turn in a round."""
         return frozenset(names)
@@ -98,6 +103,10 @@ class LayerAdapter(Adapter):
     modules_to_save: tuple[str, ...] = ()
     """Modules beside the task head that are trained whole and travel, by the ends of their names, such as
     "embed_tokens"."""
+
+    @property
+    def keeps_front(self) -> bool:
+        return self.keep_front
 
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         yield from band_conflicts(self.band)

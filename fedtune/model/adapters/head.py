@@ -24,6 +24,10 @@ class Head(Adapter):
     """What the frozen blocks say of a row is computed once, without their dropout, and every step begins
     behind them. Takes 4 bytes x width of memory for each token of a client's rows."""
 
+    @property
+    def keeps_front(self) -> bool:
+        return self.keep_front
+
     def conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         if self.keep_front:
             yield from front_conflicts(recipe)
