@@ -36,6 +36,7 @@ from fedtune.runtime.paths import located
 from fedtune.runtime.phases import CLIENTS, FINAL, LOADING, SCORING, SERVER, TOKENISING, add, spent
 from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.quarantine import present_now
+from fedtune.runtime.resting import resting_base, rests
 from fedtune.runtime.sampling import sample, wanted
 from fedtune.runtime.site_scores import at_sites
 from fedtune.runtime.summary import summary
@@ -171,8 +172,10 @@ def open_run(
     clock = {"seconds": 0.0, **(journal.phase("clock") or {}), "since": since}
     tell(Waiting("reading the data and loading the model"))
     with spent(clock, LOADING, since):
+        idle = carry is not None and federation is not None and rests(recipe, federation)
+        base_of = partial(resting_base, located(recipe, place)) if idle else None
         workspace = build_workspace(
-            recipe, method, client_states, tell, federation, place=place, folder=folder.path
+            recipe, method, client_states, tell, federation, base_of, place=place, folder=folder.path
         )
     check_same(
         journal,

@@ -18,6 +18,7 @@ from tests.pages.blocks import Block, blocks
 ELSEWHERE = {  # pages whose Python a test of their own runs, in its order
     "docs/extending.md": "tests/test_extending.py",
     "docs/getting-started.md": "tests/pages/test_getting_started.py",
+    "docs/preference.md": "tests/runtime/test_trl.py",
 }
 RUN = [block for block in blocks() if block.language == "python" and block.page not in ELSEWHERE]
 

@@ -68,6 +68,18 @@ SMALL: dict[
         "python simulations/privacy.py --set data.path=FOLDER",
         {"accuracy": "accuracy", "auc": "membership AUC"},
     ),
+    "preference-trl": (
+        "DPO by fedtune and by TRL's own trainer behind fedtune.patch: four clients, twelve pairs each, all in every "
+        "step, three rounds of four steps; losses of training in nats",
+        "python simulations/preference_trl.py --set model.name=FOLDER/stories260K-fp32",
+        {
+            "first": "first round",
+            "last": "last round",
+            "loss": "loss of 60 other pairs",
+            "accuracy": "of them in their order",
+            "cpu_seconds": "CPU seconds of the rounds",
+        },
+    ),
     "merging": (
         "Six experts that never met become one adapter: pooled test perplexity; one random start for all, a "
         "base that never saw a play",
