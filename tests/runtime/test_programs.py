@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ import fedtune
 from fedtune.cli import main
 from fedtune.errors import FedtuneError
 from fedtune.model import gguf_file
+from fedtune.model.base import load
+from fedtune.model.programs import refuse_vllm
+from fedtune.model.settings import ModelSettings
+from fedtune.model.tunable import attach
 from tests import small, tiny
+from tests.tables import adapter_of
 
 ASKED = "the red fox sleeps by the fire"
 
@@ -110,12 +116,15 @@ def test_a_gguf_file_is_the_merged_model(
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_architectures_come_back_from_a_gguf_file(
-    kind: str, dtype: torch.dtype, place: Path, tmp_path: Path
-) -> None:
-    """Biases of Qwen2's projections, norms of Qwen3's heads, and a base in bfloat16."""
+ARCHITECTURES = pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, dtype) for kind in ("Mistral", "Qwen2", "Qwen3") for dtype in (torch.float32, torch.bfloat16)],
+)
+
+
+def drawn(kind: str, dtype: torch.dtype, place: Path, file: Path) -> tuple[Any, Any]:
+    """A model of random values with its tokenizer, written as a GGUF file: biases of Qwen2's projections, norms
+    of Qwen3's heads."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama")
     width = 128 if kind == "Qwen3" else 8  # transformers' reader takes Qwen3's default, whatever a file says
     config = getattr(transformers, f"{kind}Config")(
@@ -128,7 +137,15 @@ def test_other_architectures_come_back_from_a_gguf_file(
         net = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype)
         for value in net.parameters():  # biases and norms, too, which begin as zeros and ones
             value.data += 0.1 * torch.rand_like(value)
-    gguf_file.write(net, tokenizer, tmp_path / "model.gguf", "tiny")
+    gguf_file.write(net, tokenizer, file, "tiny")
+    return net, tokenizer
+
+
+@ARCHITECTURES
+def test_other_architectures_come_back_from_a_gguf_file(
+    kind: str, dtype: torch.dtype, place: Path, tmp_path: Path
+) -> None:
+    net, tokenizer = drawn(kind, dtype, place, tmp_path / "model.gguf")
     back = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", dtype=torch.float32
     )
@@ -136,6 +153,53 @@ def test_other_architectures_come_back_from_a_gguf_file(
     assert all(torch.equal(value.float(), got[name]) for name, value in net.named_parameters())
     if dtype == torch.float32:
         np.testing.assert_allclose(logits(back, tokenizer), logits(net, tokenizer), rtol=1e-4, atol=1e-5)
+
+
+def by_llama_cpp(file: Path, asked: str, tokens: int) -> tuple[list[int], np.ndarray, list[int]]:
+    """What llama.cpp makes of a text: its tokens, the logits behind each, and what it goes on with greedily."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="pip install llama-cpp-python, which compiles llama.cpp"
+    )
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    with closing(
+        llama_cpp.Llama(str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, **exact)
+    ) as net:
+        ids = net.tokenize(asked.encode(), add_bos=False, special=True)
+        net.eval(ids)
+        said = np.array(net.scores[: len(ids)])
+        answer = net.generate(ids, temp=0.0, repeat_penalty=1.0)
+        return ids, said, [next(answer) for _ in range(tokens)]
+
+
+def require_llama_cpp_says(file: Path, net: Any, tokenizer: Any, tolerance: float) -> None:
+    """Tokens, logits and a greedy answer of llama.cpp are those of transformers."""
+    ids, said, answer = by_llama_cpp(file, ASKED, 12)
+    assert ids == tokenizer(ASKED, add_special_tokens=False)["input_ids"]
+    given = torch.tensor([ids])
+    with torch.no_grad():
+        want = net.eval()(given).logits[0].float().numpy()
+        asked = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+        goes_on = net.generate(given, attention_mask=torch.ones_like(given), **asked)[0, len(ids) :].tolist()
+    assert np.abs(said - want).max() <= tolerance * np.abs(want).max()
+    assert answer == goes_on
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_as_the_merged_model(language: Path, tmp_path: Path) -> None:
+    fedtune.export(language, tmp_path / "out", program="gguf")
+    require_llama_cpp_says(tmp_path / "out" / "model.gguf", *fedtune.load(language), 1e-5)
+
+
+@pytest.mark.slow
+@ARCHITECTURES
+def test_llama_cpp_runs_other_architectures(
+    kind: str, dtype: torch.dtype, place: Path, tmp_path: Path
+) -> None:
+    net, tokenizer = drawn(kind, dtype, place, tmp_path / "model.gguf")
+    # it rounds what goes into a product with a matrix in 16 bits
+    require_llama_cpp_says(
+        tmp_path / "model.gguf", net.float(), tokenizer, 1e-5 if dtype == torch.float32 else 2e-2
+    )
 
 
 def test_sentence_transformers_encodes_with_the_tuned_backbone(place: Path, tmp_path: Path) -> None:
@@ -171,6 +235,28 @@ def test_what_has_no_form_is_refused(
     with pytest.raises(FedtuneError, match=rf"M306: found .*{why}"):
         fedtune.export(run, tmp_path / "out", program=program)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name", "why"),
+    [
+        ({"kind": "ia3"}, "", "kind 'ia3'"),
+        ({"rank": 513}, "", "rank 513"),
+        ({"dora": True}, "", "DoRA"),
+        ({"modules_to_save": ("embed_tokens",)}, "", "modules_to_save"),
+        ({}, "package:somebody/model.gguf", "which vLLM does not find"),
+        ({"rank": 512}, "", ""),
+    ],
+)
+def test_vllm_gets_what_it_can_serve(adapter: dict[str, Any], name: str, why: str, place: Path) -> None:
+    base = load(ModelSettings(name=str(place / "llama"), device="cpu", threads=1), "instruct", (), 1)
+    tunable = attach(base, adapter_of(**adapter), 1)
+    base.name = name or base.name
+    if not why:
+        return refuse_vllm(tunable)
+    with pytest.raises(FedtuneError, match=rf"M306: found .*{why}.*, for vllm"):
+        refuse_vllm(tunable)
+    return None
 
 
 def test_the_cards_hold_figures_and_no_rows(place: Path, language: Path, tmp_path: Path) -> None:
