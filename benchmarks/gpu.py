@@ -1,173 +1,35 @@
-"""FedKSeed's passes over weights on a GPU: their bits, and what they cost beside the memory and beside forward
-passes.
+"""What fedtune does on a GPU: the right numbers first, then what they cost beside the memory, beside forward passes and
+beside plain loops. Ten minutes on one card.
 
-Claims: a replay and three moves have the bits of the CPU's kernels, from and to each type of weights. A replay
-of 3.2 B parameters takes at most 1.3 times as long as one plain pass over the same tensors, in bfloat16 from a
-base and in float32 in place. A step of SPSA takes at most 1.05 times as long as its two forward passes over 8
-x 512 tokens, of a model of 0.6 B parameters in bfloat16, by moves and by table.
+    python benchmarks/gpu.py [--device cuda] [--only NAME ...] [--tiny]
 
-Models have real shapes and random values: nothing is downloaded. 30 GB of the GPU's memory are enough. It has
-not been run on a GPU yet; `--device cpu --tiny` shows that it runs.
+zeroth    FedKSeed: bits, passes over weights, steps (on_gpu/zeroth.py)
+lora      local steps against a plain peft loop: gradients, time, memory (on_gpu/training.py)
+together  eight clients in one pass
+scoring   against plain forward passes
+cut       hidden states as bytes (on_gpu/cut.py)
+several   a process on each of several GPUs against one (on_gpu/several.py)
 
-    python benchmarks/gpu.py [--device cuda] [--tiny]
+Models have real shapes and random values: nothing is downloaded. 40 GB of the GPU's memory are enough. It has not been
+run on a GPU yet; `--device cpu --tiny` shows that it runs. A part that fails says so, and the next one goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import numpy as np
 import torch
-from claims import at_most, claim
-from transformers import LlamaConfig, LlamaForCausalLM
+from on_gpu.cut import cut
+from on_gpu.several import several
+from on_gpu.training import lora, scoring, together
+from on_gpu.zeroth import zeroth
 
-from fedtune.methods import integers
-from fedtune.methods.fedkseed import FedKSeedTable
-from fedtune.model.base import Base
-from fedtune.model.collate import collate_text
-from fedtune.model.encode import Encoded
-from fedtune.model.forward import batch_of, forward_only, mean_loss
-from fedtune.model.initial_values import Origin
-from fedtune.model.tunable import attach
-from fedtune.zeroth import Layout, Pool, replay, walk
-from fedtune.zeroth.tables import fused
-
-Claims = Iterator[dict[str, object]]
-POOL, SCALE, STEPS = Pool(0x1234567890ABCDEF, 4096), 3.1e-9, 8
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 500,
-    },
-    "0.6B": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-    "3.2B": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-}
-
-
-def net_of(size: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
-    with torch.device(device):
-        config = LlamaConfig(tie_word_embeddings=True, pad_token_id=0, **SHAPES[size])
-        return LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False).eval()
-
-
-def seconds(work: Callable[[], object], device: torch.device, turns: int = 10) -> float:
-    """The median of some turns, after one that is not counted."""
-    taken = []
-    for _ in range(turns + 1):
-        wait(device)
-        start = time.perf_counter()
-        work()
-        wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def accumulators() -> np.ndarray:
-    return np.random.default_rng(1).integers(-20_000, 20_000, POOL.size)
-
-
-def bits(device: torch.device, count: int) -> Claims:
-    """With zeros of both signs and subnormal numbers, from an odd offset."""
-    values = torch.from_numpy(np.random.default_rng(2).standard_normal(count, np.float32) * np.float32(0.02))
-    values[::17], values[1::17], values[2::31] = 0.0, -0.0, 1e-41
-    where = Layout({"x": 2**32 + 77}, {"x": count}, 2**32 + 77 + count)
-    moves = [(5, 1e-3), (4000, -3.3e-7), (0, 0.0)]
-    differ = 0
-    for out, base in itertools.product(TYPES, TYPES):
-        for work in (
-            lambda named, first: replay(named, [(POOL, accumulators())], SCALE, base=first, layout=where),
-            lambda named, first: walk(named, POOL, moves, base=first, layout=where),
-        ):
-            first = values.to(base)
-            results = []
-            for place in (torch.device("cpu"), device):
-                named = {"x": torch.ones(count, dtype=out, device=place)}
-                work(named, {"x": first.to(place)})
-                results.append(named["x"].cpu().view(torch.uint8))
-            differ += int((results[0] != results[1]).sum())
-    yield claim("bytes of weights that differ from the CPU's", differ, 1, differ, "0", differ == 0)
-
-
-def passes(device: torch.device, size: str) -> Claims:
-    named = dict(net_of(size, device).named_parameters())
-    count = sum(value.numel() for value in named.values())
-    base = {name: value.detach() for name, value in named.items()}
-    sums = [(POOL, accumulators())]
-    for text, start in (("bfloat16 from a base", base), ("float32 in place", None)):
-        kind = torch.bfloat16 if start else torch.float32
-        out = {name: torch.empty_like(value, dtype=kind).normal_() for name, value in base.items()}
-
-        def plain(out: dict[str, Any] = out, start: dict[str, Any] | None = start) -> None:
-            for name, value in out.items():
-                value.copy_(start[name]) if start else value.neg_()
-
-        def ours(out: dict[str, Any] = out, start: dict[str, Any] | None = start) -> None:
-            replay(out, sums, SCALE, base=start)
-
-        found, floor = seconds(ours, device), seconds(plain, device)
-        by = "Triton" if fused(POOL.size, device, kind, kind) else "no Triton"
-        print(
-            f"replay of {count:,} parameters, {text}, {by}: {1e3 * found:.2f} ms, a plain pass {1e3 * floor:.2f}"
-        )
-        yield at_most(f"seconds of a replay, {text}, other: a plain pass", found, floor, 1.3)
-        del out
-
-
-def steps(device: torch.device, size: str, batch: int, tokens: int) -> Claims:
-    net = net_of(size, device)
-    base = Base(net, None, "causal-lm", (), device, size, None, frozenset(), needs_mask=False)
-    rng = np.random.default_rng(3)
-    rows = [rng.integers(1, net.config.vocab_size, tokens).astype(np.int32) for _ in range(2 * batch)]
-    examples = [{"input_ids": row, "labels": row} for row in rows]
-    data = Encoded(examples, lambda at: collate_text([examples[i] for i in at], 0), 2 * batch * (tokens - 1))
-    for way in ("moves", "table"):
-        table = FedKSeedTable(estimator="spsa", steps=STEPS, batch=batch, lr=1e-7, walk=way)  # type: ignore[arg-type]
-        method, tunable = table.build(1, None), attach(base, table.trained, 1)  # type: ignore[arg-type]
-        tunable.origin = Origin({name: base.weights[name] for name in tunable.named}, b"", 1)
-        seeds = integers.draw(table.size, STEPS, (1, 1, 0))
-        with forward_only(tunable, data):
-            first = batch_of(tunable, data, list(range(batch)))
-            two = 2 * seconds(lambda: mean_loss(tunable, first), device)  # noqa: B023
-        of = {
-            count: seconds(lambda: method.walk(tunable, data, 0, seeds[:count], 1), device, 3)  # noqa: B023
-            for count in (1, STEPS)
-        }
-        one = (of[STEPS] - of[1]) / (STEPS - 1)
-        print(
-            f"a step by {way} of {base.size:,} parameters: {1e3 * one:.1f} ms, its two forwards {1e3 * two:.1f}"
-        )
-        yield at_most(f"seconds of a step by {way}, other: its two forward passes", one, two, 1.05)
+Part = Callable[[torch.device, bool], Iterator[dict[str, object]]]
+PARTS: dict[str, Part] = {part.__name__: part for part in (zeroth, lora, together, scoring, cut, several)}
 
 
 def main() -> None:
@@ -175,6 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), metavar="NAME")
     parser.add_argument(
         "--tiny",
         action="store_true",
@@ -184,13 +47,20 @@ def main() -> None:
     device, tiny = torch.device(options.device), options.tiny
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{name}, torch {torch.__version__}\n")
-    found = [
-        *bits(device, 10_007 if tiny else 5_000_003),
-        *passes(device, "tiny" if tiny else "3.2B"),
-        *steps(device, "tiny" if tiny else "0.6B", *((2, 8) if tiny else (8, 512))),
-    ]
-    print()
+    found, failed = [], []
+    for part in options.only:
+        began = time.perf_counter()
+        try:
+            found += PARTS[part](device, tiny)
+        except Exception:  # what other parts find is wanted all the same
+            traceback.print_exc()
+            failed.append(part)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{part}: {time.perf_counter() - began:.0f} s\n", flush=True)
     print(json.dumps(found))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

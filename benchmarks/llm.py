@@ -65,7 +65,7 @@ def questions() -> Iterator[dict[str, str]]:
                 yield {"prompt": f"What is {name} for?", "response": answer}
 
 
-def base_of(folder: Path, shape: dict[str, Any], layers: int, texts: list[str]) -> Base:
+def write_model(folder: Path, shape: dict[str, Any], layers: int, texts: list[str]) -> None:
     """A model folder as any other, with a byte-level tokenizer trained on the texts."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -82,6 +82,10 @@ def base_of(folder: Path, shape: dict[str, Any], layers: int, texts: list[str]) 
     config = transformers.LlamaConfig(**shape, num_hidden_layers=layers, max_position_embeddings=1024)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def base_of(folder: Path, shape: dict[str, Any], layers: int, texts: list[str]) -> Base:
+    write_model(folder, shape, layers, texts)
     return load(ModelSettings(name=str(folder), device="cpu", threads=1), "instruct", (), 1)
 
 
@@ -103,7 +107,10 @@ def plain_loop(base: Base, encoded: Encoded, s: TrainSettings) -> Callable[[], N
         net.train()
         for (indices,) in step_batches(len(encoded), s, 1):
             optimizer.zero_grad()
-            net(**encoded.collate(list(indices)), use_cache=False).loss.backward()
+            batch = {name: value.to(base.device) for name, value in encoded.collate(list(indices)).items()}
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=base.device.type == "cuda"):
+                loss = net(**batch, use_cache=False).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
         net.eval()
