@@ -25,6 +25,7 @@ from fedtune.split.codec import NAMES, Coding, encode
 from fedtune.split.frames import LIMITS, Joiner, Limits, Parcel, failed, packed, parsed
 from fedtune.split.session import Admit, HeldSamples, Offer, Session, check
 from fedtune.split.work import Missing, Work, keep, prepared
+from fedtune.split.writer import Writer
 from fedtune.wire.v1 import split_pb2 as pb
 
 GREETING = 10.0  # seconds within which a stream says a HELLO that is accepted
@@ -60,8 +61,8 @@ def never(run: str, round: int) -> bool:
 
 
 class Service:
-    """Sessions, their leases, and the merger that computes. `start` runs the computing and the sweeping
-    thread; without it, `Local` channels compute."""
+    """Sessions, their leases, and the merger that computes. `start` runs the computing, the writing and the
+    sweeping thread; without it, `Local` channels compute and write."""
 
     def __init__(
         self,
@@ -84,8 +85,10 @@ class Service:
         self.lock = threading.RLock()
         self.stopped = threading.Event()
         self.threads: list[threading.Thread] = []
+        self.writer: Writer | None = None
 
     def start(self) -> Service:
+        self.writer = Writer()
         self.threads = [threading.Thread(target=run, daemon=True) for run in (self.compute, self.watch)]
         for thread in self.threads:
             thread.start()
@@ -97,6 +100,8 @@ class Service:
             connection.close()
         for thread in self.threads:
             thread.join()
+        if self.writer is not None:
+            self.writer.stop()
 
     def compute(self) -> None:
         while not self.stopped.is_set():
@@ -295,7 +300,10 @@ class Connection:
         keep(parcel, session, service.held)
 
         def done(result: torch.Tensor | None, error: Exception | None) -> None:
-            self.answer(session, parcel, work, result, error)
+            if service.writer is None:
+                self.answer(session, parcel, work, result, error)
+            else:
+                service.writer.later(result, lambda: self.answer(session, parcel, work, result, error))
 
         service.merger.submit(Job(session.hello.session, work.hidden, work.side, work.grad, done))
 
@@ -309,7 +317,7 @@ class Connection:
         result: torch.Tensor | None,
         error: Exception | None,
     ) -> None:
-        """Called by the computing thread."""
+        """Called by the writing thread, or by the computing one where there is no other."""
         sequence, messages = parcel.frame.sequence, list[bytes]()
         try:
             if result is None:
@@ -325,7 +333,7 @@ class Connection:
             messages, _, _ = packed(pb.Frame(kind=kind, sequence=sequence, digest=parcel.digest), [coded])
             if backward:
                 self.service.held.drop(session.hello.session, sequence)
-        except Exception as raised:  # a defect must not end the thread that computes for all
+        except Exception as raised:  # a defect must not end the thread that answers all
             refused = raised if isinstance(raised, FedtuneError) else failure(raised)
             self.service.errors[refused.code] += 1
             messages = [failed(sequence, refused)]
