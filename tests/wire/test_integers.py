@@ -33,6 +33,20 @@ def test_whole_numbers_arrive_exactly_and_cost_what_their_types_say() -> None:
     assert len(longer) - len(data) == 3 * 2
 
 
+def test_each_of_many_tensors_is_read_from_its_own_place() -> None:
+    means = {name: np.int64([number, -number, 3]) for number, name in enumerate("abcd", 1)}
+    types = ("int16", "int32", "int16", "int32")
+    schema = Schema(
+        tuple((name, (3,)) for name in means), tuple((*one, 99) for one in zip(means, types, strict=True))
+    )
+    header = Header("run", 1, 3, "train", "base", schema.fingerprint, whole=schema.whole)
+    data = encode(Update({name: 2 * value for name, value in means.items()}, 2.0), header)
+    got = decode(data, Expect("run", 1, 3, "train", "base", schema, frozenset({"whole"})))[1]
+    assert {name: value.tolist() for name, value in got.tensors.items()} == {
+        name: (2 * value).tolist() for name, value in means.items()
+    }
+
+
 def test_what_is_not_whole_or_too_large_is_the_methods_mistake() -> None:
     with pytest.raises(ValueError, match="times whole numbers"):
         encode(Update({**update().tensors, "steps": np.int64([1, 0, 0])}, 7.0), HEADER)
