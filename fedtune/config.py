@@ -10,6 +10,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,7 +32,8 @@ from fedtune.selection import SelectTable
 from fedtune.settings import Settings, path_below, union_of
 from fedtune.sinks import SinkTable
 from fedtune.transforms import ChainStep
-from fedtune.transforms.downlink import DownlinkSettings, Plain
+from fedtune.transforms.downlink import Auto as AutoDownlink
+from fedtune.transforms.downlink import DownlinkSettings
 from fedtune.validation import sentence
 from fedtune.wire.settings import LimitSettings
 
@@ -185,7 +187,7 @@ class Recipe(Settings):
     sampling: SamplingSettings = SamplingSettings()
     chain: tuple[ChainStep, ...] = ()
     """Steps between a client's update and the server's sum, in the client's order."""
-    downlink: DownlinkSettings = Plain()
+    downlink: DownlinkSettings = AutoDownlink()
     privacy: PrivacySettings = PrivacySettings()
     aggregate: AggregateSettings = Mean()
     limits: LimitSettings = LimitSettings()
@@ -317,6 +319,16 @@ def parse(tree: dict[str, Any], stem: str = "recipe") -> Recipe:
     except ValidationError as error:
         raise sentence(error, Recipe) from None
     check_rules(recipe)
+    return with_downlink(recipe)
+
+
+def with_downlink(recipe: Recipe) -> Recipe:
+    """The recipe with the first code of the way down that may stand in it."""
+    for code in recipe.downlink.choices(recipe):
+        chosen = recipe.model_copy(update={"downlink": code})
+        with suppress(FedtuneError):
+            check_rules(chosen)
+            return chosen
     return recipe
 
 

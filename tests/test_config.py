@@ -210,3 +210,26 @@ def test_a_byte_order_mark_and_the_home_folder(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbfseed = 9\r\nrounds = 2\r\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (config.read("~/r.toml").seed, config.read("~/r.toml").rounds) == (9, 2)
+
+
+INT8 = "chain=[{step='quantize', bits=8}]"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "overrides"),
+    [
+        ("none", []),
+        ("int8", [INT8]),
+        ("int8", ["chain=[{step='dither'}]", "aggregate.rule=ffa"]),
+        ("none", [INT8, "downlink.step=none"]),
+        ("delta", [INT8, "downlink.step=delta"]),
+        ("none", ["chain=[{step='mask'}]"]),  # its answers are exact
+        ("none", [INT8, "method.adapter.kind=ia3"]),  # scales around one
+        ("none", [INT8, "method.adapter.kind=bias"]),  # numbers of the base
+        ("none", [INT8, "aggregate.rule=fedex"]),  # what it lays on top is exact
+        ("none", [INT8, "method.lora_start=pissa"]),  # so is a residual
+        ("none", [INT8, "method.type=experts"]),  # groups are given different tensors
+    ],
+)
+def test_the_way_down_is_in_8_bits_where_nothing_shows_it(chosen: str, overrides: list[str]) -> None:
+    assert config.read(None, overrides).downlink.step == chosen

@@ -92,6 +92,11 @@ class FedPEFTSettings(AdapterTable):
             return f"method.adapter.kind = '{self.adapter.kind}'" + (" as it is set" if lora else "")
         return ""
 
+    def rounds_well(self, rule: Rule) -> bool:
+        """LoRA's factors are spread around zero. Scales around one, weights of the base, and what a rule lays
+        on top exactly are not."""
+        return isinstance(self.adapter, Lora) and not (rule.carries or rule.core)
+
     def needs_weights(self) -> str:
         return super().needs_weights() or self.residual
 

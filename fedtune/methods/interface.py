@@ -288,6 +288,10 @@ class MethodTable(Settings):
         """What keeps several clients from being trained in one pass, as a setting; "" where nothing does."""
         return f"method.type = '{self.type}'"
 
+    def rounds_well(self, rule: Any) -> bool:
+        """Whether the state loses nothing that shows when it travels to clients in 8 bits."""
+        return False
+
     def needs_weights(self) -> str:
         """What needs the base's own weights as they are in its file, rather than in 4 or 8 bits, as a
         setting; "" where nothing does."""

@@ -63,6 +63,11 @@ class DownlinkCode(Settings):
                 "add [[chain]] step = 'quantize' bits = 8, or remove [downlink]",
             )
 
+    def choices(self, recipe: Any) -> Iterator[DownlinkCode]:
+        """Codes that it may stand for in a recipe, the best first: the first that conflicts with nothing is
+        taken."""
+        yield self
+
     def pack(self, state: Tensors, before: HeldState | None, round: int) -> Broadcast:
         """This round's messages for a state (float32). `before` is the `held` of an earlier round, None
         before the first."""
