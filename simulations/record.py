@@ -59,7 +59,7 @@ def chain(step: str, **settings: Any) -> list[str]:
     words = ", ".join(
         [f'step = "{step}"', *(f"{key} = {json.dumps(value)}" for key, value in settings.items())]
     )
-    return [f"chain=[{{{words}}}]", *ALONE]
+    return [f"chain=[{{{words}}}]", "downlink.step=none", *ALONE]
 
 
 CODES: dict[str, list[str]] = {
