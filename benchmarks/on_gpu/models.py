@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune.model.base import Base
@@ -100,6 +101,22 @@ def peak(work: Callable[[], object], device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     work()
     return int(torch.cuda.max_memory_allocated(device))
+
+
+class Operations(TorchDispatchMode):  # type: ignore[misc]  # torch is untyped here
+    """Counts what torch is asked to do, views included: on a GPU each of the rest is a launch or more."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(work: Callable[[], object]) -> int:
+    with Operations() as watch:
+        work()
+    return watch.count
 
 
 def apart(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:

@@ -24,7 +24,7 @@ from fedtune.model.settings import TrainSettings
 from fedtune.model.together import Trainee, fit_together
 from fedtune.model.training_loss import TrainingLoss
 from fedtune.model.tunable import TunableModel, attach, detach
-from on_gpu.models import apart, base_of, data_of, peak, seconds
+from on_gpu.models import apart, base_of, data_of, operations, peak, seconds
 
 Claims = Iterator[dict[str, object]]
 LORA = Lora(rank=16, alpha=32.0)
@@ -43,10 +43,11 @@ def lora(device: torch.device, tiny: bool) -> Claims:
         what = f"LoRA on {size}, {batch} x {tokens}"
         yield gradients(what, base, data, batch)
         settings = TrainSettings(optimizer="adamw", lr=1e-4, clip=1.0, batch=batch, steps=STEPS)
-        taken, bytes_held = [], []
+        taken, bytes_held, asked = [], [], []
         for way in (ours, theirs):
             run, undo = way(base, data, settings)
             bytes_held.append(peak(run, device))
+            asked.append(operations(run) / STEPS)
             taken.append(seconds(run, device, 3) / STEPS)
             undo()
         print(
@@ -54,6 +55,7 @@ def lora(device: torch.device, tiny: bool) -> Claims:
             f"peak {bytes_held[0] / 2**30:.2f} and {bytes_held[1] / 2**30:.2f} GiB"
         )
         yield at_most(f"seconds of a step, {what}; other: a plain peft loop", *taken, 1.05)
+        yield at_most(f"operations of a step, {what}; other: a plain peft loop", *asked, 1.0)
         if device.type == "cuda":
             yield at_most(f"bytes at once, {what}; other: a plain peft loop", *map(float, bytes_held), 1.0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.common import add_round
+from fedtune.cli.waits import waiting
 from fedtune.errors import FedtuneError
 from fedtune.plain import plain
 from fedtune.quiet import quiet
@@ -42,11 +43,12 @@ def run(options: argparse.Namespace) -> int:
         found = f"--tokens {options.tokens} and --temperature {options.temperature}"
         raise FedtuneError("C103", found, "1 or more, and 0 or more", "correct them")
     quiet()
-    from fedtune.model.stream import Wish
-    from fedtune.runtime.chat import Chat, talker
+    with waiting("reading the model"):
+        from fedtune.model.stream import Wish
+        from fedtune.runtime.chat import Chat, talker
 
+        model = talker(Path(options.model).expanduser().resolve(), options.round)
     sides = (options.only,) if options.only else ("base", "tuned")
-    model = talker(Path(options.model).expanduser().resolve(), options.round)
     chat = Chat(model, Wish(options.tokens, options.temperature), sides)
     person = sys.stdin.isatty() and not options.say
     if person:

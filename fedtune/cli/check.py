@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fedtune.cli.common import add_recipe
+from fedtune.cli.waits import waiting
 from fedtune.quiet import quiet
 
 
@@ -32,8 +33,10 @@ def check(options: argparse.Namespace) -> int:
 
         print(tomli_w.dumps(recipe.model_dump(mode="json")))
     quiet()
-    from fedtune import api
-    from fedtune.deploy.preflight import remarks
+    with waiting("reading the data"):
+        from fedtune import api
+        from fedtune.deploy.preflight import remarks
 
-    print("\n".join([*api.check(recipe), *remarks(recipe)]))
+        said = [*api.check(recipe), *remarks(recipe)]
+    print("\n".join(said))
     return 0

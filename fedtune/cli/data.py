@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from fedtune.cli.init import add_guesses
+from fedtune.cli.waits import waiting
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 from fedtune.recipes import BUILT_IN
@@ -42,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
 
         recipe = config.parse_with(draft(options.source, options.task, options.model).tree, options.set, "")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for line in lines(seen(recipe, max(0, options.examples)), colour):
+    with waiting("reading the data"):
+        view = seen(recipe, max(0, options.examples))
+    for line in lines(view, colour):
         print(line)
     return 0

@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 from fedtune.cli.common import add_recipe
+from fedtune.cli.waits import waiting
 from fedtune.quiet import quiet
 
 
@@ -44,10 +45,13 @@ def leak_test(options: argparse.Namespace) -> int:
     if method_of(recipe).capabilities.split is None:
         from fedtune.runtime import update_leak
 
-        found = update_leak.update_leaks(recipe, options.client, options.examples)
+        with waiting("attacking a client's answer"):
+            found = update_leak.update_leaks(recipe, options.client, options.examples)
         print("\n".join(update_leak.sentences(found)))
         return 0
     from fedtune.runtime.split_leak import leaks, sentences
 
-    print("\n".join(sentences(recipe, leaks(recipe, options.client, options.examples, options.steps))))
+    with waiting("attacking hidden states"):
+        leaking = leaks(recipe, options.client, options.examples, options.steps)
+    print("\n".join(sentences(recipe, leaking)))
     return 0

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fedtune.cli.common import settings_of
+from fedtune.cli.waits import waiting
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 
@@ -79,7 +80,8 @@ def merge(options: argparse.Namespace) -> int:
         "rank": options.rank or 0,
         "base": options.base,
     }
-    merged = api.merge(options.adapters, options.to, run=options.eval or "", **rule)
+    with waiting("reading the adapters"):
+        merged = api.merge(options.adapters, options.to, run=options.eval or "", **rule)
     for name, score in merged.scores.items():
         print(f"{name}: {score.name} {score.metric:.4f}, loss {score.loss:.4f}")
     if options.by == "greedy":

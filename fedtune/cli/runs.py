@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fedtune.cli.common import add_round, add_workers
 from fedtune.cli.showing import add_showing, shown
+from fedtune.cli.waits import waiting
 from fedtune.disk import json_text
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
@@ -185,10 +186,11 @@ def evaluate(options: argparse.Namespace) -> int:
     from fedtune import api
 
     what = [name for name in options.what.split(",") if name]
-    found = api.evaluate(
-        options.run, options.data or "", options.round, what, options.text,
-        steer=options.steer, steer_weight=options.steer_weight,
-    )  # fmt: skip
+    with waiting("reading the model and the rows"):
+        found = api.evaluate(
+            options.run, options.data or "", options.round, what, options.text,
+            steer=options.steer, steer_weight=options.steer_weight,
+        )  # fmt: skip
     print(json_text(found, indent=2))
     return 0
 
@@ -205,13 +207,19 @@ def predict(options: argparse.Namespace) -> int:
         options.model, options.data, options.column, batch=options.batch, tokens=options.tokens,
         round=options.round, steer=options.steer, steer_weight=options.steer_weight,
     )  # fmt: skip
+    with waiting("reading the model and the rows"):
+        # before a file is made: what is wrong with the model shows here
+        first = list(itertools.islice(said, 1))
+    rows = itertools.chain(first, said)
     if not options.to:
-        for row in said:
+        for row in rows:
             print(json_text(row))
         return 0
-    first = list(itertools.islice(said, 1))  # before a file is made: what is wrong with the model shows here
-    rows = itertools.chain(first, said)
-    with disk_errors(target), target.open("w", encoding="utf-8", newline="") as file:
+    with (
+        waiting("writing answers"),
+        disk_errors(target),
+        target.open("w", encoding="utf-8", newline="") as file,
+    ):
         if target.suffix == ".jsonl":
             file.writelines(json_text(row) + "\n" for row in rows)
         else:
@@ -261,20 +269,24 @@ def export(options: argparse.Namespace) -> int:
         quiet()
         from fedtune.runtime.finished import export_seeds
 
-        export_seeds(Path(options.from_seeds).expanduser(), options.base, options.form or "merged", target)
+        with waiting("rebuilding the model"):
+            export_seeds(
+                Path(options.from_seeds).expanduser(), options.base, options.form or "merged", target
+            )
     else:
         quiet()
         from fedtune import api
 
-        lost = api.export(
-            options.run,
-            target,
-            options.form,
-            options.rank or 0,
-            options.round,
-            options.program,
-            options.intruders,
-        )
+        with waiting("reading the model"):
+            lost = api.export(
+                options.run,
+                target,
+                options.form,
+                options.rank or 0,
+                options.round,
+                options.program,
+                options.intruders,
+            )
         if options.rank:
             print(f"cut to rank {options.rank}: {100 * lost:.3g} % of the adapter's norm is lost")
     print(options.to)
@@ -282,10 +294,12 @@ def export(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from fedtune.report import csv_files, png_files, write_report
-
     folders = [opened(path) for path in options.runs]
-    print(write_report(folders, Path(options.to).expanduser() if options.to else None))
+    with waiting("drawing the page"):
+        from fedtune.report import csv_files, png_files, write_report
+
+        page = write_report(folders, Path(options.to).expanduser() if options.to else None)
+    print(page)
     for place, write in ((options.png, png_files), (options.csv, csv_files)):
         for path in write(folders, Path(place).expanduser()) if place else ():
             print(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.cli.common import add_round
+from fedtune.cli.waits import waiting
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 
@@ -45,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     if host not in LOOPBACK and not token:
         do = f"set {TOKEN} to a long random text, or listen on 127.0.0.1"
         raise FedtuneError("C103", f"--listen {options.listen} without a token", "a token", do)
-    model = talker(Path(options.model).expanduser().resolve(), options.round)
+    with waiting("reading the model"):
+        model = talker(Path(options.model).expanduser().resolve(), options.round)
     with ModelServer((host, int(port)), model, options.tokens, token) as server:
         place = f"http://{host}:{server.server_port}/v1"
         print(f"{model.name} at {place} as model '{model.name}'; Ctrl-C ends", flush=True)
