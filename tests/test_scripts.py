@@ -3,6 +3,7 @@ same day. Their figures mean nothing here."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -200,9 +201,11 @@ def test_record(shakespeare: list[str], start: Start, tmp_path: Path) -> None:
 
 
 def test_every_row_of_every_table_is_a_recipe(load: Callable[[str], Any]) -> None:
-    from fedtune.config import read
+    from fedtune.config import parse_with, read
 
-    record, sfprompt, dolly = (load(f"simulations/{name}.py") for name in ("record", "sfprompt", "dolly"))
+    record, sfprompt, dolly, tuning = (
+        load(f"simulations/{name}.py") for name in ("record", "sfprompt", "dolly", "tuning")
+    )
     tables = [
         *record.TABLES.values(),
         ("sfprompt.toml", sfprompt.DIGITS),
@@ -214,7 +217,12 @@ def test_every_row_of_every_table_is_a_recipe(load: Callable[[str], Any]) -> Non
         for recipe, rows in tables
         for sets in rows.values()
     ]
-    assert len(recipes) > 60
+    recipes += [
+        parse_with(copy.deepcopy(tuning.BASE), [*sets, "data.path=rows"], "tuning")
+        for _, rows in tuning.TABLES.values()
+        for sets in rows.values()
+    ]
+    assert len(recipes) > 100
 
 
 @pytest.mark.thorough
@@ -271,6 +279,29 @@ def test_experts(story: Path, start: Start, tmp_path: Path) -> None:
     data = ["--data", tmp_path / "rows.jsonl", "--tasks", 2, "--seeds", 1, "--results", tmp_path]
     start("simulations/experts.py", *data, *sets)
     assert set(rows_of(tmp_path / "experts.json")) > {"base", "general", "Arrow, two best"}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("table", ["gsm8k", "dolly"])
+def test_tuning(table: str, story: Path, start: Start, tmp_path: Path) -> None:
+    kinds = ("open_qa", "general_qa", "brainstorming", "classification")
+    rows = [
+        {"question": said, "answer": f"#### {n}", "task": f"task{n % 2}", "input": "fox", "output": "dog"}
+        | {"instruction": said, "context": "", "response": f"the dog {n}", "category": kinds[n % 4]}
+        for n, said in enumerate(tiny.SENTENCES * 8)
+    ]
+    for name in ("train", "test", "dolly15k", "general"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"model.name": story, "data.max_length": 64, "method.adapter.last": 1}
+    few |= {"method.train.steps": 1, "rounds": 1}
+    sets = ["--seeds", 1, *(f"--set={path}={value}" for path, value in few.items())]
+    data = ["--data", tmp_path, "--general", tmp_path / "general.jsonl", "--results", tmp_path]
+    own = ["S3FT"] if table == "gsm8k" else []
+    start("simulations/tuning.py", table, *data, *sets, "--only", "cross entropy", "DFT", *own)
+    found = rows_of(tmp_path / f"tuning-{table}.json")
+    assert set(found) == {"cross entropy", "base model", "DFT"}  # of S3FT's answers a judge accepts none
+    assert found["base model"]["1"]["loss"] != found["DFT"]["1"]["loss"]
+    assert all(found[name]["1"]["general_base"] > 0 for name in ("cross entropy", "DFT"))
 
 
 @pytest.mark.thorough

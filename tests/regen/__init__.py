@@ -25,6 +25,7 @@ from tests.regen import (
     rates,
     results,
     stubs,
+    tuning,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,7 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "decisions": decisions.generate,
     "pictures": pictures.generate,
     "choose": choose.generate,
+    "tuning": tuning.generate,
     "peers": peers.generate,
     "architecture": architecture.generate,
     "results": results.generate,

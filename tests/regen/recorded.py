@@ -25,10 +25,20 @@ ABOUT = {
         "Rules of [aggregate] on tinyshakespeare: perplexity",
         "python simulations/record.py shakespeare-rules --set model.name=... --set data.path=...",
     ),
+    "shakespeare-starts": (
+        "Starts of LoRA's factors on tinyshakespeare: perplexity of rows that four clients hold out, "
+        "rounds of three steps of 8 x 64 tokens at a constant rate, the best of two or three on seed 11",
+        "python simulations/record.py shakespeare-starts --set model.name=... --set data.path=...",
+    ),
     "preference": (
         "Preference tuning of a model of 260,032 parameters on pairs of docstrings: share of held-out pairs in "
         "their order",
         "python simulations/record.py preference --set model.name=FOLDER/stories260K-fp32",
+    ),
+    "clinc150-labels": (
+        "Losses where clients' labels are skewed: CLINC150, Dirichlet(0.1) over 150 intents, ten clients, "
+        "20 rows an intent, four rounds of 20 steps of 8, LoRA in the last block",
+        "python simulations/record.py clinc150-labels --set data.path=FOLDER",
     ),
     "clinc150-ranks": (
         "Clients of ranks 4, 8 and 16 on CLINC150, a domain of intents each, 30 local steps",
@@ -91,6 +101,12 @@ SMALL: dict[
         "other speakers",
         "python simulations/merging.py --case strangers --set model.name=... --set data.path=...",
         {"": "perplexity"},
+    ),
+    "tuning-gsm8k": (
+        "SmolLM2-135M-Instruct on GSM8K, four clients with 16 rows each, three rounds of four steps of 2, LoRA in "
+        "the last 8 of 30 blocks",
+        "python simulations/tuning.py gsm8k --data FOLDER --general natural_instructions/test.jsonl",
+        {"loss": "held-out loss, nats", "forgetting": "rise of the loss on Natural Instructions"},
     ),
     "sfprompt-digits": (
         "Split learning: a small vision transformer that knows the digits 0 to 4 learns 5 to 9 at eight "

@@ -214,10 +214,12 @@ def rows(table: dict[str, Any]) -> list[str]:
         for key in ("base", "local", "centralised")
         if any(seed.get(key) is not None for row in table["rows"].values() for seed in row.values())
     ]
+    more = {"macro_f1": "macro F1"} if "macro_f1" in first else {}
     head = [
         "",
         f"federated {first['metric']}",
         "seeds",
+        *more.values(),
         *compared,
         "trained",
         "up, KiB a client and round",
@@ -233,7 +235,9 @@ def rows(table: dict[str, Any]) -> list[str]:
         up, down = (
             statistics.mean(run[f"{way}_bytes_per_client_round"] for run in runs) for way in ("up", "down")
         )
-        others = [spread([run[key] for run in runs if run.get(key) is not None]) for key in compared]
+        others = [
+            spread([run[key] for run in runs if run.get(key) is not None]) for key in [*more, *compared]
+        ]
         trained = runs[0]["trainable"]
         cells = [name, spread([run["federated"] for run in runs]), str(len(runs)), *others]
         costs = (
