@@ -46,6 +46,8 @@ def test_a_coordinator_rests_unless_it_has_rows_or_watches(halves: Path, data: P
     assert rests(plain, known(plain)) and not rests(plain, known(plain, 1))
     watched = language(halves, data, watch__every=1)
     assert not rests(watched, known(watched))
+    cut = language(halves, data, method={"type": "sfprompt", "head": 1, "tail": 0})
+    assert not rests(cut, known(cut))  # it tells sites what their parts should say
 
 
 def test_it_is_the_same_base_in_the_type_of_its_files(
