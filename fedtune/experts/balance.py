@@ -1,5 +1,5 @@
-"""Terms of a gate's loss that keep experts in use. `part` (..., K) are the shares that a gate would give,
-before some are kept; `real` (..., 1) is 1 for a token and 0 for padding."""
+"""Terms of a gate's loss that keep experts in use, or say whose rows these are. `part` (..., K) are the
+shares that a gate would give, before some are kept; `real` (..., 1) is 1 for a token and 0 for padding."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def switch(part: torch.Tensor, kept: torch.Tensor, real: torch.Tensor) -> torch.
     used = (kept * real).flatten(0, -2).sum(0).detach()
     mean = (part * real).flatten(0, -2).sum(0) / real.sum().clamp_min(1)
     return part.shape[-1] * (used / used.sum().clamp_min(1) * mean).sum()
+
+
+def owned(part: torch.Tensor, real: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of the group's own expert (`own` is 1) among the shares: nats, mean over tokens."""
+    missed = -(part * own).sum(-1, keepdim=True).clamp_min(1e-30).log()
+    return (missed * real).sum() / real.sum().clamp_min(1)
 
 
 def localized(part: torch.Tensor, real: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

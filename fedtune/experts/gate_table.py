@@ -38,5 +38,16 @@ class GateTable(Settings):
     """Weight of LoRAMoE's localised balance (Dou et al. 2024, arXiv:2312.09979), which leaves a group's own
     expert a greater share. Members are then told which expert that is; whoever has none is spared the
     term."""
+    owner: float = Field(0.0, ge=0)
+    """Weight of the cross entropy of a group's own expert among the shares, mean over tokens and layers: the
+    gate is told whose rows these are, and does not have to find out from the loss alone. Members are then
+    told which expert is theirs; whoever has none is spared the term."""
+    depth: bool = False
+    """Scores are also averaged over the layers so far, so that a layer decides by all that was seen below."""
     lr: float = Field(0.01, gt=0, le=100)
     """Learning rate of the gate; all else is as [method.train] says."""
+
+    @property
+    def tells_own(self) -> bool:
+        """Whether members are told which expert is their group's."""
+        return bool(self.localized or self.owner)

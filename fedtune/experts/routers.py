@@ -43,6 +43,7 @@ class Routing:
     temperature  of the softmax over scores; higher is more even
     per          layer: each decides for itself; block: one decision for a feed-forward block, whose experts'
                  answers are mixed behind it (decisions.py)
+    depth        a layer's scores are averaged with those of the layers below it
     """
 
     gate: Literal["arrow", "means", "fixed", "trained"] = "arrow"
@@ -51,6 +52,7 @@ class Routing:
     p: float = 0.6
     temperature: float = 1.0
     per: Per = "layer"
+    depth: bool = False
 
     def shares(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (..., K) -> shares that add up to 1."""
@@ -128,6 +130,7 @@ class Router:
     extra: list[torch.Tensor] = field(default_factory=list)
     _hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     _mask: torch.Tensor | None = None
+    _below: Any = None  # of this pass: scores of all experts, summed over the layers so far, and of how many
     _goes_on: bool = True  # whether more tokens of the same texts may follow, from a cache
 
     def __post_init__(self) -> None:
@@ -168,6 +171,7 @@ class Router:
         if past is None or not past.get_seq_length():
             for layer in self.layers.values():
                 layer.summed, layer.tokens = 0.0, 0.0
+        self._below = None
         self._goes_on = named.get("use_cache") is not False
         self.extra.clear()
         mask = named.get("attention_mask")
@@ -200,7 +204,9 @@ class Router:
 
     def _shares(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
         """(..., experts that live here, and nobody), and what is noted of them."""
-        part, kept, shares = self.routing.parts(self._scores(layer, gate, x))
+        scores = self._scores(layer, gate, x)
+        scores = self._with_below(scores, layer.who) if self.routing.depth else scores
+        part, kept, shares = self.routing.parts(scores)
         real = self._seen(x)
         self._note(shares, real, layer.who)
         if self.also is not None:
@@ -225,6 +231,18 @@ class Router:
             run, seen = run + layer.summed, seen + layer.tokens
             layer.summed, layer.tokens = run[:, -1:], seen[:, -1:]
         return (run / seen.clamp_min(1)).float()
+
+    def _with_below(self, scores: torch.Tensor, who: tuple[int, ...]) -> torch.Tensor:
+        """The mean over the layers so far where an expert lives; anew where a network goes on with other
+        positions (a pooler's)."""
+        count = len(self.names) + self.null
+        if self._below is None or self._below[0].shape[:-1] != scores.shape[:-1]:
+            self._below = scores.new_zeros(*scores.shape[:-1], count), scores.new_zeros(count)
+        here = torch.tensor([*who, *([count - 1] if self.null else [])], device=scores.device)
+        total = self._below[0].index_add(-1, here, scores)
+        layers = self._below[1].index_add(0, here, scores.new_ones(len(here)))
+        self._below = total, layers
+        return (total / layers.clamp_min(1))[..., here]
 
     def _seen(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, 1): which of these tokens are no padding."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedtune.aggregate import join, split
 from fedtune.aggregate.pairs import Pair
-from fedtune.experts.balance import localized, switch
+from fedtune.experts.balance import localized, owned, switch
 from fedtune.experts.feed_forward import Sizes
 from fedtune.experts.gate_table import GateTable
 from fedtune.experts.gates import Gate, from_tensors, means
@@ -56,7 +56,7 @@ def start(
 
 
 def routing_of(table: GateTable) -> Routing:
-    return Routing("trained", table.keep, table.k, table.p, per=table.per)
+    return Routing("trained", table.keep, table.k, table.p, per=table.per, depth=table.depth)
 
 
 def gates_of(tensors: Tensors, of_prefix: bool) -> dict[str, Gate]:
@@ -146,8 +146,7 @@ def training_gates(tunable: TunableModel, made: Router) -> Iterator[None]:
 def balanced(table: GateTable, own: np.ndarray) -> Term | None:
     """The terms that a table asks for; `own` (experts,) is 1 for the group's own expert. None for none. Where
     that expert does not live, there is no localised one."""
-    weight = table.localized * bool(own.any())
-    if not (table.balance or weight):
+    if not (table.balance or (table.tells_own and own.any())):
         return None
     mine = torch.from_numpy(own)
 
@@ -158,8 +157,12 @@ def balanced(table: GateTable, own: np.ndarray) -> Term | None:
         if table.balance:
             total = total + table.balance * switch(part, kept, real)
         here = mine[list(who)]
-        if weight and here.any():
-            total = total + weight * localized(part[..., : len(who)], real, here.to(part.device))
+        if here.any():
+            shares, here = part[..., : len(who)], here.to(part.device)
+            if table.localized:
+                total = total + table.localized * localized(shares, real, here)
+            if table.owner:
+                total = total + table.owner * owned(shares, real, here)
         return total
 
     return term

@@ -83,7 +83,7 @@ class GateRounds:
             OWN_ROW: np.zeros(len(names), np.float32),
             RANKS: np.array([rank_of(experts[name]) for name in names], np.float32),
         }
-        total = cohort.sum(TUNE, self.to_each(given, names, asked) if self.table.localized else given)
+        total = cohort.sum(TUNE, self.to_each(given, names, asked) if self.table.tells_own else given)
         self.note_health(total.mean().metrics, where, len(names), cohort)
         return joined(general, experts, state.kept, self.rule.from_mean(gate, total.values()))
 

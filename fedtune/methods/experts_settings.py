@@ -193,6 +193,12 @@ class ExpertsSettings(AdapterTable):
                 "one of them: a gate's gradient is not bounded row by row",
                 "leave one out",
             )
+        if gate.depth and self.train.checkpointing:
+            yield (
+                "method.experts.gate.depth with method.train.checkpointing",
+                "one of them: layers that are computed again would count twice",
+                "leave one out",
+            )
         if self.train.objective.refers:
             yield (
                 f"{what} with method.train.objective.loss = '{self.train.objective.loss}'",

@@ -44,9 +44,9 @@ class RoundCohort:
     names: Mapping[int, str]
     downlink: Downlink = field(default_factory=Downlink)
     answers: dict[int, AnswerRecord] = field(default_factory=dict)
-    figures: list[tuple[int, Mapping[str, float]]] = field(
+    figures: list[tuple[int, float, Mapping[str, float]]] = field(
         default_factory=list
-    )  # client -> metrics of an answer that counts
+    )  # client, weight and metrics of an answer that counts
     sums: list[tuple[float, Mapping[str, float]]] = field(
         default_factory=list
     )  # weight and metrics of sums whose answers have none of their own
@@ -202,11 +202,7 @@ class RoundCohort:
         """Of figures that only the sum has: their mean."""
         if self.sums:
             return self.means.get(name, math.nan)
-        said = [
-            metrics[name] / self.answers[client].weight
-            for client, metrics in self.figures
-            if name in metrics and self.answers[client].weight
-        ]
+        said = [metrics[name] / weight for _, weight, metrics in self.figures if name in metrics and weight]
         return statistics.median_low(said) if said else math.nan
 
     def note(self, name: str, value: float) -> None:
@@ -223,7 +219,7 @@ class RoundCohort:
     def metrics(self) -> dict[str, float]:
         """Sums over the answers that count."""
         sums: dict[str, float] = {}
-        for _, metrics in self.figures:
+        for _, _, metrics in self.figures:
             for name, number in metrics.items():
                 sums[name] = sums.get(name, 0.0) + number
         return sums
@@ -232,8 +228,11 @@ class RoundCohort:
     def means(self) -> dict[str, float]:
         """The round's figures, each over the weight of those who said it."""
         if not self.sums:
-            weight = sum(answer.weight for answer in self.answers.values() if answer.outcome == "ok")
-            return {name: value / weight for name, value in self.metrics.items()} if weight else {}
+            weights = {
+                name: sum(weight for _, weight, metrics in self.figures if name in metrics)
+                for name in self.metrics
+            }
+            return {name: value / weights[name] for name, value in self.metrics.items() if weights[name]}
         names = {name for _, metrics in self.sums for name in metrics}
         told = {name: [(m[name], weight) for weight, m in self.sums if name in m] for name in names}
         return {name: sum(v for v, _ in pairs) / sum(w for _, w in pairs) for name, pairs in told.items()}
@@ -249,7 +248,7 @@ class RoundCohort:
             client: replace(answer, outcome=error.code, weight=0.0, note=str(error))
             for client, answer in counted.items()
         }
-        self.figures = [(client, metrics) for client, metrics in self.figures if client not in clients]
+        self.figures = [one for one in self.figures if one[0] not in clients]
 
     def _replies(
         self, verb: str, given: Given, among: Sequence[int] | None = None, first: bool | None = None
@@ -269,7 +268,7 @@ class RoundCohort:
         for client, update, record, said in self._usable(verb, given, among, first):
             if said:
                 self.tell(Chose(self.now.number, client, self.names[client], said))
-            self.figures.append((client, update.metrics))
+            self.figures.append((client, update.weight, update.metrics))
             self._note(client, record)
             metrics = {name: number / update.weight for name, number in update.metrics.items()}
             rest = (record.up_bytes, record.down_bytes, metrics, self.took.get(client, 0.0))

@@ -113,7 +113,9 @@ class History:
             counted = [answer for _, answer in journal.answers() if answer.outcome == "ok"]
         finally:
             journal.close()
-        self.weights = {answer.client: answer.weight for answer in counted}
+        self.weights: dict[int, float] = {}  # of the first answer: in the last round, tokens
+        for answer in counted:
+            self.weights.setdefault(answer.client, answer.weight)
         self.members = tuple(sorted(self.weights))
 
     def losses(self, figure: str) -> tuple[float, ...]:

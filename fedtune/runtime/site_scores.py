@@ -99,7 +99,7 @@ def asked(cohort: RoundCohort, shared: Tensors, tunable: Any) -> dict[str, Any]:
         "value": value,
         "loss": mean.metrics["loss"],
         "clients": {
-            cohort.names[client]: own(cohort, client, sums) for client, sums in cohort.figures if sums
+            cohort.names[client]: own(cohort, client, sums) for client, _, sums in cohort.figures if sums
         },  # under a mask, nobody's
     }
 

@@ -43,6 +43,16 @@ MORE: dict[str, dict[str, Any]] = {
         "data__rejected": "site",
         "method__train__objective": {"loss": "dpo"},
     },
+    "experts gate with owners, by depth": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "given",
+            "groups": ["a", "b"],
+            "warm_up": 1,
+            "min_clients": 2,
+            "gate": {"rounds": 1, "owner": 1.0, "depth": True},
+        },
+    },
     "causal packed": {
         "data__task": "instruct",
         "data__prompt": "label",

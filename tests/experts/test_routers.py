@@ -49,7 +49,8 @@ def moments(net: Any, names: str) -> dict[str, dict[str, np.ndarray]]:
 
 IDS = torch.arange(3, 17).reshape(2, 7)
 ROUTINGS = [Routing(gate, keep, 2, 0.5) for gate in ("arrow", "means") for keep in ("topk", "topp", "dense")]
-NAMES = [f"{routing.gate} {routing.keep}" for routing in ROUTINGS]
+ROUTINGS.append(Routing("means", depth=True))
+NAMES = [f"{one.gate} {one.keep}{' by depth' * one.depth}" for one in ROUTINGS]
 
 
 def answer(net: Any, made: Router | None, ids: torch.Tensor = IDS, **more: Any) -> torch.Tensor:
@@ -166,6 +167,20 @@ def test_means_know_whose_inputs_these_are_and_nobodys_go_to_nobody(net: Any) ->
     assert int(held.routing.shares(layer.gate(nobody)).argmax()) == 3
     with pytest.raises(FedtuneError, match="M305: found no mean inputs of expert 'b'"):
         router(made, {}, Routing("means"), True, {"a": said["a"], "c": said["c"]})
+
+
+def test_by_depth_scores_are_the_mean_over_the_layers_so_far_where_an_expert_lives(net: Any) -> None:
+    made = over(net, Routing("means", depth=True), {name: expert(net, 1) for name in "abc"}, null=True)
+    draw = stream("scores by depth", 1)
+    first, second, third = (torch.from_numpy(draw.normal(size=(2, 5, n))) for n in (4, 3, 4))
+    assert torch.equal(made._with_below(first, (0, 1, 2)), first)
+    both = made._with_below(second, (0, 2))  # expert 1 does not live here; nobody comes last
+    torch.testing.assert_close(both, (first[..., [0, 2, 3]] + second) / 2)
+    all_ = made._with_below(third, (0, 1, 2))
+    torch.testing.assert_close(all_[..., 1], (first[..., 1] + third[..., 1]) / 2)
+    torch.testing.assert_close(all_[..., 3], (first[..., 3] + second[..., 2] + third[..., 3]) / 3)
+    pooled = torch.ones(2, 4)
+    assert torch.equal(made._with_below(pooled, (0, 1, 2)), pooled)
 
 
 def test_the_first_direction_of_a_product_is_numpys() -> None:

@@ -99,7 +99,9 @@ def test_an_expert_on_disk_is_a_stock_adapter_with_a_card(made: RunFolder, tiny_
             == hashlib.sha256((place / name / "adapter_model.safetensors").read_bytes()).hexdigest()
         )
         assert card.rank == 2 and card.rounds == len(card.losses) == (3 if name == GENERAL else 2)
-        assert card.owners == (4 if name == GENERAL else 2) and card.weight > 0
+        assert card.owners == (4 if name == GENERAL else 2)
+        assert 0 < card.weight <= 120  # rows, not the tokens of mean inputs
+        assert card.losses[-1] > card.losses[0] / 2  # of the mean inputs' answers, which tell no loss
         wanted = general_of(state.shared) if name == GENERAL else experts_of(state.shared)[name]
         expert = read_expert(place / name)
         scale = 16.0 / 2
