@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,26 @@ class Gate:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         score = x.to(self.weight.dtype) @ self.weight.T + self.bias
         return score.abs() if self.size else score
+
+
+@dataclass
+class Below:
+    """Of one pass: each expert's scores, summed over the layers so far where it lives, and how many those
+    are."""
+
+    total: Any = None
+    layers: Any = None
+
+    def mean_with(self, scores: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
+        """Scores (..., places) of a layer -> their mean with those below; `places` are numbers among `count`
+        experts. Anew where a network goes on with other positions (a pooler's)."""
+        if self.total is None or self.total.shape[:-1] != scores.shape[:-1]:
+            self.total, self.layers = scores.new_zeros(*scores.shape[:-1], count), scores.new_zeros(count)
+        here = torch.tensor(places, device=scores.device)
+        self.total = self.total.index_add(-1, here, scores)
+        self.layers = self.layers.index_add(0, here, scores.new_ones(len(places)))
+        mean: torch.Tensor = (self.total / self.layers.clamp_min(1))[..., here]
+        return mean
 
 
 def arrow(pairs: Sequence[Pair | None], width: int) -> Gate:

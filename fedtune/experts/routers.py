@@ -23,7 +23,7 @@ from fedtune.aggregate import Pair, split
 from fedtune.errors import FedtuneError
 from fedtune.experts.decisions import Decision
 from fedtune.experts.feed_forward import blocks, narrows
-from fedtune.experts.gates import Gate, arrow, as_tensors, fixed, from_tensors, means
+from fedtune.experts.gates import Below, Gate, arrow, as_tensors, fixed, from_tensors, means
 from fedtune.experts.health import Health
 from fedtune.experts.shapes import Per
 from fedtune.types import Tensors
@@ -38,12 +38,10 @@ class Routing:
     """How many experts have a say.
 
     gate         as in gates.py; trained: by a run's clients, from `means` on
-    keep         topk: the k best; topp: the best until their shares add up to p; dense: all; rank: the k-th
-                 best alone
+    keep         topk: the k best; topp: the best until their shares are p; dense: all; rank: the k-th alone
     temperature  of the softmax over scores; higher is more even
-    per          layer: each decides for itself; block: one decision for a feed-forward block, whose experts'
-                 answers are mixed behind it (decisions.py)
-    depth        a layer's scores are averaged with those of the layers below it
+    per          layer: each decides for itself; block: one decision for a feed-forward block (decisions.py)
+    depth        scores are averaged with those of the layers below
     """
 
     gate: Literal["arrow", "means", "fixed", "trained"] = "arrow"
@@ -116,9 +114,9 @@ class Layer:
 
 @dataclass
 class Router:
-    """Experts by name on a network, for as long as they are attached. `null` gives a share to nobody: what
-    comes last among the gate's scores. `also` makes a term of a loss of each layer's shares in a forward pass
-    (all, who has a say, which tokens are no padding, whose they are); `extra` holds those of the last one."""
+    """Experts by name on a network, while they are attached. `null` gives a share to nobody: what comes last
+    among scores. `also` makes a term of a loss of each layer's shares in a forward pass (all, who has a say,
+    which tokens are no padding, whose they are); `extra` holds those of the last one."""
 
     names: tuple[str, ...]
     routing: Routing
@@ -130,7 +128,7 @@ class Router:
     extra: list[torch.Tensor] = field(default_factory=list)
     _hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     _mask: torch.Tensor | None = None
-    _below: Any = None  # of this pass: scores of all experts, summed over the layers so far, and of how many
+    _below: Below = field(default_factory=Below)
     _goes_on: bool = True  # whether more tokens of the same texts may follow, from a cache
 
     def __post_init__(self) -> None:
@@ -171,7 +169,7 @@ class Router:
         if past is None or not past.get_seq_length():
             for layer in self.layers.values():
                 layer.summed, layer.tokens = 0.0, 0.0
-        self._below = None
+        self._below = Below()
         self._goes_on = named.get("use_cache") is not False
         self.extra.clear()
         mask = named.get("attention_mask")
@@ -205,7 +203,8 @@ class Router:
     def _shares(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
         """(..., experts that live here, and nobody), and what is noted of them."""
         scores = self._scores(layer, gate, x)
-        scores = self._with_below(scores, layer.who) if self.routing.depth else scores
+        if self.routing.depth:
+            scores = self._below.mean_with(scores, self._places(layer.who), len(self.health.shares))
         part, kept, shares = self.routing.parts(scores)
         real = self._seen(x)
         self._note(shares, real, layer.who)
@@ -232,17 +231,8 @@ class Router:
             layer.summed, layer.tokens = run[:, -1:], seen[:, -1:]
         return (run / seen.clamp_min(1)).float()
 
-    def _with_below(self, scores: torch.Tensor, who: tuple[int, ...]) -> torch.Tensor:
-        """The mean over the layers so far where an expert lives; anew where a network goes on with other
-        positions (a pooler's)."""
-        count = len(self.names) + self.null
-        if self._below is None or self._below[0].shape[:-1] != scores.shape[:-1]:
-            self._below = scores.new_zeros(*scores.shape[:-1], count), scores.new_zeros(count)
-        here = torch.tensor([*who, *([count - 1] if self.null else [])], device=scores.device)
-        total = self._below[0].index_add(-1, here, scores)
-        layers = self._below[1].index_add(0, here, scores.new_ones(len(here)))
-        self._below = total, layers
-        return (total / layers.clamp_min(1))[..., here]
+    def _places(self, who: tuple[int, ...]) -> list[int]:
+        return [*who, *([len(self.names)] if self.null else [])]  # nobody last
 
     def _seen(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, 1): which of these tokens are no padding."""
@@ -253,8 +243,8 @@ class Router:
 
     def _note(self, shares: torch.Tensor, real: torch.Tensor, who: tuple[int, ...]) -> None:
         flat = shares.detach().reshape(-1, shares.shape[-1]).double()
-        here = real.reshape(-1, 1).double()
-        tokens, places = float(here.sum()), [*who, *([len(self.names)] if self.null else [])]
+        here, places = real.reshape(-1, 1).double(), self._places(who)
+        tokens = float(here.sum())
         self.health.shares[places] += (flat * here).sum(0).cpu().numpy()
         self.health.even[places] += tokens / len(places)
         self.health.entropy += float(-(here * flat * flat.clamp_min(1e-30).log()).sum())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fedtune.aggregate import Pair
 from fedtune.errors import FedtuneError
-from fedtune.experts.gates import direction
+from fedtune.experts.gates import Below, direction
 from fedtune.experts.routers import PREFIX, Router, Routing, loaded, router
 from fedtune.rng import stream
 
@@ -169,18 +169,17 @@ def test_means_know_whose_inputs_these_are_and_nobodys_go_to_nobody(net: Any) ->
         router(made, {}, Routing("means"), True, {"a": said["a"], "c": said["c"]})
 
 
-def test_by_depth_scores_are_the_mean_over_the_layers_so_far_where_an_expert_lives(net: Any) -> None:
-    made = over(net, Routing("means", depth=True), {name: expert(net, 1) for name in "abc"}, null=True)
-    draw = stream("scores by depth", 1)
+def test_by_depth_scores_are_the_mean_over_the_layers_so_far_where_an_expert_lives() -> None:
+    draw, below = stream("scores by depth", 1), Below()
     first, second, third = (torch.from_numpy(draw.normal(size=(2, 5, n))) for n in (4, 3, 4))
-    assert torch.equal(made._with_below(first, (0, 1, 2)), first)
-    both = made._with_below(second, (0, 2))  # expert 1 does not live here; nobody comes last
+    assert torch.equal(below.mean_with(first, range(4), 4), first)
+    both = below.mean_with(second, (0, 2, 3), 4)  # expert 1 does not live here
     torch.testing.assert_close(both, (first[..., [0, 2, 3]] + second) / 2)
-    all_ = made._with_below(third, (0, 1, 2))
+    all_ = below.mean_with(third, range(4), 4)
     torch.testing.assert_close(all_[..., 1], (first[..., 1] + third[..., 1]) / 2)
     torch.testing.assert_close(all_[..., 3], (first[..., 3] + second[..., 2] + third[..., 3]) / 3)
     pooled = torch.ones(2, 4)
-    assert torch.equal(made._with_below(pooled, (0, 1, 2)), pooled)
+    assert torch.equal(below.mean_with(pooled, range(4), 4), pooled)
 
 
 def test_the_first_direction_of_a_product_is_numpys() -> None:
