@@ -18,6 +18,7 @@ from tests.regen import (
     cli,
     decisions,
     docs,
+    experts,
     golden,
     models,
     peers,
@@ -44,6 +45,7 @@ GENERATORS: dict[str, Callable[[], dict[str, str]]] = {
     "tuning": tuning.generate,
     "peers": peers.generate,
     "architecture": architecture.generate,
+    "experts": experts.generate,
     "results": results.generate,
     "models": models.generate,
 }
