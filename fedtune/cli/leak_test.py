@@ -33,6 +33,14 @@ def add_commands(commands: Any) -> None:
         metavar="N",
         help="steps of gradient descent, where that is the attack on a split model (default: 600)",
     )
+    parser.add_argument(
+        "--match",
+        type=int,
+        default=0,
+        metavar="N",
+        help="search for texts whose gradient matches the update, in so many steps at each place; says first "
+        "how long that takes (default: 0, not tried)",
+    )
     parser.set_defaults(command=leak_test)
 
 
@@ -46,7 +54,7 @@ def leak_test(options: argparse.Namespace) -> int:
         from fedtune.runtime import update_leak
 
         with waiting("attacking a client's answer"):
-            found = update_leak.update_leaks(recipe, options.client, options.examples)
+            found = update_leak.update_leaks(recipe, options.client, options.examples, options.match)
         print("\n".join(update_leak.sentences(found)))
         return 0
     from fedtune.runtime.split_leak import leaks, sentences

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.linalg import vector_norm as norm
 from torch.nn.functional import cross_entropy
 
 from fedtune.errors import ClientFailed
 from fedtune.hf.draws import own_draws
 from fedtune.model.encode import Encoded
 from fedtune.model.kept_front import from_front
-from fedtune.model.loss import autocast, carries, inputs_of, logits_of, summed_loss
+from fedtune.model.loss import autocast, carries, hidden_of, inputs_of, logits_of, summed_loss
+from fedtune.model.loss_pieces import logits_apart
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
@@ -145,8 +147,8 @@ def add_row(
         torch.zeros_like(total) if one is None else one.float()
         for one, total in zip(found, sums, strict=True)
     ]
-    norm = math.sqrt(sum(float(one.double().square().sum()) for one in gradients))
-    share = shortening(torch.tensor([norm]), s)[0]
+    length = math.sqrt(sum(float(one.double().square().sum()) for one in gradients))
+    share = shortening(torch.tensor([length]), s)[0]
     for total, one in zip(sums, gradients, strict=True):
         total.add_(one, alpha=float(share))
     return float(loss.detach())
@@ -167,7 +169,7 @@ def add_rows(
         losses = row_losses(tunable, batch)
     losses.sum().backward()
     found = [by_row(value, rows) for value in trained]
-    norms = torch.stack([one.double().square().flatten(1).sum(1) for one in found]).sum(0).sqrt()
+    norms = torch.stack([norm(one.flatten(1), dim=1, dtype=torch.float64) for one in found]).norm(dim=0)
     shares = shortening(norms, s).to(found[0])
     for total, one in zip(sums, found, strict=True):
         total.add_(torch.tensordot(shares, one, 1))
@@ -190,11 +192,35 @@ def by_row(value: nn.Parameter, rows: int) -> torch.Tensor:
 def row_losses(tunable: TunableModel, batch: Batch) -> torch.Tensor:
     """(rows,) mean cross entropy of each row over its own predicted tokens, or of its class."""
     with from_front(tunable, batch) as rest:
-        logits, labels = logits_of(tunable, *inputs_of(tunable, rest))
+        inputs, labels = inputs_of(tunable, rest)
+        if tunable.base.task in LM_TASKS and output_rests(tunable):
+            return means_of_labelled(tunable.base.net, *hidden_of(tunable, inputs, labels))
+        logits, labels = logits_of(tunable, inputs, labels)
     if tunable.base.task not in LM_TASKS:
         return cross_entropy(logits.float(), labels, reduction="none")
     terms = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
     return terms.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def output_rests(tunable: TunableModel) -> bool:
+    """Whether the output layer may be run on rows of several texts together: opacus needs what a trained
+    layer reads text by text."""
+    base = tunable.base
+    if base.logits_apart is None:
+        base.logits_apart = logits_apart(base)
+    return base.logits_apart and not any(
+        value.requires_grad for value in base.net.get_output_embeddings().parameters()
+    )
+
+
+def means_of_labelled(net: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(rows,) the same from the hidden states (rows, tokens, width) in front of the output layer, which is
+    run where there is a label alone: of questions and answers most tokens have none."""
+    at = labels != IGNORED
+    logits = net.get_output_embeddings()(hidden[at])
+    terms = cross_entropy(logits.float(), labels[at], reduction="none")
+    sums = terms.new_zeros(len(labels)).index_add(0, at.nonzero()[:, 0], terms)
+    return sums / at.sum(1).clamp(min=1)
 
 
 def shortening(norms: torch.Tensor, s: TrainSettings) -> torch.Tensor:

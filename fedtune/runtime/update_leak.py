@@ -1,5 +1,6 @@
-"""The attacks of fedtune.model.update_inversion and fedtune.model.membership on a recipe's own updates: of
-one small batch of a client, as whoever listens at each place sees it.
+"""The attacks of fedtune.model.update_inversion, fedtune.model.membership and, where it is asked for,
+fedtune.model.gradient_matching on a recipe's own updates: of one small batch of a client, as whoever listens
+at each place sees it.
 
     without protection  the client's answer, without the recipe's chain and private training
     to the coordinator  what it can read: the answer behind the chain, or under a mask the members' sum
@@ -29,6 +30,7 @@ from fedtune.types import Client, Round, State, Tensors, Update
 if TYPE_CHECKING:
     from fedtune.methods import Method
     from fedtune.model.encode import Encoded
+    from fedtune.model.gradient_matching import Matched
     from fedtune.model.update_inversion import Found
 
 MOST = 10  # members whose training is worth the time
@@ -42,6 +44,7 @@ class Seen:
     members  answers in what is seen there
     classes, words  None: nothing to find, or no attack for what is trained
     update, loss    AUC of the membership attacks
+    matched         what gradient matching found; None: it was not tried
     """
 
     place: str
@@ -50,6 +53,7 @@ class Seen:
     words: Found | None
     update: float
     loss: float
+    matched: Matched | None = None
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,21 @@ class Leaks:
     spread: float
 
 
-def update_leaks(recipe: Recipe, client: int, examples: int) -> Leaks:
-    """Raises C103 for a client that is not there, or has too few rows; C104 for a method whose updates are
-    not one sum, and for pairs of responses."""
+def update_leaks(
+    recipe: Recipe, client: int, examples: int, steps: int = 0, tell: Callable[[str], None] = print
+) -> Leaks:
+    """`steps` are of gradient matching, at each place; `tell` is told what they will take, beforehand.
+
+    Raises C103 for a client that is not there, or has too few rows; C104 for a method whose updates are not
+    one sum, for pairs of responses, and for gradient matching on what has no classes of texts.
+    """
+    if steps and recipe.data.task != "classify":
+        raise FedtuneError(
+            "C104",
+            f"leak-test --match with data.task = '{recipe.data.task}'",
+            "texts with classes (data.task = 'classify'): where words are predicted, they are labels, too",
+            "leave --match out; what LoRA's A has read is searched for words anyway",
+        )
     if recipe.data.task == "preference":
         raise FedtuneError(
             "C104",
@@ -109,9 +125,14 @@ def update_leaks(recipe: Recipe, client: int, examples: int) -> Leaks:
     more = {one: drawn(workspace, one, 0, BEGIN // len(members)) for one in members}
     start, begin = method.start(tunable), method.capabilities.begin
     start = begin(start, Overheard(workspace, recipe, now, more, members)) if begin else start
-    seen = tuple(
-        attacked(workspace, view, start, now, data, client, others) for view in views(recipe, client, members)
-    )
+    places = list(views(recipe, client, members))
+    if steps:
+        from fedtune.model.gradient_matching import seconds
+
+        method.install(start, tunable)
+        most = seconds(tunable, data[client], steps) * len(places)
+        tell(f"gradient matching: {steps} steps at {len(places)} places, at most about {most:.0f} s")
+    seen = tuple(attacked(workspace, view, start, now, data, client, others, steps) for view in places)
     from fedtune.model.membership import by_chance
 
     return Leaks(seen, workspace.names[client], count, by_chance(count, len(others)))
@@ -212,7 +233,9 @@ def attacked(
     data: Mapping[int, Encoded],
     client: int,
     others: Encoded,
+    steps: int,
 ) -> Seen:
+    from fedtune.model.gradient_matching import match
     from fedtune.model.membership import auc, cosines, losses
     from fedtune.model.update_inversion import classes_in, difference, words_in
 
@@ -231,7 +254,14 @@ def attacked(
         words_in(tunable, moved, data[client]),
         auc(*asks),
         auc(before[0] - fell[0], before[1] - fell[1]),
+        match(tunable, moved, data[client], steps, single(view.recipe)) if steps else None,
     )
+
+
+def single(recipe: Recipe) -> bool:
+    """Whether a client's answer is one local step."""
+    table = recipe.method.model_dump()
+    return 1 in (table.get("steps"), table.get("train", {}).get("steps"))
 
 
 def standing(method: Method, state: State, workspace: Workspace) -> dict[str, np.ndarray]:
@@ -258,6 +288,12 @@ def sentences(found: Leaks) -> list[str]:
         told = [
             f"{name} {said(one)}" for name, one in (("classes", seen.classes), ("words", seen.words)) if one
         ]
+        if seen.matched:
+            one = seen.matched
+            told.append(
+                f"words {said(one.words)}, whose cosine with the update is {one.guess:.2f} (of the rows "
+                f"themselves {one.truth:.2f})"
+            )
         told.append(f"membership AUC {seen.update:.2f} by the update, {seen.loss:.2f} by the loss")
         lines.append(f"{seen.place:<19} ({whose}): {'; '.join(told)}")
     lines.append(

@@ -10,6 +10,7 @@ import pytest
 
 from fedtune.cli import main
 from fedtune.errors import FedtuneError
+from fedtune.model import gradient_matching
 from fedtune.rng import stream
 from fedtune.runtime.update_leak import Leaks, Seen, sentences, update_leaks
 from tests import small
@@ -90,6 +91,43 @@ def test_scalars_of_a_walk_can_be_asked_too(dtype: str, tiny_bert: Path, many: P
     table = {"head_start": "random", "walk": "table"}
     leaks = found(tiny_bert, many, method=walk | table, method__train={}, model__dtype=dtype)
     assert 0 <= at(leaks, "without protection").update <= 1
+
+
+def test_gradient_matching_says_what_it_takes_and_how_far_the_rows_themselves_agree(
+    tiny_bert: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly where one step is seen as it is, and no more under noise."""
+    monkeypatch.setattr(gradient_matching, "NEAR", 1)
+    one = SGD | {"steps": 1, "private": LOUD | {"sample_rate": 1.0}}
+    table = {"method__train": one, "method__head_start": "random", "method__adapter": {"kind": "lora"}}
+    told: list[str] = []
+    leaks = update_leaks(small.recipe(tiny_bert, many, **table), 0, 2, steps=2, tell=told.append)
+    assert told[0].startswith("gradient matching: 2 steps at 3 places, at most about ")
+    bare, noisy = (at(leaks, place).matched for place in ("without protection", "to the coordinator"))
+    assert bare and bare.truth == pytest.approx(1.0, abs=1e-3) and bare.words.sought > 2
+    assert noisy and abs(noisy.truth) < 0.2
+    assert (
+        "by gradient matching" in sentences(leaks)[1] and "of the rows themselves 1.00" in sentences(leaks)[1]
+    )
+
+
+def test_scalars_of_a_walk_agree_with_the_rows_gradient(
+    tiny_bert: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 of some 300 directions, each with its derivative: a cosine near the root of that share."""
+    monkeypatch.setattr(gradient_matching, "NEAR", 1)
+    walk = {"type": "fedkseed", "size": 256, "steps": 64, "batch": 2, "lr": 1e-3, "estimator": "spsa"}
+    space = {"space": "adapter", "adapter": {"kind": "bias"}, "head_start": "random"}
+    recipe = small.recipe(tiny_bert, many, method=walk | space, method__train={})
+    matched = at(update_leaks(recipe, 0, 2, steps=2, tell=lambda said: None), "without protection").matched
+    assert matched and matched.truth > 0.2
+
+
+def test_gradient_matching_wants_classes(tiny_bert: Path, many: Path) -> None:
+    recipe = small.recipe(tiny_bert, many)
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"task": "causal-lm"})})
+    with pytest.raises(FedtuneError, match=r"leak-test --match with data\.task = 'causal-lm'"):
+        update_leaks(other, 0, 4, steps=10)
 
 
 @pytest.mark.parametrize("options", [{"client": 9}, {"client": 0, "examples": 1}])
