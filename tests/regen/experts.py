@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from statistics import fmean
+from typing import Any
 
 from tests.regen.results import ROOT, block, figure
 
@@ -15,7 +16,7 @@ COLUMNS = (
     "loss",
     "of the gap",
     *(f"tasks below: {name}" for name in BEATEN),
-    "clients with 90 % of their expert's gain",
+    "clients that keep 90 % of what their own adapter gained",
 )
 
 
@@ -31,10 +32,12 @@ def table() -> list[str]:
     lines = [f"| | {' | '.join(COLUMNS)} | seeds |", "|" + "---|" * (len(COLUMNS) + 2)]
     for name, seeds in rows.items():
         cells = [
-            cells_of(losses, {row: rows[row][seed] for row in ("base", "own expert", *BEATEN)})
+            cells_of(losses, {row: other[seed] for row, other in rows.items() if seed in other})
             for seed, losses in seeds.items()
         ]
-        shown = [said([one[column] for one in cells]) for column in range(len(COLUMNS))]
+        shown = [
+            said([one[column] for one in cells if one[column] is not None]) for column in range(len(COLUMNS))
+        ]
         lines.append(f"| {name} | {' | '.join(shown)} | {len(seeds)} |")
     index = said([one["adjusted Rand index"] for one in found.values()])
     experts = said([one["experts"] for one in found.values()])
@@ -47,17 +50,24 @@ def table() -> list[str]:
 
 def said(values: list[float]) -> str:
     """The mean and, of several seeds, the range."""
+    if not values:
+        return ""
     return figure(values) if len(values) > 1 else f"{values[0]:.3f}".removesuffix(".000")
 
 
-def cells_of(losses: Losses, others: Mapping[str, Losses]) -> list[float]:
+def cells_of(losses: Losses, others: Mapping[str, Losses]) -> list[Any]:
+    """None where the row to compare with was not recorded."""
     base, own, general = others["base"], others["own expert"], others["general expert"]
+    alone = others.get("alone")
     start, end, mine = fmean(general.values()), fmean(own.values()), by_task(losses)
     return [
         fmean(losses.values()),
         (start - fmean(losses.values())) / (start - end),
-        *(sum(loss < by_task(others[name])[task] for task, loss in mine.items()) for name in BEATEN),
-        sum((base[client] - losses[client]) >= 0.9 * (base[client] - own[client]) for client in losses),
+        *(
+            sum(loss < by_task(others[name])[task] for task, loss in mine.items()) if name in others else None
+            for name in BEATEN
+        ),
+        alone and sum(base[c] - losses[c] >= 0.9 * (base[c] - alone[c]) for c in losses),
     ]
 
 
