@@ -240,23 +240,26 @@ def test_privacy(epsilons: list[str], start: Start, tmp_path: Path) -> None:
     """Two domains of three intents each, whose words the tiny tokenizer knows."""
     words = ["fox", "dog", "song", "piano", "rain", "roof"]
     pairs = {
-        split: [[f"the {word} {n % 3}", word] for word in words for n in range(20)]
+        split: [[f"the {word} {n % 3}", word] for word in words for n in range(30)]
         for split in ("train", "test")
     }
     (tmp_path / "data_full.json").write_text(json.dumps(pairs))
     (tmp_path / "domains.json").write_text(json.dumps({"one": words[:3], "two": words[3:]}))
     sets = [f"--set=data.path={tmp_path}", f"--set=model.name={tiny.bert(tmp_path / 'bert')}"]
-    few = ["--rows", "10", "--seeds", "1", "--epsilons", *epsilons, "--what", "means", "head"]
+    few = ["--seeds", "1", "--epsilons", *epsilons, "--what", "means", "head", "few"]
     start("simulations/privacy.py", *sets, *few, "--results", tmp_path)
     found = rows_of(tmp_path / "privacy.json")
     assert set(found) == {
         f"{what}, epsilon {e}"
-        for what in ("class means, all rows", "head, 10 rows a class")
+        for what in ("class means, all rows", "head, all rows", "head, 10 rows a class")
         for e in epsilons
     }
-    assert found["head, 10 rows a class, epsilon inf"]["1"]["epsilon"] is None
-    assert "8" not in epsilons or 7.5 < found["head, 10 rows a class, epsilon 8"]["1"]["epsilon"] <= 8
-    assert all(0 <= row["1"][name] <= 1 for row in found.values() for name in ("accuracy", "auc"))
+    assert all(row["1"]["epsilon"] is None for name, row in found.items() if name.endswith("inf"))
+    assert all(7.5 < row["1"]["epsilon"] <= 8 for name, row in found.items() if name.endswith("8"))
+    assert all(0 <= row["1"]["accuracy"] <= 1 for row in found.values())
+    assert all(
+        0 <= found["head, 10 rows a class, epsilon inf"]["1"][name] <= 1 for name in ("auc", "auc_loss")
+    )
 
 
 @pytest.mark.thorough
