@@ -248,7 +248,8 @@ def test_privacy(epsilons: list[str], start: Start, tmp_path: Path) -> None:
     sets = [f"--set=data.path={tmp_path}", f"--set=model.name={tiny.bert(tmp_path / 'bert')}"]
     few = ["--seeds", "1", "--epsilons", *epsilons, "--what", "means", "head", "few"]
     start("simulations/privacy.py", *sets, *few, "--results", tmp_path)
-    found = rows_of(tmp_path / "privacy.json")
+    attacked = rows_of(tmp_path / "privacy-attack.json")
+    found = rows_of(tmp_path / "privacy.json") | attacked
     assert set(found) == {
         f"{what}, epsilon {e}"
         for what in ("class means, all rows", "head, all rows", "head, 10 rows a class")

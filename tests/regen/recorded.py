@@ -73,10 +73,15 @@ SMALL: dict[
         {"loss": "test loss, nats", "share": "share of what the mean gains where nobody lies"},
     ),
     "privacy": (
-        "Differential privacy of rows at five sites, delta 1e-5: CLINC150, accuracy on 150 intents, and what a "
-        "membership attack on the final model's loss finds (area under its curve; 0.5 is chance)",
-        "python simulations/privacy.py --set data.path=FOLDER",
-        {"accuracy": "accuracy", "auc": "membership AUC"},
+        "Differential privacy of rows at five sites, delta 1e-5: CLINC150, accuracy on 150 intents",
+        "python simulations/privacy.py --set data.path=FOLDER --what means head",
+        {"accuracy": "accuracy"},
+    ),
+    "privacy-attack": (
+        "Ten rows of a class, learnt by heart: what membership attacks find in the head (area under their curve; 0.5 "
+        "is chance)",
+        "python simulations/privacy.py --set data.path=FOLDER --what few",
+        {"accuracy": "accuracy", "auc_loss": "by the loss", "auc": "beside a shadow model"},
     ),
     "preference-trl": (
         "DPO by fedtune and by TRL's own trainer behind fedtune.patch: four clients, twelve pairs each, all in every "
