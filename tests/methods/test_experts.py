@@ -39,7 +39,11 @@ def end(recipe: Any, root: Path, **more: Any) -> tuple[State, Any]:
 def test_the_general_expert_is_fedpefts_adapter_to_the_bit(
     rule: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    coded = {"chain": [{"step": "quantize", "bits": 8}], "aggregate": {"rule": rule}}
+    coded = {
+        "chain": [{"step": "quantize", "bits": 8}],
+        "aggregate": {"rule": rule},
+        "downlink": {"step": "none"},
+    }
     plain, result = end(small.recipe(tiny_bert, data, **coded), tmp_path / "plain")
     state, _ = end(experts(tiny_bert, data, HALVES, **coded), tmp_path / "experts")
     assert set(experts_of(state.shared)) == {"a", "b"}

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from fedtune.config import Recipe, parse
+from fedtune.config import parse
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone, Scored, Sink
 from fedtune.sinks import SINKS, SinkSettings, sink_of
@@ -85,7 +85,7 @@ def test_a_full_disk_under_the_runs_own_events_is_an_error(tmp_path: Path) -> No
 
 
 def test_a_run_is_the_same_whoever_is_told_and_clients_never_hear_of_it() -> None:
-    plain, more = Recipe(), parse({"sinks": [{"sink": "csv"}, {"sink": "jsonl", "path": "x"}]})
+    plain, more = parse({}), parse({"sinks": [{"sink": "csv"}, {"sink": "jsonl", "path": "x"}]})
     assert [type(sink) for sink in more.sinks] == [SINKS["csv"], SINKS["jsonl"]]
     assert plain.fingerprint == more.fingerprint and "sinks" not in json.loads(more.canonical())
     with pytest.raises(FedtuneError, match=r"C101: found unknown key 'sinks.0.url'"):

@@ -20,16 +20,16 @@ def test_a_result_is_copied_once_and_coded(
     backward: bool, name: str, each: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []
-    real = torch.Tensor.cpu
+    real = torch.Tensor.copy_
 
-    def counted(value: torch.Tensor) -> torch.Tensor:
+    def counted(place: torch.Tensor, value: torch.Tensor, **how: bool) -> torch.Tensor:
         copied.append(value.nbytes)
-        return real(value)
+        return real(place, value, **how)
 
     body, draw = Frozen(Part(make("llama"), Cut(1, 3))), torch.Generator().manual_seed(3)
     hidden, grad = (torch.randn(2, 12, 32, generator=draw) for _ in range(2))
     work = Work(b"", hidden, Side(), grad if backward else None, torch.tensor([3, 7, 20]), 0, 0)
-    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
     result = body.backward(hidden, Side(), grad) if backward else body.forward(hidden, Side())
     assert not copied and result.dtype == torch.float32
     finished = work.finish(result)
