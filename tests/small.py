@@ -24,6 +24,9 @@ WORDS = {
     "weather": "rain falls roof house on",
 }
 
+# [method.experts]: the clients' groups in turns, each with an expert
+HALVES: dict[str, Any] = {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2}
+
 
 def rows(count: int = 120) -> list[dict[str, Any]]:
     """Labelled sentences of words that the tiny tokenizer knows; half the words say the label."""

@@ -50,11 +50,11 @@ def answer(
                 if "memory" in context.node_config
                 else None
             )
-            versions = load_state(context, keeps, ask.client)
+            versions = load_client_states(context, keeps, ask.client)
             client = workspace.client_with(ask.client, state_before(versions, ask))
             client.vault = FolderVault(keeps / "vault" / str(ask.client)) if keeps else ContextVault(context)
             reply = respond(link, client, ask)
-            save_state(context, keeps, ask.client, state_after(versions, ask, client.state))
+            save_client_states(context, keeps, ask.client, state_after(versions, ask, client.state))
     except Exception as cause:  # whatever it is, it is about this client
         reply = Reply(number, failure=failure_of(cause, name, keeps / "errors" if keeps else None))
     return write_answer(reply, message)
@@ -88,7 +88,7 @@ def on_own_gpu(recipe: config.Recipe) -> config.Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cuda"})})
 
 
-def load_state(context: Context, place: Path | None, client: int) -> Versions:
+def load_client_states(context: Context, place: Path | None, client: int) -> Versions:
     """The client's states, by round."""
     if place:
         return load_versions(place, client)
@@ -120,7 +120,7 @@ class ContextVault:
         self.context.state["vault"] = ConfigRecord({k: v for k, v in self._held().items() if k != name})
 
 
-def save_state(context: Context, place: Path | None, client: int, versions: Versions) -> None:
+def save_client_states(context: Context, place: Path | None, client: int, versions: Versions) -> None:
     """Keep these states of the client and no others; on disk, each file is whole or absent."""
     if place:
         save_versions(place, client, versions)

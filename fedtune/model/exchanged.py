@@ -12,6 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from fedtune.errors import FedtuneError
+from fedtune.hf.eval_mode import in_eval_mode
 from fedtune.hf.probe import image_size, texts
 from fedtune.model.adapters.wrap import file_name
 from fedtune.model.open_tensors import write_into
@@ -100,10 +101,6 @@ def answer_to(net: Any, asked: Mapping[str, Any]) -> list[float]:
         ids = torch.tensor([asked["ids"]], device=first.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in net.parameters())
-    training = net.training
-    try:
-        with torch.no_grad(), torch.autocast(first.device.type, torch.bfloat16, enabled=half):
-            said = net.eval()(**inputs).logits
-    finally:
-        net.train(training)
+    with in_eval_mode(net), torch.no_grad(), torch.autocast(first.device.type, torch.bfloat16, enabled=half):
+        said = net(**inputs).logits
     return [float(x) for x in said.float().reshape(-1, said.shape[-1])[-1, :MOST].cpu()]

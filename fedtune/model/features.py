@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedtune.hf.eval_mode import in_eval_mode
 from fedtune.hf.probe import smallest
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
@@ -74,9 +75,8 @@ def through_net(tunable: TunableModel) -> Through:
 def public_length(tunable: TunableModel) -> float:
     """How long a feature is, of an input that everybody knows: the least that shows the model at work."""
     with watching(tunable) as seen, torch.no_grad():
-        training = tunable.net.training
-        tunable.net.eval()(**smallest(tunable.base.net, tunable.base))
-        tunable.net.train(training)
+        with in_eval_mode(tunable.net):
+            tunable.net(**smallest(tunable.base.net, tunable.base))
         return float(seen[-1].flatten(0, -2).double().norm(dim=1).mean())
 
 

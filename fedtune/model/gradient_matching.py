@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, normalize
 
 from fedtune import progress
+from fedtune.hf.eval_mode import in_eval_mode
 from fedtune.model.encode import Encoded
 from fedtune.model.loss import inputs_of
 from fedtune.model.tunable import TunableModel
@@ -165,18 +166,16 @@ def along(found: tuple[torch.Tensor | None, ...], ways: list[torch.Tensor]) -> t
 def standing_at(tunable: TunableModel, moved: Mapping[str, torch.Tensor], share: float) -> Iterator[None]:
     """The tunable model in eval mode, so far along its move, and back."""
     before = {name: tunable.named[name].detach().clone() for name in moved}
-    training = tunable.net.training
     try:
         with torch.no_grad():
             for name, value in moved.items():
                 tunable.named[name].add_(value.to(tunable.named[name]), alpha=share)
-        tunable.net.eval()
-        yield
+        with in_eval_mode(tunable.net):
+            yield
     finally:
         with torch.no_grad():
             for name, value in before.items():
                 tunable.named[name].copy_(value)
-        tunable.net.train(training)
 
 
 def seconds(tunable: TunableModel, data: Encoded, steps: int) -> float:

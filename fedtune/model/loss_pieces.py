@@ -26,8 +26,11 @@ PIECE = 256 << 20  # bytes of float32 logits: of one piece, and up to which ther
 def in_pieces(base: Base, rows: int) -> bool:
     """Whether the loss over so many rows is taken in pieces: where their logits are large, and are what the
     output layer says of each row."""
-    if 4 * rows * vocabulary(base.net) <= PIECE:
-        return False
+    return 4 * rows * vocabulary(base.net) > PIECE and apart_here(base)
+
+
+def apart_here(base: Base) -> bool:
+    """As `logits_apart`; a base is asked once."""
     if base.logits_apart is None:
         base.logits_apart = logits_apart(base)
     return base.logits_apart

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from fedtune.hf.eval_mode import in_eval_mode
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
 from fedtune.model.private_steps import mean_loss, row_losses
@@ -39,15 +40,14 @@ def cosines(tunable: TunableModel, data: Encoded, moved: Mapping[str, torch.Tens
     trained = [tunable.named[name] for name in moved]
     far = [value.to(one.device, torch.float32) for value, one in zip(moved.values(), trained, strict=True)]
     length = math.sqrt(sum(float(one.double().square().sum()) for one in far))
-    out, training = [], tunable.net.training
-    tunable.net.eval()
-    for row in range(len(data)):
-        found = torch.autograd.grad(mean_loss(tunable, data.collate([row])), trained, allow_unused=True)
-        pairs = [(one.float(), way) for one, way in zip(found, far, strict=True) if one is not None]
-        size = math.sqrt(sum(float(one.double().square().sum()) for one, _ in pairs))
-        dot = sum(float((one * way).sum()) for one, way in pairs)
-        out.append(-dot / max(size * length, 1e-30))
-    tunable.net.train(training)
+    out = []
+    with in_eval_mode(tunable.net):
+        for row in range(len(data)):
+            found = torch.autograd.grad(mean_loss(tunable, data.collate([row])), trained, allow_unused=True)
+            pairs = [(one.float(), way) for one, way in zip(found, far, strict=True) if one is not None]
+            size = math.sqrt(sum(float(one.double().square().sum()) for one, _ in pairs))
+            dot = sum(float((one * way).sum()) for one, way in pairs)
+            out.append(-dot / max(size * length, 1e-30))
     return np.array(out)
 
 

@@ -26,7 +26,7 @@ from fedtune.hf.draws import own_draws
 from fedtune.model.encode import Encoded
 from fedtune.model.kept_front import from_front
 from fedtune.model.loss import autocast, carries, hidden_of, inputs_of, logits_of, summed_loss
-from fedtune.model.loss_pieces import logits_apart
+from fedtune.model.loss_pieces import apart_here
 from fedtune.model.objectives.base import IGNORED
 from fedtune.model.settings import TrainSettings
 from fedtune.model.tunable import TunableModel
@@ -206,9 +206,7 @@ def output_rests(tunable: TunableModel) -> bool:
     """Whether the output layer may be run on rows of several texts together: opacus needs what a trained
     layer reads text by text."""
     base = tunable.base
-    if base.logits_apart is None:
-        base.logits_apart = logits_apart(base)
-    return base.logits_apart and not any(
+    return apart_here(base) and not any(
         value.requires_grad for value in base.net.get_output_embeddings().parameters()
     )
 

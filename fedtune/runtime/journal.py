@@ -16,7 +16,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +143,7 @@ class Journal:
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?)",
                 (number, state_sha256, file_sha256, link, seconds, json_text(metrics)),
             )
-            rows = [
-                (
-                    number,
-                    a.client,
-                    a.outcome,
-                    a.weight,
-                    a.up_bytes,
-                    a.down_bytes,
-                    a.note,
-                    a.client_state_sha256,
-                )
-                for a in answers
-            ]
+            rows = [(number, *astuple(answer)) for answer in answers]  # fields stand in the order of columns
             self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
             self.db.executemany(
                 "INSERT INTO stages VALUES (?, ?, ?, ?, ?)",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.small import HALVES
+
 WALK = {"type": "fedkseed", "size": 256, "steps": 6, "batch": 4, "lr": 1e-3}
 PROJECT = {"train": {"optimizer": "sgd", "lr": 0.05, "steps": 2, "batch": 4}}
 SPLIT = {"type": "sfprompt", "prompts": 3, "train": {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}}
@@ -78,7 +80,7 @@ METHODS: dict[
     "fedpeft-fedrot": {"aggregate": {"rule": "fedrot"}},
     "experts-given": {
         "method__type": "experts",
-        "method__experts": {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2},
+        "method__experts": HALVES,
     },
     "experts-clusters": {
         "method__type": "experts",
@@ -155,10 +157,7 @@ METHODS: dict[
     "experts-mixlora": {
         "method__type": "experts",
         "method__experts": {
-            "by": "given",
-            "groups": ["a", "b"],
-            "warm_up": 1,
-            "min_clients": 2,
+            **HALVES,
             "preset": "mixlora",
             "gate": {"rounds": 1, "null": True},
         },

@@ -46,10 +46,7 @@ MORE: dict[str, dict[str, Any]] = {
     "experts gate with owners, by depth": {
         "method__type": "experts",
         "method__experts": {
-            "by": "given",
-            "groups": ["a", "b"],
-            "warm_up": 1,
-            "min_clients": 2,
+            **small.HALVES,
             "gate": {"rounds": 1, "owner": 1.0, "depth": True},
         },
     },

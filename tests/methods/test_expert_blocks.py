@@ -21,12 +21,10 @@ from fedtune.runtime.expert_routing import routed
 from fedtune.runtime.folder import RunFolder
 from tests import small
 from tests.methods.gated import same_wherever
+from tests.small import HALVES
 
 MIXED: dict[str, Any] = {
-    "by": "given",
-    "groups": ["a", "b"],
-    "warm_up": 1,
-    "min_clients": 2,
+    **HALVES,
     "preset": "mixlora",
     "gate": {"rounds": 1, "lr": 0.05},
 }

@@ -35,8 +35,8 @@ from fedtune.schema import Schema, digest
 from fedtune.types import Round
 from tests import small
 from tests.methods.gated import IDS, answer, same_wherever
+from tests.small import HALVES
 
-HALVES: dict[str, Any] = {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2}
 GATE = {"rounds": 2, "lr": 0.05}
 CAUSAL = {"data__task": "causal-lm", "data__max_length": 24, "data__client_test_share": 0.2}
 

@@ -23,8 +23,8 @@ from fedtune.schema import Schema
 from fedtune.types import Round
 from fedtune.wire import EVERYONE, encode_state
 from tests import small
+from tests.small import HALVES
 
-HALVES: dict[str, Any] = {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2}
 ONE_LABEL = {"by": "shards", "shards_per_client": 1, "clients": 6}
 UNLIKE = {**HALVES, "groups": ["a", "a", "b", "b", "b", "b"], "rank": "auto"}  # of one label, of two
 

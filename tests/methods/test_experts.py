@@ -22,8 +22,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.schema import digest
 from fedtune.types import Round, State
 from tests import small
-
-HALVES = {"by": "given", "groups": ["a", "b"], "warm_up": 1, "min_clients": 2}
+from tests.small import HALVES
 
 
 def experts(model: Path, data: Path, by: dict[str, Any], **changes: Any) -> Any:
@@ -247,6 +246,13 @@ def test_check_says_who_sees_what(tiny_bert: Path, data: Path) -> None:
         ),
         ({"method__train": {"weight_decay": 0.1}}, "weight_decay"),
         ({"method__experts": {"by": "clients", "min_clients": 3}}, "min_clients"),
+        (
+            {
+                "method__experts": HALVES | {"gate": {"rounds": 1, "depth": True}},
+                "method__train__checkpointing": True,
+            },
+            "gate.depth with method.train.checkpointing",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: Any, match: str, tiny_bert: Path, data: Path) -> None:

@@ -64,9 +64,9 @@ class DownlinkCode(Settings):
             )
 
     def choices(self, recipe: Any) -> Iterator[DownlinkCode]:
-        """Codes that it may stand for in a recipe, the best first: the first that conflicts with nothing is
-        taken."""
-        yield self
+        """Codes that it may stand for in a recipe, of which the first that conflicts with nothing is taken;
+        nothing where it stands for itself."""
+        yield from ()
 
     def pack(self, state: Tensors, before: HeldState | None, round: int) -> Broadcast:
         """This round's messages for a state (float32). `before` is the `held` of an earlier round, None
