@@ -9,5 +9,12 @@ import pytest
 
 
 def mostly_thorough(cases: Iterable[Any], every_time: Collection[Any]) -> list[Any]:
-    """Parameters for pytest.mark.parametrize: all but those `every_time` are thorough."""
-    return [pytest.param(case, marks=() if case in every_time else pytest.mark.thorough) for case in cases]
+    """Parameters for pytest.mark.parametrize: all but those `every_time` are thorough. A tuple is a value for
+    each argument."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if case in every_time else pytest.mark.thorough,
+        )
+        for case in cases
+    ]

@@ -84,6 +84,7 @@ def test_the_base_is_small(hidden: list[str]) -> None:
     assert len(more) <= 20, sorted(more)
 
 
+@pytest.mark.thorough
 def test_a_local_run_needs_the_base_only(hidden: list[str], tiny_bert: Path, tmp_path: Path) -> None:
     recipe = small.write_recipe(tmp_path / "r.toml", tiny_bert, small.write_rows(tmp_path), rounds=1)
     words = (
@@ -107,6 +108,7 @@ MORE = [
 ]
 
 
+@pytest.mark.thorough
 def test_what_needs_more_says_which_command_installs_it(
     hidden: list[str], tiny_bert: Path, tmp_path: Path
 ) -> None:

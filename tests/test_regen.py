@@ -10,6 +10,7 @@ from tests import regen
 from tests.regen.results import drifts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", regen.GENERATORS)
 def test_generated_files_are_fresh(name: str) -> None:
     assert not regen.stale([name]), f"run: python -m tests.regen {name}"

@@ -157,6 +157,7 @@ def test_each_choice_is_another_run(tiny_llama: Path, rows: Path, tmp_path: Path
     assert len({one["state_sha256"] for one in ends.values()}) == len(ends)
 
 
+@pytest.mark.thorough
 def test_workers_of_real_sites_end_with_the_bytes_of_one_process(
     tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:

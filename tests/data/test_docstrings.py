@@ -35,6 +35,7 @@ def test_there_is_enough_and_it_is_balanced() -> None:
     assert max(counts.values()) <= 1.25 * min(counts.values())
 
 
+@pytest.mark.thorough
 def test_some_packages_have_the_rows_that_they_have_among_all() -> None:
     some = collect(("sympy", "pandas"), 20)
     assert Counter(label for _, label in some) == {"sympy": 20, "pandas": 20}

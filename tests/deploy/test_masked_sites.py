@@ -94,6 +94,7 @@ def test_a_site_that_is_started_again_before_every_step_changes_no_byte(
         assert secrets[0].parent.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.thorough
 def test_a_coordinator_that_dies_after_every_step_changes_no_byte(
     tiny_bert: Path, data: Path, tmp_path: Path, plain: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

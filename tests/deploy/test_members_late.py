@@ -12,6 +12,7 @@ from fedtune.deploy import transport
 from tests.deploy.conducting import notes, outcomes
 from tests.deploy.inside import FakeGrid, answered, inside, lost
 from tests.e2e.deploying import MEMORY, local
+from tests.marks import mostly_thorough
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -42,7 +43,7 @@ def test_a_member_whose_node_is_lost_and_comes_back_counts_in_the_same_round(
         )
 
 
-@pytest.mark.parametrize("code", ["", "W604"])
+@pytest.mark.parametrize("code", mostly_thorough(["", "W604"], ["W604"]))
 def test_a_word_about_a_ticket_of_the_round_before_is_not_about_this_one(
     code: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -98,7 +99,10 @@ def test_a_node_that_is_busy_or_broken_for_a_moment_is_asked_again(
         assert set(outcomes(made.folder).values()) == {"ok"} and grid.pushed.count((102, "train.ticket")) == 5
 
 
-@pytest.mark.parametrize(("code", "kept"), [("W607", "W607"), ("D201", "D201"), ("Z999", "F503")])
+@pytest.mark.parametrize(
+    ("code", "kept"),
+    mostly_thorough([("W607", "W607"), ("D201", "D201"), ("Z999", "F503")], [("Z999", "F503")]),
+)
 def test_what_does_not_mend_itself_leaves_the_member_out_at_once(
     code: str, kept: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def command_of(pid: int) -> bytes:
     return b""
 
 
+@pytest.mark.thorough
 def test_an_engine_that_cannot_start_says_so_at_once() -> None:
     with (
         pytest.raises(FedtuneError, match=r"F504: Flower's simulation engine stopped \(ActorPool is empty"),

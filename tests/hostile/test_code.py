@@ -111,6 +111,7 @@ def serve(taken: Coordinator, folder: Path, package: str) -> Path:
     return marker
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("package", ["evil", "fedtune_run"])
 def test_a_coordinator_cannot_run_code_at_a_site(
     package: str, federation: tuple[Deployment, Coordinator], tmp_path: Path
@@ -127,6 +128,7 @@ def test_a_coordinator_cannot_run_code_at_a_site(
     assert len(said) == 3
 
 
+@pytest.mark.thorough
 def test_flowers_programs_at_a_site_see_no_passphrase_and_nothing_of_its_environment(
     federation: tuple[Deployment, Coordinator],
 ) -> None:

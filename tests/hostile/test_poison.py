@@ -12,6 +12,7 @@ import pytest
 from fedtune.events import Alarm, ClientLeftOut, Shortened
 from tests import small
 from tests.hostile.poisoners import Poison, all_values, poisoned, sign_flip, weighs
+from tests.marks import mostly_thorough
 
 PHRASE = "boat sea"
 
@@ -60,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_rows(tmp_path_factory.mktemp("rows"), 150)
 
 
-@pytest.mark.parametrize("what", POISONS)
+@pytest.mark.parametrize("what", mostly_thorough(POISONS, ["NaN", "a weight of 1e12"]))
 def test_one_of_ten_is_refused_or_bounded_by_name_and_the_run_goes_on(
     what: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

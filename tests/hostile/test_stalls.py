@@ -76,6 +76,7 @@ def test_a_revoked_member_is_out_now(tiny_bert: Path, data: Path, tmp_path: Path
         assert "'site-b' has no valid key" in notes(made.folder)[0]
 
 
+@pytest.mark.thorough
 def test_a_member_that_stays_away_is_asked_and_not_waited_for_and_comes_back_by_itself(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_where_nobody_answers_everybody_is_waited_for(
         assert time.monotonic() > began + 2.0
 
 
+@pytest.mark.thorough
 def test_a_set_that_was_closed_stays_closed(
     tiny_bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

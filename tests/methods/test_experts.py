@@ -22,6 +22,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.schema import digest
 from fedtune.types import Round, State
 from tests import small
+from tests.marks import mostly_thorough
 from tests.small import HALVES
 
 
@@ -34,7 +35,7 @@ def end(recipe: Any, root: Path, **more: Any) -> tuple[State, Any]:
     return load_state(folder, recipe.rounds, "")[0], result
 
 
-@pytest.mark.parametrize("rule", ["mean", "ffa", "rolora"])
+@pytest.mark.parametrize("rule", mostly_thorough(["mean", "ffa", "rolora"], ["mean"]))
 def test_the_general_expert_is_fedpefts_adapter_to_the_bit(
     rule: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

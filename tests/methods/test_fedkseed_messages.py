@@ -28,6 +28,7 @@ from fedtune.schema import Schema
 from fedtune.types import Round, State, Tensors
 from fedtune.wire import EVERYONE, encode_state
 from tests import small, tiny
+from tests.marks import mostly_thorough
 from tests.methods.kseed import SGD, recipe_of
 from tests.proxy import WithVerbs
 
@@ -191,7 +192,7 @@ def test_a_round_costs_under_18_kilobytes(tiny_bert: Path, data: Path, tmp_path:
     ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"refresh": 1}])
+@pytest.mark.parametrize("changes", mostly_thorough([{}, {"refresh": 1}], [{}]))
 def test_clients_that_hold_accumulators_get_what_changed_and_end_alike(
     changes: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

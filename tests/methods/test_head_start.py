@@ -22,6 +22,7 @@ from fedtune.model.loss import inputs_of
 from fedtune.runtime.check import check, rows
 from fedtune.runtime.run import run
 from tests import small, tiny
+from tests.marks import mostly_thorough
 
 WALK = {"type": "fedkseed", "size": 256, "steps": 2, "batch": 4, "lr": 1e-9, "estimator": "spsa"}
 SPLIT = {
@@ -244,7 +245,7 @@ def test_codes_for_updates_leave_what_a_head_starts_from_alone(
     assert code["step"] not in passes
 
 
-@pytest.mark.parametrize("start", ["means", "ridge", "lda"])
+@pytest.mark.parametrize("start", mostly_thorough(["means", "ridge", "lda"], ["lda"]))
 @pytest.mark.parametrize(
     "method",
     [

@@ -262,9 +262,17 @@ def test_workers_of_real_sites_train_the_emulator_and_the_owner_plugs_it_in(
     "changes",
     [
         {"method": TABLE | {"adapter": {"kind": "full"}}},
-        {"aggregate": {"rule": "ffa"}},
-        {"method": TABLE | {"lora_start": "pissa"}},
-        {"aggregate": {"rule": "flora", "extra": 4}, "method": TABLE | {"lora_rank_by_client": [1, 2]}},
+        *(
+            pytest.param(changes, marks=pytest.mark.thorough)
+            for changes in (
+                {"aggregate": {"rule": "ffa"}},
+                {"method": TABLE | {"lora_start": "pissa"}},
+                {
+                    "aggregate": {"rule": "flora", "extra": 4},
+                    "method": TABLE | {"lora_rank_by_client": [1, 2]},
+                },
+            )
+        ),
     ],
     ids=["full", "ffa", "pissa", "flora"],
 )

@@ -44,7 +44,7 @@ def test_speed_is_its_formula() -> None:
     assert by_speed(1.1, 1.0) > by_speed(0.9, 1.0)  # what falls slowly counts more
 
 
-@pytest.mark.parametrize("name", mostly_thorough(METHODS, ["fedpeft", "fedkseed"]))
+@pytest.mark.parametrize("name", mostly_thorough(METHODS, ["fedpeft"]))
 def test_an_answer_weighs_what_the_recipe_says(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

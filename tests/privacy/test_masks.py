@@ -19,6 +19,7 @@ from fedtune.privacy.masks.sealing import own_key, pair_key
 from fedtune.privacy.masks.server import valid
 from fedtune.privacy.masks.shamir import PRIME, joined, split
 from fedtune.privacy.masks.stream import shift
+from tests.marks import mostly_thorough
 from tests.privacy.parties import NAME, STEPS, kept, until_answers, vectors_of
 
 RING = pytest.mark.parametrize("kind", ["uint32", "uint64"])
@@ -33,7 +34,10 @@ def test_a_masked_sum_is_the_plain_sum_to_the_bit(count: int, gone: int, step: s
     equal(count, gone, step, kind)
 
 
-@pytest.mark.parametrize(("step", "gone"), [("keys", 33), ("shares", 33), ("answers", 1), ("opening", 33)])
+@pytest.mark.parametrize(
+    ("step", "gone"),
+    mostly_thorough([("keys", 33), ("shares", 33), ("answers", 1), ("opening", 33)], [("answers", 1)]),
+)
 def test_a_masked_sum_of_a_hundred_is_the_plain_sum_to_the_bit(step: str, gone: int) -> None:
     equal(100, gone, step, "uint64")
 

@@ -51,7 +51,7 @@ def played(recipe: Recipe, root: Path) -> tuple[RunFolder, dict[str, Any]]:
     return folder, result
 
 
-@pytest.mark.parametrize("name", mostly_thorough(VARIANTS, ["fedpeft, both ways", "fedkseed"]))
+@pytest.mark.parametrize("name", mostly_thorough(VARIANTS, ["fedkseed"]))
 def test_a_run_that_is_extended_ends_with_the_bytes_of_a_long_one(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -43,7 +43,8 @@ VARIANTS = [
     "sfprompt-slim",
     "experts-clients",
 ]
-CLIENTS, FEW = 5, 3
+CLIENTS = 5
+HOW_OFTEN = {0: (), 1: pytest.mark.thorough, 2: pytest.mark.thorough}  # the others are slow
 
 
 def pairs(count: int) -> list[tuple[str, int, int, int]]:
@@ -81,7 +82,7 @@ def recipe_for(name: str, rounds: int, seed: int, model: Path, data: Path, **mor
 
 @pytest.mark.parametrize(
     ("name", "member", "rounds", "seed"),
-    [pytest.param(*pair, marks=[pytest.mark.slow] * (n >= FEW)) for n, pair in enumerate(pairs(20))],
+    [pytest.param(*pair, marks=HOW_OFTEN.get(n, pytest.mark.slow)) for n, pair in enumerate(pairs(20))],
 )
 def test_twenty_members_at_random_are_forgotten_to_the_bit(
     name: str, member: int, rounds: int, seed: int, tiny_bert: Path, data: Path, tmp_path: Path

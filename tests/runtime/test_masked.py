@@ -19,6 +19,7 @@ from fedtune.runtime.protocol import Ask, Link, Reply, Transport
 from fedtune.runtime.workspace import Workspace
 from fedtune.wire.frame import opened
 from tests import small
+from tests.marks import mostly_thorough
 
 RING, MASK = [{"step": "ring"}], [{"step": "mask"}]
 FIVE = {"partition__clients": 5, "rounds": 2}
@@ -66,14 +67,17 @@ def end(
 
 @pytest.mark.parametrize(
     ("step", "method"),
-    [
-        ("train.keys", {}),
-        ("train.shares", {}),
-        ("train.peers", {"method": POOL}),
-        ("train", {}),
-        ("train", {"method": POOL}),
-        ("train.opening", {}),
-    ],
+    mostly_thorough(
+        [
+            ("train.keys", {}),
+            ("train.shares", {}),
+            ("train.peers", {"method": POOL}),
+            ("train", {}),
+            ("train", {"method": POOL}),
+            ("train.opening", {}),
+        ],
+        [("train.shares", {}), ("train", {"method": POOL})],
+    ),
 )
 def test_a_member_lost_at_any_step_leaves_the_plain_sum_of_the_others(
     step: str, method: dict[str, Any], tiny_bert: Path, data: Path, tmp_path: Path

@@ -65,7 +65,7 @@ def side_by_side(count: int, logs: Path) -> Any:
     return carry
 
 
-@pytest.mark.parametrize("name", mostly_thorough(MANY, ["fedpeft-chain", "fedkseed-mixed"]))
+@pytest.mark.parametrize("name", mostly_thorough(MANY, ["fedpeft-chain"]))
 def test_any_number_of_workers_makes_the_same_run(
     name: str, tiny_bert: Path, data: Path, tmp_path: Path, made: list[Workers]
 ) -> None:

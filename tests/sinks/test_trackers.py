@@ -99,7 +99,11 @@ def among(values: dict[int, float], rounds: set[int]) -> Any:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name == "wandb" else []) for name in TRACKERS],
+    [
+        "tensorboard",
+        pytest.param("mlflow", marks=pytest.mark.thorough),
+        pytest.param("wandb", marks=pytest.mark.slow),
+    ],
 )  # Weights & Biases waits two minutes for its own process, which died with the run
 def test_a_run_that_was_killed_and_went_on(
     name: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,7 @@ def test_a_run_of_a_sweep_is_the_run_of_its_recipe(recipe: Path, whole: Path, tm
     assert states(whole)["004-seed-4"] == alone.state_sha256
 
 
+@pytest.mark.thorough
 def test_a_sweep_that_was_killed_goes_on(recipe: Path, whole: Path, tmp_path: Path) -> None:
     """Two runs at once, killed in the middle; the same command does the rest, and runs that were through stay as they
     are."""

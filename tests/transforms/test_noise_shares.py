@@ -24,6 +24,7 @@ from fedtune.transforms.registry import build
 from fedtune.transforms.ring import FIGURES
 from fedtune.types import Client, Round, Update
 from tests import small
+from tests.marks import mostly_thorough
 from tests.runtime.test_masked import losing
 
 CLIP = 0.5
@@ -137,7 +138,7 @@ def end(model: Path, data: Path, root: Path, chain: list[Any], lost: Any = None)
     return np.concatenate([shared[name].reshape(-1) for name in sorted(shared)]).astype(np.float64), result
 
 
-@pytest.mark.parametrize("lost", [{}, {"train": {2}}])
+@pytest.mark.parametrize("lost", mostly_thorough([{}, {"train": {2}}], [{}]))
 def test_a_masked_run_has_the_noise_and_its_epsilon(
     lost: dict[str, set[int]], tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
