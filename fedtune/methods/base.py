@@ -61,6 +61,10 @@ class TrainedTable(MethodTable):
         return self.train.objective
 
     @property
+    def local_steps(self) -> int | None:
+        return self.train.steps or None
+
+    @property
     def together(self) -> int:
         return self.train.together
 

@@ -184,6 +184,10 @@ class FedKSeedSettings(MethodTable):
         return "gradient" not in self.estimators if self.estimators else self.estimator in ("spsa", "fzoo")
 
     @property
+    def local_steps(self) -> int | None:
+        return self.steps if self.walks_only else self.train.steps or None
+
+    @property
     def sends_steps(self) -> bool:
         return self.uplink == "steps" or (self.uplink == "auto" and self.walks_only)
 

@@ -269,6 +269,11 @@ class MethodTable(Settings):
         return None
 
     @property
+    def local_steps(self) -> int | None:
+        """Of a client in a round; None where epochs count, or where no recipe says."""
+        return None
+
+    @property
     def public(self) -> str:
         """A file or folder of rows, in the form of [data], with which the model's owner prepares it; "" where
         there are none."""

@@ -12,7 +12,7 @@ after, which of a short path is the mean one; at its start half of LoRA's factor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -154,12 +154,12 @@ def closest(guess: torch.Tensor, table: torch.Tensor, known: torch.Tensor) -> to
     return near.topk(min(NEAR, len(table) - len(known))).indices
 
 
-def along(found: tuple[torch.Tensor | None, ...], ways: list[torch.Tensor]) -> torch.Tensor:
+def along(found: Sequence[torch.Tensor | None], ways: list[torch.Tensor]) -> torch.Tensor:
     """The cosine between minus a gradient and what moved, over all tensors together."""
     pairs = [(one.float(), way) for one, way in zip(found, ways, strict=True) if one is not None]
     dot = sum((one * way).sum() for one, way in pairs)
     size = sum((one.square().sum() for one, _ in pairs), torch.zeros(())).clamp(min=1e-30).sqrt()
-    return -dot / (size * sum(way.square().sum() for way in ways).sqrt())
+    return -dot / (size * sum(way.square().sum() for way in ways).clamp(min=1e-30).sqrt())
 
 
 @contextmanager

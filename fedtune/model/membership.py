@@ -18,6 +18,7 @@ import torch
 from fedtune.hf.eval_mode import in_eval_mode
 from fedtune.model.encode import Encoded
 from fedtune.model.forward import forward_only
+from fedtune.model.gradient_matching import along
 from fedtune.model.private_steps import mean_loss, row_losses
 from fedtune.model.tunable import TunableModel
 
@@ -39,15 +40,11 @@ def cosines(tunable: TunableModel, data: Encoded, moved: Mapping[str, torch.Tens
     """(rows,) between minus each row's gradient, as the tunable model stands, and what moved."""
     trained = [tunable.named[name] for name in moved]
     far = [value.to(one.device, torch.float32) for value, one in zip(moved.values(), trained, strict=True)]
-    length = math.sqrt(sum(float(one.double().square().sum()) for one in far))
     out = []
     with in_eval_mode(tunable.net):
         for row in range(len(data)):
             found = torch.autograd.grad(mean_loss(tunable, data.collate([row])), trained, allow_unused=True)
-            pairs = [(one.float(), way) for one, way in zip(found, far, strict=True) if one is not None]
-            size = math.sqrt(sum(float(one.double().square().sum()) for one, _ in pairs))
-            dot = sum(float((one * way).sum()) for one, way in pairs)
-            out.append(-dot / max(size * length, 1e-30))
+            out.append(float(along(found, far)))
     return np.array(out)
 
 

@@ -128,7 +128,7 @@ def faked(tunable: TunableModel) -> TunableModel:
     return tunable
 
 
-def batch_of(tunable: TunableModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+def batch_of_shape(tunable: TunableModel, batch: int, length: int) -> dict[str, torch.Tensor]:
     """A batch of the task's shapes, all of it carrying loss."""
     base = tunable.base
     if base.task == "image-classify":
@@ -149,7 +149,7 @@ def training_peak(tunable: TunableModel, train: TrainSettings, batch: int, lengt
 
     with fused_attention(), StorageWatch() as watch, training(tunable, train, 0):
         loss_of = TrainingLoss(train.objective, Context((1,) * len(tunable.base.labels)))
-        here(tunable, [batch_of(tunable, batch, length)], batch, train.autocast, loss_of)
+        here(tunable, [batch_of_shape(tunable, batch, length)], batch, train.autocast, loss_of)
     return int(max(0, watch.peak - 4 * tunable.trainable))
 
 
@@ -159,7 +159,7 @@ def scoring_peak(tunable: TunableModel, batch: int, length: int) -> int:
 
     tunable.net.eval()
     with torch.no_grad(), fused_attention(), StorageWatch() as watch, autocast(tunable, "off"):
-        summed_loss(tunable, batch_of(tunable, batch, length))
+        summed_loss(tunable, batch_of_shape(tunable, batch, length))
     return int(watch.peak)
 
 

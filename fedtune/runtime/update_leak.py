@@ -247,6 +247,7 @@ def attacked(
     method.install(start, tunable)
     before = [losses(tunable, rows) for rows in (data[client], others)]
     asks = [cosines(tunable, rows, moved) for rows in (data[client], others)]
+    single = view.recipe.method.local_steps == 1
     return Seen(
         view.place,
         len(view.members),
@@ -254,14 +255,8 @@ def attacked(
         words_in(tunable, moved, data[client]),
         auc(*asks),
         auc(before[0] - fell[0], before[1] - fell[1]),
-        match(tunable, moved, data[client], steps, single(view.recipe)) if steps else None,
+        match(tunable, moved, data[client], steps, single) if steps else None,
     )
-
-
-def single(recipe: Recipe) -> bool:
-    """Whether a client's answer is one local step."""
-    table = recipe.method.model_dump()
-    return 1 in (table.get("steps"), table.get("train", {}).get("steps"))
 
 
 def standing(method: Method, state: State, workspace: Workspace) -> dict[str, np.ndarray]:

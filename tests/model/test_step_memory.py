@@ -12,7 +12,7 @@ import torch
 from fedtune.model import loss_pieces, step_memory
 from fedtune.model.memory_plan import inference_bytes, not_tried, plan, training_bytes, weightless
 from fedtune.model.settings import TrainSettings
-from fedtune.model.step_memory import StorageWatch, batch_of
+from fedtune.model.step_memory import StorageWatch, batch_of_shape
 from fedtune.model.tunable import attach
 from tests.tables import adapter_of
 
@@ -119,7 +119,7 @@ def test_a_network_that_needs_its_numbers_is_not_tried(workspace: Any) -> None:
 
 
 def test_a_batch_is_of_the_shapes_that_data_has(workspace: Any) -> None:
-    images = batch_of(attach(workspace.base("images"), adapter_of(kind="bias"), 1), 3, 0)
+    images = batch_of_shape(attach(workspace.base("images"), adapter_of(kind="bias"), 1), 3, 0)
     assert images["pixel_values"].shape == (3, 3, 8, 8) and images["labels"].shape == (3,)
-    texts = batch_of(attach(workspace.base("causal"), adapter_of(kind="lora"), 1), 3, 5)
+    texts = batch_of_shape(attach(workspace.base("causal"), adapter_of(kind="lora"), 1), 3, 5)
     assert texts["labels"].shape == texts["input_ids"].shape == (3, 5)
