@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from cryptography import x509
+
 from fedtune.errors import FedtuneError, Refused
 from fedtune.forms import MemberName
 from fedtune.trust import private, requests, roster
@@ -109,13 +111,11 @@ class Desk:
     folder: Path
 
     def hand_in(self, peer: Peer, content: bytes, identity: Identity) -> bytes:
-        """Keep a member's own request; the answer to it, b"" where there is none yet. Raises T705, T707,
-        Refused W601, W606."""
-        if len(content) > LONGEST:
-            raise Refused(
-                "W606", f"a request of {len(content)} bytes", f"at most {LONGEST}", "use fedtune client"
-            )
-        wanted = checked(content, identity, peer)
+        """Keep a member's own request; the answer to it, b"" where there is none yet. Raises T702, T704,
+        T705, T707, Refused W601, W606."""
+        by, wanted, _ = read_request(content, identity.authority, utc_now())
+        if by.name != peer.name:
+            raise not_its_own(wanted, by)
         name = MemberName(peer.name.name)
         path = self.folder / f"{name}.request"
         if not path.exists() or path.read_bytes() != content:
@@ -131,30 +131,31 @@ class Desk:
         return answer.read_bytes() if same == key_hash(wanted.key) else b""
 
 
-def require_short(content: bytes) -> None:
+# --- both of them ---
+
+
+def read_request(
+    content: bytes, authority: x509.Certificate, now: datetime
+) -> tuple[Peer, requests.Request, bytes]:
+    """Who vouches with its present keys, for which new ones of its own name, and the record to sign. Raises
+    T702, T704, T705, T707, Refused W601, W606."""
     if len(content) > LONGEST:
         found = f"a request of {len(content)} bytes"
         raise Refused("W606", found, f"at most {LONGEST}", "use fedtune client")
-
-
-def checked(content: bytes, identity: Identity, peer: Peer | None = None) -> requests.Request:
-    """A request that a member's present keys have signed, for new ones of the same name. Raises T704, T705,
-    T707, Refused W601."""
     signed = Signed.from_json(content)
-    by = signer(signed, identity.authority, utc_now(), "request")
-    wanted = requests.read(signed.record)
-    if (
-        wanted.name != by.name.name
-        or wanted.federation != by.name.federation
-        or (peer and peer.name != by.name)
-    ):
-        raise FedtuneError(
-            "T705",
-            f"a request for keys of {wanted.name[:80]!r}, signed by '{by.name.name}'",
-            "one for its own name",
-            "use fedtune client",
-        )
-    return wanted
+    by, wanted = signer(signed, authority, now, "request"), requests.read(signed.record)
+    if (wanted.name, wanted.federation) != (by.name.name, by.name.federation):
+        raise not_its_own(wanted, by)
+    return by, wanted, signed.record
+
+
+def not_its_own(wanted: requests.Request, by: Peer) -> FedtuneError:
+    return FedtuneError(
+        "T705",
+        f"a request for keys of {wanted.name[:80]!r}, signed by '{by.name.name}'",
+        "one for its own name",
+        "use fedtune client",
+    )
 
 
 # --- the authority ---
@@ -176,12 +177,7 @@ def answered(made: Authority, folder: Path, days: int, now: datetime | None = No
 
 def signed_answer(made: Authority, content: bytes, days: int, now: datetime) -> tuple[str, bytes]:
     """The name and the answer, b"" where its key was signed before. Raises T704 to T708, Refused W601."""
-    if len(content) > LONGEST:
-        raise Refused(
-            "W606", f"a request of {len(content)} bytes", f"at most {LONGEST}", "use fedtune client"
-        )
-    signed = Signed.from_json(content)
-    by, wanted = signer(signed, made.certificate, now, "request"), requests.read(signed.record)
+    by, wanted, record = read_request(content, made.certificate, now)
     entries = read_entries(made.allowed)
     if any(entry.key == key_hash(wanted.key) for entry in entries):
         return wanted.name, b""
@@ -192,13 +188,6 @@ def signed_answer(made: Authority, content: bytes, days: int, now: datetime) -> 
             f"a request that a key of '{by.name.name}' ({by.key[:12]}) vouches for",
             "a key on the allow list, valid and not revoked",
             "run keys request at the site, and keys sign",
-        )
-    if (wanted.name, wanted.federation) != (by.name.name, by.name.federation):
-        raise FedtuneError(
-            "T705",
-            f"a request for {wanted.name[:80]!r}, signed by '{by.name.name}'",
-            "one for its own name",
-            "ask the site",
         )
     if left(by, now) > 1 / 2:
         raise FedtuneError(
@@ -212,7 +201,7 @@ def signed_answer(made: Authority, content: bytes, days: int, now: datetime) -> 
             sentence=f"'{by.name.name}' has {AT_ONCE} valid keys",
             do=f"revoke those that are not used: fedtune keys revoke {by.name.name} --key HASH",
         )
-    return made.sign(signed.record, days, now)
+    return made.sign(record, days, now)
 
 
 def ends_soon(folder: Path, now: datetime | None = None) -> bool:

@@ -157,9 +157,8 @@ def accept(folder: Path, content: bytes, passphrase: Passphrase = from_environme
 
 
 def packed(parts: dict[str, bytes]) -> bytes:
-    return (
-        json.dumps({name: base64.b64encode(part).decode() for name, part in parts.items()}, indent=1) + "\n"
-    ).encode()
+    tree = {name: base64.b64encode(part).decode() for name, part in parts.items()}
+    return (json.dumps(tree) + "\n").encode()
 
 
 def unpacked(content: bytes, what: str, names: tuple[str, ...]) -> dict[str, bytes]:

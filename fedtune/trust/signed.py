@@ -4,7 +4,6 @@ today or in years."""
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,6 +16,7 @@ from fedtune.trust.certificates import Peer, member_of, read_certificate
 from fedtune.trust.envelope import check_signature
 from fedtune.trust.identity import Identity
 from fedtune.trust.names import COORDINATOR
+from fedtune.trust.requests import packed
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,7 @@ class Signed:
     certificate: bytes
 
     def to_json(self) -> bytes:
-        parts = {"record": self.record, "signature": self.signature, "certificate": self.certificate}
-        return (
-            json.dumps({name: base64.b64encode(part).decode() for name, part in parts.items()}) + "\n"
-        ).encode()
+        return packed({"record": self.record, "signature": self.signature, "certificate": self.certificate})
 
     @classmethod
     def from_json(cls, content: bytes) -> Signed:

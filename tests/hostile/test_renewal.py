@@ -21,9 +21,8 @@ from fedtune.exchange import ExchangeClient
 from fedtune.trust import Identity, load, renewal, requests
 from fedtune.trust.authority import create, revoke
 from fedtune.trust.certificates import utc_now
-from fedtune.trust.identity import following
 from fedtune.trust.renewal import Desk
-from fedtune.trust.signed import Signed, seal
+from fedtune.trust.signed import Signed
 from tests.deploy.flowers import body, headers
 from tests.exchange.federation import Federation
 from tests.hostile.wires import Recorder
@@ -112,75 +111,10 @@ def test_a_site_goes_over_to_new_keys_by_itself(gateway: Gateway, capsys: pytest
     assert renewal.asked(new, gateway.home) == b""  # and rests until a third is left
 
 
-def test_keys_that_the_operator_gives_later_come_first(gateway: Gateway) -> None:
-    wanted = renewal.asked(gateway.site, gateway.home)
-    gateway.desk.hand_in(gateway.site.peer, wanted, gateway.federation.coordinator)
-    gateway.signs()
-    answer = gateway.desk.hand_in(gateway.site.peer, wanted, gateway.federation.coordinator)
-    renewed = renewal.accept(answer, gateway.site, gateway.home)
-    assert renewal.newest(gateway.keys, gateway.home).peer == renewed.peer
-    later = gateway.authority.renew("site-d", 5, now=utc_now() + timedelta(minutes=5))
-    assert renewal.newest(later, gateway.home).peer == load(later).peer
-
-
 def request_of(identity: Identity, root: Path, name: str) -> bytes:
     """A request for new keys of any name."""
     path, _ = requests.make(root / "made", identity.name.federation, name)
     return path.read_bytes()
-
-
-def test_nobody_gets_keys_of_another_name(
-    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Neither at the coordinator's desk, nor where a request gets to the authority without it."""
-    coordinator = gateway.federation.coordinator
-    for number, name in enumerate(("site-a", "coordinator")):
-        stolen = seal(request_of(gateway.site, tmp_path / str(number), name), gateway.site).to_json()
-        with pytest.raises(FedtuneError, match="T705"):
-            gateway.desk.hand_in(gateway.site.peer, stolen, coordinator)
-        (gateway.desk.folder).mkdir(mode=0o700, exist_ok=True)
-        (gateway.desk.folder / f"{name}.request").write_bytes(stolen)
-    other = gateway.federation.sites["site-a"]
-    with pytest.raises(FedtuneError, match="T705"):  # a request that somebody else handed in
-        gateway.desk.hand_in(other.peer, renewal.asked(gateway.site, gateway.home), coordinator)
-    before = gateway.authority.allowed.read_bytes()
-    assert gateway.signs() == 0
-    out = capsys.readouterr().out
-    assert out.count("not signed. T705") == 2 and gateway.authority.allowed.read_bytes() == before
-    assert not list(gateway.desk.folder.glob("*.answer"))
-
-
-def test_what_the_authority_does_not_sign(
-    gateway: Gateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made, now = gateway.authority, utc_now()
-    good = renewal.asked(gateway.site, gateway.home)
-    young = gateway.federation.sites["site-b"]  # in the first half of its life
-    early = seal(request_of(young, tmp_path / "early", "site-b"), young).to_json()
-    signed = Signed.from_json(good)
-    bent = Signed(signed.record[:-1] + b"\0", signed.signature, signed.certificate).to_json()
-    stranger = create(tmp_path / "else", "hospitals", ["localhost"], 30)
-    foreign = load(stranger.issue("site-d", 30, now=now - timedelta(days=25)))
-    alien = seal(request_of(foreign, tmp_path / "alien", "site-d"), foreign).to_json()
-    for content, code in (
-        (early, "T708"),
-        (bent, "T707"),
-        (alien, "T705"),
-        (b"x" * 9000, "W606"),
-        (b"{}", "W601"),
-    ):
-        with pytest.raises(FedtuneError, match=code):
-            renewal.signed_answer(made, content, 42, now)
-    with pytest.raises(FedtuneError, match="T704"):
-        renewal.signed_answer(made, good, 42, now + timedelta(days=6))
-    for number in range(2):  # somebody with the keys wants more and more of them
-        more = seal(request_of(gateway.site, tmp_path / f"more-{number}", "site-d"), gateway.site).to_json()
-        assert renewal.signed_answer(made, more, 42, now)[1]
-    with pytest.raises(FedtuneError, match=r"T708.*has 3 valid keys"):
-        renewal.signed_answer(made, good, 42, now)
-    revoke(made.place("coordinator"), "site-d", gateway.site.peer.key)
-    with pytest.raises(FedtuneError, match="T706"):
-        renewal.signed_answer(made, good, 42, now)
 
 
 def test_a_site_takes_no_keys_that_are_none(gateway: Gateway, tmp_path: Path) -> None:
@@ -204,13 +138,3 @@ def test_a_site_takes_no_keys_that_are_none(gateway: Gateway, tmp_path: Path) ->
         assert not bad or "keys that are none: T70" in said[-1], said
         assert renewal.newest(gateway.keys, gateway.home).peer == gateway.site.peer
     assert before == {path: path.read_bytes() for path in gateway.home.rglob("*") if path.is_file()}
-
-
-def test_the_coordinator_signs_with_renewed_keys_without_a_restart(gateway: Gateway) -> None:
-    folder = gateway.authority.place("coordinator")
-    now = following(folder)
-    before = now().peer.key
-    assert not renewal.ends_soon(folder)
-    gateway.authority.renew("coordinator", 42, now=utc_now() - timedelta(days=40))
-    assert renewal.ends_soon(folder) and now().peer.key != before
-    assert gateway.signs() == 0 and not renewal.ends_soon(folder) and (now().peer.ends - utc_now()).days == 41

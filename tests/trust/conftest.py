@@ -1,0 +1,1 @@
+from tests.trust.renewing import scene  # noqa: F401
