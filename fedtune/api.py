@@ -268,12 +268,12 @@ def sweep(
     Raises C103, C104, C107, R406, and what a recipe of it is refused with.
     """
     from fedtune.sweeps.plan import combinations
-    from fedtune.sweeps.sweep import Plan
+    from fedtune.sweeps.sweep import Plan, results_to
     from fedtune.sweeps.sweep import sweep as swept
 
     settings = [] if trials else combinations(grid or {})
     plan = Plan(recipe(source, **changes), settings, tuple(samples), trials, seeds, jobs, halve)
-    rows = swept(plan, Path(to).expanduser().resolve(), on_run or (lambda text: None))
+    rows = swept(plan, Path(to).expanduser().resolve(), results_to(on_run))
     return [row.values() for row in rows]
 
 

@@ -69,11 +69,13 @@ def run_fedtune(*words: str, cwd: Path | None = None) -> subprocess.CompletedPro
     return Program("-m", "fedtune", *words, cwd=cwd).finish()
 
 
-def run(command: Sequence[str], *, check: bool = False, **more: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    command: Sequence[str], *, check: bool = False, cwd: Path | None = None, **more: Any
+) -> subprocess.CompletedProcess[str]:
     """In the place of `subprocess.run` for scripts that start themselves or fedtune again and read the output."""
     if command[0] != sys.executable:
-        return _subprocess_run(command, check=check, **more)
-    done = Program(*map(str, command[1:])).finish()
+        return _subprocess_run(command, check=check, cwd=cwd, **more)
+    done = Program(*map(str, command[1:]), cwd=cwd).finish()
     if check:
         done.check_returncode()
     return done

@@ -10,13 +10,14 @@ import json
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from tests import small
+from tests.brought import CORE, brought, called, size_of
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -24,32 +25,6 @@ HIDE = """import json, sys
 sys.modules.update(dict.fromkeys({!r}))
 from fedtune.cli import main
 print(json.dumps([main(json.loads(words)) for words in sys.argv[1:]]))"""  # commands that end one after the other
-
-
-def called(name: str) -> str:
-    return name.lower().replace("_", "-")
-
-
-def brought(requirements: list[str]) -> set[str]:
-    """All packages that come with some, by their metadata."""
-    seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = [Requirement(line) for line in requirements]
-    while waiting:
-        one = waiting.pop()
-        if (called(one.name), frozenset(one.extras)) in seen:
-            continue
-        try:
-            needs = distribution(one.name).requires or []
-        except PackageNotFoundError:  # of another system
-            continue
-        seen.add((called(one.name), frozenset(one.extras)))
-        waiting += [
-            known
-            for known in map(Requirement, needs)
-            if known.marker is None
-            or any(known.marker.evaluate({"extra": name}) for name in {"", *one.extras})
-        ]
-    return {name for name, _ in seen}
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +53,10 @@ def fedtune(hidden: list[str], place: Path, *words: str) -> subprocess.Completed
 
 
 def test_the_base_is_small(hidden: list[str]) -> None:
-    """As promised: at most 20 packages over torch, transformers and peft."""
+    """As promised: at most 20 packages and 200 MB over torch, transformers and peft."""
     assert {"flwr", "ray", "datasets", "numba", "pyarrow", "pandas", "optuna", "gguf"} <= set(hidden)
-    more = brought(PROJECT["dependencies"]) - brought(["torch", "transformers", "peft"])
-    assert len(more) <= 20, sorted(more)
+    more = brought(PROJECT["dependencies"]) - brought(CORE)
+    assert len(more) <= 20 and size_of(more) < 200e6, sorted(more)
 
 
 @pytest.mark.thorough
@@ -134,7 +109,7 @@ def test_the_tests_have_all_extras() -> None:
     """A clean clone runs everything with the README's first command."""
     extras = PROJECT["optional-dependencies"]
     (own,) = (line for line in extras["test"] if line.startswith("fedtune["))
-    assert Requirement(own).extras >= {"flower", "zeroth", "hub", "parquet", "sweep"}
+    assert Requirement(own).extras >= {"flower", "zeroth", "hub", "parquet", "sweep", "trackers"}
     whole = {called(Requirement(line).name) for name in Requirement(own).extras for line in extras[name]}
     for name in ("metrics", "gguf"):
         assert {called(Requirement(line).name) for line in extras[name]} <= whole

@@ -94,7 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     parser = argparse.ArgumentParser(
-        prog="fedtune", description="Federated fine-tuning of one pretrained model, on Flower."
+        prog="fedtune",
+        description="Federated fine-tuning of one pretrained model, on Flower.",
+        epilog="Begin with fedtune simulate (the built-in federation) or fedtune init rows.csv (your rows).",
     )
     parser.add_argument(
         "--version", action="version", version=f"fedtune {__version__}", help="show the version and exit"

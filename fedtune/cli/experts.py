@@ -10,9 +10,12 @@ from typing import Any
 from fedtune.cli.common import settings_of
 from fedtune.cli.merge import RULES
 from fedtune.cli.runs import opened
+from fedtune.cli.waits import waiting
 from fedtune.disk import json_text
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
+
+SCORING = "scoring experts on held-out rows"  # what a wait says
 
 
 def add_commands(commands: Any) -> None:
@@ -113,7 +116,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from fedtune.runtime.expert_scores import evaluate
     from fedtune.runtime.folder import EXPERTS
 
-    matrix = evaluate(opened(options.run))
+    with waiting(SCORING):
+        matrix = evaluate(opened(options.run))
     rows = matrix.report()
     found = {"losses": matrix.told_of, "clients": rows, "metric": matrix.metric}
     opened(options.run).write_json(EXPERTS, found)  # for the run's report
@@ -149,8 +153,9 @@ def route(options: argparse.Namespace) -> int:
     folder = opened(options.run)
     trained = options.gate == "trained" or (not options.gate and gate_in(library(folder)))
     routing = None if trained else Routing(options.gate or "means", options.keep, options.k, options.p)
-    done = routed(folder, routing, options.null)
-    rows, local = evaluate(folder).report(), alone(folder) if options.local else {}
+    with waiting(SCORING):
+        done = routed(folder, routing, options.null)
+        rows, local = evaluate(folder).report(), alone(folder) if options.local else {}
     print("losses on the second half of each client's held-out rows")
     columns = ("base", "general", "own", "best", "oracle")
     print(
@@ -184,7 +189,9 @@ def merge(options: argparse.Namespace) -> int:
     from fedtune.runtime.merge import Asked, cost
 
     asked = Asked(options.by, settings_of(options.set), (), options.rank)
-    for sentence in cost(merge(opened(options.run), options.experts, asked, options.name)):
+    with waiting("merging the experts"):
+        merged = merge(opened(options.run), options.experts, asked, options.name)
+    for sentence in cost(merged):
         print(sentence)
     print(options.name)
     return 0
@@ -197,7 +204,8 @@ def prune(options: argparse.Namespace) -> int:
     from fedtune.runtime.expert_scores import evaluate
 
     folder = opened(options.run)
-    gone = superfluous(folder, options.above, evaluate(folder))
+    with waiting(SCORING):
+        gone = superfluous(folder, options.above, evaluate(folder))
     for name, other, cosine in gone:
         if not options.dry_run:
             remove(folder, name, datetime.now(UTC))
@@ -212,7 +220,9 @@ def export(options: argparse.Namespace) -> int:
     from fedtune.runtime.expert_changes import export
 
     target = Path(options.to).expanduser().resolve()
-    for path in export(opened(options.run), options.experts, target, options.max_rank):
+    with waiting("writing the experts"):
+        paths = export(opened(options.run), options.experts, target, options.max_rank)
+    for path in paths:
         print(path)
     return 0
 

@@ -59,7 +59,7 @@ def forget(options: argparse.Namespace) -> int:
     quiet()
     from fedtune import api
     from fedtune.runtime.forget import plan
-    from fedtune.sinks.console import console_sink
+    from fedtune.sinks.display import display
 
     folder = opened(options.run)
     for sentence in plan(folder, options.client).told():
@@ -67,7 +67,8 @@ def forget(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     keys = options.keys or ""
-    done = api.forget(folder.path, options.client, options.to, keys=keys, on_event=console_sink)
+    with display() as tell:
+        done = api.forget(folder.path, options.client, options.to, keys=keys, on_event=tell)
     print(f"{folder.path} still holds what they contributed: remove it where nothing of them may stay")
     print(done.certificate)
     return 0
@@ -88,11 +89,12 @@ def quarantine(options: argparse.Namespace) -> int:
 def rollback(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.runtime.rollback import roll_back
-    from fedtune.sinks.console import console_sink
+    from fedtune.sinks.display import display
 
     folder = opened(options.run)
     name = options.target or folder.path.with_name(f"{folder.path.name}-after-{options.to}")
     target = Path(name).expanduser().resolve()
-    again = roll_back(folder, options.to, target, datetime.now(UTC), options.without, [console_sink])
+    with display() as tell:
+        again = roll_back(folder, options.to, target, datetime.now(UTC), options.without, [tell])
     print(f"{again} rounds were computed again; go on with: fedtune resume {target}")
     return 0

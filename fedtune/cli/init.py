@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.cli.schema import HEADER, SCHEMA
+from fedtune.cli.waits import waiting
 from fedtune.errors import FedtuneError
 from fedtune.quiet import quiet
 
@@ -67,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
     from fedtune import config
     from fedtune.runtime.draft import draft
 
-    made = draft(data, options.task, options.model)
+    with waiting("reading the rows"):
+        made = draft(data, options.task, options.model)
     task = options.task or ask("task", made.guess.task, TASKS)
     model = options.model or ask("model", made.model if task == made.guess.task else "")
     if (task, model) != (made.guess.task, made.model):
@@ -103,6 +105,7 @@ def recipe_text(draft: Draft, schema: str = "") -> str:
     if "max_length" in tree["data"]:
         longer = f"; {100 * draft.over:.1f} % of the first rows are longer, and are cut" if draft.over else ""
         data.append(line("max_length", draft.max_length, f"tokens of an example{longer}"))
+    method = tree.get("method", {})
     partition = [
         line(key, value, PARTITION.get((key, value), "")) for key, value in tree["partition"].items()
     ]
@@ -116,6 +119,7 @@ def recipe_text(draft: Draft, schema: str = "") -> str:
             "",
             "[model]",
             line("name", draft.model, "a folder, a GGUF file, a hub name, or package:NAME/PATH"),
+            *(line(key, value, THREADS) for key, value in tree["model"].items() if key == "threads"),
             "",
             "[data]",
             line("source", draft.source),
@@ -132,11 +136,12 @@ def recipe_text(draft: Draft, schema: str = "") -> str:
             "[method.adapter]",
             'kind = "lora"',
             "rank = 8",
+            *(line(key, value, ADAPTER[key]) for key, value in method.get("adapter", {}).items()),
             "",
             "[method.train]           # of a client in each round; learning rates: docs/rates.md",
             "steps = 10",
             "batch = 8",
-            *objective(tree.get("method", {})),
+            *objective(method.get("train", {})),
             "",
             "[evaluate]               # beside the federation; each of the two trains the model again",
             "local = true             # every client alone",
@@ -146,14 +151,19 @@ def recipe_text(draft: Draft, schema: str = "") -> str:
     )
 
 
-def objective(method: dict[str, Any]) -> list[str]:
+def objective(train: dict[str, Any]) -> list[str]:
     """The loss, where the task needs one of its own."""
-    if not method:
+    if not train:
         return []
-    said = method["train"]["objective"]["loss"]
+    said = train["objective"]["loss"]
     return ["", "[method.train.objective]", line("loss", said, "or ipo, orpo, simpo: docs/tuning.md")]
 
 
+THREADS = "of a client; there is a process for every core"
+ADAPTER = {
+    "last": "so many of the last blocks are adapted; 0: all, which takes longer",
+    "keep_front": "what the blocks in front of them say of a row is computed once",
+}
 PARTITION = {
     ("by", "iid"): "equal shares; or dirichlet, column (natural clients), shards, size",
     ("by", "column"): "each value of a column is a client; or iid, dirichlet, shards, size",

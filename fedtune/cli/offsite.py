@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.cli.common import add_recipe
+from fedtune.cli.waits import waiting
 from fedtune.quiet import quiet
 
 
@@ -28,5 +29,7 @@ def offsite(options: argparse.Namespace) -> int:
     quiet()
     from fedtune.runtime.emulator import write_emulator
 
-    print("\n".join(write_emulator(recipe, Path(options.to).expanduser().resolve())))
+    with waiting("reading the model"):
+        said = write_emulator(recipe, Path(options.to).expanduser().resolve())
+    print("\n".join(said))
     return 0

@@ -123,10 +123,10 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "report", help="write a page about a run, or about several side by side, that opens without a network"
     )
-    parser.add_argument("runs", nargs="+", metavar="run", help="the runs' folders")
+    parser.add_argument("runs", nargs="+", metavar="run", help="the folders of runs, or of sweeps")
     parser.add_argument(
         "--to", default="", metavar="FILE",
-        help="the page (default: report.html of the run, comparison.html beside several)",
+        help="the page (default: report.html of the run or the sweep, comparison.html beside several)",
     )  # fmt: skip
     parser.add_argument("--png", default="", metavar="DIR", help="write its pictures here, too")
     parser.add_argument("--csv", default="", metavar="DIR", help="write its numbers here, too")
@@ -156,6 +156,17 @@ def opened(path: str) -> RunFolder:
     from fedtune.runtime.folder import existing
 
     return existing(Path(path).expanduser().resolve())
+
+
+def is_sweep(path: str) -> bool:
+    return (Path(path).expanduser() / "sweep.json").exists()
+
+
+def opened_all(path: str) -> list[RunFolder]:
+    """A run's folder, or the folders of a sweep's runs, trial by trial. Raises R402."""
+    if not is_sweep(path):
+        return [opened(path)]
+    return [opened(str(one.parent)) for one in sorted(Path(path).expanduser().glob("runs/*/config.json"))]
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -294,11 +305,14 @@ def export(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    folders = [opened(path) for path in options.runs]
+    folders = [folder for path in options.runs for folder in opened_all(path)]
+    to = Path(options.to).expanduser() if options.to else None
+    if to is None and len(options.runs) == 1 and is_sweep(options.runs[0]):
+        to = Path(options.runs[0]).expanduser().resolve() / "report.html"
     with waiting("drawing the page"):
         from fedtune.report import csv_files, png_files, write_report
 
-        page = write_report(folders, Path(options.to).expanduser() if options.to else None)
+        page = write_report(folders, to)
     print(page)
     for place, write in ((options.png, png_files), (options.csv, csv_files)):
         for path in write(folders, Path(place).expanduser()) if place else ():

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fedtune.events import Event
+from fedtune.events import Event, Progress
 
 
 def add_showing(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def shown(options: argparse.Namespace, live: bool = True) -> Iterator[Callable[[
         from fedtune.sinks.display import display
 
         with display(live) as tell:
+            tell(Progress("starting: loading libraries", 0, 0))  # seconds, before a run can speak for itself
             yield tell
 
 

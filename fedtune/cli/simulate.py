@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def simulate(options: argparse.Namespace) -> int:
     with shown(options) as tell:
         from fedtune import api
 
-        api.simulate(
+        result = api.simulate(
             recipe,
             runs=options.runs,
             engine=options.engine,
@@ -60,4 +61,23 @@ def simulate(options: argparse.Namespace) -> int:
             stem=stem,
             began=STARTED,
         )
+    if not (options.quiet or options.json):
+        print(
+            "\n".join(["", "next:", *(f"  {line}" for line in next_steps(recipe.data.task, result.folder))])
+        )
     return 0
+
+
+def next_steps(task: str, folder: Path) -> list[str]:
+    """What one does with a finished run."""
+    place = os.path.relpath(folder)
+    asked = {f"fedtune chat {place}": "base and tuned model side by side"}
+    if task in ("classify", "image-classify"):
+        asked = {f"fedtune predict {place} FILE": "what the model makes of new rows"}
+    steps = {
+        f"fedtune report {place}": "a page with pictures",
+        **asked,
+        f"fedtune export {place} --to DIR": "the tuned model, for other programs",
+    }
+    wide = max(map(len, steps))
+    return [f"{command:<{wide}}  # {about}" for command, about in steps.items()]

@@ -59,6 +59,7 @@ def add_commands(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     check(options)
     from fedtune import config
+    from fedtune.sinks.display import display
     from fedtune.sweeps.plan import grid
     from fedtune.sweeps.sweep import Plan, sweep
     from fedtune.sweeps.table import as_text
@@ -69,9 +70,13 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.to or f"sweeps/{stem}").expanduser().resolve()
     settings = [] if options.trials else grid(options.grid)
     plan = Plan(recipe, settings, options.sample, options.trials, options.seeds, options.jobs, options.halve)
-    rows = sweep(plan, folder, lambda text: print(plain(text), flush=True))
+    with display() as tell:
+        rows = sweep(plan, folder, tell)
     print("\n".join(["", *map(plain, as_text(rows)), f"table.csv, table.json and runs/ in {folder}"]))
-    return 0 if any(row.results for row in rows) else 2
+    if not any(row.results for row in rows):
+        return 2
+    print(f"side by side: fedtune report {options.to or f'sweeps/{stem}'}")
+    return 0
 
 
 def check(options: argparse.Namespace) -> None:

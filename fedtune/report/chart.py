@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from fedtune.report.read import RunData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curve = Sequence[tuple[float, float]]  # (x, y), x ascending
 LONGEST = 28  # characters of a name beside a picture
+SHORT = 22  # characters of names that stand in two columns
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,26 @@ def whole_rounds(axes: Axes) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round")
+
+
+def factors(axes: Axes) -> None:
+    """A logarithmic x axis with plain numbers: Matplotlib's own labels are formulas, which are not read here
+    (picture.style)."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """Names above a picture, in two columns where they are short; the picture grows with them."""
+    names = axes.get_legend_handles_labels()[1]
+    if names:
+        columns = 2 if max(map(len, names)) <= SHORT else 1
+        figure.set_figheight(figure.get_figheight() + 0.2 * max(0, math.ceil(len(names) / columns) - 1))
+        figure.legend(loc="outside upper center", ncols=columns)
 
 
 def number(value: Any, digits: int = 4) -> str:

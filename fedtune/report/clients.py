@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fedtune.report.chart import Chart, Group, brief, number
-from fedtune.report.picture import Palette
+from fedtune.report.picture import WIDTH, Palette
 from fedtune.report.read import RunData
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def scores(runs: Sequence[RunData]) -> Iterator[Chart]:
 
         if few:
             return bars(palette, dict(sorted(values.items(), key=lambda one: one[1])), metric)
-        figure = Figure()
+        figure = Figure(figsize=(WIDTH, max(3.1, 0.3 * len(known) + 0.9)))
         axes = figure.add_subplot()
         spread(axes, palette, [(run.name, list(one.values())) for run, one in known])
         axes.set_xlabel(metric)
@@ -88,7 +88,7 @@ def bars(palette: Palette, values: dict[str, float], label: str) -> Figure:
     """Horizontal bars with their numbers and, dashed, the mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, max(1.6, 0.28 * len(values) + 0.9)))
+    figure = Figure(figsize=(WIDTH, max(1.6, 0.28 * len(values) + 0.9)))
     axes = figure.add_subplot()
     drawn = axes.barh([brief(name) for name in values], list(values.values()), color=palette.series[0])
     said = [number(value, 3) for value in values.values()]
@@ -165,7 +165,7 @@ def matrix(
     import numpy as np
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, min(7.5, max(2.2, 0.26 * len(down) + 1.4))))
+    figure = Figure(figsize=(WIDTH, min(7.5, max(2.2, 0.26 * len(down) + 1.4))))
     axes = figure.add_subplot()
     values = np.asarray(table, float)
     image = axes.imshow(values, aspect="auto", cmap=DATA_COLOURS, interpolation="nearest")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.privacy.releases import UNITS
-from fedtune.report.chart import Chart, Curve, Group, draw_band, number, whole_rounds
+from fedtune.report.chart import Chart, Curve, Group, draw_band, factors, legend_above, number, whole_rounds
 from fedtune.report.picture import Draw, Palette
 from fedtune.report.read import RunData
 from fedtune.sinks.console import size
@@ -80,14 +80,13 @@ def quality(groups: Sequence[Group]) -> Iterator[Chart]:
         figure = Figure()
         axes = figure.add_subplot()
         for place, (group, curves) in enumerate(shown):
-            draw_band(axes, palette, place, f"{group.name}, held-out rows", group.band(curves))
+            draw_band(axes, palette, place, "held-out rows" if only else group.name, group.band(curves))
         for place, (group, points) in enumerate(ends):
             if points:
                 colour = palette.series[place % len(palette.series)]
                 xs, ys = zip(*points, strict=True)
-                axes.scatter(
-                    xs, ys, marker="*", s=110, color=colour, zorder=3, label=f"{group.name}, test set"
-                )
+                name = "test set" if only else "" if shown else group.name
+                axes.scatter(xs, ys, marker="*", s=110, color=colour, zorder=3, label=name or None)
                 bases = [run.lines["base model"] for run in group.runs if "base model" in run.lines]
                 if bases and not shown:  # all that is known of the way: where it began and where it ended
                     begun = sum(bases) / len(bases)
@@ -102,7 +101,7 @@ def quality(groups: Sequence[Group]) -> Iterator[Chart]:
         whole_rounds(axes)
         axes.set_xlim(left=0)
         axes.set_ylabel(metric)
-        figure.legend(loc="outside upper center", ncols=2)
+        legend_above(figure, axes)
         return figure
 
     rows = table(shown) if shown else []
@@ -119,7 +118,11 @@ def quality(groups: Sequence[Group]) -> Iterator[Chart]:
         f"{group.name} {', '.join(number(y) for _, y in points)}" for group, points in ends if points
     )
     better = "lower is better" if metric in DOWN else "higher is better"
-    about = f"{metric}: {better}. " + ("Bands: clients (local only) or seeds." if only else "Bands: seeds.")
+    about = f"{metric}: {better}. " + (
+        "Bands: clients (local only) or seeds."
+        if only
+        else "Lines: held-out rows; stars: test set; bands: seeds."
+    )
     yield Chart(
         "quality", f"{metric.capitalize()} by round", alt, draw,
         ("round", *(group.name for group, _ in shown or ends)), rows, about,
@@ -169,7 +172,7 @@ def plain_lines(groups: Sequence[Group], shown: Sequence[tuple[Group, list[Curve
         whole_rounds(axes)
         axes.set_ylabel(label)
         if len(shown) > 1 or len(groups) > 1:
-            axes.legend(loc="best")
+            legend_above(figure, axes)
         return figure
 
     return draw
@@ -198,11 +201,11 @@ def traffic(groups: Sequence[Group]) -> Iterator[Chart]:
         for place, (group, points) in enumerate(shown):
             draw_band(axes, palette, place, group.name, [(x, y, y, y) for x, y in points])
         if len(shown) > 1 and max(p[-1][0] for _, p in shown) > 8 * min(p[-1][0] for _, p in shown):
-            axes.set_xscale("log")
+            factors(axes)
         axes.set_xlabel("bytes up and down, all clients (MiB)")
         axes.set_ylabel(metric)
         if len(shown) > 1:
-            axes.legend(loc="best")
+            legend_above(figure, axes)
         return figure
 
     ends = "; ".join(f"{g.name}: {size(p[-1][0] * 2**20)} for {metric} {number(p[-1][1])}" for g, p in shown)

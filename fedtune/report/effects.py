@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fedtune.report.chart import Chart, brief, number
+from fedtune.report.chart import Chart, brief, legend_above, number
 from fedtune.report.clients import matrix
 from fedtune.report.picture import Palette
 from fedtune.report.read import RunData
@@ -42,7 +42,7 @@ def reliability(run: RunData) -> Iterator[Chart]:
             axes.plot(*zip(*points, strict=True), marker="o", color=palette.series[place], label=name)
         axes.set_xlabel("confidence")
         axes.set_ylabel("accuracy")
-        figure.legend(loc="outside upper center", ncols=3)
+        legend_above(figure, axes)
         return figure
 
     said = "; ".join(f"{name} {number(one['ece'])}" for name, one in lines.items())
@@ -94,7 +94,7 @@ def knowledge(run: RunData) -> Iterator[Chart]:
             axes.bar(at, bars, 0.36, color=palette.series[place], label=label)
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("log-probability of the answer (nats)")
-        figure.legend(loc="outside upper center", ncols=2)
+        legend_above(figure, axes)
         return figure
 
     rows = [

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DASHES = ("-", "--", ":", "-.")  # beside the colours, for those who see none
-SIZE = (5.6, 3.4)  # inches of 72 points: legible on a telephone, and it fills a column of a wide screen
+WIDTH = 4.8  # inches of 72 points: legible on a telephone, and it fills a column of a wide screen
+SIZE = (WIDTH, 3.1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def style(palette: Palette) -> dict[str, Any]:
         "figure.figsize": SIZE,
         "figure.constrained_layout.use": True,
         "legend.frameon": False,
-        "legend.fontsize": 9.5,
+        "legend.fontsize": 10,
         "lines.linewidth": 2.0,
         "lines.markersize": 4,
     }

@@ -19,6 +19,7 @@ from fedtune.settings import Settings, union_of
 from fedtune.sinks.console import kept_name, size
 from fedtune.sinks.standing import duration
 
+SINGLY = 3  # runs of which each has a paragraph and tables of its own; of more, the first has them
 IDENTITY = ("name", "sinks")  # keys of a recipe that do not change what a run does
 
 
@@ -41,7 +42,7 @@ def tables(runs: Sequence[RunData], folders: Sequence[RunFolder]) -> Iterator[Ta
             Table("left-out", f"Left out{more}", ("client", "code", "times", "rounds", "why"), left_out(run))
         )
         made.append(Table("privacy", f"Privacy spent{more}", ("figure", "value"), privacy_rows(run)))
-    for run, folder in zip(runs, folders, strict=True):
+    for run, folder in list(zip(runs, folders, strict=True))[: len(runs) if len(runs) <= SINGLY else 1]:
         more = f" of {run.name}" if len(runs) > 1 else ""
         changed = [[key, value, default] for key, value, default in changes(folder)]
         made.append(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fedtune.report.chart import Chart, Group, brief, number, whole_rounds
-from fedtune.report.picture import Palette
+from fedtune.report.chart import Chart, Group, brief, legend_above, number, whole_rounds
+from fedtune.report.picture import WIDTH, Palette
 from fedtune.sinks.standing import duration
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def phases(groups: Sequence[Group]) -> Iterator[Chart]:
     def draw(palette: Palette) -> Figure:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(5.6, 1.9 + 0.4 * len(known)))
+        figure = Figure(figsize=(WIDTH, 1.7 + 0.4 * len(known)))
         axes = figure.add_subplot()
         before = [0.0] * len(known)
         for place, name in enumerate(names):
@@ -49,7 +49,7 @@ def phases(groups: Sequence[Group]) -> Iterator[Chart]:
             before = [b + s for b, s in zip(before, seconds, strict=True)]
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds")
-        figure.legend(loc="outside upper center", ncols=3)
+        legend_above(figure, axes)
         return figure
 
     rows = [[name, *(f"{spent.get(name, 0.0):.1f}" for _, spent in known)] for name in names]
@@ -87,7 +87,7 @@ def by_round(groups: Sequence[Group]) -> Iterator[Chart]:
         whole_rounds(axes)
         axes.set_ylabel("seconds")
         axes.set_ylim(bottom=0)
-        axes.legend(loc="best")
+        legend_above(figure, axes)
         return figure
 
     rows = [[str(n), f"{w:.2f}", f"{r:.2f}"] for n, w, r in zip(numbers, waited, rest, strict=True)]

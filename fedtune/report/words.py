@@ -17,6 +17,38 @@ def headline(run: RunData) -> list[str]:
     return [text for text in (gained(run), compared(run), by_what(run), cost(run), privacy(run)) if text]
 
 
+def figures(run: RunData) -> list[tuple[str, str, str]]:
+    """What is read first, one beside the other: name, value, and what is said below it."""
+    result = run.result
+    if result is None:
+        return so_far(run)
+    found = []
+    if run.federated is not None:
+        found.append((f"{run.metric}, federated", number(run.federated, 3), "on the test set"))
+    found += [(name, number(value, 3), "") for name, value in run.lines.items()]
+    up, down = (size(result[f"{way}_bytes_per_client_round"]) for way in ("up", "down"))
+    of = f"{result['rounds']} rounds, {result['clients']} clients"
+    return [
+        *found,
+        ("up, client and round", up, f"down {down}"),
+        ("time", duration(result["seconds"]), of),
+    ]
+
+
+def so_far(run: RunData) -> list[tuple[str, str, str]]:
+    """The same of a run that goes on, or was cut short."""
+    rounds, wanted = max(run.rounds, default=0), run.config.get("rounds", "?")
+    found = [("rounds", f"{rounds} of {wanted}", "")]
+    if scored := run.quality():
+        last, value = scored[-1]
+        found.append((run.metric, number(value, 3), f"held-out rows, round {last}"))
+    if losses := run.curve("loss"):
+        found.append(("training loss", number(losses[-1][1], 3), f"{number(losses[0][1], 3)} at first"))
+    if traffic := run.traffic():
+        found.append(("bytes so far", size(traffic[rounds]), "up and down, all clients"))
+    return found
+
+
 def gained(run: RunData) -> str:
     if run.result is None:
         rounds, wanted = max(run.rounds, default=0), run.config.get("rounds", "?")
@@ -50,20 +82,36 @@ def compared(run: RunData) -> str:
     return f"That is {' and '.join(parts)}." if parts else ""
 
 
-def by_what(run: RunData) -> str:
+def what(run: RunData) -> str:
+    """Method, adapter, rank and model; "" where the recipe is not known."""
     method = run.config.get("method") or {}
     adapter = method.get("adapter") or {}
-    kind = adapter.get("kind", "")
     rank = f" of rank {adapter['rank']}" if isinstance(adapter.get("rank"), int) else ""
-    steps = [str(one.get("step")) for one in run.config.get("chain") or ()]
+    named = " / ".join(str(part) for part in (method.get("type"), adapter.get("kind")) if part)
+    return f"{named}{rank} on {model_name(run)}" if named else ""
+
+
+def model_name(run: RunData) -> str:
+    """The last part of a path or a hub's name; of a model in a package, the package."""
+    name = str((run.config.get("model") or {}).get("name", "")).rstrip("/")
+    if name.startswith("package:"):
+        return brief(name.removeprefix("package:").partition("/")[0])
+    return brief(name.rpartition("/")[2])
+
+
+def chain(run: RunData) -> str:
+    """The names of its steps."""
+    return ", ".join(str(one.get("step")) for one in run.config.get("chain") or ())
+
+
+def by_what(run: RunData) -> str:
     rule = (run.config.get("aggregate") or {}).get("rule", "mean")
     result, started = run.result or {}, run.started or {}
     trainable, total = (result.get(key) or started.get(key) for key in ("trainable", "total"))
     share = f", {trainable:,} of {total:,} parameters" if trainable and total else ""
-    chain = f", sent through {', '.join(steps)}" if steps else ""
-    model = brief(str((run.config.get("model") or {}).get("name", "")).rstrip("/").rpartition("/")[2])
-    what = " / ".join(part for part in (str(method.get("type", "")), kind) if part)
-    return f"By {what}{rank} on {model}{share}, combined by {rule}{chain}." if what else ""
+    through = f", sent through {steps}" if (steps := chain(run)) else ""
+    named = what(run)
+    return f"By {named}{share}, combined by {rule}{through}." if named else ""
 
 
 def cost(run: RunData) -> str:

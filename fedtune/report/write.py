@@ -15,15 +15,16 @@ from fedtune.disk import disk_errors, write_atomic
 from fedtune.errors import FedtuneError
 from fedtune.overrides import flat
 from fedtune.plain import plain
-from fedtune.report.chart import Chart, Group, brief
+from fedtune.report.chart import Chart
 from fedtune.report.clients import clients
 from fedtune.report.curves import curves, slug
 from fedtune.report.effects import effects
+from fedtune.report.groups import groups_of, overall, summary
 from fedtune.report.picture import DARK, LIGHT, png, svg
 from fedtune.report.read import RunData, read_run
-from fedtune.report.tables import IDENTITY, Table, shorten, tables
+from fedtune.report.tables import SINGLY, Table, shorten, tables
 from fedtune.report.time import times
-from fedtune.report.words import headline, title
+from fedtune.report.words import figures, headline, title
 from fedtune.runtime.folder import RunFolder
 
 NEEDED = ("matplotlib", "jinja2")
@@ -53,18 +54,11 @@ def require() -> None:
             )
 
 
-def groups_of(runs: Sequence[RunData]) -> list[Group]:
-    """Runs that differ by their seeds alone are drawn as one, in the order in which they were named."""
-    alike: dict[str, list[RunData]] = {}
-    for run in runs:
-        known = {key: value for key, value in run.config.items() if key not in (*IDENTITY, "seed")}
-        alike.setdefault(json.dumps(known, sort_keys=True), []).append(run)
-    return [
-        Group(
-            brief(members[0].name) + (f" ({len(members)} seeds)" if len(members) > 1 else ""), tuple(members)
-        )
-        for members in alike.values()
-    ]
+def headlines(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """Run by run; many runs in two sentences."""
+    if len(runs) > SINGLY:
+        return [("", overall(groups_of(runs)))]
+    return [(run.name, headline(run)) for run in runs]
 
 
 def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
@@ -73,6 +67,13 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
     yield from clients(groups)
     yield from effects(runs)
     yield from times(groups)
+
+
+def all_tables(runs: Sequence[RunData], folders: Sequence[RunFolder]) -> list[Table]:
+    """In the order of the page."""
+    groups = groups_of(runs)
+    means = [summary(groups)] if len(runs) > max(1, len(groups)) or len(runs) > SINGLY else []
+    return [*means, *tables(runs, folders)]
 
 
 def page(runs: Sequence[RunData], folders: Sequence[RunFolder], live: dict[str, Any] | None = None) -> str:
@@ -86,12 +87,13 @@ def page(runs: Sequence[RunData], folders: Sequence[RunFolder], live: dict[str, 
         title=plain(title(runs)),
         light=LIGHT.css(),
         dark=DARK.css(),
-        headlines=[(plain(run.name), [plain(text) for text in headline(run)]) for run in runs],
+        headlines=[(plain(name), [plain(text) for text in texts]) for name, texts in headlines(runs)],
+        figures=figures(runs[0]) if len(runs) == 1 else [],
         charts=[
             (chart, svg(chart.draw, f"f{place}", plain(chart.alt)))
             for place, chart in enumerate(charts(runs))
         ],
-        tables=[shorten(table) for table in tables(runs, folders)],
+        tables=[shorten(table) for table in all_tables(runs, folders)],
         notes=[
             (name, [plain(note) for note in run.notes])
             for name, run in zip(named, runs, strict=True)
@@ -125,7 +127,7 @@ def csv_files(folders: Sequence[RunFolder], to: Path) -> list[Path]:
     require()
     runs = [read_run(folder) for folder in folders]
     found: dict[str, Chart | Table] = {chart.slug: chart for chart in charts(runs)}
-    for table in tables(runs, folders):
+    for table in all_tables(runs, folders):
         name = table.slug if table.slug not in found else f"{table.slug}-{slug(table.title)}"
         found[name] = table
     for name, one in found.items():

@@ -36,19 +36,15 @@ def compared(folders: Sequence[Path]) -> dict[str, Any]:
     recipes = [flat(run.read_json("config.json")) for run in runs]
     results = [run.read_json("result.json") if (run.path / "result.json").exists() else {} for run in runs]
     figures = dict.fromkeys(
-        [*FIGURES, *(f"figures.{name}" for one in results for name in one.get("figures") or {})]
+        [*FIGURES, *(f"figures.{name}" for one in results for name in flat(one.get("figures") or {}))]
     )
-    values = {name: [value_at(one, name) for one in results] for name in figures}
+    flattened = [flat({**one, "figures": one.get("figures") or {}}) for one in results]
+    values = {name: [one.get(name) for one in flattened] for name in figures}
     return {
         "runs": [run.path.name for run in runs],
         "recipe": differing(recipes),
         "result": {name: found for name, found in values.items() if any(one is not None for one in found)},
     }
-
-
-def value_at(result: Mapping[str, Any], name: str) -> Any:
-    table, _, key = name.rpartition(".")
-    return (result.get(table) or {}).get(key) if table else result.get(key)
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -147,7 +147,7 @@ def now_in_words(standing: Standing, now: float | None = None) -> str:
     if standing.waited_for and standing.round_began:
         names = standing.waited_for
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        parts.insert(0, f"{names[0]}{more}")
+        parts.insert(0, f"waiting for {names[0]}{more}")
     elif standing.what:
         parts.insert(0, standing.what)
     waited = (time.time() if now is None else now) - standing.since

@@ -13,12 +13,13 @@ from typing import Any
 from fedtune.config import Recipe
 from fedtune.disk import json_text, write_atomic
 from fedtune.errors import FedtuneError
+from fedtune.events import Event, Progress, Said
 from fedtune.sweeps.plan import Trial, fingerprint, recipe_of
 from fedtune.sweeps.runner import Outcome, Runner, runner
 from fedtune.sweeps.search import suggestions
 from fedtune.sweeps.table import Row, as_csv, ranked
 
-Tell = Callable[[str], None]
+Tell = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,12 @@ class Sweep:
             recipe = recipe_of(self.plan.recipe, row.trial, seed, rounds)
             text = json.dumps(recipe.model_dump(mode="json", exclude_unset=True))
             work.append((text, self.folder / "runs" / row.trial.run(seed)))
-        for number, outcome in self.runner.outcomes(work):
+        self.tell(Progress("runs", 0, len(work)))
+        for done, (number, outcome) in enumerate(self.runner.outcomes(work), 1):
             row, seed = pairs[number]
             row.outcomes[seed] = outcome
-            self.tell(said_of(row.trial, seed, outcome))
+            self.tell(Said(said_of(row.trial, seed, outcome)))
+            self.tell(Progress("runs", done, len(work)))
             self.write()
 
     def write(self) -> None:
@@ -80,7 +83,8 @@ class Sweep:
 
 
 def sweep(plan: Plan, folder: Path, tell: Tell) -> list[Row]:
-    """Run or go on with a sweep; its rows, the best first. Raises C104 (rounds that depend on their
+    """Run or go on with a sweep; its rows, the best first. `tell` hears each run's result, and how many of
+    them are through. Raises C104 (rounds that depend on their
     number, with halving), C107 (no Optuna), R406 (another sweep is in the folder), and what a recipe of it is
     refused with."""
     begin(plan, folder)
@@ -101,6 +105,16 @@ def sweep(plan: Plan, folder: Path, tell: Tell) -> list[Row]:
                 staying = ranked(staying)[:kept] if kept < len(staying) else staying
                 work.play(staying, rounds)
     return ranked(work.rows)
+
+
+def results_to(on_run: Callable[[str], None] | None) -> Tell:
+    """Who is told each run's result in a sentence, and nothing else."""
+
+    def tell(event: Event) -> None:
+        if on_run and isinstance(event, Said):
+            on_run(event.text)
+
+    return tell
 
 
 def rungs(rounds: int, trials: int, eta: int) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import json
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -18,9 +19,10 @@ from fedtune.plain import plain
 from fedtune.report.chart import number
 from fedtune.report.picture import DARK, LIGHT
 from fedtune.report.read import RunData, read_events, read_run
+from fedtune.report.words import chain, what
 from fedtune.report.write import page
 from fedtune.runtime.folder import RunFolder
-from fedtune.sinks.live import clients_in_words, figures_in_words, now_in_words
+from fedtune.sinks.live import clients_in_words, now_in_words
 from fedtune.sinks.standing import Standing, duration
 from fedtune.ui.serve import Answer
 
@@ -28,6 +30,8 @@ FAILED = "failed.json"  # as deploy/coordinator_run.py calls it; simulations do 
 AGAIN = 2.0  # seconds for which a drawn page is shown again, whatever has happened since
 LOG = 16_384  # bytes of a log's end that are shown
 DRAWN = 16  # pages that are kept
+SHARED = ("update.js", "ui.css")  # stand in both kinds of pages
+STATES = ("going on", "finished", "failed", "stopped")
 LINES = ("events.jsonl", "result.json", FAILED)  # files whose change makes another page
 
 
@@ -70,8 +74,10 @@ class RunPages:
         return before.stamp if before and time.monotonic() < before.at + self.again else stamp(folder)
 
     def overview(self, known: dict[str, RunFolder]) -> str:
-        rows = [row_of(folder) for folder in known.values()]
-        return rendered("overview.html", rows=rows, where=plain(str(self.runs)))
+        rows = sorted(map(row_of, known.values()), key=lambda row: (row["state"] != "going on", -row["at"]))
+        states = Counter(row["state"] for row in rows)
+        counted = "".join(f" · {states[state]} {state}" for state in STATES if states[state])
+        return rendered("overview.html", rows=rows, where=plain(str(self.runs)), counted=counted)
 
     def run(self, folder: RunFolder) -> str:
         with self.drawing:
@@ -80,7 +86,10 @@ class RunPages:
                 return before.body
             nonce, data = secrets.token_urlsafe(16), read_run(folder)
             here, said = list(sites(data, self.runs)), list(logs(data, folder, self.runs))
-            live = rendered("live.html", nonce, now=now_of(folder), sites=here, logs=said)
+            live = rendered(
+                "live.html", nonce, now=now_of(folder), state=state_of(folder), sites=here, logs=said,
+                done=max(data.rounds, default=0), rounds=data.config.get("rounds"),
+            )  # fmt: skip
             body = page([data], [folder], {"nonce": nonce, "html": live})
             self.drawn[folder.path.name] = Drawn(now, time.monotonic(), body)
             while len(self.drawn) > DRAWN:
@@ -93,15 +102,16 @@ def rendered(name: str, nonce: str = "", **values: Any) -> str:
     from jinja2 import Environment
 
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text, script = (files("fedtune.ui").joinpath(one).read_text("utf-8") for one in (name, "update.js"))
+    text, script, css = (files("fedtune.ui").joinpath(one).read_text("utf-8") for one in (name, *SHARED))
     known = {"light": LIGHT.css(), "dark": DARK.css(), "nonce": nonce or secrets.token_urlsafe(16)}
-    return env.from_string(text).render(script=script, **known, **values)
+    return env.from_string(text).render(script=script, css=css, **known, **values)
 
 
 def stamp(folder: RunFolder) -> str:
     """Changes with what the page shows."""
     known = [folder.path / name for name in LINES]
-    return ".".join(str(path.stat().st_size) if path.exists() else "-" for path in known)
+    sizes = [str(path.stat().st_size) if path.exists() else "-" for path in known]
+    return ".".join([*sizes, state_of(folder).replace(" ", "-")])
 
 
 def standing_of(folder: RunFolder) -> Standing:
@@ -117,12 +127,9 @@ def now_of(folder: RunFolder) -> str:
     if (folder.path / "result.json").exists() or (folder.path / FAILED).exists():
         return ""
     at = standing_of(folder)
-    words = [
-        f"round {at.round} of {at.rounds}" if at.rounds else "",
-        clients_in_words(at),
-        figures_in_words(at),
-    ]
-    return plain(" · ".join(text for text in (*words, now_in_words(at)) if text)) or "nothing told yet"
+    round_of = f"round {at.round} of {at.rounds}" if at.rounds else ""
+    words = (round_of, clients_in_words(at), now_in_words(at))
+    return plain(" · ".join(text for text in words if text)) or "nothing told yet"
 
 
 def state_of(folder: RunFolder) -> str:
@@ -139,18 +146,48 @@ def state_of(folder: RunFolder) -> str:
         return "stopped"
 
 
-def row_of(folder: RunFolder) -> dict[str, str]:
+def row_of(folder: RunFolder) -> dict[str, Any]:
     data, state = read_run(folder), state_of(folder)
-    result = data.result or {}
     return {
         "name": plain(folder.path.name),
         "link": quote(folder.path.name, safe="") + "/",
+        "what": plain(" · ".join(text for text in (what(data), chain(data)) if text)),
         "state": state,
-        "round": f"{max(data.rounds, default=0)} of {data.config.get('rounds', '?')}",
-        "score": f"{data.metric} {number(data.federated)}" if data.federated is not None else "",
-        "time": duration(result["seconds"]) if result else "",
-        "now": now_of(folder) if state == "going on" else "",
+        "done": max(data.rounds, default=0),
+        "rounds": data.config.get("rounds", "?"),
+        "score": score_of(data),
+        "at": last_told(folder),
+    } | (going_on(folder) if state == "going on" else {"time": time_of(data), "now": ""})
+
+
+def going_on(folder: RunFolder) -> dict[str, str]:
+    """What a run does, and how long it will."""
+    at = standing_of(folder)
+    left = at.seconds_left()
+    words = (f"{at.answered} of {at.members} clients" if at.members else "", now_in_words(at))
+    return {
+        "time": f"about {duration(left)} left" if left else "",
+        "now": plain(" · ".join(text for text in words if text)),
     }
+
+
+def time_of(data: RunData) -> str:
+    return duration(data.result["seconds"]) if data.result else ""
+
+
+def score_of(data: RunData) -> str:
+    """On the test set, of a run that has ended; until then the last one on held-out rows, or the loss."""
+    if data.federated is not None:
+        return f"{data.metric} {number(data.federated, 3)}"
+    if scored := data.quality():
+        return f"{data.metric} {number(scored[-1][1], 3)}, held out"
+    losses = data.curve("loss")
+    return f"loss {number(losses[-1][1], 3)}" if losses else ""
+
+
+def last_told(folder: RunFolder) -> float:
+    path = folder.path / LINES[0]
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def sites(data: RunData, runs: Path) -> Iterator[dict[str, str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 
 from tests import small, tiny
 from tests.forked import run_fedtune
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +52,29 @@ def test_from_a_file_to_predictions(home: Path) -> None:
     said = fedtune(home, *named[2][1:], *quick)
     run = home / "runs" / "notes"
     assert "federated" in said and str(run / "adapter") in said.replace("runs/notes", str(run))
+    then = [line.partition("#")[0].split() for line in said.splitlines() if line.startswith("  fedtune ")]
+    assert [words[1:3] for words in then] == [
+        [verb, "runs/notes"] for verb in ("report", "predict", "export")
+    ]
 
-    fedtune(home, "report", "runs/notes")
+    fedtune(home, *then[0][1:])
     assert "</html>" in (run / "report.html").read_text()
-    fedtune(home, "predict", "runs/notes", "notes.csv", "--to", "said.csv")
+    fedtune(home, *then[1][1:-1], "notes.csv", "--to", "said.csv")
     with (home / "said.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 90 and {row["prediction"] for row in rows} <= set(small.WORDS)
     assert all(0 < float(row["probability"]) <= 1 for row in rows)
     assert json.loads((run / "data.json").read_text())["labels"] == sorted(small.WORDS)
+
+
+@pytest.mark.slow
+def test_the_whole_path_from_an_empty_environment(tmp_path: Path) -> None:
+    """The README's command, the built-in run and the commands of getting started: benchmarks/newcomer.py."""
+    out = tmp_path / "steps.json"
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "newcomer.py", "--out", out], check=True)
+    steps = [step["step"] for step in json.loads(out.read_text())["steps"]]
+    verbs = ["simulate", "init", "data", "check", "simulate", "report", "predict"]
+    assert steps[0].startswith("pip install") and [step.split()[1] for step in steps[1:]] == verbs
 
 
 def test_the_first_mistakes_are_sentences(home: Path) -> None:

@@ -8,19 +8,23 @@ import itertools
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from fedtune.report import csv_files, png_files, write_report
+from fedtune.report.chart import factors, number
 from fedtune.report.clients import left_out
-from fedtune.report.picture import DARK, LIGHT, STANDING
+from fedtune.report.picture import DARK, LIGHT, STANDING, style
 from fedtune.report.read import RunData, read_events, read_run
 from fedtune.report.tables import changes, results
-from fedtune.report.words import headline
+from fedtune.report.words import figures, headline
+from fedtune.report.write import page
 from fedtune.runtime.folder import RunFolder, create
 from fedtune.runtime.journal import Journal
 from tests import small
@@ -120,7 +124,18 @@ def test_the_headline_says_what_was_gained_by_what_and_at_which_cost() -> None:
         result=RESULT | {"epsilon": 2.5, "privacy": ["epsilon 2.5 at delta 1e-05; hidden: a client"]}
     )
     assert headline(spent)[-1] == "Privacy: epsilon 2.5 at delta 1e-05; hidden: a client."
-    going_on = run_data(result=None, config={"rounds": 9}, rounds={3: {"metrics": {}}})
+    assert figures(run_data())[0] == ("accuracy, federated", "0.75", "on the test set")
+    assert figures(run_data())[-1] == ("time", "1 min 15 s", "2 rounds, 3 clients")
+    going_on = run_data(
+        result=None,
+        config={"rounds": 9},
+        rounds={3: {"metrics": {"loss": 0.5}, "up_bytes": 512, "down_bytes": 512}},
+    )
+    assert figures(going_on) == [
+        ("rounds", "3 of 9", ""),
+        ("training loss", "0.5", "0.5 at first"),
+        ("bytes so far", "1.0 KiB", "up and down, all clients"),
+    ]
     assert headline(going_on)[0] == "This run is not finished: 3 of 9 rounds are committed."
 
 
@@ -184,6 +199,39 @@ def test_runs_side_by_side(runs: list[RunFolder]) -> None:
     keys = re.findall(r'<th scope="row">(.*?)</th>', table[0])
     assert "seed" in keys and "aggregate.rule" in keys and "rounds" not in keys
     assert "flexlora" in table[0]
+
+
+def test_many_runs_are_told_by_means(runs: list[RunFolder]) -> None:
+    known = [read_run(folder) for folder in runs]
+    again = replace(known[2], config=known[2].config | {"seed": 2})
+    trials = [
+        replace(run, name=f"{trial:03}-seed-{run.seed}")
+        for trial, run in zip((1, 1, 2, 2), (*known, again), strict=True)
+    ]
+    page_text = page(trials, [*runs, runs[2]])
+    table = re.search(r"<caption>Means over seeds, best first</caption>.*?</table>", page_text, re.S)
+    assert table and set(re.findall(r'<th scope="row">(.*?)</th>', table[0])) == {
+        "rule mean (2 seeds)", "rule flexlora (2 seeds)"
+    }  # fmt: skip
+    two = [run.quality()[-1][1] for run in known[:2]]
+    assert f"{number(fmean(two))} ± {number(stdev(two), 2)}" in table[0]
+    lead = re.search(r'<p class="lead">(.*?)</p>', page_text, re.S)
+    assert lead and page_text.count('class="lead"') == 1 and "4 runs of 2 recipes." in lead[1]
+    assert page_text.count("what differs from the defaults") == 2  # one table, whose caption stands twice
+
+
+def test_bytes_far_apart_have_plain_numbers_on_their_axis() -> None:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(style(LIGHT)):
+        figure = Figure()
+        axes = figure.add_subplot()
+        axes.plot([3, 200], [0, 1])
+        factors(axes)
+        figure.draw_without_rendering()
+        shown = [label.get_text() for label in axes.get_xticklabels(which="both")]
+    assert {"5", "10", "100"} <= set(shown) and not any("$" in text for text in shown)
 
 
 def test_pictures_by_themselves(runs: list[RunFolder], tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def test_where_a_run_stands() -> None:
     assert clients_in_words(now).startswith("3 of 4 clients")
     assert figures_in_words(now) == "loss 2.0000 ▁ · up 3.0 KiB, down 6.0 KiB"
     said = now_in_words(now, now=now.since + 12)
-    assert said == ("d · training 3 of 20, loss 1.5000 · for 12 s · slow: c, 9.0 s where others take 1.0 s")
+    assert said == (
+        "waiting for d · training 3 of 20, loss 1.5000 · for 12 s · slow: c, 9.0 s where others take 1.0 s"
+    )
     assert standing(*GOING_ON, RunDone({})).seconds_left() is None
 
 
