@@ -31,7 +31,7 @@ ROOMS = ("runtime", "wire", "exchange", "trust", "deploy", "model")
 LEFT_OUT = {
     "wire": ["tests/wire/test_hostile.py::test_fifty_thousand_mutations"]
 }  # minutes for each survivor
-KILLED = {1, 3, 24, -24, 36, 152, 255, -9, -11}  # a failed test, a crash, an endless loop (mutmut.stats)
+KILLED = {1, 3, 24, -24, 36, 152, 255, -6, -9, -11}  # a failed test, a crash, an endless loop (mutmut.stats)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from fedtune.disk import disk_errors, sync_folder
+from fedtune.exchange.objects import digest_of
 from fedtune.forms import Sha256
 from fedtune.trust import private
 
@@ -43,13 +44,11 @@ class Cache:
         R404."""
         part = self.part(sha256)
         with disk_errors(part):
-            with part.open("rb") as handle:
-                right = hashlib.file_digest(handle, "sha256").hexdigest() == sha256
-                if right:
-                    os.fsync(handle.fileno())
-            if not right:
+            if digest_of(part) != sha256:
                 part.unlink()
                 return False
+            with part.open("rb") as handle:
+                os.fsync(handle.fileno())
             part.replace(self.folder / sha256)
             sync_folder(self.folder)
         self._trim(sha256)

@@ -132,7 +132,7 @@ class Store:
 def digest_of(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        return hashlib.file_digest(handle, hashlib.sha256).hexdigest()
 
 
 def short(run: str) -> str:

@@ -30,7 +30,7 @@ def join(tag: bytes, fields: Sequence[tuple[Form, Value]]) -> bytes:
         content = to_bytes(form, value)
         if len(content) > LONGEST:
             raise ValueError(f"a field of {len(content)} bytes, at most {LONGEST} can be signed")
-        parts += [len(content).to_bytes(8, "big"), content]
+        parts += [len(content).to_bytes(8), content]
     return b"".join(parts)
 
 
@@ -40,7 +40,7 @@ def part(tag: bytes, data: bytes, forms: Mapping[str, Form]) -> dict[str, Value]
         raise damaged(f"bytes that do not begin as {tag.decode()}")
     at, values = len(tag) + 1, {}
     for name, form in forms.items():
-        size = int.from_bytes(data[at : at + 8], "big")
+        size = int.from_bytes(data[at : at + 8])
         content = data[at + 8 : at + 8 + size] if size <= LONGEST else b""
         if len(data) < at + 8 or len(content) != size:
             raise damaged(f"a field '{name}' that is cut or too long")
@@ -53,7 +53,7 @@ def part(tag: bytes, data: bytes, forms: Mapping[str, Form]) -> dict[str, Value]
 
 def to_bytes(form: Form, value: Value) -> bytes:
     if form == "number" and isinstance(value, int):
-        return value.to_bytes(8, "big") if 0 <= value < 1 << 64 else bytes(LONGEST + 1)
+        return value.to_bytes(8) if 0 <= value < 1 << 64 else bytes(LONGEST + 1)
     if form == "text" and isinstance(value, str):
         return value.encode()
     if form == "bytes" and isinstance(value, bytes):
@@ -67,7 +67,7 @@ def from_bytes(form: Form, content: bytes, name: str) -> Value:
     if form == "number":
         if len(content) != 8:
             raise damaged(f"a number '{name}' of {len(content)} bytes")
-        return int.from_bytes(content, "big")
+        return int.from_bytes(content)
     try:
         return content.decode()
     except UnicodeDecodeError:

@@ -59,9 +59,9 @@ class Replays:
         taken = (taken | 1 << (newest - sequence)) & (1 << WINDOW) - 1
         self.db.execute(
             "INSERT OR REPLACE INTO sequences VALUES (?, ?, ?)",
-            (sender, newest, taken.to_bytes(WINDOW // 8, "big")),
+            (sender, newest, taken.to_bytes(WINDOW // 8)),
         )
 
     def _row(self, sender: str) -> tuple[int, int]:
         row = self.db.execute("SELECT newest, taken FROM sequences WHERE sender = ?", (sender,)).fetchone()
-        return (int(row[0]), int.from_bytes(row[1], "big")) if row else (0, 0)
+        return (int(row[0]), int.from_bytes(row[1])) if row else (0, 0)

@@ -122,7 +122,7 @@ def read(content: bytes, authority: x509.Certificate, federation: str) -> Roster
             sentence="the list of members is not signed by this federation's authority",
             do="it was ignored; ask the operator to run: fedtune keys publish",
         ) from None
-    except (ValueError, AttributeError, Refused):
+    except (ValueError, TypeError, AttributeError, Refused):
         raise FedtuneError(
             "T702",
             "a list of members that cannot be read",

@@ -8,14 +8,12 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.deploy import watchdog
 from fedtune.deploy.site_config import SiteConfig
 from fedtune.deploy.supervisor import Program
 from fedtune.deploy.watchdog import Watchdog, overdue
@@ -159,41 +157,6 @@ def test_a_tokenizer_that_looks_for_ever(hostile: Taken, site: Site, tmp_path: P
 def test_an_honest_model_is_still_read(hostile: Taken, site: Site) -> None:
     """The last step before work: this ticket's base is made up."""
     assert site.asks(hostile.model) == "W604"
-
-
-def test_what_ended_a_worker_twice_is_not_tried_a_third_time(tmp_path: Path) -> None:
-    for life in range(watchdog.DEATHS):
-        guard = Watchdog(tmp_path)
-        held = guard.bounded("model 'x'", 60.0)
-        held.__enter__()  # and the process is gone
-        assert overdue(tmp_path) == "" and life < watchdog.DEATHS
-    with (
-        pytest.raises(FedtuneError, match="M311: model 'x' was stopped at this site: it ended"),
-        Watchdog(tmp_path).bounded("model 'x'", 60.0),
-    ):
-        pass
-    with Watchdog(tmp_path).bounded("model 'y'", 60.0):  # another one
-        pass
-
-
-def test_what_gets_done_in_between_is_tried_again(tmp_path: Path) -> None:
-    """A worker that somebody kills now and then is not ended by what it was at."""
-    for _ in range(3 * watchdog.DEATHS):
-        guard = Watchdog(tmp_path)
-        with guard.bounded("model 'x'", 60.0):
-            pass
-        guard.bounded("model 'x'", 60.0).__enter__()  # and the process is gone
-
-
-def test_who_gets_on_is_never_overdue(tmp_path: Path) -> None:
-    guard = Watchdog(tmp_path)
-    with guard.bounded("model 'x'", 1.0):
-        for _ in range(20):
-            time.sleep(0.1)
-            guard.said = 0.0
-            guard.alive()
-            assert not overdue(tmp_path)
-    assert not overdue(tmp_path)
 
 
 @pytest.mark.thorough

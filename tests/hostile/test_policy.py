@@ -16,8 +16,8 @@ from fedtune import config
 from fedtune.cli import main
 from fedtune.deploy import watchdog
 from fedtune.deploy.approval import approve, approved, approvers
-from fedtune.deploy.policy import Policy, examples_of, least_of, within
-from fedtune.deploy.site_books import LEDGER, Sent, note_sent, sent_since
+from fedtune.deploy.policy import Policy
+from fedtune.deploy.site_books import LEDGER, Sent, note_sent
 from fedtune.events import Noted
 from tests import small
 from tests.deploy.inside import SITES
@@ -246,41 +246,3 @@ def toml(tree: dict[str, Any]) -> str:
     import tomli_w
 
     return tomli_w.dumps(tree)
-
-
-def test_hours_days_and_examples(tmp_path: Path, tiny_bert: Path) -> None:
-    assert (
-        within("20-06", 23)
-        and within("20-06", 5)
-        and not within("20-06", 6)
-        and within("08-17", 8)
-        and not within("08-17", 17)
-        and within("00-24", 23)
-    )
-    note_sent(tmp_path, Sent(100.0, 7))
-    note_sent(tmp_path, Sent(200.0, 8))
-    assert sent_since(tmp_path, 150.0) == (8,) and sent_since(tmp_path / "none", 0) == ()
-    recipe = small.recipe(tiny_bert, tmp_path / "x.jsonl")
-    assert examples_of(recipe, 120) == 8 and examples_of(recipe, 3) == 3
-    epochs = small.recipe(
-        tiny_bert, tmp_path / "x.jsonl", method__train={"steps": 0, "epochs": 2, "batch": 1, "lr": 0.1}
-    )
-    assert examples_of(epochs, 120) == 120
-
-
-def test_rows_that_a_recipe_leaves_out_of_batches_do_not_count(tmp_path: Path, tiny_llama: Path) -> None:
-    """Neither a choice within batches nor a curriculum makes an update of fewer rows than a site allows."""
-    instruct = {"data__task": "instruct", "data__template": "plain"}
-
-    def of(**train: Any) -> Any:
-        ordered = {"select": [{"by": "pvi", "order": True}]} if "curriculum" in train else {}
-        table = {"lr": 0.1, "steps": 4, "batch": 8, **train}
-        return small.recipe(tiny_llama, tmp_path / "x.jsonl", **instruct, **ordered, method__train=table)
-
-    chosen = of(uds={"keep": 0.25})
-    assert examples_of(of(), 120) == 32 and examples_of(chosen, 120) == 8 and least_of(chosen, "batch") == 2
-    assert examples_of(of(uds={"keep": 0.01}), 120) == 4
-    assert examples_of(of(steps=0, epochs=1, uds={"keep": 0.25}), 120) == 30
-    assert examples_of(of(curriculum={"start": 0.01}), 120) == 2
-    assert examples_of(of(steps=0, epochs=1, curriculum={"start": 0.1}), 120) == 12
-    assert least_of(of(), "batch") == 8 and least_of(of(), "steps") == 4

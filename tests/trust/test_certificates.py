@@ -57,8 +57,8 @@ def critical(certificate: x509.Certificate) -> dict[str, bool]:
 
 def test_what_stands_in_certificates_is_as_rfc_5280_wants() -> None:
     """Sections 4.2.1.1 to 4.2.1.12: what a reader must understand is critical, the identifiers of keys never are."""
-    assert critical(AUTHORITY) == {"basicConstraints": True, "keyUsage": True, "subjectKeyIdentifier": False}
-    made = member()
+    authority, made = make_authority("hospitals", AUTHORITY_KEY, NOW), member()
+    assert critical(authority) == {"basicConstraints": True, "keyUsage": True, "subjectKeyIdentifier": False}
     assert critical(made) == {
         "basicConstraints": True,
         "keyUsage": True,
@@ -69,10 +69,10 @@ def test_what_stands_in_certificates_is_as_rfc_5280_wants() -> None:
         "authorityKeyIdentifier": False,
     }
     constraints = [
-        one.extensions.get_extension_for_class(x509.BasicConstraints).value for one in (AUTHORITY, made)
+        one.extensions.get_extension_for_class(x509.BasicConstraints).value for one in (authority, made)
     ]
     assert [(one.ca, one.path_length) for one in constraints] == [(True, 0), (False, None)]
-    assert [one.extensions.get_extension_for_class(x509.KeyUsage).value for one in (AUTHORITY, made)] == [
+    assert [one.extensions.get_extension_for_class(x509.KeyUsage).value for one in (authority, made)] == [
         usage(sign_certificates=True),
         usage(sign_certificates=False),
     ]
@@ -130,7 +130,8 @@ def test_names_hosts_dates_and_serials() -> None:
 
 def test_another_library_believes_what_we_sign_and_nothing_that_a_member_signs() -> None:
     """cryptography's path validation (RFC 5280, section 6, with the rules of the CA/Browser Forum)."""
-    builder = PolicyBuilder().store(Store([AUTHORITY])).time(NOW + timedelta(days=1))
+    authority = make_authority("hospitals", AUTHORITY_KEY, NOW)
+    builder = PolicyBuilder().store(Store([authority])).time(NOW + timedelta(days=1))
     client = builder.build_client_verifier()
     assert client.verify(member(), []).subjects
     for name in (

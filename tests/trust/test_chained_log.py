@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -108,3 +109,21 @@ def test_a_log_without_keys_is_chained_all_the_same(tmp_path: Path) -> None:
         verify(path)
     with pytest.raises(FedtuneError, match="C105"):
         verify(tmp_path / "none.jsonl")
+
+
+def test_a_lines_hash_is_that_of_its_json_without_spaces() -> None:
+    """What another program has to do to check a log."""
+    body = {"b": 1, "a": "é", "c": None}
+    wanted = hashlib.sha256(b'{"a":"\\u00e9","b":1,"c":null}').hexdigest()
+    assert hash_of(body) == wanted
+
+
+def test_a_bad_log_is_named(log: Path, tmp_path: Path) -> None:
+    edited(lambda all: [*all[:2], "{\n"], log)
+    with pytest.raises(FedtuneError, match=f"T709: line 3 of '{log}' is no line of an audit log"):
+        verify(log)
+    with pytest.raises(FedtuneError, match=f"R404.*{tmp_path}"):
+        verify(tmp_path)
+    edited(lambda all: [rehashed(all[0])], log)
+    with pytest.raises(FedtuneError, match="an line whose signature does not match"):
+        verify(log)

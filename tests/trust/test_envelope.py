@@ -300,3 +300,33 @@ def test_a_version_and_the_one_before_it_understand_each_other_and_no_others(
     monkeypatch.setattr(envelope, "OLDEST", 2)
     with pytest.raises(Refused, match="W602: found protocol 1, expected protocol 2;"):
         ticket.read(asked, members["site-a"])
+
+
+def test_words_and_numbers_of_a_ticket_or_an_envelope_are_in_their_forms() -> None:
+    """They name files at the other end."""
+    for made in (ENVELOPE, TICKET):
+        for field, bad in {
+            "run": "../x",
+            "client": "A",
+            "verb": "a/b",
+            "given": "c" * 63,
+            "base": "x",
+        }.items():
+            with pytest.raises(Refused, match=r"^W601"):
+                replace(made, **{field: bad})
+        assert replace(made, base="").base == ""
+    with pytest.raises(Refused, match=r"^W601"):
+        replace(ENVELOPE, payload="E" * 64)
+    for field in ("round", "given_size", "budget", "attempt"):
+        assert getattr(replace(TICKET, **{field: (1 << 63) - 1}), field) == (1 << 63) - 1
+        assert getattr(replace(TICKET, **{field: 0}), field) == 0
+        for bad in (1 << 63, -1):
+            with pytest.raises(Refused, match=rf"^W606: found {field}"):
+                replace(TICKET, **{field: bad})
+    for field in ("round", "size", "sequence"):
+        assert (
+            getattr(envelope.decode(replace(ENVELOPE, **{field: (1 << 63) - 1}).encode()), field)
+            == (1 << 63) - 1
+        )
+        with pytest.raises(Refused, match=rf"^W606: found {field}"):
+            envelope.decode(replace(ENVELOPE, **{field: 1 << 63}).encode())

@@ -79,6 +79,7 @@ def test_new_keys_are_encrypted_where_the_present_ones_are(
         assert renewal.newest(keys, scene.home).peer != site.peer
         return
     assert renewal.newest(keys, scene.home, given).peer != site.peer
+    assert renewal.newest(keys, scene.root, given).peer == site.peer  # where nothing was renewed
     with pytest.raises(FedtuneError, match="T703"):
         renewal.newest(keys, scene.home)
 

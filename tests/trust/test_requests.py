@@ -4,6 +4,7 @@ keys."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import stat
@@ -96,3 +97,27 @@ def test_an_answer_for_other_keys_is_not_taken(authority: Authority, tmp_path: P
         requests.accept(tmp_path / "b" / "site-a", answer)
     assert not (tmp_path / "b" / "site-a" / "certificate.pem").exists()
     assert requests.accept(tmp_path / "a" / "site-a", answer).name.name == "site-a"
+
+
+def test_a_mark_is_the_beginning_of_the_records_hash_in_fours(tmp_path: Path) -> None:
+    path, mark = requests.make(tmp_path / "site-a", "hospitals", "site-a")
+    content = path.read_bytes()
+    digits = hashlib.sha256(base64.b64decode(json.loads(content)["record"])).hexdigest()
+    assert mark == requests.mark(content) == "-".join([digits[0:4], digits[4:8], digits[8:12], digits[12:16]])
+    asked = requests.read(content)
+    assert (asked.federation, asked.name) == ("hospitals", "site-a")
+
+
+def test_a_file_that_is_no_request_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "site-a.request"
+    for size, code in ((requests.LONGEST, ""), (requests.LONGEST + 1, "T702")):
+        path.write_bytes(bytes(size))
+        if code:
+            with pytest.raises(FedtuneError, match=f"{code}.*{path}"):
+                requests.content_of(path)
+        else:
+            assert len(requests.content_of(path)) == size
+    with pytest.raises(FedtuneError, match=r"T702.*a valid request"):
+        requests.mark(b"none")
+    with pytest.raises(FedtuneError, match=r"T702.*a valid answer"):
+        requests.accept(tmp_path, b"none")

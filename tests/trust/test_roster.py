@@ -7,13 +7,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.errors import FedtuneError
-from fedtune.trust import AllowList, load
+from fedtune.trust import AllowList, canonical, load
 from fedtune.trust.authority import Authority, create, revoke
 from fedtune.trust.certificates import utc_now
 from fedtune.trust.identity import peer_from_tls
-from fedtune.trust.roster import FILE, Roster, pin, pinned, read, version_of
+from fedtune.trust.requests import packed
+from fedtune.trust.roster import FILE, TAG, Roster, pin, pinned, read, version_of
 
 
 @pytest.fixture
@@ -158,3 +161,42 @@ def test_who_is_at_the_other_end_of_tls_is_of_this_federation(authority: Authori
     banks = load(create(tmp_path / "banks", "banks", ["localhost"], 30).issue("site-a", 30))
     with pytest.raises(FedtuneError, match=r"T705.*federation 'banks'"):
         peer_from_tls(banks.certificate, "hospitals")
+
+
+def test_only_recipes_that_the_list_names_may_be_run(authority: Authority) -> None:
+    """None named: every one; and what was named stays so until something else is said."""
+    path, fingerprints = authority.place("coordinator") / FILE, ["a" * 64, "b" * 64]
+
+    def listed() -> Roster:
+        return read(path.read_bytes(), authority.certificate, "hospitals")
+
+    listed().check_recipe("c" * 64)
+    authority.publish(30, recipes=fingerprints)
+    authority.issue("site-a", 30)
+    authority.publish(30)
+    assert listed().recipes == frozenset(fingerprints)
+    for one in fingerprints:
+        listed().check_recipe(one)
+    with pytest.raises(FedtuneError, match=r"F507.*cccc"):
+        listed().check_recipe("c" * 64)
+    authority.publish(30, recipes=())
+    listed().check_recipe("c" * 64)
+
+
+@pytest.mark.parametrize(
+    ("members", "recipes"), [("none", "[]"), ("[]", "[]"), ("{}", "none"), ("{}", "1")], ids=repr
+)
+def test_what_the_authority_signed_and_is_no_list_cannot_be_read(
+    authority: Authority, members: str, recipes: str
+) -> None:
+    said: list[tuple[canonical.Form, canonical.Value]] = [
+        ("text", "hospitals"),
+        ("number", 1),
+        ("number", 2),
+        ("text", members),
+        ("text", recipes),
+    ]
+    for record in (canonical.join(TAG, said), b"none"):
+        signature = authority.key.sign(record, ec.ECDSA(hashes.SHA256()))
+        with pytest.raises(FedtuneError, match="T702"):
+            read(packed({"record": record, "signature": signature}), authority.certificate, "hospitals")
