@@ -52,12 +52,11 @@ def measured(room: str, folder: Path, sample: int | None, seed: int) -> str:
     named = names(folder)
     drawn = draw(named, folder, sample, seed)
     mutmut(folder, drawn)
-    first = [name for name in drawn if codes(folder)[name] not in KILLED]
-    if first:
+    if first := alive(folder, drawn):
         widen(folder)
-        mutmut(folder, first)
-    survivors = [name for name in drawn if codes(folder)[name] not in KILLED]
-    diffs = [f"{codes(folder)[name]} {name}\n{difference(folder, name)}\n" for name in survivors]
+        mutmut(folder, list(first))
+    survivors = alive(folder, drawn)
+    diffs = [f"{code} {name}\n{difference(folder, name)}\n" for name, code in survivors.items()]
     (folder / "survivors.txt").write_text("\n".join(diffs), encoding="utf-8")
     killed, total = len(drawn) - len(survivors), len(drawn)
     low, high = interval(killed, total)
@@ -111,6 +110,12 @@ def codes(folder: Path) -> dict[str, int | None]:
     for path in sorted((folder / "mutants" / "fedtune").rglob("*.meta")):
         found |= json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
     return found
+
+
+def alive(folder: Path, drawn: list[str]) -> dict[str, int | None]:
+    """Those that no test noticed, and their exit codes."""
+    found = codes(folder)
+    return {name: found[name] for name in drawn if found[name] not in KILLED}
 
 
 def names(folder: Path) -> list[str]:
