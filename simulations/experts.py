@@ -56,9 +56,11 @@ ROUTERS: dict[str, Routing | None] = {
     "trained gate": None,
 }
 TUNED = {"rounds": GATE, "owner": 1.0, "depth": True}
+SUMS = "gate from sums"
+OF_SUMS = {"fit": "sums"}
 FOUND = "groups"
 NEED = "ranks by need, own expert"
-LAST = (BEST_MERGE, FEDAVG, LOCAL, NEED)  # rows by which it is known how far a seed has come
+LAST = (BEST_MERGE, SUMS, FEDAVG, LOCAL, NEED)  # rows by which it is known how far a seed has come
 KNOWN = {
     "base": BASE,
     "general": GENERAL_ROW,
@@ -166,6 +168,12 @@ def rows_of(
         yield FEDAVG, of_last(play("fedavg", ALIKE, {"type": "fedpeft"}))
         return
     experts = {"by": "clusters", "most": 12, "warm_up": WARM_UP, "gate": TUNED}
+    if last == SUMS:  # behind the same experts
+        experts["gate"] = OF_SUMS
+        folder = play("sums", WARM_UP + EXPERTS, {"type": "experts", "experts": experts})
+        found = len(made_by_run(folder)) > 1
+        yield SUMS, routed(folder, None)["losses"] if found else of_last(folder)
+        return
     if last == NEED:
         matrix = evaluate(play("need", ROUNDS, {"type": "experts", "experts": {**experts, "rank": "auto"}}))
         yield NEED, own_of(matrix)
@@ -183,7 +191,7 @@ def show(table: Mapping[str, Any]) -> None:
         means = [fmean(losses.values()) for losses in seeds.values()]
         print(f"{name:<42}{fmean(means):8.4f}  ({min(means):.4f} to {max(means):.4f}, {len(means)} seeds)")
     print(table["found"])
-    for name in (OWN, *ROUTERS):
+    for name in (OWN, *ROUTERS, SUMS):
         said = said_of(table["rows"], name)
         print(f"{name:<42}" + ", ".join(f"{key} {value:.2f}" for key, value in said.items()))
 

@@ -1,4 +1,4 @@
-"""[method.experts.gate]: the last rounds of a run train a gate over its experts, which stand still."""
+"""[method.experts.gate]: a gate over all experts of a run, once they stand still."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from pydantic import Field
 
 from fedtune.settings import Settings
 
+OF_SUMS = frozenset({"width"})
+OF_STEPS = frozenset({"rounds", "null", "prefix", "per", "balance", "localized", "owner", "depth", "lr"})
+
 
 class GateTable(Settings):
-    """A linear gate at each adapted layer, which starts from the groups' mean inputs and is then trained by
-    all clients, each on its own rows; the gate's weights alone travel up."""
+    """A linear gate over all experts, made at the end of a run."""
 
     rounds: int = Field(0, ge=0)
-    """So many of the run's last rounds train the gate, and nothing else; 0: there is none. Where fewer than
-    two experts have been found there is nothing to choose from, and these rounds are as all others."""
+    """steps: so many of the run's last rounds train the gate, and nothing else; 0: there is none. Where fewer
+    than two experts have been found there is nothing to choose from, and these rounds are as all others."""
+    fit: Literal["steps", "sums"] = "steps"
+    """steps: a gate at each adapted layer, which starts from the groups' mean inputs and is trained by all
+    clients, each on its own rows; the gate's weights alone travel up. sums: in the run's last round groups
+    also sum up what comes into all layers of the general expert, and the gate is the linear discriminant of
+    these sums; whom a token asks is decided once for all layers, in a pass of the general expert that goes
+    ahead."""
+    width: int = Field(1024, ge=16, le=4096)
+    """sums: numbers w to which what comes into all layers is folded; w (w + 3) / 2 travel up, once."""
     keep: Literal["topk", "topp", "dense"] = "topk"
     """Which experts have a say of a token: the `k` best; the best until their shares add up to `p`; or
     all."""
@@ -46,6 +56,16 @@ class GateTable(Settings):
     """Scores are also averaged over the layers so far, so that a layer decides by all that was seen below."""
     lr: float = Field(0.01, gt=0, le=100)
     """Learning rate of the gate; all else is as [method.train] says."""
+
+    @property
+    def made(self) -> bool:
+        """Whether a run ends with a gate."""
+        return self.fit == "sums" or bool(self.rounds)
+
+    @property
+    def out_of_place(self) -> list[str]:
+        """Keys that the recipe says and this way of making a gate has no use for."""
+        return sorted(self.model_fields_set & (OF_STEPS if self.fit == "sums" else OF_SUMS))
 
     @property
     def tells_own(self) -> bool:

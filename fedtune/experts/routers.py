@@ -25,6 +25,7 @@ from fedtune.experts.decisions import Decision
 from fedtune.experts.feed_forward import blocks, narrows
 from fedtune.experts.gates import Below, Gate, arrow, as_tensors, fixed, from_tensors, means
 from fedtune.experts.health import Health
+from fedtune.experts.reading import Reading
 from fedtune.experts.shapes import Per
 from fedtune.types import Tensors
 
@@ -42,6 +43,7 @@ class Routing:
     temperature  of the softmax over scores; higher is more even
     per          layer: each decides for itself; block: one decision for a feed-forward block (decisions.py)
     depth        scores are averaged with those of the layers below
+    reads        scores are those of all layers together, of a pass without experts that goes ahead
     """
 
     gate: Literal["arrow", "means", "fixed", "trained"] = "arrow"
@@ -51,6 +53,7 @@ class Routing:
     temperature: float = 1.0
     per: Per = "layer"
     depth: bool = False
+    reads: bool = False
 
     def shares(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores (..., K) -> shares that add up to 1."""
@@ -129,6 +132,7 @@ class Router:
     _hooks: list[tuple[nn.Module, int]] = field(default_factory=list)
     _mask: torch.Tensor | None = None
     _below: Below = field(default_factory=Below)
+    reading: Reading = field(default_factory=Reading)
     _goes_on: bool = True  # whether more tokens of the same texts may follow, from a cache
 
     def __post_init__(self) -> None:
@@ -165,8 +169,11 @@ class Router:
 
     def _begin(self, net: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
         """Before a pass of the whole model: a new text, or the next tokens of one that is in the cache."""
+        if self.reading.busy:
+            return
         past = named.get("past_key_values")
         if past is None or not past.get_seq_length():
+            self.reading = Reading()
             for layer in self.layers.values():
                 layer.summed, layer.tokens = 0.0, 0.0
         self._below = Below()
@@ -174,10 +181,17 @@ class Router:
         self.extra.clear()
         mask = named.get("attention_mask")
         self._mask = mask if mask is not None and mask.dim() == 2 else None
+        if self.routing.reads:
+            self.reading.ahead(net, arguments, named, self.causal and self._goes_on)
+            self.reading.scores = self._averaged(self.reading.scores, self.reading)
 
     def _at(self, layer: Layer) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             x = inputs[0].to(layer.A.dtype)
+            if self.reading.busy:
+                if layer.gate is not None:
+                    self.reading.see(layer.gate, x)
+                return output
             shares = None if layer.gate is None else self._shares(layer, layer.gate, x)
             mine = x.new_empty(*x.shape[:-1], 0) if shares is None else shares[..., : len(layer.who)]
             return output + layer.added(x, mine).to(output.dtype)
@@ -214,10 +228,14 @@ class Router:
 
     def _scores(self, layer: Layer, gate: Gate, x: torch.Tensor) -> torch.Tensor:
         """Of each token or, for a gate that looks at what came before, of the prefix up to it."""
+        if self.routing.reads:
+            return self.reading.at(x)
         scores = gate(x)
-        if not gate.of_prefix or x.dim() != 3:
-            return scores
-        counts = self._seen(x).double()
+        return self._averaged(scores, layer) if gate.of_prefix and x.dim() == 3 else scores
+
+    def _averaged(self, scores: torch.Tensor, held: Layer | Reading) -> torch.Tensor:
+        """Scores (batch, tokens, experts) over the prefix up to each token, with what is held of it."""
+        counts = self._seen(scores).double()
         wide = scores.double() * counts
         if not self.causal:
             return (
@@ -227,8 +245,8 @@ class Router:
             )
         run, seen = wide.cumsum(1), counts.cumsum(1)
         if self._goes_on:
-            run, seen = run + layer.summed, seen + layer.tokens
-            layer.summed, layer.tokens = run[:, -1:], seen[:, -1:]
+            run, seen = run + held.summed, seen + held.tokens
+            held.summed, held.tokens = run[:, -1:], seen[:, -1:]
         return (run / seen.clamp_min(1)).float()
 
     def _places(self, who: tuple[int, ...]) -> list[int]:
@@ -368,31 +386,6 @@ def loaded(folder: Path, experts: Mapping[str, Tensors], always: Tensors) -> Rou
     chosen = {name: experts[name] for name in names}
     gates = from_tensors(load_file(folder / GATES), routing.gate == "arrow", of_prefix)
     return router(chosen, always, routing, causal, null=null, gates=gates)
-
-
-def drop(folder: Path, name: str) -> bool:
-    """Take an expert out of a saved router, whose scores of the others stay. False, and nothing changes,
-    where fewer than two would be left to choose from; True as well where it does not know the expert."""
-    about = json.loads((folder / SETTINGS).read_text())
-    if name not in about["experts"]:
-        return True
-    if len(about["experts"]) + about["null"] < 3:
-        return False
-    living, left = about.get(LIVING, {}), dict[str, np.ndarray]()
-    for key, value in load_file(folder / GATES).items():
-        here = living.get(key.rpartition(".")[0], about["experts"])
-        value = np.delete(value, here.index(name), 0) if name in here else value
-        if len(value):
-            left[key] = value
-    about["experts"].remove(name)
-    for here in living.values():
-        if name in here:
-            here.remove(name)
-    for known in (about.get(key, {}) for key in ("shares", "sha256s")):
-        known.pop(name, None)
-    save_file(left, folder / GATES)
-    (folder / SETTINGS).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-    return True
 
 
 def plain(tensors: Tensors) -> dict[str, Pair]:

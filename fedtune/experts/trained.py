@@ -56,7 +56,15 @@ def start(
 
 
 def routing_of(table: GateTable) -> Routing:
-    return Routing("trained", table.keep, table.k, table.p, per=table.per, depth=table.depth)
+    return Routing(
+        "trained",
+        table.keep,
+        table.k,
+        table.p,
+        per=table.per,
+        depth=table.depth,
+        reads=table.fit == "sums",
+    )
 
 
 def gates_of(tensors: Tensors, of_prefix: bool) -> dict[str, Gate]:
@@ -77,7 +85,10 @@ def router_of(shared: Tensors, table: GateTable, scale: float, causal: bool) -> 
     """Over all experts of a state with a gate; the general one is beneath, in the network itself."""
     experts = {name: scaled(tensors, scale) for name, tensors in experts_of(shared).items()}
     gates = gates_of(gate_of(shared), table.prefix)
-    return router(experts, {}, routing_of(table), causal, null=table.null, gates=gates)
+    null = table.null
+    if table.fit == "sums":  # where clients without an expert were enough to be a group
+        null = any(len(gate.bias) > len(experts) for gate in gates.values())
+    return router(experts, {}, routing_of(table), causal, null=null, gates=gates)
 
 
 def stacked(experts: Mapping[str, Tensors]) -> dict[str, np.ndarray]:

@@ -40,6 +40,7 @@ from fedtune.methods.base import AdapterMethod
 from fedtune.methods.experts_gate import BESIDE, GateRounds, install, write_beside
 from fedtune.methods.experts_messages import Messages
 from fedtune.methods.experts_settings import ExpertCosts, ExpertsSettings, moves_a, refuse_merging
+from fedtune.methods.experts_sums import GateSums
 from fedtune.methods.head_start import features_verbs, kept_until_started
 from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.weights import TELLS, weight_of
@@ -67,6 +68,7 @@ class Experts(AdapterMethod):
         self.rule, self.grouping = rule, settings.experts
         self.messages = Messages(settings, rule)
         self.gate = GateRounds(settings, rounds, rule, self.messages)
+        self.sums = GateSums(self.grouping, self.messages) if self.grouping.gate.fit == "sums" else None
 
     def prepare(self, base: Base, seed: int) -> TunableModel:
         from fedtune.model.lora_ranks import freeze
@@ -95,11 +97,16 @@ class Experts(AdapterMethod):
         known = experts_of(state.shared)
         if self.grouping.asks:  # a group that is not found again has no members, and its id is not reused
             known = {name: tensors for name, tensors in known.items() if name in groups}
+        gate: Tensors = {}
         if asked:
             known, kept = self.specialised(general, known, kept, asked, cohort, now)
             if now.number == self.gate.first - 1 and self.tells_inputs:
                 kept = self.with_inputs(general, kept, asked, cohort)
-        return joined(general, known, kept)
+            if now.number == self.rounds and self.sums and len(known) > 1:
+                groups = groups_of(kept)
+                beside = [client for client in now.members if not self.grouping.of(client, groups)]
+                gate = self.sums.gate(general, sorted(known), asked, beside, cohort, now)
+        return joined(general, known, kept, gate)
 
     def in_groups(self, groups: Mapping[str, tuple[int, ...]], now: Round) -> dict[int, str]:
         """The members of a round whose group has enough of them, and their experts."""
@@ -251,6 +258,7 @@ class Experts(AdapterMethod):
             **self.sketches(),
             **self.inputs(),
             **self.gate.verbs,
+            **(self.sums.verbs if self.sums else {}),
             **features_verbs(self.settings.head_start),
         }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.aggregate import RULES, Rule
 from fedtune.errors import FedtuneError
+from fedtune.experts.discriminant import packed
 from fedtune.experts.grouping import Clusters, ExpertSettings
 from fedtune.experts.need import MOST
 from fedtune.experts.shapes import Where
@@ -99,7 +100,7 @@ class ExpertsSettings(AdapterTable):
                 f"{LEAST} or more: of two, each would know the other's answer",
                 f"set method.experts.min_clients = {LEAST}",
             )
-        if self.experts.gate.rounds:
+        if self.experts.gate.made:
             yield from self.gate_conflicts(recipe)
 
     def shape_conflicts(self) -> Iterator[tuple[str, str, str]]:
@@ -162,26 +163,39 @@ class ExpertsSettings(AdapterTable):
 
     def gate_conflicts(self, recipe: Any) -> Iterator[tuple[str, str, str]]:
         """What [method.experts.gate] needs of the rest."""
-        gate, what = self.experts.gate, "method.experts.gate.rounds"
+        gate = self.experts.gate
+        what = "method.experts.gate" + (".fit = 'sums'" if gate.fit == "sums" else ".rounds")
         if self.experts.single:
             yield (
                 f"{what} with method.experts.by = '{self.experts.by}'",
                 "groups, because every member is given all experts to train the gate",
                 "set method.experts.by = 'clusters'",
             )
-        if not self.experts.inputs or not moves_a(recipe.aggregate):
+        if (gate.fit == "steps" and not self.experts.inputs) or not moves_a(recipe.aggregate):
             yield (
                 f"{what} without the groups' mean inputs, from which the gate starts",
                 "method.experts.inputs = true, and a rule that trains both factors",
                 "set them, or leave [method.experts.gate] out",
             )
+        if gate.out_of_place:
+            yield (
+                f"method.experts.gate.{gate.out_of_place[0]} with method.experts.gate.fit = '{gate.fit}'",
+                "keys of this way of making a gate",
+                "leave it out",
+            )
+        if gate.fit == "sums" and self.experts.shape != "whole":
+            yield (
+                f"method.experts.shape = '{self.experts.shape}' with method.experts.gate.fit = 'sums'",
+                "experts in all blocks, because all layers have a say of each",
+                "leave one of them out",
+            )
         if recipe.rounds - gate.rounds <= self.experts.warm_up:
             yield (
-                f"{what} = {gate.rounds} of {recipe.rounds} rounds, after {self.experts.warm_up} of warm-up",
+                f"{what}, {gate.rounds} of {recipe.rounds} rounds, after {self.experts.warm_up} of warm-up",
                 "a round at least in between, which trains the experts",
                 "raise rounds",
             )
-        if self.experts.slots > SHARES:
+        if gate.rounds and self.experts.slots > SHARES:
             yield (
                 f"{what} with up to {self.experts.slots} experts",
                 f"at most {SHARES}, each of whose shares is told",
@@ -190,7 +204,7 @@ class ExpertsSettings(AdapterTable):
         if self.train.private.max_grad_norm:
             yield (
                 f"{what} with method.train.private",
-                "one of them: a gate's gradient is not bounded row by row",
+                "one of them: what a row does to a gate is not bounded",
                 "leave one out",
             )
         if gate.depth and self.train.checkpointing:
@@ -207,8 +221,9 @@ class ExpertsSettings(AdapterTable):
             )
 
     def depends_on_rounds(self) -> list[str]:
-        last = ["method.experts.gate.rounds"] if self.experts.gate.rounds else []
-        return [*super().depends_on_rounds(), *last]
+        gate = self.experts.gate
+        last = f"method.experts.gate.{'rounds' if gate.rounds else 'fit'}"
+        return [*super().depends_on_rounds(), *([last] if gate.made else [])]
 
 
 def refuse_merging(form: str) -> None:
@@ -269,6 +284,14 @@ class ExpertCosts(AdapterCosts):
 
     def of_gate(self, recipe: Any, labels: int) -> list[str]:
         gate, slots = self.settings.experts.gate, self.settings.experts.slots
+        if gate.fit == "sums":
+            sizes = sizes_of(self.plan(recipe.model, recipe.data.task, labels).shapes)
+            width = min(gate.width, sum(size for size, _ in sizes.values()))
+            up = 4 * (width + packed(width))
+            return [
+                f"gate      the last round also asks for sums: {up:,} bytes up, which are not counted above; "
+                "afterwards each text goes through the model twice"
+            ]
         if not gate.rounds:
             return []
         plan = self.plan(recipe.model, recipe.data.task, labels)

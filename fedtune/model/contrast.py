@@ -26,7 +26,7 @@ from fedtune.model.steering import Reader, refuse_task
 from fedtune.model.tunable import TunableModel
 
 ALPHA, BETA = 0.1, 0.5  # the mask and the weight of the authors' code
-Prefix = dict[str, tuple[Any, Any]]  # layer -> what its gate has read of a text
+Prefix = dict[str, tuple[Any, Any]]  # layer -> what its gate has read of a text; "" -> what a pass ahead has
 
 
 @dataclass(eq=False)
@@ -94,12 +94,14 @@ def weakly(router: Any, prefix: Prefix) -> Iterator[None]:
 
 
 def prefix_of(router: Any) -> Prefix:
-    return {name: (layer.summed, layer.tokens) for name, layer in router.layers.items()}
+    read = {name: (layer.summed, layer.tokens) for name, layer in router.layers.items()}
+    return read | {"": (router.reading, 0.0)}
 
 
 def set_prefix(router: Any, prefix: Prefix) -> None:
     for name, layer in router.layers.items():
         layer.summed, layer.tokens = prefix.get(name, (0.0, 0.0))
+    router.reading = prefix[""][0] if prefix else type(router.reading)()
 
 
 def contrasted(tunable: TunableModel, beta: float) -> TunableModel:

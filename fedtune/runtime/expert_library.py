@@ -184,7 +184,8 @@ def add(folder: RunFolder, source: Path, name: str, on_general: bool = False) ->
 
 def without(place: Path, name: str) -> None:
     """The gate's rows of an expert go with it; a gate with nothing left to choose from goes as a whole."""
-    from fedtune.experts.routers import GATES, SETTINGS, drop
+    from fedtune.experts.leaving import drop
+    from fedtune.experts.routers import GATES, SETTINGS
 
     if (place / SETTINGS).exists() and not drop(place, name):
         for file in (SETTINGS, GATES):

@@ -142,6 +142,17 @@ METHODS: dict[
         "partition": {"by": "iid", "clients": 6},
         "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
     },
+    "experts-gate-sums": {
+        "method__type": "experts",
+        "method__experts": {
+            "by": "given",
+            "groups": ["a", "a", "b", "b", "a", "b", "", "", ""],
+            "warm_up": 1,
+            "gate": {"fit": "sums", "width": 48},
+        },
+        "partition": {"by": "iid", "clients": 9},
+        "chain": [{"step": "ring", "clip": 0.5, "weight": 64}, {"step": "mask"}],
+    },
     "experts-shape": {
         "method__type": "experts",
         "method__experts": {

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedtune.experts.gate_table import GateTable
-from fedtune.experts.routers import LIVING, PREFIX, SETTINGS, Routing, drop, loaded, router
+from fedtune.experts.leaving import drop
+from fedtune.experts.routers import LIVING, PREFIX, SETTINGS, Routing, loaded, router
 from fedtune.experts.shapes import SHAPES, Where, counts, in_turns, living
 from fedtune.experts.trained import apart, balanced, gates_of, stacked, start
 from fedtune.rng import stream
