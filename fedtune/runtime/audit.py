@@ -42,6 +42,8 @@ def audit_sink(folder: RunFolder, member: Callable[[], Identity] | None = None) 
 def facts_of(event: Event, folder: RunFolder) -> dict[str, Any]:
     """What a line says of an event: its fields, and what the journal holds behind it."""
     facts = {key: value for key, value in event.record().items() if key not in ("event", "at")}
+    if isinstance(event, Alarm):
+        facts["alarm"] = facts.pop("what")  # a line's own `what` is the event's name
     if isinstance(event, RunDone):
         return {"state_sha256": event.result.get("state_sha256", ""), "rounds": event.result.get("rounds", 0)}
     if not isinstance(event, (RoundDone, RunStarted)):
