@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from fedtune.disk import json_text
-from fedtune.errors import ClientFailed, FedtuneError, Paused
+from fedtune.errors import CATALOGUE, ClientFailed, FedtuneError, Paused, Refused
 from fedtune.events import ClientLeftOut, Noted
 from fedtune.flower import server_app
 from fedtune.methods.fedpeft import FedPEFT
 from fedtune.model import score as scores
 from fedtune.model.score import score
-from fedtune.runtime.failures import failure_of
+from fedtune.runtime.failures import failure_of, heard, numbered, write_traceback
 from fedtune.types import Client, Round
 from tests import small
 from tests.e2e.test_flower_grid import FakeGrid
@@ -74,6 +74,49 @@ def test_what_is_about_the_whole_run_is_raised_again() -> None:
         failure_of(Paused("R409", "x", "y", "z"), "a")
     known = ClientFailed("W607", "x", "y", "z")
     assert failure_of(known, "a") is known
+
+
+def test_a_mistake_keeps_its_words_and_what_nobody_foresaw_gets_some(tmp_path: Path) -> None:
+    known = failure_of(FedtuneError("D205", "x", "y", "z"), "a", tmp_path)
+    assert isinstance(known, ClientFailed) and str(known) == str(FedtuneError("D205", "x", "y", "z"))
+    assert failure_of(Refused("W607", "x", "y", "z"), "a").code == "W607"
+    assert not list(tmp_path.iterdir())
+    long = "b" * 200
+    odd = failure_of(RuntimeError(f" {long}\nsecond line"), "a/b", tmp_path)
+    assert isinstance(odd, ClientFailed) and odd.code == "R411"
+    assert f"of client 'a/b' stopped with RuntimeError ({'b' * 160})" in str(odd)
+    assert str(tmp_path / "a_b.txt") in str(odd) and "second line" not in str(odd)
+    silent = failure_of(MemoryError(), "a")
+    assert "stopped with MemoryError" in str(silent) and "(" not in str(silent)
+    assert "see the client's log" in str(silent)
+
+
+def test_tracebacks_of_a_client_are_in_one_file_of_its_own(tmp_path: Path) -> None:
+    logs = tmp_path / "deep" / "logs"
+    for word in ("first", "second"):
+        path = write_traceback(ValueError(word), "a b/ü", logs)
+        assert path == logs / "a_b__.txt"
+    assert (logs / "a_b__.txt").read_text() == "ValueError: first\n\nValueError: second\n\n"
+    assert write_traceback(ValueError("x"), "n" * 99, logs) == logs / f"{'n' * 80}.txt"
+    assert write_traceback(ValueError("x"), "", logs) == logs / "client.txt"
+    assert write_traceback(ValueError("x"), "a", None) is None
+    assert write_traceback(ValueError("x"), "a", logs / "client.txt") is None  # a file, where a folder is due
+
+
+def test_what_leaves_a_site_is_a_code_and_a_number() -> None:
+    error = FedtuneError("D205", "row 7 of secret.csv", "a label", "z")
+    sent, kept = numbered(error)
+    assert sent.keys() == {"code", "number"} and sent["code"] == "D205" and len(sent["number"]) == 8
+    assert kept == f"{error} (number {sent['number']})" and numbered(error)[0]["number"] != sent["number"]
+    known = heard(sent, "north")
+    assert isinstance(known, ClientFailed) and known.code == "D205"
+    assert f"at 'north', number {sent['number']}: {CATALOGUE['D205'].rstrip('.')}" in str(known)
+    assert "ask the operator of 'north'" in str(known)
+    for odd in ({"code": "Z999", "number": "12345678"}, {"number": "<b>"}, {}):
+        other = heard(odd, "north")
+        assert isinstance(other, ClientFailed) and other.code == "F503" and "'north'" in str(other)
+        assert (", number 12345678" in str(other)) == ("code" in odd) and "<b>" not in str(other)
+    assert "number" not in str(heard({"code": "D205", "number": "xyz"}, "north")).partition(":")[2]
 
 
 def test_comparisons_that_fail_are_null_and_the_run_ends(

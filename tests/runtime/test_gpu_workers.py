@@ -13,7 +13,7 @@ import torch
 
 from fedtune.errors import FedtuneError
 from fedtune.runtime import gpu_workers
-from fedtune.runtime.gpu_workers import gpus_for, on_gpus
+from fedtune.runtime.gpu_workers import gpus_for, on_gpus, unlike
 from fedtune.runtime.protocol import Link, Transport
 from fedtune.runtime.workers import Worker
 from fedtune.runtime.workspace import Workspace
@@ -63,6 +63,14 @@ def test_a_process_that_cannot_begin_or_has_another_base_ends_the_run(
     assert "model.device = 'cuda:9'" in capfd.readouterr().err
     with pytest.raises(FedtuneError, match="R406: found base model"):
         on_gpus(replace(link, base="0" * 64), workspace, tmp_path, ["cpu"], None).begin()
+
+
+def test_a_process_with_another_base_is_told_from_one_that_ended() -> None:
+    ended = unlike("", "b" * 64, "cuda:1")
+    assert ended.code == "R411" and "work on cuda:1 ended before it could answer" in str(ended)
+    other = unlike("a" * 64, "b" * 64, "cuda:1")
+    assert other.code == "R406" and f"base model {'a' * 12} in the process that works on cuda:1" in str(other)
+    assert "b" * 12 in str(other) and "b" * 13 not in str(other)
 
 
 def test_which_gpus_are_taken(tiny_bert: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import fedtune
 from fedtune.config import Recipe
 from fedtune.errors import FedtuneError
 from fedtune.events import Event, Noted, RoundDone
-from fedtune.privacy.accountant import spent
+from fedtune.privacy.accountant import Spent, spent
 from fedtune.privacy.releases import Release
 from fedtune.runtime import privacy
 from fedtune.runtime import run as running
@@ -189,6 +189,52 @@ def test_check_says_whom_epsilon_protects_and_where_it_means_little(tiny_bert: P
     assert any("an epsilon above 10" in line for line in lines)
     many = private(tiny_bert, data, LOUD | {"noise_multiplier": 8.0}, partition__clients=40, rounds=3)
     assert not any("meaningless" in line for line in rows(check(many)))
+
+
+def test_doubts_are_about_clients_noise_and_delta(tiny_bert: Path, data: Path) -> None:
+    """The noise in a mean of 4 answers of 10,000 numbers: 8 sqrt(10,000) / 4 of the longest mean; at clients
+    each adds its own, twice as much."""
+    loud = LOUD | {"noise_multiplier": 8.0}
+
+    def said(
+        spent_epsilon: float, clients: int = 4, step: dict[str, Any] = loud, **changes: Any
+    ) -> list[str]:
+        known = Spent(1e-5, spent_epsilon, spent_epsilon)
+        return privacy.doubts(private(tiny_bert, data, step, **changes), clients, 10_000, known)
+
+    assert "is 200 times as long as the longest mean can be (4 clients, 10,000 numbers)" in said(1.0)[0]
+    assert "is 400 times" in said(1.0, step=loud | {"place": "client"})[0]
+    assert "is 25 times" in said(1.0, clients=32)[0] and len(said(1.0, clients=32)) == 1
+    assert len(said(10.0, clients=30)) == 1 and "an epsilon above 10" in said(10.1, clients=30)[1]
+    assert "meaningless with 29 clients" in said(1.0, clients=29)[1]
+    wide = said(1.0, clients=50, privacy={"delta": 0.02})
+    assert len(wide) == 2 and "a delta of 0.02 allows that one of 50 clients is shown whole" in wide[1]
+    assert len(said(1.0, clients=49, privacy={"delta": 0.02})) == 1
+
+
+def test_unknown_is_the_most_that_can_be_given_away() -> None:
+    known, more, unknown = (Spent(1e-5, value, value) for value in (1.0, 2.0, math.nan))
+    assert privacy.worst({"row": known, "client": more}) is more
+    assert privacy.worst({"row": unknown, "client": more}) is unknown
+    assert privacy.worst({"row": more, "client": unknown}) is unknown
+
+
+def test_epsilon_by_round_grows_and_is_nothing_for_others(
+    tiny_bert: Path, data: Path, tmp_path: Path
+) -> None:
+    assert privacy.epsilon_by_round(small.RunFolder(tmp_path)) == {}
+    folder = small.RunFolder(tmp_path)
+    folder.begin(private(tiny_bert, data, LOUD, rounds=2))
+    journal = Journal(folder.journal)
+    for number in (1, 2):
+        journal.charge(privacy.charges(private(tiny_bert, data, LOUD), number, [0, 1]))
+        journal.commit(number, f"s{number}", "f", 0.1, {}, [])
+    journal.close()
+    one, two = (spent([Release("gaussian", "client", 1.0, count=n)], 1e-5).renyi for n in (1, 2))
+    found = privacy.epsilon_by_round(folder)["client"]
+    assert found == [(1, pytest.approx(one)), (2, pytest.approx(two))]
+    folder.begin(private(tiny_bert, data))
+    assert privacy.epsilon_by_round(folder) == {}
 
 
 def test_a_private_run_cannot_be_replayed_without_a_member(
