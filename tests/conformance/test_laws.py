@@ -57,6 +57,7 @@ MASKED = [
     "fedpeft-lift",
     "experts-mask",
     "experts-gate-mask",
+    "experts-gate-sums",
     "fedkseed-mask",
     "sfprompt-mask",
     "ltsft-mask",
