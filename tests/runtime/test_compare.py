@@ -9,7 +9,7 @@ import pytest
 
 import fedtune
 from fedtune.cli import main
-from fedtune.runtime.compare import compared, differing, shown, table, value_at
+from fedtune.runtime.compare import compared, differing, shown, table
 from tests import small
 
 
@@ -67,8 +67,6 @@ def test_figures_of_metrics_are_compared_by_their_names(tmp_path: Path) -> None:
         "recipe": {},
         "result": {"federated": [0.5, 0.75, None], "figures.f1": [0.25, None, None]},
     }
-    assert value_at({"a": {"b": 1}, "c": 2}, "a.b") == 1 and value_at({"c": 2}, "c") == 2
-    assert value_at({"a": None}, "a.b") is None and value_at({}, "a.b") is None
 
 
 def test_the_table_is_aligned() -> None:

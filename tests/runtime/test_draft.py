@@ -109,6 +109,13 @@ def test_tasks_shape_the_recipe() -> None:
     assert "max_length" not in pictures.tree["data"] and "method" not in pictures.tree
 
 
+@pytest.mark.parametrize("model", MODELS["classify"])
+def test_the_small_encoder_trains_its_last_blocks(model: str) -> None:
+    tree = Draft("jsonl", "p", Guess("classify", {}), model, 2, 64, 0.0, 9).tree
+    assert tree["model"] == {"name": model, "threads": 1}
+    assert tree["method"] == {"adapter": {"last": 2, "keep_front": True}}
+
+
 def test_a_task_that_the_source_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a text\n")
     with pytest.raises(FedtuneError, match=r"C104.*--task classify.*one of causal-lm"):
