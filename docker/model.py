@@ -30,6 +30,7 @@ if not (folder / "config.json").exists():
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
     AutoTokenizer.from_pretrained(source).save_pretrained(fresh)
+    shutil.copytree(source / "1_Pooling", folder / "1_Pooling", dirs_exist_ok=True)  # how it is read
     for file in sorted(
         fresh.iterdir(), key=lambda path: path.name == "config.json"
     ):  # last: it says that all is there
