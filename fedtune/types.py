@@ -22,6 +22,7 @@ TOKEN_TASKS = ("causal-lm", "instruct")  # values of data.task: language models 
 LM_TASKS = (*TOKEN_TASKS, "preference")  # all language models; a pair of responses has one loss
 Tensors = Mapping[str, np.ndarray]
 Group = TypeVar("Group", bound=Hashable)
+Brought = TypeVar("Brought")
 
 
 @dataclass(frozen=True)
@@ -210,3 +211,13 @@ class Cohort(Sums, Protocol):
     def skip(self, error: FedtuneError) -> None:
         """This round changes nothing, and `error` says why: no answer counts, as if all had been lost on the
         way."""
+
+
+def if_answered(ask: Callable[[], Brought]) -> Brought | None:
+    """What a question brings that a round can do without; None where no client gave a usable answer."""
+    try:
+        return ask()
+    except FedtuneError as error:
+        if error.code != "R405":
+            raise
+        return None

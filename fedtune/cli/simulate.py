@@ -70,7 +70,8 @@ def simulate(options: argparse.Namespace) -> int:
 
 def next_steps(task: str, folder: Path) -> list[str]:
     """What one does with a finished run."""
-    place = os.path.relpath(folder)
+    relative = os.path.relpath(folder)
+    place = str(folder) if relative.startswith("..") else relative
     asked = {f"fedtune chat {place}": "base and tuned model side by side"}
     if task in ("classify", "image-classify"):
         asked = {f"fedtune predict {place} FILE": "what the model makes of new rows"}

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedtune.aggregate import Rule
-from fedtune.errors import FedtuneError
 from fedtune.experts.grouping import Clusters, direction_of
 from fedtune.experts.need import allotted, at_rank, need
 from fedtune.experts.sketch import sketch
@@ -46,7 +45,7 @@ from fedtune.methods.interface import Capabilities, Facts, Verb
 from fedtune.methods.weights import TELLS, weight_of
 from fedtune.rng import seed_of
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, State, Tensors, Update
+from fedtune.types import Client, Cohort, Round, State, Tensors, Update, if_answered
 
 if TYPE_CHECKING:
     from fedtune.model.base import Base
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
 SPECIALISE, SKETCH, INPUTS = "specialise", "sketch", "inputs"  # the verbs beside `train`
 ROWS = 256  # of a client, whose inputs are averaged
 LOSS = "expert_loss"
-NOBODY = "R405"  # no usable answer to a question
 
 
 class Experts(AdapterMethod):
@@ -125,11 +123,10 @@ class Experts(AdapterMethod):
         new = [client for client in now.members if due or client not in sketches]
         if not new:
             return kept
-        try:
-            came = {client: update.values()[SKETCH] for client, update in cohort.each(SKETCH, general, new)}
-        except FedtuneError as error:
-            if error.code != NOBODY:
-                raise
+        came = if_answered(
+            lambda: {client: update.values()[SKETCH] for client, update in cohort.each(SKETCH, general, new)}
+        )
+        if came is None:
             return kept  # the general expert has learned from this round; who is in which group can wait
         sketches |= came
         if due:
@@ -157,16 +154,15 @@ class Experts(AdapterMethod):
         before = {name: known.get(name, first[name]) for name in sorted(set(asked.values()))}
         if self.grouping.shape != "whole":
             known = {**first, **known}
-        try:
-            sums = cohort.sum_groups(
+        sums = if_answered(
+            lambda: cohort.sum_groups(
                 SPECIALISE,
                 lambda name: {**general, **below(OWN, before[name])},
                 asked.get,
                 self.grouping.least,
             )
-        except FedtuneError as error:
-            if error.code != NOBODY:
-                raise
+        )
+        if sums is None:
             return known, kept  # no group is left: experts stay as they are
         groups = groups_of(kept)
         for name, total in sums.items():
@@ -192,11 +188,8 @@ class Experts(AdapterMethod):
         self, general: Tensors, kept: Tensors, asked: Mapping[int, str], cohort: Cohort
     ) -> Tensors:
         """What is kept, with each group's mean inputs."""
-        try:
-            sums = cohort.sum_groups(INPUTS, general, asked.get, self.grouping.least)
-        except FedtuneError as error:
-            if error.code != NOBODY:
-                raise
+        sums = if_answered(lambda: cohort.sum_groups(INPUTS, general, asked.get, self.grouping.least))
+        if sums is None:
             return kept  # routers can do without
         return {
             **kept,

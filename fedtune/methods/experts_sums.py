@@ -11,19 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedtune.errors import FedtuneError
 from fedtune.experts.discriminant import MEAN, PRODUCTS, Fold, discriminants, folds, packed, unfolded
 from fedtune.experts.grouping import Grouping
 from fedtune.experts.state import GATE, sizes_of
 from fedtune.methods.experts_messages import Messages
 from fedtune.methods.interface import Verb
 from fedtune.schema import Schema
-from fedtune.types import Client, Cohort, Round, Tensors, Update
+from fedtune.types import Client, Cohort, Round, Tensors, Update, if_answered
 
 TELL = "gate sums"  # the verb
 ROWS = 256  # of a client
 NULL = ""  # the group of who has no expert
-NOBODY = "R405"  # no usable answer to a question
 
 
 class GateSums:
@@ -42,11 +40,8 @@ class GateSums:
         """`asked`: the members whose groups are large enough, and their experts; `beside`: those who have
         none, whose row comes last. {} where nobody answers."""
         group = {**asked, **(dict.fromkeys(beside, NULL) if len(beside) >= self.grouping.least else {})}
-        try:
-            sums = cohort.sum_groups(TELL, general, group.get, self.grouping.least)
-        except FedtuneError as error:
-            if error.code != NOBODY:
-                raise
+        sums = if_answered(lambda: cohort.sum_groups(TELL, general, group.get, self.grouping.least))
+        if sums is None:
             return {}
         said = {name: total.values() for name, total in sums.items()}
         weights = {name: total.weight for name, total in sums.items()}

@@ -18,18 +18,13 @@ from fedtune.exchange.outbox import Finished, Outbox, name_of
 from fedtune.forms import MemberName, Sha256
 from fedtune.trust import Identity, Signed, Ticket, envelope, load
 from fedtune.trust.authority import create
+from tests.refusals import code_of
 
 DATA = b"abc" * CHUNK
 
 
 def sha(data: bytes) -> Sha256:
     return Sha256(hashlib.sha256(data).hexdigest())
-
-
-def code_of(call: object, *arguments: object) -> str:
-    with pytest.raises(FedtuneError) as caught:
-        call(*arguments)  # type: ignore[operator]
-    return caught.value.code
 
 
 # --- the coordinator's objects ---

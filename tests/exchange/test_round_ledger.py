@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import FedtuneError, Refused
+from fedtune.errors import FedtuneError
 from fedtune.exchange.round_ledger import Accepted, Asked, Progress, RoundLedger
 from fedtune.exchange.server_store import ServerStore
 from fedtune.forms import Sha256
 from fedtune.trust import Envelope, Name, Peer, Signed
+from tests.refusals import code_of
 
 BASE, GIVEN, OTHER = "b" * 64, "c" * 64, "d" * 64
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -63,12 +64,6 @@ def opened(
     ledger: RoundLedger, round: int = 1, run: str = "run-1", clients: str = "abc", verb: str = "train"
 ) -> None:
     ledger.open_round(run, round, verb, BASE, dict.fromkeys(clients, GIVEN), 99)
-
-
-def code_of(call: Any, *arguments: Any, **more: Any) -> str:
-    with pytest.raises((FedtuneError, Refused)) as caught:
-        call(*arguments, **more)
-    return caught.value.code
 
 
 def test_what_a_client_may_answer_and_fetch(ledger: RoundLedger) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import FedtuneError, Refused
+from fedtune.errors import Refused
 from fedtune.exchange import uploads as uploads_module
 from fedtune.exchange.events import UpdateAccepted
 from fedtune.exchange.grpc_errors import NoRoom
@@ -21,6 +21,7 @@ from fedtune.trust import AllowList, Envelope, Signed, receipt
 from fedtune.trust.authority import revoke
 from tests.exchange.federation import Federation, said
 from tests.exchange.pushing import SMALL, UPDATE
+from tests.refusals import code_of
 
 
 class Stream:
@@ -78,12 +79,6 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     made = Scene(tmp_path)
     yield made
     made.federation.close()
-
-
-def code_of(call: Any, *arguments: Any) -> str:
-    with pytest.raises(FedtuneError) as caught:
-        call(*arguments)
-    return caught.value.code
 
 
 def test_an_update_counts_and_is_told_of(scene: Scene) -> None:

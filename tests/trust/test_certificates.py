@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -28,6 +27,7 @@ from fedtune.trust.certificates import (
     read_certificate,
     usage,
 )
+from tests.refusals import code_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 KEY, SIGNER = ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate()
@@ -162,12 +162,6 @@ def test_hosts(text: str) -> None:
 def test_what_is_no_host(text: str) -> None:
     with pytest.raises(FedtuneError, match=r"^T708"):
         host(text)
-
-
-def code_of(call: Callable[[], object]) -> str:
-    with pytest.raises(FedtuneError) as caught:
-        call()
-    return caught.value.code
 
 
 def test_a_certificate_is_good_from_its_first_to_its_last_second() -> None:

@@ -15,18 +15,7 @@ from fedtune.trust import load, requests
 from fedtune.trust.allowed import Entry, read_entries
 from fedtune.trust.authority import Authority, create, open_authority, revoke
 from fedtune.trust.certificates import utc_now
-
-
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return create(tmp_path / "keys", "hospitals", ["localhost"], days=30)
-
-
-def code_of(call: object, *arguments: object, **more: object) -> str:
-    """The code of the error that a call ends with."""
-    with pytest.raises(FedtuneError) as caught:
-        call(*arguments, **more)  # type: ignore[operator]
-    return caught.value.code
+from tests.refusals import code_of
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are a POSIX matter")

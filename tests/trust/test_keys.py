@@ -17,18 +17,7 @@ from fedtune.trust import AllowList, Identity, Name, load, private
 from fedtune.trust.allowed import read_entries
 from fedtune.trust.authority import Authority, create, open_authority, revoke
 from fedtune.trust.certificates import utc_now
-
-
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return create(tmp_path / "keys", "hospitals", ["localhost"], days=30)
-
-
-def code_of(call: object, *arguments: object, **more: object) -> str:
-    """The code of the error that a call ends with."""
-    with pytest.raises(FedtuneError) as caught:
-        call(*arguments, **more)  # type: ignore[operator]
-    return caught.value.code
+from tests.refusals import code_of
 
 
 def test_a_member_is_who_its_certificate_says(authority: Authority) -> None:

@@ -19,11 +19,6 @@ from fedtune.trust.requests import packed
 from fedtune.trust.roster import FILE, TAG, Roster, pin, pinned, read, version_of
 
 
-@pytest.fixture
-def authority(tmp_path: Path) -> Authority:
-    return create(tmp_path / "keys", "hospitals", ["localhost"], days=30)
-
-
 def test_an_older_or_a_forged_list_is_not_taken(tmp_path: Path) -> None:
     made = create(tmp_path / "keys", "hospitals", ["localhost"], 30)
     site = load(made.issue("site-a", 30))
