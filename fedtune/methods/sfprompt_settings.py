@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedtune.methods.base import TrainedTable
 from fedtune.methods.head_start import HeadStart
+from fedtune.model.rates import rates_of, with_rates
 
 # Every phase of the paper. What its text leaves open (epochs of phase 1, the share) is as in the only public
 # re-implementation, or mild.
@@ -38,6 +39,10 @@ class SFPromptSettings(TrainedTable):
     to send; or behind the embeddings."""
     prompt_lr: float = Field(1e-2, gt=0)
     """Learning rate of the prompts; the tail's is method.train.lr."""
+    matrix_lr: Literal["auto"] | Annotated[float, Field(gt=0, le=100)] = "auto"
+    """With tail = 0: learning rate of pretrained matrices behind the last block, such as a pooler or a
+    vocabulary's own. auto: as full tuning's where method.train.lr is auto, which then fits the last norm;
+    method.train.lr where that is a number."""
     local_update: int = Field(0, ge=0)
     """Phase 1: epochs of training straight from head to tail, without the body; 0 leaves it out. Each round
     says what it did to the loss through the body."""
@@ -74,6 +79,13 @@ class SFPromptSettings(TrainedTable):
     def trains(self) -> str:
         """What kind of adapter the tail's training is like, for its learning rate."""
         return "lora" if self.lora_rank else "full" if self.tail else "prompt"
+
+    def with_rates(self, width: int) -> Self:
+        rated = super().with_rates(width)
+        if self.matrix_lr != "auto" or self.train.lr != "auto" or self.trains != "prompt":
+            return rated
+        full = with_rates(self.train, rates_of("full"), width)
+        return rated.model_copy(update={"matrix_lr": full.lr})
 
     @property
     def head_learns(self) -> bool:
@@ -154,6 +166,12 @@ class SFPromptSettings(TrainedTable):
                 "method.prompt_lr with method.prompts = 0",
                 "at least one prompt",
                 "remove it, or set method.prompts",
+            )
+        if "matrix_lr" in self.model_fields_set and self.trains != "prompt":
+            yield (
+                f"method.matrix_lr with {f'tail = {self.tail}' if self.tail else f'lora_rank = {self.lora_rank}'}",
+                "tail = 0 without LoRA, whose other weights are vectors",
+                "set method.train.lr instead",
             )
         if self.train.checkpointing:
             yield (

@@ -87,7 +87,13 @@ class Share:
 
     @property
     def rates(self) -> Mapping[str, float]:
-        return {PROMPTS: self.s.prompt_lr} if self.s.prompts else {}
+        """Of tensors that have one of their own."""
+        rates = {PROMPTS: self.s.prompt_lr} if self.s.prompts else {}
+        if self.s.matrix_lr == "auto":
+            return rates
+        others = self.tunable.named.keys() - self.tunable.of_head - {PROMPTS}
+        matrices = sorted(name for name in others if self.tunable.named[name].ndim > 1)
+        return rates | dict.fromkeys(matrices, self.s.matrix_lr)
 
     # --- without the body ---
 

@@ -26,7 +26,7 @@ holds for the task head too, unless `head_lr` says otherwise. Where `lr` is "aut
 
 WALKS = """
 Not tuned: no runs of ours stand behind the rate, which is what others use.
-SFPrompt's tail counts as `full`, its LoRA as `lora`, and the last norm alone as `prompt`; `method.prompt_lr` is the prompts' own.
+SFPrompt's tail counts as `full`, its LoRA as `lora`, and the vectors of a tail without blocks as `prompt`, whose matrices (a pooler, a vocabulary of its own) count as `full` (`method.matrix_lr`); `method.prompt_lr` is the prompts' own.
 
 ## FedKSeed
 
