@@ -168,8 +168,9 @@ class SFPromptSettings(TrainedTable):
                 "remove it, or set method.prompts",
             )
         if "matrix_lr" in self.model_fields_set and self.trains != "prompt":
+            other = f"tail = {self.tail}" if self.tail else f"lora_rank = {self.lora_rank}"
             yield (
-                f"method.matrix_lr with {f'tail = {self.tail}' if self.tail else f'lora_rank = {self.lora_rank}'}",
+                f"method.matrix_lr with {other}",
                 "tail = 0 without LoRA, whose other weights are vectors",
                 "set method.train.lr instead",
             )

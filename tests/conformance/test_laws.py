@@ -76,12 +76,9 @@ UNCODED = [
 ]
 EVERY_TIME = [
     "fedpeft-lora",
-    "fedpeft-full",
     "fedpeft-chain",
     "fedpeft-both-ways",
     "fedpeft-outer",
-    "fedpeft-fedex",
-    "fedpeft-hetlora",
     "fedpeft-lda",
     "fedpeft-lift-stages",
     "fedpeft-mask",
@@ -91,7 +88,6 @@ EVERY_TIME = [
     "sfprompt-slim",
     "sfprompt-mask",
     "offsite-lora",
-    "experts-clusters",
     "experts-gate-mask",
 ]  # one of each way in which rounds and states, the server's and the clients', go; -m thorough tries all others under every law
 

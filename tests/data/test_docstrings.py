@@ -11,8 +11,9 @@ from collections import Counter
 
 import pytest
 
-from fedtune.data.sources.docstrings import MASK, PACKAGES, cleaned, collect, paragraphs
+from fedtune.data.sources.docstrings import MASK, PACKAGES, PER_PACKAGE, cleaned, collect, paragraphs
 from fedtune.errors import FedtuneError
+from tests.marks import mostly_thorough
 from tests.waiting import PATIENCE
 
 PROBE = """
@@ -43,7 +44,12 @@ def test_some_packages_have_the_rows_that_they_have_among_all() -> None:
     assert set(some) <= set(collect())
 
 
-def test_no_row_names_its_own_package() -> None:
+COUNTS = pytest.mark.parametrize("count", mostly_thorough([40, PER_PACKAGE], [40]))
+
+
+@COUNTS
+def test_no_row_names_its_own_package(count: int) -> None:
+    rows = collect(count=count)
     variants = {"torch": ["pytorch", "torch.nn"], "numpy": ["numpy.ndarray"], "pandas": ["pandas.DataFrame"]}
     own = {
         package: words([package, *aliases, *variants.get(package, [])])
@@ -52,14 +58,15 @@ def test_no_row_names_its_own_package() -> None:
     assert own["numpy"].search("an np.array") and own["torch"].search(
         "In PyTorch, a tensor"
     )  # the probe itself can fail
-    assert [(text, label) for text, label in collect() if own[label].search(text)] == []
+    assert [(text, label) for text, label in rows if own[label].search(text)] == []
     assert [
-        text for text, _ in collect() if any(p.lower() in text.lower() for p in PACKAGES)
+        text for text, _ in rows if any(p.lower() in text.lower() for p in PACKAGES)
     ] == []  # nor any package, even inside a longer name
 
 
-def test_texts_are_prose_and_each_stands_once() -> None:
-    texts = [text for text, _ in collect()]
+@COUNTS
+def test_texts_are_prose_and_each_stands_once(count: int) -> None:
+    texts = [text for text, _ in collect(count=count)]
     assert len({text.lower() for text in texts}) == len(texts)
     assert all(text == " ".join(text.split()) and "`" not in text and ">>>" not in text for text in texts)
     assert min(len(text.split()) for text in texts) >= 5

@@ -211,9 +211,9 @@ def test_a_site_has_its_own_rows_only(tmp_path: Path) -> None:
 
 
 def test_the_built_in_federation() -> None:
-    made = load(data_of(), partition_of(), 1)
-    assert len(made.clients) == 8 and len(made.labels) >= 8
-    assert len(made.test) + sum(len(c.train) + len(c.test) for c in made.clients) >= 4000
+    made = load(data_of(per_package=40), partition_of(), 1)
+    assert len(made.clients) == 8 and len(made.labels) == 10
+    assert len(made.test) + sum(len(c.train) + len(c.test) for c in made.clients) == 400
     assert (
         len({row["text"] for row in made.test} & {row["text"] for c in made.clients for row in c.train}) == 0
     )

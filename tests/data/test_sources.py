@@ -283,8 +283,10 @@ def made_for(source: str, folder: Path) -> dict[str, Any]:
     """Options of a source that reads a few rows from this folder. A newcomer is enrolled by its line here,
     and missing without one."""
     pairs = [[row["text"], row["label"]] for row in LETTERS]
-    if source in ("docstrings", "digits"):
+    if source == "digits":
         return {}
+    if source == "docstrings":
+        return {"packages": ("networkx",), "per_package": 3}
     if source == "facts":
         return {"each": 2}
     if source == "docstring-questions":

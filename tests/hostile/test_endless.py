@@ -154,6 +154,7 @@ def test_a_tokenizer_that_looks_for_ever(hostile: Taken, site: Site, tmp_path: P
     assert site.asks(folder) in ("M301", "M311", "W604")
 
 
+@pytest.mark.thorough
 def test_an_honest_model_is_still_read(hostile: Taken, site: Site) -> None:
     """The last step before work: this ticket's base is made up."""
     assert site.asks(hostile.model) == "W604"

@@ -106,7 +106,7 @@ def test_training_lowers_the_loss_and_the_events_tell_who_is_asked(tiny_bert: Pa
     changes = {
         "partition": {"by": "column", "column": "site", "clients": 4},
         "rounds": 6,
-        "method__train": {"lr": 0.02, "steps": 8, "batch": 8},
+        "method__train": {"lr": 0.02, "steps": 4, "batch": 8},
     }
     by = HALVES | {"gate": {"rounds": 3, "keep": "dense", "lr": 0.05}}
     events = small.play(recipe(tiny_bert, path, by, **changes), tmp_path)[2]

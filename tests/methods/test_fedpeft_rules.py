@@ -22,6 +22,7 @@ from fedtune.runtime.finished import export_run
 from fedtune.runtime.workspace import build_workspace
 from fedtune.types import State, Tensors
 from tests import small
+from tests.marks import mostly_thorough
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -244,7 +245,7 @@ def test_fedsb_sends_r_squared_numbers_and_leaves_a_stock_adapter(
     assert not factors(exported, ".lora_R.weight")
 
 
-@pytest.mark.parametrize("rule", ["mean", "ffa", "fedex", "fedsb"])
+@pytest.mark.parametrize("rule", mostly_thorough(["mean", "ffa", "fedex", "fedsb"], ["mean"]))
 def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(
     rule: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -272,7 +273,10 @@ def test_an_export_of_another_rank_is_the_best_one_and_says_what_it_lost(
         )
 
 
-@pytest.mark.parametrize("rule", sorted(name for name in RULES if RULES[name].mixed))
+MIXED = sorted(name for name in RULES if RULES[name].mixed)
+
+
+@pytest.mark.parametrize("rule", mostly_thorough(MIXED, ["flora", "hetlora"]))
 def test_a_federation_of_ranks_2_and_4_runs_under_every_rule_that_is_allowed_for_it(
     rule: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:

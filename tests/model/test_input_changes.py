@@ -180,7 +180,7 @@ def test_a_mask_token_is_found_at_load_or_refused(tiny_llama: Path, data: Path, 
         (
             {
                 "method__train__inputs": [{"input": "neftune"}],
-                "method__train__private": {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1},
+                "method__train__private": {"max_grad_norm": 1.0, "noise_multiplier": 4.0, "sample_rate": 0.1},
             },
             "inputs as they are",
         ),

@@ -298,7 +298,7 @@ def test_positions_begin_anew_and_padding_has_none() -> None:
         (
             {
                 "data__task": "causal-lm",
-                "method__train__private": {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1},
+                "method__train__private": {"max_grad_norm": 1.0, "noise_multiplier": 4.0, "sample_rate": 0.1},
             },
             "method.train.private",
         ),

@@ -266,7 +266,7 @@ def test_dropout_is_no_reason_to_go_row_by_row(workspace: Any, monkeypatch: pyte
 
 # --- whole runs ---
 
-PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 0.5, "sample_rate": 0.2}
+PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 4.0, "sample_rate": 0.2}
 TRAIN = {"lr": 0.01, "steps": 3, "batch": 4, "private": PRIVATE}
 
 

@@ -24,6 +24,7 @@ from fedtune.model.steering import MOST, TOKENS, matched, steered
 from fedtune.model.tunable import TunableModel, attach, without
 from fedtune.rng import stream
 from tests import tiny
+from tests.marks import mostly_thorough
 from tests.tables import adapter_of
 from tests.tunables import bare
 
@@ -85,7 +86,10 @@ def test_weight_0_is_the_big_model_to_the_bit(instructed: TunableModel, big: Pat
     assert said != generated(instructed, asked(instructed), 6, 2)
 
 
-@pytest.mark.parametrize("kind", ["lora", "layernorm", "prompt", "prefix", "full", "experts"])
+KINDS = ["lora", "layernorm", "prompt", "prefix", "full", "experts"]
+
+
+@pytest.mark.parametrize("kind", mostly_thorough(KINDS, ["lora", "prefix", "experts"]))
 def test_the_small_base_steered_by_itself_is_the_tuned_model(workspace: Any, kind: str) -> None:
     base, encoded = workspace.base("instruct"), workspace.encoded("instruct")
     tunable = with_experts(base) if kind == "experts" else tuned(base, kind)

@@ -14,6 +14,7 @@ from fedtune.model.memory_plan import inference_bytes, not_tried, plan, training
 from fedtune.model.settings import TrainSettings
 from fedtune.model.step_memory import StorageWatch, batch_of_shape
 from fedtune.model.tunable import attach
+from tests.marks import mostly_thorough
 from tests.tables import adapter_of
 
 # model, adapter, settings, batch and length
@@ -47,7 +48,9 @@ def with_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", mostly_thorough(PAIRS, ["causal, recomputed", "encoder with dropout", "images"])
+)
 def test_what_is_tried_out_is_what_a_step_needs(
     name: str, workspace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

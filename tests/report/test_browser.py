@@ -12,6 +12,7 @@ from PIL import Image
 from fedtune.report import write_report
 from tests import small
 from tests.browser import browse, needs_browser, requests_of
+from tests.marks import mostly_thorough
 
 pytestmark = needs_browser
 
@@ -34,7 +35,10 @@ def test_a_page_that_asks_is_noticed(tmp_path: Path) -> None:
     assert "http://example.invalid/x.png" in requests_of(log) and "CONSOLE" in done.stderr
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1400, "dark"), (3840, "light")])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    mostly_thorough([(400, "light"), (1400, "dark"), (3840, "light")], [(400, "light"), (1400, "dark")]),
+)
 def test_the_page_is_drawn_at_every_width(page: Path, width: int, scheme: str, tmp_path: Path) -> None:
     picture, log = tmp_path / "page.png", tmp_path / "net.json"
     done = browse(

@@ -285,7 +285,7 @@ def test_check_says_what_the_server_learns(workspace: Workspace) -> None:
 
 
 IN_ORDER = {"select": [{"by": "pvi", "order": True}], "method__train__curriculum": {"start": 0.2}}
-PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "sample_rate": 0.1}
+PRIVATE = {"max_grad_norm": 1.0, "noise_multiplier": 4.0, "sample_rate": 0.1}
 
 
 @pytest.mark.parametrize(

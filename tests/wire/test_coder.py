@@ -110,7 +110,7 @@ def planes_of(levels: np.ndarray) -> bytes:
 @given(
     hnp.arrays(np.bool_, st.integers(0, 700), elements=st.integers(0, 9).map(lambda n: n > 6)), st.booleans()
 )
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_planes_come_back(marked: np.ndarray, turned: bool) -> None:
     marked = marked ^ turned
     places, rest = planes.unpack_plane(memoryview(planes.pack_plane(marked) + b"rest"), marked.size)
