@@ -56,10 +56,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core that this process may use, and one more, since a quarter of the time goes into waiting
-    for other programs; none of its own for a single file, which would not be divided."""
+    """A worker for each core that this process may use, and two more, since a third of the time goes into waiting
+    for other programs, as far as there are 3 GB for each; none of its own for a single file, which would not be
+    divided."""
     files = {argument.partition("::")[0] for argument in config.args}
-    return 0 if len(files) == 1 and Path(*files).is_file() else min(WORKERS, len(os.sched_getaffinity(0)) + 1)
+    if len(files) == 1 and Path(*files).is_file():
+        return 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(WORKERS, len(os.sched_getaffinity(0)) + 2, memory // (3 << 30)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -88,9 +88,9 @@ class FakeGrid:
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
-        ("error", "F503", "Node Unavailable"),
+        pytest.param("error", "F503", "Node Unavailable", marks=pytest.mark.thorough),
         ("silent", "F503", "did not answer within 1 s"),
-        ("refused", "F503", "could not deliver"),
+        pytest.param("refused", "F503", "could not deliver", marks=pytest.mark.thorough),
         ("data", "D201", "gone.jsonl"),
     ],
 )
@@ -130,7 +130,7 @@ ALIKE = {"memory": MEMORY, "mask": {"chain": [{"step": "mask"}]}} | {
 }
 
 
-OFTEN = ["memory", "mask", "fedpeft-lift-stages"]
+OFTEN = ["memory", "mask"]
 
 
 @pytest.mark.parametrize("name", mostly_thorough(ALIKE, OFTEN))

@@ -49,14 +49,20 @@ def fresh(config: Path, root: Path) -> RunFolder:
 @pytest.mark.parametrize(
     ("place", "when"),
     [
-        ("fedtune.runtime.run:save_state", "arguments[1] == 2"),  # before the state of round 2 is written
+        pytest.param(
+            "fedtune.runtime.run:save_state", "arguments[1] == 2", marks=pytest.mark.thorough
+        ),  # before the state of round 2 is written
         (
             "fedtune.runtime.run:digest",
             "calls == 2",
         ),  # after it and the clients' states are written, before the row is committed
-        ("fedtune.runtime.run:prune_states", "arguments[1] == 3"),  # after the commit of round 3
+        pytest.param(
+            "fedtune.runtime.run:prune_states", "arguments[1] == 3", marks=pytest.mark.thorough
+        ),  # after the commit of round 3
         ("fedtune.runtime.run:compare", "True"),  # after the last round, before any score
-        ("fedtune.runtime.run:summary", "True"),  # after the scores, before adapter and result
+        pytest.param(
+            "fedtune.runtime.run:summary", "True", marks=pytest.mark.thorough
+        ),  # after the scores, before adapter and result
         ("fedtune.exports:swap", "True"),  # the adapter is written, but not in its place
     ],
 )

@@ -237,3 +237,14 @@ def test_deflated_pieces_arrive_as_they_were(federation: Federation) -> None:
     with proxied(federation) as proxy:
         federation.client(address=proxy.address).send(federation.ticket(), data)
     assert federation.server_store.read("run-1", 1, "train", "site-a") == data and proxy.up < len(data) / 10
+
+
+def test_a_stream_has_one_offer(federation: Federation) -> None:
+    client, first = federation.client(), said(federation, UPDATE)
+    offer = pb.Offer(envelope=first.encode(), signature=client.identity.sign(first.encode()))
+    begun = [pb.PushRequest(offer=offer), pb.PushRequest(piece=split(UPDATE)[0])]
+    for again in (pb.PushRequest(offer=offer), pb.PushRequest()):
+        stream = iter([*begun, again])
+        assert code_of(lambda stream=stream: list(client._push(stream, timeout=PATIENCE))) == "E808"
+    assert not federation.server_store.accepted("run-1", 1, "train")
+    assert client.send(federation.ticket(), UPDATE).row == 1  # what was begun is no obstacle

@@ -140,7 +140,7 @@ def test_the_heads_are_what_their_formulas_say() -> None:
 
 
 @pytest.mark.parametrize("method", [STILL, WALK, SPLIT], ids=lambda method: method["type"])
-@pytest.mark.parametrize("kind", ["means", "ridge", "lda", "auto"])
+@pytest.mark.parametrize("kind", mostly_thorough(["means", "ridge", "lda", "auto"], ["auto"]))
 def test_a_model_knows_the_classes_before_it_is_trained(
     method: dict[str, Any], kind: str, bert: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,8 @@ from fedtune.runtime.finished import export_run
 from fedtune.runtime.workspace import link_of
 from tests import small
 from tests.deploy.inside import FakeGrid, inside
-from tests.models.families import FAMILIES, make
+from tests.models.families import FAMILIES
+from tests.models.folders import make
 
 BLOCKS = 8
 KEPT = (0, 1, 5, 6, 7)  # first 1, last 2, half of the 5 between

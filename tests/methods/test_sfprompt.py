@@ -26,6 +26,7 @@ from fedtune.runtime.workspace import Workspace
 from fedtune.schema import digest
 from fedtune.types import Tensors
 from tests import small, tiny
+from tests.marks import mostly_thorough
 from tests.methods.sfprompt_data import write_images, write_sentences
 
 TRAIN = {"lr": 0.01, "steps": 2, "batch": 4, "accumulate": 2}
@@ -62,7 +63,7 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("changes", CUTS, ids=str)
+@pytest.mark.parametrize("changes", mostly_thorough(CUTS, CUTS[::2]), ids=str)
 def test_one_client_is_ordinary_training_of_the_uncut_model_to_the_bit(
     changes: dict[str, Any], tiny_vit: Path, images: Path, tmp_path: Path
 ) -> None:

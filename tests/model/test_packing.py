@@ -31,7 +31,8 @@ from fedtune.model.tunable import TunableModel, attach
 from fedtune.rng import stream
 from fedtune.types import TOKEN_TASKS
 from tests import small, tiny
-from tests.models.families import FAMILIES, make
+from tests.models.families import FAMILIES
+from tests.models.folders import make
 from tests.tables import adapter_of
 
 LENGTHS = (11, 3, 7, 2, 12, 5)

@@ -286,7 +286,7 @@ def test_a_private_run_counts_its_epsilon_and_exports_what_it_trained(
     own = pld.PLDAccountant()
     own.compose(
         dp_accounting.SelfComposedDpEvent(
-            dp_accounting.PoissonSampledDpEvent(0.2, dp_accounting.GaussianDpEvent(0.5)), 6
+            dp_accounting.PoissonSampledDpEvent(0.2, dp_accounting.GaussianDpEvent(4.0)), 6
         )
     )
     assert result["epsilon"] == pytest.approx(own.get_epsilon(1e-5), abs=1e-3)

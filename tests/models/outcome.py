@@ -31,7 +31,8 @@ from fedtune.model.score import score
 from fedtune.model.settings import ModelSettings, TrainSettings
 from fedtune.model.tunable import TunableModel, attach, detach
 from tests import small, tiny
-from tests.models.families import FAMILIES, make
+from tests.models.families import FAMILIES
+from tests.models.folders import make
 from tests.models.record import COLUMNS, FAULT, WORKS
 from tests.tables import adapter_of
 from tests.tunables import bare

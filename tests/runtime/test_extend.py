@@ -88,7 +88,7 @@ def test_what_depends_on_the_number_of_rounds_is_refused(
     assert recipe_of(folder).rounds == 1 and (folder.path / "result.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+@pytest.mark.parametrize("kind", mostly_thorough(["lora", "bias", "full"], ["lora"]))
 def test_a_run_starts_from_another_runs_adapter(
     kind: str, tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
