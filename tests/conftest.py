@@ -56,7 +56,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core that this process may use, and two more, since a third of the time goes into waiting
+    """A worker for each core that this process may use, and two more, since a fifth of the time goes into waiting
     for other programs, as far as there are 3 GB for each; none of its own for a single file, which would not be
     divided."""
     files = {argument.partition("::")[0] for argument in config.args}

@@ -109,15 +109,18 @@ def said(federation: Federation, data: bytes, site: str = "site-a", /, **altered
     return Envelope(**{**values, **altered})
 
 
+def offer_of(envelope_: Envelope, signer: Identity) -> pb.PushRequest:
+    """What a stream begins with."""
+    data = envelope_.encode()
+    return pb.PushRequest(offer=pb.Offer(envelope=data, signature=signer.sign(data)))
+
+
 def push(
     client: ExchangeClient, envelope_: Envelope, pieces: Iterable[pb.Piece], signer: Identity | None = None
 ) -> list[pb.PushReply]:
     """A stream by hand: what an honest client would never send. Raises grpc.RpcError."""
-    data = envelope_.encode()
-    offer = pb.Offer(envelope=data, signature=(signer or client.identity).sign(data))
-    requests = itertools.chain(
-        [pb.PushRequest(offer=offer)], (pb.PushRequest(piece=piece) for piece in pieces)
-    )
+    offer = offer_of(envelope_, signer or client.identity)
+    requests = itertools.chain([offer], (pb.PushRequest(piece=piece) for piece in pieces))
     return list(client._push(requests, timeout=PATIENCE))
 
 

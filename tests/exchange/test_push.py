@@ -17,7 +17,7 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.exchange.limits import CHUNK
 from fedtune.trust import receipt
 from fedtune.wire.v1 import exchange_pb2 as pb
-from tests.exchange.federation import BASE, Federation, proxied, push, said
+from tests.exchange.federation import BASE, Federation, offer_of, proxied, push, said
 from tests.exchange.pushing import SMALL, UPDATE, code_of, events, split
 from tests.waiting import PATIENCE
 
@@ -240,10 +240,10 @@ def test_deflated_pieces_arrive_as_they_were(federation: Federation) -> None:
 
 
 def test_a_stream_has_one_offer(federation: Federation) -> None:
-    client, first = federation.client(), said(federation, UPDATE)
-    offer = pb.Offer(envelope=first.encode(), signature=client.identity.sign(first.encode()))
-    begun = [pb.PushRequest(offer=offer), pb.PushRequest(piece=split(UPDATE)[0])]
-    for again in (pb.PushRequest(offer=offer), pb.PushRequest()):
+    client = federation.client()
+    offer = offer_of(said(federation, UPDATE), client.identity)
+    begun = [offer, pb.PushRequest(piece=split(UPDATE)[0])]
+    for again in (offer, pb.PushRequest()):
         stream = iter([*begun, again])
         assert code_of(lambda stream=stream: list(client._push(stream, timeout=PATIENCE))) == "E808"
     assert not federation.server_store.accepted("run-1", 1, "train")
