@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -34,6 +36,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
+ROOT = Path(__file__).resolve().parents[1]
 WORKERS = (
     4  # at most: each holds torch, and the tests of real deployments start a dozen processes beside them
 )
@@ -64,6 +67,27 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(WORKERS, len(os.sched_getaffinity(0)) + 2, memory // (3 << 30)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """A worker imports the files of its own share before all others: so the workers rewrite the assertions of a
+    new clone once between them, and not each for itself at the same time."""
+    worker = getattr(session.config, "workerinput", None)
+    folders = [Path(argument) for argument in session.config.args if Path(argument).is_dir()]
+    if worker is None or not folders:
+        return
+    names = sorted({name for folder in folders for name in names_of_tests(folder)})
+    begin = len(names) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    for name in names[begin:] + names[:begin]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # collection meets it again, and says it
+            importlib.import_module(name)
+
+
+def names_of_tests(folder: Path) -> list[str]:
+    """As modules, from the root of the repository."""
+    files = (file.resolve().relative_to(ROOT) for file in folder.rglob("test_*.py"))
+    return [".".join(file.with_suffix("").parts) for file in files]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,8 +7,6 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from sklearn.cluster import AgglomerativeClustering
-from sklearn.metrics import silhouette_score
 
 from fedtune.experts.cluster import assignment, clusters, cosines, linkage, matched, silhouette
 from fedtune.experts.grouping import Clusters, Given
@@ -52,6 +50,9 @@ def test_groups_below_the_least_are_none_and_the_budget_holds() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_linkage_and_silhouette_are_scikit_learns(seed: int) -> None:
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import silhouette_score
+
     apart = np.maximum(1 - cosines(planted(3, 5, 1.0, seed)), 0)
     np.fill_diagonal(apart, 0)
     for groups in linkage(apart):

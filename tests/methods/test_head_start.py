@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import fedtune
 from fedtune import config
@@ -106,6 +105,8 @@ def test_a_decoder_is_read_where_its_own_class_takes_the_scores_from(data: Path,
 
 
 def test_the_heads_are_what_their_formulas_say() -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     draw = np.random.default_rng(0)
     centres = draw.normal(size=(3, 6))
     labels = np.repeat([0, 1], 40)  # nobody has class 2

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
 
 from fedtune import config
 from fedtune.errors import FedtuneError
@@ -44,6 +43,8 @@ def test_figures_by_hand(name: str) -> None:
 
 
 def test_macro_f1_is_scikit_learns() -> None:
+    from sklearn.metrics import f1_score
+
     draw = stream("labels", 1)
     for _ in range(5):
         said, wanted = (

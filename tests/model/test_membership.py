@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 
 from fedtune.model.loss import carries, summed_loss
 from fedtune.model.membership import auc, by_chance, cosines, losses
@@ -18,6 +17,8 @@ from tests.tables import adapter_of
 
 
 def test_the_area_is_sklearn_s_and_its_spread_that_of_all_orders() -> None:
+    from sklearn.metrics import roc_auc_score
+
     draw = np.random.default_rng(0)
     members, others = draw.integers(0, 5, 20), draw.integers(0, 4, 30)
     labels = np.repeat([1, 0], [20, 30])

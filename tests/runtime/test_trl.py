@@ -29,7 +29,6 @@ from tests.pages.blocks import blocks
 from tests.tables import adapter_of
 
 pytestmark = pytest.mark.slow
-trl = pytest.importorskip("trl")
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
 WORDS = ("fox", "cat", "dog", "song", "rain", "boat", "hill", "sea", "book", "fire", "roof", "house")
@@ -42,6 +41,11 @@ ROWS = [
     }
     for n, (word, other) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1], strict=True))
 ]
+
+
+@pytest.fixture(scope="module")
+def trl() -> Any:
+    return pytest.importorskip("trl")  # not for everybody who collects this file: seconds
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +70,12 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     return {"output_dir": str(folder), "per_device_train_batch_size": 3, **quiet, **more}
 
 
-def test_a_hand_batchs_loss_is_that_of_dpotrainer(llama: Path, script: Any, tmp_path: Path) -> None:
+def test_a_hand_batchs_loss_is_that_of_dpotrainer(llama: Path, trl: Any, script: Any, tmp_path: Path) -> None:
     base = load(ModelSettings(name=str(llama), device="cpu", threads=1), "preference", (), 1)
     tunable = attach(base, adapter_of(kind="lora", rank=2), 1)
     encoded = encode(ROWS, base, max_length=64)
 
-    class Tokenised(trl.DPOTrainer):  # type: ignore[misc, name-defined]
+    class Tokenised(trl.DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
@@ -93,7 +97,9 @@ def test_a_hand_batchs_loss_is_that_of_dpotrainer(llama: Path, script: Any, tmp_
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_federation_by_either_has_the_same_losses(llama: Path, script: Any, tmp_path: Path) -> None:
+def test_a_federation_by_either_has_the_same_losses(
+    llama: Path, trl: Any, script: Any, tmp_path: Path
+) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     rows = ["data.source=jsonl", f"data.path={tmp_path / 'pairs.jsonl'}", "partition.column=client"]
     found = script.compared([f"model.name={llama}", "data.max_length=64", "rounds=2", *rows], 4, seed=3)
@@ -104,7 +110,7 @@ def test_a_federation_by_either_has_the_same_losses(llama: Path, script: Any, tm
     assert ours["accuracy"] == theirs["accuracy"]
 
 
-def test_the_pages_trainer_joins_as_it_is(llama: Path, tmp_path: Path) -> None:
+def test_the_pages_trainer_joins_as_it_is(llama: Path, trl: Any, tmp_path: Path) -> None:
     (block,) = (one for one in blocks() if one.page == "docs/preference.md" and one.language == "python")
     more = {"max_steps": 2, "learning_rate": 0.01, "max_length": 64, "gradient_checkpointing": False}
     names: dict[str, Any] = {
@@ -121,7 +127,7 @@ def test_the_pages_trainer_joins_as_it_is(llama: Path, tmp_path: Path) -> None:
     assert moved and all(value.any() for value in moved)
 
 
-def test_an_orpotrainer_joins_as_it_is(llama: Path, tmp_path: Path) -> None:
+def test_an_orpotrainer_joins_as_it_is(llama: Path, trl: Any, tmp_path: Path) -> None:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     net = transformers.AutoModelForCausalLM.from_pretrained(llama)
