@@ -93,7 +93,7 @@ def test_a_name_that_is_none_is_a_sentence() -> None:
         ":9443",
         "fed:port",
         "fed:0",
-        "fed:70000",
+        "fed:65536",
         "::1:9443",
         "[::1:80",
         "fed:\u0664",
@@ -106,6 +106,7 @@ def test_an_address_without_a_port_is_a_sentence(address: str) -> None:
 
 
 def test_addresses_with_ports() -> None:
+    assert split_address("fed:65535", "x") == ("fed", 65535)
     assert split_address("fed.example.org:9443", "x") == ("fed.example.org", 9443) and split_address(
         "[::1]:80", "x"
     ) == ("::1", 80)
