@@ -185,8 +185,6 @@ def test_days_and_examples(tmp_path: Path, tiny_bert: Path) -> None:
         tiny_bert, tmp_path / "x.jsonl", method__train={"steps": 0, "epochs": 2, "batch": 1, "lr": 0.1}
     )
     assert examples_of(epochs, 120) == 120
-    walk = {"type": "fedkseed", "lr": 0.1, "steps": 30, "batch": 8}  # no curriculum, and more than all rows
-    assert examples_of(small.recipe(tiny_bert, tmp_path / "x.jsonl", method=walk), 120) == 120
 
 
 def test_rows_that_a_recipe_leaves_out_of_batches_do_not_count(tmp_path: Path, tiny_llama: Path) -> None:

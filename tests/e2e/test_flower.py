@@ -72,8 +72,10 @@ def journal(folder: RunFolder) -> list[Any]:
 def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_actor_is_killed(
     tiny_bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    """From the command line, with clients that remember; one Ray actor gets SIGKILL after the first round."""
-    recipe = small.write_recipe(tmp_path / "small.toml", tiny_bert, data, **MEMORY)
+    """From the command line, with clients that remember; one Ray actor gets SIGKILL after the first round. The
+    program stands still while the actor is looked for: a round takes no longer than that."""
+    changes: dict[str, Any] = {**MEMORY, "rounds": 6}
+    recipe = small.write_recipe(tmp_path / "small.toml", tiny_bert, data, **changes)
     command = [
         sys.executable,
         "-m",
@@ -99,8 +101,10 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
         for line in process.stdout or []:
             lines.append(line)
             if line.startswith("round   1"):
+                process.send_signal(signal.SIGSTOP)
                 actors = [pid for pid in processes(marked) if b"ray::ClientAppActor" in command_of(pid)]
                 os.kill(actors[0], signal.SIGKILL)
+                process.send_signal(signal.SIGCONT)
         assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
@@ -116,7 +120,7 @@ def test_the_simulation_engine_ends_with_the_bytes_of_a_local_run_even_if_an_act
         errors.seek(0)
         print("".join(lines), errors.read())
     assert not leftover
-    local, result, _ = small.play(small.recipe(tiny_bert, data, **MEMORY), tmp_path / "local")
+    local, result, _ = small.play(small.recipe(tiny_bert, data, **changes), tmp_path / "local")
     folder = RunFolder(tmp_path / "runs" / "small")
     assert folder.read_json("result.json")["state_sha256"] == result["state_sha256"]
     assert journal(folder) == journal(local)
