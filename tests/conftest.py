@@ -36,7 +36,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 WORKERS = (
     4  # at most: each holds torch, and the tests of real deployments start a dozen processes beside them
 )
@@ -74,20 +74,15 @@ def pytest_collection(session: pytest.Session) -> None:
     """A worker imports the files of its own share before all others: so the workers rewrite the assertions of a
     new clone once between them, and not each for itself at the same time."""
     worker = getattr(session.config, "workerinput", None)
-    folders = [Path(argument) for argument in session.config.args if Path(argument).is_dir()]
-    if worker is None or not folders:
+    if worker is None:
         return
-    names = sorted({name for folder in folders for name in names_of_tests(folder)})
+    asked = [Path(argument).resolve() for argument in session.config.args]
+    files = sorted(file for file in TESTS.rglob("test_*.py") if any(map(file.is_relative_to, asked)))
+    names = [".".join(file.relative_to(TESTS.parent).with_suffix("").parts) for file in files]
     begin = len(names) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
     for name in names[begin:] + names[:begin]:
         with contextlib.suppress(Exception, pytest.skip.Exception):  # collection meets it again, and says it
             importlib.import_module(name)
-
-
-def names_of_tests(folder: Path) -> list[str]:
-    """As modules, from the root of the repository."""
-    files = (file.resolve().relative_to(ROOT) for file in folder.rglob("test_*.py"))
-    return [".".join(file.with_suffix("").parts) for file in files]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

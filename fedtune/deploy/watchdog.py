@@ -152,4 +152,4 @@ def read(path: Path) -> dict[str, Any]:
 
 def weights_at(place: Path) -> int:
     """Bytes of the model files in a folder; 0 for a name on the hub, whose files are read as fast."""
-    return sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in place.glob("*.safetensors")) if place.is_dir() else 0

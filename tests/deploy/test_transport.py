@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy.transport import ABSENT, LOST, Question
+from fedtune.deploy.transport import ABSENT, LOST, Exchanged, Question
 from fedtune.runtime.protocol import Ask
 from fedtune.types import Round
 
@@ -39,15 +39,12 @@ def question(*answers: tuple[str, Words], absent: Mapping[str, int] | None = Non
     def arrived() -> Iterator[tuple[str, Words]]:
         yield from answers
 
-    counts = dict(absent or {})
-
-    def came(name: str, answered: bool) -> None:
-        counts[name] = 0 if answered else counts.get(name, 0) + 1
-
-    transport: Any = SimpleNamespace(
-        members=SimpleNamespace(answers=arrived), server_store=Exchange(), run="run", absent=counts,
-        attempts={}, came=came, deadline=60.0,
-    )  # fmt: skip
+    unused: Any = None  # what tickets and whole questions are made with
+    flower: Any = SimpleNamespace(answers=arrived)
+    exchange: Any = Exchange()
+    transport = Exchanged(
+        exchange, flower, unused, unused, "run", "", NAMES, 60.0, unused, unused, absent=dict(absent or {})
+    )
     now = Round(1, 3, (0, 1))
     return Question(transport, {name: Ask(n, "train", now, b"state") for n, name in enumerate(NAMES)}, {}, 1)
 

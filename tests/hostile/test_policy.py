@@ -144,11 +144,8 @@ def workspace_of(worker: Any, recipe: Any) -> tuple[Any, Any]:
 
 
 def test_every_line_of_a_policy_is_tried() -> None:
-    elsewhere = {
-        "minutes",
-        "max_norm",
-        "noise",
-    }  # below: of work that is under way; tests/deploy/test_site_privacy.py
+    # below: of work that is under way; tests/deploy/test_site_privacy.py
+    elsewhere = {"minutes", "max_norm", "noise"}
     assert {name.split()[0] for name in LINES} | elsewhere == set(Policy.model_fields)
 
 

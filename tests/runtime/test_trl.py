@@ -28,7 +28,7 @@ from tests import tiny
 from tests.pages.blocks import blocks
 from tests.tables import adapter_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("trl")]
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
 WORDS = ("fox", "cat", "dog", "song", "rain", "boat", "hill", "sea", "book", "fire", "roof", "house")
@@ -97,9 +97,7 @@ def test_a_hand_batchs_loss_is_that_of_dpotrainer(llama: Path, trl: Any, script:
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_a_federation_by_either_has_the_same_losses(
-    llama: Path, trl: Any, script: Any, tmp_path: Path
-) -> None:
+def test_a_federation_by_either_has_the_same_losses(llama: Path, script: Any, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     rows = ["data.source=jsonl", f"data.path={tmp_path / 'pairs.jsonl'}", "partition.column=client"]
     found = script.compared([f"model.name={llama}", "data.max_length=64", "rounds=2", *rows], 4, seed=3)
@@ -127,7 +125,7 @@ def test_the_pages_trainer_joins_as_it_is(llama: Path, trl: Any, tmp_path: Path)
     assert moved and all(value.any() for value in moved)
 
 
-def test_an_orpotrainer_joins_as_it_is(llama: Path, trl: Any, tmp_path: Path) -> None:
+def test_an_orpotrainer_joins_as_it_is(llama: Path, tmp_path: Path) -> None:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     net = transformers.AutoModelForCausalLM.from_pretrained(llama)
